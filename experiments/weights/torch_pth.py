@@ -1,0 +1,198 @@
+"""Reads PyTorch checkpoints (`.pth`) without PyTorch and without an open pickle.
+
+Both containers are read: the zip archive of PyTorch 1.6 and later, and the stream of pickles before
+it. A pickle may name any callable of the machine, so the unpickler here resolves the few names that
+a dict of tensors consists of, to functions of this file, and refuses every other name.
+"""
+
+import collections
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from experiments.weights.tree import WeightsError, shortened
+
+# The old container opens with three pickles: this number, the protocol and facts of the machine.
+MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+PROTOCOL_VERSION = 1001
+
+
+class StorageType(NamedTuple):
+    """The element type of a flat buffer, little-endian."""
+
+    dtype: np.dtype
+
+
+class Storage(NamedTuple):
+    """A flat buffer that tensors are views of."""
+
+    dtype: np.dtype
+    key: str
+    size: int  # in elements
+
+
+class Tensor(NamedTuple):
+    """A strided view of a storage, offset and strides in elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+STORAGE_TYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+def read_pth(path: str | Path) -> dict[str, np.ndarray]:
+    """The state dict of a checkpoint: parameter names to arrays.
+
+    A checkpoint that keeps its state dict beside other things, under "state_dict", and the "module."
+    that data-parallel training puts before every name are both understood.
+
+    Raises:
+      WeightsError: the file is no checkpoint, is cut short (naming the parameters that it lacks),
+        or its pickle asks for anything but tensors.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                return _read_zip(path, file)
+            file.seek(0)
+            return _read_stream(path, file)
+        except (EOFError, struct.error, zipfile.BadZipFile) as error:
+            raise WeightsError(f"{path}: cut short or damaged: {error}") from error
+        except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(f"{path}: not a PyTorch checkpoint: {error}") from error
+
+
+def _read_zip(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        names = set(archive.namelist())
+        pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(pickles) != 1:
+            raise WeightsError(f"{path}: a zip archive without a checkpoint's data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise WeightsError(f"{path}: big-endian checkpoints are not supported")
+        with archive.open(pickles[0]) as stream:
+            tensors = _state_dict(path, _RestrictedUnpickler(stream).load())
+        members = {key: f"{root}data/{key}" for key in _storages(tensors)}
+        buffers = {k: archive.read(name) for k, name in members.items() if name in names}
+    return _arrays(path, tensors, buffers)
+
+
+def _read_stream(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+    opening = tuple(_RestrictedUnpickler(file).load() for _ in range(2))
+    if opening != (MAGIC_NUMBER, PROTOCOL_VERSION):
+        raise WeightsError(f"{path}: not a PyTorch checkpoint: it opens with {opening!r:.80}")
+    machine = _RestrictedUnpickler(file).load()
+    if not machine.get("little_endian", True):
+        raise WeightsError(f"{path}: big-endian checkpoints are not supported")
+    tensors = _state_dict(path, _RestrictedUnpickler(file).load())
+    storages = _storages(tensors)
+    buffers = {}
+    for key in _RestrictedUnpickler(file).load():
+        header = file.read(8)
+        if len(header) < 8:
+            break
+        (size,) = struct.unpack("<q", header)
+        if key not in storages or size != storages[key].size:
+            raise WeightsError(f"{path}: storage {key!r} has {size} elements, unlike its tensors")
+        buffers[key] = file.read(size * storages[key].dtype.itemsize)
+    return _arrays(path, tensors, buffers)
+
+
+def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"{path}: holds a {type(loaded).__name__} where a state dict should be")
+    tensors = {str(k).removeprefix("module."): v for k, v in loaded.items()}
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others or not tensors:
+        raise WeightsError(f"{path}: not a state dict of tensors: {shortened(others)}")
+    return tensors
+
+
+def _storages(tensors: dict[str, Tensor]) -> dict[str, Storage]:
+    return {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+
+
+def _arrays(
+    path: Path, tensors: dict[str, Tensor], buffers: dict[str, bytes]
+) -> dict[str, np.ndarray]:
+    missing = [
+        name
+        for name, (storage, *_) in tensors.items()
+        if len(buffers.get(storage.key, b"")) < storage.size * storage.dtype.itemsize
+    ]
+    if missing:
+        raise WeightsError(
+            f"{path}: cut short: {len(missing)} of {len(tensors)} parameters are missing:\n  "
+            + "\n  ".join(shortened(missing))
+        )
+    return {name: _view(path, name, t, buffers[t.storage.key]) for name, t in tensors.items()}
+
+
+def _view(path: Path, name: str, tensor: Tensor, buffer: bytes) -> np.ndarray:
+    storage, offset, shape, strides = tensor
+    steps = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    inside = min((offset, *shape, *strides)) >= 0 and offset + sum(steps) < storage.size
+    if 0 not in shape and not inside:
+        raise WeightsError(f"{path}: {name} reaches outside its storage of {storage.size} elements")
+    flat = np.frombuffer(buffer, storage.dtype, count=storage.size)
+    in_bytes = [stride * storage.dtype.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, in_bytes).copy()
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Loads dicts of tensors, and refuses a pickle that asks for anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name in STORAGE_TYPES:
+            return StorageType(STORAGE_TYPES[name])
+        raise WeightsError(
+            f"the pickle asks for {module}.{name}, which is no part of a dict of tensors; it was "
+            "not run. Save the model's state_dict() alone, or use a .safetensors file."
+        )
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, storage_type, key, _, size, *view = pid
+        if kind != "storage" or not isinstance(storage_type, StorageType) or any(view):
+            raise WeightsError(f"the pickle refers to {pid!r:.80}, which is not a storage")
+        return Storage(storage_type.dtype, str(key), int(size))
+
+
+def _rebuild_tensor(
+    storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> Tensor:
+    return Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
+    return data

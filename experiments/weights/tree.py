@@ -1,0 +1,129 @@
+"""From a flat mapping of names to arrays, as weight files hold it, to the variables of a model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Variables = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]
+
+SHOWN = 8  # names that an error message lists before it counts the rest
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be read or does not fit the model."""
+
+
+class Layout(NamedTuple):
+    """How a framework names and stores the arrays of one layer.
+
+    Attributes:
+      suffixes: for each Flax leaf name, what follows the layer's name in the file; the first
+        candidate that the file has is taken.
+      convert: (array of the file, wanted shape) -> array in Flax's axis order.
+      ignored: suffixes of arrays that no model needs.
+    """
+
+    suffixes: Mapping[str, tuple[str, ...]]
+    convert: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+    ignored: tuple[str, ...] = ()
+
+
+def template(model: nn.Module, image_size: int) -> Variables:
+    """The model's variables as shapes; computes nothing."""
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def assemble(
+    variables: Variables, source: Arrays, layer_name: Callable[[str], str], layout: Layout
+) -> Variables:
+    """Fills a tree of shapes with the arrays of a file, as float32.
+
+    Args:
+      variables: the shapes of a model (see `template`).
+      source: the file's names and arrays.
+      layer_name: the file's name for a Flax layer, given as "block3/expand/conv".
+      layout: how the file's framework names and stores the arrays of a layer.
+
+    Raises:
+      WeightsError: naming every parameter that is missing or has another shape, and every array
+        that the model has no place for.
+    """
+    problems: list[str] = []
+    used: set[str] = set()
+
+    def fill(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        _, *layers, name = (str(key.key) for key in path)
+        layer = layer_name("/".join(layers))
+        candidates = [layer + suffix for suffix in layout.suffixes[name]]
+        found = next((c for c in candidates if c in source), None)
+        where = "/".join((*layers, name))
+        if found is None:
+            problems.append(f"{where}: missing (looked for {' and '.join(candidates)})")
+            return np.zeros(leaf.shape, np.float32)
+        used.add(found)
+        array = layout.convert(source[found], leaf.shape)
+        if array.shape != leaf.shape:
+            problems.append(f"{where}: shape {leaf.shape} expected, {found} gives {array.shape}")
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+    filled = jax.tree_util.tree_map_with_path(fill, variables)
+    unused = [k for k in source if k not in used and not k.endswith(layout.ignored or ("\0",))]
+    problems += [f"{name}: the model has no such parameter" for name in unused]
+    if problems:
+        raise WeightsError(
+            f"the weights do not fit the model ({len(problems)} problems):\n  "
+            + "\n  ".join(shortened(problems))
+            + "\nIs this the file of another network, or of another version of it?"
+        )
+    return filled
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first few of many lines, and how many there are beside them."""
+    rest = len(lines) - SHOWN
+    return lines if rest <= 0 else [*lines[:SHOWN], f"... and {rest} more"]
+
+
+def _from_torch(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim == 4:  # OIHW -> HWIO
+        return array.transpose(2, 3, 1, 0)
+    return array.T if array.ndim == 2 else array
+
+
+def _from_keras(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.ndim == 4 and len(shape) == 4 and array.shape != shape and shape[2] == 1:
+        height, width, channels, multiplier = array.shape  # a depthwise kernel
+        return array.reshape(height, width, 1, channels * multiplier)
+    if array.ndim == 4 and len(shape) == 2 and array.shape[:2] == (1, 1):
+        return array[0, 0]  # a 1x1 convolution of a 1x1 image: a dense layer
+    return array
+
+
+TORCH = Layout(
+    suffixes={
+        "kernel": (".weight",),
+        "scale": (".weight",),
+        "bias": (".bias",),
+        "mean": (".running_mean",),
+        "var": (".running_var",),
+    },
+    convert=_from_torch,
+    ignored=(".num_batches_tracked",),
+)
+
+KERAS = Layout(
+    suffixes={
+        "kernel": ("/kernel", "/depthwise_kernel"),
+        "scale": ("/gamma",),
+        "bias": ("/bias", "/beta"),
+        "mean": ("/moving_mean",),
+        "var": ("/moving_variance",),
+    },
+    convert=_from_keras,
+)
