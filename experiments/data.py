@@ -3,21 +3,17 @@
 import csv
 import itertools
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from experiments.preprocessing import Preprocessing
 from experiments.weights import fetch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 LABELS_FILE = "labels.csv"
-AHEAD = 2  # batches that are decoded while the model works on one
 
 # Decodes one image: (image, label). Cheap to make, so that a subset costs nothing for the rest.
 Example = Callable[[], tuple[Image.Image | np.ndarray, int]]
@@ -99,6 +95,30 @@ def cifar10(split: str) -> Dataset:
     return from_examples(f"cifar10/{split}", examples)
 
 
+def noise(count: int, size: int) -> Dataset:
+    """Images of uniform noise, each labelled 0, for smoke tests."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return from_examples("noise", [_array_example(image, 0) for image in images])
+
+
+def embedded(name: str, size: int) -> tuple[Dataset, Dataset]:
+    """The images to calibrate on and those to evaluate on, of data sets that need no folder.
+
+    Args:
+      name: "foolbox" (the same 20 images for both), "cifar10" or "noise".
+      size: of the images of noise.
+    """
+    if name == "foolbox":
+        images = foolbox_images()
+        return images, images
+    if name == "cifar10":
+        return cifar10("train"), cifar10("test")
+    if name == "noise":
+        return noise(16, size), noise(16, size)
+    raise DataError(f"there is no embedded data set {name!r}: choose foolbox, cifar10 or noise")
+
+
 def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """A data set of tensorflow-datasets that has the features "image" and "label".
 
@@ -132,35 +152,6 @@ def subset(dataset: Dataset, count: int) -> Dataset:
         size=count,
         examples=lambda: (e for i, e in enumerate(dataset.examples()) if i in chosen),
     )
-
-
-def batches(
-    dataset: Dataset, preprocessing: Preprocessing, batch_size: int, workers: int = 4
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decodes a data set in parallel, in its order, at most `AHEAD` batches before they are used.
-
-    Yields:
-      (images [B, size, size, 3] float32, labels [B] int32); the last batch may be smaller.
-    """
-
-    def load(example: Example) -> tuple[np.ndarray, int]:
-        image, label = example()
-        return preprocessing(image), label
-
-    examples = dataset.examples()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        window = itertools.islice(examples, AHEAD * batch_size)
-        pending = deque(pool.submit(load, example) for example in window)
-        while pending:
-            loaded = []
-            while pending and len(loaded) < batch_size:
-                loaded.append(pending.popleft().result())
-                pending.extend(pool.submit(load, e) for e in itertools.islice(examples, 1))
-            images, labels = zip(*loaded)
-            yield np.stack(images), np.asarray(labels, dtype=np.int32)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_labels(root: Path) -> list[tuple[Path, int]]:

@@ -23,6 +23,10 @@ class Preprocessing(NamedTuple):
     channels: Literal["RGB", "BGR"] = "RGB"
     resize: int = 0
 
+    def at_size(self, size: int) -> "Preprocessing":
+        """The same for another size, with the resize in proportion."""
+        return self._replace(size=size, resize=round(self.resize * size / self.size))
+
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """An image of any size and mode -> [size, size, 3] float32."""
         if isinstance(image, np.ndarray):

@@ -62,8 +62,8 @@ STORAGE_TYPES = {
 def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     """The state dict of a checkpoint: parameter names to arrays.
 
-    A checkpoint that keeps its state dict beside other things, under "state_dict", and the "module."
-    that data-parallel training puts before every name are both understood.
+    A checkpoint that keeps its state dict beside other things, under "state_dict", is understood,
+    and so is the "module." that data-parallel training puts before every name.
 
     Raises:
       WeightsError: the file is no checkpoint, is cut short (naming the parameters that it lacks),

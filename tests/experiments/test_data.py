@@ -1,0 +1,155 @@
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import data, loader
+from experiments.preprocessing import Preprocessing
+
+SMALL = Preprocessing(size=4, mean=(0.0,) * 3, std=(1.0,) * 3, resize=4)
+
+
+def save(path, value: int, size=(4, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 0)).save(path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twenty images whose red value is their position, in a folder with labels."""
+    for i in range(20):
+        save(tmp_path / f"{i:02}.png", i)
+    rows = "".join(f"{i:02}.png,{i % 3}\n" for i in range(20))
+    (tmp_path / "labels.csv").write_text("file,label\n" + rows)
+    return tmp_path
+
+
+def reds(dataset: data.Dataset, batch_size: int = 8) -> list[int]:
+    batches = loader.batches(dataset, SMALL, batch_size, workers=3)
+    return [int(red) for images, _ in batches for red in images[:, 0, 0, 0]]
+
+
+def test_batches_keep_the_order_and_the_last_one_is_smaller(images):
+    batches = list(loader.batches(data.folder(images), SMALL, 8, workers=3))
+    assert [x.shape for x, _ in batches] == [(8, 4, 4, 3), (8, 4, 4, 3), (4, 4, 4, 3)]
+    assert batches[0][0].dtype == np.float32
+    assert batches[0][1].dtype == np.int32
+    labels = np.concatenate([y for _, y in batches])
+    np.testing.assert_array_equal(labels, np.arange(20) % 3)
+    assert reds(data.folder(images)) == list(range(20))
+
+
+def test_only_a_bounded_number_is_decoded_ahead():
+    decoded = []
+
+    def example(i):
+        return lambda: (decoded.append(i) or np.zeros((4, 4, 3), np.uint8), 0)
+
+    dataset = data.from_examples("counted", [example(i) for i in range(1000)])
+    batches = loader.batches(dataset, SMALL, 8, workers=2)
+    next(batches)
+    batches.close()
+    assert 8 <= len(decoded) <= (loader.AHEAD + 1) * 8
+
+
+def test_a_subset_is_spread_over_the_data(images):
+    dataset = data.subset(data.folder(images), 3)
+    assert dataset.size == 3
+    assert reds(dataset) == [0, 10, 19]
+    assert data.subset(data.folder(images), 50).size == 20
+
+
+def test_a_stream_is_cut_after_the_first_ones(images):
+    stream = data.folder(images)._replace(size=None)
+    assert reds(data.subset(stream, 3)) == [0, 1, 2]
+
+
+def test_subfolders_are_classes(tmp_path):
+    save(tmp_path / "n02" / "x.png", 2)
+    save(tmp_path / "n01" / "y.png", 1)
+    ((images, labels),) = loader.batches(data.folder(tmp_path), SMALL, 8)
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
+    assert labels.tolist() == [0, 1]
+
+
+def test_bad_folders_are_explained(tmp_path, images):
+    with pytest.raises(data.DataError, match="no such folder"):
+        data.folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.DataError, match=r"expected labels\.csv"):
+        data.folder(tmp_path / "empty")
+    (images / "07.png").unlink()
+    with pytest.raises(data.DataError, match=r"1 of the 20 files .* missing.* 07.png"):
+        data.folder(images)
+    (images / "labels.csv").write_text("name,class\n")
+    with pytest.raises(data.DataError, match="should name the columns file and label"):
+        data.folder(images)
+    (images / "labels.csv").write_text("file,label\n01.png,cat\n")
+    with pytest.raises(data.DataError, match=r"line 2: .*'cat'"):
+        data.folder(images)
+
+
+def test_a_broken_image_is_named(images):
+    (images / "11.png").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match=r"11\.png: not an image"):
+        list(loader.batches(data.folder(images), SMALL, 8))
+
+
+def test_tfds_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(data.DataError, match=r"pip install 'jaxquant\[tfds\]'"):
+        data.tfds("imagenette", "validation")
+
+
+@pytest.fixture
+def fake_tfds(monkeypatch):
+    """The two ways in which tensorflow-datasets gives its records."""
+    records = [{"image": np.full((4, 4, 1), i, np.uint8), "label": i % 2} for i in range(5)]
+    module = types.ModuleType("tensorflow_datasets")
+    module.records = records
+    module.data_source = lambda name, split, data_dir: records
+    module.load = lambda name, split, data_dir: records
+    module.as_numpy = iter
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
+    return module
+
+
+def test_tfds_is_read_at_random(fake_tfds):
+    dataset = data.tfds("mnist", "test")
+    assert (dataset.name, dataset.size) == ("mnist/test", 5)
+    assert reds(dataset, 2) == [0, 1, 2, 3, 4]
+
+
+def test_tfds_falls_back_to_a_stream(fake_tfds):
+    def unprepared(name, split, data_dir):
+        raise NotImplementedError
+
+    fake_tfds.data_source = unprepared
+    dataset = data.tfds("mnist", "test")
+    assert dataset.size is None
+    assert reds(data.subset(dataset, 3), 2) == [0, 1, 2]
+
+
+def test_tfds_without_labels_is_explained(fake_tfds):
+    fake_tfds.records[0] = {"text": "no image"}
+    with pytest.raises(data.DataError, match=r"features \['text'\]"):
+        reds(data.tfds("mnist", "test"))
+
+
+def test_unknown_names_are_explained():
+    with pytest.raises(data.DataError, match="choose foolbox"):
+        data.embedded("imagenet", 8)
+    with pytest.raises(data.DataError, match="train and test"):
+        data.cifar10("validation")
+
+
+@pytest.mark.network
+def test_the_embedded_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXQUANT_CACHE", str(tmp_path))
+    dataset = data.foolbox_images()
+    examples = [example() for example in dataset.examples()]
+    assert len(examples) == 20
+    assert examples[0][1] == 243
+    assert all(image.size == (224, 224) for image, _ in examples)
