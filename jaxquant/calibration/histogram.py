@@ -1,0 +1,243 @@
+"""Streaming histogram of |x| for one tensor: fixed memory, exact, and independent of batch order.
+
+The state is a pytree and the functions are pure: `init() -> state`, `update(state, x, batch_index)
+-> state`, `merge(a, b) -> state`.  Bin j of 2048 covers [j, j + 1) * 2**(exponent - 11).  The range
+[0, 2**exponent) is always the smallest power of two above the largest |x| so far; when it grows,
+2**k old bins become one.  Ranges that are powers of two nest exactly, so the final counts are the
+same bits as those of one pass over all the data, however it was split and ordered.
+
+Counts are 64-bit, as two uint32 words, since JAX has no 64-bit integers by default and a million
+samples overflow 32 bits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+BINS = 2048
+_BIN_BITS = 11
+# The smallest range; 2**(_BIN_BITS - exponent), by which x is scaled, must be a normal float32.
+MIN_EXPONENT = -115
+
+
+class Histogram(NamedTuple):
+    """What has been seen of one tensor.
+
+    Attributes:
+      lo: uint32 [2048], the low words of the counts of |x|.
+      hi: uint32 [2048], their high words.
+      exponent: int32 [], the range is [0, 2**exponent).
+      min: float32 [], the least x (not |x|); +inf before any.
+      max: float32 [], the largest x; -inf before any.
+      abs_max: float32 [], the largest |x|; 0 before any.
+      count_lo: uint32 [], low word of the number of values counted.
+      count_hi: uint32 [], its high word.
+      first_bad: int32 [], the first batch with a NaN or infinity; -1 for none.
+    """
+
+    lo: jax.Array
+    hi: jax.Array
+    exponent: jax.Array
+    min: jax.Array
+    max: jax.Array
+    abs_max: jax.Array
+    count_lo: jax.Array
+    count_hi: jax.Array
+    first_bad: jax.Array
+
+
+def init() -> Histogram:
+    """The state before any data.
+
+    Example:
+      >>> init().lo.shape
+      (2048,)
+    """
+    # Every field has its own buffer, so that the state can be donated to a compiled step.
+    return Histogram(
+        lo=jnp.zeros(BINS, jnp.uint32),
+        hi=jnp.zeros(BINS, jnp.uint32),
+        exponent=jnp.full((), MIN_EXPONENT, jnp.int32),
+        min=jnp.full((), jnp.inf, jnp.float32),
+        max=jnp.full((), -jnp.inf, jnp.float32),
+        abs_max=jnp.zeros((), jnp.float32),
+        count_lo=jnp.zeros((), jnp.uint32),
+        count_hi=jnp.zeros((), jnp.uint32),
+        first_bad=jnp.full((), -1, jnp.int32),
+    )
+
+
+def update(state: Histogram, x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
+    """What has been seen with one more batch: `merge(state, observe(x, batch_index))`.
+
+    With many tensors, stack their states and merge all at once, `jax.vmap(merge)(states, seen)`:
+    the program is then compiled for one merge, not one per tensor.
+
+    Args: `state` is what has been seen so far; the others are as for `observe`.
+
+    Returns:
+      The new state.
+
+    Example:
+      >>> state = update(update(init(), jnp.array([0.0, -1.5])), jnp.array([3.0]))
+      >>> float(state.min), float(state.max), float(state.abs_max)
+      (-1.5, 3.0, 3.0)
+    """
+    return merge(state, observe(x, batch_index))
+
+
+def observe(x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
+    """The histogram of one batch.
+
+    NaN and infinite values are not counted; `first_bad` tells where they first were.
+
+    Args:
+      x: any shape (also empty) of fewer than 2**31 values, any float dtype; counted as float32.
+      batch_index: [] which batch this is, for `first_bad`.
+
+    Returns:
+      The state that holds this batch alone.
+
+    Raises:
+      ValueError: `x` is not of a float dtype or is too large.
+
+    Example:
+      >>> counts, bin_width = to_numpy(observe(jnp.array([0.0, -1.5, 3.0])))
+      >>> counts.nonzero()[0] * bin_width
+      array([0. , 1.5, 3. ])
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")
+    if x.size >= 2**31:
+        raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
+    x = x.reshape(-1).astype(jnp.float32)
+    low, high = _finite_range(x)
+    abs_max = jnp.maximum(jnp.maximum(-low, high), 0.0)  # 0 for no values
+    exponent = _exponent_above(abs_max)
+    # Exact: a power of two, so that finite x give 0 <= scaled < 2048.
+    # The barrier keeps XLA from computing the scale anew for each value.
+    scale = lax.optimization_barrier(_power_of_two(_BIN_BITS - exponent))
+    scaled = jnp.abs(x) * scale
+    bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)  # NaN and inf: BINS
+    counts = _count(bins)
+    finite = jnp.sum(counts, dtype=jnp.uint32)
+    return Histogram(
+        lo=counts,
+        hi=jnp.zeros(BINS, jnp.uint32),
+        exponent=exponent,
+        min=low,
+        max=high,
+        abs_max=abs_max,
+        count_lo=finite,
+        count_hi=jnp.zeros((), jnp.uint32),
+        first_bad=jnp.where(finite < x.size, jnp.asarray(batch_index, jnp.int32), -1),
+    )
+
+
+def merge(a: Histogram, b: Histogram) -> Histogram:
+    """The histogram of both data together; exact, associative and commutative.
+
+    Example:
+      >>> a, b = update(init(), jnp.array([1.0])), update(init(), jnp.array([5.0, 7.0]))
+      >>> int(merge(a, b).exponent), int(merge(a, b).count_lo)
+      (3, 3)
+    """
+    exponent = jnp.maximum(a.exponent, b.exponent)
+    lo, hi = _add64(_widened(a, exponent), _widened(b, exponent))
+    count_lo, count_hi = _add64((a.count_lo, a.count_hi), (b.count_lo, b.count_hi))
+    return Histogram(
+        lo=lo,
+        hi=hi,
+        exponent=exponent,
+        min=jnp.minimum(a.min, b.min),
+        max=jnp.maximum(a.max, b.max),
+        abs_max=jnp.maximum(a.abs_max, b.abs_max),
+        count_lo=count_lo,
+        count_hi=count_hi,
+        first_bad=_first(a.first_bad, b.first_bad),
+    )
+
+
+def to_numpy(state: Histogram) -> tuple[np.ndarray, float]:
+    """The histogram as the threshold searches take it.
+
+    Args:
+      state: one tensor's.
+
+    Returns:
+      counts [2048] int64 and the bin width; bin j covers [j, j + 1) * bin width.
+
+    Example:
+      >>> counts, bin_width = to_numpy(update(init(), jnp.full(3, 0.75)))
+      >>> int(counts.sum()), bin_width == 1 / 2048
+      (3, True)
+    """
+    lo, hi = np.asarray(state.lo), np.asarray(state.hi)
+    counts = (hi.astype(np.int64) << 32) + lo.astype(np.int64)
+    return counts, 2.0 ** (int(state.exponent) - _BIN_BITS)
+
+
+def _finite_range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [n] -> the least and the largest finite value."""
+    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
+    # A plain minimum and maximum let NaN through and cost an eighth of masked ones.
+    all_finite = (low > -jnp.inf) & (high < jnp.inf)
+
+    def masked(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        finite = jnp.isfinite(x)
+        # Behind a barrier the reductions stay plain: twice as fast to compile as fused ones.
+        low = jnp.min(lax.optimization_barrier(jnp.where(finite, x, jnp.inf)), initial=jnp.inf)
+        high = jnp.max(lax.optimization_barrier(jnp.where(finite, x, -jnp.inf)), initial=-jnp.inf)
+        return low, high
+
+    return lax.cond(all_finite, lambda x: (low, high), masked, x)
+
+
+def _count(bins: jax.Array) -> jax.Array:
+    """int32 [n] in 0 ... 2048 -> uint32 [2048] counts; 2048 is dropped."""
+    return (
+        jnp.zeros(BINS + 1, jnp.uint32).at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
+    )
+
+
+def _exponent_above(x: jax.Array) -> jax.Array:
+    """The least e with x < 2**e, from the bits of a finite x >= 0; at least MIN_EXPONENT."""
+    biased = lax.bitcast_convert_type(x, jnp.int32) >> 23
+    return jnp.maximum(biased - 126, MIN_EXPONENT)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2**exponent as float32, for exponents -126 ... 127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _widened(state: Histogram, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The counts over the range of a larger exponent: 2**k neighbours become one bin."""
+    shift = jnp.minimum(exponent - state.exponent, _BIN_BITS)
+    to = jnp.arange(BINS, dtype=jnp.int32) >> shift
+    # Sums of 2048 16-bit digits fit 32 bits; the carries are settled afterwards.
+    digits = jnp.stack(
+        [state.lo & 0xFFFF, state.lo >> 16, state.hi & 0xFFFF, state.hi >> 16], axis=1
+    )
+    sums = jnp.zeros_like(digits).at[to].add(digits, mode="promise_in_bounds")
+    d0, d1, d2, d3 = (sums[:, i] for i in range(4))
+    zero = jnp.zeros_like(d0)
+    lo, hi = _add64((d0, zero), (d1 << 16, d1 >> 16))
+    return _add64((lo, hi), (zero, d2 + (d3 << 16)))
+
+
+def _add64(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of two unsigned 64-bit numbers, each (low word, high word)."""
+    lo = a[0] + b[0]
+    carry = (lo < a[0]).astype(jnp.uint32)
+    return lo, a[1] + b[1] + carry
+
+
+def _first(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The smaller of two batch indices, where -1 is none."""
+    return jnp.where(a < 0, b, jnp.where(b < 0, a, jnp.minimum(a, b)))
