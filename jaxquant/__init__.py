@@ -1,5 +1,14 @@
-"""INT8 post-training quantization of JAX models."""
+"""INT8 post-training quantization of JAX models.
+
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, ds)
+    logits = qapply(qparams, x)
+    print(qapply.report())
+"""
 
 from jaxquant._version import __version__
+from jaxquant.calibration.calibrate import calibrate
+from jaxquant.calibration.capture import capture
+from jaxquant.calibration.threshold import kl_threshold
+from jaxquant.pipeline import quant_post, quantize
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "calibrate", "capture", "kl_threshold", "quant_post", "quantize"]

@@ -1,0 +1,175 @@
+"""The calibration sweep: run the model over the data and fold its activations into statistics.
+
+One jit-compiled step per input shape runs the model in float, observes every tensor that a site
+reads and updates the streaming state; activations never leave the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.calibration import data, histogram, progress
+from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.graph import evaluate, ir, sites
+from jaxquant.graph.checks import check_params, check_weights
+from jaxquant.graph.trace import trace
+
+State = dict[str, histogram.Histogram]
+
+
+def calibrate(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    ds: Any,
+    *,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    select: Any = None,
+    progress: bool = True,
+) -> Observations:
+    """Run the float model over `ds` once and observe the input of every site.
+
+    Args:
+      params: pytree of arrays, the first argument of `apply_fn`.
+      apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
+      ds: the calibration data; see `jaxquant.quant_post`.
+      batch_size: None where `ds` yields batches; n to stack its samples n at a time.
+      batch_nums: how many batches to use; None for all.
+      select: what of an item of `ds` is given to `apply_fn`; see `jaxquant.quant_post`.
+      progress: show a progress bar.
+
+    Returns:
+      The observations, from which `jaxquant.quantize` makes the int8 model.  They do not grow with
+      the number of samples.
+
+    Raises:
+      ValueError: `ds` is empty, a batch does not fit `apply_fn`, or an activation is NaN or
+        infinite (the message names the site and the batch).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant
+      >>> observations = jaxquant.calibrate(
+      ...     {"w": jnp.eye(4)}, lambda p, x: x @ p["w"], [jnp.ones((2, 4))], progress=False)
+      >>> observations.tensors["w/input"].abs_max
+      1.0
+    """
+    check_params(params)
+    batches = _with_progress(
+        data.iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select),
+        data.num_batches(ds, batch_size, batch_nums),
+        progress,
+    )
+    sweep = _Sweep(params, apply_fn)
+    for inputs in batches:
+        sweep.add(inputs)
+    return sweep.finish()
+
+
+def _with_progress(batches: Any, total: int | None, enabled: bool) -> Any:
+    return progress.progress_bar(batches, total, "calibrate", enabled)
+
+
+class _Sweep:
+    """One pass over the data: the jitted step, its state, and the checks between batches."""
+
+    def __init__(self, params: Any, apply_fn: Callable[..., Any]):
+        self._params = params
+        self._structs = jax.tree.map(ir.struct, params)
+        self._apply_fn = apply_fn
+        self._names: tuple[str, ...] = ()
+        self._step = jax.jit(self._observe, donate_argnums=0)
+        self._state: State = {}
+        self._bad: Any = None  # of the previous batch: reading it does not hold up this one
+        self._batches = self._samples = 0
+        self._example: tuple[Any, ...] = ()
+
+    def add(self, inputs: tuple[Any, ...]) -> None:
+        if not self._batches:
+            self._start(inputs)
+        self._state, bad = self._step(self._state, self._params, np.int32(self._batches), *inputs)
+        self._check_finite()
+        self._bad = bad
+        self._batches += 1
+        self._samples += _batch_length(inputs)
+
+    def finish(self) -> Observations:
+        self._check_finite()
+        stats = {name: _stats(self._state[name]) for name in self._names}
+        unseen = [name for name, s in stats.items() if s.count == 0]
+        if unseen:
+            raise ValueError(
+                f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
+            )
+        return Observations(stats, self._batches, self._samples, self._example)
+
+    def _start(self, inputs: tuple[Any, ...]) -> None:
+        try:
+            graph = trace(self._apply_fn, self._structs, inputs)
+        except Exception as error:
+            error.add_note(
+                f"calibration called apply_fn(params, *inputs) with inputs of {_shapes(inputs)}; "
+                "if an item of ds holds more than the model takes (labels, say), use select="
+            )
+            raise
+        found = sites.find_sites(graph)
+        check_weights(graph, found, self._params)
+        self._names = tuple(sites.site_inputs(graph, found))
+        self._state = {name: histogram.init() for name in self._names}
+        self._example = inputs
+
+    def _observe(
+        self, state: State, params: Any, batch: Any, *inputs: Any
+    ) -> tuple[State, jax.Array]:
+        graph = trace(self._apply_fn, self._structs, inputs)
+        tensors = sites.site_inputs(graph, sites.find_sites(graph))
+        if tuple(tensors) != self._names:
+            raise ValueError(
+                f"batch {self._batches} gives another graph than batch 0: its inputs are of "
+                f"{_shapes(inputs)}"
+            )
+        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+        needed = list(ir.walk_back(graph, list(tensors.values())))
+        env = evaluate.evaluate(graph, leaves, jax.tree.leaves(inputs), equations=needed)
+        updated = {
+            name: histogram.update(state[name], env.read(var), batch)
+            for name, var in tensors.items()
+        }
+        bad = jnp.stack([updated[name].first_bad for name in self._names]) if updated else None
+        return updated, bad if bad is not None else jnp.zeros((0,), jnp.int32)
+
+    def _check_finite(self) -> None:
+        if self._bad is None:
+            return
+        for name, batch in zip(self._names, np.asarray(self._bad), strict=True):
+            if batch >= 0:
+                site = name.removesuffix("/input")
+                raise ValueError(
+                    f"the input of site {site!r} holds NaN or infinity in batch {batch}; check "
+                    "that batch and the float model on it, or leave the site out of the data path"
+                )
+
+
+def _stats(state: histogram.Histogram) -> TensorStats:
+    counts, bin_width = histogram.to_numpy(state)
+    return TensorStats(
+        counts=counts,
+        bin_width=float(bin_width),
+        min=float(state.min),
+        max=float(state.max),
+        abs_max=float(state.abs_max),
+        count=int(counts.sum()),
+    )
+
+
+def _batch_length(inputs: tuple[Any, ...]) -> int:
+    leaves = jax.tree.leaves(inputs)
+    return int(np.shape(leaves[0])[0]) if leaves and np.ndim(leaves[0]) else 1
+
+
+def _shapes(inputs: tuple[Any, ...]) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", inputs))

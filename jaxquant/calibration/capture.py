@@ -1,0 +1,145 @@
+"""Capture the activations of any JAX function by site name."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from jaxquant.errors import nearest
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.sites import Site, body_graphs, find_sites
+from jaxquant.graph.trace import trace
+
+Captured = dict[str, jax.Array]
+
+
+def capture(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    *inputs: Any,
+    sites: str | Sequence[str] = "*",
+    of: Literal["output", "input"] = "output",
+) -> Captured:
+    """Run `apply_fn(params, *inputs)` and return the activations at its sites.
+
+    Works on any JAX function, under `jit`, `vmap` and `grad`, through `remat` and `scan`: a site
+    inside a `scan` comes back with the loop's steps as a leading axis.  Nothing is stored in the
+    model.  Sites inside `while` and `cond` run a number of times that is not known beforehand, so
+    they cannot be captured.
+
+    Args:
+      params: pytree of arrays.
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      *inputs: its inputs.
+      sites: glob pattern or patterns on site names (`"*"`, `"block1/*"`).
+      of: "output", what the convolution or dot gives (before bias and activation function), or
+        "input", the activation that it reads.
+
+    Returns:
+      Site name -> array, in the order of evaluation.
+
+    Raises:
+      ValueError: a pattern matches no site, or only sites inside `while` or `cond`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant
+      >>> params = {"a": {"w": jnp.eye(3)}, "b": {"w": jnp.ones((3, 2))}}
+      >>> apply_fn = lambda p, x: jnp.tanh(x @ p["a"]["w"]) @ p["b"]["w"]
+      >>> seen = jaxquant.capture(params, apply_fn, jnp.ones((4, 3)))
+      >>> {name: value.shape for name, value in seen.items()}
+      {'a': (4, 3), 'b': (4, 2)}
+    """
+    if of not in ("output", "input"):
+        raise ValueError(f"of is 'output' or 'input', got {of!r}")
+    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+    graph = trace(apply_fn, params, inputs)
+    wanted = _match(find_sites(graph), patterns)
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    _, captured = _evaluate(graph, leaves, jax.tree.leaves(inputs), (), wanted, of)
+    return {site.name: captured[site.name] for site in wanted}
+
+
+def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
+    """The sites to capture: those that match and are not inside `while`, `cond` and the like."""
+    matched: dict[str, Site] = {}
+    for pattern in patterns:
+        hits = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
+        if not hits:
+            names = [site.name for site in found]
+            raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")
+        matched |= {site.name: site for site in hits}
+    wanted = [s for s in found if s.name in matched and set(s.inside) <= {"scan"}]
+    lost = [s for s in found if s.name in matched and not set(s.inside) <= {"scan"}]
+    if lost:
+        text = ", ".join(f"{s.name} (inside {'/'.join(s.inside)})" for s in lost[:5])
+        message = f"these sites cannot be captured: {text}"
+        if not wanted:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+    return wanted
+
+
+def _evaluate(
+    graph: ir.Graph,
+    leaves: Mapping[ir.Var, Any],
+    inputs: Sequence[Any],
+    holder: tuple[int, ...],
+    wanted: Sequence[Site],
+    of: str,
+) -> tuple[evaluate.Environment, Captured]:
+    captured: Captured = {}
+    rules: dict[int, evaluate.Replace] = {}
+    for site in wanted:
+        if site.location[: len(holder)] != holder:
+            continue
+        index, *inner = site.location[len(holder) :]
+        if inner:
+            rules[index] = _scan_rule(captured, holder, wanted, of)
+        else:
+            rules[index] = _record_rule(captured, site, of)
+    return evaluate.evaluate(graph, leaves, inputs, replace=rules), captured
+
+
+def _record_rule(captured: Captured, site: Site, of: str) -> evaluate.Replace:
+    def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+        results = evaluate.apply(env, eqn)
+        activation = eqn.inputs[1 - site.weight_position]
+        captured[site.name] = results[0] if of == "output" else env.read(activation)
+        return results
+
+    return rule
+
+
+def _scan_rule(
+    captured: Captured, holder: tuple[int, ...], wanted: Sequence[Site], of: str
+) -> evaluate.Replace:
+    """Run a scan again with the captured activations as further outputs of its body."""
+
+    def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+        (body,) = body_graphs(env.graph, eqn)
+        operands = [env.read(x) for x in eqn.inputs]
+        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, rest = operands[:n_consts], operands[n_consts:]
+
+        def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], Captured]]:
+            flat = [*consts, *carry, *xs]
+            inner, seen = _evaluate(body, {}, flat, (*holder, eqn.index, 0), wanted, of)
+            results = [inner.read(x) for x in body.outputs]
+            return results[:n_carry], (results[n_carry:], seen)
+
+        carry, (ys, seen) = jax.lax.scan(
+            step,
+            rest[:n_carry],
+            rest[n_carry:],
+            length=eqn.params["length"],
+            reverse=eqn.params["reverse"],
+            unroll=eqn.params["unroll"],
+        )
+        captured.update(seen)
+        return [*carry, *ys]
+
+    return rule

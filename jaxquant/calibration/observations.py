@@ -1,0 +1,44 @@
+"""What a calibration sweep saw: plain host data, one record per tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorStats:
+    """Statistics of one tensor over all batches.
+
+    Attributes:
+      counts: [2048] uint64 histogram of |x|; bin b holds [b, b + 1) · bin_width.
+      bin_width: a power of two.
+      min, max: the extreme values; abs_max: the larger of their magnitudes.
+      count: elements seen.
+    """
+
+    counts: np.ndarray
+    bin_width: float
+    min: float
+    max: float
+    abs_max: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observations:
+    """The result of `jaxquant.calibrate`.
+
+    Attributes:
+      tensors: tensor name -> statistics, for every float tensor that a site with a weight reads.
+      batches, samples: how many were seen; a sample is an entry of the first input's first axis.
+      example: the first batch; it gives the input shapes and the data for the report's SQNR.
+    """
+
+    tensors: Mapping[str, TensorStats]
+    batches: int
+    samples: int
+    example: tuple[Any, ...]

@@ -1,0 +1,48 @@
+"""What the user asked for, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from jaxquant.calibration import algorithms
+from jaxquant.errors import nearest
+
+# The operation types that have an int8 form, by PaddleSlim's names.
+OP_TYPES = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
+WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """The choices of a quantization; see `jaxquant.quant_post` for their meaning."""
+
+    algo: str = "KL"
+    quantizable_op_type: tuple[str, ...] = DEFAULT_OP_TYPES
+    weight_quantize_type: str = "channel_wise_abs_max"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("algo", self.algo, algorithms.ALGORITHMS)
+        for name, value in (("quantizable_op_type", self.quantizable_op_type), ("skip", self.skip)):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(
+                    f"{name} is a sequence of names, got {value!r}; write ({value!r},) for one"
+                )
+            object.__setattr__(self, name, tuple(value))
+        for kind in self.quantizable_op_type:
+            _check("quantizable_op_type", kind, OP_TYPES)
+        if not self.quantizable_op_type:
+            raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(OP_TYPES)}")
+        _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
+        for pattern in self.skip:
+            if not isinstance(pattern, str) or not pattern:
+                raise ValueError(f"skip holds glob patterns on site names, got {pattern!r}")
+
+
+def _check(argument: str, value: object, valid: Iterable[str]) -> None:
+    names = list(valid)
+    if value in names:
+        return
+    raise ValueError(f"{argument}: {value!r} is not known{nearest(str(value), names)}")

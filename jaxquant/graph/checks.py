@@ -1,0 +1,62 @@
+"""Checks of the parameters, at the boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir, jax_shim
+from jaxquant.graph.sites import Site
+from jaxquant.graph.trace import path_name
+
+
+def check_params(params: Any) -> None:
+    """Raise where a parameter is not a concrete array of numbers.
+
+    Raises:
+      TypeError: a leaf is not an array of numbers; the message names its path.
+      ValueError: there is no parameter.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    if not leaves:
+        raise ValueError("params holds no array")
+    for path, leaf in leaves:
+        name = path_name(path)
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError(
+                f"params[{name!r}] is {type(leaf).__name__}, not an array; for an nnx module pass "
+                "the state of nnx.split(model), for linen the variables of model.init"
+            )
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(
+                f"params[{name!r}] is being traced: calibration and quantization run outside jit "
+                "(qapply itself may be jitted)"
+            )
+        if not jax_shim.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
+            raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
+
+
+def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
+    """Raise ValueError where a weight of a site is computed from NaN or infinity."""
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
+    checked: set[ir.Var] = set()
+    for site in sites:
+        for var in graph.sources(site.weight) if site.weight is not None else ():
+            if var in checked:
+                continue
+            checked.add(var)
+            bad = _count_not_finite(leaves[var])
+            if bad:
+                raise ValueError(
+                    f"the weight of site {site.name!r}, params[{graph.paths[var]!r}], holds NaN or "
+                    f"infinity in {bad} of its {np.size(leaves[var])} elements"
+                )
+
+
+def _count_not_finite(leaf: Any) -> int:
+    if not jax.numpy.issubdtype(leaf.dtype, np.floating):
+        return 0
+    return int(np.size(leaf) - np.isfinite(np.asarray(leaf).astype(np.float64)).sum())

@@ -1,0 +1,108 @@
+"""Evaluate a graph equation by equation, with rules that replace equations and see tensors.
+
+Values may be *wider* than the model's dtype: an int8 site hands over float32 in a bfloat16 model,
+elementwise equations keep computing in it, and any other reader gets the model's dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import ir, jax_shim, primitives
+
+Replace = Callable[["Environment", ir.Equation], Sequence[Any]]
+
+
+class Environment:
+    """The values of a graph's tensors during one evaluation."""
+
+    def __init__(self, graph: ir.Graph):
+        self.graph = graph
+        self._values: dict[ir.Var, Any] = dict(graph.constants)
+
+    def __contains__(self, var: ir.Var) -> bool:
+        return var in self._values
+
+    def write(self, var: ir.Var, value: Any) -> None:
+        self._values[var] = value
+
+    def wide(self, atom: ir.Atom) -> Any:
+        """The value as it was computed; floats may be wider than the model's dtype."""
+        return atom.value if isinstance(atom, ir.Literal) else self._values[atom]
+
+    def read(self, atom: ir.Atom) -> Any:
+        """The value in the model's dtype."""
+        value, dtype = self.wide(atom), self.graph.dtype(atom)
+        if jax_shim.is_key_dtype(dtype) or value.dtype == dtype:
+            return value
+        return jax.lax.convert_element_type(value, dtype)
+
+
+def evaluate(
+    graph: ir.Graph,
+    leaves: Mapping[ir.Var, Any],
+    inputs: Sequence[Any],
+    *,
+    equations: Sequence[ir.Equation] | None = None,
+    replace: Mapping[int, Replace] | None = None,
+) -> Environment:
+    """Evaluate `equations` (by default all of them) and return the values.
+
+    Args:
+      graph: the traced model.
+      leaves: the parameter leaves that the equations need.
+      inputs: the flattened model inputs.
+      equations: those to evaluate, in order.
+      replace: equation index -> rule; the rule returns the values of the equation's outputs.
+    """
+    env = Environment(graph)
+    for var, value in leaves.items():
+        env.write(var, value)
+    for var, value in zip(graph.inputs, inputs, strict=True):
+        env.write(var, value)
+    rules = replace or {}
+    for eqn in graph.equations if equations is None else equations:
+        with jax.named_scope(eqn.scope) if eqn.scope else contextlib.nullcontext():
+            rule = rules.get(eqn.index, apply)
+            results = rule(env, eqn)
+        for var, value in zip(eqn.outputs, results, strict=True):
+            env.write(var, value)
+    return env
+
+
+def outputs(env: Environment) -> Any:
+    """The model's outputs, in their own pytree."""
+    flat = [env.read(x) for x in env.graph.outputs]
+    return jax.tree.unflatten(env.graph.out_tree, [jnp.asarray(x) for x in flat])
+
+
+def apply(env: Environment, eqn: ir.Equation) -> Sequence[Any]:
+    """The equation itself: elementwise ones keep a wider dtype, others get the model's."""
+    if primitives.is_elementwise(eqn) and (wide := _wide_dtype(env, eqn)) is not None:
+        if eqn.name == "convert_element_type" and _is_float(eqn.params["new_dtype"]):
+            return [env.wide(eqn.inputs[0])]
+        operands = [_widen(env.wide(x), wide) for x in eqn.inputs]
+        return jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
+    operands = [env.read(x) for x in eqn.inputs]
+    return jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
+
+
+def _wide_dtype(env: Environment, eqn: ir.Equation) -> Any:
+    for atom in eqn.input_vars:
+        value, dtype = env.wide(atom), env.graph.dtype(atom)
+        if not jax_shim.is_key_dtype(dtype) and _is_float(dtype) and value.dtype != dtype:
+            return value.dtype
+    return None
+
+
+def _widen(value: Any, dtype: Any) -> Any:
+    return jax.lax.convert_element_type(value, dtype) if _is_float(value.dtype) else value
+
+
+def _is_float(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)

@@ -1,0 +1,165 @@
+"""The graph: a flat list of equations over numbered tensors.
+
+Invariants: equations are in evaluation order; every tensor is produced once; calls are inlined,
+control flow (`scan`, `while`, `cond`, ...) stays one equation; a tensor is *static* when it depends
+on parameters and constants alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import jax_shim
+
+Var = int  # a tensor: an index into Graph.avals
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+    """A scalar written into an equation."""
+
+    value: np.ndarray
+
+
+Atom = Var | Literal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One primitive application.
+
+    `scope` is the joined name stack: the Flax module path and any `jax.named_scope`.
+    """
+
+    index: int
+    primitive: jax_shim.Primitive
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Var, ...]
+    params: Mapping[str, Any]
+    scope: str
+
+    @property
+    def name(self) -> str:
+        return str(self.primitive.name)
+
+    @property
+    def input_vars(self) -> tuple[Var, ...]:
+        return tuple(x for x in self.inputs if isinstance(x, int))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A traced function.
+
+    `leaves` are the parameter leaves, `inputs` the flattened model inputs, `constants` the arrays
+    that the function closed over; `paths` names leaves and constants.
+    """
+
+    avals: tuple[Any, ...]
+    equations: tuple[Equation, ...]
+    leaves: tuple[Var, ...]
+    inputs: tuple[Var, ...]
+    constants: Mapping[Var, Any]
+    outputs: tuple[Atom, ...]
+    paths: Mapping[Var, str]
+    static: tuple[bool, ...]
+    out_tree: Any = None
+
+    @functools.cached_property
+    def producer(self) -> dict[Var, Equation]:
+        return {var: eqn for eqn in self.equations for var in eqn.outputs}
+
+    @functools.cached_property
+    def consumers(self) -> dict[Var, tuple[Equation, ...]]:
+        found: dict[Var, list[Equation]] = {}
+        for eqn in self.equations:
+            for var in dict.fromkeys(eqn.input_vars):
+                found.setdefault(var, []).append(eqn)
+        return {var: tuple(eqns) for var, eqns in found.items()}
+
+    @functools.cached_property
+    def output_vars(self) -> frozenset[Var]:
+        return frozenset(x for x in self.outputs if isinstance(x, int))
+
+    def is_static(self, atom: Atom) -> bool:
+        return isinstance(atom, Literal) or self.static[atom]
+
+    def shape(self, atom: Atom) -> tuple[int, ...]:
+        return atom.value.shape if isinstance(atom, Literal) else tuple(self.avals[atom].shape)
+
+    def dtype(self, atom: Atom) -> Any:
+        return atom.value.dtype if isinstance(atom, Literal) else self.avals[atom].dtype
+
+    def sources(self, var: Var) -> list[Var]:
+        """The parameter leaves and constants that a static tensor is computed from."""
+        found: dict[Var, None] = {}
+        seen: set[Var] = set()
+        stack = [var]
+        while stack:
+            current = stack.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            if current in self.producer:
+                stack.extend(reversed(self.producer[current].input_vars))
+            elif current in self.paths:
+                found[current] = None
+        return sorted(found)
+
+    @functools.cached_property
+    def _static_keys(self) -> dict[Var, Any]:
+        keys: dict[Var, Any] = {}
+        interned: dict[Any, int] = {}
+
+        def intern(key: Any) -> int:
+            return interned.setdefault(key, len(interned))
+
+        for var in (*self.leaves, *self.constants):
+            keys[var] = intern(("source", var))
+        for eqn in self.equations:
+            if not self.static[eqn.outputs[0]] if eqn.outputs else True:
+                continue
+            operands = tuple(
+                ("literal", x.value.dtype.name, x.value.tobytes())
+                if isinstance(x, Literal)
+                else keys.get(x, ("var", x))
+                for x in eqn.inputs
+            )
+            params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
+            for position, var in enumerate(eqn.outputs):
+                keys[var] = intern((eqn.name, params, operands, position))
+        return keys
+
+    def expression(self, var: Var) -> Any:
+        """A hashable that is equal for static tensors computed in the same way."""
+        return self._static_keys.get(var, ("var", var))
+
+
+def walk_back(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:
+    """The equations that `roots` depend on, in evaluation order."""
+    needed: set[int] = set()
+    stack = list(roots)
+    while stack:
+        eqn = graph.producer.get(stack.pop())
+        if eqn is not None and eqn.index not in needed:
+            needed.add(eqn.index)
+            stack.extend(eqn.input_vars)
+    for eqn in graph.equations:
+        if eqn.index in needed:
+            yield eqn
+
+
+def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, without its data."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if hasattr(leaf, "aval") or isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    array = np.asarray(leaf)
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))

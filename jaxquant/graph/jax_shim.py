@@ -1,0 +1,94 @@
+"""The only module that touches JAX internals.
+
+Everything else in the package sees JAX through its public API and through the names below, so a
+new JAX release is absorbed here.  Checked on jax 0.10.2 and on the newest release (see CHANGELOG).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+ClosedJaxpr = jex_core.ClosedJaxpr
+Jaxpr = jex_core.Jaxpr
+JaxprEqn = jex_core.JaxprEqn
+Literal = jex_core.Literal
+Primitive = jex_core.Primitive
+
+# Calls whose body is evaluated in place: primitive name -> the parameter that holds the body.
+_INLINED_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def inlined_body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The body of a call that can be evaluated in place, as (jaxpr, consts); None otherwise."""
+    key = _INLINED_CALLS.get(eqn.primitive.name)
+    if key is None or key not in eqn.params:
+        return None
+    return _open(eqn.params[key])
+
+
+def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]:
+    """Every jaxpr in an equation's parameters, as (parameter name, jaxpr, consts)."""
+    found = []
+    for key, value in params.items():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (Jaxpr, ClosedJaxpr)):
+                found.append((key, *_open(item)))
+    return found
+
+
+def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    if isinstance(body, ClosedJaxpr):
+        return body.jaxpr, body.consts
+    return body, ()
+
+
+def scope_of(eqn: JaxprEqn) -> str:
+    """The name stack of an equation (relative to the call that holds it), joined with '/'."""
+    return str(eqn.source_info.name_stack)
+
+
+def is_key_dtype(dtype: Any) -> bool:
+    """True for the dtype of PRNG keys, which has no NumPy counterpart."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+
+def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Apply a primitive to operands; returns the list of its results."""
+    bound = primitive.get_bind_params(dict(params))
+    if isinstance(bound, tuple):  # up to jax 0.9 a pair (functions, params)
+        subfuns, bound = bound
+        results = primitive.bind(*subfuns, *operands, **bound)
+    else:
+        results = primitive.bind(*_match_varying(operands), **bound)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
+    """Inside `shard_map`, mark replicated operands as varying where another operand varies.
+
+    `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
+    """
+    varying = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    union = frozenset().union(*varying)
+    if not union:
+        return operands
+    return [
+        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]

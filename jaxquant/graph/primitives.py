@@ -1,0 +1,154 @@
+"""What the engine knows of JAX's primitives: which are elementwise, which only move values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxquant.graph import ir
+
+# One output element depends on one element of each operand (scalars and size-1 axes broadcast).
+ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
+    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
+    tanh xor""".split()
+)
+
+# Results in the accumulator's float32 whatever the model's dtype, so a rounding step is left out.
+_ROUNDING = frozenset({"reduce_precision"})
+
+# The output holds the input's elements, each once, in another arrangement.
+_REARRANGE = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "rev"})
+_IDENTITY = frozenset({"copy", "copy_p", "stop_gradient"})
+
+
+def is_elementwise(eqn: ir.Equation) -> bool:
+    return eqn.name in ELEMENTWISE and eqn.name not in _ROUNDING
+
+
+def is_movement(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where the output is a rearrangement of the only operand: no arithmetic, no new value."""
+    if len(eqn.inputs) != 1 or not isinstance(eqn.inputs[0], int):
+        return False
+    if eqn.name in _REARRANGE or eqn.name in _IDENTITY:
+        return True
+    if eqn.name == "broadcast_in_dim":
+        return math.prod(graph.shape(eqn.inputs[0])) == math.prod(graph.shape(eqn.outputs[0]))
+    return False
+
+
+def movement_root(graph: ir.Graph, var: ir.Var) -> ir.Var:
+    """The tensor that `var` is a rearrangement of: the place to observe and to quantize."""
+    while (eqn := graph.producer.get(var)) is not None and is_movement(graph, eqn):
+        var = eqn.input_vars[0]
+    return var
+
+
+def varying_axes(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
+    """The axes of a static tensor along which its values may differ (others hold copies)."""
+    if isinstance(atom, ir.Literal):
+        return frozenset()
+    shape = graph.shape(atom)
+    every = frozenset(d for d, size in enumerate(shape) if size > 1)
+    eqn = graph.producer.get(atom)
+    if eqn is None:
+        return every
+    if eqn.name == "broadcast_in_dim":
+        if not eqn.input_vars:
+            return frozenset()
+        axes = varying_axes(graph, eqn.inputs[0])
+        return frozenset(eqn.params["broadcast_dimensions"][d] for d in axes)
+    if is_elementwise(eqn):
+        found: set[int] = set()
+        for operand in eqn.inputs:
+            if graph.shape(operand):  # a scalar operand varies along nothing
+                found |= varying_axes(graph, operand)
+        return frozenset(found) & every
+    if eqn.name == "transpose":
+        axes = varying_axes(graph, eqn.inputs[0])
+        permutation = eqn.params["permutation"]
+        return frozenset(d for d, source in enumerate(permutation) if source in axes)
+    return every
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Where the output channels of a site are.
+
+    The channels are those of the weight, flattened in the weight's axis order; `sizes[k]` is the
+    k-th factor of that number and `axes[k]` the axis of the tensor that runs along it.
+    """
+
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def through(self, graph: ir.Graph, eqn: ir.Equation) -> Channels | None:
+        """Follow the channels through a movement; None where they are mixed with other axes."""
+        before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
+        if eqn.name in _IDENTITY:
+            return self
+        if eqn.name == "transpose":
+            permutation = list(eqn.params["permutation"])
+            return Channels(self.sizes, tuple(permutation.index(a) for a in self.axes))
+        if eqn.name == "rev":
+            if any(a in eqn.params["dimensions"] for a in self.axes):
+                return None
+            return self
+        if eqn.name == "broadcast_in_dim":
+            mapping = eqn.params["broadcast_dimensions"]
+            return Channels(self.sizes, tuple(mapping[a] for a in self.axes))
+        return self._through_reshape(before, after)
+
+    def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
+        axes: dict[int, tuple[int, ...]] = {}
+        for old, new in _reshape_groups(before, after):
+            inside = [a for a in old if a in self.axes and before[a] > 1]
+            if not inside:
+                continue
+            others = [a for a in old if a not in inside and before[a] > 1]
+            order = [self.axes.index(a) for a in inside]
+            contiguous = order == list(range(order[0], order[0] + len(order)))
+            if others or not contiguous:
+                return None
+            axes[order[0]] = tuple(new)
+            for k in order[1:]:
+                axes[k] = ()
+        sizes, found = [], []
+        for k, size in enumerate(self.sizes):
+            if size == 1:
+                continue
+            for axis in axes.get(k, ()):
+                if after[axis] > 1:
+                    sizes.append(after[axis])
+                    found.append(axis)
+        if not sizes and self.sizes:  # one channel: any axis of size 1 will do
+            return Channels((), ())
+        return Channels(tuple(sizes), tuple(found))
+
+
+def _reshape_groups(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the smallest runs of axes with equal products."""
+    groups = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        old, new = [], []
+        left = right = 1
+        while True:
+            if left == right and old and new and left > 0:
+                break
+            if (left <= right and i < len(before)) or j >= len(after):
+                if i >= len(before):
+                    break
+                left *= before[i]
+                old.append(i)
+                i += 1
+            else:
+                right *= after[j]
+                new.append(j)
+                j += 1
+        groups.append((old, new))
+    return groups

@@ -1,0 +1,210 @@
+"""Trace a function of (params, *inputs) into a Graph: calls inlined, static tensors marked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir, jax_shim
+
+
+def trace(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> ir.Graph:
+    """Trace `apply_fn(params, *inputs)`; arrays and `ShapeDtypeStruct`s are both taken.
+
+    Args:
+      apply_fn: a pure function of the parameters and the inputs.
+      params: pytree of arrays (nested dicts, `FrozenDict`, `nnx.State`, ...).
+      inputs: the positional arguments after `params`, each a pytree of arrays.
+
+    Returns:
+      The graph; its `leaves` follow the order of `jax.tree.leaves(params)`.
+
+    Raises:
+      ValueError: `apply_fn` needs a PRNG key, updates variables, or refuses these inputs.
+    """
+    param_structs = jax.tree.map(ir.struct, params)
+    input_structs = jax.tree.map(ir.struct, tuple(inputs))
+    try:
+        closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
+            param_structs, *input_structs
+        )
+    except Exception as error:
+        hint = _hint(error)
+        if hint is None:
+            raise
+        raise ValueError(hint) from error
+    _refuse_updates(params, out_shape)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    n_inputs = len(jax.tree.leaves(input_structs))
+    builder = _Builder()
+    invars = [builder.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths)]
+    inputs_ = [builder.new(var.aval, static=False) for var in closed.jaxpr.invars[len(paths) :]]
+    if len(inputs_) != n_inputs:
+        raise AssertionError("the trace has another number of inputs than the arguments")
+    outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
+    return builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+
+
+def trace_body(
+    outer: ir.Graph, eqn: ir.Equation, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
+) -> ir.Graph:
+    """The graph of a control-flow body.
+
+    `operands` are the atoms of `outer` that feed the body's inputs, or None where the body's input
+    is not an operand (a loop's carry, an index); a static operand makes its input static.
+    """
+    builder = _Builder()
+    invars = []
+    for var, operand in zip(jaxpr.invars, operands, strict=True):
+        if isinstance(operand, int) and outer.static[operand]:
+            sources = outer.sources(operand)
+            path = outer.paths[largest(outer, sources)] if sources else ""
+            invars.append(builder.source(var.aval, path))
+        else:
+            invars.append(builder.new(var.aval, static=False))
+    outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
+    return builder.graph((), invars, outputs, None)
+
+
+def largest(graph: ir.Graph, sources: Sequence[ir.Var]) -> ir.Var:
+    """The source with the most elements; the first of equals."""
+    return max(sources, key=lambda v: (int(np.prod(graph.shape(v))), -v))
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path of `jax.tree_util` as 'a/b/c'."""
+    return "/".join(path_parts(path))
+
+
+def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
+    """The components of a key path; the `.value` of an nnx variable is left out.
+
+    A pytree that is one array has the path ("param",).
+    """
+    parts = []
+    for entry in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(entry, attribute):
+                parts.append(str(getattr(entry, attribute)))
+                break
+        else:
+            parts.append(str(entry))
+    if len(parts) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and parts[-1] == "value":
+        parts.pop()
+    return tuple(parts) or ("param",)
+
+
+@dataclasses.dataclass
+class _Builder:
+    avals: list[Any] = dataclasses.field(default_factory=list)
+    static: list[bool] = dataclasses.field(default_factory=list)
+    equations: list[ir.Equation] = dataclasses.field(default_factory=list)
+    constants: dict[ir.Var, Any] = dataclasses.field(default_factory=dict)
+    paths: dict[ir.Var, str] = dataclasses.field(default_factory=dict)
+
+    def new(self, aval: Any, *, static: bool) -> ir.Var:
+        self.avals.append(aval)
+        self.static.append(static)
+        return len(self.avals) - 1
+
+    def source(self, aval: Any, path: str) -> ir.Var:
+        var = self.new(aval, static=True)
+        self.paths[var] = path
+        return var
+
+    def inline(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[ir.Atom], scope: str
+    ) -> list[ir.Atom]:
+        env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.source(var.aval, f"constant_{len(self.constants)}")
+            self.constants[env[var]] = const
+
+        def read(atom: Any) -> ir.Atom:
+            if isinstance(atom, jax_shim.Literal):
+                return ir.Literal(np.asarray(atom.val, dtype=atom.aval.dtype))
+            return env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(x) for x in eqn.invars]
+            inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
+            body = jax_shim.inlined_body(eqn)
+            if body is not None:
+                results = self.inline(*body, operands, inner_scope)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
+            outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            self.equations.append(
+                ir.Equation(
+                    len(self.equations),
+                    eqn.primitive,
+                    tuple(operands),
+                    outputs,
+                    eqn.params,
+                    inner_scope,
+                )
+            )
+        return [read(x) for x in jaxpr.outvars]
+
+    def graph(
+        self,
+        leaves: Sequence[ir.Var],
+        inputs: Sequence[ir.Var],
+        outputs: Sequence[ir.Atom],
+        out_tree: Any,
+    ) -> ir.Graph:
+        return ir.Graph(
+            avals=tuple(self.avals),
+            equations=tuple(self.equations),
+            leaves=tuple(leaves),
+            inputs=tuple(inputs),
+            constants=dict(self.constants),
+            outputs=tuple(outputs),
+            paths=dict(self.paths),
+            static=tuple(self.static),
+            out_tree=out_tree,
+        )
+
+
+def _hint(error: Exception) -> str | None:
+    """What to do about an error that Flax raised inside `apply_fn`, or None if it is not known."""
+    name = type(error).__name__
+    text = str(error).split("\n")[0][:300]
+    if name in ("InvalidRngError", "NeedsRngError") or "PRNG" in text or "rng" in text.lower():
+        return (
+            f"apply_fn needs a PRNG key ({text}). Quantization runs the model in inference mode: "
+            "pass a deterministic function, e.g. "
+            "`lambda p, x: model.apply(p, x, train=False)` or `deterministic=True`"
+        )
+    if name == "ModifyScopeVariableError":
+        return (
+            f"apply_fn updates variables while it runs ({text}). Pass the model in inference mode: "
+            "`lambda p, x: model.apply(p, x, train=False)` (BatchNorm: use_running_average=True)"
+        )
+    return None
+
+
+# Variable collections that Flax modules update during a call.
+_MUTABLE_COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations"})
+
+
+def _refuse_updates(params: Any, out_shape: Any) -> None:
+    """Raise where the output is `(result, updated collections)`, as `mutable=` makes it."""
+    if not (isinstance(out_shape, tuple) and len(out_shape) == 2):
+        return
+    state = out_shape[1]
+    if not hasattr(state, "keys"):
+        return
+    collections = sorted(str(k) for k in state if str(k) in _MUTABLE_COLLECTIONS)
+    if collections:
+        raise ValueError(
+            f"apply_fn returns updated variables ({', '.join(collections)}) beside its result. "
+            "Pass the model in inference mode and return the result alone: "
+            "`lambda p, x: model.apply(p, x, train=False)`, without `mutable=`"
+        )

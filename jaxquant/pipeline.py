@@ -1,0 +1,131 @@
+"""The public pipeline: calibrate, plan, quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxquant.calibration.algorithms import find_thresholds
+from jaxquant.calibration.calibrate import calibrate
+from jaxquant.calibration.observations import Observations
+from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
+from jaxquant.graph.checks import check_params, check_weights
+from jaxquant.graph.sites import find_sites
+from jaxquant.graph.trace import trace
+from jaxquant.plan.plan import make_plan
+from jaxquant.quantize.weights import quantize_params
+from jaxquant.report.report import make_report
+from jaxquant.report.sqnr import site_sqnr
+from jaxquant.run.program import Program
+from jaxquant.run.qapply import QuantizedApply
+
+
+def quant_post(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    ds: Any,
+    *,
+    algo: str = "KL",
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    weight_quantize_type: str = "channel_wise_abs_max",
+    skip: Sequence[str] = (),
+    select: Any = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], QuantizedApply]:
+    """Quantize a trained float model to int8 after training.
+
+    Runs the model over `ds` once, chooses a threshold for the input of every convolution and dot,
+    and returns an int8 model.  The counterpart of PaddleSlim's `quant_post_static`.
+
+    Args:
+      params: pytree of float arrays: linen variables, an nnx state, nested dicts.
+      apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
+      ds: calibration data, 100 to 500 samples: any iterable of what `apply_fn` takes after
+        `params` (an array; a tuple of arrays for several arguments; a dict is one argument), or
+        a callable that returns a fresh iterator.  An array, or a tuple or dict of arrays, is a
+        whole data set with samples along the first axis.  tensorflow-datasets (`tfds.as_numpy`,
+        `tfds.data_source`), tf.data and Grain pass as they are.
+      algo: "KL" (the default), "abs_max" or its other name "direct"; "KL:paddle-3.3",
+        "KL:paddle-1.6" and "KL:nvidia" search like those.  See `jaxquant.kl_threshold`.
+      batch_size: None where `ds` yields batches; n to stack its samples n at a time.
+      batch_nums: how many batches to use; None for all.
+      quantizable_op_type: the kinds that become int8, by PaddleSlim's names.
+      weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".
+      skip: glob patterns on site names, parameter paths or scopes that stay float; so does
+        everything under `jax.named_scope("skip_quant")`.
+      select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
+        a function of the item; for data sets of (image, label).
+      progress: show a progress bar.
+
+    Returns:
+      `(qparams, qapply)`: a plain nested dict of arrays, and the pure function
+      `qapply(qparams, *inputs)`; `qapply.report()` tells what became of every site.
+
+    Raises:
+      ValueError: an argument is not valid, `ds` is empty or does not fit `apply_fn`, an activation
+        or weight is not finite, a skip pattern matches nothing, or nothing is there to quantize.
+      TypeError: a parameter is not an array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["w"])
+      >>> batches = [jax.random.normal(jax.random.key(i), (16, 8)) for i in range(4)]
+      >>> qparams, qapply = jaxquant.quant_post(params, apply_fn, batches, progress=False)
+      >>> qapply(qparams, batches[0]).shape
+      (16, 4)
+      >>> qparams["params"]["w"]["int8"].dtype
+      dtype('int8')
+    """
+    config = QuantConfig(algo, tuple(quantizable_op_type), weight_quantize_type, tuple(skip))
+    observations = calibrate(
+        params,
+        apply_fn,
+        ds,
+        batch_size=batch_size,
+        batch_nums=batch_nums,
+        select=select,
+        progress=progress,
+    )
+    return _quantize(params, apply_fn, observations, config)
+
+
+def quantize(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    observations: Observations,
+    *,
+    algo: str = "KL",
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    weight_quantize_type: str = "channel_wise_abs_max",
+    skip: Sequence[str] = (),
+) -> tuple[dict[str, Any], QuantizedApply]:
+    """Make the int8 model from what `jaxquant.calibrate` observed; see `jaxquant.quant_post`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant
+      >>> params, apply_fn = {"w": jnp.eye(4)}, lambda p, x: x @ p["w"]
+      >>> observations = jaxquant.calibrate(params, apply_fn, [jnp.ones((2, 4))], progress=False)
+      >>> qparams, qapply = jaxquant.quantize(params, apply_fn, observations, algo="abs_max")
+      >>> qapply(qparams, jnp.ones((1, 4))).tolist()
+      [[1.0, 1.0, 1.0, 1.0]]
+    """
+    config = QuantConfig(algo, tuple(quantizable_op_type), weight_quantize_type, tuple(skip))
+    return _quantize(params, apply_fn, observations, config)
+
+
+def _quantize(
+    params: Any, apply_fn: Callable[..., Any], observations: Observations, config: QuantConfig
+) -> tuple[dict[str, Any], QuantizedApply]:
+    check_params(params)
+    graph = trace(apply_fn, params, observations.example)
+    check_weights(graph, find_sites(graph), params)
+    thresholds = find_thresholds(observations, config.algo)
+    plan = make_plan(graph, thresholds, config)
+    qparams = quantize_params(graph, plan, params)
+    program = Program(graph, plan, params)
+    sqnr = site_sqnr(program, params, qparams, observations.example)
+    report = make_report(program, plan, params, qparams, sqnr)
+    return qparams, QuantizedApply(apply_fn, plan, params, report)

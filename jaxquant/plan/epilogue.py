@@ -1,0 +1,168 @@
+"""The epilogue of a site: the per-channel affine chain that its multiplier and bias absorb.
+
+Behind a convolution or dot, additions and multiplications by static per-channel values (bias,
+BatchNorm in inference mode, scalars) compose to one `accumulator * multiplier + bias`.  The chain
+may pass through transposes and reshapes that keep the channels apart.  The elementwise operations
+behind it (ReLU, swish, gelu, ...) read its float32 result and fuse with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxquant.graph import ir, primitives
+from jaxquant.graph.primitives import Channels
+from jaxquant.graph.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineStep:
+    """One absorbed equation: `op` is mul, div, add, sub (x - c), rsub (c - x) or neg.
+
+    `channels` places the site's channels in the operand's broadcast shape, which has `rank` axes.
+    """
+
+    op: str
+    operand: ir.Atom | None
+    channels: Channels
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What follows the accumulator of a site.
+
+    Attributes:
+      steps: the affine steps, in order.
+      movements: the equations that rearrange the tensor on the way.
+      output: the tensor at the end of the chain; the equations before it are absorbed.
+      channels: where the site's channels are in `output`.
+      activation: the names of the elementwise equations behind the chain.
+    """
+
+    steps: tuple[AffineStep, ...]
+    movements: tuple[ir.Equation, ...]
+    output: ir.Var
+    channels: Channels
+    activation: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The whole epilogue for reports: the affine part's operations, then the activation's."""
+        return (*(step.op for step in self.steps), *self.activation)
+
+
+def find_epilogue(graph: ir.Graph, site: Site) -> Epilogue:
+    """Follow the tensor behind a site as far as its channels stay apart."""
+    assert site.output is not None
+    eqn = graph.equations[site.equation]
+    current, channels = site.output, output_channels(graph, site, eqn)
+    steps: list[AffineStep] = []
+    movements: list[ir.Equation] = []
+    pending: list[ir.Equation] = []  # movements not yet followed by an affine step
+    position, pending_channels = current, channels
+    while (follower := _only_consumer(graph, position)) is not None:
+        if primitives.is_movement(graph, follower):
+            moved = pending_channels.through(graph, follower)
+            if moved is None:
+                break
+            pending.append(follower)
+            position, pending_channels = follower.outputs[0], moved
+            continue
+        found = _affine_step(graph, follower, position, pending_channels)
+        if found is None:
+            break
+        if found.op != "cast":
+            steps.append(found)
+        movements += pending
+        pending = []
+        position = current = follower.outputs[0]
+        channels = pending_channels
+    return Epilogue(
+        tuple(steps), tuple(movements), current, channels, _activation(graph, current)
+    )
+
+
+def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
+    """Where the weight's output channels are in the site's own output."""
+    weight_shape = graph.shape(eqn.inputs[site.weight_position])
+    if eqn.name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"]
+        return Channels((weight_shape[spec.rhs_spec[0]],), (spec.out_spec[1],))
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    contract, batch = (
+        (lhs_contract, lhs_batch) if site.weight_position == 0 else (rhs_contract, rhs_batch)
+    )
+    lhs_free = len(graph.shape(eqn.inputs[0])) - len(lhs_contract) - len(lhs_batch)
+    first_free = len(batch) + (0 if site.weight_position == 0 else lhs_free)
+    sizes, axes = [], []
+    for axis in channel_axes(graph, site, eqn):
+        sizes.append(weight_shape[axis])
+        if axis in batch:
+            axes.append(list(batch).index(axis))
+        else:
+            free = [a for a in range(len(weight_shape)) if a not in (*contract, *batch)]
+            axes.append(first_free + free.index(axis))
+    return Channels(tuple(sizes), tuple(axes))
+
+
+def channel_axes(graph: ir.Graph, site: Site, eqn: ir.Equation) -> tuple[int, ...]:
+    """The axes of the weight that run along output channels: those that are not summed over."""
+    if eqn.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].rhs_spec[0],)
+    contract = eqn.params["dimension_numbers"][0][site.weight_position]
+    rank = len(graph.shape(eqn.inputs[site.weight_position]))
+    return tuple(a for a in range(rank) if a not in contract)
+
+
+def _only_consumer(graph: ir.Graph, var: ir.Var) -> ir.Equation | None:
+    consumers = graph.consumers.get(var, ())
+    if len(consumers) != 1 or var in graph.output_vars or len(consumers[0].outputs) != 1:
+        return None
+    return consumers[0]
+
+
+def _affine_step(
+    graph: ir.Graph, eqn: ir.Equation, current: ir.Var, channels: Channels
+) -> AffineStep | None:
+    shape, rank = graph.shape(current), len(graph.shape(current))
+    if graph.shape(eqn.outputs[0]) != shape:
+        return None
+    if eqn.name == "convert_element_type":
+        both_float = all(
+            jnp.issubdtype(graph.dtype(v), jnp.floating) for v in (current, eqn.outputs[0])
+        )
+        return AffineStep("cast", None, channels, rank) if both_float else None
+    if eqn.name == "neg":
+        return AffineStep("neg", None, channels, rank)
+    if eqn.name not in ("add", "add_any", "sub", "mul", "div"):
+        return None
+    left, right = eqn.inputs
+    if left == right:
+        return None
+    operand = right if left == current else left
+    if not graph.is_static(operand):
+        return None
+    if eqn.name == "div" and operand is left:
+        return None
+    if not primitives.varying_axes(graph, operand) <= frozenset(channels.axes):
+        return None
+    op = {"add_any": "add", "sub": "sub" if operand is right else "rsub"}.get(eqn.name, eqn.name)
+    return AffineStep(op, operand, channels, rank)
+
+
+def _activation(graph: ir.Graph, start: ir.Var) -> tuple[str, ...]:
+    """Names of the elementwise equations that depend on `start` and on nothing else that varies."""
+    region, names = {start}, []
+    shape = graph.shape(start)
+    first = graph.producer[start].index + 1
+    for eqn in graph.equations[first:]:
+        if not primitives.is_elementwise(eqn) or graph.shape(eqn.outputs[0]) != shape:
+            continue
+        dynamic = [v for v in eqn.input_vars if not graph.static[v]]
+        if dynamic and all(v in region for v in dynamic):
+            region.add(eqn.outputs[0])
+            names.append(eqn.name)
+    return tuple(names)

@@ -1,0 +1,126 @@
+"""The int8 model's arrays: weights, scales, multipliers and biases.
+
+Symmetric int8: values in [-127, 127], scale = threshold / 127, round half to even.  A channel that
+is all zero has scale 1.  The arithmetic is float64 on the host; the results are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.plan import layout
+from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.liveness import float_leaves
+from jaxquant.plan.plan import Int8Site, Plan, int8_sites
+from jaxquant.quantize.fold import channel_vector, fold
+
+
+def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
+    """Make `qparams`; see `jaxquant.plan.layout` for its structure."""
+    sites = int8_sites(graph, plan)
+    paths = layout.leaf_paths(graph, params)
+    slots = layout.weight_slots(graph, sites, paths)
+    folded = fold(graph, params, _static_tensors(sites))
+    scales = {tensor.name: tensor.scale for tensor in plan.tensors}
+
+    qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    _put_float_leaves(qparams["params"], graph, sites, paths, slots, params)
+    for int8_site in sites:
+        site = int8_site.site
+        assert site.weight is not None
+        axes = channel_axes(graph, site, graph.equations[site.equation])
+        if plan.weight_quantize_type == "abs_max":
+            int8, scale = quantize_weight(folded[site.weight], ())
+        else:
+            int8, scale = quantize_weight(folded[site.weight], axes)
+        slot = slots[site.name]
+        layout.put(qparams["params"], slot.int8, int8)
+        layout.put(qparams["params"], slot.scale, scale.astype(np.float32))
+        channels = int(np.prod([folded[site.weight].shape[a] for a in axes]))
+        qparams["sites"][site.name] = epilogue_arrays(
+            graph, int8_site, folded, np.broadcast_to(scale, (channels,)) * scales[int8_site.tensor]
+        )
+    for name, scale in scales.items():
+        qparams["tensors"][name] = {"inv_scale": np.float32(1.0 / scale)}
+    return jax.tree.map(jnp.asarray, qparams)
+
+
+def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a weight with one scale for every index along `axes` (none: one for all of it).
+
+    Returns:
+      The int8 weight and its float64 scale, [C] with C the product of the sizes of `axes`, or [].
+
+    Example:
+      >>> int8, scale = quantize_weight(np.array([[1.0, 0.0], [-0.5, 0.0]]), axes=(1,))
+      >>> int8.tolist(), (scale * 127).tolist()
+      ([[127, 0], [-64, 0]], [1.0, 127.0])
+    """
+    weight = np.asarray(weight).astype(np.float64)
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
+    scale = np.where(threshold > 0, threshold, 127.0) / 127.0
+    int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return int8, scale.reshape(-1) if axes else scale.reshape(())
+
+
+def epilogue_arrays(
+    graph: ir.Graph, int8_site: Int8Site, folded: dict[ir.Var, np.ndarray], scale: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Compose the affine chain: `scale` [C] is what one unit of the accumulator is worth.
+
+    Raises:
+      ValueError: the chain's parameters are not finite.
+    """
+    multiplier, bias, has_bias = scale.astype(np.float64), np.zeros_like(scale), False
+    for step in int8_site.epilogue.steps:
+        if step.op == "neg":
+            multiplier, bias = -multiplier, -bias
+            continue
+        operand = channel_vector(graph, step, folded)
+        if step.op == "mul":
+            multiplier, bias = multiplier * operand, bias * operand
+        elif step.op == "div":
+            multiplier, bias = multiplier / operand, bias / operand
+        else:
+            has_bias = True
+            if step.op == "rsub":
+                multiplier, bias = -multiplier, -bias
+            bias = bias - operand if step.op == "sub" else bias + operand
+    if not (np.isfinite(multiplier).all() and np.isfinite(bias).all()):
+        raise ValueError(
+            f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
+            "infinity; check those parameters"
+        )
+    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
+    if has_bias:
+        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
+    return arrays
+
+
+def _static_tensors(sites: Sequence[Int8Site]) -> list[ir.Var]:
+    tensors = []
+    for int8_site in sites:
+        if int8_site.site.weight is not None:
+            tensors.append(int8_site.site.weight)
+        tensors += [s.operand for s in int8_site.epilogue.steps if isinstance(s.operand, int)]
+    return tensors
+
+
+def _put_float_leaves(
+    tree: dict[str, Any],
+    graph: ir.Graph,
+    sites: Sequence[Int8Site],
+    paths: dict[ir.Var, tuple[str, ...]],
+    slots: dict[str, layout.WeightSlot],
+    params: Any,
+) -> None:
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    for var, path in layout.float_paths(float_leaves(graph, sites), paths, slots).items():
+        layout.put(tree, path, leaves[var])

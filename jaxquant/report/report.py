@@ -1,0 +1,159 @@
+"""The report of a quantization: one row per site, parameter bytes, as text, HTML and plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.graph.sites import find_sites
+from jaxquant.plan import layout
+from jaxquant.plan.plan import INT8, Plan, summary_counts
+from jaxquant.run.program import Program
+
+_COLUMNS = (
+    ("site", "name"),
+    ("kind", "kind"),
+    ("runs in", "status"),
+    ("threshold", "threshold"),
+    ("weight scale", "weight_scale"),
+    ("SQNR dB", "sqnr_db"),
+    ("epilogue / reason", "note"),
+)
+_NUMERIC = frozenset({"threshold", "weight_scale", "sqnr_db"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What became of every site.
+
+    Attributes:
+      rows: one dict per site: name, kind, scope, status ("int8" | "float"), reason, threshold,
+        weight_scale_min, weight_scale_max, sqnr_db, epilogue, weight_path; None where a float site
+        has no such value.
+      summary: sites_int8, sites_float, tensors_int8, tensors_float, bytes_before, bytes_after,
+        algo, weight_quantize_type.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        cells = [[title for title, _ in _COLUMNS]]
+        cells += [[_cell(row, key) for _, key in _COLUMNS] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths[-1] = len(cells[0][-1])
+        right = [key in _NUMERIC for _, key in _COLUMNS]
+        lines = [
+            "  ".join(
+                text.rjust(width) if is_right else text.ljust(width)
+                for text, width, is_right in zip(line, widths, right, strict=True)
+            ).rstrip()
+            for line in cells
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([lines[0], rule, *lines[1:], "", self._footer()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in _COLUMNS)
+        body = []
+        for row in self.rows:
+            style = "" if row["status"] == INT8 else ' style="opacity:0.6"'
+            cells = "".join(
+                f'<td style="text-align:{"right" if key in _NUMERIC else "left"}">'
+                f"{html.escape(_cell(row, key))}</td>"
+                for _, key in _COLUMNS
+            )
+            body.append(f"<tr{style}>{cells}</tr>")
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+            f"<p>{html.escape(self._footer())}</p>"
+        )
+
+    def to_json(self) -> str:
+        """Rows and summary as JSON; an infinite SQNR becomes null."""
+        rows = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+            for r in self.rows
+        ]
+        return json.dumps({"summary": dict(self.summary), "rows": rows}, indent=1)
+
+    def _footer(self) -> str:
+        s = self.summary
+        return (
+            f"{s['sites_int8']} sites int8, {s['sites_float']} float. Parameters: "
+            f"{s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
+            f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
+            f"algo={s['algo']}, weights {s['weight_quantize_type']}."
+        )
+
+
+def make_report(
+    program: Program, plan: Plan, params: Any, qparams: Any, sqnr: Mapping[str, float]
+) -> Report:
+    """Collect the report's plain data; nothing of it holds a device array."""
+    thresholds = {t.name: t.threshold for t in plan.tensors}
+    rows = []
+    for site in plan.sites:
+        row: dict[str, Any] = dataclasses.asdict(site)
+        tensor = row.pop("tensor")
+        row["epilogue"] = list(site.epilogue)
+        row["threshold"] = thresholds.get(tensor)
+        row["weight_scale_min"] = row["weight_scale_max"] = None
+        if site.status == INT8:
+            path = program.slots[site.name].scale
+            scale = np.asarray(layout.get(qparams["params"], path))
+            row["weight_scale_min"], row["weight_scale_max"] = float(scale.min()), float(scale.max())
+        row["sqnr_db"] = sqnr.get(site.name)
+        rows.append(row)
+    float_names = {s.name for s in plan.sites if s.status != INT8}
+    floats = {
+        s.activation
+        for s in find_sites(program.graph)
+        if s.name in float_names and s.activation is not None
+    }
+    summary = summary_counts(plan) | {
+        "tensors_int8": len(plan.tensors),
+        "tensors_float": len(floats),
+        "bytes_before": tree_bytes(params),
+        "bytes_after": tree_bytes(qparams),
+        "algo": plan.algo,
+        "weight_quantize_type": plan.weight_quantize_type,
+    }
+    return Report(rows, summary)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree; a PRNG key counts as its data."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            leaf = jax.random.key_data(leaf)
+        struct = ir.struct(leaf)
+        total += math.prod(struct.shape) * struct.dtype.itemsize
+    return total
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    if key == "note":
+        return row["reason"] or " ".join(row["epilogue"])
+    if key == "weight_scale":
+        low, high = row["weight_scale_min"], row["weight_scale_max"]
+        if low is None:
+            return "-"
+        return f"{low:.3g}" if low == high else f"{low:.3g} - {high:.3g}"
+    value = row[key]
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if key == "sqnr_db" else f"{value:.4g}"
+    return str(value)

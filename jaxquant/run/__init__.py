@@ -1,0 +1,1 @@
+"""Execution: the int8 operations, their lowering, and `qapply`."""

@@ -1,0 +1,101 @@
+"""The int8 operations: quantize, and convolution and dot with int32 accumulation.
+
+Symmetric int8 in [-127, 127], round half to even.  Each operation is exact in integers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# A depthwise window of at most this many taps runs as shifted multiply-adds.
+_MAX_TAPS = 64
+
+
+def quantize(x: jax.Array, inv_scale: jax.Array) -> jax.Array:
+    """Round `x * inv_scale` half to even and saturate to [-127, 127]; any shape, to int8."""
+    scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return lax.clamp(jnp.float32(-127), scaled, jnp.float32(127)).astype(jnp.int8)
+
+
+def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:
+    """`dot_general` of two int8 arrays to int32; `params` are those of the float equation."""
+    return lax.dot_general(
+        *operands, params["dimension_numbers"], preferred_element_type=jnp.int32
+    )
+
+
+def conv(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    """Convolution of int8 arrays to int32; `params` are those of the float equation."""
+    if _is_small_depthwise(kernel, params):
+        return _depthwise_by_taps(x, kernel, params)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=params["dimension_numbers"],
+        feature_group_count=params["feature_group_count"],
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _is_small_depthwise(kernel: jax.Array, params: Mapping[str, Any]) -> bool:
+    spec = params["dimension_numbers"].rhs_spec
+    taps = math.prod(kernel.shape[a] for a in spec[2:])
+    return (
+        params["feature_group_count"] == kernel.shape[spec[0]]
+        and kernel.shape[spec[1]] == 1
+        and params["feature_group_count"] > 1
+        and taps <= _MAX_TAPS
+        and all(d == 1 for d in params["lhs_dilation"])
+    )
+
+
+def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    """Depthwise convolution with one output per channel as a sum over the taps of the window.
+
+    XLA fuses the sum into one loop over the output.  Its own depthwise convolution is tens of times
+    slower on CPU (`experiments/benchmarks/depthwise.py`).
+    """
+    spec = params["dimension_numbers"]
+    spatial = spec.lhs_spec[2:]
+    pads = [(0, 0, 0)] * x.ndim
+    for axis, (low, high) in zip(spatial, params["padding"], strict=True):
+        pads[axis] = (low, high, 0)
+    padded = lax.pad(x, jnp.int8(0), pads)
+
+    sizes = [kernel.shape[a] for a in spec.rhs_spec[2:]]
+    steps = list(zip(spatial, params["window_strides"], params["rhs_dilation"], strict=True))
+    taps = kernel.transpose([*spec.rhs_spec[2:], spec.rhs_spec[0], spec.rhs_spec[1]])
+    channels = [1] * x.ndim
+    channels[spec.lhs_spec[1]] = x.shape[spec.lhs_spec[1]]
+    total = None
+    for offset in itertools.product(*map(range, sizes)):
+        window = padded
+        for (axis, stride, dilation), at, size in zip(steps, offset, sizes, strict=True):
+            span = padded.shape[axis] - (size - 1) * dilation
+            window = lax.slice_in_dim(
+                window, at * dilation, at * dilation + span, stride=stride, axis=axis
+            )
+        tap = taps[offset].reshape(channels)
+        term = window.astype(jnp.int32) * tap.astype(jnp.int32)
+        total = term if total is None else total + term
+    order = _order(spec.lhs_spec, spec.out_spec)
+    return total if order == tuple(range(x.ndim)) else total.transpose(order)
+
+
+def _order(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation from a layout given by `source` to that of `target`."""
+    order = [0] * len(source)
+    for s, t in zip(source, target, strict=True):
+        order[t] = s
+    return tuple(order)
