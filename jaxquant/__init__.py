@@ -1,8 +1,8 @@
 """INT8 post-training quantization of JAX models.
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, ds)
-    logits = qapply(qparams, x)
-    print(qapply.report())
+qparams, qapply = jaxquant.quant_post(params, apply_fn, ds)
+logits = qapply(qparams, x)
+print(qapply.report())
 """
 
 from jaxquant._version import __version__

@@ -29,6 +29,7 @@ def quant_post(
     batch_size: int | None = None,
     batch_nums: int | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
     skip: Sequence[str] = (),
     select: Any = None,

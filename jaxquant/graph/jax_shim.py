@@ -63,6 +63,11 @@ def scope_of(eqn: JaxprEqn) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def dtype_of(literal: Literal) -> Any:
+    """The dtype of a literal of a jaxpr."""
+    return literal.aval.dtype  # type: ignore[attr-defined]
+
+
 def is_key_dtype(dtype: Any) -> bool:
     """True for the dtype of PRNG keys, which has no NumPy counterpart."""
     return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
@@ -84,8 +89,8 @@ def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
 
     `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
     """
-    varying = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
-    union = frozenset().union(*varying)
+    varying: list[frozenset[Any]] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    union: frozenset[Any] = frozenset().union(*varying)
     if not union:
         return operands
     return [

@@ -8,13 +8,14 @@ import math
 from jaxquant.graph import ir
 
 # One output element depends on one element of each operand (scalars and size-1 axes broadcast).
-ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
     convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
     integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
     reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
-    tanh xor""".split()
-)
+    tanh xor
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 # Results in the accumulator's float32 whatever the model's dtype, so a rounding step is left out.
 _ROUNDING = frozenset({"reduce_precision"})
@@ -135,7 +136,8 @@ def _reshape_groups(
     groups = []
     i = j = 0
     while i < len(before) or j < len(after):
-        old, new = [], []
+        old: list[int] = []
+        new: list[int] = []
         left = right = 1
         while True:
             if left == right and old and new and left > 0:

@@ -87,9 +87,7 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
     return [None] * n
 
 
-def _collect(
-    graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]
-) -> Iterator[Site]:
+def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) -> Iterator[Site]:
     for eqn in graph.equations:
         if eqn.outputs and graph.static[eqn.outputs[0]]:
             continue

@@ -121,12 +121,13 @@ class _Builder:
     ) -> list[ir.Atom]:
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = self.source(var.aval, f"constant_{len(self.constants)}")
-            self.constants[env[var]] = const
+            source = self.source(var.aval, f"constant_{len(self.constants)}")
+            self.constants[source] = const
+            env[var] = source
 
         def read(atom: Any) -> ir.Atom:
             if isinstance(atom, jax_shim.Literal):
-                return ir.Literal(np.asarray(atom.val, dtype=atom.aval.dtype))
+                return ir.Literal(np.asarray(atom.val, dtype=jax_shim.dtype_of(atom)))
             return env[atom]
 
         for eqn in jaxpr.eqns:

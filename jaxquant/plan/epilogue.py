@@ -80,9 +80,7 @@ def find_epilogue(graph: ir.Graph, site: Site) -> Epilogue:
         pending = []
         position = current = follower.outputs[0]
         channels = pending_channels
-    return Epilogue(
-        tuple(steps), tuple(movements), current, channels, _activation(graph, current)
-    )
+    return Epilogue(tuple(steps), tuple(movements), current, channels, _activation(graph, current))
 
 
 def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:

@@ -45,9 +45,7 @@ class WeightSlot:
 def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
     """The path components of every parameter leaf."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {
-        var: trace.path_parts(path) for var, (path, _) in zip(graph.leaves, flat, strict=True)
-    }
+    return {var: trace.path_parts(path) for var, (path, _) in zip(graph.leaves, flat, strict=True)}
 
 
 def weight_slots(
@@ -92,7 +90,4 @@ def float_paths(
 ) -> dict[ir.Var, tuple[str, ...]]:
     """Where the leaves that are read in float are: under their path, or beside an int8 weight."""
     shared = {slot.path for slot in slots.values()}
-    return {
-        var: (*paths[var], "float") if paths[var] in shared else paths[var]
-        for var in needed
-    }
+    return {var: (*paths[var], "float") if paths[var] in shared else paths[var] for var in needed}

@@ -81,9 +81,7 @@ class Int8Site:
     epilogue: epilogues.Epilogue
 
 
-def make_plan(
-    graph: ir.Graph, thresholds: Mapping[str, float], config: QuantConfig
-) -> Plan:
+def make_plan(graph: ir.Graph, thresholds: Mapping[str, float], config: QuantConfig) -> Plan:
     """Decide for every site of the graph whether it becomes int8.
 
     Args:
@@ -202,9 +200,7 @@ def _check_skip(found: Sequence[sites.Site], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(_matches(site, pattern) for site in found):
             names: list[str] = [site.name for site in found]
-            raise ValueError(
-                f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}"
-            )
+            raise ValueError(f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}")
 
 
 def summary_counts(plan: Plan) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
         qparams["sites"][site.name] = epilogue_arrays(
             graph, int8_site, folded, np.broadcast_to(scale, (channels,)) * scales[int8_site.tensor]
         )
-    for name, scale in scales.items():
-        qparams["tensors"][name] = {"inv_scale": np.float32(1.0 / scale)}
+    for tensor in plan.tensors:
+        qparams["tensors"][tensor.name] = {"inv_scale": np.float32(1.0 / tensor.scale)}
     return jax.tree.map(jnp.asarray, qparams)
 
 

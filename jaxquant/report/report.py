@@ -112,7 +112,10 @@ def make_report(
         if site.status == INT8:
             path = program.slots[site.name].scale
             scale = np.asarray(layout.get(qparams["params"], path))
-            row["weight_scale_min"], row["weight_scale_max"] = float(scale.min()), float(scale.max())
+            row["weight_scale_min"], row["weight_scale_max"] = (
+                float(scale.min()),
+                float(scale.max()),
+            )
         row["sqnr_db"] = sqnr.get(site.name)
         rows.append(row)
     float_names = {s.name for s in plan.sites if s.status != INT8}

@@ -26,9 +26,7 @@ def quantize(x: jax.Array, inv_scale: jax.Array) -> jax.Array:
 
 def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:
     """`dot_general` of two int8 arrays to int32; `params` are those of the float equation."""
-    return lax.dot_general(
-        *operands, params["dimension_numbers"], preferred_element_type=jnp.int32
-    )
+    return lax.dot_general(*operands, params["dimension_numbers"], preferred_element_type=jnp.int32)
 
 
 def conv(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
@@ -78,7 +76,7 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any
     taps = kernel.transpose([*spec.rhs_spec[2:], spec.rhs_spec[0], spec.rhs_spec[1]])
     channels = [1] * x.ndim
     channels[spec.lhs_spec[1]] = x.shape[spec.lhs_spec[1]]
-    total = None
+    terms = []
     for offset in itertools.product(*map(range, sizes)):
         window = padded
         for (axis, stride, dilation), at, size in zip(steps, offset, sizes, strict=True):
@@ -87,8 +85,8 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any
                 window, at * dilation, at * dilation + span, stride=stride, axis=axis
             )
         tap = taps[offset].reshape(channels)
-        term = window.astype(jnp.int32) * tap.astype(jnp.int32)
-        total = term if total is None else total + term
+        terms.append(window.astype(jnp.int32) * tap.astype(jnp.int32))
+    total = sum(terms[1:], start=terms[0])
     order = _order(spec.lhs_spec, spec.out_spec)
     return total if order == tuple(range(x.ndim)) else total.transpose(order)
 

@@ -25,9 +25,7 @@ class Program:
         paths = layout.leaf_paths(graph, params)
         self.slots = layout.weight_slots(graph, self.sites, paths)
         self._equations = live_equations(graph, self.sites)[0]
-        self._float_paths = layout.float_paths(
-            float_leaves(graph, self.sites), paths, self.slots
-        )
+        self._float_paths = layout.float_paths(float_leaves(graph, self.sites), paths, self.slots)
 
     def run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> evaluate.Environment:
         """Evaluate the program; `inputs` are the flattened model inputs."""
@@ -73,9 +71,7 @@ class Program:
 class _QuantizedTensors:
     """The int8 values of an evaluation, each made once."""
 
-    def __init__(
-        self, graph: ir.Graph, sites: Sequence[Int8Site], tensors: Mapping[str, Any]
-    ):
+    def __init__(self, graph: ir.Graph, sites: Sequence[Int8Site], tensors: Mapping[str, Any]):
         self._graph = graph
         self._inv_scales = {s.root: tensors[s.tensor]["inv_scale"] for s in sites}
         self._values: dict[ir.Var, jax.Array] = {}

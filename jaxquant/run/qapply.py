@@ -35,7 +35,13 @@ class QuantizedApply:
         self._apply_fn = apply_fn
         self._params = jax.tree.map(ir.struct, params)
         self._report = report
-        self._jitted = jax.jit(self._run)
+        self.__name__ = "qapply"
+
+        def int8_model(qparams: Mapping[str, Any], *inputs: Any) -> Any:
+            env = self.program(*inputs).run(qparams, jax.tree.leaves(inputs))
+            return evaluate.outputs(env)
+
+        self._jitted = jax.jit(int8_model)
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
         """The model's outputs for `inputs`, which are those of `apply_fn` after its params."""
@@ -55,12 +61,8 @@ class QuantizedApply:
         return Program(trace(self._apply_fn, self._params, inputs), self.plan, self._params)
 
     def report(self) -> Any:
-        """Every site, int8 or why not, with threshold, weight scales and SQNR; prints as a table."""
+        """Every site, int8 or why not, with its scales and SQNR; prints as a table."""
         return self._report
-
-    def _run(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
-        env = self.program(*inputs).run(qparams, jax.tree.leaves(inputs))
-        return evaluate.outputs(env)
 
 
 def _describe(value: Any) -> str:
