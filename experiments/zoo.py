@@ -1,4 +1,4 @@
-"""The networks by name: module, weights and preprocessing."""
+"""The networks by name: module, preprocessing, and where their weights come from."""
 
 import difflib
 from collections.abc import Callable
@@ -7,25 +7,40 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
+from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.efficientnet_lite import VARIANTS, EfficientNetLite
+from experiments.models.googlenet import GoogLeNet
+from experiments.models.mobilenet import MobileNetV1, MobileNetV2
+from experiments.models.resnet import ResNet
+from experiments.models.vgg import VGG
 from experiments.preprocessing import Preprocessing, imagenet
-from experiments.weights import fetch, names, torch_pth, tree
+from experiments.weights import fetch, formats, names, tree
 
 
 class Entry(NamedTuple):
-    """One network.
+    """One network, as one framework trained it.
 
     Attributes:
       module: makes the Flax module.
       preprocessing: what its weights were trained with.
-      read: (weight file, shapes of the model) -> its variables.
-      package: fetches the weight file; None where no registry has it.
+      namings: of the weight files that it can take.
+      package: the registry package that carries its weights, and the files to unpack, the one to
+        read first; None where no registry has them.
     """
 
     module: Callable[[], nn.Module]
     preprocessing: Preprocessing
-    read: Callable[[Path, tree.Variables], tree.Variables]
-    package: Callable[[], Path] | None = None
+    namings: tuple[tree.Naming, ...]
+    package: tuple[fetch.Package, tuple[str, ...]] | None = None
+
+
+def find(name: str) -> Entry:
+    """The network of that name."""
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"there is no model {name!r}{hint}; there are {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variables]:
@@ -34,27 +49,39 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
     Args:
       name: a key of `MODELS`.
       weights: a weight file; None takes the registry package that carries the weights.
+
+    Raises:
+      WeightsError: there is no file, or it does not fit the network.
+      FetchError: the package cannot be fetched.
     """
     entry = find(name)
-    if weights is None and entry.package is None:
-        raise tree.WeightsError(f"{name}: no package carries its weights; give a file as `weights`")
-    path = Path(weights).expanduser() if weights else entry.package()
-    if not path.is_file():
-        raise tree.WeightsError(f"{name}: there is no weight file {path}")
+    path = Path(weights) if weights else _packaged(name, entry)
     module = entry.module()
+    shapes = tree.template(module, entry.preprocessing.size)
+    arrays = formats.read(path)
     try:
-        return module, entry.read(path, tree.template(module, entry.preprocessing.size))
+        naming = tree.best_naming(shapes, arrays, entry.namings)
+        return module, tree.assemble(shapes, arrays, naming)
     except tree.WeightsError as error:
         raise tree.WeightsError(f"{name}, from {path}: {error}") from error
 
 
-def find(name: str) -> Entry:
-    """The network of that name."""
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no model {name!r}{hint} There are {', '.join(MODELS)}.")
-    return MODELS[name]
+def _packaged(name: str, entry: Entry) -> Path:
+    if entry.package is None:
+        raise tree.WeightsError(
+            f"{name}: no package carries its weights; give a file, with one of the suffixes "
+            f"{', '.join(formats.READERS)} (--config.weights=FILE)"
+        )
+    package, patterns = entry.package
+    files = fetch.extract(package, patterns)
+    return next(path for path in files if path.match(patterns[0]))
+
+
+# Keras and Caffe subtract the mean of ImageNet, as BGR; torchvision also divides.
+MINUS_MEAN = imagenet(224, mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, channels="BGR")
+CAFFE = imagenet(224, mean=(104.0, 117.0, 123.0), std=(1.0,) * 3, channels="BGR")
+TO_ONE = imagenet(224, mean=(127.5,) * 3, std=(127.5,) * 3)
+TORCHVISION = imagenet(224, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 
 
 def _efficientnet_lite(variant: str) -> Entry:
@@ -62,20 +89,69 @@ def _efficientnet_lite(variant: str) -> Entry:
     return Entry(
         module=lambda: EfficientNetLite(variant),
         preprocessing=imagenet(size, mean=(127.0,) * 3, std=(128.0,) * 3),
-        read=lambda path, shapes: _read_efficientnet(variant, path, shapes),
-        package=_lite0_package if variant == "lite0" else None,
+        namings=(names.efficientnet_pytorch(), names.efficientnet_timm(variant)),
+        package=(fetch.EFFICIENTNET_LITE0, ("*/efficientnet-lite0-57934424.pth",))
+        if variant == "lite0"
+        else None,
     )
 
 
-def _read_efficientnet(variant: str, path: Path, shapes: tree.Variables) -> tree.Variables:
-    arrays = torch_pth.read_pth(path)
-    is_timm = "conv_stem.weight" in arrays
-    layer_name = names.efficientnet_timm(variant) if is_timm else names.efficientnet_pytorch
-    return tree.assemble(shapes, arrays, layer_name, tree.TORCH)
+def _resnet_keras(depth: int) -> Entry:
+    return Entry(
+        module=lambda: ResNet(depth, epsilon=1.001e-5),
+        preprocessing=MINUS_MEAN,
+        namings=(names.resnet_keras(),),
+    )
 
 
-def _lite0_package() -> Path:
-    return fetch.extract(fetch.EFFICIENTNET_LITE0, ("*/efficientnet-lite0-57934424.pth",))[0]
+def _resnet_torchvision(depth: int) -> Entry:
+    return Entry(
+        module=lambda: ResNet(depth, stride_on_3x3=True, use_bias=False, epsilon=1e-5),
+        preprocessing=TORCHVISION,
+        namings=(names.resnet_torchvision(),),
+    )
 
 
-MODELS = {f"efficientnet_{variant}": _efficientnet_lite(variant) for variant in VARIANTS}
+def _vgg(depth: int, preprocessing: Preprocessing, naming: tree.Naming) -> Entry:
+    return Entry(lambda: VGG(depth), preprocessing, namings=(naming,))
+
+
+MODELS = {
+    **{f"efficientnet_{variant}": _efficientnet_lite(variant) for variant in VARIANTS},
+    "mobilenet_v1": Entry(
+        module=MobileNetV1,
+        preprocessing=TO_ONE,
+        namings=(names.mobilenet_v1_keras(),),
+        package=(fetch.MOBILENET_V1, ("package/mobilenet/model.json", "package/mobilenet/group*")),
+    ),
+    "mobilenet_v2": Entry(
+        module=MobileNetV2,
+        preprocessing=TO_ONE,
+        namings=tuple(map(names.mobilenet_v2_keras, ("Logits", "predictions"))),
+    ),
+    "mobilenet_v2_torchvision": Entry(
+        module=lambda: MobileNetV2(even_padding=True, epsilon=1e-5),
+        preprocessing=TORCHVISION,
+        namings=(names.mobilenet_v2_torchvision(),),
+    ),
+    "googlenet": Entry(GoogLeNet, preprocessing=CAFFE, namings=(names.googlenet_caffe(),)),
+    "resnet50": Entry(
+        module=ResNet,
+        preprocessing=MINUS_MEAN,
+        namings=(names.resnet_keras_letters(),),
+        package=(fetch.RESNET50, ("package/ResNet50/model.json", "package/ResNet50/group*")),
+    ),
+    "resnet50_keras": _resnet_keras(50),
+    "resnet101": _resnet_keras(101),
+    "resnet50_torchvision": _resnet_torchvision(50),
+    "resnet101_torchvision": _resnet_torchvision(101),
+    "vgg16": _vgg(16, MINUS_MEAN, names.vgg_keras()),
+    "vgg19": _vgg(19, MINUS_MEAN, names.vgg_keras()),
+    "vgg16_torchvision": _vgg(16, TORCHVISION, names.vgg_torchvision(16)),
+    "vgg19_torchvision": _vgg(19, TORCHVISION, names.vgg_torchvision(19)),
+    "cifar10_resnet20": Entry(
+        module=CifarResNet,
+        preprocessing=TORCHVISION._replace(size=32, resize=32),
+        namings=(names.resnet_torchvision(classifier="linear"),),
+    ),
+}

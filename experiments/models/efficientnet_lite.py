@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import ConvBN, global_average
+from experiments.models.layers import ConvBN, InvertedBottleneck, global_average
 
 
 class Stage(NamedTuple):
@@ -55,33 +55,6 @@ STEM_FEATURES = 32
 HEAD_FEATURES = 1280
 
 
-class MBConv(nn.Module):
-    """Inverted bottleneck, 1x1, depthwise, 1x1: [B, H, W, C] -> [B, H', W', features]."""
-
-    features: int
-    kernel: int
-    stride: int
-    expansion: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        inputs = x
-        expanded = x.shape[-1] * self.expansion
-        has_skip = self.stride == 1 and x.shape[-1] == self.features
-        if self.expansion != 1:
-            x = ConvBN(expanded, activation=nn.relu6, name="expand")(x, train)
-        x = ConvBN(
-            expanded,
-            self.kernel,
-            self.stride,
-            depthwise=True,
-            activation=nn.relu6,
-            name="depthwise",
-        )(x, train)
-        x = ConvBN(self.features, name="project")(x, train)
-        return x + inputs if has_skip else x
-
-
 class EfficientNetLite(nn.Module):
     """Images [B, H, W, 3], float32, normalised by (x - 127) / 128 -> logits [B, num_classes]."""
 
@@ -94,8 +67,8 @@ class EfficientNetLite(nn.Module):
         x = ConvBN(STEM_FEATURES, 3, 2, activation=nn.relu6, name="stem")(x, train)
         blocks = [block for stage in scaled_stages(VARIANTS[self.variant]) for block in stage]
         for i, block in enumerate(blocks):
-            x = MBConv(
-                block.features, block.kernel, block.stride, block.expansion, name=f"block{i}"
+            x = InvertedBottleneck(
+                block.features, block.expansion, block.kernel, block.stride, name=f"block{i}"
             )(x, train)
         x = ConvBN(HEAD_FEATURES, activation=nn.relu6, name="head")(x, train)
         x = global_average(x)

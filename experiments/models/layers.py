@@ -1,5 +1,6 @@
 """The layers that the networks share."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -54,6 +55,42 @@ class ConvBN(nn.Module):
             use_running_average=not train, epsilon=self.epsilon, dtype=jnp.float32, name="bn"
         )(x)
         return x if self.activation is None else self.activation(x)
+
+
+class InvertedBottleneck(nn.Module):
+    """1x1 to `expansion` times the channels, depthwise, 1x1: [B, H, W, C] -> [B, H', W', features].
+
+    The sum with the input follows where the shapes allow it. ReLU6 but for the last.
+
+    Reference: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
+    """
+
+    features: int
+    expansion: int
+    kernel: int = 3
+    stride: int = 1
+    padding: Padding = "SAME"
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        inputs = x
+        layer = functools.partial(ConvBN, epsilon=self.epsilon)
+        wide = x.shape[-1] * self.expansion
+        if self.expansion != 1:
+            x = layer(wide, activation=nn.relu6, name="expand")(x, train)
+        x = layer(
+            wide,
+            self.kernel,
+            self.stride,
+            self.padding,
+            depthwise=True,
+            activation=nn.relu6,
+            name="depthwise",
+        )(x, train)
+        x = layer(self.features, name="project")(x, train)
+        has_skip = self.stride == 1 and inputs.shape[-1] == self.features
+        return x + inputs if has_skip else x
 
 
 def global_average(x: jax.Array) -> jax.Array:

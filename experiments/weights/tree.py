@@ -1,6 +1,6 @@
 """From a flat mapping of names to arrays, as weight files hold it, to the variables of a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -33,22 +33,47 @@ class Layout(NamedTuple):
     ignored: tuple[str, ...] = ()
 
 
+class Naming(NamedTuple):
+    """What a kind of weight file calls the layers of a network, and how it lays their arrays out.
+
+    Attributes:
+      layer: a Flax layer, such as "block3/expand/conv" -> the file's name for it.
+      layout: of the framework that wrote the file.
+    """
+
+    layer: Callable[[str], str]
+    layout: Layout
+
+    def candidates(self, path: tuple[jax.tree_util.DictKey, ...]) -> list[str]:
+        """The names under which the file may have the variable at a path of the tree."""
+        _, *layers, leaf = (str(key.key) for key in path)
+        layer = self.layer("/".join(layers))
+        return [layer + suffix for suffix in self.layout.suffixes[leaf]]
+
+
 def template(model: nn.Module, image_size: int) -> Variables:
     """The model's variables as shapes; computes nothing."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
-def assemble(
-    variables: Variables, source: Arrays, layer_name: Callable[[str], str], layout: Layout
-) -> Variables:
+def best_naming(variables: Variables, source: Arrays, namings: Sequence[Naming]) -> Naming:
+    """The naming under which the file has the most of the variables."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+
+    def found(naming: Naming) -> int:
+        return sum(any(c in source for c in naming.candidates(path)) for path in paths)
+
+    return max(namings, key=found)
+
+
+def assemble(variables: Variables, source: Arrays, naming: Naming) -> Variables:
     """Fills a tree of shapes with the arrays of a file, as float32.
 
     Args:
       variables: the shapes of a model (see `template`).
       source: the file's names and arrays.
-      layer_name: the file's name for a Flax layer, given as "block3/expand/conv".
-      layout: how the file's framework names and stores the arrays of a layer.
+      naming: what the file calls them.
 
     Raises:
       WeightsError: naming every parameter that is missing or has another shape, and every array
@@ -58,22 +83,20 @@ def assemble(
     used: set[str] = set()
 
     def fill(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        _, *layers, name = (str(key.key) for key in path)
-        layer = layer_name("/".join(layers))
-        candidates = [layer + suffix for suffix in layout.suffixes[name]]
+        candidates = naming.candidates(path)
         found = next((c for c in candidates if c in source), None)
-        where = "/".join((*layers, name))
+        where = "/".join(str(key.key) for key in path[1:])
         if found is None:
             problems.append(f"{where}: missing (looked for {' and '.join(candidates)})")
             return np.zeros(leaf.shape, np.float32)
         used.add(found)
-        array = layout.convert(source[found], leaf.shape)
+        array = naming.layout.convert(source[found], leaf.shape)
         if array.shape != leaf.shape:
             problems.append(f"{where}: shape {leaf.shape} expected, {found} gives {array.shape}")
         return np.ascontiguousarray(array, dtype=np.float32)
 
     filled = jax.tree_util.tree_map_with_path(fill, variables)
-    unused = [k for k in source if k not in used and not k.endswith(layout.ignored or ("\0",))]
+    unused = [k for k in source if k not in used and not k.endswith(naming.layout.ignored)]
     problems += [f"{name}: the model has no such parameter" for name in unused]
     if problems:
         raise WeightsError(

@@ -34,11 +34,6 @@ def test_configs_name_models_of_the_zoo(name):
     zoo.find(get_config(name).model)
 
 
-def test_an_unknown_model_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'efficientnet_lite0'"):
-        zoo.find("efficientnet-lite0")
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_smoke(name, tmp_path):
     config = get_config(name, "runlocal")

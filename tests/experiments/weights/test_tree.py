@@ -7,6 +7,7 @@ from experiments.models.layers import ConvBN
 from experiments.weights import tree
 
 SHAPES = tree.template(ConvBN(6, 3, use_bias=True), 8)
+SAME_NAMES = tree.Naming(lambda layer: layer, tree.TORCH)
 DEPTHWISE = tree.template(ConvBN(3, 3, depthwise=True), 8)
 
 
@@ -20,7 +21,7 @@ def torch_file(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def assemble_torch(source):
-    return tree.assemble(SHAPES, source, lambda layer: layer, tree.TORCH)
+    return tree.assemble(SHAPES, source, SAME_NAMES)
 
 
 def test_torch_arrays_land_in_flax_order(rng):
@@ -40,7 +41,7 @@ def test_a_keras_depthwise_kernel_becomes_a_grouped_one(rng):
     kernel = rng.normal(size=(3, 3, 3, 1)).astype(np.float32)
     names = ("gamma", "beta", "moving_mean", "moving_variance")
     source = {"conv/depthwise_kernel": kernel} | {f"bn/{n}": np.ones(3) for n in names}
-    variables = tree.assemble(DEPTHWISE, source, lambda layer: layer, tree.KERAS)
+    variables = tree.assemble(DEPTHWISE, source, tree.Naming(lambda layer: layer, tree.KERAS))
     np.testing.assert_array_equal(variables["params"]["conv"]["kernel"], kernel.swapaxes(2, 3))
 
 
@@ -69,4 +70,9 @@ def test_arrays_without_a_place_are_named(rng):
 def test_many_problems_are_counted():
     model = nn.Sequential([nn.Dense(2) for _ in range(20)])
     with pytest.raises(tree.WeightsError, match=r"\(40 problems\)(.|\n)*and 32 more"):
-        tree.assemble(tree.template(model, 4), {}, lambda layer: layer, tree.TORCH)
+        tree.assemble(tree.template(model, 4), {}, SAME_NAMES)
+
+
+def test_the_naming_that_finds_most_is_taken(rng):
+    other = tree.Naming(lambda layer: f"features.{layer}", tree.TORCH)
+    assert tree.best_naming(SHAPES, torch_file(rng), (other, SAME_NAMES)) is SAME_NAMES

@@ -1,0 +1,14 @@
+r"""GoogLeNet to INT8.
+
+HEADER_googlenet
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for a smoke test."""
+    given = common.parse_arg(arg, runlocal=False)
+    return common.get_config("googlenet", runlocal=given.runlocal)

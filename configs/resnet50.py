@@ -1,0 +1,14 @@
+r"""ResNet50 to INT8.
+
+HEADER_resnet50
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for a smoke test."""
+    given = common.parse_arg(arg, runlocal=False)
+    return common.get_config("resnet50", runlocal=given.runlocal)

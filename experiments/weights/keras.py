@@ -1,0 +1,129 @@
+"""Reads Keras weights, from TensorFlow.js folders and from HDF5, as "layer/weight" names."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.weights.tree import WeightsError, shortened
+
+# `.weights.h5` of Keras 3 numbers the arrays of a layer; the count tells what they are.
+LAYER_WEIGHTS = {
+    1: ("kernel",),
+    2: ("kernel", "bias"),
+    4: ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
+def read_tfjs(path: str | Path) -> dict[str, np.ndarray]:
+    """The weights of a TensorFlow.js `model.json` and the binary files beside it.
+
+    Weights that were stored with fewer bits are brought back to float32.
+
+    Raises:
+      WeightsError: the manifest is not one, or a binary file is missing or short; names the
+        weights concerned.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))["weightsManifest"]
+        groups = [(group["paths"], group["weights"]) for group in manifest]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: not a TensorFlow.js model with a weightsManifest") from error
+    arrays: dict[str, np.ndarray] = {}
+    missing: list[str] = []
+    for files, weights in groups:
+        contents = b"".join(_read_shard(path.parent, name) for name in files)
+        position = 0
+        for weight in weights:
+            dtype, size = _stored(path, weight)
+            end = position + dtype.itemsize * size
+            if end > len(contents):
+                missing.append(weight["name"])
+            else:
+                flat = np.frombuffer(contents, dtype, size, position)
+                arrays[weight["name"]] = _restored(flat, weight).reshape(weight["shape"])
+            position = end
+    if missing:
+        raise WeightsError(
+            f"{path}: binary files are missing or cut short; without {len(missing)} weights:\n  "
+            + "\n  ".join(shortened(missing))
+        )
+    return arrays
+
+
+def read_h5(path: str | Path) -> dict[str, np.ndarray]:
+    """The weights of a Keras `.h5` or `.weights.h5`, which needs h5py.
+
+    Raises:
+      WeightsError: h5py is not installed, the file is not HDF5 or is cut short, or its layers have
+        no names.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise WeightsError(
+            f"{path}: reading HDF5 needs h5py: pip install 'jaxquant[hdf5]'"
+        ) from error
+    try:
+        with h5py.File(path, "r") as file:
+            root = file.get("model_weights", file)
+            datasets: dict[str, h5py.Dataset] = {}
+            root.visititems(
+                lambda name, item: (
+                    datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None
+                )
+            )
+            if "layers" in root and "layer_names" not in root.attrs:
+                return _keras3(Path(path), datasets)
+            return {_legacy_name(name): np.asarray(item) for name, item in datasets.items()}
+    except OSError as error:
+        raise WeightsError(f"{path}: not an HDF5 file, or cut short: {error}") from error
+
+
+def _legacy_name(name: str) -> str:
+    """From "conv1/model/conv1/kernel:0", which starts with the layer, to "conv1/kernel"."""
+    parts = name.split("/")
+    return f"{parts[0]}/{parts[-1].partition(':')[0]}"
+
+
+def _keras3(path: Path, datasets: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Names are an attribute of the group "layers/conv2d_1/vars"; the arrays are 0, 1, …."""
+    arrays = {}
+    for name, item in datasets.items():
+        group = item.parent
+        if not group.name.endswith("/vars") or not name.startswith("layers/"):
+            continue
+        layer, weights = group.attrs.get("name"), LAYER_WEIGHTS.get(len(group))
+        if layer is None or weights is None:
+            raise WeightsError(
+                f"{path}: {group.name} has {len(group)} arrays and the layer name {layer!r}; save "
+                "the model with a newer Keras 3, which keeps the names, or as .h5"
+            )
+        arrays[f"{layer}/{weights[int(name.rsplit('/', 1)[1])]}"] = np.asarray(item)
+    return arrays
+
+
+def _read_shard(folder: Path, name: str) -> bytes:
+    if Path(name).name != name:
+        raise WeightsError(f"{folder}: the manifest's path {name!r} leads out of its folder")
+    path = folder / name
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _stored(path: Path, weight: dict[str, Any]) -> tuple[np.dtype, int]:
+    """Element type and count of a weight in the binary file."""
+    name = weight.get("quantization", weight)["dtype"]
+    if name not in ("float32", "float16", "uint8", "uint16", "int32", "bool"):
+        raise WeightsError(f"{path}: {weight['name']} has the dtype {name!r}, which is not known")
+    return np.dtype(name).newbyteorder("<"), math.prod(weight["shape"])
+
+
+def _restored(flat: np.ndarray, weight: dict[str, Any]) -> np.ndarray:
+    quantization = weight.get("quantization", {})
+    if "scale" not in quantization:
+        return flat.astype(weight["dtype"])
+    scaled = flat.astype(np.float64) * quantization["scale"] + quantization["min"]
+    return scaled.astype(weight["dtype"])

@@ -1,0 +1,58 @@
+import jax
+import numpy as np
+import pytest
+
+from experiments import zoo
+from experiments.weights import tree
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_lite4", "mobilenet_v1", "mobilenet_v2", "googlenet", "resnet50"]
+)
+def test_every_layer_has_a_name_of_its_own_in_the_file(name):
+    entry = zoo.find(name)
+    shapes = tree.template(entry.module(), entry.preprocessing.size)
+    layers = {"/".join(key.key for key in path[1:-1]) for path, _ in leaves(shapes)}
+    for naming in entry.namings:
+        assert len({naming.layer(layer) for layer in layers}) == len(layers)
+
+
+def leaves(shapes):
+    return jax.tree_util.tree_leaves_with_path(shapes)
+
+
+def test_a_weight_file_is_loaded_into_the_network(tmp_path, rng):
+    entry = zoo.find("cifar10_resnet20")
+    (naming,) = entry.namings
+    shapes = tree.template(entry.module(), 32)
+    arrays = {}
+    for path, leaf in leaves(shapes):
+        in_torch = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim]
+        (name,) = naming.candidates(path)
+        arrays[name] = rng.normal(size=leaf.shape).astype(np.float32).transpose(in_torch)
+    np.savez(tmp_path / "w.npz", **arrays)
+    _, variables = zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
+    kernel = variables["params"]["stage2_block1"]["conv1"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel, arrays["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
+
+    del arrays["layer3.2.bn2.running_var"]
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(tree.WeightsError, match=r"w\.npz.*\n.*stage3_block3/conv2/bn/var: missing"):
+        zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
+
+
+def test_a_network_without_a_package_asks_for_a_file():
+    with pytest.raises(tree.WeightsError, match=r"vgg16: no package .*--config\.weights=FILE"):
+        zoo.load("vgg16")
+
+
+def test_an_unknown_model_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'efficientnet_lite0'"):
+        zoo.find("efficientnet-lite0")
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", [name for name, entry in zoo.MODELS.items() if entry.package])
+def test_the_package_fills_the_network(name):
+    _, variables = zoo.load(name)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
