@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.histogram
 
 About two minutes.  All forms run in turn within each round, so that their ratios hold on a busy
-machine.  On two CPU cores, jax 0.10.2, 8x112x112x32 rectified normal values: one scatter-add takes
-about 3 ns a value; private histograms in rows 3 times as long, a sort 35 times, one-hot products
-50 times (f32) to 100 times (int8).
+machine.  On two CPU cores with jax 0.10.2 one scatter-add takes 3 ns a value when the machine is
+quiet; private histograms in the rows of one scatter take 3 times as long, a sort 26 times, one-hot
+products 50 (f32) to 150 times (int8).  Four scatters gain at most a fifth, and compile longer.
 """
 
 import argparse
