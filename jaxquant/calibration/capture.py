@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.errors import nearest
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import Site, body_graphs, find_sites
 from jaxquant.graph.trace import trace
 
@@ -27,8 +28,8 @@ def capture(
     """Run `apply_fn(params, *inputs)` and return the activations at its sites.
 
     Works on any JAX function, under `jit`, `vmap` and `grad`, through `remat` and `scan`: a site
-    inside a `scan` comes back with the loop's steps as a leading axis.  Nothing is stored in the
-    model.  Sites inside `while` and `cond` run a number of times that is not known beforehand, so
+    inside a `scan` comes back with the loop's steps as a leading axis.  Custom derivative rules hold
+    (unless the function that has one holds a site).  Nothing is stored in the model.  Sites inside `while` and `cond` run a number of times that is not known beforehand, so
     they cannot be captured.
 
     Args:
@@ -43,7 +44,7 @@ def capture(
       Site name -> array, in the order of evaluation.
 
     Raises:
-      ValueError: a pattern matches no site, or only sites inside `while` or `cond`.
+      ValueError: there is no site, a pattern matches none, or only sites inside `while` or `cond`.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -56,8 +57,10 @@ def capture(
     if of not in ("output", "input"):
         raise ValueError(f"of is 'output' or 'input', got {of!r}")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
-    graph = trace(apply_fn, params, inputs)
-    wanted = _match(find_sites(graph), patterns)
+    graph = trace(apply_fn, params, inputs, differentiable=True)
+    found = find_sites(graph)
+    check_sites(found)
+    wanted = _match(found, patterns)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     _, captured = _evaluate(graph, leaves, jax.tree.leaves(inputs), (), wanted, of)
     return {site.name: captured[site.name] for site in wanted}

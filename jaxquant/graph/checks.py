@@ -39,6 +39,15 @@ def check_params(params: Any) -> None:
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
 
 
+def check_sites(sites: Sequence[Site]) -> None:
+    """Raise ValueError where a model has no site."""
+    if not sites:
+        raise ValueError(
+            "there is nothing to quantize: apply_fn holds no convolution and no dot that depends "
+            "on its inputs (elementwise multiplication and sums are not dots)"
+        )
+
+
 def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
     """Raise ValueError where a weight of a site is computed from NaN or infinity."""
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)

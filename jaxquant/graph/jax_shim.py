@@ -42,6 +42,11 @@ def inlined_body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return _open(eqn.params[key])
 
 
+def has_custom_derivative(eqn: JaxprEqn) -> bool:
+    """True for the call of a function with its own derivative rule."""
+    return eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call"))
+
+
 def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]:
     """Every jaxpr in an equation's parameters, as (parameter name, jaxpr, consts)."""
     found = []

@@ -84,7 +84,7 @@ def test_linen_modules(module, shape, kind):
 def test_a_convolution_that_only_gathers_patches_is_a_site_too():
     """`nn.ConvLocal` gathers its patches with a convolution by a constant, then uses a dot."""
     found = linen_sites(nn.ConvLocal(4, (3,)), jnp.ones((2, 9, 6)))
-    assert [s.kind for s in found] == ["conv2d", "mul"]
+    assert [s.kind for s in found] == ["depthwise_conv2d", "mul"]
     assert found[1].weight_path == "params/kernel"
 
 
