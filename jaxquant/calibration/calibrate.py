@@ -16,7 +16,7 @@ import numpy as np
 from jaxquant.calibration import data, histogram, progress
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir, sites
-from jaxquant.graph.checks import check_params, check_weights
+from jaxquant.graph.checks import check_params, check_sites, check_weights
 from jaxquant.graph.trace import trace
 
 State = dict[str, histogram.Histogram]
@@ -48,8 +48,8 @@ def calibrate(
       the number of samples.
 
     Raises:
-      ValueError: `ds` is empty, a batch does not fit `apply_fn`, or an activation is NaN or
-        infinite (the message names the site and the batch).
+      ValueError: `ds` is empty, a batch does not fit `apply_fn`, the model has no site, or an
+        activation is NaN or infinite (the message names the site and the batch).
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -117,6 +117,7 @@ class _Sweep:
             )
             raise
         found = sites.find_sites(graph)
+        check_sites(found)
         check_weights(graph, found, self._params)
         self._names = tuple(sites.site_inputs(graph, found))
         self._state = {name: histogram.init() for name in self._names}

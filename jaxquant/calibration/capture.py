@@ -28,9 +28,10 @@ def capture(
     """Run `apply_fn(params, *inputs)` and return the activations at its sites.
 
     Works on any JAX function, under `jit`, `vmap` and `grad`, through `remat` and `scan`: a site
-    inside a `scan` comes back with the loop's steps as a leading axis.  Custom derivative rules hold
-    (unless the function that has one holds a site).  Nothing is stored in the model.  Sites inside `while` and `cond` run a number of times that is not known beforehand, so
-    they cannot be captured.
+    inside a `scan` comes back with the loop's steps as a leading axis.  Custom derivative rules
+    hold, unless the function that has one holds a site.  Nothing is stored in the model.  Sites
+    inside `while` and `cond` run a number of times that is not known beforehand, so they cannot be
+    captured.
 
     Args:
       params: pytree of arrays.
