@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -28,7 +27,7 @@ from experiments.evaluate import Evaluation, agreement, evaluate, sqnr_db, topk_
 from experiments.loader import batches
 from experiments.preprocessing import Preprocessing
 from experiments.weights.fetch import FetchError
-from experiments.weights.tree import Variables, WeightsError
+from experiments.weights.tree import Variables, WeightsError, random_variables, template
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/MODEL-ALGO.")
@@ -101,9 +100,7 @@ def load_model(config: ConfigDict) -> tuple[nn.Module, Variables]:
     if config.weights != "random":
         return zoo.load(config.model, config.weights or None)
     module = zoo.find(config.model).module()
-    size = model_input(config).size
-    image = jnp.zeros((1, size, size, 3), jnp.float32)
-    return module, jax.jit(module.init)(jax.random.key(0), image)
+    return module, random_variables(template(module, model_input(config).size))
 
 
 def model_input(config: ConfigDict) -> Preprocessing:
