@@ -16,7 +16,12 @@ import numpy as np
 from jaxquant.calibration import data, histogram, progress
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir, sites
-from jaxquant.graph.checks import check_params, check_sites, check_weights
+from jaxquant.graph.checks import (
+    check_no_randomness,
+    check_params,
+    check_sites,
+    check_weights,
+)
 from jaxquant.graph.trace import trace
 
 State = dict[str, histogram.Histogram]
@@ -118,6 +123,7 @@ class _Sweep:
             raise
         found = sites.find_sites(graph)
         check_sites(found)
+        check_no_randomness(graph)
         check_weights(graph, found, self._params)
         self._names = tuple(sites.site_inputs(graph, found))
         self._state = {name: histogram.init() for name in self._names}
