@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
@@ -36,6 +36,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # else JAX lists the platforms that it tried
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.model}-{config.algo}")
     try:
