@@ -78,9 +78,9 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
             return _read_stream(file)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except (EOFError, struct.error, zipfile.BadZipFile) as error:
+    except (EOFError, struct.error, zipfile.BadZipFile, OverflowError, MemoryError) as error:
         raise WeightsError(f"{path}: cut short or damaged: {error}") from error
-    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a PyTorch checkpoint: {error}") from error
 
 

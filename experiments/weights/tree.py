@@ -167,3 +167,10 @@ KERAS = Layout(
     },
     convert=_from_keras,
 )
+
+# Variables that Flax itself saved, under our own names.
+FLAX = Layout(
+    suffixes={leaf: (f"/{leaf}",) for leaf in ("kernel", "scale", "bias", "mean", "var")},
+    convert=lambda array, shape: array,
+)
+OUR_NAMES = Naming(lambda layer: layer, FLAX)
