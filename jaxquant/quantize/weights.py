@@ -26,7 +26,7 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     sites = int8_sites(graph, plan)
     paths = layout.leaf_paths(graph, params)
     slots = layout.weight_slots(graph, sites, paths)
-    folded = fold(graph, params, _static_tensors(sites))
+    weights, operands = fold(graph, params, *_static_tensors(sites))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
 
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
@@ -36,15 +36,18 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
         assert site.weight is not None
         axes = channel_axes(graph, site, graph.equations[site.equation])
         if plan.weight_quantize_type == "abs_max":
-            int8, scale = quantize_weight(folded[site.weight], ())
+            int8, scale = quantize_weight(weights[site.weight], ())
         else:
-            int8, scale = quantize_weight(folded[site.weight], axes)
+            int8, scale = quantize_weight(weights[site.weight], axes)
         slot = slots[site.name]
         layout.put(qparams["params"], slot.int8, int8)
         layout.put(qparams["params"], slot.scale, scale.astype(np.float32))
-        channels = int(np.prod([folded[site.weight].shape[a] for a in axes]))
+        channels = int(np.prod([int8.shape[a] for a in axes]))
         qparams["sites"][site.name] = epilogue_arrays(
-            graph, int8_site, folded, np.broadcast_to(scale, (channels,)) * scales[int8_site.tensor]
+            graph,
+            int8_site,
+            operands,
+            np.broadcast_to(scale, (channels,)) * scales[int8_site.tensor],
         )
     for tensor in plan.tensors:
         qparams["tensors"][tensor.name] = {"inv_scale": np.float32(1.0 / tensor.scale)}
@@ -70,8 +73,9 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
     return int8, scale.reshape(-1) if axes else scale.reshape(())
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
 def epilogue_arrays(
-    graph: ir.Graph, int8_site: Int8Site, folded: dict[ir.Var, np.ndarray], scale: np.ndarray
+    graph: ir.Graph, int8_site: Int8Site, operands: dict[ir.Var, np.ndarray], scale: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Compose the affine chain: `scale` [C] is what one unit of the accumulator is worth.
 
@@ -83,7 +87,7 @@ def epilogue_arrays(
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias
             continue
-        operand = channel_vector(graph, step, folded)
+        operand = channel_vector(graph, step, operands)
         if step.op == "mul":
             multiplier, bias = multiplier * operand, bias * operand
         elif step.op == "div":
@@ -93,24 +97,22 @@ def epilogue_arrays(
             if step.op == "rsub":
                 multiplier, bias = -multiplier, -bias
             bias = bias - operand if step.op == "sub" else bias + operand
-    if not (np.isfinite(multiplier).all() and np.isfinite(bias).all()):
+    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
+    if has_bias:
+        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(
             f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
             "infinity; check those parameters"
         )
-    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
-    if has_bias:
-        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
     return arrays
 
 
-def _static_tensors(sites: Sequence[Int8Site]) -> list[ir.Var]:
-    tensors = []
-    for int8_site in sites:
-        if int8_site.site.weight is not None:
-            tensors.append(int8_site.site.weight)
-        tensors += [s.operand for s in int8_site.epilogue.steps if isinstance(s.operand, int)]
-    return tensors
+def _static_tensors(sites: Sequence[Int8Site]) -> tuple[list[ir.Var], list[ir.Var]]:
+    """The weights of the sites, and the operands of their epilogues."""
+    weights = [s.site.weight for s in sites if s.site.weight is not None]
+    steps = [step for s in sites for step in s.epilogue.steps]
+    return weights, [step.operand for step in steps if isinstance(step.operand, int)]
 
 
 def _put_float_leaves(
