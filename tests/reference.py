@@ -43,7 +43,7 @@ def quantize_weight(weight: Any, axes: Sequence[int]) -> tuple[np.ndarray, np.nd
     shape = rows.shape
     channels = int(np.prod([weight.shape[a] for a in axes]))
     int8, scales = [], []
-    for row in rows.reshape(channels, -1):
+    for row in rows.reshape(channels, *shape[len(axes) :]):
         threshold = np.abs(row).max(initial=0.0)
         scale = threshold / 127 if threshold else 1.0
         scales.append(scale)
