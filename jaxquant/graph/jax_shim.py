@@ -6,7 +6,7 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and on the newest relea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,14 @@ def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]
     return found
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants, and how many are its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12: three trees
+    return len(list(consts)), len(list(carry))
+
+
 def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     if isinstance(body, ClosedJaxpr):
         return body.jaxpr, body.consts
@@ -94,7 +102,7 @@ def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
 
     `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
     """
-    varying: list[frozenset[Any]] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    varying = [_varying_axes(x) for x in operands]
     union: frozenset[Any] = frozenset().union(*varying)
     if not union:
         return operands
@@ -102,3 +110,11 @@ def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
         jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
         for x, own in zip(operands, varying, strict=True)
     ]
+
+
+def _varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of the mesh, inside `shard_map`, along which a value varies."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return getattr(aval, "vma", frozenset())

@@ -74,7 +74,7 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
     """The operands that feed a body's inputs; None for a carry and for what is not known."""
     n, operands = len(jaxpr.invars), list(eqn.inputs)
     if eqn.name == "scan":
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = jax_shim.scan_counts(eqn.params)
         return operands[:consts] + [None] * carry + operands[consts + carry :]
     if eqn.name == "while":
         cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
