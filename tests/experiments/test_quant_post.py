@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import common
 from experiments import quant_post, results, zoo
@@ -77,3 +78,27 @@ def test_every_config_runs(name, tmp_path):
 def test_a_model_without_weights_stops_before_any_work():
     with pytest.raises(WeightsError, match="vgg16: no package carries its weights"):
         quant_post.run(get_config("vgg16"))
+
+
+def folder_of(path: Path, count: int) -> str:
+    path.mkdir()
+    for i in range(count):
+        Image.new("RGB", (8, 8)).save(path / f"{i}.png")
+    rows = "".join(f"{i}.png,0\n" for i in range(count))
+    (path / "labels.csv").write_text("file,label\n" + rows)
+    return str(path)
+
+
+def test_folders_go_before_the_embedded_data(tmp_path):
+    config = get_config("efficientnet_lite0")
+    config.calib_samples = 2
+    config.data_dir = folder_of(tmp_path / "evaluation", 5)
+    calibration, evaluation = quant_post.choose_data(config, 32)
+    assert (calibration.name, calibration.size) == ("evaluation", 2)
+    assert (evaluation.name, evaluation.size) == ("evaluation", 5)
+
+    config.calib_dir = folder_of(tmp_path / "calibration", 3)
+    config.eval_samples = 4
+    calibration, evaluation = quant_post.choose_data(config, 32)
+    assert (calibration.name, calibration.size) == ("calibration", 2)
+    assert (evaluation.name, evaluation.size) == ("evaluation", 4)
