@@ -34,7 +34,10 @@ Atom = Var | Literal
 class Equation:
     """One primitive application.
 
-    `scope` is the joined name stack: the Flax module path and any `jax.named_scope`.
+    `scope` is the joined name stack: the Flax module path and any `jax.named_scope`; `calls` are
+    the names of the jit-compiled functions that the equation was inlined from, outermost first,
+    with a number that tells their calls apart; `modules` are the classes of the Flax modules that
+    it is in, outermost first.
     """
 
     index: int
@@ -43,6 +46,8 @@ class Equation:
     outputs: tuple[Var, ...]
     params: Mapping[str, Any]
     scope: str
+    calls: tuple[str | int, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

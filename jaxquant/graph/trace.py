@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import flax_tags, ir, jax_shim
 
 
 def trace(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> ir.Graph:
@@ -29,9 +29,10 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> i
     param_structs = jax.tree.map(ir.struct, params)
     input_structs = jax.tree.map(ir.struct, tuple(inputs))
     try:
-        closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
-            param_structs, *input_structs
-        )
+        with flax_tags.tagging():
+            closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
+                param_structs, *input_structs
+            )
     except Exception as error:
         hint = _hint(error)
         if hint is None:
@@ -117,7 +118,12 @@ class _Builder:
         return var
 
     def inline(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[ir.Atom], scope: str
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        args: Sequence[ir.Atom],
+        scope: str,
+        calls: tuple[str | int, ...] = (),
     ) -> list[ir.Atom]:
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -135,12 +141,15 @@ class _Builder:
             inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
             body = jax_shim.inlined_body(eqn)
             if body is not None:
-                results = self.inline(*body, operands, inner_scope)
+                name = eqn.params.get("name", eqn.primitive.name)
+                inner_calls = (*calls, str(name), len(self.equations))
+                results = self.inline(*body, operands, inner_scope, inner_calls)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
             outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
+            plain_scope, modules = flax_tags.split_scope(inner_scope)
             self.equations.append(
                 ir.Equation(
                     len(self.equations),
@@ -148,7 +157,9 @@ class _Builder:
                     tuple(operands),
                     outputs,
                     eqn.params,
-                    inner_scope,
+                    plain_scope,
+                    calls,
+                    modules,
                 )
             )
         return [read(x) for x in jaxpr.outvars]

@@ -58,7 +58,9 @@ def find_epilogue(graph: ir.Graph, site: Site) -> Epilogue:
     """Follow the tensor behind a site as far as its channels stay apart."""
     assert site.output is not None
     eqn = graph.equations[site.equation]
-    current, channels = site.output, output_channels(graph, site, eqn)
+    current = site.output
+    stored = site.weight is not None and bool(graph.sources(site.weight))
+    channels = output_channels(graph, site, eqn) if stored else Channels((), ())
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step

@@ -1,0 +1,99 @@
+"""Which sites may become int8, by the user's choices: kinds, skips, and what has no int8 form."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxquant.config import QuantConfig
+from jaxquant.errors import nearest
+from jaxquant.graph import ir, kinds
+from jaxquant.graph.sites import DOT_EQUATIONS, Site
+
+SKIP_SCOPE = "skip_quant"
+_WEIGHTED = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+
+
+def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """The sites of the report: every convolution and dot, and whatever else was asked for."""
+    return tuple(
+        site
+        for site in found
+        if site.kind in _WEIGHTED
+        or site.kind == "matmul"
+        or (site.kind in config.kinds and not site.inside)
+    )
+
+
+def candidates(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """The sites that become int8 where that is of use."""
+    return tuple(site for site in found if not reason_for_float(graph, site, found, config))
+
+
+def reason_for_float(
+    graph: ir.Graph, site: Site, found: Sequence[Site], config: QuantConfig
+) -> str:
+    """Why the site stays float; "" where it may become int8."""
+    if SKIP_SCOPE in site.scope.split("/"):
+        return f"inside jax.named_scope({SKIP_SCOPE!r})"
+    for pattern in config.skip:
+        if matches(site, pattern):
+            return f"skip={pattern!r}"
+    if config.skip_first_last and site.name in _first_and_last(found):
+        return "first or last layer (skip_first_last)"
+    if site.inside:
+        return f"inside {'/'.join(site.inside)}: control flow runs in float"
+    if site.kind not in config.kinds:
+        return f"{site.kind!r} is not in quantizable_op_type"
+    return _unfit(graph, site)
+
+
+def _unfit(graph: ir.Graph, site: Site) -> str:
+    eqn = graph.equations[site.equation]
+    if eqn.name not in DOT_EQUATIONS:
+        return ""
+    for operand in eqn.input_vars:
+        if not jnp.issubdtype(graph.dtype(operand), jnp.floating):
+            return f"an operand is {graph.dtype(operand)}, not float"
+    if eqn.name == "conv_general_dilated" and not graph.is_static(eqn.inputs[1]):
+        return "its kernel depends on the inputs"
+    if eqn.params.get("batch_group_count", 1) != 1:
+        return "batch_group_count is not 1"
+    return ""
+
+
+def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
+    weighted = [site.name for site in found if site.kind in _WEIGHTED and not site.inside]
+    return (weighted[0], weighted[-1]) if weighted else ("", "")
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """A glob on the site's name, scope or parameter path; `kind:` and `module:` on those."""
+    prefix, _, rest = pattern.partition(":")
+    if prefix == "kind" and rest:
+        return fnmatch.fnmatchcase(site.kind, rest)
+    if prefix == "module" and rest:
+        return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
+    return any(
+        fnmatch.fnmatchcase(text, pattern)
+        for text in (site.name, site.scope, site.weight_path)
+        if text
+    )
+
+
+def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
+    """Raise ValueError where a pattern matches no site, with the names nearest to it."""
+    for pattern in patterns:
+        if any(matches(site, pattern) for site in found):
+            continue
+        prefix, _, rest = pattern.partition(":")
+        if prefix == "kind":
+            names = [f"kind:{k}" for k in sorted({site.kind for site in found})]
+        elif prefix == "module":
+            names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
+        else:
+            layout = {k for k, b in kinds.BEHAVIOUR.items() if b == kinds.LAYOUT}
+            names = [site.name for site in found if site.kind not in layout]
+        raise ValueError(f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}")
