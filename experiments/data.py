@@ -3,7 +3,8 @@
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,18 @@ from experiments.weights import fetch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 LABELS_FILE = "labels.csv"
+SYNSET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
+
+# Data sets of tensorflow-datasets that number a part of the ImageNet classes anew: their labels as
+# those of ImageNet.
+IMAGENET_LABELS = {"imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)}
 
 # Decodes one image: (image, label). Cheap to make, so that a subset costs nothing for the rest.
 Example = Callable[[], tuple[Image.Image | np.ndarray, int]]
+
+
+Record = Mapping[str, np.ndarray]
+Labels = tuple[int, ...] | None
 
 
 class DataError(ValueError):
@@ -54,6 +64,11 @@ def folder(path: str | Path) -> Dataset:
         pairs = _read_labels(root)
     else:
         classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
+        if all(SYNSET.fullmatch(entry.name) for entry in classes) and 0 < len(classes) < 1000:
+            raise DataError(
+                f"{root}: {len(classes)} of the 1000 folders of ImageNet, so their positions are "
+                f"not their labels; add {LABELS_FILE} with the columns file,label"
+            )
         pairs = [
             (file, label)
             for label, entry in enumerate(classes)
@@ -132,13 +147,14 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
             f"the data set {name!r} needs tensorflow-datasets: pip install 'jaxquant[tfds]'"
         ) from error
     title = f"{name}/{split}"
+    labels = IMAGENET_LABELS.get(name.split("/")[0].split(":")[0])
     try:
         source = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir)
     except NotImplementedError:  # prepared as a stream of TFRecords
         stream = tensorflow_datasets.load(name, split=split, data_dir=data_dir)
         records = lambda: iter(tensorflow_datasets.as_numpy(stream))  # noqa: E731
-        return Dataset(title, None, lambda: (_record_example(record) for record in records()))
-    return from_examples(title, [_source_example(source, i) for i in range(len(source))])
+        return Dataset(title, None, lambda: (_record_example(r, labels) for r in records()))
+    return from_examples(title, [_source_example(source, i, labels) for i in range(len(source))])
 
 
 def subset(dataset: Dataset, count: int) -> Dataset:
@@ -197,12 +213,13 @@ def _array_example(image: np.ndarray, label: int) -> Example:
     return lambda: (image, label)
 
 
-def _source_example(source: object, index: int) -> Example:
-    return lambda: _record_example(source[index])()
+def _source_example(source: Sequence[Record], index: int, labels: Labels) -> Example:
+    return lambda: _record_example(source[index], labels)()
 
 
-def _record_example(record: dict[str, np.ndarray]) -> Example:
+def _record_example(record: Record, labels: Labels) -> Example:
     missing = {"image", "label"} - set(record)
     if missing:
         raise DataError(f"the data set has the features {sorted(record)}, without {missing}")
-    return lambda: (np.asarray(record["image"]), int(record["label"]))
+    label = int(record["label"])
+    return lambda: (np.asarray(record["image"]), label if labels is None else labels[label])

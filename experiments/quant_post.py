@@ -15,9 +15,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
@@ -28,7 +27,7 @@ from experiments.evaluate import Evaluation, agreement, evaluate, sqnr_db, topk_
 from experiments.loader import batches
 from experiments.preprocessing import Preprocessing
 from experiments.weights.fetch import FetchError
-from experiments.weights.tree import Variables, WeightsError
+from experiments.weights.tree import Variables, WeightsError, random_variables, template
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/MODEL-ALGO.")
@@ -37,6 +36,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # else JAX lists the platforms that it tried
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.model}-{config.algo}")
     try:
@@ -101,9 +102,7 @@ def load_model(config: ConfigDict) -> tuple[nn.Module, Variables]:
     if config.weights != "random":
         return zoo.load(config.model, config.weights or None)
     module = zoo.find(config.model).module()
-    size = model_input(config).size
-    image = jnp.zeros((1, size, size, 3), jnp.float32)
-    return module, jax.jit(module.init)(jax.random.key(0), image)
+    return module, random_variables(template(module, model_input(config).size))
 
 
 def model_input(config: ConfigDict) -> Preprocessing:

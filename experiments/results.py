@@ -22,6 +22,7 @@ def table(title: str, result: dict[str, Any]) -> str:
         ("evaluation, s", "seconds", ".1f"),
     ]
     singles = [
+        ("parameters, times smaller", f"{fp32['megabytes'] / int8['megabytes']:.2f}"),
         ("agreement with FP32, %", f"{result['agreement']:.2f}"),
         ("SQNR of the logits, dB", f"{result['sqnr_db']:.2f}"),
         ("sites in int8", str(result["sites_int8"])),

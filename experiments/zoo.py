@@ -23,7 +23,7 @@ class Entry(NamedTuple):
     Attributes:
       module: makes the Flax module.
       preprocessing: what its weights were trained with.
-      namings: of the weight files that it can take.
+      namings: of the weight files that it can take, beside those that Flax saved.
       package: the registry package that carries its weights, and the files to unpack, the one to
         read first; None where no registry has them.
     """
@@ -48,7 +48,7 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
 
     Args:
       name: a key of `MODELS`.
-      weights: a weight file; None takes the registry package that carries the weights.
+      weights: a weight file or an Orbax folder; None takes the registry package that carries them.
 
     Raises:
       WeightsError: there is no file, or it does not fit the network.
@@ -60,7 +60,7 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
     shapes = tree.template(module, entry.preprocessing.size)
     arrays = formats.read(path)
     try:
-        naming = tree.best_naming(shapes, arrays, entry.namings)
+        naming = tree.best_naming(shapes, arrays, (*entry.namings, tree.OUR_NAMES))
         return module, tree.assemble(shapes, arrays, naming)
     except tree.WeightsError as error:
         raise tree.WeightsError(f"{name}, from {path}: {error}") from error

@@ -11,7 +11,9 @@ from flax import nnx
 
 import jaxquant
 from jaxquant.calibration.observations import Observations, TensorStats
-from jaxquant.graph import evaluate, sites
+from jaxquant.config import QuantConfig
+from jaxquant.graph import evaluate
+from jaxquant.plan.make import observed_tensors
 from jaxquant.graph.trace import trace
 
 IMAGE = (4, 8, 8, 3)
@@ -20,7 +22,7 @@ IMAGE = (4, 8, 8, 3)
 def observe(params, apply_fn, *inputs) -> Observations:
     """What `jaxquant.calibrate` gives for one batch, ranges alone, with one small compilation."""
     graph = trace(apply_fn, params, inputs)
-    tensors = sites.site_inputs(graph, sites.find_sites(graph))
+    tensors = observed_tensors(graph, QuantConfig())
 
     @jax.jit
     def run(params, inputs):

@@ -70,44 +70,44 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
         or its pickle asks for anything but tensors.
     """
     path = Path(path)
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             if zipfile.is_zipfile(file):
-                return _read_zip(path, file)
+                return _read_zip(file)
             file.seek(0)
-            return _read_stream(path, file)
-        except (EOFError, struct.error, zipfile.BadZipFile) as error:
-            raise WeightsError(f"{path}: cut short or damaged: {error}") from error
-        except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError) as error:
-            if isinstance(error, WeightsError):
-                raise
-            raise WeightsError(f"{path}: not a PyTorch checkpoint: {error}") from error
+            return _read_stream(file)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except (EOFError, struct.error, zipfile.BadZipFile, OverflowError, MemoryError) as error:
+        raise WeightsError(f"{path}: cut short or damaged: {error}") from error
+    except (pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: not a PyTorch checkpoint: {error}") from error
 
 
-def _read_zip(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
         pickles = [n for n in names if n.endswith("/data.pkl") and n.count("/") == 1]
         if len(pickles) != 1:
-            raise WeightsError(f"{path}: a zip archive without a checkpoint's data.pkl")
+            raise WeightsError("a zip archive without a checkpoint's data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise WeightsError(f"{path}: big-endian checkpoints are not supported")
+            raise WeightsError("big-endian checkpoints are not supported")
         with archive.open(pickles[0]) as stream:
-            tensors = _state_dict(path, _RestrictedUnpickler(stream).load())
+            tensors = _state_dict(_RestrictedUnpickler(stream).load())
         members = {key: f"{root}data/{key}" for key in _storages(tensors)}
         buffers = {k: archive.read(name) for k, name in members.items() if name in names}
-    return _arrays(path, tensors, buffers)
+    return _arrays(tensors, buffers)
 
 
-def _read_stream(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_stream(file: BinaryIO) -> dict[str, np.ndarray]:
     opening = tuple(_RestrictedUnpickler(file).load() for _ in range(2))
     if opening != (MAGIC_NUMBER, PROTOCOL_VERSION):
-        raise WeightsError(f"{path}: not a PyTorch checkpoint: it opens with {opening!r:.80}")
+        raise WeightsError(f"not a PyTorch checkpoint: it opens with {opening!r:.80}")
     machine = _RestrictedUnpickler(file).load()
     if not machine.get("little_endian", True):
-        raise WeightsError(f"{path}: big-endian checkpoints are not supported")
-    tensors = _state_dict(path, _RestrictedUnpickler(file).load())
+        raise WeightsError("big-endian checkpoints are not supported")
+    tensors = _state_dict(_RestrictedUnpickler(file).load())
     storages = _storages(tensors)
     buffers = {}
     for key in _RestrictedUnpickler(file).load():
@@ -116,20 +116,20 @@ def _read_stream(path: Path, file: BinaryIO) -> dict[str, np.ndarray]:
             break
         (size,) = struct.unpack("<q", header)
         if key not in storages or size != storages[key].size:
-            raise WeightsError(f"{path}: storage {key!r} has {size} elements, unlike its tensors")
+            raise WeightsError(f"storage {key!r} has {size} elements, unlike its tensors")
         buffers[key] = file.read(size * storages[key].dtype.itemsize)
-    return _arrays(path, tensors, buffers)
+    return _arrays(tensors, buffers)
 
 
-def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
-        raise WeightsError(f"{path}: holds a {type(loaded).__name__} where a state dict should be")
+        raise WeightsError(f"holds a {type(loaded).__name__} where a state dict should be")
     tensors = {str(k).removeprefix("module."): v for k, v in loaded.items()}
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others or not tensors:
-        raise WeightsError(f"{path}: not a state dict of tensors: {shortened(others)}")
+        raise WeightsError(f"not a state dict of tensors: {shortened(others)}")
     return tensors
 
 
@@ -137,9 +137,7 @@ def _storages(tensors: dict[str, Tensor]) -> dict[str, Storage]:
     return {tensor.storage.key: tensor.storage for tensor in tensors.values()}
 
 
-def _arrays(
-    path: Path, tensors: dict[str, Tensor], buffers: dict[str, bytes]
-) -> dict[str, np.ndarray]:
+def _arrays(tensors: dict[str, Tensor], buffers: dict[str, bytes]) -> dict[str, np.ndarray]:
     missing = [
         name
         for name, (storage, *_) in tensors.items()
@@ -147,18 +145,18 @@ def _arrays(
     ]
     if missing:
         raise WeightsError(
-            f"{path}: cut short: {len(missing)} of {len(tensors)} parameters are missing:\n  "
+            f"cut short: {len(missing)} of {len(tensors)} parameters are missing:\n  "
             + "\n  ".join(shortened(missing))
         )
-    return {name: _view(path, name, t, buffers[t.storage.key]) for name, t in tensors.items()}
+    return {name: _view(name, t, buffers[t.storage.key]) for name, t in tensors.items()}
 
 
-def _view(path: Path, name: str, tensor: Tensor, buffer: bytes) -> np.ndarray:
+def _view(name: str, tensor: Tensor, buffer: bytes) -> np.ndarray:
     storage, offset, shape, strides = tensor
     steps = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
     inside = min((offset, *shape, *strides)) >= 0 and offset + sum(steps) < storage.size
     if 0 not in shape and not inside:
-        raise WeightsError(f"{path}: {name} reaches outside its storage of {storage.size} elements")
+        raise WeightsError(f"{name} reaches outside its storage of {storage.size} elements")
     flat = np.frombuffer(buffer, storage.dtype, count=storage.size)
     in_bytes = [stride * storage.dtype.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(flat[offset:], shape, in_bytes).copy()
@@ -170,7 +168,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _rebuild_parameter

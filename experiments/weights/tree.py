@@ -1,5 +1,6 @@
 """From a flat mapping of names to arrays, as weight files hold it, to the variables of a model."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,22 @@ def template(model: nn.Module, image_size: int) -> Variables:
     """The model's variables as shapes; computes nothing."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def random_variables(variables: Variables) -> Variables:
+    """Variables of the given shapes that keep the activations of a network near one; no training.
+
+    Kernels are normal with variance 2 / fan-in, BatchNorms leave what they get as it is.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "kernel":
+            deviation = np.float32(np.sqrt(2 / math.prod(leaf.shape[:-1])))
+            return deviation * rng.standard_normal(leaf.shape, np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, variables)
 
 
 def best_naming(variables: Variables, source: Arrays, namings: Sequence[Naming]) -> Naming:
@@ -150,3 +167,10 @@ KERAS = Layout(
     },
     convert=_from_keras,
 )
+
+# Variables that Flax itself saved, under our own names.
+FLAX = Layout(
+    suffixes={leaf: (f"/{leaf}",) for leaf in ("kernel", "scale", "bias", "mean", "var")},
+    convert=lambda array, shape: array,
+)
+OUR_NAMES = Naming(lambda layer: layer, FLAX)

@@ -105,6 +105,11 @@ class BatchChecker:
 
 
 def _to_array(leaf: Any, name: str, where: str) -> Array:
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+            f"{where} of ds: {name} is being traced: calibration runs outside jit, on arrays "
+            "(the quantized model itself may be jitted)"
+        )
     if isinstance(leaf, jax.Array):
         return leaf
     try:

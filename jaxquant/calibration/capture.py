@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,8 +9,10 @@ from typing import Any, Literal
 import jax
 
 from jaxquant.errors import nearest
-from jaxquant.graph import evaluate, ir
-from jaxquant.graph.sites import Site, body_graphs, find_sites
+from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.graph.checks import check_sites
+from jaxquant.graph.kinds import DOT_KINDS
+from jaxquant.graph.sites import Site, body_graphs, find_sites, matches
 from jaxquant.graph.trace import trace
 
 Captured = dict[str, jax.Array]
@@ -27,15 +28,17 @@ def capture(
     """Run `apply_fn(params, *inputs)` and return the activations at its sites.
 
     Works on any JAX function, under `jit`, `vmap` and `grad`, through `remat` and `scan`: a site
-    inside a `scan` comes back with the loop's steps as a leading axis.  Nothing is stored in the
-    model.  Sites inside `while` and `cond` run a number of times that is not known beforehand, so
-    they cannot be captured.
+    inside a `scan` comes back with the loop's steps as a leading axis.  Custom derivative rules
+    hold, unless the function that has one holds a site.  Nothing is stored in the model.  Sites
+    inside `while` and `cond` run a number of times that is not known beforehand, so they cannot be
+    captured.
 
     Args:
       params: pytree of arrays.
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       *inputs: its inputs.
-      sites: glob pattern or patterns on site names (`"*"`, `"block1/*"`).
+      sites: pattern or patterns of convolutions and dots: globs on site names (`"*"`,
+        `"block1/*"`), kinds (`"kind:matmul"`) or Flax module classes (`"module:SelfAttention"`).
       of: "output", what the convolution or dot gives (before bias and activation function), or
         "input", the activation that it reads.
 
@@ -43,7 +46,7 @@ def capture(
       Site name -> array, in the order of evaluation.
 
     Raises:
-      ValueError: a pattern matches no site, or only sites inside `while` or `cond`.
+      ValueError: there is no site, a pattern matches none, or only sites inside `while` or `cond`.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -56,8 +59,10 @@ def capture(
     if of not in ("output", "input"):
         raise ValueError(f"of is 'output' or 'input', got {of!r}")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
-    graph = trace(apply_fn, params, inputs)
-    wanted = _match(find_sites(graph), patterns)
+    graph = trace(apply_fn, params, inputs, differentiable=True)
+    found = [site for site in find_sites(graph) if site.kind in DOT_KINDS]
+    check_sites(found)
+    wanted = _match(found, patterns)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     _, captured = _evaluate(graph, leaves, jax.tree.leaves(inputs), (), wanted, of)
     return {site.name: captured[site.name] for site in wanted}
@@ -67,7 +72,7 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     """The sites to capture: those that match and are not inside `while`, `cond` and the like."""
     matched: dict[str, Site] = {}
     for pattern in patterns:
-        hits = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
+        hits = [site for site in found if matches(site, pattern)]
         if not hits:
             names = [site.name for site in found]
             raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")
@@ -122,7 +127,7 @@ def _scan_rule(
     def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
         (body,) = body_graphs(env.graph, eqn)
         operands = [env.read(x) for x in eqn.inputs]
-        n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        n_consts, n_carry = jax_shim.scan_counts(eqn.params)
         consts, rest = operands[:n_consts], operands[n_consts:]
 
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], Captured]]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir, sites
-from jaxquant.graph.checks import check_weights
+from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
 
 State = dict[str, histogram.Histogram]
@@ -95,6 +95,7 @@ class _Sweep:
             )
             raise
         found = sites.find_sites(graph)
+        check_no_randomness(graph)
         check_weights(graph, found, self._params)
         self._names = tuple(self._tensors_of(graph))
         self._state = {name: histogram.init() for name in self._names}

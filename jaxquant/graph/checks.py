@@ -39,12 +39,21 @@ def check_params(params: Any) -> None:
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
 
 
+def check_sites(sites: Sequence[Site]) -> None:
+    """Raise ValueError where a model has no site."""
+    if not sites:
+        raise ValueError(
+            "there is nothing to quantize: apply_fn holds no convolution and no dot that depends "
+            "on its inputs (elementwise multiplication and sums are not dots)"
+        )
+
+
 def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
     """Raise ValueError where a weight of a site is computed from NaN or infinity."""
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
     checked: set[ir.Var] = set()
     for site in sites:
-        for var in graph.sources(site.weight) if site.weight is not None else ():
+        for var in _weight_sources(graph, site):
             if var in checked:
                 continue
             checked.add(var)
@@ -54,6 +63,35 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
                     f"the weight of site {site.name!r}, params[{graph.paths[var]!r}], holds NaN or "
                     f"infinity in {bad} of its {np.size(leaves[var])} elements"
                 )
+
+
+def check_no_randomness(graph: ir.Graph) -> None:
+    """Raise ValueError where random numbers are drawn from a key among the parameters.
+
+    An nnx model in training mode does so: its dropout masks would become constants.
+    """
+    leaves = set(graph.leaves)
+    for eqn in graph.equations:
+        if eqn.name not in _DRAWS or not all(graph.is_static(x) for x in eqn.inputs):
+            continue
+        for var in graph.sources(eqn.outputs[0]):
+            if var in leaves:
+                raise ValueError(
+                    f"apply_fn draws random numbers from params[{graph.paths[var]!r}]. "
+                    "Quantization runs the model in inference mode: for an nnx model call "
+                    "`model.eval()` before `nnx.split`, for linen pass `deterministic=True`. If "
+                    "the draw belongs to the model, close over the key instead of keeping it "
+                    "among the parameters"
+                )
+
+
+_DRAWS = frozenset({"random_bits", "random_gamma", "threefry2x32"})
+
+
+def _weight_sources(graph: ir.Graph, site: Site) -> Sequence[ir.Var]:
+    if site.weight is not None:
+        return graph.sources(site.weight)
+    return [var for var in graph.leaves if graph.paths[var] == site.weight_path]
 
 
 def _count_not_finite(leaf: Any) -> int:

@@ -63,7 +63,8 @@ class Graph:
     """A traced function.
 
     `leaves` are the parameter leaves, `inputs` the flattened model inputs, `constants` the arrays
-    that the function closed over; `paths` names leaves and constants.
+    that the function closed over; `paths` names leaves and constants.  `differentiable` tells that
+    calls with their own derivative rule were kept, so that the graph can be differentiated.
     """
 
     avals: tuple[Any, ...]
@@ -75,6 +76,7 @@ class Graph:
     paths: Mapping[Var, str]
     static: tuple[bool, ...]
     out_tree: Any = None
+    differentiable: bool = False
 
     @functools.cached_property
     def producer(self) -> dict[Var, Equation]:

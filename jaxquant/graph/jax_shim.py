@@ -6,7 +6,7 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and on the newest relea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,11 @@ def inlined_body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return _open(eqn.params[key])
 
 
+def has_custom_derivative(eqn: JaxprEqn) -> bool:
+    """True for the call of a function with its own derivative rule."""
+    return eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call"))
+
+
 def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]:
     """Every jaxpr in an equation's parameters, as (parameter name, jaxpr, consts)."""
     found = []
@@ -50,6 +55,14 @@ def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]
             if isinstance(item, (Jaxpr, ClosedJaxpr)):
                 found.append((key, *_open(item)))
     return found
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants, and how many are its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12: three trees
+    return len(list(consts)), len(list(carry))
 
 
 def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
@@ -89,7 +102,7 @@ def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
 
     `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
     """
-    varying: list[frozenset[Any]] = [getattr(jax.typeof(x), "vma", frozenset()) for x in operands]
+    varying = [_varying_axes(x) for x in operands]
     union: frozenset[Any] = frozenset().union(*varying)
     if not union:
         return operands
@@ -97,3 +110,11 @@ def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
         jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
         for x, own in zip(operands, varying, strict=True)
     ]
+
+
+def _varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of the mesh, inside `shard_map`, along which a value varies."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return getattr(aval, "vma", frozenset())

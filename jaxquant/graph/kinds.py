@@ -72,6 +72,10 @@ BEHAVIOUR: Mapping[str, str] = {
     "less_than": DECIDE,
 }
 
+# Convolutions and dots, which are always reported; the interpolations are dots with weights that no
+# parameter is in.
+DOT_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul", "matmul")
+
 _BY_PRIMITIVE = {
     "add": "elementwise_add",
     "add_any": "elementwise_add",

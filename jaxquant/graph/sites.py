@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
     """The operands that feed a body's inputs; None for a carry and for what is not known."""
     n, operands = len(jaxpr.invars), list(eqn.inputs)
     if eqn.name == "scan":
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = jax_shim.scan_counts(eqn.params)
         return operands[:consts] + [None] * carry + operands[consts + carry :]
     if eqn.name == "while":
         cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -219,3 +220,20 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
             named.setdefault(operand, name)
             named.setdefault(primitives.movement_root(graph, operand), name)
     return named
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """A glob on the site's name, scope or parameter path, or on its kind or module classes.
+
+    The last two are written "kind:softmax" and "module:SelfAttention".
+    """
+    prefix, _, rest = pattern.partition(":")
+    if prefix == "kind" and rest:
+        return fnmatch.fnmatchcase(site.kind, rest)
+    if prefix == "module" and rest:
+        return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
+    return any(
+        fnmatch.fnmatchcase(text, pattern)
+        for text in (site.name, site.scope, site.weight_path)
+        if text
+    )

@@ -12,13 +12,21 @@ import numpy as np
 from jaxquant.graph import flax_tags, ir, jax_shim
 
 
-def trace(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> ir.Graph:
+def trace(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    *,
+    differentiable: bool = False,
+) -> ir.Graph:
     """Trace `apply_fn(params, *inputs)`; arrays and `ShapeDtypeStruct`s are both taken.
 
     Args:
       apply_fn: a pure function of the parameters and the inputs.
       params: pytree of arrays (nested dicts, `FrozenDict`, `nnx.State`, ...).
       inputs: the positional arguments after `params`, each a pytree of arrays.
+      differentiable: keep calls with their own derivative rule that hold no convolution and no dot
+        (ReLU is one), instead of inlining them.
 
     Returns:
       The graph; its `leaves` follow the order of `jax.tree.leaves(params)`.
@@ -41,7 +49,7 @@ def trace(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> i
     _refuse_updates(params, out_shape)
     paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     n_inputs = len(jax.tree.leaves(input_structs))
-    builder = _Builder()
+    builder = _Builder(differentiable)
     invars = [builder.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths)]
     inputs_ = [builder.new(var.aval, static=False) for var in closed.jaxpr.invars[len(paths) :]]
     if len(inputs_) != n_inputs:
@@ -58,7 +66,7 @@ def trace_body(
     `operands` are the atoms of `outer` that feed the body's inputs, or None where the body's input
     is not an operand (a loop's carry, an index); a static operand makes its input static.
     """
-    builder = _Builder()
+    builder = _Builder(outer.differentiable)
     invars = []
     for var, operand in zip(jaxpr.invars, operands, strict=True):
         if isinstance(operand, int) and outer.static[operand]:
@@ -101,6 +109,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclasses.dataclass
 class _Builder:
+    differentiable: bool
     avals: list[Any] = dataclasses.field(default_factory=list)
     static: list[bool] = dataclasses.field(default_factory=list)
     equations: list[ir.Equation] = dataclasses.field(default_factory=list)
@@ -140,7 +149,7 @@ class _Builder:
             operands = [read(x) for x in eqn.invars]
             inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
             body = jax_shim.inlined_body(eqn)
-            if body is not None:
+            if body is not None and not self.keeps(eqn):
                 name = eqn.params.get("name", eqn.primitive.name)
                 inner_calls = (*calls, str(name), len(self.equations))
                 results = self.inline(*body, operands, inner_scope, inner_calls)
@@ -164,6 +173,10 @@ class _Builder:
             )
         return [read(x) for x in jaxpr.outvars]
 
+    def keeps(self, eqn: Any) -> bool:
+        """Whether a call stays one equation, for the sake of its derivative rule."""
+        return self.differentiable and jax_shim.has_custom_derivative(eqn) and not _holds_site(eqn)
+
     def graph(
         self,
         leaves: Sequence[ir.Var],
@@ -181,7 +194,16 @@ class _Builder:
             paths=dict(self.paths),
             static=tuple(self.static),
             out_tree=out_tree,
+            differentiable=self.differentiable,
         )
+
+
+def _holds_site(eqn: Any) -> bool:
+    return eqn.primitive.name in ("conv_general_dilated", "dot_general") or any(
+        _holds_site(inner)
+        for _, jaxpr, _ in jax_shim.sub_bodies(eqn.params)
+        for inner in jaxpr.eqns
+    )
 
 
 def _hint(error: Exception) -> str | None:

@@ -51,6 +51,7 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     Those that become int8 without the skips are among them, so that skips can be changed later.
     """
     found = find_sites(graph)
+    select.reported(graph, found, config)
     names = tensor_names(graph, found)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
     entries: dict[str, ir.Var] = {}
@@ -69,11 +70,6 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     """
     found = find_sites(graph)
     sites = select.reported(graph, found, config)
-    if not sites:
-        raise ValueError(
-            "there is nothing to quantize: apply_fn holds no convolution and no dot that depends "
-            "on its inputs (elementwise multiplication and sums are not dots)"
-        )
     select.check_skip(found, config.skip)
     chosen = select.candidates(graph, found, config)
     forms = find_forms(graph, chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -10,21 +9,25 @@ import jax.numpy as jnp
 from jaxquant.config import QuantConfig
 from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds
-from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.graph.checks import check_sites
+from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
 
 SKIP_SCOPE = "skip_quant"
-_WEIGHTED = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
 
 
 def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
-    """The sites of the report: every convolution and dot, and whatever else was asked for."""
-    return tuple(
+    """The sites of the report: every convolution and dot, and whatever else was asked for.
+
+    Raises:
+      ValueError: there is none.
+    """
+    sites = tuple(
         site
         for site in found
-        if site.kind in _WEIGHTED
-        or site.kind == "matmul"
-        or (site.kind in config.kinds and not site.inside)
+        if site.kind in kinds.DOT_KINDS or (site.kind in config.kinds and not site.inside)
     )
+    check_sites(sites)
+    return sites
 
 
 def candidates(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
@@ -65,22 +68,8 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
 
 
 def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
-    weighted = [site.name for site in found if site.kind in _WEIGHTED and not site.inside]
+    weighted = [site.name for site in found if site.weight_path and not site.inside]
     return (weighted[0], weighted[-1]) if weighted else ("", "")
-
-
-def matches(site: Site, pattern: str) -> bool:
-    """A glob on the site's name, scope or parameter path; `kind:` and `module:` on those."""
-    prefix, _, rest = pattern.partition(":")
-    if prefix == "kind" and rest:
-        return fnmatch.fnmatchcase(site.kind, rest)
-    if prefix == "module" and rest:
-        return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
-    return any(
-        fnmatch.fnmatchcase(text, pattern)
-        for text in (site.name, site.scope, site.weight_path)
-        if text
-    )
 
 
 def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:

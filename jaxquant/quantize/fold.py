@@ -13,26 +13,29 @@ from jaxquant.graph.primitives import varying_axes
 from jaxquant.plan.epilogue import AffineStep
 
 
-def fold(graph: ir.Graph, params: Any, tensors: Sequence[ir.Var]) -> dict[ir.Var, np.ndarray]:
-    """The values of static tensors, in one compiled call.
+def fold(
+    graph: ir.Graph, params: Any, weights: Sequence[ir.Var], operands: Sequence[ir.Var]
+) -> tuple[dict[ir.Var, np.ndarray], dict[ir.Var, np.ndarray]]:
+    """The values of static tensors, in one compiled call: weights of sites, epilogue operands.
 
-    A tensor that was broadcast along an axis (a bias spread over the batch) comes back with size 1
-    there, so that nothing of the size of an activation is made.
+    A weight comes as the operation takes it.  An operand that was broadcast along an axis (a bias
+    spread over the batch) has size 1 there, so that nothing of the size of an activation is made.
     """
-    wanted = list(dict.fromkeys(tensors))
-    needed = list(ir.walk_back(graph, wanted))
+    weights, operands = list(dict.fromkeys(weights)), list(dict.fromkeys(operands))
+    needed = list(ir.walk_back(graph, [*weights, *operands]))
 
-    def run(leaves: list[Any]) -> list[Any]:
+    def run(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         env = evaluate.evaluate(
             graph,
             dict(zip(graph.leaves, leaves, strict=True)),
             [None] * len(graph.inputs),
             equations=needed,
         )
-        return [_without_copies(graph, var, env.read(var)) for var in wanted]
+        whole = [env.read(var) for var in weights]
+        return whole, [_without_copies(graph, var, env.read(var)) for var in operands]
 
-    values = jax.jit(run)(jax.tree.leaves(params))
-    return {var: np.asarray(value) for var, value in zip(wanted, values, strict=True)}
+    values = jax.device_get(jax.jit(run)(jax.tree.leaves(params)))
+    return dict(zip(weights, values[0], strict=True)), dict(zip(operands, values[1], strict=True))
 
 
 def _without_copies(graph: ir.Graph, var: ir.Var, value: Any) -> Any:

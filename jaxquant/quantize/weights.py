@@ -27,7 +27,7 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     binding = bind(graph, plan)
     paths = layout.leaf_paths(graph, params)
     slots = layout.weight_slots(graph, binding.sites, paths)
-    folded = fold(graph, params, _static_tensors(binding, slots))
+    weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
 
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
@@ -39,12 +39,12 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
-            int8, scale = quantize_weight(folded[site.weight], axes if per_channel else ())
+            int8, scale = quantize_weight(weights[site.weight], axes if per_channel else ())
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
-            channels = int(np.prod([folded[site.weight].shape[a] for a in axes]))
+            channels = int(np.prod([int8.shape[a] for a in axes]))
             accumulator = np.broadcast_to(scale, (channels,)) * accumulator
-        qparams["sites"][site.name] = epilogue_arrays(graph, int8_site, folded, accumulator)
+        qparams["sites"][site.name] = epilogue_arrays(graph, int8_site, operands, accumulator)
     for tensor in plan.tensors:
         qparams["tensors"][tensor.name] = {
             "scale": np.float32(tensor.scale),
@@ -72,8 +72,9 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
     return int8, scale.reshape(-1) if axes else scale.reshape(())
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
 def epilogue_arrays(
-    graph: ir.Graph, int8_site: Int8Site, folded: dict[ir.Var, np.ndarray], scale: np.ndarray
+    graph: ir.Graph, int8_site: Int8Site, operands: dict[ir.Var, np.ndarray], scale: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Compose the affine chain: `scale`, [C] or [], is what one unit of the accumulator is worth.
 
@@ -86,7 +87,7 @@ def epilogue_arrays(
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias
             continue
-        operand = channel_vector(graph, step, folded)
+        operand = channel_vector(graph, step, operands)
         if step.op == "mul":
             multiplier, bias = multiplier * operand, bias * operand
         elif step.op == "div":
@@ -96,24 +97,25 @@ def epilogue_arrays(
             if step.op == "rsub":
                 multiplier, bias = -multiplier, -bias
             bias = bias - operand if step.op == "sub" else bias + operand
-    if not (np.isfinite(multiplier).all() and np.isfinite(bias).all()):
+    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
+    if has_bias:
+        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(
             f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
             "infinity; check those parameters"
         )
-    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
-    if has_bias:
-        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
     return arrays
 
 
-def _static_tensors(binding: Binding, slots: Mapping[str, layout.WeightSlot]) -> list[ir.Var]:
-    tensors = []
-    for int8_site in binding.sites:
-        if int8_site.site.name in slots and int8_site.site.weight is not None:
-            tensors.append(int8_site.site.weight)
-        tensors += [s.operand for s in int8_site.epilogue.steps if isinstance(s.operand, int)]
-    return tensors
+def _static_tensors(
+    binding: Binding, slots: Mapping[str, layout.WeightSlot]
+) -> tuple[list[ir.Var], list[ir.Var]]:
+    """The stored weights of the sites, and the operands of their epilogues."""
+    sites = [s.site for s in binding.sites if s.site.name in slots]
+    weights = [site.weight for site in sites if site.weight is not None]
+    steps = [step for s in binding.sites for step in s.epilogue.steps]
+    return weights, [step.operand for step in steps if isinstance(step.operand, int)]
 
 
 def _put_float_leaves(

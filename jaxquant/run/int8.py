@@ -103,10 +103,9 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any
     for offset in itertools.product(*map(range, sizes)):
         window = padded
         for (axis, stride, dilation), at, size in zip(steps, offset, sizes, strict=True):
-            span = padded.shape[axis] - (size - 1) * dilation
-            window = lax.slice_in_dim(
-                window, at * dilation, at * dilation + span, stride=stride, axis=axis
-            )
+            span = max(0, padded.shape[axis] - (size - 1) * dilation)  # 0: the window does not fit
+            start = at * dilation if span else 0
+            window = lax.slice_in_dim(window, start, start + span, stride=stride, axis=axis)
         tap = taps[offset].reshape(channels)
         terms.append(window.astype(jnp.int32) * tap.astype(jnp.int32))
     total = sum(terms[1:], start=terms[0])

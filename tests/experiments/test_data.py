@@ -74,6 +74,12 @@ def test_subfolders_are_classes(tmp_path):
     assert labels.tolist() == [0, 1]
 
 
+def test_a_part_of_the_imagenet_folders_needs_labels(tmp_path):
+    save(tmp_path / "n02102040" / "x.png", 1)
+    with pytest.raises(data.DataError, match=r"1 of the 1000 folders .* add labels\.csv"):
+        data.folder(tmp_path)
+
+
 def test_bad_folders_are_explained(tmp_path, images):
     with pytest.raises(data.DataError, match="no such folder"):
         data.folder(tmp_path / "nowhere")
@@ -120,6 +126,11 @@ def test_tfds_is_read_at_random(fake_tfds):
     dataset = data.tfds("mnist", "test")
     assert (dataset.name, dataset.size) == ("mnist/test", 5)
     assert reds(dataset, 2) == [0, 1, 2, 3, 4]
+
+
+def test_labels_of_a_part_of_imagenet_are_those_of_imagenet(fake_tfds):
+    examples = [example() for example in data.tfds("imagenette/160px:1.0", "test").examples()]
+    assert [label for _, label in examples[:2]] == [0, 217]
 
 
 def test_tfds_falls_back_to_a_stream(fake_tfds):

@@ -2,16 +2,21 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import common
 from experiments import quant_post, results, zoo
+from experiments.weights.tree import WeightsError
 
+REPOSITORY = Path(common.__file__).parent.parent
 CONFIGS = sorted(
     path.stem
-    for path in Path(common.__file__).parent.glob("*.py")
+    for path in (REPOSITORY / "configs").glob("*.py")
     if path.stem not in ("__init__", "common")
 )
 
@@ -34,18 +39,41 @@ def test_configs_name_models_of_the_zoo(name):
     zoo.find(get_config(name).model)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_smoke(name, tmp_path):
+def check_results(workdir: Path, model: str) -> None:
+    assert json.loads((workdir / "config.json").read_text())["model"] == model
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    metrics = {line["measurement"]: line for line in map(json.loads, lines)}
+    assert metrics["sites_int8"]["value"] > 0
+    assert metrics["fp32"]["megabytes"] > 3 * metrics["int8"]["megabytes"]
+    assert np.isfinite(metrics["sqnr_db"]["value"])
+    report = json.loads((workdir / "report.json").read_text())
+    assert {row["status"] for row in report["rows"]} <= {"int8", "float"}
+    assert (workdir / "report.txt").read_text().strip()
+
+
+def test_the_command_runs_from_any_folder(tmp_path):
+    arguments = [
+        f"--config={REPOSITORY}/configs/cifar10_resnet20.py:runlocal",
+        f"--workdir={tmp_path}/out",
+    ]
+    command = [sys.executable, f"{REPOSITORY}/experiments/quant_post.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 images) to calibrate on (of the same images)" in done.stdout
+    assert "SQNR of the logits" in done.stdout
+    check_results(tmp_path / "out", "cifar10_resnet20")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "cifar10_resnet20"])
+def test_every_config_runs(name, tmp_path):
     config = get_config(name, "runlocal")
     title, result, report = quant_post.run(config)
     results.write(tmp_path, config.to_dict(), result, report)
-
     assert config.model in title
-    assert result["sites_int8"] > 0
-    assert result["fp32"]["megabytes"] > 3 * result["int8"]["megabytes"]
-    assert "SQNR" in results.table(title, result)
-    assert json.loads((tmp_path / "config.json").read_text())["model"] == config.model
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert {json.loads(line)["measurement"] for line in lines} == set(result)
-    assert json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert (tmp_path / "report.txt").read_text().strip()
+    check_results(tmp_path, config.model)
+
+
+def test_a_model_without_weights_stops_before_any_work():
+    with pytest.raises(WeightsError, match="vgg16: no package carries its weights"):
+        quant_post.run(get_config("vgg16"))

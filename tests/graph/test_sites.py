@@ -5,8 +5,10 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
+from jaxquant.config import QuantConfig
 from jaxquant.graph import sites
 from jaxquant.graph.trace import trace
+from jaxquant.plan.make import observed_tensors
 from tests import networks
 from tests.networks import find, site_names
 
@@ -84,7 +86,7 @@ def test_linen_modules(module, shape, kind):
 def test_a_convolution_that_only_gathers_patches_is_a_site_too():
     """`nn.ConvLocal` gathers its patches with a convolution by a constant, then uses a dot."""
     found = linen_sites(nn.ConvLocal(4, (3,)), jnp.ones((2, 9, 6)))
-    assert [s.kind for s in found] == ["conv2d", "mul"]
+    assert [s.kind for s in found] == ["depthwise_conv2d", "mul"]
     assert found[1].weight_path == "params/kernel"
 
 
@@ -288,7 +290,7 @@ def test_named_scopes_are_in_the_sites_scope():
 
 def tensors(apply_fn, params, *inputs):
     graph = trace(apply_fn, params, inputs)
-    return sites.site_inputs(graph, sites.find_sites(graph))
+    return observed_tensors(graph, QuantConfig())
 
 
 def test_readers_of_one_tensor_share_its_name():
