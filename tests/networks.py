@@ -78,6 +78,12 @@ def exact_params(init) -> Any:
     return jax.tree.unflatten(tree, [exact_weight(s.shape, i) for i, s in enumerate(leaves)])
 
 
+def random_params(init) -> Any:
+    """Normally distributed parameters like those of `init()`, shapes alone."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(init))
+    return jax.tree.unflatten(tree, [images(i, s.shape) * 0.4 for i, s in enumerate(leaves)])
+
+
 class LinenNet(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -1,0 +1,196 @@
+import json
+import math
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant.report.report import tree_bytes
+from jaxquant.report.sqnr import decibel
+from tests import networks
+
+KEYS = {
+    "name",
+    "kind",
+    "scope",
+    "status",
+    "reason",
+    "threshold",
+    "weight_scale_min",
+    "weight_scale_max",
+    "sqnr_db",
+    "epilogue",
+    "weight_path",
+}
+SUMMARY = {
+    "sites_int8",
+    "sites_float",
+    "tensors_int8",
+    "tensors_float",
+    "bytes_before",
+    "bytes_after",
+    "algo",
+    "weight_quantize_type",
+}
+BAD = '<b>&"bad"\''  # a name that HTML must escape
+
+
+def apply_fn(p, x):
+    exact = jax.nn.relu(x @ p["exact"]["w"] + p["exact"]["b"])
+    noisy = x @ p["noisy"]["w"]
+    return exact, noisy @ noisy.T, x @ p[BAD]["w"]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    params = {
+        "exact": {"w": networks.exact_weight((6, 5)), "b": networks.whole_numbers((5,))},
+        "noisy": {"w": networks.images(0, (6, 3))},
+        BAD: {"w": jnp.ones((6, 2))},
+    }
+    x = networks.whole_numbers((4, 6))
+    qparams, qapply = networks.quantize(params, apply_fn, x, skip=("<b>*",))
+    return params, x, qparams, qapply
+
+
+@pytest.fixture(scope="module")
+def report(quantized):
+    return quantized[3].report()
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    return {row["name"]: row for row in report.rows}
+
+
+def test_a_row_per_site_with_every_key(report, rows):
+    assert list(rows) == ["exact", "noisy", "matmul", BAD]
+    assert all(set(row) == KEYS for row in report.rows)
+    assert [row["kind"] for row in report.rows] == ["mul", "mul", "matmul", "mul"]
+    assert [row["status"] for row in report.rows] == ["int8", "int8", "float", "float"]
+
+
+def test_int8_rows(quantized, rows):
+    params = quantized[0]
+    row = rows["exact"]
+    assert (row["threshold"], row["weight_scale_min"], row["weight_scale_max"]) == (127, 1, 1)
+    assert (row["reason"], row["epilogue"], row["weight_path"]) == ("", ["add", "max"], "exact/w")
+    scale = np.abs(np.asarray(params["noisy"]["w"], np.float64)).max(0) / 127
+    noisy = rows["noisy"]
+    np.testing.assert_allclose(noisy["weight_scale_min"], scale.min(), rtol=1e-6)
+    np.testing.assert_allclose(noisy["weight_scale_max"], scale.max(), rtol=1e-6)
+
+
+def test_float_rows_have_reasons_and_no_scales(rows):
+    assert rows["matmul"]["reason"] == "a dot of two activations: no int8 form yet"
+    assert rows[BAD]["reason"] == "skip='<b>*'"
+    for name in ("matmul", BAD):
+        row = rows[name]
+        assert row["threshold"] is row["weight_scale_min"] is row["weight_scale_max"] is None
+
+
+def test_sqnr_is_infinite_where_int8_is_exact_and_that_of_the_outputs_elsewhere(quantized, rows):
+    params, x, qparams, _ = quantized
+    assert rows["exact"]["sqnr_db"] == rows[BAD]["sqnr_db"] == math.inf
+    weight = qparams["params"]["noisy"]["w"]
+    kernel = np.asarray(weight["int8"], np.float64) * np.asarray(weight["scale"], np.float64)
+    y = np.asarray(x, np.float64) @ np.asarray(params["noisy"]["w"], np.float64)
+    noise = y - np.asarray(x, np.float64) @ kernel
+    expected = 10 * np.log10((y**2).sum() / (noise**2).sum())
+    assert rows["noisy"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
+    noisy = y - noise
+    expected = 10 * np.log10(((y @ y.T) ** 2).sum() / ((y @ y.T - noisy @ noisy.T) ** 2).sum())
+    assert rows["matmul"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
+
+
+def test_summary(quantized, report):
+    qparams = quantized[2]
+    summary = dict(report.summary)
+    assert set(summary) == SUMMARY
+    assert (summary["sites_int8"], summary["sites_float"]) == (2, 2)
+    assert (summary["tensors_int8"], summary["tensors_float"]) == (1, 2)
+    assert (summary["algo"], summary["weight_quantize_type"]) == ("abs_max", "channel_wise_abs_max")
+    assert summary["bytes_before"] == 4 * (6 * 5 + 5 + 6 * 3 + 6 * 2)
+    int8 = 6 * 5 + 6 * 3
+    scales, epilogues, tensors, floats = 5 + 3, 2 * 5 + 3, 1, 6 * 2
+    assert summary["bytes_after"] == int8 + 4 * (scales + epilogues + tensors + floats)
+    assert summary["bytes_after"] == sum(np.asarray(v).nbytes for v in jax.tree.leaves(qparams))
+
+
+def test_text(report):
+    text = str(report)
+    lines = text.splitlines()
+    assert lines[0].split() == [
+        *("site", "kind", "runs", "in", "threshold", "weight", "scale", "SQNR", "dB"),
+        *("epilogue", "/", "reason"),
+    ]
+    assert lines[2].split() == ["exact", "mul", "int8", "127", "1", "inf", "add", "max"]
+    assert lines[4].endswith("a dot of two activations: no int8 form yet")
+    assert "2 sites int8, 2 float. Parameters: 260 bytes before" in lines[-1]
+    assert repr(report) == text
+    # The columns are aligned: every one begins or ends where its rule does.
+    ends = [i for i, c in enumerate(lines[1]) if c == "-" and lines[1][i + 1 : i + 2] in ("", " ")]
+    assert all(line[end + 1 : end + 3].strip() == "" for line in lines[2:6] for end in ends[:-1])
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.rows = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        self.rows += tag == "tr"
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def test_html_is_well_formed_and_escaped(report):
+    text = report._repr_html_()
+    parser = Tags()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    assert parser.rows == 5
+    assert len(parser.cells) == 5 * 7
+    assert BAD in parser.cells
+    assert "<b>" not in text
+    assert parser.cells[7:13] == ["exact", "mul", "int8", "127", "1", "inf"]
+
+
+def test_json_is_strict_and_holds_everything(report):
+    def refuse(token):
+        raise AssertionError(f"{token} is not JSON")
+
+    data = json.loads(report.to_json(), parse_constant=refuse)
+    assert data["summary"] == dict(report.summary)
+    assert [row["name"] for row in data["rows"]] == ["exact", "noisy", "matmul", BAD]
+    assert data["rows"][0]["sqnr_db"] is None  # infinite
+    assert data["rows"][1] == report.rows[1]
+
+
+def test_tree_bytes_counts_every_dtype_and_keys():
+    tree = {
+        "a": jnp.ones(3, jnp.bfloat16),
+        "b": np.ones((2, 2), np.int8),
+        "c": np.float32(1),
+        "key": jax.random.key(0),
+    }
+    assert tree_bytes(tree) == 6 + 4 + 4 + 8
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "expected"),
+    [(100.0, 1.0, 20.0), (1.0, 0.0, math.inf), (0.0, 0.0, math.inf), (0.0, 1.0, -math.inf)],
+)
+def test_decibel(signal, noise, expected):
+    assert decibel(signal, noise) == expected
