@@ -12,8 +12,9 @@ from flax import nnx
 import jaxquant
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.config import QuantConfig
-from jaxquant.graph import evaluate
+from jaxquant.graph import evaluate, sites
 from jaxquant.plan.make import observed_tensors
+from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.trace import trace
 
 IMAGE = (4, 8, 8, 3)
@@ -51,7 +52,9 @@ def site_names(apply_fn, params, *inputs) -> list[str]:
 
 
 def find(apply_fn, params, *inputs) -> tuple[sites.Site, ...]:
-    return sites.find_sites(trace(apply_fn, params, inputs))
+    """The convolutions and dots of a function."""
+    found = sites.find_sites(trace(apply_fn, params, inputs))
+    return tuple(site for site in found if site.kind in DOT_KINDS)
 
 
 def rows(qapply) -> dict[str, dict[str, Any]]:

@@ -113,8 +113,9 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     for site in chosen:
         behaviour = kinds.behaviour(site.kind, graph.equations[site.equation])
         if behaviour == kinds.ACCUMULATE:
-            epilogue = find_epilogue(graph, site)
-            if epilogue.names != planned[site.name].epilogue:
+            affine = planned[site.name].affine
+            epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
+            if epilogue.affine != affine:
                 raise _other_graph([site.name])
             bound.append(Int8Site(site, epilogue))
         elif behaviour in by_behaviour:
@@ -178,13 +179,22 @@ def _site_plan(
     graph: ir.Graph, site: Site, reason: str, forms: Forms, groups: Mapping[ir.Var, str]
 ) -> SitePlan:
     inputs: tuple[str, ...] = ()
-    epilogue: tuple[str, ...] = ()
+    affine: tuple[str, ...] = ()
+    activation: tuple[str, ...] = ()
     if not reason:
         inputs = tuple(dict.fromkeys(groups[v] for v in site.operands if v in groups))
         eqn = graph.equations[site.equation]
         if kinds.behaviour(site.kind, eqn) == kinds.ACCUMULATE:
-            epilogue = find_epilogue(graph, site).names
-    status = FLOAT if reason else INT8
+            epilogue = find_epilogue(graph, site)
+            affine, activation = epilogue.affine, epilogue.activation
     return SitePlan(
-        site.name, site.kind, site.scope, site.weight_path, status, reason, inputs, epilogue
+        name=site.name,
+        kind=site.kind,
+        scope=site.scope,
+        weight_path=site.weight_path,
+        status=FLOAT if reason else INT8,
+        reason=reason,
+        inputs=inputs,
+        affine=affine,
+        activation=activation,
     )

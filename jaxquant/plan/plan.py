@@ -8,6 +8,7 @@ from typing import Any
 
 VERSION = 1
 INT8, FLOAT = "int8", "float"
+SMALLEST_SCALE = 2.0**-126  # its inverse is still a float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,11 @@ class TensorPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
-    """One site: int8 with the scale groups of its inputs and its epilogue, or float with a reason."""
+    """One site: int8 with the scale groups of its inputs and its epilogue, or float with a reason.
+
+    `affine` are the operations that the multiplier and bias absorb, `activation` the elementwise
+    ones behind them.
+    """
 
     name: str
     kind: str
@@ -35,7 +40,8 @@ class SitePlan:
     status: str
     reason: str
     inputs: tuple[str, ...]
-    epilogue: tuple[str, ...]
+    affine: tuple[str, ...]
+    activation: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +63,8 @@ class Plan:
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
         sites = tuple(
-            SitePlan(**{**s, "inputs": tuple(s["inputs"]), "epilogue": tuple(s["epilogue"])})
-            for s in data.pop("sites")
+            SitePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()})
+            for site in data.pop("sites")
         )
         tensors = tuple(TensorPlan(**t) for t in data.pop("tensors"))
         return Plan(sites=sites, tensors=tensors, **data)
@@ -66,4 +72,4 @@ class Plan:
 
 def scale_of(threshold: float) -> float:
     """The step of the symmetric int8 grid [-127, 127]; 1 for a tensor that is all zero."""
-    return threshold / 127.0 if threshold > 0 else 1.0
+    return max(threshold / 127.0, SMALLEST_SCALE) if threshold > 0 else 1.0
