@@ -1,4 +1,4 @@
-"""Operations that JAX writes as several equations: softmax, and elementwise functions of one tensor."""
+"""Operations that JAX writes as several equations: softmax, functions of one tensor."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def _producer(graph: ir.Graph, atom: ir.Atom) -> ir.Equation | None:
     return graph.producer.get(atom) if isinstance(atom, int) else None
 
 
-def _through_movement(
-    graph: ir.Graph, atom: ir.Atom, members: set[int]
-) -> ir.Equation | None:
+def _through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.Equation | None:
     eqn = _producer(graph, atom)
     while eqn is not None and eqn.name in ("broadcast_in_dim", "reshape", "stop_gradient"):
         members.add(eqn.index)

@@ -43,14 +43,14 @@ def split_scope(scope: str) -> tuple[str, tuple[str, ...]]:
     return "/".join(p for p in parts if not p.startswith(_MARK)), modules
 
 
-def nnx_classes(apply_fn: Callable[..., Any]) -> Mapping[str, str]:
+def nnx_classes(apply_fn: Callable[..., Any], params: Any) -> Mapping[str, str]:
     """Module path -> class, from the `nnx.GraphDef` that a function holds; {} without one."""
     nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
+    if nnx is None or not isinstance(params, nnx.State):
         return {}
     for value in _held(apply_fn):
         if isinstance(value, nnx.GraphDef):
-            model = nnx.merge(value, _empty_state(nnx, value))
+            model = nnx.merge(value, params)
             return {
                 "/".join(map(str, path)): type(module).__name__
                 for path, module in nnx.iter_modules(model)

@@ -63,7 +63,8 @@ class Graph:
     """A traced function.
 
     `leaves` are the parameter leaves, `inputs` the flattened model inputs, `constants` the arrays
-    that the function closed over; `paths` names leaves and constants.  `differentiable` tells that
+    that the function closed over; `paths` names leaves and constants; `classes`
+    holds the class of every nnx module by its path.  `differentiable` tells that
     calls with their own derivative rule were kept, so that the graph can be differentiated.
     """
 
@@ -76,6 +77,7 @@ class Graph:
     paths: Mapping[Var, str]
     static: tuple[bool, ...]
     out_tree: Any = None
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     differentiable: bool = False
 
     @functools.cached_property

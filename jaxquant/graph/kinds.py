@@ -74,7 +74,8 @@ BEHAVIOUR: Mapping[str, str] = {
 
 # Convolutions and dots, which are always reported; the interpolations are dots with weights that no
 # parameter is in.
-DOT_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul", "matmul")
+WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
 
 _BY_PRIMITIVE = {
     "add": "elementwise_add",

@@ -94,9 +94,7 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
     return [None] * n
 
 
-def _collect(
-    graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]
-) -> Iterator[Site]:
+def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) -> Iterator[Site]:
     softmaxes = composites.find_softmax(graph)
     within = {i for last, s in softmaxes.items() for i in s.members if i != last}
     bases = composites.elementwise_bases(graph)
@@ -105,7 +103,8 @@ def _collect(
         if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
         if eqn.index in softmaxes:
-            operands, kind = (softmaxes[eqn.index].source,), "softmax"
+            operands: tuple[ir.Var, ...] = (softmaxes[eqn.index].source,)
+            kind = "softmax"
         else:
             operands, kind = _float_operands(graph, eqn), kinds.kind_of(graph, eqn)
         if kind in _ELEMENTWISE and eqn.outputs[0] in bases:
@@ -120,6 +119,13 @@ def _collect(
         elif not kind and jax_shim.sub_bodies(dict(eqn.params)):
             for number, body in enumerate(body_graphs(graph, eqn)):
                 yield from _collect(body, (*inside, eqn.name), (*holder, eqn.index, number))
+
+
+def _classes_of(graph: ir.Graph, weight_path: str) -> tuple[str, ...]:
+    """The classes of the nnx modules that a parameter is in, outermost first."""
+    parts = weight_path.split("/")
+    prefixes = ("/".join(parts[:n]) for n in range(len(parts)))
+    return tuple(graph.classes[p] for p in prefixes if p in graph.classes)
 
 
 # Of these, only operations of two different tensors are sites.
@@ -168,7 +174,7 @@ def _site(
         name="",
         kind=kind,
         scope=eqn.scope,
-        modules=eqn.modules,
+        modules=eqn.modules or _classes_of(graph, path),
         weight_path=path,
         location=(*holder, eqn.index),
         output=eqn.outputs[0],
@@ -211,10 +217,11 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
     """Names of the tensors that sites read: after the first site that does, `b1/Conv_0/input`.
 
     Rearrangements (reshape, transpose, ...) are seen through, so that all readers of one tensor
-    share its name.  The second operand of a site gives `.../input_1`.
+    share its name.  The second operand of a site gives `.../input_1`.  Convolutions and dots
+    name before other sites.
     """
     named: dict[ir.Var, str] = {}
-    for site in sites:
+    for site in sorted(sites, key=lambda site: site.kind not in kinds.DOT_KINDS):
         for number, operand in enumerate(site.operands):
             name = f"{site.name}/input" + (f"_{number}" if number else "")
             named.setdefault(operand, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ def trace(
     if len(inputs_) != n_inputs:
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
+    builder.classes = flax_tags.nnx_classes(apply_fn, params)
     return builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
 
 
@@ -115,6 +116,7 @@ class _Builder:
     equations: list[ir.Equation] = dataclasses.field(default_factory=list)
     constants: dict[ir.Var, Any] = dataclasses.field(default_factory=dict)
     paths: dict[ir.Var, str] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def new(self, aval: Any, *, static: bool) -> ir.Var:
         self.avals.append(aval)
@@ -194,6 +196,7 @@ class _Builder:
             paths=dict(self.paths),
             static=tuple(self.static),
             out_tree=out_tree,
+            classes=self.classes,
             differentiable=self.differentiable,
         )
 

@@ -58,9 +58,9 @@ class _Search:
 
     def run(self) -> Forms:
         for site in self._sites:
-            if self._behaviour[site.equation] in (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE):
-                self._need_operands(site)
-            elif site.kind == "softmax":
+            behaviour = self._behaviour[site.equation]
+            anchors = (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE)
+            if behaviour in anchors or site.kind == "softmax":
                 self._need_operands(site)
         self._cut_elementwise()
         self._spread()
@@ -118,14 +118,14 @@ class _Search:
         for site in self._sites:
             if site.kind not in kinds.ELEMENTWISE_KINDS:
                 continue
-            fused = []
+            fused: list[ir.Var] = []
             for operand in site.operands:
                 if self._is_fused(operand, site, bases):
                     fused.append(operand)
                 else:
                     self._need(operand)
-            fused.sort(key=lambda v: self._position(bases.get(v, v)))
-            for operand in fused[:-1]:
+            positions = {v: self._position(bases.get(v, v)) for v in fused}
+            for operand in sorted(fused, key=positions.__getitem__)[:-1]:
                 self._need(operand)
 
     def _position(self, var: ir.Var) -> int:
@@ -133,8 +133,9 @@ class _Search:
         return eqn.index if eqn is not None else -1
 
     def _is_fused(self, operand: ir.Var, site: Site, bases: Mapping[ir.Var, ir.Var]) -> bool:
-        graph = self._graph
-        if operand in self._int8 or graph.shape(operand) != graph.shape(site.output or operand):
+        """True where the operand is computed, elementwise, for this site alone."""
+        graph, eqn = self._graph, self._graph.equations[site.equation]
+        if operand in self._int8 or graph.shape(operand) != graph.shape(eqn.outputs[0]):
             return False
         base = bases.get(operand, operand)
         source = graph.producer.get(base)
@@ -169,7 +170,7 @@ class _Search:
                 self._int8.update(eqn.outputs)
 
     def _reads_int8(self) -> set[int]:
-        """Float equations that read int8: softmaxes, and elementwise ones if their kinds are asked."""
+        """Float equations that read int8: softmaxes, elementwise ones if their kinds are asked."""
         found: set[int] = set()
         softmaxes = composites.find_softmax(self._graph)
         for site in self._sites:

@@ -6,9 +6,7 @@ from jaxquant.graph import ir
 from jaxquant.plan.make import Binding
 
 
-def live_equations(
-    graph: ir.Graph, binding: Binding
-) -> tuple[list[ir.Equation], list[ir.Var]]:
+def live_equations(graph: ir.Graph, binding: Binding) -> tuple[list[ir.Equation], list[ir.Var]]:
     """The equations whose float results are needed, in order, and the sources that they read.
 
     Demand runs backwards from the model's outputs.  It is for a tensor's float or for its int8

@@ -1,4 +1,4 @@
-"""Make a plan from a graph, the observations and the configuration; find a plan in a graph again."""
+"""Make a plan from a graph, observations and a configuration; find a plan in a graph again."""
 
 from __future__ import annotations
 
@@ -48,12 +48,16 @@ class Binding:
 def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     """Tensor name -> tensor, for all that a quantization by `config` may need a threshold of.
 
-    Those that become int8 without the skips are among them, so that skips can be changed later.
+    Those that become int8 without the skips are among them, and the inputs of every convolution
+    and dot with a weight, so that these choices can be changed later.
     """
     found = find_sites(graph)
     select.reported(graph, found, config)
     names = tensor_names(graph, found)
-    without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
+    every_kind = (*config.quantizable_op_type, *kinds.WEIGHTED_KINDS)
+    without_skips = dataclasses.replace(
+        config, quantizable_op_type=every_kind, skip=(), skip_first_last=False
+    )
     entries: dict[str, ir.Var] = {}
     for choice in (without_skips, config):
         forms = find_forms(graph, select.candidates(graph, found, choice))
@@ -79,9 +83,10 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     allowed = {site.name for site in chosen}
     plans = []
     for site in sites:
-        reason = "" if site.name in allowed else select.reason_for_float(graph, site, found, config)
-        if not reason:
+        if site.name in allowed:
             reason = _unused(graph, site, forms)
+        else:
+            reason = select.reason_for_float(graph, site, found, config)
         plans.append(_site_plan(graph, site, reason, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
         reasons = sorted({f"{plan.kind}: {plan.reason}" for plan in plans})
@@ -134,8 +139,8 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
 def _other_graph(names: Sequence[str] | set[str]) -> ValueError:
     return ValueError(
         "these inputs give another graph than the one that was quantized; "
-        f"{', '.join(sorted(set(names))[:5])} differ. A model that computes something else for "
-        "this input shape or structure has to be quantized with such a sample"
+        f"the sites {', '.join(sorted(set(names))[:5])} differ. A model that computes something "
+        "else for this input shape or structure has to be quantized with such a sample"
     )
 
 
@@ -153,7 +158,7 @@ def _plan_tensors(
     missing = [names[var] for var in forms.entries if names[var] not in observations.tensors]
     if missing:
         raise ValueError(
-            f"the observations hold nothing on the tensors {', '.join(missing[:5])}; calibrate with "
+            f"the observations hold nothing on {', '.join(map(repr, missing[:5]))}; calibrate with "
             "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
         )
     groups: dict[str, list[str]] = {}

@@ -62,12 +62,13 @@ class Plan:
         data: dict[str, Any] = json.loads(text)
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
-        sites = tuple(
-            SitePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()})
-            for site in data.pop("sites")
-        )
+        sites = tuple(SitePlan(**_with_tuples(site)) for site in data.pop("sites"))
         tensors = tuple(TensorPlan(**t) for t in data.pop("tensors"))
         return Plan(sites=sites, tensors=tensors, **data)
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def scale_of(threshold: float) -> float:

@@ -77,7 +77,7 @@ def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if any(matches(site, pattern) for site in found):
             continue
-        prefix, _, rest = pattern.partition(":")
+        prefix, _, _ = pattern.partition(":")
         if prefix == "kind":
             names = [f"kind:{k}" for k in sorted({site.kind for site in found})]
         elif prefix == "module":

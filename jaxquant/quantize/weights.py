@@ -34,7 +34,7 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
     for int8_site in binding.sites:
         site = int8_site.site
-        accumulator = np.prod([scales[binding.scales[v]] for v in site.operands])
+        accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in site.operands]))
         if site.name in slots:
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])

@@ -106,7 +106,7 @@ def _decide(eqn: ir.Equation, quantized: QuantizedTensors) -> Sequence[Any]:
 
 
 def _along(vector: jax.Array, channels: Channels, rank: int) -> jax.Array:
-    """Place [C] along the channel axes of a tensor with `rank` axes, size 1 elsewhere; [] is [1]."""
+    """Place [C] along the channel axes of a tensor with `rank` axes; size 1 elsewhere."""
     order = sorted(range(len(channels.axes)), key=lambda k: channels.axes[k])
     value = vector.reshape(channels.sizes).transpose(order)
     shape = [1] * rank

@@ -6,7 +6,6 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from jaxquant.config import QuantConfig
-from jaxquant.graph import sites
 from jaxquant.graph.trace import trace
 from jaxquant.plan.make import observed_tensors
 from tests import networks
