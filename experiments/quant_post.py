@@ -7,6 +7,7 @@ prints a table and writes config.json, metrics.jsonl and the report to the work 
 are those of `configs/common.py`, each to be given as --config.NAME=VALUE.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
@@ -36,8 +37,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # else JAX lists the platforms that it tried
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # else: platforms tried
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.model}-{config.algo}")
     try:
