@@ -6,9 +6,8 @@ print(qapply.report())
 """
 
 from jaxquant._version import __version__
-from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.threshold import kl_threshold
-from jaxquant.pipeline import quant_post, quantize
+from jaxquant.pipeline import calibrate, quant_post, quantize
 
 __all__ = ["__version__", "calibrate", "capture", "kl_threshold", "quant_post", "quantize"]

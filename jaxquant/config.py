@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from jaxquant.calibration import algorithms
 from jaxquant.errors import nearest
+from jaxquant.graph import kinds
 
-# The operation types that have an int8 form, by PaddleSlim's names.
-OP_TYPES = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+OP_TYPES = tuple(kinds.BEHAVIOUR)
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 
@@ -19,9 +19,16 @@ class QuantConfig:
     """The choices of a quantization; see `jaxquant.quant_post` for their meaning."""
 
     algo: str = "KL"
-    quantizable_op_type: tuple[str, ...] = DEFAULT_OP_TYPES
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES
+    is_full_quantize: bool = False
     weight_quantize_type: str = "channel_wise_abs_max"
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
+    skip_first_last: bool = False
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that become int8."""
+        return frozenset(OP_TYPES if self.is_full_quantize else self.quantizable_op_type)
 
     def __post_init__(self) -> None:
         _check("algo", self.algo, algorithms.ALGORITHMS)
@@ -36,6 +43,9 @@ class QuantConfig:
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(OP_TYPES)}")
         _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
+        for name in ("is_full_quantize", "skip_first_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is True or False, got {getattr(self, name)!r}")
         for pattern in self.skip:
             if not isinstance(pattern, str) or not pattern:
                 raise ValueError(f"skip holds glob patterns on site names, got {pattern!r}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxquant.calibration.algorithms import find_thresholds
-from jaxquant.calibration.calibrate import calibrate
+from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.calibration.sweep import sweep
 from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
 from jaxquant.graph.checks import check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
-from jaxquant.plan.plan import make_plan
+from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import site_sqnr
@@ -32,13 +34,14 @@ def quant_post(
     is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
     skip: Sequence[str] = (),
+    skip_first_last: bool = False,
     select: Any = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Quantize a trained float model to int8 after training.
 
-    Runs the model over `ds` once, chooses a threshold for the input of every convolution and dot,
-    and returns an int8 model.  The counterpart of PaddleSlim's `quant_post_static`.
+    Runs the model over `ds` once, chooses a threshold for every tensor that becomes int8, and
+    returns an int8 model.  The counterpart of PaddleSlim's `quant_post_static`.
 
     Args:
       params: pytree of float arrays: linen variables, an nnx state, nested dicts.
@@ -53,9 +56,13 @@ def quant_post(
       batch_size: None where `ds` yields batches; n to stack its samples n at a time.
       batch_nums: how many batches to use; None for all.
       quantizable_op_type: the kinds that become int8, by PaddleSlim's names.
+      is_full_quantize: all kinds become int8, so that tensors stay int8 between sites: pooling,
+        additions, concatenation, softmax, interpolation, shape operations, ...
       weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".
-      skip: glob patterns on site names, parameter paths or scopes that stay float; so does
-        everything under `jax.named_scope("skip_quant")`.
+      skip: patterns of sites that stay float: globs on site names, parameter paths or scopes
+        ("block1/*"), kinds ("kind:softmax"), Flax module classes ("module:SelfAttention").  So
+        does everything under `jax.named_scope("skip_quant")`.
+      skip_first_last: the first and the last convolution or dot with a weight stay float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
       progress: show a progress bar.
@@ -80,17 +87,55 @@ def quant_post(
       >>> qparams["params"]["w"]["int8"].dtype
       dtype('int8')
     """
-    config = QuantConfig(algo, tuple(quantizable_op_type), weight_quantize_type, tuple(skip))
-    observations = calibrate(
-        params,
-        apply_fn,
-        ds,
-        batch_size=batch_size,
-        batch_nums=batch_nums,
-        select=select,
-        progress=progress,
+    config = QuantConfig(
+        algo, quantizable_op_type, is_full_quantize, weight_quantize_type, skip, skip_first_last
     )
+    batches = _batches(ds, batch_size, batch_nums, select, progress)
+    observations = _calibrate(params, apply_fn, batches, config)
     return _quantize(params, apply_fn, observations, config)
+
+
+def calibrate(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    ds: Any,
+    *,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    is_full_quantize: bool = False,
+    skip: Sequence[str] = (),
+    skip_first_last: bool = False,
+    select: Any = None,
+    progress: bool = True,
+) -> Observations:
+    """Run the float model over `ds` once and observe every tensor that may become int8.
+
+    The first step of `jaxquant.quant_post`, whose arguments these are.
+
+    Returns:
+      The observations, from which `jaxquant.quantize` makes the int8 model, with any `algo`.  They
+      do not grow with the number of samples.
+
+    Raises:
+      ValueError: `ds` is empty, a batch does not fit `apply_fn`, the model has no site, or an
+        activation is NaN or infinite (the message names the site and the batch).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant
+      >>> observations = jaxquant.calibrate(
+      ...     {"w": jnp.eye(4)}, lambda p, x: x @ p["w"], [jnp.ones((2, 4))], progress=False)
+      >>> observations.tensors["w/input"].abs_max
+      1.0
+    """
+    config = QuantConfig(
+        quantizable_op_type=quantizable_op_type,
+        is_full_quantize=is_full_quantize,
+        skip=skip,
+        skip_first_last=skip_first_last,
+    )
+    batches = _batches(ds, batch_size, batch_nums, select, progress)
+    return _calibrate(params, apply_fn, batches, config)
 
 
 def quantize(
@@ -100,8 +145,10 @@ def quantize(
     *,
     algo: str = "KL",
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
     skip: Sequence[str] = (),
+    skip_first_last: bool = False,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Make the int8 model from what `jaxquant.calibrate` observed; see `jaxquant.quant_post`.
 
@@ -113,8 +160,27 @@ def quantize(
       >>> qapply(qparams, jnp.ones((1, 4))).tolist()
       [[1.0, 1.0, 1.0, 1.0]]
     """
-    config = QuantConfig(algo, tuple(quantizable_op_type), weight_quantize_type, tuple(skip))
+    config = QuantConfig(
+        algo, quantizable_op_type, is_full_quantize, weight_quantize_type, skip, skip_first_last
+    )
     return _quantize(params, apply_fn, observations, config)
+
+
+def _batches(
+    ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
+) -> Iterator[tuple[Any, ...]]:
+    batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
+    return progress_bar(batches, num_batches(ds, batch_size, batch_nums), "calibrate", progress)
+
+
+def _calibrate(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    batches: Iterator[tuple[Any, ...]],
+    config: QuantConfig,
+) -> Observations:
+    check_params(params)
+    return sweep(params, apply_fn, batches, functools.partial(observed_tensors, config=config))
 
 
 def _quantize(
@@ -123,8 +189,7 @@ def _quantize(
     check_params(params)
     graph = trace(apply_fn, params, observations.example)
     check_weights(graph, find_sites(graph), params)
-    thresholds = find_thresholds(observations, config.algo)
-    plan = make_plan(graph, thresholds, config)
+    plan = make_plan(graph, observations, config)
     qparams = quantize_params(graph, plan, params)
     program = Program(graph, plan, params)
     sqnr = site_sqnr(program, params, qparams, observations.example)

@@ -11,8 +11,11 @@ from flax import nnx
 
 import jaxquant
 from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.config import QuantConfig
 from jaxquant.graph import evaluate, sites
+from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.trace import trace
+from jaxquant.plan.make import observed_tensors
 
 IMAGE = (4, 8, 8, 3)
 
@@ -20,7 +23,7 @@ IMAGE = (4, 8, 8, 3)
 def observe(params, apply_fn, *inputs) -> Observations:
     """What `jaxquant.calibrate` gives for one batch, ranges alone, with one small compilation."""
     graph = trace(apply_fn, params, inputs)
-    tensors = sites.site_inputs(graph, sites.find_sites(graph))
+    tensors = observed_tensors(graph, QuantConfig())
 
     @jax.jit
     def run(params, inputs):
@@ -49,7 +52,9 @@ def site_names(apply_fn, params, *inputs) -> list[str]:
 
 
 def find(apply_fn, params, *inputs) -> tuple[sites.Site, ...]:
-    return sites.find_sites(trace(apply_fn, params, inputs))
+    """The convolutions and dots of a function."""
+    found = sites.find_sites(trace(apply_fn, params, inputs))
+    return tuple(site for site in found if site.kind in DOT_KINDS)
 
 
 def rows(qapply) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxquant
-from jaxquant.config import OP_TYPES
+from jaxquant.graph.kinds import WEIGHTED_KINDS
 from tests import networks
 from tests.networks import exact_weight, rows, whole_numbers
 
@@ -170,7 +170,7 @@ def test_every_form_of_convolution_is_int8_and_exact(convs):
 
 def test_a_transposed_convolution_is_int8_when_it_is_listed(convs):
     params, inputs = convs
-    _, qapply = assert_exact(params, Convs().apply, *inputs, quantizable_op_type=OP_TYPES)
+    _, qapply = assert_exact(params, Convs().apply, *inputs, quantizable_op_type=WEIGHTED_KINDS)
     assert {row["status"] for row in rows(qapply).values()} == {"int8"}
 
 
@@ -185,7 +185,7 @@ def test_attention_projections_are_int8_and_products_float():
     assert len(found) == 2
     for row in found.values():
         assert (row["kind"], row["status"]) == ("matmul", "float")
-        assert row["reason"] == "a dot of two activations: no int8 form yet"
+        assert row["reason"] == "'matmul' is not in quantizable_op_type"
     assert sqnr(module.apply(params, x), qapply(qparams, x)) > 25
 
 

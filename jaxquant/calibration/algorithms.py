@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxquant.calibration import threshold
-from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.calibration.observations import Observations, TensorStats, merge
 
 Algorithm = Callable[[Sequence[TensorStats]], np.ndarray]
 
@@ -34,9 +34,12 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 
-def find_thresholds(observations: Observations, algo: str) -> dict[str, float]:
-    """Tensor name -> threshold, the |x| that maps to 127."""
-    if not observations.tensors:
+def find_thresholds(
+    observations: Observations, algo: str, groups: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Group -> threshold, the |x| that maps to 127; a group is a name and the tensors in it."""
+    if not groups:
         return {}
-    found = ALGORITHMS[algo](list(observations.tensors.values()))
-    return {name: float(value) for name, value in zip(observations.tensors, found, strict=True)}
+    stats = [merge([observations.tensors[t] for t in tensors]) for tensors in groups.values()]
+    found = ALGORITHMS[algo](stats)
+    return {name: float(value) for name, value in zip(groups, found, strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +11,8 @@ import jax
 from jaxquant.errors import nearest
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.checks import check_sites
-from jaxquant.graph.sites import Site, body_graphs, find_sites
+from jaxquant.graph.kinds import DOT_KINDS
+from jaxquant.graph.sites import Site, body_graphs, find_sites, matches
 from jaxquant.graph.trace import trace
 
 Captured = dict[str, jax.Array]
@@ -37,7 +37,8 @@ def capture(
       params: pytree of arrays.
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       *inputs: its inputs.
-      sites: glob pattern or patterns on site names (`"*"`, `"block1/*"`).
+      sites: pattern or patterns of convolutions and dots: globs on site names (`"*"`,
+        `"block1/*"`), kinds (`"kind:matmul"`) or Flax module classes (`"module:SelfAttention"`).
       of: "output", what the convolution or dot gives (before bias and activation function), or
         "input", the activation that it reads.
 
@@ -59,7 +60,7 @@ def capture(
         raise ValueError(f"of is 'output' or 'input', got {of!r}")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     graph = trace(apply_fn, params, inputs, differentiable=True)
-    found = find_sites(graph)
+    found = [site for site in find_sites(graph) if site.kind in DOT_KINDS]
     check_sites(found)
     wanted = _match(found, patterns)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
@@ -71,7 +72,7 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     """The sites to capture: those that match and are not inside `while`, `cond` and the like."""
     matched: dict[str, Site] = {}
     for pattern in patterns:
-        hits = [site for site in found if fnmatch.fnmatchcase(site.name, pattern)]
+        hits = [site for site in found if matches(site, pattern)]
         if not hits:
             names = [site.name for site in found]
             raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")

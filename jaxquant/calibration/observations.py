@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,24 @@ class TensorStats:
     max: float
     abs_max: float
     count: int
+
+
+def merge(stats: Sequence[TensorStats]) -> TensorStats:
+    """The statistics of several tensors together; exact, since the bins of histograms nest."""
+    width = max(s.bin_width for s in stats)
+    counts = np.zeros_like(stats[0].counts)
+    for s in stats:
+        ratio = min(int(width / s.bin_width), len(counts))
+        folded = s.counts.reshape(-1, ratio).sum(axis=1, dtype=counts.dtype)
+        counts[: len(folded)] += folded
+    return TensorStats(
+        counts=counts,
+        bin_width=width,
+        min=min(s.min for s in stats),
+        max=max(s.max for s in stats),
+        abs_max=max(s.abs_max for s in stats),
+        count=sum(s.count for s in stats),
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,10 @@ Replace = Callable[["Environment", ir.Equation], Sequence[Any]]
 class Environment:
     """The values of a graph's tensors during one evaluation."""
 
-    def __init__(self, graph: ir.Graph):
+    def __init__(self, graph: ir.Graph, leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]):
         self.graph = graph
-        self._values: dict[ir.Var, Any] = dict(graph.constants)
+        self._values: dict[ir.Var, Any] = {**graph.constants, **leaves}
+        self._values.update(zip(graph.inputs, inputs, strict=True))
 
     def __contains__(self, var: ir.Var) -> bool:
         return var in self._values
@@ -37,10 +38,7 @@ class Environment:
 
     def read(self, atom: ir.Atom) -> Any:
         """The value in the model's dtype."""
-        value, dtype = self.wide(atom), self.graph.dtype(atom)
-        if jax_shim.is_key_dtype(dtype) or value.dtype == dtype:
-            return value
-        return jax.lax.convert_element_type(value, dtype)
+        return narrow(self.wide(atom), self.graph.dtype(atom))
 
 
 def evaluate(
@@ -60,16 +58,21 @@ def evaluate(
       equations: those to evaluate, in order.
       replace: equation index -> rule; the rule returns the values of the equation's outputs.
     """
-    env = Environment(graph)
-    for var, value in leaves.items():
-        env.write(var, value)
-    for var, value in zip(graph.inputs, inputs, strict=True):
-        env.write(var, value)
+    env = Environment(graph, leaves, inputs)
     rules = replace or {}
-    for eqn in graph.equations if equations is None else equations:
+    chosen = graph.equations if equations is None else equations
+    return run(env, chosen, lambda eqn: rules.get(eqn.index, apply)(env, eqn))
+
+
+def run(
+    env: Environment,
+    equations: Sequence[ir.Equation],
+    rule: Callable[[ir.Equation], Sequence[Any]],
+) -> Environment:
+    """Write the results that `rule` gives for every equation, in order."""
+    for eqn in equations:
         with jax.named_scope(eqn.scope) if eqn.scope else contextlib.nullcontext():
-            rule = rules.get(eqn.index, apply)
-            results = rule(env, eqn)
+            results = rule(eqn)
         for var, value in zip(eqn.outputs, results, strict=True):
             env.write(var, value)
     return env
@@ -81,7 +84,24 @@ def outputs(env: Environment) -> Any:
     return jax.tree.unflatten(env.graph.out_tree, [jnp.asarray(x) for x in flat])
 
 
-def apply(env: Environment, eqn: ir.Equation) -> Sequence[Any]:
+def narrow(value: Any, dtype: Any) -> Any:
+    """A value in the model's dtype."""
+    if jax_shim.is_key_dtype(dtype) or value.dtype == dtype:
+        return value
+    return jax.lax.convert_element_type(value, dtype)
+
+
+class Reader(Protocol):
+    """How an equation reads its operands; an `Environment` is one."""
+
+    graph: ir.Graph
+
+    def wide(self, atom: ir.Atom) -> Any: ...
+
+    def read(self, atom: ir.Atom) -> Any: ...
+
+
+def apply(env: Reader, eqn: ir.Equation) -> Sequence[Any]:
     """The equation itself: elementwise ones keep a wider dtype, others get the model's."""
     if primitives.is_elementwise(eqn) and (wide := _wide_dtype(env, eqn)) is not None:
         if eqn.name == "convert_element_type" and _is_float(eqn.params["new_dtype"]):
@@ -92,7 +112,7 @@ def apply(env: Environment, eqn: ir.Equation) -> Sequence[Any]:
     return jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
 
 
-def _wide_dtype(env: Environment, eqn: ir.Equation) -> Any:
+def _wide_dtype(env: Reader, eqn: ir.Equation) -> Any:
     for atom in eqn.input_vars:
         value, dtype = env.wide(atom), env.graph.dtype(atom)
         if not jax_shim.is_key_dtype(dtype) and _is_float(dtype) and value.dtype != dtype:

@@ -34,7 +34,10 @@ Atom = Var | Literal
 class Equation:
     """One primitive application.
 
-    `scope` is the joined name stack: the Flax module path and any `jax.named_scope`.
+    `scope` is the joined name stack: the Flax module path and any `jax.named_scope`; `calls` are
+    the names of the jit-compiled functions that the equation was inlined from, outermost first,
+    with a number that tells their calls apart; `modules` are the classes of the Flax modules that
+    it is in, outermost first.
     """
 
     index: int
@@ -43,6 +46,8 @@ class Equation:
     outputs: tuple[Var, ...]
     params: Mapping[str, Any]
     scope: str
+    calls: tuple[str | int, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,7 +63,8 @@ class Graph:
     """A traced function.
 
     `leaves` are the parameter leaves, `inputs` the flattened model inputs, `constants` the arrays
-    that the function closed over; `paths` names leaves and constants.  `differentiable` tells that
+    that the function closed over; `paths` names leaves and constants; `classes`
+    holds the class of every nnx module by its path.  `differentiable` tells that
     calls with their own derivative rule were kept, so that the graph can be differentiated.
     """
 
@@ -71,6 +77,7 @@ class Graph:
     paths: Mapping[Var, str]
     static: tuple[bool, ...]
     out_tree: Any = None
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     differentiable: bool = False
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Find the sites of a graph (its convolutions and dots) and name them.
+"""Find the sites of a graph, its quantizable operations, and name them.
 
 A site's name is the path of the parameter its weight comes from, without the collection
 (`params`) and the leaf (`kernel`): `b1/Conv_0`.  So Flax linen, Flax nnx and plain functions over
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, jax_shim, primitives
+from jaxquant.graph import composites, ir, jax_shim, kinds, primitives
 from jaxquant.graph import trace as tracing
 
 _COLLECTION = "params"
@@ -29,12 +30,14 @@ class Site:
       name: unique in the model.
       kind: PaddleSlim's name of the operation type: `conv2d`, `depthwise_conv2d`, `mul`, ...
       scope: the joined name stack (module path and named scopes).
+      modules: the Flax module classes that the site is in, outermost first.
       weight_path: the parameter path of its weight, "" where it has none.
       location: the index of its equation; inside control flow, the index of the equation that
         holds the body, the number of the body, and so on inwards.
       output: the tensor that the equation produces; None inside control flow.
-      activation: the operand that depends on the inputs; None inside control flow.
-      weight: the static operand; None where both operands depend on the inputs.
+      operands: the float tensors that it reads and that depend on the inputs; () inside control
+        flow.
+      weight: the static operand of a convolution or dot; None where it has none.
       weight_position: 0 or 1, the weight's place among the operands.
       inside: the control-flow primitives that hold the site, outermost first; () at the top level.
     """
@@ -42,10 +45,11 @@ class Site:
     name: str
     kind: str
     scope: str
+    modules: tuple[str, ...]
     weight_path: str
     location: tuple[int, ...]
     output: ir.Var | None = None
-    activation: ir.Var | None = None
+    operands: tuple[ir.Var, ...] = ()
     weight: ir.Var | None = None
     weight_position: int = 1
     inside: tuple[str, ...] = ()
@@ -57,7 +61,10 @@ class Site:
 
 
 def find_sites(graph: ir.Graph) -> tuple[Site, ...]:
-    """Every convolution and dot of the graph that depends on its inputs, in evaluation order."""
+    """Every operation of a known kind that depends on the inputs, in evaluation order.
+
+    Convolutions and dots are found inside control flow too.
+    """
     return _name(list(_collect(graph, (), ())))
 
 
@@ -88,55 +95,94 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
 
 
 def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) -> Iterator[Site]:
+    softmaxes = composites.find_softmax(graph)
+    within = {i for last, s in softmaxes.items() for i in s.members if i != last}
+    bases = composites.elementwise_bases(graph)
+    normalising = composites.normalisations(graph)
     for eqn in graph.equations:
-        if eqn.outputs and graph.static[eqn.outputs[0]]:
+        if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
-        if eqn.name in ("conv_general_dilated", "dot_general"):
-            site = _site(graph, eqn, inside, holder)
+        if eqn.index in softmaxes:
+            operands: tuple[ir.Var, ...] = (softmaxes[eqn.index].source,)
+            kind = "softmax"
+        else:
+            operands, kind = _float_operands(graph, eqn), kinds.kind_of(graph, eqn)
+        if kind in _ELEMENTWISE and eqn.outputs[0] in bases:
+            continue  # part of an activation function or of an affine map
+        if eqn.index in normalising:
+            continue  # the mean in x - mean(x)
+        if kind and _has_floats(graph, eqn):
+            site = _site(graph, eqn, kind, operands, inside, holder)
             if inside:
-                site = dataclasses.replace(site, output=None, activation=None, weight=None)
+                site = dataclasses.replace(site, output=None, operands=(), weight=None)
             yield site
-        elif jax_shim.sub_bodies(dict(eqn.params)):
+        elif not kind and jax_shim.sub_bodies(dict(eqn.params)):
             for number, body in enumerate(body_graphs(graph, eqn)):
                 yield from _collect(body, (*inside, eqn.name), (*holder, eqn.index, number))
 
 
+def _classes_of(graph: ir.Graph, weight_path: str) -> tuple[str, ...]:
+    """The classes of the nnx modules that a parameter is in, outermost first."""
+    parts = weight_path.split("/")
+    prefixes = ("/".join(parts[:n]) for n in range(len(parts)))
+    return tuple(graph.classes[p] for p in prefixes if p in graph.classes)
+
+
+# Of these, only operations of two different tensors are sites.
+_ELEMENTWISE = frozenset(
+    (*kinds.ELEMENTWISE_KINDS, *(k for k, b in kinds.BEHAVIOUR.items() if b == kinds.DECIDE))
+) - {"argmax"}
+
+
+def _float_operands(graph: ir.Graph, eqn: ir.Equation) -> tuple[ir.Var, ...]:
+    """The operands that depend on the inputs and hold floats."""
+    return tuple(
+        v
+        for v in eqn.input_vars
+        if not graph.static[v] and jnp.issubdtype(graph.dtype(v), jnp.floating)
+    )
+
+
+def _has_floats(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    if eqn.name in DOT_EQUATIONS:
+        return True  # always reported, whatever the dtype
+    return bool(_float_operands(graph, eqn))
+
+
+DOT_EQUATIONS = ("conv_general_dilated", "dot_general")
+
+
 def _site(
-    graph: ir.Graph, eqn: ir.Equation, inside: tuple[str, ...], holder: tuple[int, ...]
+    graph: ir.Graph,
+    eqn: ir.Equation,
+    kind: str,
+    operands: tuple[ir.Var, ...],
+    inside: tuple[str, ...],
+    holder: tuple[int, ...],
 ) -> Site:
-    static = [graph.is_static(x) for x in eqn.inputs]
-    if eqn.name == "conv_general_dilated":
-        position = 1 if static[1] else None
-        kind = _conv_kind(eqn, graph.shape(eqn.inputs[1]))
-    else:
-        position = static.index(True) if any(static) else None
-        kind = "mul" if position is not None else "matmul"
-    weight = eqn.inputs[position] if position is not None else None
-    path = ""
-    if isinstance(weight, int) and (sources := graph.sources(weight)):
-        path = graph.paths[tracing.largest(graph, sources)]
-    activation = eqn.inputs[1 - position if position is not None else 0]
+    position, weight, path = 1, None, ""
+    if eqn.name in DOT_EQUATIONS:
+        static = [graph.is_static(x) for x in eqn.inputs]
+        if eqn.name == "dot_general" and static[0]:
+            position = 0
+        found = eqn.inputs[position]
+        if static[position] and isinstance(found, int):
+            weight = found
+            sources = graph.sources(found)
+            path = graph.paths[tracing.largest(graph, sources)] if sources else ""
     return Site(
         name="",
         kind=kind,
         scope=eqn.scope,
+        modules=eqn.modules or _classes_of(graph, path),
         weight_path=path,
         location=(*holder, eqn.index),
         output=eqn.outputs[0],
-        activation=activation if isinstance(activation, int) else None,
-        weight=weight if isinstance(weight, int) else None,
-        weight_position=position if position is not None else 1,
+        operands=operands,
+        weight=weight,
+        weight_position=position,
         inside=inside,
     )
-
-
-def _conv_kind(eqn: ir.Equation, kernel_shape: tuple[int, ...]) -> str:
-    if any(d != 1 for d in eqn.params["lhs_dilation"]):
-        return "conv2d_transpose"
-    in_per_group = kernel_shape[eqn.params["dimension_numbers"].rhs_spec[1]]
-    if eqn.params["feature_group_count"] > 1 and in_per_group == 1:
-        return "depthwise_conv2d"
-    return "conv2d"
 
 
 def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -167,24 +213,34 @@ def _module(path: str) -> str:
     return path.rpartition("/")[0] or path
 
 
-def activation_root(graph: ir.Graph, site: Site) -> ir.Var:
-    """The tensor that a site's activation is a rearrangement of."""
-    if site.activation is None:
-        raise AssertionError(f"site {site.name} has no activation at the top level")
-    return primitives.movement_root(graph, site.activation)
+def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
+    """Names of the tensors that sites read: after the first site that does, `b1/Conv_0/input`.
 
-
-def site_inputs(graph: ir.Graph, sites: Sequence[Site]) -> dict[str, ir.Var]:
-    """Tensor name -> tensor, for every float tensor that a site with a weight reads.
-
-    A tensor is named after the first site that reads it: `b1/Conv_0/input`.  Rearrangements
-    (reshape, transpose, ...) are seen through, so all readers of one tensor share its name.
+    Rearrangements (reshape, transpose, ...) are seen through, so that all readers of one tensor
+    share its name.  The second operand of a site gives `.../input_1`.  Convolutions and dots
+    name before other sites.
     """
     named: dict[ir.Var, str] = {}
-    for site in sites:
-        if site.activation is None or site.weight is None:
-            continue
-        root = activation_root(graph, site)
-        if jnp.issubdtype(graph.dtype(root), jnp.floating):
-            named.setdefault(root, f"{site.name}/input")
-    return {name: var for var, name in named.items()}
+    for site in sorted(sites, key=lambda site: site.kind not in kinds.DOT_KINDS):
+        for number, operand in enumerate(site.operands):
+            name = f"{site.name}/input" + (f"_{number}" if number else "")
+            named.setdefault(operand, name)
+            named.setdefault(primitives.movement_root(graph, operand), name)
+    return named
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """A glob on the site's name, scope or parameter path, or on its kind or module classes.
+
+    The last two are written "kind:softmax" and "module:SelfAttention".
+    """
+    prefix, _, rest = pattern.partition(":")
+    if prefix == "kind" and rest:
+        return fnmatch.fnmatchcase(site.kind, rest)
+    if prefix == "module" and rest:
+        return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
+    return any(
+        fnmatch.fnmatchcase(text, pattern)
+        for text in (site.name, site.scope, site.weight_path)
+        if text
+    )

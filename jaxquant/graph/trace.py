@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import flax_tags, ir, jax_shim
 
 
 def trace(
@@ -37,9 +37,10 @@ def trace(
     param_structs = jax.tree.map(ir.struct, params)
     input_structs = jax.tree.map(ir.struct, tuple(inputs))
     try:
-        closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
-            param_structs, *input_structs
-        )
+        with flax_tags.tagging():
+            closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
+                param_structs, *input_structs
+            )
     except Exception as error:
         hint = _hint(error)
         if hint is None:
@@ -54,6 +55,7 @@ def trace(
     if len(inputs_) != n_inputs:
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
+    builder.classes = flax_tags.nnx_classes(apply_fn, params)
     return builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
 
 
@@ -114,6 +116,7 @@ class _Builder:
     equations: list[ir.Equation] = dataclasses.field(default_factory=list)
     constants: dict[ir.Var, Any] = dataclasses.field(default_factory=dict)
     paths: dict[ir.Var, str] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def new(self, aval: Any, *, static: bool) -> ir.Var:
         self.avals.append(aval)
@@ -126,7 +129,12 @@ class _Builder:
         return var
 
     def inline(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[ir.Atom], scope: str
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        args: Sequence[ir.Atom],
+        scope: str,
+        calls: tuple[str | int, ...] = (),
     ) -> list[ir.Atom]:
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
@@ -144,12 +152,15 @@ class _Builder:
             inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
             body = jax_shim.inlined_body(eqn)
             if body is not None and not self.keeps(eqn):
-                results = self.inline(*body, operands, inner_scope)
+                name = eqn.params.get("name", eqn.primitive.name)
+                inner_calls = (*calls, str(name), len(self.equations))
+                results = self.inline(*body, operands, inner_scope, inner_calls)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
             outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
+            plain_scope, modules = flax_tags.split_scope(inner_scope)
             self.equations.append(
                 ir.Equation(
                     len(self.equations),
@@ -157,7 +168,9 @@ class _Builder:
                     tuple(operands),
                     outputs,
                     eqn.params,
-                    inner_scope,
+                    plain_scope,
+                    calls,
+                    modules,
                 )
             )
         return [read(x) for x in jaxpr.outvars]
@@ -183,6 +196,7 @@ class _Builder:
             paths=dict(self.paths),
             static=tuple(self.static),
             out_tree=out_tree,
+            classes=self.classes,
             differentiable=self.differentiable,
         )
 

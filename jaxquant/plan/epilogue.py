@@ -49,21 +49,32 @@ class Epilogue:
     activation: tuple[str, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The whole epilogue for reports: the affine part's operations, then the activation's."""
-        return (*(step.op for step in self.steps), *self.activation)
+    def affine(self) -> tuple[str, ...]:
+        """The names of the affine steps."""
+        return tuple(step.op for step in self.steps)
 
 
-def find_epilogue(graph: ir.Graph, site: Site) -> Epilogue:
-    """Follow the tensor behind a site as far as its channels stay apart."""
+def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None) -> Epilogue:
+    """Follow the tensor behind a site as far as its channels stay apart.
+
+    Args:
+      graph: the traced model.
+      site: an accumulating site.
+      steps_at_most: how many affine steps to absorb; a plan fixes them, since another batch size
+        may let a chain go on (what varies along a batch of one varies along nothing).
+    """
     assert site.output is not None
     eqn = graph.equations[site.equation]
-    current, channels = site.output, output_channels(graph, site, eqn)
+    current = site.output
+    stored = site.weight is not None and bool(graph.sources(site.weight))
+    channels = output_channels(graph, site, eqn) if stored else Channels((), ())
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
     position, pending_channels = current, channels
     while (follower := _only_consumer(graph, position)) is not None:
+        if len(steps) == steps_at_most:
+            break
         if primitives.is_movement(graph, follower):
             moved = pending_channels.through(graph, follower)
             if moved is None:

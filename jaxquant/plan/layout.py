@@ -6,8 +6,9 @@
                by {"int8": [...], "scale": [C] or []}, in the layout that the operation uses; one
                that is read in float too keeps its array beside them as "float".  A leaf that is
                no longer read is left out.
-    "sites":   site -> {"multiplier": [C], "bias": [C]}: float32, of the epilogue.
-    "tensors": tensor -> {"inv_scale": []}: float32, what a float is multiplied by before rounding.
+    "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.
+    "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
+               `inv_scale` before rounding, an integer by `scale` to get the float back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import jax
 
 from jaxquant.graph import ir, trace
 from jaxquant.plan.epilogue import channel_axes
-from jaxquant.plan.plan import Int8Site
+from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.plan.make import Int8Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ def weight_slots(
     found = {}
     for int8_site in sites:
         site = int8_site.site
-        assert site.weight is not None
+        if site.weight is None or is_computed_weight(graph, site.weight):
+            continue
         axes = channel_axes(graph, site, graph.equations[site.equation])
         key = (graph.expression(site.weight), axes)
         if key not in slots:

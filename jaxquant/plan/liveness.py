@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from jaxquant.graph import ir
-from jaxquant.plan.plan import Int8Site
+from jaxquant.plan.make import Binding
 
 
-def live_equations(
-    graph: ir.Graph, sites: Sequence[Int8Site]
-) -> tuple[list[ir.Equation], list[ir.Var]]:
-    """What runs beside the int8 weights: the equations in order, and the sources they read.
+def live_equations(graph: ir.Graph, binding: Binding) -> tuple[list[ir.Equation], list[ir.Var]]:
+    """The equations whose float results are needed, in order, and the sources that they read.
 
-    A site stands for everything between its root and the end of its epilogue.
+    Demand runs backwards from the model's outputs.  It is for a tensor's float or for its int8
+    form; an accumulating site stands for everything up to the end of its epilogue.
     """
-    by_output = {s.epilogue.output: s for s in sites}
-    needed: set[int] = set()
-    sources: set[ir.Var] = set()
-    stack = list(graph.output_vars)
-    while stack:
-        var = stack.pop()
-        eqn = graph.producer.get(var)
-        if eqn is None:
-            sources.add(var)
-        elif eqn.index not in needed:
-            needed.add(eqn.index)
-            stack.extend([by_output[var].root] if var in by_output else eqn.input_vars)
-    return [eqn for eqn in graph.equations if eqn.index in needed], sorted(sources)
+    return _Demand(graph, binding).run()
 
 
-def float_leaves(graph: ir.Graph, sites: Sequence[Int8Site]) -> list[ir.Var]:
+def float_leaves(graph: ir.Graph, binding: Binding) -> list[ir.Var]:
     """The parameter leaves that are still read in float."""
-    sources = set(live_equations(graph, sites)[1])
+    sources = set(live_equations(graph, binding)[1])
     return [var for var in graph.leaves if var in sources]
+
+
+class _Demand:
+    def __init__(self, graph: ir.Graph, binding: Binding):
+        self._graph = graph
+        self._binding = binding
+        self._by_output = {s.epilogue.output: s.site for s in binding.sites}
+        self._stack = [(var, False) for var in graph.output_vars]
+
+    def run(self) -> tuple[list[ir.Equation], list[ir.Var]]:
+        live: set[int] = set()
+        sources: set[ir.Var] = set()
+        seen: set[tuple[ir.Var, bool]] = set()
+        while self._stack:
+            demand = self._stack.pop()
+            if demand in seen:
+                continue
+            seen.add(demand)
+            var, int8 = demand
+            eqn = self._graph.producer.get(var)
+            if int8:
+                self._int8(var, eqn)
+            elif eqn is None:
+                sources.add(var)
+            else:
+                live.add(eqn.index)
+                self._float(var, eqn)
+        return [eqn for eqn in self._graph.equations if eqn.index in live], sorted(sources)
+
+    def _int8(self, var: ir.Var, eqn: ir.Equation | None) -> None:
+        forms = self._binding.forms
+        if var in self._binding.names or eqn is None:
+            self._stack.append((var, False))
+        else:
+            self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
+
+    def _float(self, var: ir.Var, eqn: ir.Equation) -> None:
+        forms = self._binding.forms
+        if var in self._by_output:
+            site = self._by_output[var]
+            self._stack += [(v, True) for v in site.operands]
+            if is_computed_weight(self._graph, site.weight):
+                self._stack.append((site.weight, False))  # type: ignore[arg-type]
+        elif eqn.index in self._binding.selects:
+            self._stack.append((var, True))
+        elif eqn.index in forms.reads_int8:
+            self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
+        else:
+            self._stack += [(v, False) for v in eqn.input_vars]
+
+
+def is_computed_weight(graph: ir.Graph, weight: ir.Var | None) -> bool:
+    """True for a weight that no parameter is in (of an interpolation, say).
+
+    It may depend on the input shape, so it is not stored but quantized in the program.
+    """
+    return weight is not None and not graph.sources(weight)

@@ -6,7 +6,7 @@ is all zero has scale 1.  The arithmetic is float64 on the host; the results are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,40 +17,39 @@ from jaxquant.graph import ir
 from jaxquant.plan import layout
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import float_leaves
-from jaxquant.plan.plan import Int8Site, Plan, int8_sites
+from jaxquant.plan.make import Binding, Int8Site, bind
+from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
 
 
 def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     """Make `qparams`; see `jaxquant.plan.layout` for its structure."""
-    sites = int8_sites(graph, plan)
+    binding = bind(graph, plan)
     paths = layout.leaf_paths(graph, params)
-    slots = layout.weight_slots(graph, sites, paths)
-    weights, operands = fold(graph, params, *_static_tensors(sites))
+    slots = layout.weight_slots(graph, binding.sites, paths)
+    weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
 
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
-    _put_float_leaves(qparams["params"], graph, sites, paths, slots, params)
-    for int8_site in sites:
+    _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
+    for int8_site in binding.sites:
         site = int8_site.site
-        assert site.weight is not None
-        axes = channel_axes(graph, site, graph.equations[site.equation])
-        if plan.weight_quantize_type == "abs_max":
-            int8, scale = quantize_weight(weights[site.weight], ())
-        else:
-            int8, scale = quantize_weight(weights[site.weight], axes)
-        slot = slots[site.name]
-        layout.put(qparams["params"], slot.int8, int8)
-        layout.put(qparams["params"], slot.scale, scale.astype(np.float32))
-        channels = int(np.prod([int8.shape[a] for a in axes]))
-        qparams["sites"][site.name] = epilogue_arrays(
-            graph,
-            int8_site,
-            operands,
-            np.broadcast_to(scale, (channels,)) * scales[int8_site.tensor],
-        )
+        accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in site.operands]))
+        if site.name in slots:
+            assert site.weight is not None
+            axes = channel_axes(graph, site, graph.equations[site.equation])
+            per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
+            int8, scale = quantize_weight(weights[site.weight], axes if per_channel else ())
+            layout.put(qparams["params"], slots[site.name].int8, int8)
+            layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
+            channels = int(np.prod([int8.shape[a] for a in axes]))
+            accumulator = np.broadcast_to(scale, (channels,)) * accumulator
+        qparams["sites"][site.name] = epilogue_arrays(graph, int8_site, operands, accumulator)
     for tensor in plan.tensors:
-        qparams["tensors"][tensor.name] = {"inv_scale": np.float32(1.0 / tensor.scale)}
+        qparams["tensors"][tensor.name] = {
+            "scale": np.float32(tensor.scale),
+            "inv_scale": np.float32(1.0 / tensor.scale),
+        }
     return jax.tree.map(jnp.asarray, qparams)
 
 
@@ -77,12 +76,13 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
 def epilogue_arrays(
     graph: ir.Graph, int8_site: Int8Site, operands: dict[ir.Var, np.ndarray], scale: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Compose the affine chain: `scale` [C] is what one unit of the accumulator is worth.
+    """Compose the affine chain: `scale`, [C] or [], is what one unit of the accumulator is worth.
 
     Raises:
       ValueError: the chain's parameters are not finite.
     """
-    multiplier, bias, has_bias = scale.astype(np.float64), np.zeros_like(scale), False
+    multiplier, has_bias = np.asarray(scale, np.float64), False
+    bias = np.zeros_like(multiplier)
     for step in int8_site.epilogue.steps:
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias
@@ -108,21 +108,24 @@ def epilogue_arrays(
     return arrays
 
 
-def _static_tensors(sites: Sequence[Int8Site]) -> tuple[list[ir.Var], list[ir.Var]]:
-    """The weights of the sites, and the operands of their epilogues."""
-    weights = [s.site.weight for s in sites if s.site.weight is not None]
-    steps = [step for s in sites for step in s.epilogue.steps]
+def _static_tensors(
+    binding: Binding, slots: Mapping[str, layout.WeightSlot]
+) -> tuple[list[ir.Var], list[ir.Var]]:
+    """The stored weights of the sites, and the operands of their epilogues."""
+    sites = [s.site for s in binding.sites if s.site.name in slots]
+    weights = [site.weight for site in sites if site.weight is not None]
+    steps = [step for s in binding.sites for step in s.epilogue.steps]
     return weights, [step.operand for step in steps if isinstance(step.operand, int)]
 
 
 def _put_float_leaves(
     tree: dict[str, Any],
     graph: ir.Graph,
-    sites: Sequence[Int8Site],
+    binding: Binding,
     paths: dict[ir.Var, tuple[str, ...]],
     slots: dict[str, layout.WeightSlot],
     params: Any,
 ) -> None:
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    for var, path in layout.float_paths(float_leaves(graph, sites), paths, slots).items():
+    for var, path in layout.float_paths(float_leaves(graph, binding), paths, slots).items():
         layout.put(tree, path, leaves[var])

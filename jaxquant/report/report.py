@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import find_sites
 from jaxquant.plan import layout
-from jaxquant.plan.plan import INT8, Plan, summary_counts
+from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run.program import Program
 
 _COLUMNS = (
@@ -101,15 +101,15 @@ def make_report(
     program: Program, plan: Plan, params: Any, qparams: Any, sqnr: Mapping[str, float]
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
-    thresholds = {t.name: t.threshold for t in plan.tensors}
+    thresholds = {t.group: t.threshold for t in plan.tensors}
     rows = []
     for site in plan.sites:
         row: dict[str, Any] = dataclasses.asdict(site)
-        tensor = row.pop("tensor")
-        row["epilogue"] = list(site.epilogue)
-        row["threshold"] = thresholds.get(tensor)
+        del row["affine"], row["activation"]
+        row["inputs"], row["epilogue"] = list(site.inputs), list(site.affine + site.activation)
+        row["threshold"] = thresholds[site.inputs[0]] if site.inputs else None
         row["weight_scale_min"] = row["weight_scale_max"] = None
-        if site.status == INT8:
+        if site.name in program.slots:
             path = program.slots[site.name].scale
             scale = np.asarray(layout.get(qparams["params"], path))
             row["weight_scale_min"], row["weight_scale_max"] = (
@@ -120,11 +120,14 @@ def make_report(
         rows.append(row)
     float_names = {s.name for s in plan.sites if s.status != INT8}
     floats = {
-        s.activation
+        operand
         for s in find_sites(program.graph)
-        if s.name in float_names and s.activation is not None
+        if s.name in float_names
+        for operand in s.operands
     }
-    summary = summary_counts(plan) | {
+    summary = {
+        "sites_int8": sum(site.status == INT8 for site in plan.sites),
+        "sites_float": len(float_names),
         "tensors_int8": len(plan.tensors),
         "tensors_float": len(floats),
         "bytes_before": tree_bytes(params),

@@ -21,10 +21,12 @@ def site_sqnr(
     Sites inside control flow are left out.
     """
     graph = program.graph
-    tensors = {s.site.name: s.epilogue.output for s in program.sites}
-    for site in sites.find_sites(graph):
-        if site.output is not None:
-            tensors.setdefault(site.name, site.output)
+    ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
+    tensors = {
+        site.name: ends.get(site.name, site.output)
+        for site in sites.find_sites(graph)
+        if site.output is not None and jnp.issubdtype(graph.dtype(site.output), jnp.floating)
+    }
 
     @jax.jit
     def measure(params: Any, qparams: Any, flat: list[Any]) -> dict[str, tuple[Any, Any]]:
@@ -34,7 +36,7 @@ def site_sqnr(
         return {
             name: _powers(reference.read(var), quantized.wide(var))
             for name, var in tensors.items()
-            if var in quantized
+            if var is not None and var in quantized
         }
 
     powers = measure(params, qparams, jax.tree.leaves(inputs))

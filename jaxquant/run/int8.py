@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxquant.graph import ir, jax_shim
 
 # A depthwise window of at most this many taps runs as shifted multiply-adds.
 _MAX_TAPS = 64
@@ -22,6 +24,27 @@ def quantize(x: jax.Array, inv_scale: jax.Array) -> jax.Array:
     """Round `x * inv_scale` half to even and saturate to [-127, 127]; any shape, to int8."""
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
     return lax.clamp(jnp.float32(-127), scaled, jnp.float32(127)).astype(jnp.int8)
+
+
+def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
+    weight = weight.astype(jnp.float32)
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True)
+    scale = jnp.where(threshold > 0, threshold, jnp.float32(127)) / jnp.float32(127)
+    return quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
+
+
+def accumulate(eqn: ir.Equation, operands: Sequence[jax.Array]) -> jax.Array:
+    """The equation of an accumulating site on int8 operands, to int32."""
+    if eqn.name == "conv_general_dilated":
+        return conv(operands[0], operands[1], eqn.params)
+    if eqn.name == "dot_general":
+        return dot((operands[0], operands[1]), eqn.params)
+    (total,) = jax_shim.bind(
+        eqn.primitive, [x.astype(jnp.int32) for x in operands], dict(eqn.params)
+    )
+    return total
 
 
 def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:

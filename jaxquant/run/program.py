@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.primitives import Channels
 from jaxquant.plan import layout
+from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.liveness import float_leaves, live_equations
-from jaxquant.plan.plan import Int8Site, Plan, int8_sites
+from jaxquant.plan.make import Int8Site, bind
+from jaxquant.plan.plan import Plan
 from jaxquant.run import int8
+from jaxquant.run.quantized import QuantizedTensors
 
 
 class Program:
@@ -21,85 +24,89 @@ class Program:
 
     def __init__(self, graph: ir.Graph, plan: Plan, params: Any):
         self.graph = graph
-        self.sites = int8_sites(graph, plan)
+        self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
-        self.slots = layout.weight_slots(graph, self.sites, paths)
-        self._equations = live_equations(graph, self.sites)[0]
-        self._float_paths = layout.float_paths(float_leaves(graph, self.sites), paths, self.slots)
+        self.slots = layout.weight_slots(graph, self.binding.sites, paths)
+        self._equations = live_equations(graph, self.binding)[0]
+        leaves = float_leaves(graph, self.binding)
+        self._float_paths = layout.float_paths(leaves, paths, self.slots)
+        self._by_index = {
+            graph.producer[site.epilogue.output].index: site for site in self.binding.sites
+        }
 
     def run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> evaluate.Environment:
         """Evaluate the program; `inputs` are the flattened model inputs."""
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self._float_paths.items()
         }
-        quantized = _QuantizedTensors(self.graph, self.sites, qparams["tensors"])
-        rules = {
-            self.graph.producer[site.epilogue.output].index: self._rule(site, qparams, quantized)
-            for site in self.sites
-        }
-        return evaluate.evaluate(
-            self.graph, leaves, inputs, equations=self._equations, replace=rules
-        )
+        env = evaluate.Environment(self.graph, leaves, inputs)
+        quantized = QuantizedTensors(env, self.binding, qparams["tensors"])
 
-    def _rule(
-        self, site: Int8Site, qparams: Mapping[str, Any], quantized: _QuantizedTensors
-    ) -> evaluate.Replace:
-        def rule(env: evaluate.Environment, _: ir.Equation) -> Sequence[Any]:
-            assert site.site.activation is not None
-            weight = layout.get(qparams["params"], self.slots[site.site.name].int8)
-            activation = quantized.read(env, site.site.activation)
-            eqn = self.graph.equations[site.site.equation]
-            accumulator = _integer_op(eqn, activation, weight, site.site.weight_position)
-            arrays = qparams["sites"][site.site.name]
-            return [self._epilogue(site, accumulator, arrays)]
+        def rule(eqn: ir.Equation) -> Sequence[Any]:
+            if eqn.index in self._by_index:
+                return [self._accumulate(self._by_index[eqn.index], qparams, env, quantized)]
+            if eqn.index in self.binding.selects:
+                return [quantized.wide(var) for var in eqn.outputs]
+            if eqn.index in self.binding.decisions:
+                return _decide(eqn, quantized)
+            if eqn.index in self.binding.forms.reads_int8:
+                return evaluate.apply(quantized, eqn)
+            return evaluate.apply(env, eqn)
 
-        return rule
+        return evaluate.run(env, self._equations, rule)
 
-    def _epilogue(
-        self, site: Int8Site, accumulator: jax.Array, arrays: Mapping[str, jax.Array]
+    def _accumulate(
+        self,
+        int8_site: Int8Site,
+        qparams: Mapping[str, Any],
+        env: evaluate.Environment,
+        quantized: QuantizedTensors,
     ) -> jax.Array:
-        value = accumulator.astype(jnp.float32)
-        for eqn in site.epilogue.movements:
-            (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
-        channels = site.epilogue.channels
-        value = value * _along(arrays["multiplier"], channels, value.ndim)
-        if "bias" in arrays:
-            value = value + _along(arrays["bias"], channels, value.ndim)
-        return value
+        """An accumulating site: int32 accumulator, epilogue, float32."""
+        site = int8_site.site
+        eqn = self.graph.equations[site.equation]
+        operands = [quantized.int8(v) for v in site.operands]
+        computed_scale = None
+        if site.name in self.slots:
+            weight = layout.get(qparams["params"], self.slots[site.name].int8)
+            operands.insert(site.weight_position, weight)
+        elif site.weight is not None:
+            axes = channel_axes(self.graph, site, eqn)
+            weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
+            operands.insert(site.weight_position, weight)
+            channels = output_channels(self.graph, site, eqn)
+            computed_scale = _along(scale, channels, len(self.graph.shape(eqn.outputs[0])))
+        elif len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
+            operands = operands * 2
+        value = int8.accumulate(eqn, operands).astype(jnp.float32)
+        if computed_scale is not None:
+            value = value * computed_scale
+        return _epilogue(int8_site, value, qparams["sites"][site.name])
 
 
-class _QuantizedTensors:
-    """The int8 values of an evaluation, each made once."""
-
-    def __init__(self, graph: ir.Graph, sites: Sequence[Int8Site], tensors: Mapping[str, Any]):
-        self._graph = graph
-        self._inv_scales = {s.root: tensors[s.tensor]["inv_scale"] for s in sites}
-        self._values: dict[ir.Var, jax.Array] = {}
-
-    def read(self, env: evaluate.Environment, var: ir.Var) -> jax.Array:
-        """`var` in int8: quantized at its root, then rearranged in int8."""
-        if var not in self._values:
-            if var in self._inv_scales:
-                value = int8.quantize(env.wide(var), self._inv_scales[var])
-            else:
-                eqn = self._graph.producer[var]
-                source = self.read(env, eqn.input_vars[0])
-                (value,) = jax_shim.bind(eqn.primitive, [source], dict(eqn.params))
-            self._values[var] = value
-        return self._values[var]
+def _epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    for eqn in site.epilogue.movements:
+        (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
+    channels = site.epilogue.channels
+    value = value * _along(arrays["multiplier"], channels, value.ndim)
+    if "bias" in arrays:
+        value = value + _along(arrays["bias"], channels, value.ndim)
+    return value
 
 
-def _integer_op(
-    eqn: ir.Equation, activation: jax.Array, weight: jax.Array, weight_position: int
-) -> jax.Array:
-    if eqn.name == "conv_general_dilated":
-        return int8.conv(activation, weight, eqn.params)
-    operands = (weight, activation) if weight_position == 0 else (activation, weight)
-    return int8.dot(operands, eqn.params)
+def _decide(eqn: ir.Equation, quantized: QuantizedTensors) -> Sequence[Any]:
+    """argmax and comparisons: on int8 where the scales agree, else on the dequantized values."""
+    operands = eqn.input_vars
+    if len(operands) == len(eqn.inputs) and all(
+        quantized.shares_scale(operands[0], v) for v in operands
+    ):
+        values = [quantized.int8(v) for v in operands]
+        return jax_shim.bind(eqn.primitive, values, dict(eqn.params))
+    return evaluate.apply(quantized, eqn)
 
 
 def _along(vector: jax.Array, channels: Channels, rank: int) -> jax.Array:
-    """Place [C] along the channel axes of a tensor with `rank` axes, size 1 elsewhere."""
+    """Place [C] along the channel axes of a tensor with `rank` axes; size 1 elsewhere."""
     order = sorted(range(len(channels.axes)), key=lambda k: channels.axes[k])
     value = vector.reshape(channels.sizes).transpose(order)
     shape = [1] * rank

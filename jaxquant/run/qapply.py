@@ -50,7 +50,18 @@ class QuantizedApply:
                 "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
                 f"'sites' and 'tensors'), got {_describe(qparams)}"
             )
+        self._check_names(qparams)
         return self._jitted(qparams, *inputs)
+
+    def _check_names(self, qparams: Mapping[str, Any]) -> None:
+        given = {*qparams["sites"], *qparams["tensors"]}
+        tensors = {tensor.name for tensor in self.plan.tensors}
+        if not tensors <= given or given - tensors - {site.name for site in self.plan.sites}:
+            differing = sorted(tensors ^ set(qparams["tensors"]))
+            raise ValueError(
+                "these qparams belong to another model or plan than this qapply: "
+                f"{', '.join(differing[:5])} differ"
+            )
 
     def program(self, *inputs: Any) -> Program:
         """The int8 program for inputs of these shapes.

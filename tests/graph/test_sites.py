@@ -5,8 +5,9 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from jaxquant.graph import sites
+from jaxquant.config import QuantConfig
 from jaxquant.graph.trace import trace
+from jaxquant.plan.make import observed_tensors
 from tests import networks
 from tests.networks import find, site_names
 
@@ -288,7 +289,7 @@ def test_named_scopes_are_in_the_sites_scope():
 
 def tensors(apply_fn, params, *inputs):
     graph = trace(apply_fn, params, inputs)
-    return sites.site_inputs(graph, sites.find_sites(graph))
+    return observed_tensors(graph, QuantConfig())
 
 
 def test_readers_of_one_tensor_share_its_name():

@@ -200,9 +200,6 @@ def test_repeated_kernel_of_a_convolution(shape, rng):
     close(qapply(qparams, x), accumulator * scale / np.float64(reference.inv_scale(x)))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="a weight that is made of no parameter has no place yet"
-)
 def test_weight_that_is_no_parameter(rng):
     """An averaging kernel that the model makes itself: `jnp.full`, say."""
     x, w = np.float32(rng.normal(size=(N, K))), np.float32(rng.normal(size=(C, 5)))
@@ -297,20 +294,12 @@ def test_normalisation_that_is_not_finite(step, bad, rng):
         quantized({"layer": {"w": w, "s": s}}, apply_fn, x)
 
 
-@pytest.mark.parametrize(
-    "exponent",
-    [
-        -100,
-        pytest.param(
-            -124,
-            marks=pytest.mark.xfail(
-                strict=True, raises=RuntimeWarning, reason="1 / scale is beyond float32's range"
-            ),
-        ),
-    ],
-)
-def test_tiny_activations(exponent, rng):
-    """Thresholds down to float32's smallest normal number keep zeros at zero and all finite."""
+@pytest.mark.parametrize(("exponent", "error"), [(-100, 0.05), (-124, 0.5)])
+def test_tiny_activations(exponent, error, rng):
+    """Thresholds down to float32's smallest normal number keep zeros at zero and all finite.
+
+    Below 127 times that number the step no longer shrinks with the threshold.
+    """
     x = np.float32(rng.normal(size=(N, K)))
     x = np.float32(x / np.abs(x).max() * 2.0**exponent)
     x[0] = 0
@@ -320,4 +309,4 @@ def test_tiny_activations(exponent, rng):
     got = np.asarray(qapply(qparams, x))
     want = np.float64(x) @ np.float64(w)
     assert not got[0].any()
-    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    assert np.abs(got - want).max() < error * np.abs(want).max()

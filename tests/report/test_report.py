@@ -22,6 +22,7 @@ KEYS = {
     "weight_scale_max",
     "sqnr_db",
     "epilogue",
+    "inputs",
     "weight_path",
 }
 SUMMARY = {
@@ -84,7 +85,7 @@ def test_int8_rows(quantized, rows):
 
 
 def test_float_rows_have_reasons_and_no_scales(rows):
-    assert rows["matmul"]["reason"] == "a dot of two activations: no int8 form yet"
+    assert rows["matmul"]["reason"] == "'matmul' is not in quantizable_op_type"
     assert rows[BAD]["reason"] == "skip='<b>*'"
     for name in ("matmul", BAD):
         row = rows[name]
@@ -110,11 +111,11 @@ def test_summary(quantized, report):
     summary = dict(report.summary)
     assert set(summary) == SUMMARY
     assert (summary["sites_int8"], summary["sites_float"]) == (2, 2)
-    assert (summary["tensors_int8"], summary["tensors_float"]) == (1, 2)
+    assert (summary["tensors_int8"], summary["tensors_float"]) == (1, 3)
     assert (summary["algo"], summary["weight_quantize_type"]) == ("abs_max", "channel_wise_abs_max")
     assert summary["bytes_before"] == 4 * (6 * 5 + 5 + 6 * 3 + 6 * 2)
     int8 = 6 * 5 + 6 * 3
-    scales, epilogues, tensors, floats = 5 + 3, 2 * 5 + 3, 1, 6 * 2
+    scales, epilogues, tensors, floats = 5 + 3, 2 * 5 + 3, 2, 6 * 2
     assert summary["bytes_after"] == int8 + 4 * (scales + epilogues + tensors + floats)
     assert summary["bytes_after"] == sum(np.asarray(v).nbytes for v in jax.tree.leaves(qparams))
 
@@ -127,7 +128,7 @@ def test_text(report):
         *("epilogue", "/", "reason"),
     ]
     assert lines[2].split() == ["exact", "mul", "int8", "127", "1", "inf", "add", "max"]
-    assert lines[4].endswith("a dot of two activations: no int8 form yet")
+    assert lines[4].endswith("'matmul' is not in quantizable_op_type")
     assert "2 sites int8, 2 float. Parameters: 260 bytes before" in lines[-1]
     assert repr(report) == text
     # The columns are aligned: every one begins or ends where its rule does.

@@ -454,30 +454,13 @@ def test_constant_activation(rng):
     np.testing.assert_allclose(reference.fake(x), x, rtol=1e-7)
 
 
-BATCH_OF_ONE = {
-    "flat": pytest.mark.xfail(
-        strict=True,
-        raises=ValueError,
-        reason="one row lets a chain be absorbed that several rows do not",
-    ),
-    "positions": pytest.mark.xfail(
-        strict=True,
-        raises=AssertionError,
-        reason="one row moves a step from the activation into the affine part, and its operand "
-        "is lost: the plan compares the names of both parts joined",
-    ),
-}
-
-
 @pytest.mark.parametrize(
     "run",
     [
         pytest.param(lambda y, p: y + p["b"], id="bias"),
         pytest.param(lambda y, p: y.reshape(-1, 2, 3) + p["b"].reshape(2, 3), id="heads"),
-        pytest.param(lambda y, p: y.reshape(-1) + 1.0, id="flat", marks=BATCH_OF_ONE["flat"]),
-        pytest.param(
-            lambda y, p: y + p["table"][: len(y)], id="positions", marks=BATCH_OF_ONE["positions"]
-        ),
+        pytest.param(lambda y, p: y.reshape(-1) + 1.0, id="flat"),
+        pytest.param(lambda y, p: y + p["table"][: len(y)], id="positions"),
     ],
 )
 def test_other_batch_sizes(run, rng):

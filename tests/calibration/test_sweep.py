@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ import pytest
 
 import jaxquant
 from jaxquant.calibration import histogram
-from jaxquant.calibration.calibrate import _Sweep
+from jaxquant.calibration.sweep import _Sweep
+from jaxquant.config import QuantConfig
+from jaxquant.plan.make import observed_tensors
 
 W = {"w": jnp.eye(4)}
 
@@ -109,7 +113,7 @@ def test_one_trace_per_input_shape():
 
 
 def test_the_step_compiles_once_per_input_shape():
-    sweep = _Sweep(W, dot)
+    sweep = _Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
     for batch in data(3, 2, 3, 2, 3):
         sweep.add((batch,))
     assert sweep._step._cache_size() == 2
@@ -117,7 +121,7 @@ def test_the_step_compiles_once_per_input_shape():
 
 def test_the_state_does_not_grow_with_the_number_of_samples():
     """All that is kept between batches: the state, the flags of one batch and the first batch."""
-    sweep = _Sweep(W, dot)
+    sweep = _Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
     held = []
     for batch in data(4, 4, 4, 4):
         sweep.add((batch,))

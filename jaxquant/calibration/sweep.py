@@ -6,86 +6,59 @@ reads and updates the streaming state; activations never leave the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibration import data, histogram, progress
+from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir, sites
-from jaxquant.graph.checks import (
-    check_no_randomness,
-    check_params,
-    check_sites,
-    check_weights,
-)
+from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
 
 State = dict[str, histogram.Histogram]
 
 
-def calibrate(
+def sweep(
     params: Any,
     apply_fn: Callable[..., Any],
-    ds: Any,
-    *,
-    batch_size: int | None = None,
-    batch_nums: int | None = None,
-    select: Any = None,
-    progress: bool = True,
+    batches: Iterable[tuple[Any, ...]],
+    tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
 ) -> Observations:
-    """Run the float model over `ds` once and observe the input of every site.
+    """Run the float model over `batches` once and observe the tensors that `tensors_of` names.
 
     Args:
-      params: pytree of arrays, the first argument of `apply_fn`.
-      apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
-      ds: the calibration data; see `jaxquant.quant_post`.
-      batch_size: None where `ds` yields batches; n to stack its samples n at a time.
-      batch_nums: how many batches to use; None for all.
-      select: what of an item of `ds` is given to `apply_fn`; see `jaxquant.quant_post`.
-      progress: show a progress bar.
-
-    Returns:
-      The observations, from which `jaxquant.quantize` makes the int8 model.  They do not grow with
-      the number of samples.
+      params: the parameters.
+      apply_fn: the model.
+      batches: tuples of the inputs after `params`.
+      tensors_of: graph -> tensor name -> tensor; gives the same names for every input shape.
 
     Raises:
-      ValueError: `ds` is empty, a batch does not fit `apply_fn`, the model has no site, or an
-        activation is NaN or infinite (the message names the site and the batch).
-
-    Example:
-      >>> import jax.numpy as jnp, jaxquant
-      >>> observations = jaxquant.calibrate(
-      ...     {"w": jnp.eye(4)}, lambda p, x: x @ p["w"], [jnp.ones((2, 4))], progress=False)
-      >>> observations.tensors["w/input"].abs_max
-      1.0
+      ValueError: a batch does not fit `apply_fn` or gives another graph, or an activation is NaN
+        or infinite.
     """
-    check_params(params)
-    batches = _with_progress(
-        data.iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select),
-        data.num_batches(ds, batch_size, batch_nums),
-        progress,
-    )
-    sweep = _Sweep(params, apply_fn)
+    state = _Sweep(params, apply_fn, tensors_of)
     for inputs in batches:
-        sweep.add(inputs)
-    return sweep.finish()
-
-
-def _with_progress(batches: Any, total: int | None, enabled: bool) -> Any:
-    return progress.progress_bar(batches, total, "calibrate", enabled)
+        state.add(inputs)
+    return state.finish()
 
 
 class _Sweep:
     """One pass over the data: the jitted step, its state, and the checks between batches."""
 
-    def __init__(self, params: Any, apply_fn: Callable[..., Any]):
+    def __init__(
+        self,
+        params: Any,
+        apply_fn: Callable[..., Any],
+        tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
+    ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
         self._apply_fn = apply_fn
+        self._tensors_of = tensors_of
         self._names: tuple[str, ...] = ()
         self._step = jax.jit(self._observe, donate_argnums=0)
         self._state: State = {}
@@ -122,10 +95,9 @@ class _Sweep:
             )
             raise
         found = sites.find_sites(graph)
-        check_sites(found)
         check_no_randomness(graph)
         check_weights(graph, found, self._params)
-        self._names = tuple(sites.site_inputs(graph, found))
+        self._names = tuple(self._tensors_of(graph))
         self._state = {name: histogram.init() for name in self._names}
         self._example = inputs
 
@@ -133,7 +105,7 @@ class _Sweep:
         self, state: State, params: Any, batch: Any, *inputs: Any
     ) -> tuple[State, jax.Array]:
         graph = trace(self._apply_fn, self._structs, inputs)
-        tensors = sites.site_inputs(graph, sites.find_sites(graph))
+        tensors = self._tensors_of(graph)
         if tuple(tensors) != self._names:
             raise ValueError(
                 f"batch {self._batches} gives another graph than batch 0: its inputs are of "
@@ -154,7 +126,7 @@ class _Sweep:
             return
         for name, batch in zip(self._names, np.asarray(self._bad), strict=True):
             if batch >= 0:
-                site = name.removesuffix("/input")
+                site = name.partition("/input")[0]
                 raise ValueError(
                     f"the input of site {site!r} holds NaN or infinity in batch {batch}; check "
                     "that batch and the float model on it, or leave the site out of the data path"

@@ -1,0 +1,154 @@
+"""The kinds of operations that have an int8 form, by PaddleSlim's names.
+
+A kind belongs to one behaviour, which says how it meets int8 tensors:
+
+    accumulate   int8 operands, int32 accumulator, one multiplier (convolution, dot, sum, average)
+    select       the result holds values of the operands: same scale, no arithmetic
+                 (max pooling, concatenation)
+    layout       likewise, and int8 only where a neighbour is (reshape, transpose, slice, ...)
+    compute      float32 arithmetic on dequantized operands, fused (softmax, additions, ...)
+    decide       the result is an index or a truth value (argmax, comparisons)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxquant.graph import ir
+
+ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE = (
+    "accumulate",
+    "select",
+    "layout",
+    "compute",
+    "decide",
+)
+
+# Elementwise operations of two tensors, and the activation functions: they belong together, since
+# an activation function is one or several elementwise primitives.
+ELEMENTWISE_KINDS = ("elementwise_add", "elementwise_sub", "elementwise_mul", "elementwise_div")
+ACTIVATION_KINDS = (
+    "clip",
+    "elu",
+    "gelu",
+    "hard_sigmoid",
+    "hard_swish",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "sigmoid",
+    "swish",
+    "tanh",
+)
+
+BEHAVIOUR: Mapping[str, str] = {
+    "conv2d": ACCUMULATE,
+    "depthwise_conv2d": ACCUMULATE,
+    "conv2d_transpose": ACCUMULATE,
+    "mul": ACCUMULATE,
+    "matmul": ACCUMULATE,
+    "mean": ACCUMULATE,
+    "bilinear_interp": ACCUMULATE,
+    "trilinear_interp": ACCUMULATE,
+    "pool2d": ACCUMULATE,  # average pooling; maximum pooling selects, see `behaviour`
+    "concat": SELECT,
+    "gather": LAYOUT,
+    "nearest_interp": LAYOUT,
+    "pad": LAYOUT,
+    "reshape": LAYOUT,
+    "reshape2": LAYOUT,
+    "slice": LAYOUT,
+    "squeeze": LAYOUT,
+    "transpose": LAYOUT,
+    "softmax": COMPUTE,
+    **dict.fromkeys(ELEMENTWISE_KINDS, COMPUTE),
+    **dict.fromkeys(ACTIVATION_KINDS, COMPUTE),
+    "argmax": DECIDE,
+    "equal": DECIDE,
+    "not_equal": DECIDE,
+    "greater_equal": DECIDE,
+    "greater_than": DECIDE,
+    "less_equal": DECIDE,
+    "less_than": DECIDE,
+}
+
+# Convolutions and dots, which are always reported; the interpolations are dots with weights that no
+# parameter is in.
+WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
+
+_BY_PRIMITIVE = {
+    "add": "elementwise_add",
+    "add_any": "elementwise_add",
+    "sub": "elementwise_sub",
+    "mul": "elementwise_mul",
+    "div": "elementwise_div",
+    "concatenate": "concat",
+    "argmax": "argmax",
+    "argmin": "argmax",
+    "eq": "equal",
+    "ne": "not_equal",
+    "ge": "greater_equal",
+    "gt": "greater_than",
+    "le": "less_equal",
+    "lt": "less_than",
+    "reduce_window_max": "pool2d",
+    "reduce_window_min": "pool2d",
+    "reduce_window_sum": "pool2d",
+    "reduce_max": "pool2d",
+    "reduce_min": "pool2d",
+    "transpose": "transpose",
+    "reshape": "reshape",
+    "expand_dims": "reshape",
+    "broadcast_in_dim": "reshape",
+    "squeeze": "squeeze",
+    "slice": "slice",
+    "dynamic_slice": "slice",
+    "split": "slice",
+    "rev": "slice",
+    "pad": "pad",
+    "gather": "gather",
+}
+
+RESIZE_CALL = "_resize"  # the name of the call that jax.image.resize makes
+
+
+def kind_of(graph: ir.Graph, eqn: ir.Equation) -> str:
+    """The kind of one equation, "" where it has none; softmax is several equations."""
+    if eqn.name == "conv_general_dilated":
+        return _conv_kind(eqn, graph.shape(eqn.inputs[1]))
+    if eqn.name == "dot_general":
+        return _dot_kind(graph, eqn)
+    if eqn.name == "reduce_sum":
+        rank, axes = len(graph.shape(eqn.inputs[0])), eqn.params["axes"]
+        return "pool2d" if rank >= 4 and len(axes) == rank - 2 else "mean"
+    if eqn.name == "gather" and RESIZE_CALL in eqn.calls:
+        return "nearest_interp"
+    return _BY_PRIMITIVE.get(eqn.name, "")
+
+
+def behaviour(kind: str, eqn: ir.Equation) -> str:
+    """How the equation of a site meets int8 tensors."""
+    if kind == "pool2d" and not eqn.name.endswith("_sum"):
+        return SELECT
+    return BEHAVIOUR[kind]
+
+
+def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:
+    static = [x for x in eqn.inputs if graph.is_static(x)]
+    if not static:
+        return "matmul"
+    if RESIZE_CALL in eqn.calls:
+        resized = [e for e in graph.equations if e.calls == eqn.calls and e.name == "dot_general"]
+        spatial = len(graph.shape(eqn.outputs[0])) - 2
+        return "trilinear_interp" if spatial == 3 or len(resized) == 3 else "bilinear_interp"
+    return "mul"
+
+
+def _conv_kind(eqn: ir.Equation, kernel_shape: tuple[int, ...]) -> str:
+    if any(d != 1 for d in eqn.params["lhs_dilation"]):
+        return "conv2d_transpose"
+    in_per_group = kernel_shape[eqn.params["dimension_numbers"].rhs_spec[1]]
+    if eqn.params["feature_group_count"] > 1 and in_per_group == 1:
+        return "depthwise_conv2d"
+    return "conv2d"

@@ -1,0 +1,218 @@
+"""Which tensors of a graph have an int8 form, where it is made, and which share a scale.
+
+This is the one place that decides where int8 starts and stops.  A tensor is made int8 where an int8
+site needs it; operations that select or move values hand the int8 form through, backwards from who
+needs it and forwards from where it is, and tie the scales of what they read and give (a union).
+Nothing here looks at data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jaxquant.graph import composites, ir, kinds, primitives
+from jaxquant.graph.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """The int8 forms of a graph.
+
+    Attributes:
+      entries: the tensors that are quantized from float, in the order of discovery.
+      int8: every tensor with an int8 form, entries included.
+      moves: the indices of the equations that hand int8 through.
+      reads_int8: the indices of float equations that read the int8 form of their operands.
+      group: int8 tensor -> the tensor that stands for all that share its scale.
+    """
+
+    entries: tuple[ir.Var, ...]
+    int8: frozenset[ir.Var]
+    moves: frozenset[int]
+    reads_int8: frozenset[int]
+    group: Mapping[ir.Var, ir.Var]
+
+
+def find_forms(graph: ir.Graph, sites: Sequence[Site]) -> Forms:
+    """The forms when `sites`, and no others, run in int8 wherever that is of use."""
+    return _Search(graph, sites).run()
+
+
+class _Search:
+    def __init__(self, graph: ir.Graph, sites: Sequence[Site]):
+        self._graph = graph
+        self._sites = sites
+        self._by_equation = {site.equation: site for site in sites}
+        self._behaviour = {
+            site.equation: kinds.behaviour(site.kind, graph.equations[site.equation])
+            for site in sites
+        }
+        self._elementwise = any(
+            s.kind in (*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS) for s in sites
+        )
+        self._normalising = composites.normalisations(graph)
+        self._entries: dict[ir.Var, None] = {}
+        self._int8: set[ir.Var] = set()
+        self._moves: set[int] = set()
+
+    def run(self) -> Forms:
+        for site in self._sites:
+            behaviour = self._behaviour[site.equation]
+            anchors = (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE)
+            if behaviour in anchors or site.kind == "softmax":
+                self._need_operands(site)
+        self._cut_elementwise()
+        self._spread()
+        return Forms(
+            tuple(self._entries),
+            frozenset(self._int8),
+            frozenset(self._moves),
+            frozenset(self._reads_int8()),
+            self._groups(),
+        )
+
+    def _need_operands(self, site: Site) -> None:
+        for operand in site.operands:
+            self._need(operand)
+        if self._behaviour[site.equation] == kinds.SELECT:
+            eqn = self._graph.equations[site.equation]
+            self._moves.add(eqn.index)
+            self._int8.update(eqn.outputs)
+
+    def _need(self, var: ir.Var) -> None:
+        """Give a tensor an int8 form: through the operation that moves it, or as an entry."""
+        stack = [var]
+        while stack:
+            var = stack.pop()
+            if var in self._int8:
+                continue
+            self._int8.add(var)
+            eqn = self._graph.producer.get(var)
+            if eqn is None or not self._hands_through(eqn):
+                self._entries[var] = None
+                continue
+            self._moves.add(eqn.index)
+            self._int8.update(eqn.outputs)
+            stack.extend(self._moved(eqn))
+
+    def _hands_through(self, eqn: ir.Equation) -> bool:
+        if self._behaviour.get(eqn.index) in (kinds.SELECT, kinds.LAYOUT):
+            return True
+        return primitives.is_movement(self._graph, eqn)
+
+    def _moved(self, eqn: ir.Equation) -> tuple[ir.Var, ...]:
+        """The operands whose values an equation hands through."""
+        if eqn.index in self._by_equation:
+            return self._by_equation[eqn.index].operands
+        return eqn.input_vars
+
+    def _cut_elementwise(self) -> None:
+        """Give the operands of elementwise sites an int8 form unless they stay in an epilogue.
+
+        What is computed for one such site alone is fused with it: the accumulator of the
+        convolution before an addition, say.  Of two accumulators the later one is.
+        """
+        graph = self._graph
+        bases = composites.elementwise_bases(graph)
+        for site in self._sites:
+            if site.kind not in kinds.ELEMENTWISE_KINDS:
+                continue
+            fused: list[ir.Var] = []
+            for operand in site.operands:
+                if self._is_fused(operand, site, bases):
+                    fused.append(operand)
+                else:
+                    self._need(operand)
+            positions = {v: self._position(bases.get(v, v)) for v in fused}
+            for operand in sorted(fused, key=positions.__getitem__)[:-1]:
+                self._need(operand)
+
+    def _position(self, var: ir.Var) -> int:
+        eqn = self._graph.producer.get(var)
+        return eqn.index if eqn is not None else -1
+
+    def _is_fused(self, operand: ir.Var, site: Site, bases: Mapping[ir.Var, ir.Var]) -> bool:
+        """True where the operand is computed, elementwise, for this site alone."""
+        graph, eqn = self._graph, self._graph.equations[site.equation]
+        if operand in self._int8 or graph.shape(operand) != graph.shape(eqn.outputs[0]):
+            return False
+        base = bases.get(operand, operand)
+        source = graph.producer.get(base)
+        if source is None or not self._is_computed(source):
+            return False
+        region = {v for v, b in bases.items() if b == base} | {base}
+        if any(graph.producer[v].index in self._normalising for v in region if v != base):
+            return False
+        for var in region:
+            if var in graph.output_vars or var in self._int8:
+                return False
+            for user in graph.consumers.get(var, ()):
+                if user.index != site.equation and not set(user.outputs) <= region:
+                    return False
+        return True
+
+    def _is_computed(self, eqn: ir.Equation) -> bool:
+        """True where a result is in float32 registers: an accumulator or an elementwise site."""
+        behaviour = self._behaviour.get(eqn.index)
+        return behaviour == kinds.ACCUMULATE or (
+            behaviour == kinds.COMPUTE and self._by_equation[eqn.index].kind != "softmax"
+        )
+
+    def _spread(self) -> None:
+        """Hand int8 forward through layout operations."""
+        for eqn in self._graph.equations:
+            if self._behaviour.get(eqn.index) != kinds.LAYOUT or eqn.index in self._moves:
+                continue
+            operands = self._moved(eqn)
+            if operands and all(v in self._int8 for v in operands):
+                self._moves.add(eqn.index)
+                self._int8.update(eqn.outputs)
+
+    def _reads_int8(self) -> set[int]:
+        """Float equations that read int8: softmaxes, elementwise ones if their kinds are asked."""
+        found: set[int] = set()
+        softmaxes = composites.find_softmax(self._graph)
+        for site in self._sites:
+            if site.kind == "softmax":
+                found.update(softmaxes[site.equation].members)
+            elif self._behaviour[site.equation] == kinds.DECIDE:
+                found.add(site.equation)
+        if self._elementwise:
+            named = {s.equation for s in self._sites}
+            skipped = set(self._elementwise_float(named))
+            found.update(
+                eqn.index
+                for eqn in self._graph.equations
+                if primitives.is_elementwise(eqn) and eqn.index not in skipped
+            )
+            found |= self._normalising
+        return found
+
+    def _elementwise_float(self, named: set[int]) -> list[int]:
+        """Elementwise operations of two tensors that were left out of the int8 sites."""
+        bases = composites.elementwise_bases(self._graph)
+        return [
+            eqn.index
+            for eqn in self._graph.equations
+            if kinds.kind_of(self._graph, eqn) in kinds.ELEMENTWISE_KINDS
+            and eqn.outputs[0] not in bases
+            and eqn.index not in named
+        ]
+
+    def _groups(self) -> dict[ir.Var, ir.Var]:
+        parent = {var: var for var in self._int8}
+
+        def find(var: ir.Var) -> ir.Var:
+            while parent[var] != var:
+                parent[var] = parent[parent[var]]
+                var = parent[var]
+            return var
+
+        for index in sorted(self._moves):
+            eqn = self._graph.equations[index]
+            tied = [v for v in (*self._moved(eqn), *eqn.outputs) if v in self._int8]
+            for var in tied[1:]:
+                a, b = sorted((find(tied[0]), find(var)))
+                parent[b] = a
+        return {var: find(var) for var in parent}

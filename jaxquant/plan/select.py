@@ -1,0 +1,88 @@
+"""Which sites may become int8, by the user's choices: kinds, skips, and what has no int8 form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxquant.config import QuantConfig
+from jaxquant.errors import nearest
+from jaxquant.graph import ir, kinds
+from jaxquant.graph.checks import check_sites
+from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
+
+SKIP_SCOPE = "skip_quant"
+
+
+def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """The sites of the report: every convolution and dot, and whatever else was asked for.
+
+    Raises:
+      ValueError: there is none.
+    """
+    sites = tuple(
+        site
+        for site in found
+        if site.kind in kinds.DOT_KINDS or (site.kind in config.kinds and not site.inside)
+    )
+    check_sites(sites)
+    return sites
+
+
+def candidates(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """The sites that become int8 where that is of use."""
+    return tuple(site for site in found if not reason_for_float(graph, site, found, config))
+
+
+def reason_for_float(
+    graph: ir.Graph, site: Site, found: Sequence[Site], config: QuantConfig
+) -> str:
+    """Why the site stays float; "" where it may become int8."""
+    if SKIP_SCOPE in site.scope.split("/"):
+        return f"inside jax.named_scope({SKIP_SCOPE!r})"
+    for pattern in config.skip:
+        if matches(site, pattern):
+            return f"skip={pattern!r}"
+    if config.skip_first_last and site.name in _first_and_last(found):
+        return "first or last layer (skip_first_last)"
+    if site.inside:
+        return f"inside {'/'.join(site.inside)}: control flow runs in float"
+    if site.kind not in config.kinds:
+        return f"{site.kind!r} is not in quantizable_op_type"
+    return _unfit(graph, site)
+
+
+def _unfit(graph: ir.Graph, site: Site) -> str:
+    eqn = graph.equations[site.equation]
+    if eqn.name not in DOT_EQUATIONS:
+        return ""
+    for operand in eqn.input_vars:
+        if not jnp.issubdtype(graph.dtype(operand), jnp.floating):
+            return f"an operand is {graph.dtype(operand)}, not float"
+    if eqn.name == "conv_general_dilated" and not graph.is_static(eqn.inputs[1]):
+        return "its kernel depends on the inputs"
+    if eqn.params.get("batch_group_count", 1) != 1:
+        return "batch_group_count is not 1"
+    return ""
+
+
+def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
+    weighted = [site.name for site in found if site.weight_path and not site.inside]
+    return (weighted[0], weighted[-1]) if weighted else ("", "")
+
+
+def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
+    """Raise ValueError where a pattern matches no site, with the names nearest to it."""
+    for pattern in patterns:
+        if any(matches(site, pattern) for site in found):
+            continue
+        prefix, _, _ = pattern.partition(":")
+        if prefix == "kind":
+            names = [f"kind:{k}" for k in sorted({site.kind for site in found})]
+        elif prefix == "module":
+            names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
+        else:
+            layout = {k for k, b in kinds.BEHAVIOUR.items() if b == kinds.LAYOUT}
+            names = [site.name for site in found if site.kind not in layout]
+        raise ValueError(f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}")

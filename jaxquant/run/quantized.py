@@ -1,0 +1,74 @@
+"""The int8 forms of tensors during one evaluation: made once, handed through, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.plan.make import Binding
+from jaxquant.run import int8
+
+
+class QuantizedTensors:
+    """Reads tensors of an evaluation in int8, and int8 tensors as floats.
+
+    It is a `Reader` too: of a tensor with an int8 form it gives the dequantized value, so that an
+    equation that reads through it does not need the float tensor.
+    """
+
+    def __init__(
+        self, env: evaluate.Environment, binding: Binding, tensors: Mapping[str, Any]
+    ) -> None:
+        self.graph = env.graph
+        self._env = env
+        self._binding = binding
+        self._tensors = tensors
+        self._values: dict[ir.Var, jax.Array] = {}
+
+    def int8(self, var: ir.Var) -> jax.Array:
+        """The int8 form of a tensor."""
+        if var not in self._values:
+            if var in self._binding.names:
+                inv_scale = self._scale_entry(var)["inv_scale"]
+                self._values[var] = int8.quantize(self._env.wide(var), inv_scale)
+            else:
+                eqn = self.graph.producer[var]
+                self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
+        return self._values[var]
+
+    def shares_scale(self, a: ir.Var, b: ir.Var) -> bool:
+        return self._binding.scales[a] == self._binding.scales[b]
+
+    def wide(self, atom: ir.Atom) -> Any:
+        if isinstance(atom, int) and atom in self._binding.forms.int8:
+            return self.int8(atom).astype(jnp.float32) * self._scale_entry(atom)["scale"]
+        return self._env.wide(atom)
+
+    def read(self, atom: ir.Atom) -> Any:
+        return evaluate.narrow(self.wide(atom), self.graph.dtype(atom))
+
+    def scale(self, var: ir.Var) -> jax.Array:
+        """What one step of the int8 form is worth."""
+        return self._scale_entry(var)["scale"]
+
+    def _scale_entry(self, var: ir.Var) -> Mapping[str, jax.Array]:
+        return self._tensors[self._binding.scales[var]]
+
+    def _move(self, eqn: ir.Equation) -> Sequence[jax.Array]:
+        """Apply an equation that selects or moves values to int8 values."""
+        params = dict(eqn.params)
+        operands = [
+            self.int8(x) if isinstance(x, int) and x in self._binding.forms.int8
+            else self._env.read(x)
+            for x in eqn.inputs
+        ]  # fmt: skip
+        if eqn.name == "pad":
+            inv_scale = self._scale_entry(eqn.outputs[0])["inv_scale"]
+            operands[1] = int8.quantize(jnp.asarray(operands[1]), inv_scale)
+        if eqn.name == "gather" and params.get("fill_value") is None:
+            params["fill_value"] = 0  # of an index out of range, where a float gather gives NaN
+        return jax_shim.bind(eqn.primitive, operands, params)
