@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from jaxquant.calibration.data import iterate, num_batches
@@ -168,19 +169,22 @@ def quantize(
 
 def _batches(
     ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
-) -> Iterator[tuple[Any, ...]]:
+) -> Generator[tuple[Any, ...], None, None]:
     batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
-    return progress_bar(batches, num_batches(ds, batch_size, batch_nums), "calibrate", progress)
+    total = num_batches(ds, batch_size, batch_nums, select=select)
+    return progress_bar(batches, total, "calibrate", progress)
 
 
 def _calibrate(
     params: Any,
     apply_fn: Callable[..., Any],
-    batches: Iterator[tuple[Any, ...]],
+    batches: Generator[tuple[Any, ...], None, None],
     config: QuantConfig,
 ) -> Observations:
     check_params(params)
-    return sweep(params, apply_fn, batches, functools.partial(observed_tensors, config=config))
+    tensors_of = functools.partial(observed_tensors, config=config)
+    with contextlib.closing(batches):  # the progress bar ends before an error is printed
+        return sweep(params, apply_fn, batches, tensors_of)
 
 
 def _quantize(

@@ -9,7 +9,6 @@ products 50 (f32) to 150 times (int8).  Four scatters gain at most a fifth, and 
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from experiments.benchmarks.interleave import time_in_turn
 from jaxquant.calibration import histogram
 
 BINS = histogram.BINS
@@ -103,20 +103,14 @@ def main(rounds: int) -> None:
         for name, got in counts.items():
             if not jnp.array_equal(got.astype(jnp.uint32), counts["scatter"]):
                 raise AssertionError(f"{name} counts differently")
-        runs: dict[str, list[float]] = {name: [] for name in compiled}
-        for _ in range(rounds):
-            for name, f in compiled.items():
-                start = time.perf_counter()
-                jax.block_until_ready(f(x))
-                runs[name].append(time.perf_counter() - start)
-        base = statistics.median(runs["scatter"])
+        timed = {name: lambda f=f, x=x: f(x) for name, f in compiled.items()}
+        medians = time_in_turn(timed, rounds)
         print(f"{'x'.join(map(str, shape))}, {rounds} rounds, {jax.devices()[0].platform}")
         print(f"{'':24}{'ms':>9}{'ns/value':>10}{'ratio':>8}{'compile s':>11}")
-        for name, times in runs.items():
-            median = statistics.median(times)
+        for name, median in medians.items():
             print(
                 f"{name:24}{median * 1e3:9.2f}{median / x.size * 1e9:10.2f}"
-                f"{median / base:8.2f}{compile_s[name]:11.2f}"
+                f"{median / medians['scatter']:8.2f}{compile_s[name]:11.2f}"
             )
 
 

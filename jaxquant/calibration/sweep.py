@@ -6,7 +6,7 @@ reads and updates the streaming state; activations never leave the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
 
-State = dict[str, histogram.Histogram]
+State = histogram.Histogram  # of all tensors, stacked along a leading axis
 
 
 def sweep(
@@ -40,13 +40,13 @@ def sweep(
       ValueError: a batch does not fit `apply_fn` or gives another graph, or an activation is NaN
         or infinite.
     """
-    state = _Sweep(params, apply_fn, tensors_of)
+    state = Sweep(params, apply_fn, tensors_of)
     for inputs in batches:
         state.add(inputs)
     return state.finish()
 
 
-class _Sweep:
+class Sweep:
     """One pass over the data: the jitted step, its state, and the checks between batches."""
 
     def __init__(
@@ -61,7 +61,7 @@ class _Sweep:
         self._tensors_of = tensors_of
         self._names: tuple[str, ...] = ()
         self._step = jax.jit(self._observe, donate_argnums=0)
-        self._state: State = {}
+        self.state: Any = None
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one
         self._batches = self._samples = 0
         self._example: tuple[Any, ...] = ()
@@ -69,7 +69,7 @@ class _Sweep:
     def add(self, inputs: tuple[Any, ...]) -> None:
         if not self._batches:
             self._start(inputs)
-        self._state, bad = self._step(self._state, self._params, np.int32(self._batches), *inputs)
+        self.state, bad = self._step(self.state, self._params, np.int32(self._batches), *inputs)
         self._check_finite()
         self._bad = bad
         self._batches += 1
@@ -77,7 +77,11 @@ class _Sweep:
 
     def finish(self) -> Observations:
         self._check_finite()
-        stats = {name: _stats(self._state[name]) for name in self._names}
+        state = jax.tree.map(np.asarray, self.state)
+        stats = {
+            name: _stats(jax.tree.map(lambda x, k=k: x[k], state))
+            for k, name in enumerate(self._names)
+        }
         unseen = [name for name, s in stats.items() if s.count == 0]
         if unseen:
             raise ValueError(
@@ -98,7 +102,7 @@ class _Sweep:
         check_no_randomness(graph)
         check_weights(graph, found, self._params)
         self._names = tuple(self._tensors_of(graph))
-        self._state = {name: histogram.init() for name in self._names}
+        self.state = _stack([histogram.init()] * len(self._names))
         self._example = inputs
 
     def _observe(
@@ -114,12 +118,9 @@ class _Sweep:
         leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
         needed = list(ir.walk_back(graph, list(tensors.values())))
         env = evaluate.evaluate(graph, leaves, jax.tree.leaves(inputs), equations=needed)
-        updated = {
-            name: histogram.update(state[name], env.read(var), batch)
-            for name, var in tensors.items()
-        }
-        bad = jnp.stack([updated[name].first_bad for name in self._names]) if updated else None
-        return updated, bad if bad is not None else jnp.zeros((0,), jnp.int32)
+        seen = _stack([histogram.observe(env.read(var), batch) for var in tensors.values()])
+        state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
+        return state, state.first_bad + 0  # not donated with the state
 
     def _check_finite(self) -> None:
         if self._bad is None:
@@ -131,6 +132,10 @@ class _Sweep:
                     f"the input of site {site!r} holds NaN or infinity in batch {batch}; check "
                     "that batch and the float model on it, or leave the site out of the data path"
                 )
+
+
+def _stack(states: Sequence[histogram.Histogram]) -> State:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
 
 
 def _stats(state: histogram.Histogram) -> TensorStats:

@@ -61,7 +61,8 @@ def kl_threshold(
     that of abs max, as far as the histogram tells.  Clipping weighs more because clipping errors
     have one sign and occur together: in the next dot product they add up as amplitudes, rounding
     errors as powers.  With weight 1 each tensor is as good as with abs max, but the logits of
-    GoogLeNet lose 4 dB; 16 gains 0.9 dB there and 0.7 dB on MobileNetV2 (8 and 32 gain less).
+    GoogLeNet lose 4 dB; 16 gains 0.9 dB there and 0.7 dB on MobileNetV2, whose images and
+    networks it was chosen on.
 
     The other variants reproduce their origin exactly, faults included, from the histogram alone:
     they put the outliers in the last bin kept of P but not in Q.  "paddle-3.3": 127 groups,

@@ -52,7 +52,7 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     and dot with a weight, so that these choices can be changed later.
     """
     found = find_sites(graph)
-    select.reported(graph, found, config)
+    sites = select.reported(graph, found, config)
     names = tensor_names(graph, found)
     every_kind = (*config.quantizable_op_type, *kinds.WEIGHTED_KINDS)
     without_skips = dataclasses.replace(
@@ -62,6 +62,10 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     for choice in (without_skips, config):
         forms = find_forms(graph, select.candidates(graph, found, choice))
         entries |= {names[var]: var for var in forms.entries}
+    if not entries:
+        raise _nothing_left(
+            {f"{s.kind}: {select.reason_for_float(graph, s, found, config)}" for s in sites}
+        )
     return entries
 
 
@@ -89,8 +93,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
             reason = select.reason_for_float(graph, site, found, config)
         plans.append(_site_plan(graph, site, reason, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
-        reasons = sorted({f"{plan.kind}: {plan.reason}" for plan in plans})
-        raise ValueError(f"no site is left to quantize ({'; '.join(reasons)})")
+        raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
     return Plan(tuple(plans), tensors, config.weight_quantize_type, config.algo)
 
 
@@ -134,6 +137,10 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         entries,
         scales,
     )
+
+
+def _nothing_left(reasons: set[str]) -> ValueError:
+    return ValueError(f"no site is left to quantize ({'; '.join(sorted(reasons))})")
 
 
 def _other_graph(names: Sequence[str] | set[str]) -> ValueError:

@@ -8,7 +8,7 @@ import pytest
 
 import jaxquant
 from jaxquant.calibration import histogram
-from jaxquant.calibration.sweep import _Sweep
+from jaxquant.calibration.sweep import Sweep
 from jaxquant.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
@@ -113,7 +113,7 @@ def test_one_trace_per_input_shape():
 
 
 def test_the_step_compiles_once_per_input_shape():
-    sweep = _Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
+    sweep = Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
     for batch in data(3, 2, 3, 2, 3):
         sweep.add((batch,))
     assert sweep._step._cache_size() == 2
@@ -121,14 +121,14 @@ def test_the_step_compiles_once_per_input_shape():
 
 def test_the_state_does_not_grow_with_the_number_of_samples():
     """All that is kept between batches: the state, the flags of one batch and the first batch."""
-    sweep = _Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
+    sweep = Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
     held = []
     for batch in data(4, 4, 4, 4):
         sweep.add((batch,))
-        leaves = jax.tree.leaves((vars(sweep)["_state"], sweep._bad, sweep._example))
+        leaves = jax.tree.leaves((sweep.state, sweep._bad, sweep._example))
         held.append([(leaf.shape, leaf.dtype) for leaf in leaves])
     assert held[1:] == held[:1] * 3
-    assert jax.tree.structure(sweep._state) == jax.tree.structure({"w/input": histogram.init()})
+    assert jax.tree.structure(sweep.state) == jax.tree.structure(histogram.init())
 
 
 def test_integer_and_bool_inputs_beside_float_ones():
