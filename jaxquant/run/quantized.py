@@ -69,6 +69,6 @@ class QuantizedTensors:
         if eqn.name == "pad":
             inv_scale = self._scale_entry(eqn.outputs[0])["inv_scale"]
             operands[1] = int8.quantize(jnp.asarray(operands[1]), inv_scale)
-        if eqn.name == "gather" and params.get("fill_value") is None:
+        if eqn.name == "gather":
             params["fill_value"] = 0  # of an index out of range, where a float gather gives NaN
         return jax_shim.bind(eqn.primitive, operands, params)
