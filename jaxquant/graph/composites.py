@@ -83,18 +83,29 @@ def elementwise_bases(graph: ir.Graph) -> dict[ir.Var, ir.Var]:
     rearrangements, and may normalise: `(x - mean(x)) / std(x)`.  An elementwise operation of two
     different tensors starts a new one.
     """
-    return _bases(graph, normalisations(graph))
+    return _bases(graph, normalisations(graph))[0]
+
+
+def normalisation_members(graph: ir.Graph) -> frozenset[int]:
+    """The indices of all equations from a normalisation's reductions to its result."""
+    reductions = normalisations(graph)
+    reduced = _bases(graph, reductions)[1]
+    return frozenset(graph.producer[var].index for var in reduced)
 
 
 def normalisations(graph: ir.Graph) -> frozenset[int]:
     """The indices of reductions whose result is combined elementwise with what was reduced.
 
-    They belong to LayerNorm, local response normalisation and the like, which have no int8 form.
+    They belong to LayerNorm, local response normalisation and the like, which have no int8 form;
+    softmax, which has one, is not among them.
     """
-    origins = _bases(graph, frozenset(e.index for e in graph.equations if _is_reduction(e)))
+    of_softmax = {i for softmax in find_softmax(graph).values() for i in softmax.members}
+    origins, _ = _bases(graph, frozenset(e.index for e in graph.equations if _is_reduction(e)))
     found = set()
     for eqn in graph.equations:
-        if _is_reduction(eqn) and eqn.outputs[0] in origins and _is_recombined(graph, eqn, origins):
+        if not _is_reduction(eqn) or eqn.index in of_softmax or eqn.outputs[0] not in origins:
+            continue
+        if _is_recombined(graph, eqn, origins):
             found.add(eqn.index)
     return frozenset(found)
 
@@ -106,8 +117,12 @@ def _is_reduction(eqn: ir.Equation) -> bool:
     return eqn.name.startswith(("reduce_window_", "reduce_sum", "reduce_max", "reduce_min"))
 
 
-def _bases(graph: ir.Graph, reductions: frozenset[int]) -> dict[ir.Var, ir.Var]:
-    """Follow functions of one tensor through elementwise operations, movements and `reductions`."""
+def _bases(graph: ir.Graph, reductions: frozenset[int]) -> tuple[dict[ir.Var, ir.Var], set[ir.Var]]:
+    """Follow functions of one tensor through elementwise operations, movements and `reductions`.
+
+    Returns:
+      Tensor -> the tensor that it is a function of, and the tensors behind a reduction.
+    """
     bases: dict[ir.Var, ir.Var] = {}
     reduced: set[ir.Var] = set()
     for eqn in graph.equations:
@@ -127,7 +142,7 @@ def _bases(graph: ir.Graph, reductions: frozenset[int]) -> dict[ir.Var, ir.Var]:
             (bases[eqn.outputs[0]],) = found
             if after_reduction or eqn.index in reductions:
                 reduced.add(eqn.outputs[0])
-    return bases
+    return bases, reduced
 
 
 def _is_recombined(graph: ir.Graph, eqn: ir.Equation, origins: dict[ir.Var, ir.Var]) -> bool:

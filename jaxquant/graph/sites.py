@@ -98,7 +98,7 @@ def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) 
     softmaxes = composites.find_softmax(graph)
     within = {i for last, s in softmaxes.items() for i in s.members if i != last}
     bases = composites.elementwise_bases(graph)
-    normalising = composites.normalisations(graph)
+    normalising = composites.normalisation_members(graph)
     for eqn in graph.equations:
         if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
@@ -110,7 +110,7 @@ def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) 
         if kind in _ELEMENTWISE and eqn.outputs[0] in bases:
             continue  # part of an activation function or of an affine map
         if eqn.index in normalising:
-            continue  # the mean in x - mean(x)
+            continue  # the mean in x - mean(x), and what is made of it
         if kind and _has_floats(graph, eqn):
             site = _site(graph, eqn, kind, operands, inside, holder)
             if inside:

@@ -85,8 +85,11 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     tensors = _plan_tensors(forms, names, observations, config.algo)
     groups = {var: names[entry] for var, entry in _group_entries(forms).items()}
     allowed = {site.name for site in chosen}
+    absorbed = _absorbed(graph, chosen)
     plans = []
     for site in sites:
+        if site.location in absorbed:
+            continue
         if site.name in allowed:
             reason = _unused(graph, site, forms)
         else:
@@ -178,6 +181,16 @@ def _plan_tensors(
         for group, members in groups.items()
         for name in members
     )
+
+
+def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:
+    """The locations of the shape operations that epilogues absorb."""
+    return {
+        (eqn.index,)
+        for site in chosen
+        if kinds.behaviour(site.kind, graph.equations[site.equation]) == kinds.ACCUMULATE
+        for eqn in find_epilogue(graph, site).movements
+    }
 
 
 def _unused(graph: ir.Graph, site: Site, forms: Forms) -> str:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
-from jaxquant.graph.sites import find_sites
 from jaxquant.plan import layout
-from jaxquant.plan.plan import INT8, Plan
+from jaxquant.plan.plan import FLOAT, INT8, Plan
+from jaxquant.report.coverage import tensor_rows
 from jaxquant.run.program import Program
 
 _COLUMNS = (
@@ -27,6 +27,7 @@ _COLUMNS = (
     ("SQNR dB", "sqnr_db"),
     ("epilogue / reason", "note"),
 )
+_SHOWN_TENSORS = 6  # of the float ones, in the text
 _NUMERIC = frozenset({"threshold", "weight_scale", "sqnr_db"})
 
 
@@ -38,11 +39,14 @@ class Report:
       rows: one dict per site: name, kind, scope, status ("int8" | "float"), reason, threshold,
         weight_scale_min, weight_scale_max, sqnr_db, epilogue, weight_path; None where a float site
         has no such value.
-      summary: sites_int8, sites_float, tensors_int8, tensors_float, bytes_before, bytes_after,
-        algo, weight_quantize_type.
+      tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
+        "fused"), reason; see `jaxquant.report.coverage`.
+      summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
+        tensors_int8, tensors_float, bytes_before, bytes_after, algo, weight_quantize_type.
     """
 
     rows: Sequence[Mapping[str, Any]]
+    tensors: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
 
     def __str__(self) -> str:
@@ -76,7 +80,7 @@ class Report:
             body.append(f"<tr{style}>{cells}</tr>")
         return (
             f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-            f"<p>{html.escape(self._footer())}</p>"
+            f"<pre>{html.escape(self._footer())}</pre>"
         )
 
     def to_json(self) -> str:
@@ -85,16 +89,30 @@ class Report:
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
             for r in self.rows
         ]
-        return json.dumps({"summary": dict(self.summary), "rows": rows}, indent=1)
+        plain = {"summary": dict(self.summary), "rows": rows, "tensors": list(self.tensors)}
+        return json.dumps(plain, indent=1)
 
     def _footer(self) -> str:
         s = self.summary
-        return (
-            f"{s['sites_int8']} sites int8, {s['sites_float']} float. Parameters: "
-            f"{s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
+        kinds = ", ".join(
+            f"{kind} {n[INT8]}" + (f" (+{n[FLOAT]} float)" if n[FLOAT] else "")
+            for kind, n in s["kinds"].items()
+        )
+        lines = [
+            f"{s['sites_int8']} sites int8, {s['sites_float']} float: {kinds}.",
+            f"Tensors between them: {s['tensors_int8']} int8, {s['tensors_float']} float"
+            + (":" if s["tensors_float"] else "."),
+        ]
+        floats = [t for t in self.tensors if t["status"] == FLOAT]
+        lines += [f"  {t['name']}: {t['reason']}" for t in floats[:_SHOWN_TENSORS]]
+        if len(floats) > _SHOWN_TENSORS:
+            lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
+        lines.append(
+            f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
             f"algo={s['algo']}, weights {s['weight_quantize_type']}."
         )
+        return "\n".join(lines)
 
 
 def make_report(
@@ -118,24 +136,24 @@ def make_report(
             )
         row["sqnr_db"] = sqnr.get(site.name)
         rows.append(row)
-    float_names = {s.name for s in plan.sites if s.status != INT8}
-    floats = {
-        operand
-        for s in find_sites(program.graph)
-        if s.name in float_names
-        for operand in s.operands
-    }
+    tensors = tensor_rows(program, plan)
+    by_kind = {
+        kind: {status: sum((r["kind"], r["status"]) == (kind, status) for r in rows)
+               for status in (INT8, FLOAT)}
+        for kind in sorted({site.kind for site in plan.sites})
+    }  # fmt: skip
     summary = {
-        "sites_int8": sum(site.status == INT8 for site in plan.sites),
-        "sites_float": len(float_names),
-        "tensors_int8": len(plan.tensors),
-        "tensors_float": len(floats),
+        "sites_int8": sum(row["status"] == INT8 for row in rows),
+        "sites_float": sum(row["status"] == FLOAT for row in rows),
+        "kinds": by_kind,
+        "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
+        "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
         "bytes_before": tree_bytes(params),
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
         "weight_quantize_type": plan.weight_quantize_type,
     }
-    return Report(rows, summary)
+    return Report(rows, tensors, summary)
 
 
 def tree_bytes(tree: Any) -> int:

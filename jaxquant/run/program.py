@@ -27,7 +27,7 @@ class Program:
         self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
         self.slots = layout.weight_slots(graph, self.binding.sites, paths)
-        self._equations = live_equations(graph, self.binding)[0]
+        self.equations = live_equations(graph, self.binding)[0]
         leaves = float_leaves(graph, self.binding)
         self._float_paths = layout.float_paths(leaves, paths, self.slots)
         self._by_index = {
@@ -53,7 +53,7 @@ class Program:
                 return evaluate.apply(quantized, eqn)
             return evaluate.apply(env, eqn)
 
-        return evaluate.run(env, self._equations, rule)
+        return evaluate.run(env, self.equations, rule)
 
     def _accumulate(
         self,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant
 from jaxquant.report.report import tree_bytes
 from jaxquant.report.sqnr import decibel
 from tests import networks
@@ -28,6 +29,7 @@ KEYS = {
 SUMMARY = {
     "sites_int8",
     "sites_float",
+    "kinds",
     "tensors_int8",
     "tensors_float",
     "bytes_before",
@@ -129,7 +131,9 @@ def test_text(report):
     ]
     assert lines[2].split() == ["exact", "mul", "int8", "127", "1", "inf", "add", "max"]
     assert lines[4].endswith("'matmul' is not in quantizable_op_type")
-    assert "2 sites int8, 2 float. Parameters: 260 bytes before" in lines[-1]
+    assert "2 sites int8, 2 float: matmul 0 (+1 float), mul 2 (+1 float)." in lines
+    assert "Tensors between them: 1 int8, 3 float:" in lines
+    assert lines[-1].startswith("Parameters: 260 bytes before")
     assert repr(report) == text
     # The columns are aligned: every one begins or ends where its rule does.
     ends = [i for i, c in enumerate(lines[1]) if c == "-" and lines[1][i + 1 : i + 2] in ("", " ")]
@@ -195,3 +199,30 @@ def test_tree_bytes_counts_every_dtype_and_keys():
 )
 def test_decibel(signal, noise, expected):
     assert decibel(signal, noise) == expected
+
+
+def test_tensor_rows_give_a_reason_for_every_float_tensor(report):
+    statuses = {(row["name"], row["status"]) for row in report.tensors}
+    assert ("exact/input", "int8") in statuses
+    assert ("matmul/input", "float") in statuses
+    for row in report.tensors:
+        assert bool(row["reason"]) == (row["status"] != "int8")
+
+
+def test_a_normalisation_is_named_as_the_reason():
+    """Local response normalisation between two int8 convolutions reads its input in float."""
+    rng = np.random.default_rng(0)
+    params = {n: {"w": jnp.asarray(rng.normal(size=(6, 6)), jnp.float32)} for n in ("a", "b")}
+
+    def apply_fn(p, x):
+        y = jax.nn.relu(x @ p["a"]["w"])
+        squares = jax.lax.reduce_window(y * y, 0.0, jax.lax.add, (1, 3), (1, 1), "SAME")
+        return (y / (1.0 + squares) ** 0.75) @ p["b"]["w"]
+
+    x = jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    _, qapply = jaxquant.quant_post(params, apply_fn, [x], is_full_quantize=True, progress=False)
+    floats = [row for row in qapply.report().tensors if row["status"] == "float"]
+    assert [row["reason"] for row in floats] == [
+        "read by reduce_window_sum, which has no int8 form"
+    ]
+    assert "read by reduce_window_sum" in str(qapply.report())

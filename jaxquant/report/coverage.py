@@ -1,0 +1,61 @@
+"""Which tensors between sites are int8, which are float, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.plan.plan import FLOAT, Plan
+from jaxquant.run.program import Program
+
+
+def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
+    """One dict per tensor that an operation reads: name, status, reason.
+
+    The status is "int8"; "float", with who reads it so; or "fused", a float32 value that an
+    epilogue hands to the next elementwise operation without storing it.  A tensor that is read
+    both ways has a row each.  Tensors within a site, an epilogue or an activation function are not
+    listed, nor are the model's outputs.
+    """
+    graph, forms = program.graph, program.binding.forms
+    sites = find_sites(graph)
+    names = tensor_names(graph, sites)
+    planned = {site.name: site for site in plan.sites}
+    rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
+
+    def add(var: ir.Var, status: str, reason: str) -> None:
+        name = names.get(var, f"tensor_{var}")
+        rows.setdefault((var, status), {"name": name, "status": status, "reason": reason})
+
+    live = {eqn.index for eqn in program.equations} | forms.moves
+    live |= {site.site.equation for site in program.binding.sites}
+    for site in sites:
+        if not site.inside and site.equation not in live:
+            continue  # absorbed by an epilogue
+        reason = _float_reason(site, planned)
+        for var in site.operands:
+            if reason:
+                add(var, FLOAT, f"read by {site.name}: {reason}")
+            elif var in forms.int8:
+                add(var, "int8", "")
+            elif site.kind in kinds.ELEMENTWISE_KINDS:
+                add(var, "fused", f"in the epilogue before {site.name}")
+    by_equation = {site.equation for site in sites if not site.inside}
+    for eqn in program.equations:
+        if eqn.index in by_equation or eqn.index in forms.reads_int8:
+            continue
+        if primitives.is_elementwise(eqn) or primitives.is_movement(graph, eqn):
+            continue
+        for var in eqn.input_vars:
+            if not graph.static[var] and jnp.issubdtype(graph.dtype(var), jnp.floating):
+                add(var, FLOAT, f"read by {eqn.name}, which has no int8 form")
+    return list(rows.values())
+
+
+def _float_reason(site: Site, planned: dict[str, Any]) -> str:
+    if site.name in planned:
+        return str(planned[site.name].reason)
+    return f"{site.kind!r} is not in quantizable_op_type"
