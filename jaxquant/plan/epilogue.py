@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir, primitives
 from jaxquant.graph.primitives import Channels
-from jaxquant.graph.sites import Site
+from jaxquant.graph.sites import DOT_EQUATIONS, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,8 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
     current = site.output
     stored = site.weight is not None and bool(graph.sources(site.weight))
     channels = output_channels(graph, site, eqn) if stored else Channels((), ())
+    if eqn.name not in DOT_EQUATIONS:  # what a sum is divided by depends on the input shape
+        return Epilogue((), (), current, Channels((), ()), _activation(graph, current))
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
