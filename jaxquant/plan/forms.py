@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph.sites import Site
+from jaxquant.plan.select import in_skip_scope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,8 @@ class _Search:
     def _hands_through(self, eqn: ir.Equation) -> bool:
         if self._behaviour.get(eqn.index) in (kinds.SELECT, kinds.LAYOUT):
             return True
+        if eqn.name == "convert_element_type" and eqn.inputs[0] in self._int8:
+            return True  # between float types: the integers are the same
         return primitives.is_movement(self._graph, eqn)
 
     def _moved(self, eqn: ir.Equation) -> tuple[ir.Var, ...]:
@@ -119,7 +122,7 @@ class _Search:
             if site.kind not in kinds.ELEMENTWISE_KINDS:
                 continue
             fused: list[ir.Var] = []
-            for operand in site.operands:
+            for operand in self._to_quantize(site):
                 if self._is_fused(operand, site, bases):
                     fused.append(operand)
                 else:
@@ -127,6 +130,11 @@ class _Search:
             positions = {v: self._position(bases.get(v, v)) for v in fused}
             for operand in sorted(fused, key=positions.__getitem__)[:-1]:
                 self._need(operand)
+
+    def _to_quantize(self, site: Site) -> tuple[ir.Var, ...]:
+        """The operands of an elementwise site, without a divisor: it could be rounded to zero."""
+        eqn = self._graph.equations[site.equation]
+        return tuple(v for v in site.operands if eqn.name != "div" or v != eqn.inputs[1])
 
     def _position(self, var: ir.Var) -> int:
         eqn = self._graph.producer.get(var)
@@ -160,14 +168,23 @@ class _Search:
         )
 
     def _spread(self) -> None:
-        """Hand int8 forward through layout operations."""
-        for eqn in self._graph.equations:
+        """Hand int8 forward through layout operations to whoever reads int8."""
+        graph, spread = self._graph, []
+        for eqn in graph.equations:
             if self._behaviour.get(eqn.index) != kinds.LAYOUT or eqn.index in self._moves:
                 continue
             operands = self._moved(eqn)
             if operands and all(v in self._int8 for v in operands):
-                self._moves.add(eqn.index)
+                spread.append(eqn)
                 self._int8.update(eqn.outputs)
+        readers = self._moves | self._reads_int8()
+        for eqn in reversed(spread):
+            users = (u.index for v in eqn.outputs for u in graph.consumers.get(v, ()))
+            if any(user in readers for user in users):
+                self._moves.add(eqn.index)
+                readers.add(eqn.index)
+            else:
+                self._int8.difference_update(eqn.outputs)
 
     def _reads_int8(self) -> set[int]:
         """Float equations that read int8: softmaxes, elementwise ones if their kinds are asked."""
@@ -187,7 +204,7 @@ class _Search:
                 if primitives.is_elementwise(eqn) and eqn.index not in skipped
             )
             found |= self._normalising
-        return found
+        return {i for i in found if not in_skip_scope(self._graph.equations[i].scope)}
 
     def _elementwise_float(self, named: set[int]) -> list[int]:
         """Elementwise operations of two tensors that were left out of the int8 sites."""

@@ -39,7 +39,7 @@ def reason_for_float(
     graph: ir.Graph, site: Site, found: Sequence[Site], config: QuantConfig
 ) -> str:
     """Why the site stays float; "" where it may become int8."""
-    if SKIP_SCOPE in site.scope.split("/"):
+    if in_skip_scope(site.scope):
         return f"inside jax.named_scope({SKIP_SCOPE!r})"
     for pattern in config.skip:
         if matches(site, pattern):
@@ -51,6 +51,11 @@ def reason_for_float(
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
     return _unfit(graph, site)
+
+
+def in_skip_scope(scope: str) -> bool:
+    """True for a scope inside `jax.named_scope("skip_quant")`."""
+    return SKIP_SCOPE in scope.split("/")
 
 
 def _unfit(graph: ir.Graph, site: Site) -> str:
