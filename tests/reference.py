@@ -145,3 +145,61 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any) -> np.ndarray:
             for j in np.ndindex(*right):
                 result[(*b, *i, *j)] = (lhs[(*b, *i)] * rhs[(*b, *j)]).sum()
     return result
+
+
+def window(
+    x: Any,
+    size: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    reduce: Any,
+    fill: float,
+) -> np.ndarray:
+    """`reduce` over the windows of the two middle axes of [N, H, W, C], padded with `fill`."""
+    padded = np.pad(np.asarray(x), [(0, 0), *padding, (0, 0)], constant_values=fill)
+    counts = [(n - k) // s + 1 for n, k, s in zip(padded.shape[1:3], size, strides)]
+    rows = []
+    for i in range(counts[0]):
+        row = []
+        for j in range(counts[1]):
+            top, left = i * strides[0], j * strides[1]
+            row.append(reduce(padded[:, top : top + size[0], left : left + size[1]], axis=(1, 2)))
+        rows.append(np.stack(row, axis=1))
+    return np.stack(rows, axis=1)
+
+
+def softmax(x: Any) -> np.ndarray:
+    """Over the last axis, in float64."""
+    e = np.exp(np.asarray(x, np.float64) - np.max(x, axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def linear_weights(old: int, new: int) -> np.ndarray:
+    """[old, new]: what each of `new` pixels takes of each of `old`, linear and with antialiasing.
+
+    Pixel centres are at half numbers; when shrinking, the triangle is widened to cover the pixel.
+    """
+    ratio = old / new
+    weights = np.zeros((old, new))
+    for j in range(new):
+        centre = (j + 0.5) * ratio - 0.5
+        for i in range(old):
+            weights[i, j] = max(0.0, 1 - abs(i - centre) / max(ratio, 1.0))
+        weights[:, j] /= weights[:, j].sum()
+    return weights
+
+
+def nearest(old: int, new: int) -> np.ndarray:
+    """Which of `old` pixels each of `new` takes."""
+    return np.floor((np.arange(new) + 0.5) * old / new).astype(int)
+
+
+def interpolate(x: Any, axis: int, new: int) -> np.ndarray:
+    """One axis of an int8 tensor to `new` pixels; the int8 weights have a scale for each of them.
+
+    In the units of `x`.
+    """
+    x = np.asarray(x)
+    weights, scales = quantize_weight(linear_weights(x.shape[axis], new), (1,))
+    total = np.tensordot(x, weights, (axis, 0)) * scales
+    return np.moveaxis(total, -1, axis)

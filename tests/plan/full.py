@@ -1,0 +1,92 @@
+"""Plans and int8 models whose scales are powers of two, so that their arithmetic is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.config import QuantConfig
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.trace import trace
+from jaxquant.plan.make import bind, make_plan, observed_tensors
+from jaxquant.plan.plan import Plan, SitePlan
+from jaxquant.quantize.weights import quantize_params
+from jaxquant.run.qapply import QuantizedApply
+
+
+def plan_of(apply_fn, params, *inputs, **config) -> Plan:
+    """The plan of a function, with a threshold of 1 for every tensor; compiles nothing."""
+    graph = trace(apply_fn, params, inputs)
+    return make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
+
+
+def binding_of(apply_fn, params, *inputs, **config):
+    """The graph of a function and its plan bound to it; compiles nothing."""
+    graph = trace(apply_fn, params, inputs)
+    plan = make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
+    return graph, bind(graph, plan)
+
+
+def _observed(graph, inputs, abs_max: Callable[[str], float], config):
+    options = QuantConfig(**{"algo": "abs_max", "is_full_quantize": True, **config})
+    stats = {name: _stats(abs_max(name)) for name in observed_tensors(graph, options)}
+    return Observations(stats, 1, 1, inputs), options
+
+
+def _stats(bound: float) -> TensorStats:
+    return TensorStats(np.zeros(2048, np.uint64), 1.0, -bound, bound, bound, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Model:
+    """A quantized function; `scale[tensor]` is a power of two."""
+
+    plan: Plan
+    qparams: Any
+    qapply: QuantizedApply
+
+    def __call__(self, *inputs: Any) -> Any:
+        return jax.tree.map(np.asarray, self.qapply(self.qparams, *inputs))
+
+    @functools.cached_property
+    def scale(self) -> dict[str, float]:
+        return {tensor.name: tensor.scale for tensor in self.plan.tensors}
+
+    @functools.cached_property
+    def sites(self) -> dict[str, SitePlan]:
+        return {site.name: site for site in self.plan.sites}
+
+    def input_scale(self, site: str, operand: int = 0) -> float:
+        return self.scale[self.sites[site].inputs[operand]]
+
+
+def quantize(apply_fn, params, *inputs, **config) -> Int8Model:
+    """Full quantization unless `config` says else; thresholds are 127 times a power of two."""
+    graph = trace(apply_fn, params, inputs)
+    options = QuantConfig(**{"algo": "abs_max", "is_full_quantize": True, **config})
+    bounds = _bounds(graph, observed_tensors(graph, options), params, inputs)
+    plan = make_plan(graph, *_observed(graph, inputs, bounds.__getitem__, config))
+    qparams = quantize_params(graph, plan, params)
+    return Int8Model(plan, qparams, QuantizedApply(apply_fn, plan, params, None))
+
+
+def _bounds(graph: ir.Graph, tensors: dict[str, ir.Var], params, inputs) -> dict[str, float]:
+    @jax.jit
+    def run(params, inputs):
+        leaves = dict(zip(graph.leaves, jax.tree.leaves(params)))
+        env = evaluate.evaluate(graph, leaves, jax.tree.leaves(inputs))
+        return {name: abs(env.read(var)).max() for name, var in tensors.items()}
+
+    ranges = {name: float(value) for name, value in run(params, inputs).items()}
+    return {name: 127 * 2.0 ** _exponent(value) for name, value in ranges.items()}
+
+
+def _exponent(abs_max: float) -> int:
+    return math.ceil(math.log2(abs_max / 127)) if abs_max else 0
