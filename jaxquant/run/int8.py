@@ -16,6 +16,9 @@ from jax import lax
 
 from jaxquant.graph import ir, jax_shim
 
+# XLA's int8 convolution of fewer input channels, or of this few to as few, is slow on CPU.
+_FEW_CHANNELS = 16
+_PADDED_CHANNELS = 32
 # A depthwise window of at most this many taps runs as shifted multiply-adds.
 _MAX_TAPS = 64
 
@@ -53,9 +56,17 @@ def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax
 
 
 def conv(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
-    """Convolution of int8 arrays to int32; `params` are those of the float equation."""
+    """Convolution of int8 arrays to int32; `params` are those of the float equation.
+
+    Of several exact forms the one that XLA runs fastest on CPU; `experiments/benchmarks/conv.py`
+    times them.
+    """
     if _is_small_depthwise(kernel, params):
         return _depthwise_by_taps(x, kernel, params)
+    if _is_pointwise(kernel, params):
+        return _pointwise_by_dot(x, kernel, params)
+    if _has_few_channels(kernel, params):
+        x, kernel = _with_channels(x, kernel, params, _PADDED_CHANNELS)
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -81,11 +92,64 @@ def _is_small_depthwise(kernel: jax.Array, params: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_pointwise(kernel: jax.Array, params: Mapping[str, Any]) -> bool:
+    """True for a window of one element that stays inside the input."""
+    spec = params["dimension_numbers"].rhs_spec
+    return (
+        params["feature_group_count"] == 1
+        and all(kernel.shape[a] == 1 for a in spec[2:])
+        and all(d == 1 for d in params["lhs_dilation"])
+        and all(pads == (0, 0) for pads in params["padding"])
+    )
+
+
+def _pointwise_by_dot(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    """A 1x1 convolution as a dot over the channels of the strided input."""
+    spec = params["dimension_numbers"]
+    strides = [1] * x.ndim
+    for axis, stride in zip(spec.lhs_spec[2:], params["window_strides"], strict=True):
+        strides[axis] = stride
+    x = lax.slice(x, [0] * x.ndim, x.shape, strides)
+    kernel = lax.squeeze(kernel, spec.rhs_spec[2:])
+    channels = spec.lhs_spec[1]
+    inputs = int(spec.rhs_spec[1] > spec.rhs_spec[0])
+    dimension_numbers = (((channels,), (inputs,)), ((), ()))
+    result = lax.dot_general(x, kernel, dimension_numbers, preferred_element_type=jnp.int32)
+    # The dot leaves the other axes in order, then the output channels.
+    rest = [axis for axis in range(x.ndim) if axis != channels]
+    source = [*spec.lhs_spec]
+    for k, axis in enumerate(spec.lhs_spec):
+        source[k] = x.ndim - 1 if axis == channels else rest.index(axis)
+    order = _order(tuple(source), spec.out_spec)
+    return result if order == tuple(range(x.ndim)) else result.transpose(order)
+
+
+def _has_few_channels(kernel: jax.Array, params: Mapping[str, Any]) -> bool:
+    spec = params["dimension_numbers"].rhs_spec
+    outputs, inputs = kernel.shape[spec[0]], kernel.shape[spec[1]]
+    few = inputs < _FEW_CHANNELS or (inputs == _FEW_CHANNELS and outputs <= _FEW_CHANNELS)
+    return params["feature_group_count"] == 1 and few
+
+
+def _with_channels(
+    x: jax.Array, kernel: jax.Array, params: Mapping[str, Any], channels: int
+) -> tuple[jax.Array, jax.Array]:
+    """The operands with zeros as further input channels."""
+    spec = params["dimension_numbers"]
+
+    def padded(value: jax.Array, axis: int) -> jax.Array:
+        pads = [(0, 0, 0)] * value.ndim
+        pads[axis] = (0, channels - value.shape[axis], 0)
+        return lax.pad(value, jnp.int8(0), pads)
+
+    return padded(x, spec.lhs_spec[1]), padded(kernel, spec.rhs_spec[1])
+
+
 def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
     """Depthwise convolution with one output per channel as a sum over the taps of the window.
 
     XLA fuses the sum into one loop over the output.  Its own depthwise convolution is tens of times
-    slower on CPU (`experiments/benchmarks/depthwise.py`).
+    slower on CPU (`experiments/benchmarks/conv.py`).
     """
     spec = params["dimension_numbers"]
     spatial = spec.lhs_spec[2:]
