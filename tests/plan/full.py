@@ -15,7 +15,7 @@ from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.config import QuantConfig
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
-from jaxquant.plan.make import bind, make_plan, observed_tensors
+from jaxquant.plan.make import Binding, bind, make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.qapply import QuantizedApply
@@ -27,11 +27,11 @@ def plan_of(apply_fn, params, *inputs, **config) -> Plan:
     return make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
 
 
-def binding_of(apply_fn, params, *inputs, **config):
-    """The graph of a function and its plan bound to it; compiles nothing."""
+def binding_of(apply_fn, params, *inputs, **config) -> Binding:
+    """The plan of a function bound to its graph; compiles nothing."""
     graph = trace(apply_fn, params, inputs)
     plan = make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
-    return graph, bind(graph, plan)
+    return bind(graph, plan)
 
 
 def _observed(graph, inputs, abs_max: Callable[[str], float], config):

@@ -105,7 +105,7 @@ def test_an_addition_is_fused_with_the_convolution_before_it():
     assert set(groups(plan)) == {"a/input", "b/input", "c/input", "d/input"}
     (add,) = (site for site in plan.sites if site.kind == "elementwise_add")
     assert add.inputs == ("b/input",)
-    graph, binding = full.binding_of(apply_fn, PARAMS, X)
+    binding = full.binding_of(apply_fn, PARAMS, X)
     (site,) = (s for s in binding.sites if s.site.name == "c")
     assert site.epilogue.output not in binding.forms.int8
 
@@ -117,7 +117,7 @@ def test_of_two_accumulators_in_one_addition_the_earlier_is_int8():
     plan = plan_of(apply_fn)
     added = set(groups(plan)) - {"a/input", "b/input", "d/input"}
     assert len(added) == 1
-    graph, binding = full.binding_of(apply_fn, PARAMS, X)
+    binding = full.binding_of(apply_fn, PARAMS, X)
     outputs = {s.site.name: s.epilogue.output for s in binding.sites}
     assert outputs["a"] in binding.forms.int8
     assert outputs["b"] not in binding.forms.int8
@@ -128,7 +128,7 @@ def test_an_accumulator_that_others_read_too_is_int8():
         y = dot(p, "b", x)
         return dot(p, "c", y + jnp.sin(dot(p, "a", x))), y.max((1, 2))
 
-    graph, binding = full.binding_of(apply_fn, PARAMS, X)
+    binding = full.binding_of(apply_fn, PARAMS, X)
     outputs = {s.site.name: s.epilogue.output for s in binding.sites}
     assert outputs["b"] in binding.forms.int8
 
