@@ -16,13 +16,16 @@ jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--network", action="store_true", help="run the tests marked 'network'")
+    parser.addoption("--slow", action="store_true", help="run the tests marked 'slow'")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--network"):
-        skip = pytest.mark.skip(reason="needs the internet: give --network")
+    for name, reason in (("network", "needs the internet"), ("slow", "takes long")):
+        if config.getoption(f"--{name}"):
+            continue
+        skip = pytest.mark.skip(reason=f"{reason}: give --{name}")
         for item in items:
-            if "network" in item.keywords:
+            if name in item.keywords:
                 item.add_marker(skip)
 
 

@@ -65,8 +65,14 @@ def test_the_command_runs_from_any_folder(tmp_path):
     check_results(tmp_path / "out", "cifar10_resnet20")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "cifar10_resnet20"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "efficientnet_lite0" else pytest.mark.slow)
+        for name in CONFIGS
+        if name != "cifar10_resnet20"
+    ],
+)
 def test_every_config_runs(name, tmp_path):
     config = get_config(name, "runlocal")
     title, result, report = quant_post.run(config)
