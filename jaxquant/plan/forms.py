@@ -204,7 +204,12 @@ class _Search:
                 if primitives.is_elementwise(eqn) and eqn.index not in skipped
             )
             found |= self._normalising
-        return {i for i in found if not in_skip_scope(self._graph.equations[i].scope)}
+        return {i for i in found if self._may_read_int8(self._graph.equations[i])}
+
+    def _may_read_int8(self, eqn: ir.Equation) -> bool:
+        """False under the skip scope, and for a divisor, which could be rounded to zero."""
+        rounded = eqn.name == "div" and any(v in self._int8 for v in _vars(eqn.inputs[1:]))
+        return not rounded and not in_skip_scope(eqn.scope)
 
     def _elementwise_float(self, named: set[int]) -> list[int]:
         """Elementwise operations of two tensors that were left out of the int8 sites."""
@@ -233,3 +238,7 @@ class _Search:
                 a, b = sorted((find(tied[0]), find(var)))
                 parent[b] = a
         return {var: find(var) for var in parent}
+
+
+def _vars(atoms: Sequence[ir.Atom]) -> tuple[ir.Var, ...]:
+    return tuple(x for x in atoms if isinstance(x, int))

@@ -320,11 +320,18 @@ def test_a_shared_weight_is_stored_once_and_its_uses_have_scales_of_their_own():
     np.testing.assert_array_equal(model(x), pooled @ params["a"]["w"] * scale)
 
 
-def test_a_divisor_is_not_rounded_to_zero():
-    def apply_fn(p, x, y):
-        return dot(p, "b", dot(p, "a", x) / (y * y + 0.01))
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_divisor_is_not_rounded_to_zero(shared):
+    """Not even where it is int8 for a dot beside the division."""
 
-    y = jnp.arange(8.0).reshape(2, C)
+    def apply_fn(p, x, y):
+        divided = dot(p, "b", dot(p, "a", x) / y)
+        return (divided, dot(p, "c", y)) if shared else (divided, y)
+
+    y = jnp.full((2, C), 0.01).at[0, 0].set(127.0)
     model = full.quantize(apply_fn, PARAMS, jnp.ones((2, C)), y)
-    assert np.isfinite(model(jnp.ones((2, C)), y)).all()
-    assert set(groups(model.plan)) == {"a/input", "b/input"}
+    out = model(jnp.ones((2, C)), y)
+    assert np.isfinite(out[0]).all()
+    expected = np.asarray(apply_fn(PARAMS, jnp.ones((2, C)), y)[0])
+    np.testing.assert_allclose(out[0], expected, rtol=0, atol=0.02 * expected.max())
+    assert set(groups(model.plan)) == {"a/input", "b/input", *(["c/input"] if shared else [])}
