@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def check_sites(sites: Sequence[Site]) -> None:
 
 
 def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
-    """Raise ValueError where a weight of a site is computed from NaN or infinity."""
+    """Raise ValueError where a parameter holds NaN, or a weight of a site infinity."""
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
     checked: set[ir.Var] = set()
     for site in sites:
@@ -57,12 +57,15 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
             if var in checked:
                 continue
             checked.add(var)
-            bad = _count_not_finite(leaves[var])
+            bad = _count(leaves[var], lambda x: ~np.isfinite(x))
             if bad:
                 raise ValueError(
                     f"the weight of site {site.name!r}, params[{graph.paths[var]!r}], holds NaN or "
                     f"infinity in {bad} of its {np.size(leaves[var])} elements"
                 )
+    for var in graph.leaves:
+        if _count(leaves[var], np.isnan):
+            raise ValueError(f"params[{graph.paths[var]!r}] holds NaN")
 
 
 def check_no_randomness(graph: ir.Graph) -> None:
@@ -94,7 +97,7 @@ def _weight_sources(graph: ir.Graph, site: Site) -> Sequence[ir.Var]:
     return [var for var in graph.leaves if graph.paths[var] == site.weight_path]
 
 
-def _count_not_finite(leaf: Any) -> int:
-    if not jax.numpy.issubdtype(leaf.dtype, np.floating):
+def _count(leaf: Any, bad: Callable[[np.ndarray], np.ndarray]) -> int:
+    if jax_shim.is_key_dtype(leaf.dtype) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
         return 0
-    return int(np.size(leaf) - np.isfinite(np.asarray(leaf).astype(np.float64)).sum())
+    return int(bad(np.asarray(leaf).astype(np.float32)).sum())

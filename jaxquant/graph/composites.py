@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from jaxquant.graph import ir, primitives
 
 
@@ -55,6 +57,7 @@ def _match_softmax(graph: ir.Graph, division: ir.Equation) -> Softmax | None:
             return None
         members.add(eqn.index)
         stack.extend(eqn.inputs)
+    source = _before_mask(graph, source, members)
     inner = {v for i in members - {division.index} for v in graph.equations[i].outputs}
     for var in inner:
         if var in graph.output_vars:
@@ -62,6 +65,46 @@ def _match_softmax(graph: ir.Graph, division: ir.Equation) -> Softmax | None:
         if any(user.index not in members for user in graph.consumers.get(var, ())):
             return None
     return Softmax(source, tuple(sorted(members)))
+
+
+def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
+    """The scores of a masked softmax; the equations that mask them join `members`.
+
+    A mask's -1e9 must not take part in the range of the scores.
+    """
+    while (eqn := graph.producer.get(source)) is not None:
+        if eqn.name not in ("select_n", "add", "sub"):
+            return source
+        operands = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
+        scores = [x for x in operands if not _is_mask(graph, x)]
+        only_here = all(user.index in members for user in graph.consumers.get(source, ()))
+        if len(scores) != 1 or not isinstance(scores[0], int) or not only_here:
+            return source
+        if source in graph.output_vars or (eqn.name == "sub" and scores[0] != eqn.inputs[0]):
+            return source
+        members.add(eqn.index)
+        source = scores[0]
+    return source
+
+
+def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
+    """True for values that come from parameters, constants, and truth values or integers alone."""
+    stack, steps = [atom], 0
+    while stack:
+        atom = stack.pop()
+        if graph.is_static(atom) or not jnp.issubdtype(graph.dtype(atom), jnp.floating):
+            continue
+        eqn, steps = _producer(graph, atom), steps + 1
+        if eqn is None or steps > _MASK_STEPS:
+            return False
+        if not primitives.is_elementwise(eqn) and eqn.name not in _MASK_SHAPING:
+            return False
+        stack.extend(eqn.inputs)
+    return True
+
+
+_MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice"})
+_MASK_STEPS = 32  # equations from truth values to a mask, at most
 
 
 def _producer(graph: ir.Graph, atom: ir.Atom) -> ir.Equation | None:
@@ -87,74 +130,88 @@ def elementwise_bases(graph: ir.Graph) -> dict[ir.Var, ir.Var]:
 
 
 def normalisation_members(graph: ir.Graph) -> frozenset[int]:
-    """The indices of all equations from a normalisation's reductions to its result."""
-    reductions = normalisations(graph)
-    reduced = _bases(graph, reductions)[1]
-    return frozenset(graph.producer[var].index for var in reduced)
+    """The indices of all equations from a normalisation's statistics to its result."""
+    behind = _bases(graph, normalisations(graph))[1]
+    return frozenset(graph.producer[var].index for var in behind)
 
 
 def normalisations(graph: ir.Graph) -> frozenset[int]:
-    """The indices of reductions whose result is combined elementwise with what was reduced.
+    """The indices of the operations that gather a normalisation's statistics.
 
-    They belong to LayerNorm, local response normalisation and the like, which have no int8 form;
-    softmax, which has one, is not among them.
+    What they gather over an axis or a neighbourhood of a tensor comes back, elementwise, to the
+    tensor itself: `x - mean(x)`, `x / (k + sum of neighbours' squares) ** b`.  So do LayerNorm and
+    local response normalisation, which have no int8 form; softmax, which has one, is not among
+    them.
     """
     of_softmax = {i for softmax in find_softmax(graph).values() for i in softmax.members}
-    origins, _ = _bases(graph, frozenset(e.index for e in graph.equations if _is_reduction(e)))
-    found = set()
-    for eqn in graph.equations:
-        if not _is_reduction(eqn) or eqn.index in of_softmax or eqn.outputs[0] not in origins:
-            continue
-        if _is_recombined(graph, eqn, origins):
-            found.add(eqn.index)
-    return frozenset(found)
+    gathering = [e for e in graph.equations if _gathers(e) and e.index not in of_softmax]
+    origins, _ = _bases(graph, frozenset(e.index for e in gathering))
+    gathering = [e for e in gathering if e.outputs[0] in origins]
+    found: set[int] = set()
+    while True:  # the variance is of x - mean(x): each round finds what the one before allows
+        bases, _ = _bases(graph, frozenset(found))
+        new = {
+            eqn.index
+            for eqn in gathering
+            if eqn.index not in found and _returns_to_base(graph, eqn, origins, bases)
+        }
+        if not new:
+            return frozenset(found)
+        found |= new
 
 
-_SPREADS = frozenset({"broadcast_in_dim", "slice", "pad", "concatenate"})
+def _gathers(eqn: ir.Equation) -> bool:
+    return eqn.name.startswith(("reduce_", "cum", "pad", "slice", "concatenate"))
 
 
-def _is_reduction(eqn: ir.Equation) -> bool:
-    return eqn.name.startswith(("reduce_window_", "reduce_sum", "reduce_max", "reduce_min"))
-
-
-def _bases(graph: ir.Graph, reductions: frozenset[int]) -> tuple[dict[ir.Var, ir.Var], set[ir.Var]]:
-    """Follow functions of one tensor through elementwise operations, movements and `reductions`.
+def _bases(graph: ir.Graph, gathering: frozenset[int]) -> tuple[dict[ir.Var, ir.Var], set[ir.Var]]:
+    """Follow functions of one tensor through elementwise operations, movements and `gathering`.
 
     Returns:
-      Tensor -> the tensor that it is a function of, and the tensors behind a reduction.
+      Tensor -> the tensor that it is a function of, and the tensors behind `gathering`.
     """
     bases: dict[ir.Var, ir.Var] = {}
-    reduced: set[ir.Var] = set()
+    behind: set[ir.Var] = set()
     for eqn in graph.equations:
         dynamic = [v for v in eqn.input_vars if not graph.static[v]]
         if not dynamic or len(eqn.outputs) != 1:
             continue
-        after_reduction = any(v in reduced for v in dynamic)
+        is_behind = eqn.index in gathering or any(v in behind for v in dynamic)
         if not (
             primitives.is_elementwise(eqn)
             or primitives.is_movement(graph, eqn)
-            or eqn.index in reductions
-            or (after_reduction and eqn.name in _SPREADS)
+            or eqn.index in gathering
+            or (is_behind and eqn.name == "broadcast_in_dim")
         ):
             continue
         found = {bases.get(v, v) for v in dynamic}
         if len(found) == 1:
             (bases[eqn.outputs[0]],) = found
-            if after_reduction or eqn.index in reductions:
-                reduced.add(eqn.outputs[0])
-    return bases, reduced
+            if is_behind:
+                behind.add(eqn.outputs[0])
+    return bases, behind
 
 
-def _is_recombined(graph: ir.Graph, eqn: ir.Equation, origins: dict[ir.Var, ir.Var]) -> bool:
+def _returns_to_base(
+    graph: ir.Graph,
+    eqn: ir.Equation,
+    origins: dict[ir.Var, ir.Var],
+    bases: dict[ir.Var, ir.Var],
+) -> bool:
+    """True where what `eqn` gives meets, elementwise, its tensor or a function of it in `bases`."""
     origin = origins[eqn.outputs[0]]
-    statistic = {eqn.outputs[0]}
-    for later in graph.equations[eqn.index + 1 :]:
-        dynamic = [v for v in later.input_vars if not graph.static[v]]
-        if not any(v in statistic for v in dynamic):
-            continue
-        if origins.get(later.outputs[0]) != origin:
-            continue
-        if any(v not in statistic for v in dynamic):
-            return True
-        statistic.update(later.outputs)
+    base = bases.get(eqn.input_vars[0], eqn.input_vars[0])
+    gathered, stack = {eqn.outputs[0]}, [eqn.outputs[0]]
+    while stack:
+        for user in graph.consumers.get(stack.pop(), ()):
+            if origins.get(user.outputs[0]) != origin or user.outputs[0] in gathered:
+                continue
+            if primitives.is_elementwise(user) and any(
+                v not in gathered and bases.get(v, v) == base
+                for v in user.input_vars
+                if not graph.static[v]
+            ):
+                return True
+            gathered.add(user.outputs[0])
+            stack.append(user.outputs[0])
     return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,9 +146,40 @@ class Graph:
                 keys[var] = intern((eqn.name, params, operands, position))
         return keys
 
+    def fingerprint(self, atom: Atom) -> str:
+        """A digest of how a static tensor is computed from parameters, named by their paths.
+
+        Equal in graphs that were traced for other input shapes unless the values depend on them:
+        the size to which something is broadcast does not count.
+        """
+        if isinstance(atom, Literal):
+            return _digest("literal", atom.value.dtype.name, atom.value.tobytes().hex())
+        return self._fingerprints.get(atom, "")
+
+    @functools.cached_property
+    def _fingerprints(self) -> dict[Var, str]:
+        found = {var: _digest("source", self.paths[var]) for var in (*self.leaves, *self.constants)}
+        for eqn in self.equations:
+            if not eqn.outputs or not self.static[eqn.outputs[0]]:
+                continue
+            params = {k: str(v) for k, v in sorted(eqn.params.items())}
+            if eqn.name == "broadcast_in_dim":
+                del params["shape"]
+            inputs = [
+                self.fingerprint(x) if isinstance(x, Literal) else found.get(x, "")
+                for x in eqn.inputs
+            ]
+            for position, var in enumerate(eqn.outputs):
+                found[var] = _digest(eqn.name, str(params), *inputs, str(position))
+        return found
+
     def expression(self, var: Var) -> Any:
         """A hashable that is equal for static tensors computed in the same way."""
         return self._static_keys.get(var, ("var", var))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def walk_back(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:

@@ -96,6 +96,14 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
     return Epilogue(tuple(steps), tuple(movements), current, channels, _activation(graph, current))
 
 
+def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
+    """How the site's weight and the operands of its epilogue are computed from the parameters."""
+    stored = site.weight is not None and bool(graph.sources(site.weight))
+    atoms: list[ir.Atom | None] = [site.weight if stored else None]
+    atoms += [step.operand for step in epilogue.steps]
+    return "-".join(graph.fingerprint(a) if a is not None else "none" for a in atoms)
+
+
 def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
     """Where the weight's output channels are in the site's own output."""
     weight_shape = graph.shape(eqn.inputs[site.weight_position])

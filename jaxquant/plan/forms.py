@@ -207,9 +207,9 @@ class _Search:
         return {i for i in found if self._may_read_int8(self._graph.equations[i])}
 
     def _may_read_int8(self, eqn: ir.Equation) -> bool:
-        """False under the skip scope, and for a divisor, which could be rounded to zero."""
+        """False under the skip scope, and where a value rounded to zero gives infinity."""
         rounded = eqn.name == "div" and any(v in self._int8 for v in _vars(eqn.inputs[1:]))
-        return not rounded and not in_skip_scope(eqn.scope)
+        return not rounded and eqn.name not in _SINGULAR and not in_skip_scope(eqn.scope)
 
     def _elementwise_float(self, named: set[int]) -> list[int]:
         """Elementwise operations of two tensors that were left out of the int8 sites."""
@@ -238,6 +238,12 @@ class _Search:
                 a, b = sorted((find(tied[0]), find(var)))
                 parent[b] = a
         return {var: find(var) for var in parent}
+
+
+# Elementwise functions that magnify an absolute error without bound: they read floats.
+_SINGULAR = frozenset(
+    {"acosh", "atanh", "erf_inv", "integer_pow", "log", "log1p", "pow", "rem", "rsqrt", "tan"}
+)
 
 
 def _vars(atoms: Sequence[ir.Atom]) -> tuple[ir.Var, ...]:

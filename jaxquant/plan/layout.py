@@ -20,9 +20,9 @@ from typing import Any
 import jax
 
 from jaxquant.graph import ir, trace
+from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import is_computed_weight
-from jaxquant.plan.make import Int8Site
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxquant.graph import ir
-from jaxquant.plan.make import Binding
+from jaxquant.plan.bind import Binding
 
 
 def live_equations(graph: ir.Graph, binding: Binding) -> tuple[list[ir.Equation], list[ir.Var]]:

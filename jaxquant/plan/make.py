@@ -1,4 +1,4 @@
-"""Make a plan from a graph, observations and a configuration; find a plan in a graph again."""
+"""Make a plan from a graph, observations and a configuration."""
 
 from __future__ import annotations
 
@@ -11,38 +11,10 @@ from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.sites import Site, find_sites, tensor_names
 from jaxquant.plan import select
-from jaxquant.plan.epilogue import Epilogue, find_epilogue
+from jaxquant.plan.bind import group_entries
+from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan, scale_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Int8Site:
-    """An int8 site that accumulates in int32: what `quantize` and `run` work from."""
-
-    site: Site
-    epilogue: Epilogue
-
-
-@dataclasses.dataclass(frozen=True)
-class Binding:
-    """A plan in a graph.
-
-    Attributes:
-      sites: the accumulating int8 sites.
-      selects: the indices of the equations of int8 sites that select values.
-      decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
-      forms: which tensors are int8.
-      names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
-      scales: int8 tensor -> the name of the entry that holds its scale.
-    """
-
-    sites: tuple[Int8Site, ...]
-    selects: frozenset[int]
-    decisions: frozenset[int]
-    forms: Forms
-    names: Mapping[ir.Var, str]
-    scales: Mapping[ir.Var, str]
 
 
 def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
@@ -53,6 +25,7 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     """
     found = find_sites(graph)
     sites = select.reported(graph, found, config)
+    select.check_skip(found, config.skip)
     names = tensor_names(graph, found)
     every_kind = (*config.quantizable_op_type, *kinds.WEIGHTED_KINDS)
     without_skips = dataclasses.replace(
@@ -83,7 +56,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     forms = find_forms(graph, chosen)
     names = tensor_names(graph, found)
     tensors = _plan_tensors(forms, names, observations, config.algo)
-    groups = {var: names[entry] for var, entry in _group_entries(forms).items()}
+    groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
     plans = []
@@ -100,66 +73,8 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     return Plan(tuple(plans), tensors, config.weight_quantize_type, config.algo)
 
 
-def bind(graph: ir.Graph, plan: Plan) -> Binding:
-    """Find the plan's sites and tensors in a graph, which may be traced for another input shape.
-
-    Raises:
-      ValueError: the graph has other sites or int8 tensors than the plan.
-    """
-    found = find_sites(graph)
-    planned = {site.name: site for site in plan.sites}
-    here = {site.name: site for site in found}
-    differing = [n for n, p in planned.items() if n not in here or here[n].kind != p.kind]
-    dots = select.reported(graph, found, QuantConfig())
-    differing += [site.name for site in dots if site.name not in planned]
-    if differing:
-        raise _other_graph(differing)
-    chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
-    forms = find_forms(graph, chosen)
-    names = tensor_names(graph, found)
-    entries = {var: names[var] for var in forms.entries}
-    if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
-        raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
-    bound, by_behaviour = [], {kinds.SELECT: set[int](), kinds.DECIDE: set[int]()}
-    for site in chosen:
-        behaviour = kinds.behaviour(site.kind, graph.equations[site.equation])
-        if behaviour == kinds.ACCUMULATE:
-            affine = planned[site.name].affine
-            epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
-            if epilogue.affine != affine:
-                raise _other_graph([site.name])
-            bound.append(Int8Site(site, epilogue))
-        elif behaviour in by_behaviour:
-            by_behaviour[behaviour].add(site.equation)
-    scales = {var: names[entry] for var, entry in _group_entries(forms).items()}
-    return Binding(
-        tuple(bound),
-        frozenset(by_behaviour[kinds.SELECT]),
-        frozenset(by_behaviour[kinds.DECIDE]),
-        forms,
-        entries,
-        scales,
-    )
-
-
 def _nothing_left(reasons: set[str]) -> ValueError:
     return ValueError(f"no site is left to quantize ({'; '.join(sorted(reasons))})")
-
-
-def _other_graph(names: Sequence[str] | set[str]) -> ValueError:
-    return ValueError(
-        "these inputs give another graph than the one that was quantized; "
-        f"the sites {', '.join(sorted(set(names))[:5])} differ. A model that computes something "
-        "else for this input shape or structure has to be quantized with such a sample"
-    )
-
-
-def _group_entries(forms: Forms) -> dict[ir.Var, ir.Var]:
-    """Every int8 tensor -> the first entry of its scale group."""
-    first: dict[ir.Var, ir.Var] = {}
-    for entry in forms.entries:
-        first.setdefault(forms.group[entry], entry)
-    return {var: first[group] for var, group in forms.group.items()}
 
 
 def _plan_tensors(
@@ -172,7 +87,7 @@ def _plan_tensors(
             "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
         )
     groups: dict[str, list[str]] = {}
-    heads = _group_entries(forms)
+    heads = group_entries(forms)
     for var in forms.entries:
         groups.setdefault(names[heads[var]], []).append(names[var])
     thresholds = find_thresholds(observations, algo, groups)
@@ -206,12 +121,14 @@ def _site_plan(
     inputs: tuple[str, ...] = ()
     affine: tuple[str, ...] = ()
     activation: tuple[str, ...] = ()
+    digest = ""
     if not reason:
         inputs = tuple(dict.fromkeys(groups[v] for v in site.operands if v in groups))
         eqn = graph.equations[site.equation]
         if kinds.behaviour(site.kind, eqn) == kinds.ACCUMULATE:
             epilogue = find_epilogue(graph, site)
             affine, activation = epilogue.affine, epilogue.activation
+            digest = fingerprint(graph, site, epilogue)
     return SitePlan(
         name=site.name,
         kind=site.kind,
@@ -222,4 +139,5 @@ def _site_plan(
         inputs=inputs,
         affine=affine,
         activation=activation,
+        fingerprint=digest,
     )

@@ -30,7 +30,8 @@ class SitePlan:
     """One site: int8 with the scale groups of its inputs and its epilogue, or float with a reason.
 
     `affine` are the operations that the multiplier and bias absorb, `activation` the elementwise
-    ones behind them.
+    ones behind them; `fingerprint` is of how the weight and the affine operands are computed,
+    "" for a site that does not accumulate.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SitePlan:
     inputs: tuple[str, ...]
     affine: tuple[str, ...]
     activation: tuple[str, ...]
+    fingerprint: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
 
+LARGEST_SUM = (2**31 - 1) // 127**2  # products of int8 values that int32 holds
 SKIP_SCOPE = "skip_quant"
 
 
@@ -69,7 +71,19 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
         return "its kernel depends on the inputs"
     if eqn.params.get("batch_group_count", 1) != 1:
         return "batch_group_count is not 1"
+    terms = _terms(graph, eqn)
+    if terms > LARGEST_SUM:
+        return f"its sums of {terms} products may overflow int32"
     return ""
+
+
+def _terms(graph: ir.Graph, eqn: ir.Equation) -> int:
+    """How many products each element of a convolution or dot sums."""
+    if eqn.name == "conv_general_dilated":
+        outputs = graph.shape(eqn.inputs[1])[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(graph.shape(eqn.inputs[1])) // max(outputs, 1)
+    contracted = eqn.params["dimension_numbers"][0][0]
+    return math.prod(graph.shape(eqn.inputs[0])[a] for a in contracted)
 
 
 def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:

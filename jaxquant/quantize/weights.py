@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.plan import layout
+from jaxquant.plan.bind import Binding, Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import float_leaves
-from jaxquant.plan.make import Binding, Int8Site, bind
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
 

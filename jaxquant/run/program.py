@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.primitives import Channels
 from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.liveness import float_leaves, live_equations
-from jaxquant.plan.make import Int8Site, bind
 from jaxquant.plan.plan import Plan
 from jaxquant.run import int8
 from jaxquant.run.quantized import QuantizedTensors

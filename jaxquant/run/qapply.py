@@ -54,13 +54,14 @@ class QuantizedApply:
         return self._jitted(qparams, *inputs)
 
     def _check_names(self, qparams: Mapping[str, Any]) -> None:
-        given = {*qparams["sites"], *qparams["tensors"]}
+        """Raise ValueError where the qparams are of another plan."""
         tensors = {tensor.name for tensor in self.plan.tensors}
-        if not tensors <= given or given - tensors - {site.name for site in self.plan.sites}:
-            differing = sorted(tensors ^ set(qparams["tensors"]))
+        sites = {site.name for site in self.plan.sites if site.fingerprint}
+        differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
+        if differing:
             raise ValueError(
                 "these qparams belong to another model or plan than this qapply: "
-                f"{', '.join(differing[:5])} differ"
+                f"{', '.join(sorted(differing)[:5])} differ"
             )
 
     def program(self, *inputs: Any) -> Program:

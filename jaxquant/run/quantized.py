@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
-from jaxquant.plan.make import Binding
+from jaxquant.plan.bind import Binding
 from jaxquant.run import int8
 
 

@@ -15,7 +15,8 @@ from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.config import QuantConfig
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
-from jaxquant.plan.make import Binding, bind, make_plan, observed_tensors
+from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.qapply import QuantizedApply

@@ -1,0 +1,100 @@
+"""Find a plan in a graph again, which may be traced for another input shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jaxquant.graph import ir, kinds
+from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
+from jaxquant.plan.forms import Forms, find_forms
+from jaxquant.plan.plan import INT8, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Site:
+    """An int8 site that accumulates in int32: what `quantize` and `run` work from."""
+
+    site: Site
+    epilogue: Epilogue
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """A plan in a graph.
+
+    Attributes:
+      sites: the accumulating int8 sites.
+      selects: the indices of the equations of int8 sites that select values.
+      decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
+      forms: which tensors are int8.
+      names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
+      scales: int8 tensor -> the name of the entry that holds its scale.
+    """
+
+    sites: tuple[Int8Site, ...]
+    selects: frozenset[int]
+    decisions: frozenset[int]
+    forms: Forms
+    names: Mapping[ir.Var, str]
+    scales: Mapping[ir.Var, str]
+
+
+def bind(graph: ir.Graph, plan: Plan) -> Binding:
+    """Find the plan's sites and tensors in a graph, which may be traced for another input shape.
+
+    Raises:
+      ValueError: the graph has other sites or int8 tensors than the plan.
+    """
+    found = find_sites(graph)
+    planned = {site.name: site for site in plan.sites}
+    here = {site.name: site for site in found}
+    differing = [n for n, p in planned.items() if n not in here or here[n].kind != p.kind]
+    dots = [site for site in found if site.kind in kinds.DOT_KINDS]
+    differing += [site.name for site in dots if site.name not in planned]
+    if differing:
+        raise _other_graph(differing)
+    chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
+    forms = find_forms(graph, chosen)
+    names = tensor_names(graph, found)
+    entries = {var: names[var] for var in forms.entries}
+    if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
+        raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
+    bound, by_behaviour = [], {kinds.SELECT: set[int](), kinds.DECIDE: set[int]()}
+    for site in chosen:
+        behaviour = kinds.behaviour(site.kind, graph.equations[site.equation])
+        if behaviour == kinds.ACCUMULATE:
+            affine = planned[site.name].affine
+            epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
+            known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint
+            if epilogue.affine != affine or not known:
+                raise _other_graph([site.name])
+            bound.append(Int8Site(site, epilogue))
+        elif behaviour in by_behaviour:
+            by_behaviour[behaviour].add(site.equation)
+    scales = {var: names[entry] for var, entry in group_entries(forms).items()}
+    return Binding(
+        tuple(bound),
+        frozenset(by_behaviour[kinds.SELECT]),
+        frozenset(by_behaviour[kinds.DECIDE]),
+        forms,
+        entries,
+        scales,
+    )
+
+
+def _other_graph(names: Sequence[str] | set[str]) -> ValueError:
+    return ValueError(
+        "these inputs give another graph than the one that was quantized; "
+        f"the sites {', '.join(sorted(set(names))[:5])} differ. A model that computes something "
+        "else for this input shape or structure has to be quantized with such a sample"
+    )
+
+
+def group_entries(forms: Forms) -> dict[ir.Var, ir.Var]:
+    """Every int8 tensor -> the first entry of its scale group."""
+    first: dict[ir.Var, ir.Var] = {}
+    for entry in forms.entries:
+        first.setdefault(forms.group[entry], entry)
+    return {var: first[group] for var, group in forms.group.items()}
