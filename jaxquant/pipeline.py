@@ -17,8 +17,8 @@ from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
-from jaxquant.report.report import make_report
-from jaxquant.report.sqnr import site_sqnr
+from jaxquant.report.report import make_report, warn_if_poor
+from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
 
@@ -196,6 +196,7 @@ def _quantize(
     plan = make_plan(graph, observations, config)
     qparams = quantize_params(graph, plan, params)
     program = Program(graph, plan, params)
-    sqnr = site_sqnr(program, params, qparams, observations.example)
-    report = make_report(program, plan, params, qparams, sqnr)
+    sqnr, output_sqnr = measure_sqnr(program, params, qparams, observations.example)
+    report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
+    warn_if_poor(report)
     return qparams, QuantizedApply(apply_fn, plan, params, report)

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ _COLUMNS = (
     ("SQNR dB", "sqnr_db"),
     ("epilogue / reason", "note"),
 )
+POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
 _SHOWN_TENSORS = 6  # of the float ones, in the text
 _NUMERIC = frozenset({"threshold", "weight_scale", "sqnr_db"})
 
@@ -42,7 +44,8 @@ class Report:
       tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
-        tensors_int8, tensors_float, bytes_before, bytes_after, algo, weight_quantize_type.
+        tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
+        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -85,11 +88,11 @@ class Report:
 
     def to_json(self) -> str:
         """Rows and summary as JSON; an infinite SQNR becomes null."""
-        rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in self.rows
-        ]
-        plain = {"summary": dict(self.summary), "rows": rows, "tensors": list(self.tensors)}
+        plain = {
+            "summary": _finite(self.summary),
+            "rows": [_finite(row) for row in self.rows],
+            "tensors": list(self.tensors),
+        }
         return json.dumps(plain, indent=1)
 
     def _footer(self) -> str:
@@ -107,6 +110,8 @@ class Report:
         lines += [f"  {t['name']}: {t['reason']}" for t in floats[:_SHOWN_TENSORS]]
         if len(floats) > _SHOWN_TENSORS:
             lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
+        if s["output_sqnr_db"] is not None:
+            lines.append(f"Outputs on the first batch: {s['output_sqnr_db']:.1f} dB SQNR.")
         lines.append(
             f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
@@ -116,7 +121,12 @@ class Report:
 
 
 def make_report(
-    program: Program, plan: Plan, params: Any, qparams: Any, sqnr: Mapping[str, float]
+    program: Program,
+    plan: Plan,
+    params: Any,
+    qparams: Any,
+    sqnr: Mapping[str, float],
+    output_sqnr: float | None,
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
     thresholds = {t.group: t.threshold for t in plan.tensors}
@@ -148,12 +158,36 @@ def make_report(
         "kinds": by_kind,
         "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
         "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
+        "output_sqnr_db": output_sqnr,
         "bytes_before": tree_bytes(params),
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
         "weight_quantize_type": plan.weight_quantize_type,
     }
     return Report(rows, tensors, summary)
+
+
+def warn_if_poor(report: Report) -> None:
+    """Warn where the int8 model is far from the float model, with the sites to look at."""
+    sqnr = report.summary["output_sqnr_db"]
+    if sqnr is None or sqnr >= POOR_SQNR:
+        return
+    rows = [row for row in report.rows if row["status"] == INT8 and row["sqnr_db"] is not None]
+    worst = sorted(rows, key=lambda row: row["sqnr_db"])[:3]
+    named = ", ".join(f"{row['name']} ({row['sqnr_db']:.1f} dB)" for row in worst)
+    warnings.warn(
+        f"the int8 model's outputs have an SQNR of only {sqnr:.1f} dB on the first calibration "
+        f"batch; the worst sites are {named}. See qapply.report(); another algo or skip=(...) on "
+        "those sites may help",
+        stacklevel=4,
+    )
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
 
 
 def tree_bytes(tree: Any) -> int:

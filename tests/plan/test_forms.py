@@ -148,6 +148,12 @@ def local_response_normalisation(x):
     return x / (1.0 + 1e-4 * squares) ** 0.75
 
 
+def response_normalisation_by_slices(x):
+    padded = jnp.pad(x * x, ((0, 0),) * (x.ndim - 1) + ((1, 1),))
+    squares = sum(padded[..., k : k + x.shape[-1]] for k in range(3))
+    return x / (1.0 + 1e-4 * squares) ** 0.75
+
+
 NORMALISATIONS = {
     "LayerNorm": lambda x: nn.LayerNorm().apply(
         {"params": {"scale": jnp.ones(C), "bias": jnp.ones(C)}}, x
@@ -157,6 +163,8 @@ NORMALISATIONS = {
     ),
     "RMSNorm": lambda x: x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6),
     "LRN": local_response_normalisation,
+    "LRN by slices": response_normalisation_by_slices,
+    "two LRNs": lambda x: response_normalisation_by_slices(response_normalisation_by_slices(x)),
     "instance norm": lambda x: (x - x.mean((1, 2), keepdims=True)) * 2.0,
 }
 

@@ -279,7 +279,7 @@ def test_parameters_that_nothing_reads_are_left_out(rng):
     ("step", "bad"), [("mul", np.nan), ("mul", np.inf), ("add", -np.inf), ("div", 0.0)]
 )
 def test_normalisation_that_is_not_finite(step, bad, rng):
-    """NaN, infinity or a division by zero names the site."""
+    """Infinity or a division by zero names the site, NaN the parameter."""
     x, w = np.float32(rng.normal(size=(N, K))), np.float32(rng.normal(size=(K, C)))
     s = np.ones(C, np.float32)
     s[3] = bad
@@ -290,7 +290,8 @@ def test_normalisation_that_is_not_finite(step, bad, rng):
             y, jnp.broadcast_to(s, y.shape)
         )
 
-    with pytest.raises(ValueError, match=r"site 'layer'.*NaN or infinity"):
+    named = r"params\['layer/s'\] holds NaN" if np.isnan(bad) else "site 'layer'.*NaN or infinity"
+    with pytest.raises(ValueError, match=named):
         quantized({"layer": {"w": w, "s": s}}, apply_fn, x)
 
 

@@ -30,6 +30,7 @@ SUMMARY = {
     "sites_int8",
     "sites_float",
     "kinds",
+    "output_sqnr_db",
     "tensors_int8",
     "tensors_float",
     "bytes_before",
@@ -226,3 +227,20 @@ def test_a_normalisation_is_named_as_the_reason():
         "read by reduce_window_sum, which has no int8 form"
     ]
     assert "read by reduce_window_sum" in str(qapply.report())
+
+
+def test_a_poor_model_warns_with_its_worst_sites():
+    """One channel is a million times the others, which a single scale loses and the dot needs."""
+    x = np.ones((4, 8), np.float32)
+    x[:, 0] = 1e6
+    w = np.zeros((8, 3), np.float32)
+    w[1:] = 1.0
+
+    def quantize():
+        return jaxquant.quant_post(
+            {"w": jnp.asarray(w)}, lambda p, x: x @ p["w"], [x], algo="abs_max", progress=False
+        )
+
+    with pytest.warns(UserWarning, match=r"only 0\.0 dB .* worst sites are w \(0\.0 dB\)"):
+        _, qapply = quantize()
+    assert qapply.report().summary["output_sqnr_db"] == pytest.approx(0.0, abs=0.01)
