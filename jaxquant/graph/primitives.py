@@ -40,6 +40,12 @@ def is_movement(graph: ir.Graph, eqn: ir.Equation) -> bool:
     return False
 
 
+def is_relu(eqn: ir.Equation) -> bool:
+    """True for `max(x, 0)`."""
+    literals = [x for x in eqn.inputs if isinstance(x, ir.Literal)]
+    return eqn.name == "max" and len(literals) == 1 and not literals[0].value.any()
+
+
 def movement_root(graph: ir.Graph, var: ir.Var) -> ir.Var:
     """The tensor that `var` is a rearrangement of: the place to observe and to quantize."""
     while (eqn := graph.producer.get(var)) is not None and is_movement(graph, eqn):

@@ -224,8 +224,9 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
     for site in sorted(sites, key=lambda site: site.kind not in kinds.DOT_KINDS):
         for number, operand in enumerate(site.operands):
             name = f"{site.name}/input" + (f"_{number}" if number else "")
-            named.setdefault(operand, name)
-            named.setdefault(primitives.movement_root(graph, operand), name)
+            root = primitives.movement_root(graph, operand)
+            named.setdefault(root, name)
+            named.setdefault(operand, f"{name}:moved")  # where the rearrangement is kept in float
     return named
 
 

@@ -56,7 +56,12 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     if differing:
         raise _other_graph(differing)
     chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
-    forms = find_forms(graph, chosen)
+    barred = {
+        s.equation
+        for s in found
+        if s.name in planned and planned[s.name].status != INT8 and not s.inside
+    }
+    forms = find_forms(graph, chosen, plan.kinds, barred)
     names = tensor_names(graph, found)
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:

@@ -9,7 +9,7 @@ Nothing here looks at data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph.sites import Site
@@ -35,13 +35,32 @@ class Forms:
     group: Mapping[ir.Var, ir.Var]
 
 
-def find_forms(graph: ir.Graph, sites: Sequence[Site]) -> Forms:
-    """The forms when `sites`, and no others, run in int8 wherever that is of use."""
-    return _Search(graph, sites).run()
+def find_forms(
+    graph: ir.Graph,
+    sites: Sequence[Site],
+    listed: Collection[str] = (),
+    barred: Collection[int] = (),
+) -> Forms:
+    """The forms when `sites`, and no others, run in int8 wherever that is of use.
+
+    Args:
+      graph: the traced model.
+      sites: those that may run in int8.
+      listed: the kinds that were asked for; of them, elementwise kinds and activation functions
+        let elementwise equations read int8, "relu" lets a ReLU of an int8 tensor stay int8.
+      barred: the indices of equations that stay float, so that they hand no int8 through.
+    """
+    return _Search(graph, sites, listed, barred).run()
 
 
 class _Search:
-    def __init__(self, graph: ir.Graph, sites: Sequence[Site]):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        sites: Sequence[Site],
+        listed: Collection[str],
+        barred: Collection[int],
+    ):
         self._graph = graph
         self._sites = sites
         self._by_equation = {site.equation: site for site in sites}
@@ -50,8 +69,10 @@ class _Search:
             for site in sites
         }
         self._elementwise = any(
-            s.kind in (*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS) for s in sites
+            kind in listed for kind in (*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS)
         )
+        self._relu = "relu" in listed
+        self._barred = frozenset(barred)
         self._normalising = composites.normalisations(graph)
         self._entries: dict[ir.Var, None] = {}
         self._int8: set[ir.Var] = set()
@@ -98,11 +119,20 @@ class _Search:
             stack.extend(self._moved(eqn))
 
     def _hands_through(self, eqn: ir.Equation) -> bool:
+        if eqn.index in self._barred:
+            return False
+        if self._relu and primitives.is_relu(eqn) and self._is_selected(eqn.input_vars[0]):
+            return True  # max(q, 0) on the scale that the tensor has
         if self._behaviour.get(eqn.index) in (kinds.SELECT, kinds.LAYOUT):
             return True
         if eqn.name == "convert_element_type" and eqn.inputs[0] in self._int8:
             return True  # between float types: the integers are the same
         return primitives.is_movement(self._graph, eqn)
+
+    def _is_selected(self, var: ir.Var) -> bool:
+        """True where a tensor is int8 by selection: it was never float, so there is no epilogue."""
+        eqn = self._graph.producer.get(var)
+        return eqn is not None and self._behaviour.get(eqn.index) == kinds.SELECT
 
     def _moved(self, eqn: ir.Equation) -> tuple[ir.Var, ...]:
         """The operands whose values an equation hands through."""

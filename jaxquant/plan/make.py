@@ -33,7 +33,9 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     )
     entries: dict[str, ir.Var] = {}
     for choice in (without_skips, config):
-        forms = find_forms(graph, select.candidates(graph, found, choice))
+        chosen = select.candidates(graph, found, choice)
+        barred = _barred(select.reported(graph, found, choice), chosen)
+        forms = find_forms(graph, chosen, choice.kinds, barred)
         entries |= {names[var]: var for var in forms.entries}
     if not entries:
         raise _nothing_left(
@@ -53,7 +55,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     sites = select.reported(graph, found, config)
     select.check_skip(found, config.skip)
     chosen = select.candidates(graph, found, config)
-    forms = find_forms(graph, chosen)
+    forms = find_forms(graph, chosen, config.kinds, _barred(sites, chosen))
     names = tensor_names(graph, found)
     tensors = _plan_tensors(forms, names, observations, config.algo)
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
@@ -70,7 +72,14 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
         plans.append(_site_plan(graph, site, reason, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
-    return Plan(tuple(plans), tensors, config.weight_quantize_type, config.algo)
+    kinds_ = tuple(sorted(config.kinds))
+    return Plan(tuple(plans), tensors, kinds_, config.weight_quantize_type, config.algo)
+
+
+def _barred(sites: Sequence[Site], chosen: Sequence[Site]) -> set[int]:
+    """The equations of the reported sites that stay float."""
+    allowed = {site.name for site in chosen}
+    return {s.equation for s in sites if s.name not in allowed and not s.inside}
 
 
 def _nothing_left(reasons: set[str]) -> ValueError:

@@ -48,10 +48,11 @@ class SitePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which sites are int8, and with which scales."""
+    """Which sites are int8, and with which scales; `kinds` are those that were asked for."""
 
     sites: tuple[SitePlan, ...]
     tensors: tuple[TensorPlan, ...]
+    kinds: tuple[str, ...]
     weight_quantize_type: str
     algo: str
     version: int = VERSION
@@ -66,7 +67,7 @@ class Plan:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
         sites = tuple(SitePlan(**_with_tuples(site)) for site in data.pop("sites"))
         tensors = tuple(TensorPlan(**t) for t in data.pop("tensors"))
-        return Plan(sites=sites, tensors=tensors, **data)
+        return Plan(sites=sites, tensors=tensors, **_with_tuples(data))
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -45,11 +45,13 @@ def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
                 add(var, "fused", f"in the epilogue before {site.name}")
     by_equation = {site.equation for site in sites if not site.inside}
     for eqn in program.equations:
-        if eqn.index in by_equation or eqn.index in forms.reads_int8:
+        if eqn.index in by_equation:
             continue
         if primitives.is_elementwise(eqn) or primitives.is_movement(graph, eqn):
             continue
         for var in eqn.input_vars:
+            if eqn.index in forms.reads_int8 and var in forms.int8:
+                continue
             if not graph.static[var] and jnp.issubdtype(graph.dtype(var), jnp.floating):
                 add(var, FLOAT, f"read by {eqn.name}, which has no int8 form")
     return list(rows.values())

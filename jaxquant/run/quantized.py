@@ -68,9 +68,12 @@ class QuantizedTensors:
         ]  # fmt: skip
         if eqn.name == "convert_element_type":
             return operands
-        if eqn.name == "pad":
+        if eqn.name in ("pad", "max"):  # a padding value, the zero of a ReLU
             inv_scale = self._scale_entry(eqn.outputs[0])["inv_scale"]
-            operands[1] = int8.quantize(jnp.asarray(operands[1]), inv_scale)
+            operands = [
+                int8.quantize(jnp.asarray(x), inv_scale) if x.dtype != jnp.int8 else x
+                for x in operands
+            ]
         if eqn.name == "gather":
             params["fill_value"] = 0  # of an index out of range, where a float gather gives NaN
         return jax_shim.bind(eqn.primitive, operands, params)

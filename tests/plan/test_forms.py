@@ -54,7 +54,30 @@ def test_a_group_takes_the_threshold_of_all_its_members():
     x = networks.whole_numbers((3, C))
     model = full.quantize(apply_fn, {"w": 127 * jnp.eye(2 * C)}, x)
     assert set(model.scale.values()) == {4.0}
-    np.testing.assert_array_equal(model(x), 127 * np.concatenate([np.rint(x / 4) * 4, x * 4], -1))
+    rounded = np.rint(x / 4) * 4  # what the product by a scalar, an elementwise operation, reads
+    scaled = np.clip(rounded * 4, -508, 508)
+    np.testing.assert_array_equal(model(x), 127 * np.concatenate([rounded, scaled], -1))
+
+
+def test_a_relu_of_a_tensor_that_is_int8_by_selection_keeps_its_scale():
+    def apply_fn(p, x):
+        y = jnp.concatenate([dot(p, "a", x), dot(p, "b", x)], -1)
+        return jax.nn.relu(y) @ jnp.concatenate([p["a"]["w"], p["b"]["w"]], 0)
+
+    plan = plan_of(apply_fn)
+    assert {t.name for t in plan.tensors} == {"a/input", "concat/input", "concat/input_1"}
+    assert len({t.group for t in plan.tensors}) == 2
+
+
+def test_a_skipped_rearrangement_hands_no_int8_through():
+    def apply_fn(p, x):
+        y = dot(p, "a", x)
+        return dot(p, "b", y.transpose(1, 0, 2, 3)), dot(p, "a", y)
+
+    assert set(groups(plan_of(apply_fn))) == {"a/input", "b/input"}
+    plan = plan_of(apply_fn, skip=("kind:transpose",))
+    assert sites(plan)["transpose"] == ("float", "skip='kind:transpose'")
+    assert set(groups(plan)) == {"a/input", "b/input", "b/input:moved"}
 
 
 def test_concatenations_that_share_a_member_are_one_group():
