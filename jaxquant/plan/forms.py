@@ -4,6 +4,10 @@ This is the one place that decides where int8 starts and stops.  A tensor is mad
 site needs it; operations that select or move values hand the int8 form through, backwards from who
 needs it and forwards from where it is, and tie the scales of what they read and give (a union).
 Nothing here looks at data.
+
+The inputs of a concatenation share one scale always: the result has one, and an input that only the
+concatenation reads would gain nothing from another.  Where such an input has a far smaller range
+than its neighbours it loses accuracy; keep the concatenation in float then (`skip`).
 """
 
 from __future__ import annotations

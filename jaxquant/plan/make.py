@@ -20,19 +20,17 @@ from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan, scale_of
 def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     """Tensor name -> tensor, for all that a quantization by `config` may need a threshold of.
 
-    Those that become int8 without the skips are among them, and the inputs of every convolution
-    and dot with a weight, so that these choices can be changed later.
+    Those that become int8 without the skips are among them, and those that do when convolutions
+    and dots alone are int8, so that these choices can be changed later.
     """
     found = find_sites(graph)
     sites = select.reported(graph, found, config)
     select.check_skip(found, config.skip)
     names = tensor_names(graph, found)
-    every_kind = (*config.quantizable_op_type, *kinds.WEIGHTED_KINDS)
-    without_skips = dataclasses.replace(
-        config, quantizable_op_type=every_kind, skip=(), skip_first_last=False
-    )
+    without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
+    weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
-    for choice in (without_skips, config):
+    for choice in (weighted, without_skips, config):
         chosen = select.candidates(graph, found, choice)
         barred = _barred(select.reported(graph, found, choice), chosen)
         forms = find_forms(graph, chosen, choice.kinds, barred)

@@ -224,3 +224,21 @@ def test_linen_dropout_in_inference_mode():
     x = data(4)[0]
     params = Net().init(jax.random.key(0), x)
     assert_stats(calibrate([x], Net().apply, params).tensors["fc/input"], [x])
+
+
+def test_the_observations_of_a_full_quantization_serve_the_default_and_skips():
+    def apply_fn(p, x):
+        y = jnp.concatenate([x @ p["w"], x], -1)
+        return y @ p["v"]
+
+    params = W | {"v": jnp.ones((8, 2))}
+    observations = jaxquant.calibrate(
+        params, apply_fn, data(4), is_full_quantize=True, progress=False
+    )
+    for options in (
+        {},
+        {"is_full_quantize": True},
+        {"is_full_quantize": True, "skip": ("concat",)},
+    ):
+        _, qapply = jaxquant.quantize(params, apply_fn, observations, **options)
+        assert qapply.report().summary["sites_int8"] == (3 if len(options) == 1 else 2)
