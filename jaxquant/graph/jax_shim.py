@@ -1,7 +1,7 @@
 """The only module that touches JAX internals.
 
 Everything else in the package sees JAX through its public API and through the names below, so a
-new JAX release is absorbed here.  Checked on jax 0.10.2 and on the newest release (see CHANGELOG).
+new JAX release is absorbed here.  Checked on jax 0.10.2 and 0.12.0.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from jaxquant.calibration.algorithms import find_thresholds
 from jaxquant.calibration.observations import Observations
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
+from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import Site, find_sites, tensor_names
 from jaxquant.plan import select
 from jaxquant.plan.bind import group_entries
@@ -25,6 +26,7 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     """
     found = find_sites(graph)
     sites = select.reported(graph, found, config)
+    check_sites(sites)
     select.check_skip(found, config.skip)
     names = tensor_names(graph, found)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
@@ -51,6 +53,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     """
     found = find_sites(graph)
     sites = select.reported(graph, found, config)
+    check_sites(sites)
     select.check_skip(found, config.skip)
     chosen = select.candidates(graph, found, config)
     forms = find_forms(graph, chosen, config.kinds, _barred(sites, chosen))

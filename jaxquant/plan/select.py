@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxquant.config import QuantConfig
 from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds
-from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
 
 LARGEST_SUM = (2**31 - 1) // 127**2  # products of int8 values that int32 holds
@@ -18,18 +17,12 @@ SKIP_SCOPE = "skip_quant"
 
 
 def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
-    """The sites of the report: every convolution and dot, and whatever else was asked for.
-
-    Raises:
-      ValueError: there is none.
-    """
-    sites = tuple(
+    """The sites of the report: every convolution and dot, and whatever else was asked for."""
+    return tuple(
         site
         for site in found
         if site.kind in kinds.DOT_KINDS or (site.kind in config.kinds and not site.inside)
     )
-    check_sites(sites)
-    return sites
 
 
 def candidates(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
