@@ -151,7 +151,21 @@ def quantize(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
 ) -> tuple[dict[str, Any], QuantizedApply]:
-    """Make the int8 model from what `jaxquant.calibrate` observed; see `jaxquant.quant_post`.
+    """Make the int8 model from what `jaxquant.calibrate` observed.
+
+    The second step of `jaxquant.quant_post`, whose arguments the others are.
+
+    Args:
+      params: the parameters that were calibrated.
+      apply_fn: the function that was calibrated.
+      observations: what `jaxquant.calibrate` returned; they serve any `algo`.
+
+    Returns:
+      `(qparams, qapply)`, as `jaxquant.quant_post`.
+
+    Raises:
+      ValueError: an option is not valid, a skip pattern matches nothing, no site is left, or the
+        observations are of another function or lack a tensor that these options need.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant

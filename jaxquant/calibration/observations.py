@@ -51,7 +51,7 @@ class Observations:
     """The result of `jaxquant.calibrate`.
 
     Attributes:
-      tensors: tensor name -> statistics, for every float tensor that a site with a weight reads.
+      tensors: tensor name -> statistics, for every tensor that may become int8.
       batches, samples: how many were seen; a sample is an entry of the first input's first axis.
       example: the first batch; it gives the input shapes and the data for the report's SQNR.
     """
