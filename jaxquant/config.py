@@ -12,6 +12,8 @@ from jaxquant.graph import kinds
 OP_TYPES = tuple(kinds.BEHAVIOUR)
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
+ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
+RECOVERY_STEPS = ("bias_correction",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class QuantConfig:
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES
     is_full_quantize: bool = False
     weight_quantize_type: str = "channel_wise_abs_max"
+    activation_quantize_type: str = "asymmetric"
+    recover: Sequence[str] = RECOVERY_STEPS
     skip: Sequence[str] = ()
     skip_first_last: bool = False
 
@@ -32,7 +36,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _check("algo", self.algo, algorithms.ALGORITHMS)
-        for name, value in (("quantizable_op_type", self.quantizable_op_type), ("skip", self.skip)):
+        for name in ("quantizable_op_type", "skip", "recover"):
+            value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise ValueError(
                     f"{name} is a sequence of names, got {value!r}; write ({value!r},) for one"
@@ -43,6 +48,9 @@ class QuantConfig:
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(OP_TYPES)}")
         _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
+        _check("activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES)
+        for step in self.recover:
+            _check("recover", step, RECOVERY_STEPS)
         for name in ("is_full_quantize", "skip_first_last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is True or False, got {getattr(self, name)!r}")

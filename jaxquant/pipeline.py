@@ -11,12 +11,14 @@ from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.sweep import sweep
-from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
+from jaxquant.config import DEFAULT_OP_TYPES, RECOVERY_STEPS, QuantConfig
 from jaxquant.graph.checks import check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
+from jaxquant.recover.bias_correction import correct_biases
+from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.program import Program
@@ -34,6 +36,8 @@ def quant_post(
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
+    activation_quantize_type: str = "asymmetric",
+    recover: Sequence[str] = RECOVERY_STEPS,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
@@ -60,6 +64,10 @@ def quant_post(
       is_full_quantize: all kinds become int8, so that tensors stay int8 between sites: pooling,
         additions, concatenation, softmax, interpolation, shape operations, ...
       weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".
+      activation_quantize_type: "asymmetric" (a zero point where that makes the steps smaller: all
+        256 integers for what is never negative) or "symmetric".
+      recover: what repairs the int8 model afterwards: "bias_correction" takes away the mean error
+        of each output channel on calibration samples; () for nothing.
       skip: patterns of sites that stay float: globs on site names, parameter paths or scopes
         ("block1/*"), kinds ("kind:softmax"), Flax module classes ("module:SelfAttention").  So
         does everything under `jax.named_scope("skip_quant")`.
@@ -89,7 +97,14 @@ def quant_post(
       dtype('int8')
     """
     config = QuantConfig(
-        algo, quantizable_op_type, is_full_quantize, weight_quantize_type, skip, skip_first_last
+        algo=algo,
+        quantizable_op_type=quantizable_op_type,
+        is_full_quantize=is_full_quantize,
+        weight_quantize_type=weight_quantize_type,
+        activation_quantize_type=activation_quantize_type,
+        recover=recover,
+        skip=skip,
+        skip_first_last=skip_first_last,
     )
     batches = _batches(ds, batch_size, batch_nums, select, progress)
     observations = _calibrate(params, apply_fn, batches, config)
@@ -148,6 +163,8 @@ def quantize(
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
+    activation_quantize_type: str = "asymmetric",
+    recover: Sequence[str] = RECOVERY_STEPS,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
 ) -> tuple[dict[str, Any], QuantizedApply]:
@@ -176,7 +193,14 @@ def quantize(
       [[1.0, 1.0, 1.0, 1.0]]
     """
     config = QuantConfig(
-        algo, quantizable_op_type, is_full_quantize, weight_quantize_type, skip, skip_first_last
+        algo=algo,
+        quantizable_op_type=quantizable_op_type,
+        is_full_quantize=is_full_quantize,
+        weight_quantize_type=weight_quantize_type,
+        activation_quantize_type=activation_quantize_type,
+        recover=recover,
+        skip=skip,
+        skip_first_last=skip_first_last,
     )
     return _quantize(params, apply_fn, observations, config)
 
@@ -205,12 +229,15 @@ def _quantize(
     params: Any, apply_fn: Callable[..., Any], observations: Observations, config: QuantConfig
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_params(params)
-    graph = trace(apply_fn, params, observations.example)
+    graph = trace(apply_fn, params, observations.examples[0])
     check_weights(graph, find_sites(graph), params)
     plan = make_plan(graph, observations, config)
     qparams = quantize_params(graph, plan, params)
     program = Program(graph, plan, params)
-    sqnr, output_sqnr = measure_sqnr(program, params, qparams, observations.example)
+    comparison = Comparison(program, params)
+    if "bias_correction" in config.recover:
+        qparams = correct_biases(comparison, qparams, observations.examples)
+    sqnr, output_sqnr = measure_sqnr(comparison, qparams, observations.examples[:1])
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
     warn_if_poor(report)
     return qparams, QuantizedApply(apply_fn, plan, params, report)

@@ -32,7 +32,9 @@ def observe(params, apply_fn, *inputs) -> Observations:
         return {name: env.read(var) for name, var in tensors.items()}
 
     values = jax.tree.map(np.asarray, run(params, inputs))
-    return Observations({n: _stats(v.astype(np.float32)) for n, v in values.items()}, 1, 1, inputs)
+    return Observations(
+        {n: _stats(v.astype(np.float32)) for n, v in values.items()}, 1, 1, (inputs,)
+    )
 
 
 def _stats(x: np.ndarray) -> TensorStats:
@@ -40,10 +42,22 @@ def _stats(x: np.ndarray) -> TensorStats:
     return TensorStats(np.zeros(2048, np.uint64), 1.0, low, high, max(-low, high), x.size)
 
 
+# The grids that `reference` tells.
+OPTIONS = {"algo": "abs_max", "activation_quantize_type": "symmetric", "recover": ()}
+
+
+# The grids that `reference` tells.
+OPTIONS: dict[str, Any] = {
+    "algo": "abs_max",
+    "activation_quantize_type": "symmetric",
+    "recover": (),
+}
+
+
 def quantize(params, apply_fn, *inputs, **config):
     """`jaxquant.quantize` with the ranges of one batch; quicker than a calibration sweep."""
     return jaxquant.quantize(
-        params, apply_fn, observe(params, apply_fn, *inputs), algo="abs_max", **config
+        params, apply_fn, observe(params, apply_fn, *inputs), **{**OPTIONS, **config}
     )
 
 

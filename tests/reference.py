@@ -12,6 +12,15 @@ from typing import Any
 import numpy as np
 
 
+# The options of `jaxquant.quant_post` under which this module tells its integers.
+QUANTIZER: dict[str, Any] = {
+    "algo": "abs_max",
+    "activation_quantize_type": "symmetric",
+    "recover": (),
+    "progress": False,
+}
+
+
 def inv_scale(x: Any) -> np.float32:
     """What `algo="abs_max"` multiplies a tensor by before rounding; 1 for an all-zero tensor."""
     threshold = np.abs(np.asarray(x).astype(np.float64)).max(initial=0.0)

@@ -1,4 +1,7 @@
-"""`algo` by name: each turns the statistics of all tensors into thresholds, in one call."""
+"""`algo` by name: each turns the statistics of all tensors into thresholds, in one call.
+
+`levels` is how many steps of a tensor's grid the threshold maps to; see `jaxquant.kl_threshold`.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxquant.calibration import threshold
-from jaxquant.calibration.observations import Observations, TensorStats, merge
+from jaxquant.calibration.observations import TensorStats
 
-Algorithm = Callable[[Sequence[TensorStats]], np.ndarray]
+Algorithm = Callable[[Sequence[TensorStats], Sequence[int]], np.ndarray]
 
 
-def _abs_max(stats: Sequence[TensorStats]) -> np.ndarray:
+def _abs_max(stats: Sequence[TensorStats], levels: Sequence[int]) -> np.ndarray:
     return np.array([s.abs_max for s in stats], np.float64)
 
 
-def _kl(stats: Sequence[TensorStats], *, variant: str) -> np.ndarray:
+def _kl(stats: Sequence[TensorStats], levels: Sequence[int], *, variant: str) -> np.ndarray:
     counts = np.stack([s.counts for s in stats])
     widths = np.array([s.bin_width for s in stats], np.float64)
-    found = threshold.kl_threshold(counts, widths, variant, abs_max=_abs_max(stats))
+    largest = _abs_max(stats, levels)
+    found = threshold.kl_threshold(
+        counts, widths, variant, abs_max=largest, levels=np.array(levels)
+    )
     return np.asarray(found, np.float64)
 
 
@@ -34,12 +40,6 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 
-def find_thresholds(
-    observations: Observations, algo: str, groups: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
-    """Group -> threshold, the |x| that maps to 127; a group is a name and the tensors in it."""
-    if not groups:
-        return {}
-    stats = [merge([observations.tensors[t] for t in tensors]) for tensors in groups.values()]
-    found = ALGORITHMS[algo](stats)
-    return {name: float(value) for name, value in zip(groups, found, strict=True)}
+def find_thresholds(stats: Sequence[TensorStats], levels: Sequence[int], algo: str) -> list[float]:
+    """The threshold of each tensor: the largest |x| that its int8 form keeps."""
+    return [float(value) for value in ALGORITHMS[algo](stats, levels)] if stats else []

@@ -53,10 +53,11 @@ class Observations:
     Attributes:
       tensors: tensor name -> statistics, for every tensor that may become int8.
       batches, samples: how many were seen; a sample is an entry of the first input's first axis.
-      example: the first batch; it gives the input shapes and the data for the report's SQNR.
+      examples: the first batches, those of the first one's shapes and up to 64 samples; they give
+        the input shapes and the data on which the float and the int8 model are compared.
     """
 
     tensors: Mapping[str, TensorStats]
     batches: int
     samples: int
-    example: tuple[Any, ...]
+    examples: tuple[tuple[Any, ...], ...]

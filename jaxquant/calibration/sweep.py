@@ -19,6 +19,7 @@ from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
 
+_KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
 
 
@@ -64,11 +65,13 @@ class Sweep:
         self.state: Any = None
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one
         self._batches = self._samples = 0
-        self._example: tuple[Any, ...] = ()
+        self._examples: list[tuple[Any, ...]] = []
 
     def add(self, inputs: tuple[Any, ...]) -> None:
         if not self._batches:
             self._start(inputs)
+        else:
+            self._keep(inputs)
         self.state, bad = self._step(self.state, self._params, np.int32(self._batches), *inputs)
         self._check_finite()
         self._bad = bad
@@ -87,7 +90,7 @@ class Sweep:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )
-        return Observations(stats, self._batches, self._samples, self._example)
+        return Observations(stats, self._batches, self._samples, tuple(self._examples))
 
     def _start(self, inputs: tuple[Any, ...]) -> None:
         try:
@@ -103,7 +106,13 @@ class Sweep:
         check_weights(graph, found, self._params)
         self._names = tuple(self._tensors_of(graph))
         self.state = _stack([histogram.init()] * len(self._names))
-        self._example = inputs
+        self._examples = [inputs]
+
+    def _keep(self, inputs: tuple[Any, ...]) -> None:
+        kept = sum(map(_batch_length, self._examples))
+        fits = kept + _batch_length(inputs) <= _KEPT_SAMPLES
+        if fits and _shapes(inputs) == _shapes(self._examples[0]):
+            self._examples.append(inputs)
 
     def _observe(
         self, state: State, params: Any, batch: Any, *inputs: Any

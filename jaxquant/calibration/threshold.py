@@ -27,7 +27,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-STEPS = 127  # symmetric int8: the threshold maps to 127
+SYMMETRIC_LEVELS = 127  # symmetric int8: the threshold maps to 127
+MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
 _CLIPPING_WEIGHT = 16.0  # see `kl_threshold`
 _TIE = 1e-12  # nats; running sums in float64 resolve divergences no finer
 
@@ -38,11 +39,13 @@ def kl_threshold(
     variant: str = "jaxquant",
     *,
     abs_max: ArrayLike | None = None,
+    levels: ArrayLike = SYMMETRIC_LEVELS,
 ) -> np.ndarray:
     """The threshold at which int8 loses the least information (Kullback-Leibler).
 
-    The default, "jaxquant", models the quantizer as it is.  With step s = T / 127, level k covers
-    [(k - 1/2) s, (k + 1/2) s), and level 127 everything from 126.5 s on, outliers included.  What
+    The default, "jaxquant", models the quantizer as it is.  With step s = T / L, level k covers
+    [(k - 1/2) s, (k + 1/2) s), and level L everything from (L - 1/2) s on, outliers included; L is
+    127 for symmetric int8.  What
     the codes tell of a value is its level; Q is the flattest density that has the same mass M_k in
     each level, over the length Z_k of the level that is not empty:
 
@@ -95,7 +98,7 @@ def kl_threshold(
       S. Migacz, 8-bit Inference with TensorRT, GTC 2017, for the textbook search.
     """
     # One search a name, so that equal calls share one compilation.
-    return _search(_SEARCHES[_known(variant)], counts, bin_width, abs_max)
+    return _search(_SEARCHES[_known(variant)], counts, bin_width, abs_max, levels)
 
 
 def kl_curve(
@@ -104,6 +107,7 @@ def kl_curve(
     variant: str = "jaxquant",
     *,
     abs_max: ArrayLike | None = None,
+    levels: ArrayLike = SYMMETRIC_LEVELS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The candidates of `kl_threshold` and their divergences, for plots and tests.
 
@@ -117,7 +121,7 @@ def kl_curve(
       >>> thresholds.shape
       (8,)
     """
-    hist = _validated(counts, bin_width, abs_max)
+    hist = _validated(counts, bin_width, abs_max, levels)
     candidates, divergences = _run(KL_VARIANTS[_known(variant)].curve, hist)
     shape = (*hist.shape, -1)
     return candidates.reshape(shape) * hist.bin_width[..., None], divergences.reshape(shape)
@@ -168,19 +172,25 @@ def percentile_threshold(
     """
     if not 0.0 < percent <= 1.0:
         raise ValueError(f"percent is a fraction in (0, 1], such as 0.99999; got {percent!r}")
-    return _search(_percentile_search, counts, bin_width, abs_max, np.float64(percent))
+    return _search(
+        _percentile_search, counts, bin_width, abs_max, SYMMETRIC_LEVELS, np.float64(percent)
+    )
 
 
 def mse_threshold(
-    counts: ArrayLike, bin_width: ArrayLike, *, abs_max: ArrayLike | None = None
+    counts: ArrayLike,
+    bin_width: ArrayLike,
+    *,
+    abs_max: ArrayLike | None = None,
+    levels: ArrayLike = SYMMETRIC_LEVELS,
 ) -> np.ndarray:
-    """The threshold with the least expected squared error of symmetric int8.
+    """The threshold with the least expected squared error of int8.
 
     With the counts spread evenly within each bin the error is exact, rounding and clipping alike.
-    Quantization rounds |x| up by half a step at most and saturates at T = 127 s; summing
+    Quantization rounds |x| up by half a step at most and saturates at T = L s (L levels); summing
     (x - k s)**2 over the levels k by parts, with level edges e_k = (k - 1/2) s, leaves
 
-        n mse(T) = sum (x - T)**2 - 2 s sum_{k=1}^{127} G(e_k)
+        n mse(T) = sum (x - T)**2 - 2 s sum_{k=1}^{L} G(e_k)
 
     Exact zeros have no error: as in `kl_threshold`, what bin 0 holds in excess of bin 1 counts
     as such.  Candidates are T = 1, 2, 3, ... bins, up to no clipping.
@@ -194,7 +204,7 @@ def mse_threshold(
       >>> float(mse_threshold([0, 0, 0, 9], 1.0))
       4.0
     """
-    return _search(_mse_search, counts, bin_width, abs_max)
+    return _search(_mse_search, counts, bin_width, abs_max, levels)
 
 
 # --- one tensor, in units of the bin width: h [N] and limit [] to a threshold [] -----------------
@@ -236,13 +246,15 @@ def _candidates(h: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.arange(1, h.shape[0] + 1, dtype=h.dtype), limit)
 
 
-def _level_edges(candidates: jax.Array) -> jax.Array:
-    """[C] -> [C, 127], the lower edges (k - 1/2) s of the levels 1 to 127."""
-    k = jnp.arange(1, STEPS + 1, dtype=candidates.dtype)
-    return candidates[:, None] * ((k - 0.5) / STEPS)
+def _level_edges(candidates: jax.Array, levels: jax.Array, bins: int) -> jax.Array:
+    """[C] -> [C, 255], the lower edges (k - 1/2) s of the levels 1 to L; then the end."""
+    k = jnp.arange(1, MOST_LEVELS + 1, dtype=candidates.dtype)
+    return jnp.where(k <= levels, candidates[:, None] * ((k - 0.5) / levels), float(bins))
 
 
-def _squared_errors(sums: _Sums, candidates: jax.Array, edges: jax.Array) -> jax.Array:
+def _squared_errors(
+    sums: _Sums, candidates: jax.Array, edges: jax.Array, levels: jax.Array
+) -> jax.Array:
     """[C] summed squared quantization errors; the equation is in `mse_threshold`."""
     index, part = _split(edges, sums.h.shape[0])
     depth = sums.depth[index] + part * (sums.below[index] + part * sums.h[index] / 2)
@@ -250,7 +262,8 @@ def _squared_errors(sums: _Sums, candidates: jax.Array, edges: jax.Array) -> jax
     first = jnp.sum(sums.h * (j + 0.5))
     second = jnp.sum(sums.h * (j * (j + 1) + 1 / 3))
     from_threshold = second - candidates * (2 * first - candidates * sums.below[-1])
-    return from_threshold - 2 * candidates / STEPS * jnp.sum(depth, axis=1)
+    inner = jnp.arange(1, MOST_LEVELS + 1, dtype=levels.dtype) <= levels
+    return from_threshold - 2 * candidates / levels * jnp.sum(depth, axis=1, where=inner)
 
 
 def _clipped_squares(h: jax.Array) -> jax.Array:
@@ -268,7 +281,7 @@ def _clipped_squares(h: jax.Array) -> jax.Array:
 
 
 def _level_information(sums: _Sums, edges: jax.Array) -> jax.Array:
-    """[C] sum_k M_k log(M_k / Z_k) over the 128 levels."""
+    """[C] sum_k M_k log(M_k / Z_k) over the levels."""
     index, part = _split(edges, sums.h.shape[0])
     h = sums.h[index]
     mass = _between(sums.below[index] + part * h, sums.below[-1])
@@ -296,14 +309,14 @@ def _xlog(x: jax.Array, y: jax.Array) -> jax.Array:
     return x * jnp.log(y)
 
 
-def _int8_curve(h: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _int8_curve(h: jax.Array, limit: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
     candidates = _candidates(h, limit)
-    edges = _level_edges(candidates)
+    edges = _level_edges(candidates, levels, h.shape[0])
     sums = _sums(_without_zeros(h))
     total = jnp.maximum(sums.below[-1], 1.0)
     known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
     divergence = (known - _level_information(sums, edges)) / total
-    errors = _squared_errors(sums, candidates, edges)
+    errors = _squared_errors(sums, candidates, edges, levels)
     clipped = jnp.where(candidates < limit, _clipped_squares(sums.h), 0.0)
     weighted = errors + (_CLIPPING_WEIGHT - 1) * clipped
     # The last candidate is no clipping, and always competes.
@@ -346,7 +359,7 @@ def _textbook_divergence(h: jax.Array, edges: jax.Array) -> jax.Array:
 
 
 def _paddle_curve(
-    start: float, groups: int, h: jax.Array, limit: jax.Array
+    start: float, groups: int, h: jax.Array, limit: jax.Array, levels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     bins = h.shape[0]
     i = jnp.arange(max(int((bins - 1) * start), 1), bins, dtype=jnp.int32)
@@ -367,8 +380,8 @@ def _paddle_choose(h: jax.Array, candidates: jax.Array, divergence: jax.Array) -
     return jnp.where(jnp.all(jnp.isinf(divergence)), fallback, smallest)
 
 
-def _nvidia_curve(h: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    groups = STEPS + 1
+def _nvidia_curve(h: jax.Array, limit: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    groups = SYMMETRIC_LEVELS + 1
     i = jnp.arange(min(groups, h.shape[0]), h.shape[0] + 1, dtype=jnp.int32)
     group = jnp.arange(groups + 1, dtype=jnp.int32)
     edges = (group * i[:, None] + groups - 1) // groups  # bin j is in group floor(j groups / i)
@@ -382,18 +395,21 @@ def _nvidia_choose(h: jax.Array, candidates: jax.Array, divergence: jax.Array) -
     return jnp.max(jnp.where(best, candidates, 0.0))
 
 
-def _abs_max_search(h: jax.Array, limit: jax.Array) -> jax.Array:
+def _abs_max_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
     return limit
 
 
-def _mse_search(h: jax.Array, limit: jax.Array) -> jax.Array:
+def _mse_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
     candidates = _candidates(h, limit)
-    errors = _squared_errors(_sums(_without_zeros(h)), candidates, _level_edges(candidates))
+    edges = _level_edges(candidates, levels, h.shape[0])
+    errors = _squared_errors(_sums(_without_zeros(h)), candidates, edges, levels)
     best = errors <= jnp.min(errors) * (1 + 1e-12)
     return jnp.max(jnp.where(best, candidates, 0.0))
 
 
-def _percentile_search(h: jax.Array, limit: jax.Array, percent: jax.Array) -> jax.Array:
+def _percentile_search(
+    h: jax.Array, limit: jax.Array, levels: jax.Array, percent: jax.Array
+) -> jax.Array:
     below = _running(h)
     target = percent * below[-1]
     j = jnp.argmax(below[1:] >= target)
@@ -405,12 +421,12 @@ class KLVariant(NamedTuple):
     """One way to search, on one histogram h [N] in units of its bin width.
 
     Attributes:
-      curve: (h, limit []) -> candidate thresholds [C] and their divergences [C]; `limit` is the
-        threshold without clipping.
+      curve: (h, limit [], levels []) -> candidate thresholds [C] and their divergences [C];
+        `limit` is the threshold without clipping.
       choose: (h, candidates, divergences) -> the threshold [].
     """
 
-    curve: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    curve: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     choose: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -422,8 +438,8 @@ KL_VARIANTS: dict[str, KLVariant] = {
 }
 
 
-def _chosen(variant: KLVariant, h: jax.Array, limit: jax.Array) -> jax.Array:
-    return variant.choose(h, *variant.curve(h, limit))
+def _chosen(variant: KLVariant, h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+    return variant.choose(h, *variant.curve(h, limit, levels))
 
 
 _SEARCHES = {name: functools.partial(_chosen, variant) for name, variant in KL_VARIANTS.items()}
@@ -437,6 +453,7 @@ class _Histograms(NamedTuple):
 
     counts: np.ndarray  # [T, N] float64
     limit: np.ndarray  # [T], no clipping, in bins
+    levels: np.ndarray  # [T], what the threshold maps to, as float64
     bin_width: np.ndarray  # [...]
     shape: tuple[int, ...]  # the leading axes [...], T in all
 
@@ -446,21 +463,22 @@ def _search(
     counts: ArrayLike,
     bin_width: ArrayLike,
     abs_max: ArrayLike | None,
+    levels: ArrayLike = SYMMETRIC_LEVELS,
     *args: np.float64,
 ) -> np.ndarray:
-    hist = _validated(counts, bin_width, abs_max)
+    hist = _validated(counts, bin_width, abs_max, levels)
     return np.asarray(_run(search, hist, *args)).reshape(hist.shape) * hist.bin_width
 
 
 def _run(search, hist: _Histograms, *args: np.float64):  # type: ignore[no-untyped-def]
     with _float64_on_host():
-        return jax.tree.map(np.asarray, _map_tensors(search, hist.counts, hist.limit, *args))
+        return jax.tree.map(np.asarray, _map_tensors(search, *hist[:3], *args))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _map_tensors(search, counts, limit, *args):  # type: ignore[no-untyped-def]
+def _map_tensors(search, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
     """[T, N] and [T] to whatever `search` gives, stacked; a tensor at a time to bound memory."""
-    return lax.map(lambda tensor: search(*tensor, *args), (counts, limit))
+    return lax.map(lambda tensor: search(*tensor, *args), (counts, limit, levels))
 
 
 @contextlib.contextmanager
@@ -474,7 +492,9 @@ def _float64_on_host() -> Iterator[None]:
         yield
 
 
-def _validated(counts: ArrayLike, bin_width: ArrayLike, abs_max: ArrayLike | None) -> _Histograms:
+def _validated(
+    counts: ArrayLike, bin_width: ArrayLike, abs_max: ArrayLike | None, levels: ArrayLike
+) -> _Histograms:
     h = np.asarray(counts)
     if h.ndim < 1 or h.shape[-1] < 2 or h.dtype.kind not in "iuf":
         raise ValueError(
@@ -496,7 +516,12 @@ def _validated(counts: ArrayLike, bin_width: ArrayLike, abs_max: ArrayLike | Non
         too_small = largest < (bins - 1) * width * (1 - 1e-6)
         _refuse("abs_max", largest, too_small, "lies below the last bin in use")
         limit = np.minimum(bins, largest / width)
-    return _Histograms(h.reshape(-1, h.shape[-1]), limit.reshape(-1), width, shape)
+    steps = np.asarray(levels, np.float64)
+    known = (steps >= SYMMETRIC_LEVELS) & (steps <= MOST_LEVELS) & (steps == np.rint(steps))
+    _refuse("levels", steps, ~known, f"are whole, {SYMMETRIC_LEVELS} to {MOST_LEVELS}")
+    steps = _broadcast("levels", steps, shape)
+    h = h.reshape(-1, h.shape[-1])
+    return _Histograms(h, limit.reshape(-1), steps.reshape(-1), width, shape)
 
 
 def _refuse(name: str, values: np.ndarray, bad: np.ndarray, rule: str) -> None:

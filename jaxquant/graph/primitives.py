@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
+
 from jaxquant.graph import ir
 
 # One output element depends on one element of each operand (scalars and size-1 axes broadcast).
@@ -107,6 +110,21 @@ class Channels:
             mapping = eqn.params["broadcast_dimensions"]
             return Channels(self.sizes, tuple(mapping[a] for a in self.axes))
         return self._through_reshape(before, after)
+
+    def spread(self, vector: jax.Array, rank: int) -> jax.Array:
+        """Place [C] along the channel axes of a tensor with `rank` axes; size 1 elsewhere."""
+        order = sorted(range(len(self.axes)), key=lambda k: self.axes[k])
+        value = vector.reshape(self.sizes).transpose(order)
+        shape = [1] * rank
+        for k in order:
+            shape[self.axes[k]] = self.sizes[k]
+        return value.reshape(shape)
+
+    def sums(self, value: jax.Array) -> jax.Array:
+        """[C], the sums of a tensor over all axes but those of the channels."""
+        sums = jnp.sum(value, axis=tuple(a for a in range(value.ndim) if a not in self.axes))
+        ascending = sorted(self.axes)
+        return sums.transpose([ascending.index(a) for a in self.axes]).reshape(-1)
 
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}

@@ -31,6 +31,7 @@ class Binding:
       forms: which tensors are int8.
       names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
       scales: int8 tensor -> the name of the entry that holds its scale.
+      zero_points: int8 tensor -> the int8 that stands for zero.
     """
 
     sites: tuple[Int8Site, ...]
@@ -39,6 +40,7 @@ class Binding:
     forms: Forms
     names: Mapping[ir.Var, str]
     scales: Mapping[ir.Var, str]
+    zero_points: Mapping[ir.Var, int]
 
 
 def bind(graph: ir.Graph, plan: Plan) -> Binding:
@@ -79,6 +81,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
     scales = {var: names[entry] for var, entry in group_entries(forms).items()}
+    zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
     return Binding(
         tuple(bound),
         frozenset(by_behaviour[kinds.SELECT]),
@@ -86,6 +89,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         forms,
         entries,
         scales,
+        {var: zero_points[name] for var, name in scales.items()},
     )
 
 

@@ -172,9 +172,9 @@ def _affine_step(
     return AffineStep(op, operand, channels, rank)
 
 
-def _activation(graph: ir.Graph, start: ir.Var) -> tuple[str, ...]:
-    """Names of the elementwise equations that depend on `start` and on nothing else that varies."""
-    region, names = {start}, []
+def activation_equations(graph: ir.Graph, start: ir.Var) -> tuple[ir.Equation, ...]:
+    """The elementwise equations that depend on `start` and on nothing else that varies."""
+    region, found = {start}, []
     shape = graph.shape(start)
     first = graph.producer[start].index + 1
     for eqn in graph.equations[first:]:
@@ -183,5 +183,9 @@ def _activation(graph: ir.Graph, start: ir.Var) -> tuple[str, ...]:
         dynamic = [v for v in eqn.input_vars if not graph.static[v]]
         if dynamic and all(v in region for v in dynamic):
             region.add(eqn.outputs[0])
-            names.append(eqn.name)
-    return tuple(names)
+            found.append(eqn)
+    return tuple(found)
+
+
+def _activation(graph: ir.Graph, start: ir.Var) -> tuple[str, ...]:
+    return tuple(eqn.name for eqn in activation_equations(graph, start))

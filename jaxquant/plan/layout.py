@@ -6,9 +6,11 @@
                by {"int8": [...], "scale": [C] or []}, in the layout that the operation uses; one
                that is read in float too keeps its array beside them as "float".  A leaf that is
                no longer read is left out.
-    "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.
+    "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
+               bias takes away what the zero point of the input adds to every sum.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
-               `inv_scale` before rounding, an integer by `scale` to get the float back.
+               `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get
+               the float back.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jaxquant.calibration.algorithms import find_thresholds
-from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.observations import Observations, merge
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
@@ -15,7 +15,8 @@ from jaxquant.plan import select
 from jaxquant.plan.bind import group_entries
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
-from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan, scale_of
+from jaxquant.plan.grid import levels, make_grid
+from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
 
 
 def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
@@ -58,7 +59,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
     chosen = select.candidates(graph, found, config)
     forms = find_forms(graph, chosen, config.kinds, _barred(sites, chosen))
     names = tensor_names(graph, found)
-    tensors = _plan_tensors(forms, names, observations, config.algo)
+    tensors = _plan_tensors(forms, names, observations, config)
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -73,8 +74,15 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
         plans.append(_site_plan(graph, site, reason, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
-    kinds_ = tuple(sorted(config.kinds))
-    return Plan(tuple(plans), tensors, kinds_, config.weight_quantize_type, config.algo)
+    return Plan(
+        sites=tuple(plans),
+        tensors=tensors,
+        kinds=tuple(sorted(config.kinds)),
+        weight_quantize_type=config.weight_quantize_type,
+        activation_quantize_type=config.activation_quantize_type,
+        algo=config.algo,
+        recover=tuple(config.recover),
+    )
 
 
 def _barred(sites: Sequence[Site], chosen: Sequence[Site]) -> set[int]:
@@ -88,7 +96,7 @@ def _nothing_left(reasons: set[str]) -> ValueError:
 
 
 def _plan_tensors(
-    forms: Forms, names: Mapping[ir.Var, str], observations: Observations, algo: str
+    forms: Forms, names: Mapping[ir.Var, str], observations: Observations, config: QuantConfig
 ) -> tuple[TensorPlan, ...]:
     missing = [names[var] for var in forms.entries if names[var] not in observations.tensors]
     if missing:
@@ -100,12 +108,15 @@ def _plan_tensors(
     heads = group_entries(forms)
     for var in forms.entries:
         groups.setdefault(names[heads[var]], []).append(names[var])
-    thresholds = find_thresholds(observations, algo, groups)
-    return tuple(
-        TensorPlan(name, group, thresholds[group], scale_of(thresholds[group]))
-        for group, members in groups.items()
-        for name in members
-    )
+    asymmetric = config.activation_quantize_type == "asymmetric"
+    stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
+    steps = [levels(s.min, s.max, asymmetric) for s in stats]
+    tensors = []
+    thresholds = find_thresholds(stats, steps, config.algo)
+    for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
+        grid = make_grid(threshold, seen.min, seen.max, asymmetric)
+        tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
+    return tuple(tensors)
 
 
 def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:

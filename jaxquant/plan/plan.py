@@ -8,21 +8,21 @@ from typing import Any
 
 VERSION = 1
 INT8, FLOAT = "int8", "float"
-SMALLEST_SCALE = 2.0**-126  # its inverse is still a float32
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlan:
     """A tensor that is quantized from float.
 
-    Tensors of one `group` share their threshold and scale; the group is named after its first.
-    `scale = threshold / 127`, or 1 where the threshold is 0.
+    Tensors of one `group` share their threshold and grid; the group is named after its first.
+    value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.
     """
 
     name: str
     group: str
     threshold: float
     scale: float
+    zero_point: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     kinds: tuple[str, ...]
     weight_quantize_type: str
+    activation_quantize_type: str
     algo: str
+    recover: tuple[str, ...]
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -72,8 +74,3 @@ class Plan:
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-
-
-def scale_of(threshold: float) -> float:
-    """The step of the symmetric int8 grid [-127, 127]; 1 for a tensor that is all zero."""
-    return max(threshold / 127.0, SMALLEST_SCALE) if threshold > 0 else 1.0

@@ -1,7 +1,7 @@
 """The int8 model's arrays: weights, scales, multipliers and biases.
 
-Symmetric int8: values in [-127, 127], scale = threshold / 127, round half to even.  A channel that
-is all zero has scale 1.  The arithmetic is float64 on the host; the results are float32.
+Weights are symmetric int8: [-127, 127], scale = threshold / 127, round half to even.  A channel
+that is all zero has scale 1.  The arithmetic is float64 on the host; the results are float32.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     for int8_site in binding.sites:
         site = int8_site.site
         accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in site.operands]))
+        offset = None  # what the input's zero point adds to the accumulator
         if site.name in slots:
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])
@@ -44,7 +45,11 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             channels = int(np.prod([int8.shape[a] for a in axes]))
             accumulator = np.broadcast_to(scale, (channels,)) * accumulator
-        qparams["sites"][site.name] = epilogue_arrays(graph, int8_site, operands, accumulator)
+            if zero_point := binding.zero_points[site.operands[0]]:
+                summed = tuple(a for a in range(int8.ndim) if a not in axes)
+                offset = zero_point * int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+        arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
+        qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
         qparams["tensors"][tensor.name] = {
             "scale": np.float32(tensor.scale),
@@ -74,15 +79,25 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
 def epilogue_arrays(
-    graph: ir.Graph, int8_site: Int8Site, operands: dict[ir.Var, np.ndarray], scale: np.ndarray
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    operands: dict[ir.Var, np.ndarray],
+    scale: np.ndarray,
+    offset: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Compose the affine chain: `scale`, [C] or [], is what one unit of the accumulator is worth.
+    """Compose the affine chain into one multiplier and bias.
+
+    Args:
+      graph, int8_site: the site.
+      operands: the values of the chain's operands.
+      scale: [C] or [], what one unit of the accumulator is worth.
+      offset: [C], what the accumulator holds too much; None for nothing.
 
     Raises:
       ValueError: the chain's parameters are not finite.
     """
-    multiplier, has_bias = np.asarray(scale, np.float64), False
-    bias = np.zeros_like(multiplier)
+    multiplier, has_bias = np.asarray(scale, np.float64), offset is not None
+    bias = np.zeros_like(multiplier) if offset is None else -offset * multiplier
     for step in int8_site.epilogue.steps:
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias

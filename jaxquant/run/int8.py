@@ -1,6 +1,7 @@
 """The int8 operations: quantize, and convolution and dot with int32 accumulation.
 
-Symmetric int8 in [-127, 127], round half to even.  Each operation is exact in integers.
+Round half to even.  A tensor with zero point z stands for its integers less z, on [-128, 127]; with
+zero point 0 for its integers, on [-127, 127].  Each operation is exact in integers.
 """
 
 from __future__ import annotations
@@ -23,10 +24,19 @@ _PADDED_CHANNELS = 32
 _MAX_TAPS = 64
 
 
-def quantize(x: jax.Array, inv_scale: jax.Array) -> jax.Array:
-    """Round `x * inv_scale` half to even and saturate to [-127, 127]; any shape, to int8."""
+def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: int = 0) -> jax.Array:
+    """Round `x * inv_scale` half to even, add the zero point and saturate; any shape, to int8."""
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
-    return lax.clamp(jnp.float32(-127), scaled, jnp.float32(127)).astype(jnp.int8)
+    if zero_point:
+        scaled = scaled + jnp.float32(zero_point)
+    lowest = jnp.float32(-128 if zero_point else -127)
+    return lax.clamp(lowest, scaled, jnp.float32(127)).astype(jnp.int8)
+
+
+def dequantize(x: jax.Array, scale: jax.Array, zero_point: int = 0) -> jax.Array:
+    """What int8 values stand for, as float32; any shape."""
+    value = x.astype(jnp.float32)
+    return (value - jnp.float32(zero_point) if zero_point else value) * scale
 
 
 def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -38,15 +48,33 @@ def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, 
     return quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
 
 
-def accumulate(eqn: ir.Equation, operands: Sequence[jax.Array]) -> jax.Array:
-    """The equation of an accumulating site on int8 operands, to int32."""
+def weight_sums(weight: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The sums of an int8 weight over all but `axes`: int32 [C]."""
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    return jnp.sum(weight, axis=summed, dtype=jnp.int32).reshape(-1)
+
+
+def accumulate(
+    eqn: ir.Equation, operands: Sequence[jax.Array], zero_points: Sequence[int]
+) -> jax.Array:
+    """A convolution or dot of a tensor with a weight, to int32.
+
+    The sum keeps `zero_point * sum(weight)`, which the site's bias takes away; what pads the input
+    adds to it too.
+    """
     if eqn.name == "conv_general_dilated":
-        return conv(operands[0], operands[1], eqn.params)
+        return conv(operands[0], operands[1], eqn.params, zero_points[0])
+    return dot((operands[0], operands[1]), eqn.params)
+
+
+def combine(
+    eqn: ir.Equation, operands: Sequence[jax.Array], zero_points: Sequence[int]
+) -> jax.Array:
+    """A dot of two tensors, or a sum over one, of the values less their zero points; to int32."""
     if eqn.name == "dot_general":
-        return dot((operands[0], operands[1]), eqn.params)
-    (total,) = jax_shim.bind(
-        eqn.primitive, [x.astype(jnp.int32) for x in operands], dict(eqn.params)
-    )
+        return dot_of_tensors((operands[0], operands[1]), eqn.params, zero_points)
+    values = [x.astype(jnp.int32) - z for x, z in zip(operands, zero_points, strict=True)]
+    (total,) = jax_shim.bind(eqn.primitive, values, dict(eqn.params))
     return total
 
 
@@ -55,14 +83,50 @@ def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax
     return lax.dot_general(*operands, params["dimension_numbers"], preferred_element_type=jnp.int32)
 
 
-def conv(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+def dot_of_tensors(
+    operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any], zero_points: Sequence[int]
+) -> jax.Array:
+    """`dot` of two tensors less their zero points, by the sums along the contracted axes.
+
+    sum (a - z)(b - w) = sum a b - w sum a - z sum b + z w K
+    """
+    total = dot(operands, params)
+    contract, batch = params["dimension_numbers"]
+    free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contract, batch, strict=True)]
+    z, w = zero_points
+    if w:
+        total = total - w * _sums(operands[0], contract[0], batch[0], 0, free[1])
+    if z:
+        total = total - z * _sums(operands[1], contract[1], batch[1], free[0], 0)
+    if z and w:
+        total = total + z * w * math.prod(operands[0].shape[a] for a in contract[0])
+    return total
+
+
+def _sums(
+    x: jax.Array, contract: Sequence[int], batch: Sequence[int], before: int, after: int
+) -> jax.Array:
+    """int32 sums over the contracted axes, placed as in the dot: batch, `before`, free, `after`."""
+    rest = [a for a in range(x.ndim) if a not in (*contract, *batch)]
+    ordered = x.astype(jnp.int32).transpose([*batch, *rest, *contract])
+    sums = jnp.sum(ordered, axis=tuple(range(len(batch) + len(rest), x.ndim)), dtype=jnp.int32)
+    shape = sums.shape
+    return sums.reshape(*shape[: len(batch)], *[1] * before, *shape[len(batch) :], *[1] * after)
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, params: Mapping[str, Any], zero_point: int = 0
+) -> jax.Array:
     """Convolution of int8 arrays to int32; `params` are those of the float equation.
 
+    What pads the input, and lies between its elements where it is dilated, is the zero point.
     Of several exact forms the one that XLA runs fastest on CPU; `experiments/benchmarks/conv.py`
     times them.
     """
     if _is_small_depthwise(kernel, params):
-        return _depthwise_by_taps(x, kernel, params)
+        return _depthwise_by_taps(x, kernel, params, zero_point)
+    if zero_point:
+        x, params = _padded(x, params, zero_point)
     if _is_pointwise(kernel, params):
         return _pointwise_by_dot(x, kernel, params)
     if _has_few_channels(kernel, params):
@@ -78,6 +142,20 @@ def conv(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Arra
         feature_group_count=params["feature_group_count"],
         preferred_element_type=jnp.int32,
     )
+
+
+def _padded(
+    x: jax.Array, params: Mapping[str, Any], zero_point: int
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """The input padded and dilated with its zero point, and the parameters that are left."""
+    config = [(0, 0, 0)] * x.ndim
+    spatial = params["dimension_numbers"].lhs_spec[2:]
+    for axis, (low, high), dilation in zip(
+        spatial, params["padding"], params["lhs_dilation"], strict=True
+    ):
+        config[axis] = (low, high, dilation - 1)
+    rest = {"padding": ((0, 0),) * len(spatial), "lhs_dilation": (1,) * len(spatial)}
+    return lax.pad(x, jnp.int8(zero_point), config), {**params, **rest}
 
 
 def _is_small_depthwise(kernel: jax.Array, params: Mapping[str, Any]) -> bool:
@@ -145,7 +223,9 @@ def _with_channels(
     return padded(x, spec.lhs_spec[1]), padded(kernel, spec.rhs_spec[1])
 
 
-def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+def _depthwise_by_taps(
+    x: jax.Array, kernel: jax.Array, params: Mapping[str, Any], zero_point: int
+) -> jax.Array:
     """Depthwise convolution with one output per channel as a sum over the taps of the window.
 
     XLA fuses the sum into one loop over the output.  Its own depthwise convolution is tens of times
@@ -156,7 +236,7 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any
     pads = [(0, 0, 0)] * x.ndim
     for axis, (low, high) in zip(spatial, params["padding"], strict=True):
         pads[axis] = (low, high, 0)
-    padded = lax.pad(x, jnp.int8(0), pads)
+    padded = lax.pad(x, jnp.int8(zero_point), pads)
 
     sizes = [kernel.shape[a] for a in spec.rhs_spec[2:]]
     steps = list(zip(spatial, params["window_strides"], params["rhs_dilation"], strict=True))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
-from jaxquant.graph.primitives import Channels
+from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes, output_channels
@@ -34,8 +34,19 @@ class Program:
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
 
-    def run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> evaluate.Environment:
-        """Evaluate the program; `inputs` are the flattened model inputs."""
+    def run(
+        self,
+        qparams: Mapping[str, Any],
+        inputs: Sequence[Any],
+        correct: Callable[[Int8Site, jax.Array], jax.Array] | None = None,
+    ) -> evaluate.Environment:
+        """Evaluate the program.
+
+        Args:
+          qparams: its arrays.
+          inputs: the flattened model inputs.
+          correct: gives the value to go on with, from that at the end of a site's epilogue.
+        """
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self._float_paths.items()
         }
@@ -44,7 +55,9 @@ class Program:
 
         def rule(eqn: ir.Equation) -> Sequence[Any]:
             if eqn.index in self._by_index:
-                return [self._accumulate(self._by_index[eqn.index], qparams, env, quantized)]
+                site = self._by_index[eqn.index]
+                value = self._accumulate(site, qparams, env, quantized)
+                return [correct(site, value) if correct else value]
             if eqn.index in self.binding.selects:
                 return [quantized.wide(var) for var in eqn.outputs]
             if eqn.index in self.binding.decisions:
@@ -66,31 +79,42 @@ class Program:
         site = int8_site.site
         eqn = self.graph.equations[site.equation]
         operands = [quantized.int8(v) for v in site.operands]
-        computed_scale = None
+        zero_points = [quantized.zero_point(v) for v in site.operands]
         if site.name in self.slots:
             weight = layout.get(qparams["params"], self.slots[site.name].int8)
             operands.insert(site.weight_position, weight)
+            value = int8.accumulate(eqn, operands, zero_points).astype(jnp.float32)
         elif site.weight is not None:
-            axes = channel_axes(self.graph, site, eqn)
-            weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
-            operands.insert(site.weight_position, weight)
-            channels = output_channels(self.graph, site, eqn)
-            computed_scale = _along(scale, channels, len(self.graph.shape(eqn.outputs[0])))
-        elif len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
-            operands = operands * 2
-        value = int8.accumulate(eqn, operands).astype(jnp.float32)
-        if computed_scale is not None:
-            value = value * computed_scale
+            value = self._with_computed_weight(site, eqn, operands[0], zero_points[0], env)
+        else:
+            if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
+                operands, zero_points = operands * 2, zero_points * 2
+            value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
         return _epilogue(int8_site, value, qparams["sites"][site.name])
+
+    def _with_computed_weight(
+        self, site: Site, eqn: ir.Equation, x: jax.Array, zero_point: int, env: evaluate.Environment
+    ) -> jax.Array:
+        """The sum with a weight that the program computes and quantizes, as float32."""
+        assert site.weight is not None
+        axes = channel_axes(self.graph, site, eqn)
+        weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
+        operands = [x, weight] if site.weight_position else [weight, x]
+        total = int8.accumulate(eqn, operands, [zero_point])
+        channels = output_channels(self.graph, site, eqn)
+        if zero_point:
+            offset = zero_point * int8.weight_sums(weight, axes)
+            total = total - channels.spread(offset, total.ndim)
+        return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
 
 
 def _epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
     for eqn in site.epilogue.movements:
         (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
     channels = site.epilogue.channels
-    value = value * _along(arrays["multiplier"], channels, value.ndim)
+    value = value * channels.spread(arrays["multiplier"], value.ndim)
     if "bias" in arrays:
-        value = value + _along(arrays["bias"], channels, value.ndim)
+        value = value + channels.spread(arrays["bias"], value.ndim)
     return value
 
 
@@ -103,13 +127,3 @@ def _decide(eqn: ir.Equation, quantized: QuantizedTensors) -> Sequence[Any]:
         values = [quantized.int8(v) for v in operands]
         return jax_shim.bind(eqn.primitive, values, dict(eqn.params))
     return evaluate.apply(quantized, eqn)
-
-
-def _along(vector: jax.Array, channels: Channels, rank: int) -> jax.Array:
-    """Place [C] along the channel axes of a tensor with `rank` axes; size 1 elsewhere."""
-    order = sorted(range(len(channels.axes)), key=lambda k: channels.axes[k])
-    value = vector.reshape(channels.sizes).transpose(order)
-    shape = [1] * rank
-    for k in order:
-        shape[channels.axes[k]] = channels.sizes[k]
-    return value.reshape(shape)

@@ -33,8 +33,7 @@ class QuantizedTensors:
         """The int8 form of a tensor."""
         if var not in self._values:
             if var in self._binding.names:
-                inv_scale = self._scale_entry(var)["inv_scale"]
-                self._values[var] = int8.quantize(self._env.wide(var), inv_scale)
+                self._values[var] = self._quantize(self._env.wide(var), var)
             else:
                 eqn = self.graph.producer[var]
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
@@ -45,15 +44,21 @@ class QuantizedTensors:
 
     def wide(self, atom: ir.Atom) -> Any:
         if isinstance(atom, int) and atom in self._binding.forms.int8:
-            return self.int8(atom).astype(jnp.float32) * self._scale_entry(atom)["scale"]
+            scale = self._scale_entry(atom)["scale"]
+            return int8.dequantize(self.int8(atom), scale, self.zero_point(atom))
         return self._env.wide(atom)
 
     def read(self, atom: ir.Atom) -> Any:
         return evaluate.narrow(self.wide(atom), self.graph.dtype(atom))
 
-    def scale(self, var: ir.Var) -> jax.Array:
-        """What one step of the int8 form is worth."""
-        return self._scale_entry(var)["scale"]
+    def zero_point(self, var: ir.Var) -> int:
+        """The int8 that stands for zero."""
+        return self._binding.zero_points[var]
+
+    def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
+        """A float on the grid of a tensor."""
+        inv_scale = self._scale_entry(var)["inv_scale"]
+        return int8.quantize(value, inv_scale, self.zero_point(var))
 
     def _scale_entry(self, var: ir.Var) -> Mapping[str, jax.Array]:
         return self._tensors[self._binding.scales[var]]
@@ -69,11 +74,11 @@ class QuantizedTensors:
         if eqn.name == "convert_element_type":
             return operands
         if eqn.name in ("pad", "max"):  # a padding value, the zero of a ReLU
-            inv_scale = self._scale_entry(eqn.outputs[0])["inv_scale"]
             operands = [
-                int8.quantize(jnp.asarray(x), inv_scale) if x.dtype != jnp.int8 else x
+                self._quantize(jnp.asarray(x), eqn.outputs[0]) if x.dtype != jnp.int8 else x
                 for x in operands
             ]
         if eqn.name == "gather":
-            params["fill_value"] = 0  # of an index out of range, where a float gather gives NaN
+            # of an index out of range, where a float gather gives NaN
+            params["fill_value"] = self.zero_point(eqn.outputs[0])
         return jax_shim.bind(eqn.primitive, operands, params)

@@ -61,7 +61,7 @@ def test_statistics_are_numpys_whatever_the_order_and_the_split():
     assert_stats(seen.tensors["w/input"], batches)
     assert_stats(seen.tensors["v/input"], [np.maximum(b, 0) for b in batches])
     assert (seen.batches, seen.samples) == (3, 10)
-    np.testing.assert_array_equal(seen.example[0], batches[0])
+    np.testing.assert_array_equal(seen.examples[0][0], batches[0])
 
     same(calibrate(batches[::-1], apply_fn, params), seen)
     whole = np.concatenate(batches)

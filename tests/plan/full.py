@@ -20,6 +20,7 @@ from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.qapply import QuantizedApply
+from tests import networks
 
 
 def plan_of(apply_fn, params, *inputs, **config) -> Plan:
@@ -36,9 +37,9 @@ def binding_of(apply_fn, params, *inputs, **config) -> Binding:
 
 
 def _observed(graph, inputs, abs_max: Callable[[str], float], config):
-    options = QuantConfig(**{"algo": "abs_max", "is_full_quantize": True, **config})
+    options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
     stats = {name: _stats(abs_max(name)) for name in observed_tensors(graph, options)}
-    return Observations(stats, 1, 1, inputs), options
+    return Observations(stats, 1, 1, (inputs,)), options
 
 
 def _stats(bound: float) -> TensorStats:
@@ -71,7 +72,7 @@ class Int8Model:
 def quantize(apply_fn, params, *inputs, **config) -> Int8Model:
     """Full quantization unless `config` says else; thresholds are 127 times a power of two."""
     graph = trace(apply_fn, params, inputs)
-    options = QuantConfig(**{"algo": "abs_max", "is_full_quantize": True, **config})
+    options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
     bounds = _bounds(graph, observed_tensors(graph, options), params, inputs)
     plan = make_plan(graph, *_observed(graph, inputs, bounds.__getitem__, config))
     qparams = quantize_params(graph, plan, params)

@@ -24,7 +24,7 @@ WEIGHT_TYPES = ("channel_wise_abs_max", "abs_max")
 
 
 def quantized(params: Any, apply_fn: Any, x: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-    return jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False, **kwargs)
+    return jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER, **kwargs)
 
 
 def close(got: Any, want: np.ndarray) -> None:

@@ -238,9 +238,7 @@ def quantized_cases() -> Any:
             for name, case in CASES.items()
         }
 
-    qparams, qapply = jaxquant.quant_post(
-        params, apply_fn, [inputs], algo="abs_max", progress=False
-    )
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [inputs], **reference.QUANTIZER)
     return params, inputs, qparams, qapply, qapply(qparams, inputs)
 
 
@@ -353,7 +351,7 @@ def test_random_chains_equal_the_reference(drawn, seed):
     def apply_fn(params, x):
         return {n: chain.run(jnp, x, params[n]["w"], params[n]) for n, chain in named.items()}
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     got = qapply(qparams, x)
     for name, chain in named.items():
         p = {key: np.float64(value) for key, value in params[name].items()}
@@ -384,7 +382,7 @@ def quantized_activations() -> Any:
             outputs[name] = y, y @ params[name]["next"]["w"]
         return outputs
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     return params, x, qparams, qapply(qparams, x)
 
 
@@ -433,7 +431,7 @@ def test_chain_runs_in_float32_whatever_the_dtype(dtype):
     def apply_fn(p, x):
         return run(jnp, x @ p["w"], p)
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     assert {a.dtype for a in qparams["sites"]["w"].values()} == {jnp.dtype(jnp.float32)}
     got = qapply(qparams, x)
     assert got.dtype == dtype
@@ -448,7 +446,7 @@ def test_constant_activation(rng):
     params, x = make_params(rng, (K, C)), np.full((N, K), -0.3, np.float32)
     case = CASES["bias"]
     qparams, qapply = jaxquant.quant_post(
-        params, lambda p, x: case.run(jnp, x, p["w"], p), [x], algo="abs_max", progress=False
+        params, lambda p, x: case.run(jnp, x, p["w"], p), [x], **reference.QUANTIZER
     )
     close(qapply(qparams, x), expected(case, x, params))
     np.testing.assert_allclose(reference.fake(x), x, rtol=1e-7)
@@ -470,7 +468,7 @@ def test_other_batch_sizes(run, rng):
     def apply_fn(p, x):
         return run(x @ p["w"], p)
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     p = jax.tree.map(np.float64, params)
     scale = np.float64(reference.inv_scale(x))
     for size in (N, 2, 1):

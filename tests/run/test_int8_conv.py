@@ -181,7 +181,7 @@ def test_quantized_model_equals_the_reference(cases, seed):
 
     kinds = ("conv2d", "depthwise_conv2d", "conv2d_transpose")
     qparams, qapply = jaxquant.quant_post(
-        params, apply_fn, [x], algo="abs_max", quantizable_op_type=kinds, progress=False
+        params, apply_fn, [x], quantizable_op_type=kinds, **reference.QUANTIZER
     )
     assert {row["status"] for row in qapply.report().rows} == {"int8"}
     got = qapply(qparams, x)
@@ -222,7 +222,7 @@ def test_kinds(rng):
             for name, (dilation, groups) in KINDS.items()
         ]
 
-    _, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    _, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     rows = qapply.report().rows
     assert [row["kind"] for row in rows] == [row["name"] for row in rows] == list(KINDS)
     assert [row["status"] for row in rows] == ["int8", "int8", "float"]
@@ -263,7 +263,7 @@ def test_lowered_operations_are_integer(rng):
         return jnp.einsum("nk,kc->cn", x, p["e"]["kernel"])
 
     x = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     found = operations(jax.jit(qapply).lower(qparams, x).as_text())
     assert len(found) == len(params)
     signature = re.compile(r": \(tensor<[\dx]*xi8>, tensor<[\dx]*xi8>\) -> tensor<[\dx]*xi32>")

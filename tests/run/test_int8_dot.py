@@ -85,7 +85,7 @@ def test_zero_threshold():
     params = {"w": np.ones((4, 3), np.float32)}
     x = np.zeros((2, 4), np.float32)
     qparams, qapply = jaxquant.quant_post(
-        params, lambda p, x: x @ p["w"], [x], algo="abs_max", progress=False
+        params, lambda p, x: x @ p["w"], [x], **reference.QUANTIZER
     )
     assert qparams["tensors"]["w/input"]["inv_scale"].item() == 1.0
     assert not np.asarray(qapply(qparams, x)).any()
@@ -130,7 +130,7 @@ def test_quantized_model_equals_the_reference(cases, seed):
             for name, dims in numbers.items()
         }
 
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], algo="abs_max", progress=False)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], **reference.QUANTIZER)
     assert {row["status"] for row in qapply.report().rows} == {"int8"}
     got = qapply(qparams, x)
     for name, dims in numbers.items():
@@ -191,9 +191,7 @@ def quantized_layers() -> Any:
     tokens = rng.integers(0, 12, (2, 3)).astype(np.int32)
     model = Layers()
     params = model.init(jax.random.key(0), x, tokens)
-    quantized = jaxquant.quant_post(
-        params, model.apply, [(x, tokens)], algo="abs_max", progress=False
-    )
+    quantized = jaxquant.quant_post(params, model.apply, [(x, tokens)], **reference.QUANTIZER)
     return jax.tree.map(np.asarray, params["params"]), x, tokens, *quantized
 
 

@@ -1,0 +1,60 @@
+"""The int8 grid of a tensor: its scale and zero point, from a threshold and the extreme values.
+
+Symmetric int8 is [-127, 127] with scale = threshold / 127 and zero point 0.  Asymmetric int8 is
+[-128, 127], which holds the values from the least to the largest one within the threshold: a tensor
+that is never negative has zero point -128 and twice the resolution.  value = (int8 - zero_point) *
+scale, and zero is exact on either.  Rounding is half to even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SMALLEST_SCALE = 2.0**-126  # its inverse is still a float32
+_GAIN = 0.9  # an asymmetric step has to be smaller than this part of the symmetric one
+
+
+class Grid(NamedTuple):
+    """scale: the step; zero_point: the int8 that stands for zero."""
+
+    scale: float
+    zero_point: int
+
+
+def make_grid(threshold: float, low: float, high: float, asymmetric: bool = True) -> Grid:
+    """The grid for values in [low, high] that are clipped to [-threshold, threshold].
+
+    Args:
+      threshold: the largest |x| that is kept; 0 for a tensor that is all zero (scale 1).
+      low, high: the least and the largest value.
+      asymmetric: False for zero point 0 always; else it is 0 where another gains little.
+
+    Example:
+      >>> make_grid(2.55, 0.0, 3.0)
+      Grid(scale=0.01, zero_point=-128)
+      >>> make_grid(1.27, -1.27, 1.0)
+      Grid(scale=0.01, zero_point=0)
+    """
+    if threshold <= 0:
+        return Grid(1.0, 0)
+    symmetric = threshold / 127
+    low, high = max(min(low, 0.0), -threshold), min(max(high, 0.0), threshold)
+    step = (high - low) / 255
+    if not asymmetric or step >= _GAIN * symmetric:
+        return Grid(max(symmetric, SMALLEST_SCALE), 0)
+    step = max(step, SMALLEST_SCALE)
+    return Grid(step, round(-128 - low / step))
+
+
+def levels(low: float, high: float, asymmetric: bool = True) -> int:
+    """How many steps a grid without clipping has between zero and the largest |x|.
+
+    Example:
+      >>> levels(0.0, 3.0), levels(-3.0, 3.0), levels(-1.0, 3.0)
+      (255, 127, 191)
+    """
+    largest = max(-low, high)
+    grid = make_grid(largest, low, high, asymmetric)
+    if grid.zero_point == 0:
+        return 127
+    return max(grid.zero_point + 128, 127 - grid.zero_point)

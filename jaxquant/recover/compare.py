@@ -1,0 +1,170 @@
+"""The float model and the int8 model side by side, on calibration samples, in one compiled step."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import evaluate, ir, sites
+from jaxquant.graph.primitives import Channels
+from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.epilogue import activation_equations
+from jaxquant.run.program import Program
+
+
+class Powers(NamedTuple):
+    """Σ y² and Σ (y - ŷ)², float32 []; infinite noise where the int8 model alone is not finite."""
+
+    signal: jax.Array
+    noise: jax.Array
+
+
+class Shift(NamedTuple):
+    """How far a site's channels are off, float32 [C] each.
+
+    With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
+    values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ) and Σ w.
+    """
+
+    difference: jax.Array
+    weight: jax.Array
+
+
+class Measured(NamedTuple):
+    """What one step tells.
+
+    Attributes:
+      sites: site name -> the powers of its output, behind the affine part of its epilogue.
+      outputs: the powers of each float output of the model.
+      shifts: name of each int8 site with a weight of its own -> its shift.
+    """
+
+    sites: dict[str, Powers]
+    outputs: list[Powers]
+    shifts: dict[str, Shift]
+
+
+class Comparison:
+    """Runs both models on the same inputs; compiled once per input shape."""
+
+    def __init__(self, program: Program, params: Any):
+        self._program = program
+        self._params = params
+        self._step = jax.jit(self._compare)
+        graph = program.graph
+        ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
+        self._tensors = {
+            site.name: ends.get(site.name, site.output)
+            for site in sites.find_sites(graph)
+            if site.output is not None and _is_float(graph.dtype(site.output))
+        }
+        self._activations = {
+            s.site.name: _activation(graph, s.epilogue.output)
+            for s in program.binding.sites
+            if s.site.name in program.slots
+        }
+
+    def __call__(self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool) -> Measured:
+        """Compare on one batch.
+
+        Args:
+          qparams: the int8 model's arrays.
+          inputs: the inputs of both models.
+          correct: take every site's shift away before going on, so that the shifts of later sites
+            are those that remain.
+        """
+        return self._step(self._params, qparams, jax.tree.leaves(inputs), correct)
+
+    def _compare(self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array) -> Measured:
+        graph = self._program.graph
+        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+        reference = evaluate.evaluate(graph, leaves, flat)
+        shifts: dict[str, Shift] = {}
+
+        def corrected(site: Int8Site, value: jax.Array) -> jax.Array:
+            if site.site.name not in self._activations:
+                return value
+            wanted = reference.read(site.epilogue.output).astype(jnp.float32)
+            activation = self._activations[site.site.name]
+            gain = activation.of(wanted, reference) - activation.of(value, reference)
+            shift = _shift(wanted - value, gain, site.epilogue.channels)
+            shifts[site.site.name] = shift
+            step = jnp.where(correct, mean_shift(shift.difference, shift.weight), 0)
+            return value + site.epilogue.channels.spread(step, value.ndim)
+
+        quantized = self._program.run(qparams, flat, corrected)
+        by_site = {
+            name: _powers(reference.read(var), quantized.wide(var))
+            for name, var in self._tensors.items()
+            if var is not None and var in quantized
+        }
+        by_output = [
+            _powers(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+            for x in graph.outputs
+            if _is_float(graph.dtype(x))
+        ]
+        return Measured(by_site, by_output, shifts)
+
+
+def mean_shift(difference: Any, weight: Any) -> Any:
+    """Σ w (y - ŷ) / Σ w, and 0 where no value passes the activation."""
+    return jnp.where(weight > 0, difference, 0) / jnp.where(weight > 0, weight, 1)
+
+
+class _Activation(NamedTuple):
+    """The elementwise function of a site's output that others read."""
+
+    start: ir.Var
+    equations: tuple[ir.Equation, ...]
+    end: ir.Var
+
+    def of(self, value: jax.Array, env: evaluate.Environment) -> jax.Array:
+        """The function of a value, whose parameters `env` holds."""
+        inner = evaluate.Environment(env.graph, {}, [None] * len(env.graph.inputs))
+        for var in {v for eqn in self.equations for v in eqn.input_vars if env.graph.static[v]}:
+            inner.write(var, env.wide(var))
+        inner.write(self.start, value)
+        return evaluate.run(inner, self.equations, functools.partial(evaluate.apply, inner)).wide(
+            self.end
+        )
+
+
+def _activation(graph: ir.Graph, start: ir.Var) -> _Activation:
+    """The identity where others read several functions of the output."""
+    equations = activation_equations(graph, start)
+    region = {start, *(eqn.outputs[0] for eqn in equations)}
+    ends = [v for v in region if _is_read_outside(graph, v, region)]
+    if len(ends) != 1 or ends == [start]:
+        return _Activation(start, (), start)
+    return _Activation(start, equations, ends[0])
+
+
+def _is_read_outside(graph: ir.Graph, var: ir.Var, region: set[ir.Var]) -> bool:
+    users = graph.consumers.get(var, ())
+    return var in graph.output_vars or any(not set(user.outputs) <= region for user in users)
+
+
+def _shift(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
+    """From y - ŷ and f(y) - f(ŷ); values that are not finite are left out."""
+    slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
+    usable = jnp.isfinite(off) & jnp.isfinite(slope)
+    weight = jnp.where(usable, jnp.clip(slope, 0, 1), 0)
+    difference = weight * jnp.where(usable, off, 0)
+    return Shift(channels.sums(difference), channels.sums(weight))
+
+
+def _powers(reference: Any, quantized: Any) -> Powers:
+    """Over the elements where y is finite."""
+    reference, quantized = reference.astype(jnp.float32), quantized.astype(jnp.float32)
+    compared = jnp.isfinite(reference)
+    lost = jnp.any(compared & ~jnp.isfinite(quantized))
+    reference = jnp.where(compared, reference, 0)
+    noise = jnp.where(compared, reference - quantized, 0)
+    return Powers(jnp.sum(reference**2), jnp.where(lost, jnp.inf, jnp.sum(noise**2)))
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
