@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-
 # The options of `jaxquant.quant_post` under which this module tells its integers.
 QUANTIZER: dict[str, Any] = {
     "algo": "abs_max",

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.recover.compare import Comparison, Shift, mean_shift
+from jaxquant.recover.compare import Comparison, Shift
 
 
 def correct_biases(
@@ -35,6 +35,6 @@ def correct_biases(
     sites = dict(qparams["sites"])
     for name, shift in (total or {}).items():
         arrays = sites[name]
-        step = mean_shift(shift.difference, shift.weight).reshape(arrays["multiplier"].shape)
+        step = shift.mean().reshape(arrays["multiplier"].shape)
         sites[name] = {**arrays, "bias": arrays.get("bias", jnp.float32(0)) + step}
     return {**qparams, "sites": sites}

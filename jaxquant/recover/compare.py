@@ -26,11 +26,25 @@ class Shift(NamedTuple):
     """How far a site's channels are off, float32 [C] each.
 
     With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
-    values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ) and Σ w.
+    values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ), Σ w (y - ŷ)² and Σ w.
     """
 
     difference: jax.Array
+    square: jax.Array
     weight: jax.Array
+
+    def mean(self) -> jax.Array:
+        """The weighted mean of y - ŷ, shrunk by what it may owe to chance; 0 where nothing counts.
+
+        m² / (m² + s²) of the mean m, with s its standard error for Σ w independent values: a single
+        sample tells nothing of the others.
+        """
+        count = jnp.where(self.weight > 0, self.weight, 1)
+        mean = jnp.where(self.weight > 0, self.difference, 0) / count
+        variance = jnp.maximum(jnp.where(self.weight > 0, self.square, 0) / count - mean**2, 0)
+        chance = variance / jnp.maximum(count - 1, 0)
+        power = mean**2
+        return jnp.where((power > 0) & (count > 1), mean * power / (power + chance), 0)
 
 
 class Measured(NamedTuple):
@@ -92,7 +106,7 @@ class Comparison:
             gain = activation.of(wanted, reference) - activation.of(value, reference)
             shift = _shift(wanted - value, gain, site.epilogue.channels)
             shifts[site.site.name] = shift
-            step = jnp.where(correct, mean_shift(shift.difference, shift.weight), 0)
+            step = jnp.where(correct, shift.mean(), 0)
             return value + site.epilogue.channels.spread(step, value.ndim)
 
         quantized = self._program.run(qparams, flat, corrected)
@@ -107,11 +121,6 @@ class Comparison:
             if _is_float(graph.dtype(x))
         ]
         return Measured(by_site, by_output, shifts)
-
-
-def mean_shift(difference: Any, weight: Any) -> Any:
-    """Σ w (y - ŷ) / Σ w, and 0 where no value passes the activation."""
-    return jnp.where(weight > 0, difference, 0) / jnp.where(weight > 0, weight, 1)
 
 
 class _Activation(NamedTuple):
@@ -152,8 +161,8 @@ def _shift(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
     slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
     usable = jnp.isfinite(off) & jnp.isfinite(slope)
     weight = jnp.where(usable, jnp.clip(slope, 0, 1), 0)
-    difference = weight * jnp.where(usable, off, 0)
-    return Shift(channels.sums(difference), channels.sums(weight))
+    off = jnp.where(usable, off, 0)
+    return Shift(*(channels.sums(weight * power) for power in (off, off**2, jnp.ones_like(off))))
 
 
 def _powers(reference: Any, quantized: Any) -> Powers:

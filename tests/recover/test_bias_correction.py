@@ -33,8 +33,11 @@ def quantize(params: Any, apply_fn: Any, ds: Any, **options: Any) -> Any:
 
 
 def test_the_mean_error_of_every_channel_goes():
-    params, apply_fn, x = biased_model()
-    linear = lambda p, x: x @ p["a"]  # noqa: E731
+    params, _, x = biased_model()
+
+    def linear(p: Any, x: Any) -> Any:
+        return x @ p["a"]
+
     batches = [x[:32], x[32:64]]
     want = np.asarray(linear(params, x[:64]))
     errors = {}
@@ -42,7 +45,7 @@ def test_the_mean_error_of_every_channel_goes():
         qparams, qapply = quantize(params, linear, batches, recover=recover)
         errors[recover] = np.abs(np.mean(want - np.asarray(qapply(qparams, x[:64])), axis=0))
     assert errors[()].max() > 0.02
-    assert errors[("bias_correction",)].max() < 1e-4
+    assert errors[("bias_correction",)].max() < errors[()].max() / 20
 
 
 def test_the_model_gains_on_samples_that_it_has_not_seen():
@@ -79,11 +82,18 @@ def test_what_a_relu_discards_does_not_count():
     assert np.abs(with_ - np.asarray(apply_fn(params, x))[:, 0]).mean() <= error.mean() + 1e-6
 
 
+def test_a_single_sample_corrects_nothing():
+    params, apply_fn, x = biased_model()
+    plain, _ = quantize(params, apply_fn, [x[:1]], recover=())
+    corrected, _ = quantize(params, apply_fn, [x[:1]])
+    bias = corrected["sites"]["a"]["bias"] - plain["sites"]["a"].get("bias", 0.0)
+    np.testing.assert_array_equal(bias, np.zeros(32))
+
+
 def test_inputs_are_left_as_they_are_and_shapes_are_kept():
     params, apply_fn, x = biased_model()
     plain, _ = quantize(params, apply_fn, [x[:8]], recover=())
     corrected, _ = quantize(params, apply_fn, [x[:8]])
-    assert set(plain["sites"]["a"]) < {*plain["sites"]["a"], "bias"} | {"multiplier", "bias"}
     assert corrected["sites"]["a"]["bias"].shape == (32,)
     assert corrected["sites"]["a"]["bias"].dtype == np.float32
     np.testing.assert_array_equal(plain["params"]["a"]["int8"], corrected["params"]["a"]["int8"])
@@ -91,5 +101,7 @@ def test_inputs_are_left_as_they_are_and_shapes_are_kept():
 
 def test_an_unknown_step_is_refused():
     params, apply_fn, x = biased_model()
-    with pytest.raises(ValueError, match="recover: 'bias_corection' is not known.*bias_correction"):
+    with pytest.raises(
+        ValueError, match=r"recover: 'bias_corection' is not known.*bias_correction"
+    ):
         quantize(params, apply_fn, [x], recover=("bias_corection",))
