@@ -7,7 +7,17 @@ print(qapply.report())
 
 from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
-from jaxquant.calibration.threshold import kl_threshold
+from jaxquant.calibration.kl import kl_threshold
+from jaxquant.calibration.observers import Observer, histogram_observer
 from jaxquant.pipeline import calibrate, quant_post, quantize
 
-__all__ = ["__version__", "calibrate", "capture", "kl_threshold", "quant_post", "quantize"]
+__all__ = [
+    "Observer",
+    "__version__",
+    "calibrate",
+    "capture",
+    "histogram_observer",
+    "kl_threshold",
+    "quant_post",
+    "quantize",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from jaxquant.calibration import algorithms
+from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.errors import nearest
 from jaxquant.graph import kinds
 
@@ -20,7 +20,8 @@ RECOVERY_STEPS = ("bias_correction",)
 class QuantConfig:
     """The choices of a quantization; see `jaxquant.quant_post` for their meaning."""
 
-    algo: str = "KL"
+    algo: str | Observer = "KL"
+    hist_percent: float = 0.99999
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES
     is_full_quantize: bool = False
     weight_quantize_type: str = "channel_wise_abs_max"
@@ -30,12 +31,23 @@ class QuantConfig:
     skip_first_last: bool = False
 
     @property
+    def observer(self) -> Observer:
+        """What chooses the thresholds."""
+        return find_observer(self.algo, self.hist_percent)
+
+    @property
+    def algo_name(self) -> str:
+        return self.algo if isinstance(self.algo, str) else "custom"
+
+    @property
     def kinds(self) -> frozenset[str]:
         """The kinds that become int8."""
         return frozenset(OP_TYPES if self.is_full_quantize else self.quantizable_op_type)
 
     def __post_init__(self) -> None:
-        _check("algo", self.algo, algorithms.ALGORITHMS)
+        if not isinstance(self.algo, Observer):
+            _check("algo", self.algo, OBSERVERS)
+        find_observer("percentile", self.hist_percent)
         for name in ("quantizable_op_type", "skip", "recover"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.sweep import sweep
 from jaxquant.config import DEFAULT_OP_TYPES, RECOVERY_STEPS, QuantConfig
@@ -30,7 +31,8 @@ def quant_post(
     apply_fn: Callable[..., Any],
     ds: Any,
     *,
-    algo: str = "KL",
+    algo: str | Observer = "KL",
+    hist_percent: float = 0.99999,
     batch_size: int | None = None,
     batch_nums: int | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
@@ -56,8 +58,14 @@ def quant_post(
         a callable that returns a fresh iterator.  An array, or a tuple or dict of arrays, is a
         whole data set with samples along the first axis.  tensorflow-datasets (`tfds.as_numpy`,
         `tfds.data_source`), tf.data and Grain pass as they are.
-      algo: "KL" (the default), "abs_max" or its other name "direct"; "KL:paddle-3.3",
-        "KL:paddle-1.6" and "KL:nvidia" search like those.  See `jaxquant.kl_threshold`.
+      algo: how the thresholds are chosen, the largest |x| that each int8 tensor keeps:
+        "KL" (the default, see `jaxquant.kl_threshold`) and "KL:paddle-3.3", "KL:paddle-1.6",
+        "KL:nvidia", which search like those; "abs_max", also "direct" or "min_max": no clipping;
+        "avg": the mean over the samples of their largest |x|; "hist", also "percentile": see
+        `hist_percent`; "mse": least squared error; "emd": least change of mean and deviation;
+        "ptf": the largest |x| over a power of two, by squared error; "auto": least squared error
+        with clipping weighing 16 times; or a `jaxquant.Observer` of one's own.
+      hist_percent: the fraction of the values that "hist" keeps.
       batch_size: None where `ds` yields batches; n to stack its samples n at a time.
       batch_nums: how many batches to use; None for all.
       quantizable_op_type: the kinds that become int8, by PaddleSlim's names.
@@ -98,6 +106,7 @@ def quant_post(
     """
     config = QuantConfig(
         algo=algo,
+        hist_percent=hist_percent,
         quantizable_op_type=quantizable_op_type,
         is_full_quantize=is_full_quantize,
         weight_quantize_type=weight_quantize_type,
@@ -116,6 +125,7 @@ def calibrate(
     apply_fn: Callable[..., Any],
     ds: Any,
     *,
+    algo: str | Observer = "KL",
     batch_size: int | None = None,
     batch_nums: int | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
@@ -127,7 +137,8 @@ def calibrate(
 ) -> Observations:
     """Run the float model over `ds` once and observe every tensor that may become int8.
 
-    The first step of `jaxquant.quant_post`, whose arguments these are.
+    The first step of `jaxquant.quant_post`, whose arguments these are.  `algo` matters for "avg"
+    and an observer of one's own, which keep statistics beside the common ones.
 
     Returns:
       The observations, from which `jaxquant.quantize` makes the int8 model, with any `algo`.  They
@@ -145,6 +156,7 @@ def calibrate(
       1.0
     """
     config = QuantConfig(
+        algo=algo,
         quantizable_op_type=quantizable_op_type,
         is_full_quantize=is_full_quantize,
         skip=skip,
@@ -159,7 +171,8 @@ def quantize(
     apply_fn: Callable[..., Any],
     observations: Observations,
     *,
-    algo: str = "KL",
+    algo: str | Observer = "KL",
+    hist_percent: float = 0.99999,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     is_full_quantize: bool = False,
     weight_quantize_type: str = "channel_wise_abs_max",
@@ -175,7 +188,8 @@ def quantize(
     Args:
       params: the parameters that were calibrated.
       apply_fn: the function that was calibrated.
-      observations: what `jaxquant.calibrate` returned; they serve any `algo`.
+      observations: what `jaxquant.calibrate` returned; they serve any `algo`, but "avg" and
+        observers of one's own only where they were made with it.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`.
@@ -194,6 +208,7 @@ def quantize(
     """
     config = QuantConfig(
         algo=algo,
+        hist_percent=hist_percent,
         quantizable_op_type=quantizable_op_type,
         is_full_quantize=is_full_quantize,
         weight_quantize_type=weight_quantize_type,
@@ -221,8 +236,9 @@ def _calibrate(
 ) -> Observations:
     check_params(params)
     tensors_of = functools.partial(observed_tensors, config=config)
+    observer = None if config.observer.keeps_histogram else config.observer
     with contextlib.closing(batches):  # the progress bar ends before an error is printed
-        return sweep(params, apply_fn, batches, tensors_of)
+        return sweep(params, apply_fn, batches, tensors_of, observer)
 
 
 def _quantize(

@@ -55,9 +55,13 @@ class Observations:
       batches, samples: how many were seen; a sample is an entry of the first input's first axis.
       examples: the first batches, those of the first one's shapes and up to 64 samples; they give
         the input shapes and the data on which the float and the int8 model are compared.
+      observer: the `jaxquant.Observer` that kept statistics of its own; None for none.
+      states: tensor name -> its state, in NumPy.
     """
 
     tensors: Mapping[str, TensorStats]
     batches: int
     samples: int
     examples: tuple[tuple[Any, ...], ...]
+    observer: Any = None
+    states: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
@@ -28,6 +29,7 @@ def sweep(
     apply_fn: Callable[..., Any],
     batches: Iterable[tuple[Any, ...]],
     tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
+    observer: Observer | None = None,
 ) -> Observations:
     """Run the float model over `batches` once and observe the tensors that `tensors_of` names.
 
@@ -36,12 +38,13 @@ def sweep(
       apply_fn: the model.
       batches: tuples of the inputs after `params`.
       tensors_of: graph -> tensor name -> tensor; gives the same names for every input shape.
+      observer: what keeps statistics of its own beside those that are kept always.
 
     Raises:
       ValueError: a batch does not fit `apply_fn` or gives another graph, or an activation is NaN
         or infinite.
     """
-    state = Sweep(params, apply_fn, tensors_of)
+    state = Sweep(params, apply_fn, tensors_of, observer)
     for inputs in batches:
         state.add(inputs)
     return state.finish()
@@ -55,14 +58,17 @@ class Sweep:
         params: Any,
         apply_fn: Callable[..., Any],
         tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
+        observer: Observer | None = None,
     ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
         self._apply_fn = apply_fn
         self._tensors_of = tensors_of
+        self._observer = observer
         self._names: tuple[str, ...] = ()
         self._step = jax.jit(self._observe, donate_argnums=0)
         self.state: Any = None
+        self._own: Any = ()  # the observer's state of each tensor
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one
         self._batches = self._samples = 0
         self._examples: list[tuple[Any, ...]] = []
@@ -72,7 +78,9 @@ class Sweep:
             self._start(inputs)
         else:
             self._keep(inputs)
-        self.state, bad = self._step(self.state, self._params, np.int32(self._batches), *inputs)
+        self.state, self._own, bad = self._step(
+            self.state, self._own, self._params, np.int32(self._batches), *inputs
+        )
         self._check_finite()
         self._bad = bad
         self._batches += 1
@@ -90,7 +98,15 @@ class Sweep:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )
-        return Observations(stats, self._batches, self._samples, tuple(self._examples))
+        own = jax.tree.map(np.asarray, self._own)
+        return Observations(
+            tensors=stats,
+            batches=self._batches,
+            samples=self._samples,
+            examples=tuple(self._examples),
+            observer=self._observer,
+            states=dict(zip(self._names, own, strict=True)) if self._observer else {},
+        )
 
     def _start(self, inputs: tuple[Any, ...]) -> None:
         try:
@@ -106,6 +122,8 @@ class Sweep:
         check_weights(graph, found, self._params)
         self._names = tuple(self._tensors_of(graph))
         self.state = _stack([histogram.init()] * len(self._names))
+        if self._observer is not None:
+            self._own = tuple(self._observer.init() for _ in self._names)
         self._examples = [inputs]
 
     def _keep(self, inputs: tuple[Any, ...]) -> None:
@@ -115,8 +133,8 @@ class Sweep:
             self._examples.append(inputs)
 
     def _observe(
-        self, state: State, params: Any, batch: Any, *inputs: Any
-    ) -> tuple[State, jax.Array]:
+        self, state: State, own: Any, params: Any, batch: Any, *inputs: Any
+    ) -> tuple[State, Any, jax.Array]:
         graph = trace(self._apply_fn, self._structs, inputs)
         tensors = self._tensors_of(graph)
         if tuple(tensors) != self._names:
@@ -129,7 +147,10 @@ class Sweep:
         env = evaluate.evaluate(graph, leaves, jax.tree.leaves(inputs), equations=needed)
         seen = _stack([histogram.observe(env.read(var), batch) for var in tensors.values()])
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
-        return state, state.first_bad + 0  # not donated with the state
+        if self._observer is not None:
+            values = [env.read(var) for var in tensors.values()]
+            own = tuple(map(self._observer.update, own, values))
+        return state, own, state.first_bad + 0  # not donated with the state
 
     def _check_finite(self) -> None:
         if self._bad is None:

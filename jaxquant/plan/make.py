@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jaxquant.calibration.algorithms import find_thresholds
-from jaxquant.calibration.observations import Observations, merge
+from jaxquant.calibration.observations import Observations, TensorStats, merge
+from jaxquant.calibration.observers import check_thresholds
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
@@ -80,7 +80,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
         kinds=tuple(sorted(config.kinds)),
         weight_quantize_type=config.weight_quantize_type,
         activation_quantize_type=config.activation_quantize_type,
-        algo=config.algo,
+        algo=config.algo_name,
         recover=tuple(config.recover),
     )
 
@@ -112,11 +112,38 @@ def _plan_tensors(
     stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
     steps = [levels(s.min, s.max, asymmetric) for s in stats]
     tensors = []
-    thresholds = find_thresholds(stats, steps, config.algo)
+    thresholds = _thresholds(observations, config, groups, stats, steps)
     for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
         grid = make_grid(threshold, seen.min, seen.max, asymmetric)
         tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
     return tuple(tensors)
+
+
+def _thresholds(
+    observations: Observations,
+    config: QuantConfig,
+    groups: Mapping[str, Sequence[str]],
+    stats: Sequence[TensorStats],
+    steps: Sequence[int],
+) -> list[float]:
+    """The threshold of each group."""
+    observer = config.observer
+    if not groups:
+        return []
+    if observer.keeps_histogram:
+        return check_thresholds(observer.threshold(stats, steps), list(groups))
+    if observations.observer != observer:
+        raise ValueError(
+            f"algo={config.algo_name!r} keeps statistics of its own, and these observations were "
+            "made without it; pass the same algo to jaxquant.calibrate"
+        )
+    members = [(name, step) for group, step in zip(groups.values(), steps, strict=True)
+               for name in group]  # fmt: skip
+    names = [name for name, _ in members]
+    states = [observations.states[name] for name in names]
+    found = observer.threshold(states, [step for _, step in members])
+    by_name = dict(zip(names, check_thresholds(found, names), strict=True))
+    return [max(by_name[name] for name in group) for group in groups.values()]
 
 
 def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:

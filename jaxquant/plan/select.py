@@ -12,7 +12,10 @@ from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
 
-LARGEST_SUM = (2**31 - 1) // 127**2  # products of int8 values that int32 holds
+# How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
+# points.
+LARGEST_SUM = (2**31 - 1) // (128 * 127)
+LARGEST_SUM_OF_TENSORS = (2**31 - 1) // 255**2
 SKIP_SCOPE = "skip_quant"
 
 
@@ -65,7 +68,7 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
     if eqn.params.get("batch_group_count", 1) != 1:
         return "batch_group_count is not 1"
     terms = _terms(graph, eqn)
-    if terms > LARGEST_SUM:
+    if terms > (LARGEST_SUM_OF_TENSORS if site.weight is None else LARGEST_SUM):
         return f"its sums of {terms} products may overflow int32"
     return ""
 

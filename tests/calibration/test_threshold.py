@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxquant.calibration import kl
 from jaxquant.calibration import threshold as th
 
 ORACLES = Path(__file__).parent.parent / "data" / "kl_thresholds.npz"
 SEARCHES = {
-    "kl": th.kl_threshold,
+    "kl": kl.kl_threshold,
     "abs_max": th.abs_max_threshold,
     "percentile": th.percentile_threshold,
     "mse": th.mse_threshold,
@@ -160,7 +161,7 @@ def widths(oracles) -> np.ndarray:
 
 @pytest.mark.parametrize("version", ["3.3", "1.6"])
 def test_paddle_thresholds_are_the_oracles(oracles, version):
-    got = th.kl_threshold(stacked(oracles, "hist"), widths(oracles), f"paddle-{version}")
+    got = kl.kl_threshold(stacked(oracles, "hist"), widths(oracles), f"paddle-{version}")
     # Paddle multiplies in float32, so its value is ours rounded to float32, bit for bit.
     np.testing.assert_array_equal(
         got.astype(np.float32), stacked(oracles, f"paddle_{version}_threshold")
@@ -168,14 +169,14 @@ def test_paddle_thresholds_are_the_oracles(oracles, version):
 
 
 def test_paddle_divergence_curve_is_the_oracles(oracles):
-    candidates, got = th.kl_curve(stacked(oracles, "hist"), 1.0, "paddle-3.3")
+    candidates, got = kl.kl_curve(stacked(oracles, "hist"), 1.0, "paddle-3.3")
     np.testing.assert_array_equal(candidates[0], np.arange(1023, 2048) + 0.5)
     np.testing.assert_allclose(got, stacked(oracles, "paddle_3.3_divergence"), rtol=0, atol=1e-11)
 
 
 def test_nvidia_thresholds_are_the_oracles(oracles):
     edges = stacked(oracles, "edges").astype(np.float64)
-    got = th.kl_threshold(stacked(oracles, "hist"), 1.0, "nvidia")
+    got = kl.kl_threshold(stacked(oracles, "hist"), 1.0, "nvidia")
     want = (stacked(oracles, "nvidia_s8_threshold") - edges[:, 0]) / widths(oracles)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)  # the edges are float32
 
@@ -193,10 +194,10 @@ def sparse_histograms(bins: int) -> st.SearchStrategy[list[int]]:
 def test_paddle_matches_reference(hist):
     for name, start, groups in [("3.3", 0.5, 127), ("1.6", 0.7, 255)]:
         want, curve = reference_paddle(hist, int(299 * start), groups)
-        candidates, got = th.kl_curve(hist, 1.0, f"paddle-{name}")
+        candidates, got = kl.kl_curve(hist, 1.0, f"paddle-{name}")
         expected = [curve.get(int(i), math.nan) for i in candidates]
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
-        chosen = float(th.kl_threshold(hist, 1.0, f"paddle-{name}"))
+        chosen = float(kl.kl_threshold(hist, 1.0, f"paddle-{name}"))
         if curve:  # rounding may decide between equals
             assert curve[int(chosen)] <= curve[int(want)] + 1e-10
         else:
@@ -208,7 +209,7 @@ def test_paddle_matches_reference(hist):
 def test_nvidia_matches_reference(seed, empty):
     rng = np.random.default_rng(seed)
     hist = rng.integers(1, 100, 200) * (rng.uniform(size=200) >= empty)
-    assert float(th.kl_threshold(hist, 1.0, "nvidia")) == reference_nvidia(hist.tolist())
+    assert float(kl.kl_threshold(hist, 1.0, "nvidia")) == reference_nvidia(hist.tolist())
 
 
 @settings
@@ -223,7 +224,7 @@ def test_default_matches_reference(hist, fraction):
     errors = np.array([error for _, error in want])
     h = [min(hist[:2]), *hist[1:]]
     weighted = errors + [15 * clipped_squares(h, t) if t < limit else 0.0 for t in candidates]
-    got_candidates, got = th.kl_curve(hist, 1.0, abs_max=limit)
+    got_candidates, got = kl.kl_curve(hist, 1.0, abs_max=limit)
     np.testing.assert_allclose(got_candidates, candidates)
     competes = ~np.isnan(got)
     np.testing.assert_allclose(got[competes], [d for d, _ in np.array(want)[competes]], atol=1e-9)
@@ -232,7 +233,7 @@ def test_default_matches_reference(hist, fraction):
     assert np.all(weighted[competes] <= weighted[-1] * (1 + 1e-6) + slack)
     assert np.all(weighted[~competes] >= weighted[-1] * (1 - 1e-6) - slack)
     assert competes[-1]
-    chosen = float(th.kl_threshold(hist, 1.0, abs_max=limit))
+    chosen = float(kl.kl_threshold(hist, 1.0, abs_max=limit))
     assert got[got_candidates == chosen][0] <= np.nanmin(got) + 1e-10
     best = float(th.mse_threshold(hist, 1.0, abs_max=limit))
     assert reference_int8(hist, best)[1] <= errors.min() * (1 + 1e-9) + slack
@@ -261,7 +262,7 @@ def test_mse_is_exact_for_values_spread_within_their_bins():
 def test_default_is_never_worse_than_abs_max(name):
     x = distributions()[name]
     counts, width, abs_max = histogram(x)
-    threshold = float(th.kl_threshold(counts, width, abs_max=abs_max))
+    threshold = float(kl.kl_threshold(counts, width, abs_max=abs_max))
     assert 0 < threshold <= abs_max
     assert sqnr_db(x, threshold) >= sqnr_db(x, abs_max) - 0.05  # the histogram is an estimate
 
@@ -271,8 +272,8 @@ def test_textbook_search_clips_hard(name):
     x = distributions()[name]
     counts, width, abs_max = histogram(x)
     full, edges = np.histogram(np.abs(x), 2048)  # as Paddle does, up to abs max
-    textbook = float(th.kl_threshold(full, edges[1], "paddle-3.3"))
-    default = float(th.kl_threshold(counts, width, abs_max=abs_max))
+    textbook = float(kl.kl_threshold(full, edges[1], "paddle-3.3"))
+    default = float(kl.kl_threshold(counts, width, abs_max=abs_max))
     assert sqnr_db(x, textbook) < sqnr_db(x, default) - 3
 
 
@@ -280,14 +281,14 @@ def test_textbook_search_clips_hard(name):
 def test_default_gains_where_clipping_pays(name):
     x = distributions()[name]
     counts, width, abs_max = histogram(x)
-    threshold = float(th.kl_threshold(counts, width, abs_max=abs_max))
+    threshold = float(kl.kl_threshold(counts, width, abs_max=abs_max))
     assert threshold < 0.98 * abs_max
     assert sqnr_db(x, threshold) > sqnr_db(x, abs_max) + 0.1
 
 
 def test_saturated_activation_is_not_clipped():
     counts, width, abs_max = histogram(distributions()["relu6"])
-    assert float(th.kl_threshold(counts, width, abs_max=abs_max)) == 6.0
+    assert float(kl.kl_threshold(counts, width, abs_max=abs_max)) == 6.0
 
 
 @pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
@@ -311,9 +312,9 @@ def test_all_zero_gives_zero(search):
 
 def test_zero_spike_does_not_matter():
     counts, width, abs_max = histogram(distributions()["relu"])
-    want = float(th.kl_threshold(counts, width, abs_max=abs_max))
+    want = float(kl.kl_threshold(counts, width, abs_max=abs_max))
     counts[0] += 10**12
-    assert float(th.kl_threshold(counts, width, abs_max=abs_max)) == want
+    assert float(kl.kl_threshold(counts, width, abs_max=abs_max)) == want
 
 
 # --- properties of all ----------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_leading_axes_and_scaling(search):
 
 
 def test_x64_stays_off():
-    th.kl_threshold(np.ones(2048), 1.0)
+    kl.kl_threshold(np.ones(2048), 1.0)
     assert jax.numpy.ones(1).dtype == np.float32
 
 
@@ -368,7 +369,7 @@ def test_percentile():
 )
 def test_bad_input(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        th.kl_threshold(**{"counts": [1, 2, 3], "bin_width": 1.0, **kwargs})
+        kl.kl_threshold(**{"counts": [1, 2, 3], "bin_width": 1.0, **kwargs})
 
 
 @pytest.mark.parametrize("percent", [0.0, 1.5, -1.0, math.nan])

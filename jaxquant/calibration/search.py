@@ -1,0 +1,117 @@
+"""Run a threshold search over the histograms of all tensors at once.
+
+Searches work on `counts` [..., N], where bin j covers [j, j + 1) * bin_width, and give [...].  All
+tensors and all candidate thresholds are one compiled reduction in float64, so that counts up to
+2**53 are exact; the caller need not enable 64-bit types, and gets NumPy float64 back.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxquant.calibration.sums import MOST_LEVELS, SYMMETRIC_LEVELS
+
+
+class Histograms(NamedTuple):
+    """Validated histograms of T tensors, in NumPy."""
+
+    counts: np.ndarray  # [T, N] float64
+    limit: np.ndarray  # [T], no clipping, in bins
+    levels: np.ndarray  # [T], what the threshold maps to, as float64
+    bin_width: np.ndarray  # [...]
+    shape: tuple[int, ...]  # the leading axes [...], T in all
+
+
+def search(
+    function: Callable[..., jax.Array],
+    counts: ArrayLike,
+    bin_width: ArrayLike,
+    abs_max: ArrayLike | None,
+    levels: ArrayLike = SYMMETRIC_LEVELS,
+    *args: np.float64,
+) -> np.ndarray:
+    """`function(h [N], limit [], levels [], *args)` of every tensor, times its bin width.
+
+    `limit` is the threshold without clipping in bins; the other arguments are those of
+    `jaxquant.kl_threshold`.
+    """
+    hist = validated(counts, bin_width, abs_max, levels)
+    return np.asarray(run_search(function, hist, *args)).reshape(hist.shape) * hist.bin_width
+
+
+def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[no-untyped-def]
+    """What `function` gives for every tensor, stacked and in NumPy."""
+    with _float64_on_host():
+        return jax.tree.map(np.asarray, _map_tensors(function, *hist[:3], *args))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _map_tensors(function, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
+    """[T, N] and [T] to whatever `function` gives, stacked; a tensor at a time to bound memory."""
+    return lax.map(lambda tensor: function(*tensor, *args), (counts, limit, levels))
+
+
+@contextlib.contextmanager
+def _float64_on_host() -> Iterator[None]:
+    """64-bit types for this computation alone, on the CPU where JAX has one at hand."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # the platforms were restricted to an accelerator
+        device = None
+    with jax.enable_x64(True), jax.default_device(device):
+        yield
+
+
+def validated(
+    counts: ArrayLike, bin_width: ArrayLike, abs_max: ArrayLike | None, levels: ArrayLike
+) -> Histograms:
+    h = np.asarray(counts)
+    if h.ndim < 1 or h.shape[-1] < 2 or h.dtype.kind not in "iuf":
+        raise ValueError(
+            f"counts are numbers [..., N] with N >= 2 bins; got shape {h.shape} and dtype {h.dtype}"
+        )
+    h = h.astype(np.float64)
+    _refuse("counts", h, ~np.isfinite(h), "must be finite")
+    _refuse("counts", h, h < 0, "must not be negative")
+    width = np.asarray(bin_width, np.float64)
+    _refuse("bin_width", width, ~(np.isfinite(width) & (width > 0)), "must be positive and finite")
+    shape = h.shape[:-1]
+    width = _broadcast("bin_width", width, shape)
+    bins = np.where(h > 0, np.arange(1, h.shape[-1] + 1), 0).max(axis=-1)  # up to the last in use
+    limit = np.where(bins > 1, bins, 0).astype(np.float64)
+    if abs_max is not None:
+        largest = np.asarray(abs_max, np.float64)
+        _refuse("abs_max", largest, ~(np.isfinite(largest) & (largest >= 0)), "must be >= 0")
+        largest = _broadcast("abs_max", largest, shape)
+        too_small = largest < (bins - 1) * width * (1 - 1e-6)
+        _refuse("abs_max", largest, too_small, "lies below the last bin in use")
+        limit = np.minimum(bins, largest / width)
+    steps = np.asarray(levels, np.float64)
+    known = (steps >= SYMMETRIC_LEVELS) & (steps <= MOST_LEVELS) & (steps == np.rint(steps))
+    _refuse("levels", steps, ~known, f"are whole, {SYMMETRIC_LEVELS} to {MOST_LEVELS}")
+    steps = _broadcast("levels", steps, shape)
+    h = h.reshape(-1, h.shape[-1])
+    return Histograms(h, limit.reshape(-1), steps.reshape(-1), width, shape)
+
+
+def _refuse(name: str, values: np.ndarray, bad: np.ndarray, rule: str) -> None:
+    if np.any(bad):
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        at = f" at index {where}" if where else ""
+        raise ValueError(f"{name} {rule}; got {values[where]!s}{at}")
+
+
+def _broadcast(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.broadcast_to(values, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must have the leading shape of counts, {shape}, or be a scalar; "
+            f"got shape {values.shape}"
+        ) from None

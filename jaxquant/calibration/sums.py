@@ -1,0 +1,89 @@
+"""Running sums of one histogram, from which threshold searches read the error of a quantizer.
+
+Everything is in units of the bin width, with the counts taken as spread evenly within each bin:
+
+    F(e) = int_0^e h(x) dx      the count below e
+    Z(e)                        the length of the non-empty part of [0, e)
+    G(e) = int_0^e F(x) dx      = sum over the values x below e of (e - x)
+
+each of which is a table look-up at a fractional position e.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SYMMETRIC_LEVELS = 127  # symmetric int8: the threshold maps to 127
+CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
+MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
+
+
+class Sums(NamedTuple):
+    """Running sums of one histogram, looked up at fractional positions."""
+
+    h: jax.Array  # [N]
+    below: jax.Array  # [N + 1], F at the bin edges
+    support: jax.Array  # [N + 1], Z at the bin edges
+    depth: jax.Array  # [N + 1], G at the bin edges
+
+
+def running(x: jax.Array) -> jax.Array:
+    """[N] -> [N + 1], the sums of the first 0, 1, ..., N."""
+    return jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(x)])
+
+
+def running_sums(h: jax.Array) -> Sums:
+    below = running(h)
+    support = running((h > 0).astype(h.dtype))
+    return Sums(h, below, support, running((below[:-1] + below[1:]) / 2))
+
+
+def locate(edges: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
+    """Positions -> the bin that each lies in, and the fraction of that bin below it."""
+    index = jnp.minimum(edges.astype(jnp.int32), bins - 1)
+    return index, edges - index.astype(edges.dtype)
+
+
+def without_zeros(h: jax.Array) -> jax.Array:
+    """Bin 0 less its excess over bin 1, which is taken to be exact zeros."""
+    return h.at[0].set(jnp.minimum(h[0], h[1]))
+
+
+def candidate_thresholds(h: jax.Array, limit: jax.Array) -> jax.Array:
+    """[N] thresholds 1, 2, 3, ... bins; those beyond no clipping all become no clipping."""
+    return jnp.minimum(jnp.arange(1, h.shape[0] + 1, dtype=h.dtype), limit)
+
+
+def level_edges(candidates: jax.Array, levels: jax.Array, bins: int) -> jax.Array:
+    """[C] -> [C, 255], the lower edges (k - 1/2) s of the levels 1 to L; then the end."""
+    k = jnp.arange(1, MOST_LEVELS + 1, dtype=candidates.dtype)
+    return jnp.where(k <= levels, candidates[:, None] * ((k - 0.5) / levels), float(bins))
+
+
+def squared_errors(
+    sums: Sums, candidates: jax.Array, edges: jax.Array, levels: jax.Array
+) -> jax.Array:
+    """[C] summed squared quantization errors; the equation is in `mse_threshold`."""
+    index, part = locate(edges, sums.h.shape[0])
+    depth = sums.depth[index] + part * (sums.below[index] + part * sums.h[index] / 2)
+    j = jnp.arange(sums.h.shape[0], dtype=sums.h.dtype)
+    first = jnp.sum(sums.h * (j + 0.5))
+    second = jnp.sum(sums.h * (j * (j + 1) + 1 / 3))
+    from_threshold = second - candidates * (2 * first - candidates * sums.below[-1])
+    inner = jnp.arange(1, MOST_LEVELS + 1, dtype=levels.dtype) <= levels
+    return from_threshold - 2 * candidates / levels * jnp.sum(depth, axis=1, where=inner)
+
+
+def clipped_squares(h: jax.Array) -> jax.Array:
+    """[N] sums of (x - T)**2 over the x above T, for T = 1, 2, 3, ... bins.
+
+    Integrating the count above T twice, from the far end, so that nothing cancels.
+    """
+
+    def from_the_end(x: jax.Array) -> jax.Array:
+        return running(x[::-1])[::-1]
+
+    above = from_the_end(h)
+    excess = from_the_end((above[:-1] + above[1:]) / 2)  # sums of x - T
+    return 2 * from_the_end(excess[1:] + above[1:] / 2 + h / 6)[1:]
