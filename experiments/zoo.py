@@ -1,11 +1,13 @@
 """The networks by name: module, preprocessing, and where their weights come from."""
 
 import difflib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.efficientnet_lite import VARIANTS, EfficientNetLite
@@ -66,11 +68,29 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
         raise tree.WeightsError(f"{name}, from {path}: {error}") from error
 
 
+def weights_fingerprint(name: str, weights: str | None = None) -> str | None:
+    """What tells the weights that `load` would take from others; None where there are none.
+
+    Fetches nothing: a package stands for what it carries, a file is read.
+
+    Raises:
+      WeightsError: there is no such file, or its reader refuses it.
+    """
+    if weights:
+        digest = hashlib.sha256()
+        for key, array in sorted(formats.read(weights).items()):
+            digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+    package = find(name).package
+    return package[0].sha256 if package else None
+
+
 def _packaged(name: str, entry: Entry) -> Path:
     if entry.package is None:
         raise tree.WeightsError(
             f"{name}: no package carries its weights; give a file, with one of the suffixes "
-            f"{', '.join(formats.READERS)} (--config.weights=FILE)"
+            f"{', '.join(formats.READERS)}, or an Orbax folder (--config.weights=FILE)"
         )
     package, patterns = entry.package
     files = fetch.extract(package, patterns)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import common
-from experiments import quant_post, results, zoo
+from experiments import quant_post, results, settings, zoo
 from experiments.weights.tree import WeightsError
 
 REPOSITORY = Path(common.__file__).parent.parent
@@ -99,12 +99,12 @@ def test_folders_go_before_the_embedded_data(tmp_path):
     config = get_config("efficientnet_lite0")
     config.calib_samples = 2
     config.data_dir = folder_of(tmp_path / "evaluation", 5)
-    calibration, evaluation = quant_post.choose_data(config, 32)
+    calibration, evaluation = settings.choose_data(config, 32)
     assert (calibration.name, calibration.size) == ("evaluation", 2)
     assert (evaluation.name, evaluation.size) == ("evaluation", 5)
 
     config.calib_dir = folder_of(tmp_path / "calibration", 3)
     config.eval_samples = 4
-    calibration, evaluation = quant_post.choose_data(config, 32)
+    calibration, evaluation = settings.choose_data(config, 32)
     assert (calibration.name, calibration.size) == ("calibration", 2)
     assert (evaluation.name, evaluation.size) == ("evaluation", 4)
