@@ -132,7 +132,7 @@ def _legend(rows: Sequence[Row]) -> str:
     for row in rows:
         evaluation, calibration = row["evaluation"], row["calibration"]
         same = evaluation["fingerprint"] == calibration["fingerprint"]
-        of = ", which are among them" if same else f" of {calibration['name']}"
+        of = " of the same set" if same else f" of {calibration['name']}"
         text = f"{row['images']} images of {evaluation['name']}, "
         text += f"{calibration['images'] or 'all'} to calibrate on{of}"
         images.setdefault(text, [])

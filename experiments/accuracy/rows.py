@@ -113,7 +113,7 @@ class Store:
     def evaluation(self, network: Network) -> Evaluation | None:
         """What the float network said, if an earlier run kept it whole."""
         try:
-            with np.load(self._evaluation_path(network)) as kept:
+            with self._evaluation_path(network).open("rb") as file, np.load(file) as kept:
                 return Evaluation(kept["logits"], kept["labels"], float(kept["seconds"]))
         except (FileNotFoundError, zipfile.BadZipFile):
             return None

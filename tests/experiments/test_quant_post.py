@@ -18,7 +18,7 @@ REPOSITORY = Path(common.__file__).parent.parent
 CONFIGS = sorted(
     path.stem
     for path in (REPOSITORY / "configs").glob("*.py")
-    if path.stem not in ("__init__", "common")
+    if path.stem not in ("__init__", "common", "accuracy_table")
 )
 
 
