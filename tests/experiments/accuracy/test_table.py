@@ -167,6 +167,7 @@ def test_bad_arguments_are_explained(config, tmp_path):
     config.data_dir = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match="nowhere: no such folder"):
         plan_of(config, tmp_path)
+    config.data_dir = ""
     config.weights.tiny_c = str(tmp_path / "w.npz")
     with pytest.raises(WeightsError, match=r"w\.npz: no such weight file"):
         plan_of(config, tmp_path)
