@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from experiments import imagenet
 from experiments.weights import fetch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -59,13 +60,21 @@ def from_examples(name: str, examples: list[Example], fingerprint: str = "") -> 
 def folder(path: str | Path) -> Dataset:
     """A folder of images with a `labels.csv` of (file, label), or one subfolder a class.
 
-    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.
+    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.  A
+    flat folder of ImageNet's validation images is understood too; see `experiments.imagenet`.
+
+    Raises:
+      DataError: the folder is none of these, or labels or images are missing.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (a folder of images is expected)")
+    if imagenet.splits(root):
+        raise DataError(f"{root}: has the folders train and val; give one of them")
     if (root / LABELS_FILE).is_file():
         pairs = _read_labels(root)
+    elif flat := _flat_imagenet(root):
+        pairs = flat
     else:
         classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
         if all(SYNSET.fullmatch(entry.name) for entry in classes) and 0 < len(classes) < 1000:
@@ -179,6 +188,13 @@ def subset(dataset: Dataset, count: int) -> Dataset:
         size=count,
         examples=lambda: (e for i, e in enumerate(dataset.examples()) if i in chosen),
     )
+
+
+def _flat_imagenet(root: Path) -> list[tuple[Path, int]]:
+    try:
+        return imagenet.flat_validation(root)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_labels(root: Path) -> list[tuple[Path, int]]:

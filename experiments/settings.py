@@ -1,6 +1,7 @@
 """From the settings of an experiment to its network and its images."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import data, zoo
+from experiments import data, imagenet, zoo
 from experiments.evaluate import Evaluation, evaluate
 from experiments.loader import batches
 from experiments.preprocessing import Preprocessing
@@ -72,12 +73,15 @@ def choose_data(config: ConfigDict, size: int) -> tuple[data.Dataset, data.Datas
     """The images to calibrate on and those to evaluate on.
 
     Args:
-      config: `data_dir` goes before `tfds`, which goes before the embedded `dataset`.
+      config: `data_dir` goes before `tfds`, which goes before the embedded `dataset`.  Where
+        `data_dir` has the folders `train` and `val` of ImageNet, they are the two.
       size: of the images that the network takes, for noise.
     """
     if config.data_dir:
-        evaluation = data.folder(config.data_dir)
-        calibration = data.folder(config.calib_dir) if config.calib_dir else evaluation
+        train, val = imagenet.splits(Path(config.data_dir).expanduser()) or ("", config.data_dir)
+        evaluation = data.folder(val)
+        other = config.calib_dir or train
+        calibration = data.folder(other) if other else evaluation
     elif config.tfds:
         folder = config.tfds_dir or None
         evaluation = data.tfds(config.tfds, config.tfds_split, folder)

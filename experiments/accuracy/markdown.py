@@ -131,7 +131,7 @@ def _legend(rows: Sequence[Row]) -> str:
     images: dict[str, list[str]] = {}
     for row in rows:
         evaluation, calibration = row["evaluation"], row["calibration"]
-        same = evaluation["fingerprint"] == calibration["fingerprint"]
+        same = all(evaluation[k] == calibration[k] for k in ("name", "fingerprint"))
         of = " of the same set" if same else f" of {calibration['name']}"
         text = f"{row['images']} images of {evaluation['name']}, "
         text += f"{calibration['images'] or 'all'} to calibrate on{of}"

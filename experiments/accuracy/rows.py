@@ -27,8 +27,17 @@ from experiments.settings import choose_data, model_input
 
 EXPERIMENTS = Path(__file__).parents[1]
 # What the figures of a float network depend on, beside its weights and images.
-FLOAT_SOURCES = ("models", "weights", "data.py", "evaluate.py", "loader.py", "preprocessing.py",
-                 "settings.py", "zoo.py")  # fmt: skip
+FLOAT_SOURCES = (
+    "models",
+    "weights",
+    "data.py",
+    "evaluate.py",
+    "imagenet.py",
+    "loader.py",
+    "preprocessing.py",
+    "settings.py",
+    "zoo.py",
+)
 ROW_SOURCES = ("accuracy/intervals.py", "accuracy/measure.py", "results.py")
 
 

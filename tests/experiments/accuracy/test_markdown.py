@@ -57,14 +57,14 @@ def test_golden():
 
 
 def test_the_legend_tells_data_sets_apart():
-    cifar = DATA | {"evaluation": {"name": "cifar10/test", "images": 1, "fingerprint": "b"}}
+    cifar = DATA | {"evaluation": {"name": "calib", "images": 1, "fingerprint": "b"}}
     rows = {
         "mobilenet_v1": [ROW],
         "cifar10_resnet20": [ROW | cifar | {"model": "cifar10_resnet20", "cores": 2}],
     }
     text = markdown.render(list(rows), rows, {})
     assert "on MobileNetV1: 650 images of val, 100 to calibrate on of calib; ResNet20" in text
-    assert "650 images of cifar10/test, 100 to calibrate on of the same set" in text
+    assert "650 images of calib, 100 to calibrate on of the same set" in text
     assert "on 1 or 2 cores." in text
 
 
