@@ -48,11 +48,14 @@ class Network(NamedTuple):
       name: in the zoo.
       config: settings as in `configs/common.py`.
       key: all that the figures of the float network depend on; None without weights.
+      library: what a row depends on beside it.  It is as old as the plan, so that a source that
+        changes while processes run does not pass for what they ran.
     """
 
     name: str
     config: ConfigDict
     key: dict[str, Any] | None
+    library: dict[str, str]
 
     def row_key(self, method: Method) -> dict[str, Any]:
         """All that the figures of the network under a method depend on."""
@@ -61,8 +64,7 @@ class Network(NamedTuple):
             "method": method.name,
             "options": method.options,
             **(self.key or {}),
-            "jaxquant": jaxquant.__version__,
-            "source": _library_sources(),
+            **self.library,
         }
 
 
@@ -86,8 +88,9 @@ def network(config: ConfigDict, name: str, backend: str) -> Network:
         weights: str | None = "random"
     else:
         weights = zoo.weights_fingerprint(name, own.weights or None)
+    library = {"jaxquant": jaxquant.__version__, "source": _library_sources()}
     if weights is None:
-        return Network(name, own, None)
+        return Network(name, own, None, library)
     calibration, evaluation = choose_data(own, model_input(own).size)
     key = {
         "weights": weights,
@@ -99,7 +102,7 @@ def network(config: ConfigDict, name: str, backend: str) -> Network:
         "jax": jax.__version__,
         "experiments": _experiment_sources(),
     }
-    return Network(name, own, key)
+    return Network(name, own, key, library)
 
 
 class Store:

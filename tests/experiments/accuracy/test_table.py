@@ -139,9 +139,12 @@ def test_what_the_figures_depend_on_makes_a_new_row(config, tmp_path, monkeypatc
         arrays["conv/kernel"][0, 0, 0, 0] += 1
     assert len({float32, *names}) == 3
 
+    (planned,) = plan_of(config, tmp_path).networks
+    key = planned.row_key(CHOSEN[0])
     monkeypatch.setattr(table.rows, "_library_sources", lambda: "another")
     assert keys()[0] != row
     assert keys()[1] == float32
+    assert planned.row_key(CHOSEN[0]) == key  # what is running is still the old library
 
 
 def test_a_torn_file_of_logits_is_made_again(config, tmp_path):
