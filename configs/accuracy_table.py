@@ -6,11 +6,16 @@ labels.csv, and on the 10,000 test images of CIFAR-10 (downloads, once):
   python experiments/accuracy_table.py --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES \
     --config.weights.googlenet=FILE --config.weights.mobilenet_v2=FILE \
     --config.weights.cifar10_resnet20=FILE --markdown=README.md
+
+--methods and --models choose some of them, --dry_run lists what would run. A network of the zoo
+that is not below is measured by its name:
+--models=vgg16_torchvision --config.weights.vgg16_torchvision=FILE.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
+from experiments import zoo
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -33,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "cifar10_resnet20",
     )
     # A file for each network; empty: the registry package that carries its weights, if one does.
-    config.weights = ConfigDict(dict.fromkeys(config.models, ""))
+    config.weights = ConfigDict(dict.fromkeys(zoo.MODELS, ""))
     # Settings of single networks, which go before the others. The data of CIFAR-10 are a package.
     config.per_model = ConfigDict({
         "cifar10_resnet20": {"dataset": "cifar10", "data_dir": "", "tfds": "", "batch_size": 100}

@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", str(CONFIGS / "accuracy_table.py"), "Settings.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/accuracy_table", "Where finished rows are kept.")
-MODELS = flags.DEFINE_list("models", [], "Networks of the table; all of --config.models if empty.")
+MODELS = flags.DEFINE_list("models", [], "Networks of the zoo; --config.models if empty.")
 METHODS = flags.DEFINE_list("methods", [], "Methods of the table; all if empty.")
 MARKDOWN = flags.DEFINE_string(
     "markdown", None, "Markdown file, such as README.md; by default table.md in the work folder."

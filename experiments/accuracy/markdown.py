@@ -68,7 +68,7 @@ def render(
 def no_weights(model: str) -> str:
     """What a row without weights says: how to get them."""
     variants = [name for name in zoo.MODELS if name.startswith(f"{model}_")]
-    others = f"; other files: {', '.join(variants)}" if variants else ""
+    others = f"; files of other frameworks: `--models={','.join(variants)}`" if variants else ""
     return (
         "no weights: no package carries them. Give a file (`--config.weights."
         f"{model}=FILE`) or train them (`experiments/train.py`){others}"

@@ -59,7 +59,7 @@ def make_plan(
 
     Args:
       config: as `configs/accuracy_table.py`.
-      names: networks of the config; of none, all of them.
+      names: networks of the zoo; of none, those of the config.
       chosen: the methods.
       workdir: where finished rows are kept.
 
@@ -68,16 +68,11 @@ def make_plan(
       ValueError: a network or an option of a method is not known.
     """
     for name in names:
-        if name not in config.models:
-            zoo.find(name)
-            known = ", ".join(config.models)
-            raise ValueError(f"{name} is not one of the networks of the table: {known}")
+        zoo.find(name)
     for method in chosen:
         methods.check(method)
     backend, store = backend_of_processes(), Store(workdir)
-    networks = [
-        rows.network(config, name, backend) for name in config.models if name in (names or [name])
-    ]
+    networks = [rows.network(config, name, backend) for name in names or config.models]
     missing = {
         network.name: [m for m in chosen if store.row(network.row_key(m)) is None]
         for network in networks

@@ -165,8 +165,6 @@ def test_methods_that_calibrate_alike_share_a_calibration():
 def test_bad_arguments_are_explained(config, tmp_path):
     with pytest.raises(ValueError, match="did you mean 'vgg19'"):
         table.make_plan(config, ["vgg"], CHOSEN, tmp_path)
-    with pytest.raises(ValueError, match="vgg16 is not one of the networks of the table: tiny_b"):
-        table.make_plan(config, ["vgg16"], CHOSEN, tmp_path)
     config.data_dir = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match="nowhere: no such folder"):
         plan_of(config, tmp_path)
@@ -174,6 +172,12 @@ def test_bad_arguments_are_explained(config, tmp_path):
     config.weights.tiny_c = str(tmp_path / "w.npz")
     with pytest.raises(WeightsError, match=r"w\.npz: no such weight file"):
         plan_of(config, tmp_path)
+
+
+def test_networks_that_are_not_in_the_config_can_be_named(config, tmp_path):
+    plan = table.make_plan(config, ["vgg16_torchvision", "tiny_a"], CHOSEN, tmp_path)
+    assert [network.name for network in plan.networks] == ["vgg16_torchvision", "tiny_a"]
+    assert list(plan.missing) == ["tiny_a"]
 
 
 def test_as_many_processes_as_networks_cores_and_devices(config, tmp_path, monkeypatch):
