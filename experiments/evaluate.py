@@ -35,6 +35,9 @@ def evaluate(
       model: images -> logits [B, K].
       batches: of at most `batch_size` images each.
       batch_size: the B that the model is compiled for.
+
+    Raises:
+      ValueError: there are no batches, or a logit is not finite.
     """
     logits, labels = [], []
     started = time.perf_counter()
@@ -49,14 +52,26 @@ def evaluate(
     if not logits:
         raise ValueError("the data set to evaluate on has no images")
     seconds = time.perf_counter() - started
-    return Evaluation(np.concatenate(logits), np.concatenate(labels), seconds)
+    evaluation = Evaluation(np.concatenate(logits), np.concatenate(labels), seconds)
+    broken = np.flatnonzero(~np.isfinite(evaluation.logits).all(axis=1))
+    if len(broken):
+        raise ValueError(
+            f"the model gives NaN or infinity for {len(broken)} of {len(evaluation.labels)} "
+            f"images, the first of them image {broken[0]}"
+        )
+    return evaluation
+
+
+def topk_correct(evaluation: Evaluation, k: int) -> np.ndarray:
+    """Whether the label of each image is among the k largest logits: [N] bool."""
+    logits, labels, _ = evaluation
+    own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
+    return np.sum(logits > own, axis=1) < k
 
 
 def topk_accuracy(evaluation: Evaluation, k: int) -> float:
     """The share of images, in percent, whose label is among the k largest logits."""
-    logits, labels, _ = evaluation
-    own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
-    return float(100 * np.mean(np.sum(logits > own, axis=1) < k))
+    return float(100 * np.mean(topk_correct(evaluation, k)))
 
 
 def agreement(reference: np.ndarray, other: np.ndarray) -> float:

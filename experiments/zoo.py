@@ -1,11 +1,13 @@
 """The networks by name: module, preprocessing, and where their weights come from."""
 
 import difflib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.efficientnet_lite import VARIANTS, EfficientNetLite
@@ -58,19 +60,45 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
     path = Path(weights) if weights else _packaged(name, entry)
     module = entry.module()
     shapes = tree.template(module, entry.preprocessing.size)
-    arrays = formats.read(path)
+    cut = None
+    try:
+        arrays = formats.read(path)
+    except tree.CutShortError as error:
+        arrays, cut = error.arrays, error
     try:
         naming = tree.best_naming(shapes, arrays, (*entry.namings, tree.OUR_NAMES))
-        return module, tree.assemble(shapes, arrays, naming)
+        variables = tree.assemble(shapes, arrays, naming)
     except tree.WeightsError as error:
-        raise tree.WeightsError(f"{name}, from {path}: {error}") from error
+        how = "which is cut short: " if cut else ""
+        raise tree.WeightsError(f"{name}, from {path}: {how}{error}") from error
+    if cut:  # behind the last parameter
+        raise cut
+    return module, variables
+
+
+def weights_fingerprint(name: str, weights: str | None = None) -> str | None:
+    """What tells the weights that `load` would take from others; None where there are none.
+
+    Fetches nothing: a package stands for what it carries, a file is read.
+
+    Raises:
+      WeightsError: there is no such file, or its reader refuses it.
+    """
+    if weights:
+        digest = hashlib.sha256()
+        for key, array in sorted(formats.read(weights).items()):
+            digest.update(f"{key} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+    package = find(name).package
+    return package[0].sha256 if package else None
 
 
 def _packaged(name: str, entry: Entry) -> Path:
     if entry.package is None:
         raise tree.WeightsError(
             f"{name}: no package carries its weights; give a file, with one of the suffixes "
-            f"{', '.join(formats.READERS)} (--config.weights=FILE)"
+            f"{', '.join(formats.READERS)}, or an Orbax folder (--config.weights=FILE)"
         )
     package, patterns = entry.package
     files = fetch.extract(package, patterns)
@@ -112,8 +140,13 @@ def _resnet_torchvision(depth: int) -> Entry:
     )
 
 
-def _vgg(depth: int, preprocessing: Preprocessing, naming: tree.Naming) -> Entry:
-    return Entry(lambda: VGG(depth), preprocessing, namings=(naming,))
+def _vgg_keras(depth: int) -> Entry:
+    return Entry(lambda: VGG(depth), MINUS_MEAN, namings=(names.vgg_keras(),))
+
+
+def _vgg_torchvision(depth: int) -> Entry:
+    namings = names.vgg_torchvision(depth), names.vgg_timm(depth)
+    return Entry(lambda: VGG(depth), TORCHVISION, namings)
 
 
 MODELS = {
@@ -132,7 +165,7 @@ MODELS = {
     "mobilenet_v2_torchvision": Entry(
         module=lambda: MobileNetV2(even_padding=True, epsilon=1e-5),
         preprocessing=TORCHVISION,
-        namings=(names.mobilenet_v2_torchvision(),),
+        namings=(names.mobilenet_v2_torchvision(), names.mobilenet_v2_timm()),
     ),
     "googlenet": Entry(GoogLeNet, preprocessing=CAFFE, namings=(names.googlenet_caffe(),)),
     "resnet50": Entry(
@@ -145,10 +178,10 @@ MODELS = {
     "resnet101": _resnet_keras(101),
     "resnet50_torchvision": _resnet_torchvision(50),
     "resnet101_torchvision": _resnet_torchvision(101),
-    "vgg16": _vgg(16, MINUS_MEAN, names.vgg_keras()),
-    "vgg19": _vgg(19, MINUS_MEAN, names.vgg_keras()),
-    "vgg16_torchvision": _vgg(16, TORCHVISION, names.vgg_torchvision(16)),
-    "vgg19_torchvision": _vgg(19, TORCHVISION, names.vgg_torchvision(19)),
+    "vgg16": _vgg_keras(16),
+    "vgg19": _vgg_keras(19),
+    "vgg16_torchvision": _vgg_torchvision(16),
+    "vgg19_torchvision": _vgg_torchvision(19),
     "cifar10_resnet20": Entry(
         module=CifarResNet,
         preprocessing=TORCHVISION._replace(size=32, resize=32),

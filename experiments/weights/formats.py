@@ -1,26 +1,16 @@
 """Reads weights of any format, a file by its suffix, as a flat mapping of names to arrays."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from experiments.weights.keras import read_h5, read_tfjs
+from experiments.weights.npz import read_npz
 from experiments.weights.orbax import read_orbax
 from experiments.weights.safetensors import read_safetensors
 from experiments.weights.torch_pth import read_pth
 from experiments.weights.tree import WeightsError
-
-
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a NumPy archive; pickled objects in it are refused."""
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path}: not an .npz archive, or cut short: {error}") from error
-
 
 READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
     ".pth": read_pth,

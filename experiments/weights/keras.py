@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.weights.tree import WeightsError, shortened
+from experiments.weights.tree import CutShortError, WeightsError, shortened
 
 # `.weights.h5` of Keras 3 numbers the arrays of a layer; the count tells what they are.
 LAYER_WEIGHTS = {
@@ -15,6 +16,10 @@ LAYER_WEIGHTS = {
     2: ("kernel", "bias"),
     4: ("gamma", "beta", "moving_mean", "moving_variance"),
 }
+
+# What Keras 1 calls them behind the name of the layer, a number perhaps following.
+KERAS_1 = re.compile(r"(W|b)(?:_\d+)?")
+KERAS_1_WEIGHTS = {"W": "kernel", "b": "bias"}
 
 
 def read_tfjs(path: str | Path) -> dict[str, np.ndarray]:
@@ -80,13 +85,21 @@ def read_h5(path: str | Path) -> dict[str, np.ndarray]:
                 return _keras3(Path(path), datasets)
             return {_legacy_name(name): np.asarray(item) for name, item in datasets.items()}
     except OSError as error:
-        raise WeightsError(f"{path}: not an HDF5 file, or cut short: {error}") from error
+        if "truncated" in str(error):  # HDF5 then reads nothing of it
+            raise CutShortError(f"{path}: cut short: {error}", {}) from error
+        raise WeightsError(f"{path}: not an HDF5 file, or damaged: {error}") from error
 
 
 def _legacy_name(name: str) -> str:
-    """From "conv1/model/conv1/kernel:0", which starts with the layer, to "conv1/kernel"."""
-    parts = name.split("/")
-    return f"{parts[0]}/{parts[-1].partition(':')[0]}"
+    """From "conv1/model/conv1/kernel:0" or "conv1/conv1_W_1:0" to "conv1/kernel".
+
+    Both start with the layer; the second form is Keras 1's, in which the published weights of VGG
+    still come.
+    """
+    layer, *_, weight = name.split("/")
+    weight = weight.partition(":")[0]
+    found = KERAS_1.fullmatch(weight.removeprefix(f"{layer}_"))
+    return f"{layer}/{KERAS_1_WEIGHTS[found[1]] if found else weight}"
 
 
 def _keras3(path: Path, datasets: dict[str, Any]) -> dict[str, np.ndarray]:

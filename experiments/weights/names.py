@@ -1,6 +1,6 @@
 """What weight files call the layers of our networks, one `Naming` for each kind of file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -60,7 +60,17 @@ def efficientnet_pytorch() -> Naming:
 def efficientnet_timm(variant: str) -> Naming:
     """EfficientNet-Lite in timm's `tf_efficientnet_lite*`."""
     stages = efficientnet_lite.scaled_stages(efficientnet_lite.VARIANTS[variant])
-    places = [(s, b) for s, blocks in enumerate(stages) for b in range(len(blocks))]
+    return _inverted_bottlenecks_timm([len(blocks) for blocks in stages])
+
+
+def mobilenet_v2_timm() -> Naming:
+    """MobileNetV2 in timm's `mobilenetv2_100`."""
+    return _inverted_bottlenecks_timm([stage.repeats for stage in mobilenet.V2_STAGES])
+
+
+def _inverted_bottlenecks_timm(repeats: Sequence[int]) -> Naming:
+    """Stages of so many blocks; those of the first do not expand."""
+    places = [(stage, block) for stage, count in enumerate(repeats) for block in range(count)]
     outer = {"stem": ("conv_stem", "bn1"), "head": ("conv_head", "bn2")}
     separable = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2")}
     inverted = {
@@ -74,7 +84,7 @@ def efficientnet_timm(variant: str) -> Naming:
             return outer[name]
         block, part = name.split("/")
         stage, i = places[_index(block)]
-        conv, bn = (separable if stages[stage][i].expansion == 1 else inverted)[part]
+        conv, bn = (inverted if stage else separable)[part]
         return f"blocks.{stage}.{i}.{conv}", f"blocks.{stage}.{i}.{bn}"
 
     return Naming(by_unit(unit, {"classifier": "classifier"}), TORCH)
@@ -195,6 +205,21 @@ def vgg_torchvision(depth: int) -> Naming:
         return TORCH.convert(array, shape)
 
     return Naming(places.__getitem__, TORCH._replace(convert=convert))
+
+
+def vgg_timm(depth: int) -> Naming:
+    """VGG in timm, whose hidden dense layers are convolutions that see the whole image."""
+    torchvision = vgg_torchvision(depth)
+    places = {"fc1": "pre_logits.fc1", "fc2": "pre_logits.fc2", "classifier": "head.fc"}
+
+    def convert(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if array.ndim == 4 and len(shape) == 2:  # [O, C, H, W]
+            return array.transpose(2, 3, 1, 0).reshape(-1, len(array))
+        return TORCH.convert(array, shape)
+
+    return Naming(
+        lambda layer: places.get(layer) or torchvision.layer(layer), TORCH._replace(convert=convert)
+    )
 
 
 def googlenet_caffe() -> Naming:

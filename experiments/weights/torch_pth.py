@@ -6,6 +6,7 @@ a dict of tensors consists of, to functions of this file, and refuses every othe
 """
 
 import collections
+import io
 import pickle
 import struct
 import zipfile
@@ -20,6 +21,8 @@ from experiments.weights.tree import WeightsError, shortened
 # The old container opens with three pickles: this number, the protocol and facts of the machine.
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
+ZIP_SIGNATURE = b"PK\x03\x04"
+HEADER_SIZE = 30  # of a file in a zip archive; it ends with the lengths of the name and of extras
 
 
 class StorageType(NamedTuple):
@@ -75,6 +78,9 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
             if zipfile.is_zipfile(file):
                 return _read_zip(file)
             file.seek(0)
+            if file.read(len(ZIP_SIGNATURE)) == ZIP_SIGNATURE:
+                return _read_cut_zip(file)
+            file.seek(0)
             return _read_stream(file)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -98,6 +104,29 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         members = {key: f"{root}data/{key}" for key in _storages(tensors)}
         buffers = {k: archive.read(name) for k, name in members.items() if name in names}
     return _arrays(tensors, buffers)
+
+
+def _read_cut_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Raises an error that names what is lost: the directory of the archive is, at its end."""
+    file.seek(0)
+    contents = file.read()
+
+    def data(name: bytes) -> bytes:
+        """From the start of a file in the archive to the end of what is there."""
+        place = -1
+        while (place := contents.find(name, place + 1)) >= 0:
+            header = contents[max(place - HEADER_SIZE, 0) : place]
+            if len(header) == HEADER_SIZE and header.startswith(ZIP_SIGNATURE):
+                name_length, extra_length = struct.unpack("<2H", header[-4:])
+                if name_length == len(name):
+                    return contents[place + name_length + extra_length :]
+        return b""
+
+    (name_length,) = struct.unpack_from("<H", contents, HEADER_SIZE - 4)
+    root = contents[HEADER_SIZE:][:name_length].partition(b"/")[0]
+    tensors = _state_dict(_RestrictedUnpickler(io.BytesIO(data(root + b"/data.pkl"))).load())
+    _arrays(tensors, {key: data(root + b"/data/" + key.encode()) for key in _storages(tensors)})
+    raise WeightsError("cut short behind the last parameter")
 
 
 def _read_stream(file: BinaryIO) -> dict[str, np.ndarray]:

@@ -19,6 +19,18 @@ class WeightsError(ValueError):
     """A weight file that cannot be read or does not fit the model."""
 
 
+class CutShortError(WeightsError):
+    """A weight file whose end is missing.
+
+    Attributes:
+      arrays: those that are whole.
+    """
+
+    def __init__(self, message: str, arrays: Arrays) -> None:
+        super().__init__(message)
+        self.arrays = arrays
+
+
 class Layout(NamedTuple):
     """How a framework names and stores the arrays of one layer.
 

@@ -2,7 +2,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.evaluate import Evaluation, agreement, evaluate, sqnr_db, topk_accuracy
+from experiments.evaluate import (
+    Evaluation,
+    agreement,
+    evaluate,
+    sqnr_db,
+    topk_accuracy,
+    topk_correct,
+)
 
 LOGITS = np.float32([[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [1, 0, 0, 0, 0, 0]])
 
@@ -12,6 +19,7 @@ def test_topk_accuracy():
     assert topk_accuracy(evaluation, 1) == pytest.approx(100 / 3)
     assert topk_accuracy(evaluation, 2) == pytest.approx(200 / 3)  # five logits tie at rank 2
     assert topk_accuracy(evaluation, 6) == pytest.approx(100)
+    assert topk_correct(evaluation, 1).tolist() == [True, False, False]
 
 
 def test_agreement_and_sqnr():
@@ -38,6 +46,19 @@ def test_a_ragged_batch_counts_once_and_compiles_nothing_new():
     assert result.logits.shape == (11, 4)
     np.testing.assert_array_equal(result.logits[8:], 7)
     assert result.labels.tolist() == [0] * 8 + [1] * 3
+
+
+def test_a_model_that_gives_nan_is_an_error():
+    batch = (np.ones((3, 2), np.float32), np.zeros(3, np.int32))
+
+    def model(images):
+        return images / np.float32([[1.0], [0.0], [0.0]])
+
+    with (
+        pytest.raises(ValueError, match=r"infinity for 2 of 3 images, .* image 1"),
+        np.errstate(all="ignore"),
+    ):
+        evaluate(model, [batch], batch_size=3)
 
 
 def test_no_data_is_an_error():

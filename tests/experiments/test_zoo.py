@@ -41,6 +41,37 @@ def test_a_weight_file_is_loaded_into_the_network(tmp_path, rng):
         zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_truncated_archive_names_what_it_lacks(tmp_path, save):
+    shapes = tree.template(zoo.find("cifar10_resnet20").module(), 32)
+    flat = {
+        "/".join(key.key for key in path[1:]): leaf
+        for path, leaf in leaves(tree.random_variables(shapes))
+    }
+    save(tmp_path / "w.npz", **flat)
+    assert zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
+    whole = (tmp_path / "w.npz").read_bytes()
+    *_, before, last = flat
+    (tmp_path / "w.npz").write_bytes(whole[: whole.index(f"{last}.npy".encode()) + 50])
+    with pytest.raises(tree.WeightsError, match=r"cut short: .* \(1 problems\)") as error:
+        zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
+    assert f"{last}: missing" in str(error.value)
+    assert before not in str(error.value)
+    (tmp_path / "w.npz").write_bytes(whole[:-1])
+    with pytest.raises(tree.WeightsError, match=r"w\.npz: cut short$"):
+        zoo.load("cifar10_resnet20", str(tmp_path / "w.npz"))
+
+
+def test_a_truncated_hdf5_names_what_it_lacks(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file["conv1/conv1/kernel:0"] = np.zeros((7, 7, 3, 64), np.float32)
+    whole = (tmp_path / "w.h5").read_bytes()
+    (tmp_path / "w.h5").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(tree.WeightsError, match=r"which is cut short: (.|\n)* missing"):
+        zoo.load("vgg16", str(tmp_path / "w.h5"))
+
+
 def test_a_network_without_a_package_asks_for_a_file():
     with pytest.raises(tree.WeightsError, match=r"vgg16: no package .*--config\.weights=FILE"):
         zoo.load("vgg16")

@@ -73,6 +73,23 @@ def test_npz_is_read_without_pickles(tmp_path):
         formats.read(tmp_path / "cut.npz")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_every_truncation_of_an_npz_is_an_error_and_keeps_what_is_whole(tmp_path, save):
+    weight = ARRAYS["conv.weight"]
+    save(tmp_path / "m.npz", weight=weight, other=weight, objects=np.array([print], dtype=object))
+    whole = (tmp_path / "m.npz").read_bytes()
+    kept = set()
+    for length in range(len(whole)):
+        (tmp_path / "m.npz").write_bytes(whole[:length])
+        with pytest.raises(WeightsError) as error:
+            formats.read(tmp_path / "m.npz")
+        arrays = getattr(error.value, "arrays", {})
+        for array in arrays.values():
+            np.testing.assert_array_equal(array, weight)
+        kept.add(tuple(arrays))
+    assert kept == {(), ("weight",), ("weight", "other")}
+
+
 def test_a_file_that_is_not_there_or_has_another_suffix(tmp_path):
     with pytest.raises(WeightsError, match="no such weight file"):
         formats.read(tmp_path / "m.npz")

@@ -102,6 +102,18 @@ def test_the_older_hdf5_layout(tmp_path, kernel, root):
     np.testing.assert_array_equal(arrays["conv1/kernel"], kernel)
 
 
+def test_the_names_of_keras_1_in_which_vgg_is_published(tmp_path, kernel):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["block1_conv1/block1_conv1_W_1:0"] = kernel
+        file["block1_conv1/block1_conv1_b_1:0"] = kernel[0, 0, 0]
+        file["fc1/fc1_W:0"] = kernel[0, 0]
+        file.create_group("block1_pool")  # a layer without weights
+    arrays = read_h5(tmp_path / "m.h5")
+    assert set(arrays) == {"block1_conv1/kernel", "block1_conv1/bias", "fc1/kernel"}
+    np.testing.assert_array_equal(arrays["block1_conv1/kernel"], kernel)
+
+
 def test_the_hdf5_layout_of_keras_3(tmp_path, kernel):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "m.weights.h5", "w") as file:

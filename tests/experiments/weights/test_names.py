@@ -61,6 +61,14 @@ def vgg_torchvision(layers: str) -> Iterator[Entry]:
     yield from torch_dense("classifier.6", 4096, 1000)
 
 
+def vgg_timm(layers: str) -> Iterator[Entry]:
+    yield from (entry for entry in vgg_torchvision(layers) if entry[0].startswith("features"))
+    for name, shape in (("fc1", (4096, 512, 7, 7)), ("fc2", (4096, 4096, 1, 1))):
+        yield f"pre_logits.{name}.weight", shape
+        yield f"pre_logits.{name}.bias", shape[:1]
+    yield from torch_dense("head.fc", 4096, 1000)
+
+
 def mobilenet_v2_torchvision() -> Iterator[Entry]:
     yield "features.0.0.weight", (32, 3, 3, 3)
     yield from torch_bn("features.0.1", 32)
@@ -83,10 +91,14 @@ def mobilenet_v2_torchvision() -> Iterator[Entry]:
     yield from torch_dense("classifier.1", 1280, 1000)
 
 
-def efficientnet_lite0_timm() -> Iterator[Entry]:
+LITE0 = ((1, 3, 16), (2, 3, 24), (2, 5, 40), (3, 3, 80), (3, 5, 112), (4, 5, 192), (1, 3, 320))
+V2 = ((1, 3, 16), (2, 3, 24), (3, 3, 32), (4, 3, 64), (3, 3, 96), (3, 3, 160), (1, 3, 320))
+
+
+def inverted_timm(rows: tuple[tuple[int, int, int], ...]) -> Iterator[Entry]:
+    """timm's `tf_efficientnet_lite0` and `mobilenetv2_100`; (blocks, kernel, features) a stage."""
     yield "conv_stem.weight", (32, 3, 3, 3)
     yield from torch_bn("bn1", 32)
-    rows = [(1, 3, 16), (2, 3, 24), (2, 5, 40), (3, 3, 80), (3, 5, 112), (4, 5, 192), (1, 3, 320)]
     inputs = 32
     for stage, (count, kernel, features) in enumerate(rows):
         for block in range(count):
@@ -156,7 +168,10 @@ FILES = {
     "vgg16_torchvision": lambda: vgg_torchvision("aaMbbMcccMdddMdddM"),
     "vgg19_torchvision": lambda: vgg_torchvision("aaMbbMccccMddddMddddM"),
     "mobilenet_v2_torchvision": mobilenet_v2_torchvision,
-    "efficientnet_lite0": efficientnet_lite0_timm,
+    "mobilenet_v2_torchvision, timm": lambda: inverted_timm(V2),
+    "efficientnet_lite0, timm": lambda: inverted_timm(LITE0),
+    "vgg16_torchvision, timm": lambda: vgg_timm("aaMbbMcccMdddMdddM"),
+    "vgg19_torchvision, timm": lambda: vgg_timm("aaMbbMccccMddddMddddM"),
     "resnet50_keras": lambda: resnet_keras((3, 4, 6, 3)),
     "resnet101": lambda: resnet_keras((3, 4, 23, 3)),
     "vgg16": lambda: vgg_keras((2, 2, 3, 3, 3)),
@@ -167,7 +182,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_the_framework_fits(name):
     source = {key: np.broadcast_to(np.float32(1), shape) for key, shape in FILES[name]()}
-    entry = zoo.find(name)
+    entry = zoo.find(name.partition(",")[0])
     shapes = tree.template(entry.module(), entry.preprocessing.size)
     naming = tree.best_naming(shapes, source, entry.namings)
     variables = tree.assemble(shapes, source, naming)
@@ -178,8 +193,10 @@ def test_the_first_dense_layer_of_vgg_sees_channels_first_in_torch(rng):
     features = rng.normal(size=(7, 7, 512)).astype(np.float32)
     weight = rng.normal(size=(3, 25088)).astype(np.float32)
     expected = weight @ features.transpose(2, 0, 1).reshape(-1)
-    kernel = names.vgg_torchvision(16).layout.convert(weight, (25088, 3))
-    np.testing.assert_allclose(features.reshape(-1) @ kernel, expected, rtol=1e-3, atol=1e-3)
+    in_timm = weight.reshape(3, 512, 7, 7)
+    for naming, array in ((names.vgg_torchvision(16), weight), (names.vgg_timm(16), in_timm)):
+        kernel = naming.layout.convert(array, (25088, 3))
+        np.testing.assert_allclose(features.reshape(-1) @ kernel, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_stages_and_blocks_of_older_keras_files_are_letters():

@@ -157,6 +157,19 @@ def test_a_truncated_stream_names_what_it_lacks(tmp_path, arrays):
         read_pth(tmp_path / "cut.pth")
 
 
+@pytest.mark.usefixtures("fake_torch")
+@pytest.mark.parametrize(("cut", "lost"), [("fc.weight", 3), ("fc.bias", 2), (None, 0)])
+def test_a_truncated_zip_names_what_it_lacks(tmp_path, arrays, cut, lost):
+    write_zip(tmp_path / "m.pth", *fake(arrays))
+    whole = (tmp_path / "m.pth").read_bytes()
+    end = whole.index(arrays[cut].tobytes(order="A")) + 5 if cut else whole.index(b"PK\x01\x02")
+    (tmp_path / "cut.pth").write_bytes(whole[:end])
+    names = "\n  ".join(list(arrays)[-lost:])
+    expected = f"{lost} of 4 parameters are missing:\n  {names}" if cut else "the last parameter"
+    with pytest.raises(WeightsError, match=rf"cut short.*{expected}"):
+        read_pth(tmp_path / "cut.pth")
+
+
 @WRITERS
 @pytest.mark.usefixtures("fake_torch")
 def test_every_truncation_is_an_error(tmp_path, arrays, write):

@@ -1,0 +1,55 @@
+r"""The accuracy table: every network under every method, side by side.
+
+On 650 ImageNet validation images with 100 of 500 others to calibrate on, each a folder with
+labels.csv, and on the 10,000 test images of CIFAR-10 (downloads, once):
+
+  python experiments/accuracy_table.py --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES \
+    --config.weights.googlenet=FILE --config.weights.mobilenet_v2=FILE \
+    --config.weights.cifar10_resnet20=FILE --markdown=README.md
+
+--methods and --models choose some of them, --dry_run lists what would run. A network of the zoo
+that is not below is measured by its name:
+--models=vgg16_torchvision --config.weights.vgg16_torchvision=FILE.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from experiments import zoo
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: "runlocal" for a smoke test."""
+    given = common.parse_arg(arg, runlocal=False)
+    config = common.get_config("", runlocal=given.runlocal)
+    for name in ("algo", "quantizable_op_type", "is_full_quantize", "weight_quantize_type", "skip"):
+        del config[name]  # a method's
+    del config.model, config.weights, config.progress
+
+    config.models = (
+        "googlenet",
+        "mobilenet_v1",
+        "mobilenet_v2",
+        "resnet50",
+        "resnet101",
+        "vgg16",
+        "vgg19",
+        "efficientnet_lite0",
+        "cifar10_resnet20",
+    )
+    # A file for each network; empty: the registry package that carries its weights, if one does.
+    config.weights = ConfigDict(dict.fromkeys(zoo.MODELS, ""))
+    # Settings of single networks, which go before the others. The data of CIFAR-10 are a package.
+    config.per_model = ConfigDict({
+        "cifar10_resnet20": {"dataset": "cifar10", "data_dir": "", "tfds": "", "batch_size": 100}
+    })  # fmt: skip
+
+    config.processes = 0  # at once; 0: as many as cores and memory allow
+    config.memory_gigabytes = 0.0  # for all of them; 0: what is free
+
+    if given.runlocal:
+        config.models = ("vgg16", "cifar10_resnet20")
+        config.weights.cifar10_resnet20 = "random"
+        config.per_model = ConfigDict()
+        config.processes = 1
+    return config

@@ -1,0 +1,60 @@
+"""The ways of quantizing that the accuracy table compares; a further one is a further line."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jaxquant
+
+
+class Method(NamedTuple):
+    """One way of quantizing.
+
+    Attributes:
+      name: without commas, since `--methods` separates names by them.
+      options: keyword arguments of `jaxquant.quant_post`; the others keep their defaults.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    def options_of(self, step: Callable[..., Any]) -> dict[str, Any]:
+        """Those of the options that `jaxquant.calibrate` or `jaxquant.quantize` takes.
+
+        Methods that calibrate with the same options share what calibration observed.
+        """
+        taken = inspect.signature(step).parameters
+        return {name: value for name, value in self.options.items() if name in taken}
+
+
+METHODS = (
+    Method("KL", {"algo": "KL"}),
+    Method("KL-full", {"algo": "KL", "is_full_quantize": True}),
+    Method("abs_max", {"algo": "abs_max"}),
+    Method("abs_max-full", {"algo": "abs_max", "is_full_quantize": True}),
+)
+
+
+def choose(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, in the order of `METHODS`; of no name, all.
+
+    Raises:
+      ValueError: there is no method of a name.
+    """
+    known = [method.name for method in METHODS]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"there is no method {name!r}{hint}; there are {', '.join(known)}")
+    return [method for method in METHODS if not names or method.name in names]
+
+
+def check(method: Method) -> None:
+    """Raise ValueError where a method has an option that no step takes."""
+    steps = (jaxquant.calibrate, jaxquant.quantize)
+    taken = set().union(*(method.options_of(step) for step in steps))
+    unknown = sorted(set(method.options) - taken)
+    if unknown:
+        raise ValueError(f"method {method.name!r}: no step of jaxquant takes {', '.join(unknown)}")

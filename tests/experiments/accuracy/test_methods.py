@@ -1,0 +1,36 @@
+import pytest
+
+import jaxquant
+from experiments.accuracy import methods
+from experiments.accuracy.methods import METHODS, Method
+
+
+def test_names_can_be_listed_with_commas_and_are_single():
+    names = [method.name for method in METHODS]
+    assert len(set(names)) == len(names)
+    assert "," not in "".join(names)
+    pairs = {(m.options["algo"], m.options.get("is_full_quantize", False)) for m in METHODS}
+    assert {(a, full) for a in ("KL", "abs_max") for full in (False, True)} <= pairs
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_option_is_one_of_the_library(method):
+    methods.check(method)
+
+
+def test_an_option_that_no_step_takes_is_named():
+    with pytest.raises(ValueError, match="'odd': no step of jaxquant takes agro"):
+        methods.check(Method("odd", {"agro": "KL", "skip": ()}))
+
+
+def test_options_go_to_the_steps_that_take_them():
+    method = Method("x", {"algo": "KL", "is_full_quantize": True})
+    assert method.options_of(jaxquant.calibrate) == {"is_full_quantize": True}
+    assert method.options_of(jaxquant.quantize) == method.options
+
+
+def test_methods_are_chosen_in_their_own_order():
+    assert methods.choose([]) == list(METHODS)
+    assert [m.name for m in methods.choose(["abs_max", "KL"])] == ["KL", "abs_max"]
+    with pytest.raises(ValueError, match="did you mean 'abs_max'"):
+        methods.choose(["absmax"])
