@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
+from jaxquant.calibration.threshold import check_percent
 from jaxquant.errors import nearest
 from jaxquant.graph import kinds
 
@@ -47,7 +48,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.algo, Observer):
             _check("algo", self.algo, OBSERVERS)
-        find_observer("percentile", self.hist_percent)
+        check_percent(self.hist_percent)
         for name in ("quantizable_op_type", "skip", "recover"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):

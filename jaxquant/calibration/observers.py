@@ -68,7 +68,7 @@ def histogram_observer(
 
 def percentile(hist_percent: float = 0.99999) -> Observer:
     """The |x| below which the fraction `hist_percent` of the values lies."""
-    threshold.percentile_threshold(np.ones(2), 1.0, hist_percent)  # refuses a wrong fraction here
+    threshold.check_percent(hist_percent)
     return histogram_observer(functools.partial(_percentile, percent=hist_percent))
 
 

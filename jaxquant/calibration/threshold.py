@@ -64,11 +64,16 @@ def percentile_threshold(
       >>> float(percentile_threshold([4, 4, 1, 1], 1.0, 0.6))
       1.5
     """
-    if not 0.0 < percent <= 1.0:
-        raise ValueError(f"percent is a fraction in (0, 1], such as 0.99999; got {percent!r}")
+    check_percent(percent)
     return search(
         _percentile_search, counts, bin_width, abs_max, SYMMETRIC_LEVELS, np.float64(percent)
     )
+
+
+def check_percent(percent: float) -> None:
+    """Raise ValueError where `percent` is not a fraction in (0, 1]."""
+    if not 0.0 < percent <= 1.0:
+        raise ValueError(f"percent is a fraction in (0, 1], such as 0.99999; got {percent!r}")
 
 
 def mse_threshold(

@@ -48,7 +48,7 @@ def test_constant_and_zero_tensors(name):
     assert constant == pytest.approx(5.0, rel=0.01 if textbook else 1e-3)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [n for n in BUILT_IN if not n.startswith("KL:")])
 def test_a_range_far_from_zero(name):
     """Paddle ignores the histogram's lower edge: an input in [5, 6] gets 0.9998."""
     x = np.random.default_rng(0).uniform(5, 6, 4096)
