@@ -44,6 +44,7 @@ def get_config(model: str, dataset: str = "foolbox", runlocal: bool = False) -> 
     config.tfds_split = "validation"
     config.tfds_calib_split = "train"
     config.image_size = 0  # 0: what the network was trained for
+    config.num_classes = 0  # likewise
     config.calib_samples = 100
     config.eval_samples = 0  # 0: all
     config.batch_size = 10
@@ -53,6 +54,8 @@ def get_config(model: str, dataset: str = "foolbox", runlocal: bool = False) -> 
     config.quantizable_op_type = ("conv2d", "depthwise_conv2d", "mul")
     config.is_full_quantize = False
     config.weight_quantize_type = "channel_wise_abs_max"
+    config.activation_quantize_type = "asymmetric"
+    config.recover = ("bias_correction",)
     config.skip = ()
     config.progress = True
 
