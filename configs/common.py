@@ -44,6 +44,7 @@ def get_config(model: str, dataset: str = "foolbox", runlocal: bool = False) -> 
     config.tfds_split = "validation"
     config.tfds_calib_split = "train"
     config.image_size = 0  # 0: what the network was trained for
+    config.num_classes = 0  # likewise
     config.calib_samples = 100
     config.eval_samples = 0  # 0: all
     config.batch_size = 10

@@ -1,9 +1,12 @@
 """From a decoded image to what a network takes."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from PIL import Image
+
+Pixels = TypeVar("Pixels", np.ndarray, jax.Array)
 
 
 class Preprocessing(NamedTuple):
@@ -29,13 +32,24 @@ class Preprocessing(NamedTuple):
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """An image of any size and mode -> [size, size, 3] float32."""
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        image = _crop(_resize(image.convert("RGB"), self), self.size)
-        pixels = np.asarray(image, dtype=np.float32)
+        return self.normalise(self.crop(image))
+
+    def crop(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """An image of any size and mode -> its middle, [size, size, 3] uint8 RGB."""
+        return np.asarray(_crop(_resize(to_rgb(image), self), self.size))
+
+    def normalise(self, pixels: Pixels) -> Pixels:
+        """[..., 3] uint8 RGB -> what the network takes, float32; of NumPy or of JAX."""
         if self.channels == "BGR":
             pixels = pixels[..., ::-1]
-        return (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return (pixels.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image of any mode, or an array [H, W, 1 or 3] uint8, as RGB."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return image.convert("RGB")
 
 
 def imagenet(

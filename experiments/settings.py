@@ -58,8 +58,8 @@ def prepare(config: ConfigDict) -> Setup:
 def load_model(config: ConfigDict) -> tuple[nn.Module, Variables]:
     """The network and its variables; weights of "random" are for smoke tests."""
     if config.weights != "random":
-        return zoo.load(config.model, config.weights or None)
-    module = zoo.find(config.model).module()
+        return zoo.load(config.model, config.weights or None, config.num_classes, config.image_size)
+    module = zoo.build(config.model, config.num_classes)
     return module, random_variables(template(module, model_input(config).size))
 
 

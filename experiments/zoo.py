@@ -4,7 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -45,12 +45,22 @@ def find(name: str) -> Entry:
     return MODELS[name]
 
 
-def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variables]:
+def build(name: str, num_classes: int = 0) -> nn.Module:
+    """The module of that network, for `num_classes` classes; 0: as many as it was published for."""
+    module = find(name).module()
+    return module.clone(num_classes=num_classes) if num_classes else module
+
+
+def load(
+    name: str, weights: str | None = None, num_classes: int = 0, image_size: int = 0
+) -> tuple[nn.Module, tree.Variables]:
     """A network with its trained weights.
 
     Args:
       name: a key of `MODELS`.
       weights: a weight file or an Orbax folder; None takes the registry package that carries them.
+      num_classes: that the weights were trained for; 0: as many as the network was published for.
+      image_size: that they were trained at, which shapes the dense layers of VGG; 0: likewise.
 
     Raises:
       WeightsError: there is no file, or it does not fit the network.
@@ -58,8 +68,8 @@ def load(name: str, weights: str | None = None) -> tuple[nn.Module, tree.Variabl
     """
     entry = find(name)
     path = Path(weights) if weights else _packaged(name, entry)
-    module = entry.module()
-    shapes = tree.template(module, entry.preprocessing.size)
+    module = build(name, num_classes)
+    shapes = tree.template(module, image_size or entry.preprocessing.size)
     cut = None
     try:
         arrays = formats.read(path)
@@ -110,6 +120,7 @@ MINUS_MEAN = imagenet(224, mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, chan
 CAFFE = imagenet(224, mean=(104.0, 117.0, 123.0), std=(1.0,) * 3, channels="BGR")
 TO_ONE = imagenet(224, mean=(127.5,) * 3, std=(127.5,) * 3)
 TORCHVISION = imagenet(224, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+CIFAR10 = TORCHVISION._replace(size=32, resize=32)
 
 
 def _efficientnet_lite(variant: str) -> Entry:
@@ -132,9 +143,12 @@ def _resnet_keras(depth: int) -> Entry:
     )
 
 
+RESNET_TORCHVISION = {"stride_on_3x3": True, "use_bias": False, "epsilon": 1e-5}
+
+
 def _resnet_torchvision(depth: int) -> Entry:
     return Entry(
-        module=lambda: ResNet(depth, stride_on_3x3=True, use_bias=False, epsilon=1e-5),
+        module=lambda: ResNet(depth, **RESNET_TORCHVISION),
         preprocessing=TORCHVISION,
         namings=(names.resnet_torchvision(),),
     )
@@ -148,6 +162,21 @@ def _vgg_torchvision(depth: int) -> Entry:
     namings = names.vgg_torchvision(depth), names.vgg_timm(depth)
     return Entry(lambda: VGG(depth), TORCHVISION, namings)
 
+
+def _cifar10_resnet(depth: int) -> Entry:
+    return Entry(
+        module=lambda: CifarResNet(depth),
+        preprocessing=CIFAR10,
+        namings=(names.resnet_torchvision(classifier="linear"),),
+    )
+
+
+def _cifar10(module: Callable[..., nn.Module], **settings: Any) -> Entry:
+    """A network for ImageNet in the form that images of 32 pixels need; trained by us alone."""
+    return Entry(lambda: module(num_classes=10, **settings), CIFAR10, namings=())
+
+
+SMALL_RESNET = {**RESNET_TORCHVISION, "small_images": True}
 
 MODELS = {
     **{f"efficientnet_{variant}": _efficientnet_lite(variant) for variant in VARIANTS},
@@ -178,13 +207,18 @@ MODELS = {
     "resnet101": _resnet_keras(101),
     "resnet50_torchvision": _resnet_torchvision(50),
     "resnet101_torchvision": _resnet_torchvision(101),
+    "resnet152_torchvision": _resnet_torchvision(152),
     "vgg16": _vgg_keras(16),
     "vgg19": _vgg_keras(19),
     "vgg16_torchvision": _vgg_torchvision(16),
     "vgg19_torchvision": _vgg_torchvision(19),
-    "cifar10_resnet20": Entry(
-        module=CifarResNet,
-        preprocessing=TORCHVISION._replace(size=32, resize=32),
-        namings=(names.resnet_torchvision(classifier="linear"),),
-    ),
+    # The same network on inputs of unit variance: without BatchNorm, training depends on them.
+    "googlenet_scaled": Entry(GoogLeNet, preprocessing=TORCHVISION, namings=()),
+    **{f"cifar10_resnet{depth}": _cifar10_resnet(depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"cifar10_resnet{d}": _cifar10(ResNet, depth=d, **SMALL_RESNET) for d in (50, 101, 152)},
+    **{f"cifar10_vgg{depth}": _cifar10(VGG, depth=depth) for depth in (16, 19)},
+    "cifar10_mobilenet_v1": _cifar10(MobileNetV1, stem_stride=1),
+    "cifar10_mobilenet_v2": _cifar10(MobileNetV2, stem_stride=1),
+    "cifar10_efficientnet_lite0": _cifar10(EfficientNetLite, stem_stride=1),
+    "cifar10_googlenet": _cifar10(GoogLeNet),
 }

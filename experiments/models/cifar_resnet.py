@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import ConvBN, both_sides, global_average
 
@@ -17,10 +18,18 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        layer = functools.partial(ConvBN, self.features, 3, padding=both_sides(1), epsilon=EPSILON)
+        layer = functools.partial(
+            ConvBN,
+            self.features,
+            3,
+            padding=both_sides(1),
+            epsilon=EPSILON,
+            dtype=self.dtype,
+        )
         shortcut = subsample(x, self.features, self.stride)
         x = layer(stride=self.stride, activation=nn.relu, name="conv1")(x, train)
         x = layer(name="conv2")(x, train)
@@ -33,6 +42,7 @@ class CifarResNet(nn.Module):
     Attributes:
       depth: 6 n + 2 layers: 20, 32, 44, 56 or 110.
       num_classes: K.
+      dtype: of the computation; the logits are float32.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2,
     with shortcuts of type A.
@@ -40,14 +50,21 @@ class CifarResNet(nn.Module):
 
     depth: int = 20
     num_classes: int = 10
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = ConvBN(
-            FEATURES[0], 3, padding=both_sides(1), epsilon=EPSILON, activation=nn.relu, name="stem"
+            FEATURES[0],
+            3,
+            padding=both_sides(1),
+            epsilon=EPSILON,
+            activation=nn.relu,
+            dtype=self.dtype,
+            name="stem",
         )(x, train)
         for name, features, stride in blocks(self.depth):
-            x = BasicBlock(features, stride, name=name)(x, train)
+            x = BasicBlock(features, stride, self.dtype, name=name)(x, train)
         x = global_average(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(x)
 

@@ -5,12 +5,14 @@ ICML 2019; the Lite variants were published with TensorFlow in 2020. As there, t
 and the repeats of the first and the last stage do not scale.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import ConvBN, InvertedBottleneck, global_average
 
@@ -56,21 +58,37 @@ HEAD_FEATURES = 1280
 
 
 class EfficientNetLite(nn.Module):
-    """Images [B, H, W, 3], float32, normalised by (x - 127) / 128 -> logits [B, num_classes]."""
+    """Images [B, H, W, 3], float32, normalised by (x - 127) / 128 -> logits [B, num_classes].
+
+    Attributes:
+      variant: a key of `VARIANTS`.
+      num_classes: K.
+      dropout: before the classifier, in training.
+      stem_stride: of the first convolution; 1 for images of some 32 pixels.
+      dtype: of the computation; the logits are float32.
+    """
 
     variant: str = "lite0"
     num_classes: int = 1000
     dropout: float = 0.2
+    stem_stride: int = 2
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvBN(STEM_FEATURES, 3, 2, activation=nn.relu6, name="stem")(x, train)
+        layer = functools.partial(ConvBN, activation=nn.relu6, dtype=self.dtype)
+        x = layer(STEM_FEATURES, 3, self.stem_stride, name="stem")(x, train)
         blocks = [block for stage in scaled_stages(VARIANTS[self.variant]) for block in stage]
         for i, block in enumerate(blocks):
             x = InvertedBottleneck(
-                block.features, block.expansion, block.kernel, block.stride, name=f"block{i}"
+                block.features,
+                block.expansion,
+                block.kernel,
+                block.stride,
+                dtype=self.dtype,
+                name=f"block{i}",
             )(x, train)
-        x = ConvBN(HEAD_FEATURES, activation=nn.relu6, name="head")(x, train)
+        x = layer(HEAD_FEATURES, name="head")(x, train)
         x = global_average(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(x)

@@ -1,10 +1,12 @@
 """GoogLeNet as trained for Caffe: local response normalisation, no BatchNorm, one classifier."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import both_sides, global_average
 
@@ -40,6 +42,7 @@ class ConvReLU(nn.Module):
     features: int
     kernel: int = 1
     stride: int = 1
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,7 +51,7 @@ class ConvReLU(nn.Module):
             (self.kernel, self.kernel),
             strides=(self.stride, self.stride),
             padding=both_sides(self.kernel // 2),
-            dtype=jnp.float32,
+            dtype=self.dtype,
             name="conv",
         )
         return nn.relu(conv(x))
@@ -58,38 +61,47 @@ class Inception(nn.Module):
     """Four branches side by side: [B, H, W, C] -> [B, H, W, sum of their features]."""
 
     branches: Branches
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         sizes = self.branches
-        conv1x1 = ConvReLU(sizes.conv1x1, name="conv1x1")(x)
-        conv3x3 = ConvReLU(sizes.conv3x3_reduce, name="conv3x3_reduce")(x)
-        conv3x3 = ConvReLU(sizes.conv3x3, 3, name="conv3x3")(conv3x3)
-        conv5x5 = ConvReLU(sizes.conv5x5_reduce, name="conv5x5_reduce")(x)
-        conv5x5 = ConvReLU(sizes.conv5x5, 5, name="conv5x5")(conv5x5)
+        layer = functools.partial(ConvReLU, dtype=self.dtype)
+        conv1x1 = layer(sizes.conv1x1, name="conv1x1")(x)
+        conv3x3 = layer(sizes.conv3x3_reduce, name="conv3x3_reduce")(x)
+        conv3x3 = layer(sizes.conv3x3, 3, name="conv3x3")(conv3x3)
+        conv5x5 = layer(sizes.conv5x5_reduce, name="conv5x5_reduce")(x)
+        conv5x5 = layer(sizes.conv5x5, 5, name="conv5x5")(conv5x5)
         pool = nn.max_pool(x, (3, 3), padding=both_sides(1))
-        pool = ConvReLU(sizes.pool_proj, name="pool_proj")(pool)
+        pool = layer(sizes.pool_proj, name="pool_proj")(pool)
         return jnp.concatenate([conv1x1, conv3x3, conv5x5, pool], axis=-1)
 
 
 class GoogLeNet(nn.Module):
     """Images [B, H, W, 3], float32, BGR minus its mean -> logits [B, num_classes].
 
+    Attributes:
+      num_classes: K.
+      dropout: before the classifier, in training.
+      dtype: of the computation; the logits are float32.
+
     Reference: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015.
     """
 
     num_classes: int = 1000
     dropout: float = 0.4
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvReLU(64, 7, 2, name="conv1")(x)
+        layer = functools.partial(ConvReLU, dtype=self.dtype)
+        x = layer(64, 7, 2, name="conv1")(x)
         x = local_response_norm(max_pool_ceil(x))
-        x = ConvReLU(64, name="conv2_reduce")(x)
-        x = ConvReLU(192, 3, name="conv2")(x)
+        x = layer(64, name="conv2_reduce")(x)
+        x = layer(192, 3, name="conv2")(x)
         x = max_pool_ceil(local_response_norm(x))
         for name, branches in BLOCKS.items():
-            x = Inception(branches, name=f"inception_{name}")(x)
+            x = Inception(branches, self.dtype, name=f"inception_{name}")(x)
             if name in POOLED_AFTER:
                 x = max_pool_ceil(x)
         x = global_average(x)

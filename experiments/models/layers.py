@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Activation = Callable[[jax.Array], jax.Array]
 Padding = str | Sequence[tuple[int, int]]
@@ -28,6 +29,7 @@ class ConvBN(nn.Module):
       use_bias: whether the convolution has a bias beside that of the BatchNorm.
       epsilon: added to the BatchNorm's variance.
       activation: applied last; None leaves the result linear.
+      dtype: of the computation and the result; parameters and statistics are float32.
     """
 
     features: int
@@ -38,6 +40,7 @@ class ConvBN(nn.Module):
     use_bias: bool = False
     epsilon: float = 1e-3
     activation: Activation | None = None
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -48,12 +51,16 @@ class ConvBN(nn.Module):
             padding=self.padding,
             feature_group_count=self.features if self.depthwise else 1,
             use_bias=self.use_bias,
-            dtype=jnp.float32,
+            dtype=self.dtype,
             name="conv",
         )(x)
         x = nn.BatchNorm(
-            use_running_average=not train, epsilon=self.epsilon, dtype=jnp.float32, name="bn"
-        )(x)
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=self.epsilon,
+            dtype=jnp.float32,
+            name="bn",
+        )(x.astype(jnp.float32)).astype(self.dtype)
         return x if self.activation is None else self.activation(x)
 
 
@@ -71,11 +78,12 @@ class InvertedBottleneck(nn.Module):
     stride: int = 1
     padding: Padding = "SAME"
     epsilon: float = 1e-3
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         inputs = x
-        layer = functools.partial(ConvBN, epsilon=self.epsilon)
+        layer = functools.partial(ConvBN, epsilon=self.epsilon, dtype=self.dtype)
         wide = x.shape[-1] * self.expansion
         if self.expansion != 1:
             x = layer(wide, activation=nn.relu6, name="expand")(x, train)

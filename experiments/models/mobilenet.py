@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import ConvBN, InvertedBottleneck, both_sides, global_average
 
@@ -48,29 +49,39 @@ class SeparableBlock(nn.Module):
 
     features: int
     stride: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvBN(
-            x.shape[-1], 3, self.stride, depthwise=True, activation=nn.relu6, name="depthwise"
-        )(x, train)
-        return ConvBN(self.features, activation=nn.relu6, name="pointwise")(x, train)
+        layer = functools.partial(ConvBN, activation=nn.relu6, dtype=self.dtype)
+        x = layer(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise")(x, train)
+        return layer(self.features, name="pointwise")(x, train)
 
 
 class MobileNetV1(nn.Module):
     """Images [B, H, W, 3], float32 in [-1, 1] -> logits [B, num_classes].
+
+    Attributes:
+      num_classes: K.
+      dropout: before the classifier, in training.
+      stem_stride: of the first convolution; 1 for images of some 32 pixels.
+      dtype: of the computation; the logits are float32.
 
     Reference: Howard et al., "MobileNets", arXiv:1704.04861.
     """
 
     num_classes: int = 1000
     dropout: float = 1e-3
+    stem_stride: int = 2
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = ConvBN(32, 3, 2, activation=nn.relu6, name="stem")(x, train)
+        x = ConvBN(32, 3, self.stem_stride, activation=nn.relu6, dtype=self.dtype, name="stem")(
+            x, train
+        )
         for i, (features, stride) in enumerate(V1_BLOCKS, start=1):
-            x = SeparableBlock(features, stride, name=f"block{i}")(x, train)
+            x = SeparableBlock(features, stride, self.dtype, name=f"block{i}")(x, train)
         x = global_average(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(x)
@@ -85,6 +96,8 @@ class MobileNetV2(nn.Module):
       even_padding: pad the 3x3 kernels by one on both sides, as torchvision does, and not by
         TensorFlow's rule; they differ where the stride is 2.
       epsilon: of the BatchNorms.
+      stem_stride: of the first convolution; 1 for images of some 32 pixels.
+      dtype: of the computation; the logits are float32.
 
     Reference: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
     """
@@ -93,12 +106,16 @@ class MobileNetV2(nn.Module):
     dropout: float = 0.2
     even_padding: bool = False
     epsilon: float = 1e-3
+    stem_stride: int = 2
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         padding = both_sides(1) if self.even_padding else "SAME"
-        layer = functools.partial(ConvBN, epsilon=self.epsilon, activation=nn.relu6)
-        x = layer(32, 3, 2, padding, name="stem")(x, train)
+        layer = functools.partial(
+            ConvBN, epsilon=self.epsilon, activation=nn.relu6, dtype=self.dtype
+        )
+        x = layer(32, 3, self.stem_stride, padding, name="stem")(x, train)
         blocks = [
             (stage, stage.stride if i == 0 else 1)
             for stage in V2_STAGES
@@ -111,6 +128,7 @@ class MobileNetV2(nn.Module):
                 stride=stride,
                 padding=padding,
                 epsilon=self.epsilon,
+                dtype=self.dtype,
                 name=f"block{i}",
             )(x, train)
         x = layer(1280, name="head")(x, train)

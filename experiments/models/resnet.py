@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import ConvBN, both_sides, global_average
 
@@ -21,10 +22,13 @@ class Bottleneck(nn.Module):
     stride_on_3x3: bool
     use_bias: bool
     epsilon: float
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        layer = functools.partial(ConvBN, use_bias=self.use_bias, epsilon=self.epsilon)
+        layer = functools.partial(
+            ConvBN, use_bias=self.use_bias, epsilon=self.epsilon, dtype=self.dtype
+        )
         out = EXPANSION * self.features
         first, second = (1, self.stride) if self.stride_on_3x3 else (self.stride, 1)
         shortcut = layer(out, 1, self.stride, name="shortcut")(x, train) if self.is_projected else x
@@ -48,6 +52,8 @@ class ResNet(nn.Module):
       stride_on_3x3: where a block has its stride, if not on its first 1x1 convolution.
       use_bias: whether convolutions have biases beside those of the BatchNorms.
       epsilon: of the BatchNorms.
+      small_images: for images of some 32 pixels: the stem is 3x3 with stride 1, without pooling.
+      dtype: of the computation; the logits are float32.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
     """
@@ -57,20 +63,22 @@ class ResNet(nn.Module):
     stride_on_3x3: bool = False
     use_bias: bool = True
     epsilon: float = 1e-3
+    small_images: bool = False
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = ConvBN(
             64,
-            7,
-            2,
-            both_sides(3),
+            *((3, 1, both_sides(1)) if self.small_images else (7, 2, both_sides(3))),
             use_bias=self.use_bias,
             epsilon=self.epsilon,
             activation=nn.relu,
+            dtype=self.dtype,
             name="stem",
         )(x, train)
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=both_sides(1))
+        if not self.small_images:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=both_sides(1))
         for i, repeats in enumerate(STAGE_SIZES[self.depth]):
             for j in range(repeats):
                 x = Bottleneck(
@@ -80,6 +88,7 @@ class ResNet(nn.Module):
                     stride_on_3x3=self.stride_on_3x3,
                     use_bias=self.use_bias,
                     epsilon=self.epsilon,
+                    dtype=self.dtype,
                     name=f"stage{i + 1}_block{j + 1}",
                 )(x, train)
         x = global_average(x)

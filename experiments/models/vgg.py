@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from experiments.models.layers import both_sides
 
@@ -21,6 +22,7 @@ class VGG(nn.Module):
       depth: 16 or 19 layers.
       num_classes: K.
       dropout: after the two hidden dense layers, in training.
+      dtype: of the computation; the logits are float32.
 
     Reference: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
     Recognition", ICLR 2015.
@@ -29,19 +31,18 @@ class VGG(nn.Module):
     depth: int = 16
     num_classes: int = 1000
     dropout: float = 0.5
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for i, (repeats, features) in enumerate(zip(REPEATS[self.depth], FEATURES), start=1):
             for j in range(1, repeats + 1):
                 name = f"block{i}_conv{j}"
-                conv = nn.Conv(
-                    features, (3, 3), padding=both_sides(1), dtype=jnp.float32, name=name
-                )
+                conv = nn.Conv(features, (3, 3), padding=both_sides(1), dtype=self.dtype, name=name)
                 x = nn.relu(conv(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for name in ("fc1", "fc2"):
-            x = nn.relu(nn.Dense(4096, dtype=jnp.float32, name=name)(x))
+            x = nn.relu(nn.Dense(4096, dtype=self.dtype, name=name)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(x)

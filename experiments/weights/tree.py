@@ -70,12 +70,12 @@ def template(model: nn.Module, image_size: int) -> Variables:
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
-def random_variables(variables: Variables) -> Variables:
+def random_variables(variables: Variables, seed: int = 0) -> Variables:
     """Variables of the given shapes that keep the activations of a network near one; no training.
 
     Kernels are normal with variance 2 / fan-in, BatchNorms leave what they get as it is.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def fill(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-1].key == "kernel":
