@@ -30,8 +30,12 @@ from experiments.training.settings import check, check_resumed
 from experiments.training.step import State
 from experiments.weights.fetch import FetchError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/train-MODEL.")
+
+def define_flags() -> None:
+    """Only where this file is the program: another one that imports it has flags of its own."""
+    config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where to write; by default runs/train-MODEL.")
+    flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
@@ -39,10 +43,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
     for noisy in ("jax._src.xla_bridge", "absl"):  # platforms tried; each checkpoint's steps
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    workdir = Path(WORKDIR.value or f"runs/train-{CONFIG.value.model}")
+    config = flags.FLAGS.config
+    workdir = Path(flags.FLAGS.workdir or f"runs/train-{config.model}")
     try:
         with stopping() as should_stop:
-            result = run(CONFIG.value, workdir, should_stop)
+            result = run(config, workdir, should_stop)
     except (DataError, FetchError, TrainingError) as error:
         sys.exit(f"error: {error}")
     if result is None:
@@ -123,5 +128,5 @@ def described(job: Job, start: int) -> str:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
+    define_flags()
     app.run(main)

@@ -1,4 +1,4 @@
-"""What `experiments/train.py` is made of: data, augmentation, schedule, optimizer, steps, checkpoints.
+"""What `experiments/train.py` is made of, from the batches to the checkpoints.
 
 `B` is the batch, `S` the side of the images, `K` the number of classes.
 """

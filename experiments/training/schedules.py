@@ -36,7 +36,8 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int = 0) -> Schedule:
         raise TrainingError(f"the learning rate is {peak}: it should be positive")
     if not 0 <= warmup_steps < steps:
         raise TrainingError(
-            f"a warmup of {warmup_steps} steps in a run of {steps}: it should be shorter than the run"
+            f"a warmup of {warmup_steps} steps in a run of {steps}: it should be shorter "
+            "(--config.warmup_epochs)"
         )
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:

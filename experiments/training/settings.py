@@ -113,8 +113,9 @@ def choose_data(config: ConfigDict, size: int) -> tuple[data.Dataset, data.Datas
         )
     elif not config.dataset:
         raise TrainingError(
-            "nothing to train on: give --config.data_dir and --config.eval_dir (folders of images), "
-            "--config.tfds (a data set of tensorflow-datasets) or --config.dataset=cifar10"
+            "nothing to train on: give --config.data_dir and --config.eval_dir (folders of "
+            "images), --config.tfds (a data set of tensorflow-datasets) or "
+            "--config.dataset=cifar10"
         )
     else:
         train, evaluation = data.embedded(config.dataset, size)
