@@ -6,27 +6,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.models.layers import ConvBN, global_average
 from experiments.preprocessing import Preprocessing
 from experiments.training import TrainingError
 from experiments.training.initialisation import initial_variables
 from experiments.training.optimizers import make_optimizer
 from experiments.training.step import State, data_parallel, initial_state, make_update
 from experiments.weights.tree import template
+from tests.experiments.training.networks import Small
 
 HALF = Preprocessing(size=8, mean=(127.5,) * 3, std=(127.5,) * 3)
-
-
-class Small(nn.Module):
-    num_classes: int = 3
-    dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        x = ConvBN(4, 3, activation=nn.relu, dtype=self.dtype, name="stem")(x, train)
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_average(x))
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(x)
 
 
 @pytest.fixture
