@@ -33,7 +33,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to write; by default runs/
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # else: platforms tried
+    for noisy in ("jax._src.xla_bridge", "absl"):  # platforms tried; each step of Orbax
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     config = CONFIG.value
     workdir = Path(WORKDIR.value or f"runs/{config.model}-{config.algo}")
     try:

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,3 +51,14 @@ def test_every_image_mode_becomes_rgb(mode):
 def test_another_size_scales_the_resize():
     assert IMAGENET.at_size(112)[0] == 112
     assert IMAGENET.at_size(112).resize == 128
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_batches_are_normalised_on_the_device_as_images_are(channels, rng):
+    to = Preprocessing(4, mean=(1.5, 2.0, 3.0), std=(7.0, 3.0, 1.0), channels=channels, resize=4)
+    images = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    result = to.normalise(jnp.asarray(images))
+    assert result.dtype == jnp.float32
+    expected = np.stack([to(image) for image in images])
+    np.testing.assert_allclose(result, expected, rtol=1e-6)  # XLA multiplies by the inverse
+    assert to.crop(images[0]).dtype == np.uint8

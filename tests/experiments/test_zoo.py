@@ -77,6 +77,20 @@ def test_a_network_without_a_package_asks_for_a_file():
         zoo.load("vgg16")
 
 
+def test_weights_for_other_classes_and_another_size_are_loaded(tmp_path):
+    module = zoo.build("vgg16_torchvision", num_classes=3)
+    variables = tree.random_variables(tree.template(module, 32))
+    arrays = {"/".join(k.key for k in path[1:]): leaf for path, leaf in leaves(variables)}
+    np.savez(tmp_path / "w.npz", **arrays)
+    loaded_module, loaded = zoo.load(
+        "vgg16_torchvision", str(tmp_path / "w.npz"), num_classes=3, image_size=32
+    )
+    assert loaded_module.num_classes == 3
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    with pytest.raises(tree.WeightsError, match=r"fc1/kernel: shape \(25088, 4096\) expected"):
+        zoo.load("vgg16_torchvision", str(tmp_path / "w.npz"), num_classes=3)
+
+
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'efficientnet_lite0'"):
         zoo.find("efficientnet-lite0")

@@ -1,5 +1,7 @@
 """Shapes, sizes and the layers that no framework of ours provides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,11 @@ PUBLISHED = [
     (VGG(19), 224, 143_667_240),
     (GoogLeNet(), 224, 6_998_552),
     (CifarResNet(20), 32, 269_722),
+    # With a 3x3 stem: 9408 - 1728 fewer than torchvision's, and 990 classes less.
+    (ResNet(50, 10, **TORCHVISION, small_images=True), 32, 23_520_842),
+    (ResNet(101, 10, **TORCHVISION, small_images=True), 32, 42_512_970),
+    # The first dense layer sees 512 values and not 25088; 990 classes less.
+    (VGG(16, 10), 32, 138_357_544 - (25088 - 512) * 4096 - 990 * 4097),
 ]
 
 
@@ -62,6 +69,42 @@ def test_training_gives_logits_and_new_statistics_of_the_same_shapes(network):
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
     before, after = (jax.tree.map(jnp.shape, t.get("batch_stats")) for t in (variables, changed))
     assert before == after
+
+
+def test_small_images_are_not_shrunk_before_the_first_block():
+    for model, side in (
+        (ResNet(50, small_images=True), 32),
+        (ResNet(50), 8),
+        (MobileNetV1(stem_stride=1), 32),
+        (MobileNetV2(stem_stride=1), 32),
+        (EfficientNetLite(stem_stride=1), 32),
+        (MobileNetV2(), 16),
+    ):
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        first = "block1" if isinstance(model, MobileNetV1) else "block0"
+        first = "stage1_block1" if isinstance(model, ResNet) else first
+        run = functools.partial(model.apply, capture_intermediates=True, mutable=True)
+        _, seen = jax.eval_shape(run, tree.template(model, 32), image)
+        (out,) = seen["intermediates"][first]["__call__"]
+        assert out.shape[1] == side
+
+
+@pytest.mark.parametrize(
+    "network",
+    [EfficientNetLite, MobileNetV1, MobileNetV2, ResNet, VGG, GoogLeNet, CifarResNet],
+)
+def test_every_layer_but_the_classifier_computes_in_the_given_type(network):
+    model = network(dtype=jnp.bfloat16)
+    run = functools.partial(model.apply, capture_intermediates=True, mutable=True)
+    variables = tree.template(model, 64)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    logits, seen = jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    assert logits.dtype == jnp.float32
+    for path, leaf in jax.tree_util.tree_leaves_with_path(seen["intermediates"]):
+        names = [key.key for key in path if hasattr(key, "key")]
+        # The BatchNorms compute in float32, and the unit that has them casts what they give.
+        is_float32 = names[0] in ("classifier", "__call__") or names[-2] == "bn"
+        assert leaf.dtype == (jnp.float32 if is_float32 else jnp.bfloat16), names
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8])
