@@ -2,7 +2,7 @@ r"""ResNet101, as Keras trained it, to INT8.
 
 No package carries these weights: give a Keras .h5 file as --config.weights, or torchvision's .pth
 or .safetensors with --config.model=resnet101_torchvision. Not measured: no trained weights were at
-hand.
+hand. configs/train/resnet.py:depth=101 trains them.
 
   python experiments/quant_post.py --config=configs/resnet101.py --config.weights=FILE \
     --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES

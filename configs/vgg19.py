@@ -2,7 +2,7 @@ r"""VGG19, as Keras trained it, to INT8.
 
 No package carries these weights: give a Keras .h5 file as --config.weights, or torchvision's .pth
 or .safetensors with --config.model=vgg19_torchvision. Not measured: no trained weights were at
-hand.
+hand. configs/train/vgg.py:depth=19 trains them.
 
   python experiments/quant_post.py --config=configs/vgg19.py --config.weights=FILE \
     --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES

@@ -101,6 +101,8 @@ def start_or_resume(job: Job, workdir: Path, saved: Checkpoints) -> State:
     if saved.latest() is None:
         state = job.state
     else:
+        if not settings.is_file():
+            raise TrainingError(f"{workdir}: checkpoints without config.json, of unknown settings")
         check_resumed(given, json.loads(settings.read_text()))
         state = saved.restore(job.state)
     write_text(settings, json.dumps(given, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """What a config asks for, ready to run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from experiments.training.optimizers import make_optimizer
 from experiments.training.schedules import Schedule, warmup_cosine
 from experiments.training.settings import choose_data
 from experiments.training.step import State, Update, data_parallel, initial_state, make_update
-from experiments.weights.tree import template
+from experiments.weights.tree import Variables, template
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Job:
       steps: those of the whole training.
       rate: the learning rate at a step.
       update: the compiled step.
+      forward: the compiled network, (variables, images) -> logits [B, K].
       state: before the first step, on the devices.
       split: how a batch lies on them.
       config: the rest of the settings.
@@ -54,6 +55,7 @@ class Job:
     steps: int
     rate: Schedule
     update: Update
+    forward: Callable[[Variables, jax.Array], jax.Array]
     state: State
     split: NamedSharding
     config: ConfigDict
@@ -74,9 +76,8 @@ class Job:
         """ "top1" and "top5" of the evaluation images, in percent."""
         size, workers = self.config.batch_size, self.config.workers
         labelled = loader.batches(self.evaluation, self.preprocessing, size, workers)
-        apply = jax.jit(self.module.apply)
         measured = evaluate(
-            lambda images: apply(state.variables, jax.device_put(images, self.split)),
+            lambda images: self.forward(state.variables, jax.device_put(images, self.split)),
             labelled,
             size,
         )
@@ -136,6 +137,7 @@ def prepare(config: ConfigDict) -> Job:
             label_smoothing=config.label_smoothing,
             seed=config.seed,
         ),
+        forward=jax.jit(module.apply),
         state=jax.device_put(
             initial_state(variables, optimizer), NamedSharding(mesh, PartitionSpec())
         ),

@@ -13,14 +13,13 @@ from ml_collections import ConfigDict
 
 from configs import common as quantization
 from configs.train import common
-from experiments import data, quant_post, train, zoo
-from experiments.preprocessing import Preprocessing
+from experiments import quant_post, train, zoo
 from experiments.training import TrainingError
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.job import prepare
 from experiments.training.log import read
 from experiments.weights.tree import template
-from tests.experiments.training.networks import Small
+from tests.experiments.training.tiny import install
 
 REPOSITORY = Path(common.__file__).parent.parent.parent
 CONFIGS = sorted(
@@ -49,37 +48,7 @@ def get_config(name: str, arg: str | None = None):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two classes that their colours tell apart, and a small network for them."""
-    rng = np.random.default_rng(0)
-
-    def images(count):
-        labels = np.arange(count) % 2
-        pixels = rng.integers(0, 160, (count, 8, 8, 3))
-        pixels[..., 0] += 80 * labels[:, None, None]
-        examples = [lambda x=x, y=y: (x, int(y)) for x, y in zip(pixels.astype(np.uint8), labels)]
-        return data.from_examples("colours", examples)
-
-    entry = zoo.Entry(
-        module=lambda: Small(num_classes=2, dropout=0.2),
-        preprocessing=Preprocessing(8, mean=(100.0,) * 3, std=(60.0,) * 3, resize=8),
-        namings=(),
-    )
-    monkeypatch.setitem(zoo.MODELS, "tiny", entry)
-    datasets = images(64), images(32)
-    monkeypatch.setattr(data, "embedded", lambda name, size: datasets)
-    return common.get_config(
-        "tiny",
-        dataset="colours",
-        augmentation="shift",
-        batch_size=8,
-        steps=4,
-        warmup_epochs=0.0,
-        learning_rate=0.05,
-        log_steps=1,
-        devices=1,
-        progress=False,
-        eval_epochs=0.0,
-    )
+    return install(monkeypatch)
 
 
 def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
@@ -153,6 +122,14 @@ def test_a_separable_problem_is_learnt_and_its_weights_are_quantized(tiny, tmp_p
     _, measured, _ = quant_post.run(config)
     assert measured["fp32"]["top1"] == result["top1"]
     assert measured["int8"]["top1"] > 90
+
+
+def test_checkpoints_without_settings_are_not_gone_on_with(tiny, tmp_path):
+    tiny.steps = 1
+    train.run(tiny, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(TrainingError, match=r"checkpoints without config\.json"):
+        train.run(tiny, tmp_path)
 
 
 def test_a_run_that_diverges_says_so(tiny, tmp_path):
