@@ -19,7 +19,7 @@ def get_config(model: str, **recipe: bool | int | float | str) -> ConfigDict:
 
     config.dataset = ""  # "cifar10" or "noise"; used where neither data_dir nor tfds is given
     config.data_dir = ""  # a folder of images to train on: labels.csv or one subfolder a class
-    config.eval_dir = ""  # and one to evaluate on
+    config.eval_dir = ""  # and one to evaluate on; empty: data_dir has the folders train and val
     config.tfds = ""  # or a data set of tensorflow-datasets
     config.tfds_dir = ""
     config.tfds_split = "train"

@@ -1,7 +1,7 @@
 r"""EfficientNet-Lite0 to Lite4 on ImageNet, for an accelerator.
 
   python experiments/train.py --config=configs/train/efficientnet_lite.py:variant=lite0 \
-    --config.data_dir=IMAGENET/train --config.eval_dir=IMAGENET/val --config.dtype=bfloat16
+    --config.data_dir=IMAGENET --config.dtype=bfloat16
 
 Optimizer, weight decay and label smoothing are those of the paper, the schedule is a cosine; there
 is no average of the weights over the steps and no AutoAugment.

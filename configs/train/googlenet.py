@@ -1,7 +1,7 @@
 r"""GoogLeNet on ImageNet, for an accelerator.
 
   python experiments/train.py --config=configs/train/googlenet.py \
-    --config.data_dir=IMAGENET/train --config.eval_dir=IMAGENET/val --config.dtype=bfloat16
+    --config.data_dir=IMAGENET --config.dtype=bfloat16
 
 The inputs have unit variance (the network of Caffe does without), and there are no auxiliary
 classifiers.

@@ -1,7 +1,7 @@
 r"""MobileNetV1 and MobileNetV2 on ImageNet, for an accelerator.
 
   python experiments/train.py --config=configs/train/mobilenet.py:version=1 \
-    --config.data_dir=IMAGENET/train --config.eval_dir=IMAGENET/val --config.dtype=bfloat16
+    --config.data_dir=IMAGENET --config.dtype=bfloat16
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 r"""ResNet50, 101 and 152 on ImageNet, for an accelerator.
 
   python experiments/train.py --config=configs/train/resnet.py:depth=101 \
-    --config.data_dir=IMAGENET/train --config.eval_dir=IMAGENET/val --config.dtype=bfloat16
+    --config.data_dir=IMAGENET --config.dtype=bfloat16
 
 The recipe is that of Goyal et al., with label smoothing and a cosine schedule.
 """

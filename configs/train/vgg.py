@@ -1,7 +1,7 @@
 r"""VGG16 and VGG19 on ImageNet, for an accelerator.
 
   python experiments/train.py --config=configs/train/vgg.py:depth=16 \
-    --config.data_dir=IMAGENET/train --config.eval_dir=IMAGENET/val --config.dtype=bfloat16
+    --config.data_dir=IMAGENET --config.dtype=bfloat16
 
 Batch, momentum and weight decay are those of the paper; the schedule is a cosine with a warmup.
 """

@@ -146,7 +146,8 @@ def finish(plan: Plan, failures: dict[str, str], table_file: Path, rows_file: Pa
 
 def expected_memory(network: Network) -> int:
     """The bytes that the process of a network is expected to need."""
-    module, size = zoo.find(network.name).module(), model_input(network.config).size
+    module = zoo.build(network.name, network.config.num_classes)
+    size = model_input(network.config).size
     leaves = jax.tree.leaves(template(module, size))
     parameters = sum(4 * math.prod(leaf.shape) for leaf in leaves)
     images = network.config.batch_size * size * size * 3 * 4

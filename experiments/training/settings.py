@@ -1,10 +1,11 @@
 """Settings that are checked before any work, and the data that they name."""
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import data
+from experiments import data, imagenet
 from experiments.training import TrainingError
 from experiments.training.augmentation import AUGMENTATIONS
 from experiments.training.optimizers import OPTIMIZERS
@@ -93,7 +94,8 @@ def choose_data(config: ConfigDict, size: int) -> tuple[data.Dataset, data.Datas
     """The images to train on and those to evaluate on.
 
     Args:
-      config: `data_dir` goes before `tfds`, which goes before the embedded `dataset`.
+      config: `data_dir` goes before `tfds`, which goes before the embedded `dataset`. Where
+        `data_dir` has the folders `train` and `val` of ImageNet, they are the two.
       size: of the images that the network takes, for noise.
 
     Raises:
@@ -101,11 +103,14 @@ def choose_data(config: ConfigDict, size: int) -> tuple[data.Dataset, data.Datas
       DataError, FetchError: there is no such data.
     """
     if config.data_dir:
-        if not config.eval_dir:
+        folders = imagenet.splits(Path(config.data_dir).expanduser())
+        train_dir, eval_dir = folders or (config.data_dir, "")
+        if not (config.eval_dir or eval_dir):
             raise TrainingError(
-                f"--config.data_dir={config.data_dir} is trained on; give --config.eval_dir too"
+                f"--config.data_dir={config.data_dir} is trained on, as it has no folders train "
+                "and val; give --config.eval_dir too"
             )
-        train, evaluation = data.folder(config.data_dir), data.folder(config.eval_dir)
+        train, evaluation = data.folder(train_dir), data.folder(config.eval_dir or eval_dir)
     elif config.tfds:
         train, evaluation = (
             data.tfds(config.tfds, split, config.tfds_dir or None)

@@ -1,4 +1,5 @@
 import pytest
+from PIL import Image
 
 from configs.train import common
 from experiments import data
@@ -58,11 +59,18 @@ def test_a_run_goes_on_under_its_own_settings_alone():
         check_resumed(settings(batch_size=64, seed=1).to_dict(), saved)
 
 
-def test_the_data_are_found():
+def test_the_data_are_found(tmp_path):
     train, evaluation = choose_data(settings(train_samples=5, eval_samples=3), 8)
     assert (train.size, evaluation.size) == (5, 3)
     with pytest.raises(TrainingError, match=r"give --config\.eval_dir too"):
         choose_data(settings(data_dir="images"), 8)
+    for split, value in (("train", 1), ("val", 2)):
+        (tmp_path / split / "cats").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (value, 0, 0)).save(tmp_path / split / "cats" / "cat.png")
+    for changes in ({}, {"eval_dir": str(tmp_path / "val")}):
+        chosen = choose_data(settings(data_dir=str(tmp_path), **changes), 8)
+        images = [next(dataset.examples())()[0] for dataset in chosen]
+        assert [image.getpixel((0, 0))[0] for image in images] == [1, 2]
     with pytest.raises(data.DataError, match="no such folder"):
         choose_data(settings(data_dir="/nowhere", eval_dir="/nowhere"), 8)
     with pytest.raises(TrainingError, match="nothing to train on"):
