@@ -125,7 +125,7 @@ def calibrate(
     apply_fn: Callable[..., Any],
     ds: Any,
     *,
-    algo: str | Observer = "KL",
+    observer: str | Observer = "KL",
     batch_size: int | None = None,
     batch_nums: int | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
@@ -137,8 +137,12 @@ def calibrate(
 ) -> Observations:
     """Run the float model over `ds` once and observe every tensor that may become int8.
 
-    The first step of `jaxquant.quant_post`, whose arguments these are.  `algo` matters for "avg"
-    and an observer of one's own, which keep statistics beside the common ones.
+    The first step of `jaxquant.quant_post`, whose arguments the others are.
+
+    Args:
+      params, apply_fn, ds: the model and its data.
+      observer: the `algo` that is to come, where it keeps statistics beside the common ones: "avg"
+        or an observer of one's own.
 
     Returns:
       The observations, from which `jaxquant.quantize` makes the int8 model, with any `algo`.  They
@@ -156,7 +160,7 @@ def calibrate(
       1.0
     """
     config = QuantConfig(
-        algo=algo,
+        algo=observer,
         quantizable_op_type=quantizable_op_type,
         is_full_quantize=is_full_quantize,
         skip=skip,

@@ -135,7 +135,7 @@ def _thresholds(
     if observations.observer != observer:
         raise ValueError(
             f"algo={config.algo_name!r} keeps statistics of its own, and these observations were "
-            "made without it; pass the same algo to jaxquant.calibrate"
+            "made without it; pass it to jaxquant.calibrate as observer"
         )
     members = [(name, step) for group, step in zip(groups.values(), steps, strict=True)
                for name in group]  # fmt: skip
