@@ -10,7 +10,7 @@ import pytest
 import jaxquant
 from jaxquant.report.report import tree_bytes
 from jaxquant.report.sqnr import decibel
-from tests import networks
+from tests import networks, reference
 
 KEYS = {
     "name",
@@ -238,7 +238,7 @@ def test_a_poor_model_warns_with_its_worst_sites():
 
     def quantize():
         return jaxquant.quant_post(
-            {"w": jnp.asarray(w)}, lambda p, x: x @ p["w"], [x], algo="abs_max", progress=False
+            {"w": jnp.asarray(w)}, lambda p, x: x @ p["w"], [x], **reference.QUANTIZER
         )
 
     with pytest.warns(UserWarning, match=r"only 0\.0 dB .* worst sites are w \(0\.0 dB\)"):
