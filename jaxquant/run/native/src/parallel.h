@@ -1,0 +1,62 @@
+// Parallel loops on XLA's own thread pool.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxquant {
+
+// How many threads a call may use: those of the pool that XLA runs the call on.
+inline int64_t num_threads(xla::ffi::ThreadPool& pool) {
+  return std::max<int64_t>(1, pool.num_threads());
+}
+
+// Runs `body(i)` for i in [0, n).  The calling thread takes its share and never waits for work that
+// no thread has begun, so a pool of any size, busy or nested, cannot deadlock.
+inline void parallel_for(xla::ffi::ThreadPool& pool, int64_t n,
+                         const std::function<void(int64_t)>& body) {
+  const int64_t helpers = std::min(num_threads(pool), n) - 1;
+  if (helpers <= 0) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  struct State {
+    const std::function<void(int64_t)>* body;
+    int64_t n;
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+
+    void work() {
+      int64_t count = 0;
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n; ++count) (*body)(i);
+      if (count && done.fetch_add(count, std::memory_order_acq_rel) + count == n) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
+      }
+    }
+  };
+  // A helper that starts late finds nothing left; it keeps the state alive, not the body.
+  auto state = std::make_shared<State>();
+  state->body = &body;
+  state->n = n;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  for (int spins = 0; spins < 2000; ++spins) {  // the last chunk is usually about to finish
+    if (state->done.load(std::memory_order_acquire) == n) return;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load(std::memory_order_acquire) == n; });
+}
+
+}  // namespace jaxquant
