@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from typing import NamedTuple
@@ -40,9 +41,8 @@ def available() -> Availability:
     for name in (CONV, DOT):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    if not library.jaxquant_has_avx512_vnni():
-        return Availability(True, "portable kernels: this CPU has no AVX512-VNNI")
-    return Availability(True, "AVX512-VNNI kernels")
+    library.jaxquant_kernels.restype = ctypes.c_char_p
+    return Availability(True, f"{library.jaxquant_kernels().decode()} kernels")
 
 
 def require() -> None:

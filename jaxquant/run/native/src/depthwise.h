@@ -139,7 +139,7 @@ inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilo
 
 #endif
 
-inline void depthwise(xla::ffi::ThreadPool& pool, const Activations& x, const ConvShape& s,
+inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s,
                       const int8_t* packed, const Epilogue& epilogue) {
   const PackedDepthwise layout{s.c, s.kh * s.kw};
   const int64_t blocks = layout.padded() / kLanes, quads = layout.quads();
@@ -169,13 +169,12 @@ inline void depthwise(xla::ffi::ThreadPool& pool, const Activations& x, const Co
   const int64_t halo = (s.kh - 1) * s.dilation_h;
   const int64_t fitting = (kScratchBytes / row_bytes - halo) / s.stride_h;
   const int64_t most = std::max<int64_t>(fitting, 1);
-  const int64_t threads = num_threads(pool);
-  const int64_t parts = threads == 1 ? 1 : ceil_div(4 * threads, s.n);
+    const int64_t parts = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), s.n);
   const int64_t rows = std::max<int64_t>(1, std::min(most, ceil_div(s.oh, parts)));
   const int64_t row_parts = ceil_div(s.oh, rows);
   const VectorEpilogue vector(epilogue);
 
-  parallel_for(pool, s.n * row_parts, [&](int64_t task) {
+  parallel_for(threads, s.n * row_parts, [&](int64_t task) {
     const int64_t image = task / row_parts;
     const int64_t first = task % row_parts * rows, last = std::min(first + rows, s.oh);
     const int64_t in_rows = (last - 1 - first) * s.stride_h + halo + 1;

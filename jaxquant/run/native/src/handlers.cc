@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "depthwise.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace jaxquant {
 namespace {
@@ -10,6 +11,17 @@ namespace {
 namespace ffi = xla::ffi;
 using Ints = ffi::Span<const int64_t>;
 using Floats = ffi::Span<const float>;
+
+// The pool that XLA runs the call on.
+class XlaThreads : public Threads {
+ public:
+  explicit XlaThreads(ffi::ThreadPool& pool) : pool_(pool) {}
+  int64_t count() override { return std::max<int64_t>(1, pool_.num_threads()); }
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
+ private:
+  ffi::ThreadPool& pool_;
+};
 
 ffi::Error invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxquant: " + what);
@@ -71,11 +83,6 @@ ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
   return ffi::Error::Success();
 }
 
-Activations activations(const ffi::AnyBuffer& x, int64_t zero_point) {
-  const uint8_t flip = x.element_type() == ffi::S8 ? 0x80 : 0;
-  return {static_cast<const uint8_t*>(x.untyped_data()), flip, uint8_t(zero_point + 128)};
-}
-
 ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
                         ffi::AnyBuffer multiplier, ffi::AnyBuffer bias, ffi::AnyBuffer inv_scale,
                         ffi::AnyBuffer residual_scale, ffi::RemainingArgs residual,
@@ -93,18 +100,22 @@ ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer p
   ffi::Error error = read_epilogue(given, s.o, epilogue);
   if (error.failure()) return error;
   if (s.n * s.oh * s.ow * s.o == 0) return error;
-  const Activations a = activations(x, quantized[0]);
+  XlaThreads threads(pool);
+  const bool is_int8 = x.element_type() == ffi::S8;
+  const int32_t zero_point = int32_t(quantized[0]);
   const int8_t* weights = packed.typed_data<int8_t>();
   if (s.depthwise()) {
     if (int64_t(packed.element_count()) != PackedDepthwise{s.c, s.kh * s.kw}.size())
       return invalid("the weights are packed for another kernel shape");
-    depthwise(pool, a, s, weights, epilogue);
+    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point);
+    depthwise(threads, a, s, weights, epilogue);
     return error;
   }
   const PackedMatrix layout{s.groups, s.group_out(), s.taps() * s.run_groups()};
   if (int64_t(packed.element_count()) != layout.size())
     return invalid("the weights are packed for another kernel shape");
-  conv(pool, a, s, Product(layout, weights, epilogue, s.o, a.zero_point));
+  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point);
+  conv(threads, a, s, Product(layout, weights, epilogue, s.o, a.zero_point));
   return error;
 }
 
@@ -123,8 +134,10 @@ ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   const PackedMatrix layout{1, columns, ceil_div(in[1], 4)};
   if (int64_t(packed.element_count()) != layout.size())
     return invalid("the weights are packed for another shape");
-  const Activations a = activations(x, quantized[0]);
-  dot(pool, a, in[0], in[1],
+  XlaThreads threads(pool);
+  const bool is_int8 = x.element_type() == ffi::S8;
+  const Activations a = Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]));
+  dot(threads, a, in[0], in[1],
       Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
   return error;
 }
@@ -162,10 +175,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
-extern "C" int jaxquant_has_avx512_vnni() {
+extern "C" const char* jaxquant_kernels() {
 #ifdef JAXQUANT_AVX512
-  return 1;
+  return jaxquant::has_amx() ? "AMX" : "AVX512-VNNI";
 #else
-  return 0;
+  return "portable";
 #endif
 }

@@ -1,6 +1,7 @@
-// Parallel loops on XLA's own thread pool.
+// Parallel loops on a pool of threads that is given.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -8,20 +9,21 @@
 #include <memory>
 #include <mutex>
 
-#include "xla/ffi/api/ffi.h"
-
 namespace jaxquant {
 
-// How many threads a call may use: those of the pool that XLA runs the call on.
-inline int64_t num_threads(xla::ffi::ThreadPool& pool) {
-  return std::max<int64_t>(1, pool.num_threads());
-}
+// The threads that a call may use; in a call from XLA, the pool that it runs on.
+class Threads {
+ public:
+  virtual ~Threads() = default;
+  virtual int64_t count() = 0;
+  virtual void schedule(std::function<void()> task) = 0;
+};
 
 // Runs `body(i)` for i in [0, n).  The calling thread takes its share and never waits for work that
 // no thread has begun, so a pool of any size, busy or nested, cannot deadlock.
-inline void parallel_for(xla::ffi::ThreadPool& pool, int64_t n,
+inline void parallel_for(Threads& threads, int64_t n,
                          const std::function<void(int64_t)>& body) {
-  const int64_t helpers = std::min(num_threads(pool), n) - 1;
+  const int64_t helpers = std::min(threads.count(), n) - 1;
   if (helpers <= 0) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
@@ -47,7 +49,7 @@ inline void parallel_for(xla::ffi::ThreadPool& pool, int64_t n,
   auto state = std::make_shared<State>();
   state->body = &body;
   state->n = n;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
+  for (int64_t i = 0; i < helpers; ++i) threads.schedule([state] { state->work(); });
   state->work();
   for (int spins = 0; spins < 2000; ++spins) {  // the last chunk is usually about to finish
     if (state->done.load(std::memory_order_acquire) == n) return;

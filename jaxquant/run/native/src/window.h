@@ -34,11 +34,25 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Activations as the kernels see them: stored int8 values plus 128.
+// Activations as a kernel reads them.
 struct Activations {
   const uint8_t* data;
-  uint8_t flip;        // 0x80 for int8, 0 for uint8
-  uint8_t zero_point;  // of the u8 values
+  uint8_t flip;        // what a copy changes: 0x80 makes u8 of int8
+  uint8_t fill;        // the zero point, as stored in the copy
+  int32_t zero_point;  // as the kernel multiplies it
+  bool is_signed;
+
+  // Kernels that multiply u8 by s8 read an int8 tensor as q + 128, and uint8 as it is.
+  static Activations as_u8(const void* data, bool is_int8, int32_t zero_point) {
+    const int32_t moved = zero_point + 128;
+    return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0), uint8_t(moved), moved,
+            false};
+  }
+  // Those that multiply either.
+  static Activations as_stored(const void* data, bool is_int8, int32_t zero_point) {
+    if (!is_int8) return as_u8(data, false, zero_point);
+    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), zero_point, true};
+  }
 
   void copy(uint8_t* to, const uint8_t* from, int64_t n) const {
     if (!flip) {
@@ -60,31 +74,30 @@ inline int64_t copy_window(const Activations& x, const ConvShape& s, int64_t ima
   for (int64_t r = 0; r < rows; ++r, to += columns * nc) {
     const int64_t row = first * s.stride_h - s.pad_h + r;
     if (row < 0 || row >= s.h) {
-      std::memset(to, x.zero_point, columns * nc);
+      std::memset(to, x.fill, columns * nc);
       continue;
     }
     const uint8_t* from = x.data + ((image * s.h + row) * s.w + left - s.pad_w) * s.c + c0;
-    std::memset(to, x.zero_point, left * nc);
+    std::memset(to, x.fill, left * nc);
     if (nc == s.c) {
       x.copy(to + left * nc, from, (right - left) * nc);
     } else {
       for (int64_t k = left; k < right; ++k) x.copy(to + k * nc, from + (k - left) * s.c, nc);
     }
-    std::memset(to + right * nc, x.zero_point, (columns - right) * nc);
+    std::memset(to + right * nc, x.fill, (columns - right) * nc);
   }
   return columns;
 }
 
-// The same for a window of one element: only the pixels that it reads, [rows][ow][padded nc].
+// The same for a window of one element: only the pixels that it reads, [rows][ow][padded] bytes.
 inline void copy_pixels(const Activations& x, const ConvShape& s, int64_t image, int64_t first,
-                        int64_t last, int64_t c0, int64_t nc, uint8_t* to) {
-  const int64_t padded = round_up(nc, 4);
+                        int64_t last, int64_t c0, int64_t nc, int64_t padded, uint8_t* to) {
   for (int64_t i = first; i < last; ++i) {
     const int64_t row = i * s.stride_h - s.pad_h;
     for (int64_t j = 0; j < s.ow; ++j, to += padded) {
       const int64_t column = j * s.stride_w - s.pad_w;
       if (row < 0 || row >= s.h || column < 0 || column >= s.w) {
-        std::memset(to, x.zero_point, padded);
+        std::memset(to, x.fill, padded);
       } else {
         x.copy(to, x.data + ((image * s.h + row) * s.w + column) * s.c + c0, nc);
       }
