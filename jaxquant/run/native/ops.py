@@ -106,16 +106,16 @@ def conv(
       RuntimeError: the kernels do not run here (`available()` says why).
       ValueError: shapes, dtypes or padding are not as said above.
     """
-    if kernel_shape is None:
-        kernel_shape = kernel.shape
-        kernel = pack_conv(kernel, groups, dilation)
-    height, width, inputs, outputs = kernel_shape
+    packed = kernel_shape is not None
+    height, width, inputs, outputs = kernel_shape or kernel.shape
     if x.ndim != 4 or x.shape[3] != inputs * groups or outputs % groups:
         raise ValueError(
-            f"a kernel {tuple(kernel_shape)} of {groups} groups does not fit x {x.shape}"
+            f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit x {x.shape}"
         )
     if any(pad < 0 for pads in padding for pad in pads):
         raise ValueError(f"padding {padding} is negative; slice x first")
+    if not packed:
+        kernel = pack_conv(kernel, groups, dilation)
     rows, columns = (
         max(0, (size + sum(pads) - (window - 1) * step - 1) // stride + 1)
         for size, pads, window, step, stride in zip(
