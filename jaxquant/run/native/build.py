@@ -108,7 +108,14 @@ def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    for text in (*compiler, *_FLAGS, *flags, _version(compiler), _cpu(), jaxlib.version.__version__):
+    for text in (
+        *compiler,
+        *_FLAGS,
+        *flags,
+        _version(compiler),
+        _cpu(),
+        jaxlib.version.__version__,
+    ):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
 

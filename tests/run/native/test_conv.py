@@ -73,7 +73,6 @@ def assert_sums(conv: Conv, zero_point: int, unsigned: bool) -> None:
         np.testing.assert_array_equal(got, expected, err_msg=variant)
 
 
-
 zero_points = st.sampled_from((0, 0, -128, 127, 3))
 
 
