@@ -1,6 +1,6 @@
 """Native int8 kernels for CPU, called from XLA: convolution and dot with a fused epilogue."""
 
-from jaxquant.run.native.library import Availability, available
+from jaxquant.run.native.library import Availability, available, require
 from jaxquant.run.native.ops import Requantize, Residual, conv, dot
 from jaxquant.run.native.pack import pack_conv, pack_dot
 
@@ -13,4 +13,5 @@ __all__ = [
     "dot",
     "pack_conv",
     "pack_dot",
+    "require",
 ]

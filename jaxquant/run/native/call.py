@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxquant.graph import jax_shim
+
 if TYPE_CHECKING:
     from jaxquant.run.native.ops import Static
 
@@ -23,7 +25,7 @@ _RESIDUAL = 6  # its place among the operands
 
 def call(static: Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Run the kernel that `static` describes; the results are [batch, ...]."""
-    return tuple(_batched(static)(*operands))
+    return tuple(_batched(static)(*jax_shim.match_varying(operands)))
 
 
 def _is_batched(position: int) -> bool:
@@ -33,11 +35,12 @@ def _is_batched(position: int) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _batched(static: Static) -> Callable[..., Any]:
     """The call with its batching rule: a mapped axis of samples becomes part of the batch."""
-    partitioned = _partitioned(static)
+    direct, partitioned = functools.partial(_ffi_call, static), _partitioned(static)
 
     @jax.custom_batching.custom_vmap
     def run(*operands: jax.Array) -> Any:
-        return partitioned(*operands)
+        outputs = _outputs(static, operands)
+        return jax_shim.choose_by_devices(direct, partitioned, outputs, operands)
 
     @run.def_vmap
     def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
@@ -65,7 +68,7 @@ def _partitioned(static: Static) -> Callable[..., Any]:
     """The call, each device doing its part of a sharded batch."""
 
     def run(*operands: jax.Array) -> Any:
-        return _ffi_call(static, operands)
+        return _ffi_call(static, *operands)
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         batch = _batch_axes(arguments[0].sharding)
@@ -104,14 +107,16 @@ def _batch_axes(sharding: Any) -> Any:
 
 
 def _sharding(mesh: Any, rank: int, batch: Any) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(*((batch,) + (None,) * (rank - 1))[:rank]))
+    return NamedSharding(mesh, PartitionSpec(batch) if rank else PartitionSpec())
 
 
-def _ffi_call(static: Static, operands: Sequence[jax.Array]) -> Any:
-    batch = operands[0].shape[0]
-    results = [
-        jax.ShapeDtypeStruct((batch, *static.out_shape), np.dtype(d)) for d in static.out_dtypes
-    ]
+def _outputs(static: Static, operands: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    shape = (operands[0].shape[0], *static.out_shape)
+    return [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for dtype in static.out_dtypes]
+
+
+def _ffi_call(static: Static, *operands: jax.Array) -> Any:
+    results = _outputs(static, operands)
     attributes: dict[str, Any] = {}
     for name, value in static.attributes:
         if isinstance(value, int):

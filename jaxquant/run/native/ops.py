@@ -73,12 +73,13 @@ def conv(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     zero_point: int = 0,
+    subtract_zero_point: bool = True,
     activation: Clamp = _NO_CLAMP,
     residual: Residual | None = None,
     activation_after: Clamp = _NO_CLAMP,
     out: Requantize | None = None,
     float_out: bool = False,
-    kernel_shape: tuple[int, int, int, int] | None = None,
+    kernel_shape: Sequence[int] | None = None,
 ) -> Any:
     """Convolution of int8 tensors; see the module for the epilogue.
 
@@ -92,6 +93,8 @@ def conv(
       dilation: of the kernel.
       groups: of the channels; C for a depthwise convolution.
       zero_point: of x.
+      subtract_zero_point: False where the bias takes away zero_point * sum(q_w), as that of
+        jaxquant's `qparams` does: the sums keep it then.
       activation: clip behind the bias.
       residual: added behind the activation.
       activation_after: clip behind the residual.
@@ -110,22 +113,24 @@ def conv(
     height, width, inputs, outputs = kernel_shape or kernel.shape
     if x.ndim != 4 or x.shape[3] != inputs * groups or outputs % groups:
         raise ValueError(
-            f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit x {x.shape}"
+            f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit "
+            f"x {x.shape}"
         )
     if any(pad < 0 for pads in padding for pad in pads):
         raise ValueError(f"padding {padding} is negative; slice x first")
     if not packed:
         kernel = pack_conv(kernel, groups, dilation)
     rows, columns = (
-        max(0, (size + sum(pads) - (window - 1) * step - 1) // stride + 1)
-        for size, pads, window, step, stride in zip(
+        max(0, (size + sum(pads) - (taps - 1) * step - 1) // stride + 1)
+        for size, pads, taps, step, stride in zip(
             x.shape[1:3], padding, (height, width), dilation, strides, strict=True
         )
     )
-    shape = (rows, columns, outputs, height, width, *strides, *dilation)
-    shape = (*shape, padding[0][0], padding[1][0], groups)
+    window = (height, width, *strides, *dilation, padding[0][0], padding[1][0])
+    shape = (rows, columns, outputs, *window, groups)
     return _with_epilogue(
-        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs), zero_point,
+        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs),
+        (zero_point, subtract_zero_point),
         (activation, activation_after), residual, out, float_out, ("shape", shape),
     )  # fmt: skip
 
@@ -137,6 +142,7 @@ def dot(
     bias: jax.Array | None = None,
     *,
     zero_point: int = 0,
+    subtract_zero_point: bool = True,
     activation: Clamp = _NO_CLAMP,
     residual: Residual | None = None,
     activation_after: Clamp = _NO_CLAMP,
@@ -151,7 +157,8 @@ def dot(
       weight: int8 [K, N]; or as `pack_dot` makes it, with `columns`.
       multiplier: float32 [N] or [].
       bias: float32 [N] or [], or None.
-      zero_point, activation, residual, activation_after, out, float_out: as of `conv`.
+      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out:
+        as of `conv`.
       columns: N of a packed weight.
 
     Returns:
@@ -170,7 +177,8 @@ def dot(
     if residual is not None:
         residual = residual._replace(value=residual.value.reshape(-1, columns))
     results = _with_epilogue(
-        library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,), zero_point,
+        library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,),
+        (zero_point, subtract_zero_point),
         (activation, activation_after), residual, out, float_out, ("columns", columns),
     )  # fmt: skip
     return jax.tree.map(lambda y: y.reshape(*lead, columns), results)
@@ -183,7 +191,7 @@ def _with_epilogue(
     multiplier: jax.Array,
     bias: jax.Array | None,
     out_shape: tuple[int, ...],
-    zero_point: int,
+    zero_point: tuple[int, bool],
     clamps: tuple[Clamp, Clamp],
     residual: Residual | None,
     out: Requantize | None,
@@ -214,10 +222,11 @@ def _with_epilogue(
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
         operands.append(residual.value)
     quantized = (
-        _centred(zero_point, x.dtype),
+        _centred(zero_point[0], x.dtype),
         residual_zero_point,
         0 if out is None else _centred(out.zero_point, out.dtype),
         -128 if out is None else _centred(out.minimum, out.dtype),
+        int(zero_point[1]),
     )
     flat = tuple(float(bound) for clamp in clamps for bound in clamp)
     static = Static(

@@ -42,7 +42,7 @@ class TestAvailable:
         monkeypatch.setenv(library.DISABLE_VARIABLE, "0")
         assert native.available() == (False, "JAXQUANT_NATIVE=0 in the environment")
         with pytest.raises(RuntimeError, match="not available: JAXQUANT_NATIVE=0"):
-            library.require()
+            native.require()
 
     def test_a_cache_that_cannot_be_written(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path

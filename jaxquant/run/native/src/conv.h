@@ -24,9 +24,10 @@ class Product {
       init_[i] = int32_t(0u - uint32_t(zero_point) * uint32_t(sums[i]));
   }
 
-  static Activations activations(const void* data, bool is_int8, int32_t zero_point) {
-    return has_amx() ? Activations::as_stored(data, is_int8, zero_point)
-                     : Activations::as_u8(data, is_int8, zero_point);
+  static Activations activations(const void* data, bool is_int8, int32_t zero_point,
+                                 bool subtract = true) {
+    return has_amx() ? Activations::as_stored(data, is_int8, zero_point, subtract)
+                     : Activations::as_u8(data, is_int8, zero_point, subtract);
   }
   // Pixels of a segment at most, and the bytes of a run that are read at a time.
   static int64_t most_pixels() { return has_amx() ? 16 : kSegment; }

@@ -36,14 +36,14 @@ struct EpilogueArguments {
   ffi::AnyBuffer inv_scale, residual_scale;   // []
   ffi::RemainingArgs residual;                // none or one
   ffi::RemainingRets outs;                    // float32, int8 or uint8
-  Ints quantized;  // zero point of the input, the residual, the output; the output's minimum
+  Ints quantized;  // zero point of input, residual, output; least output; subtract the first?
   Floats clamps;   // low and high before the residual, low and high behind it
 };
 
 // Zero points count from the middle of the stored type: of uint8 they come as value - 128.
 ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
   const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, quantized, clamps] = a;
-  if (quantized.size() != 4 || clamps.size() != 4) return invalid("wrong attributes");
+  if (quantized.size() != 5 || clamps.size() != 4) return invalid("wrong attributes");
   if (int64_t(multiplier.element_count()) < outputs) return invalid("the multiplier is too short");
   e.multiplier = multiplier.typed_data<float>();
   if (bias.element_count() > 0) {
@@ -107,14 +107,14 @@ ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer p
   if (s.depthwise()) {
     if (int64_t(packed.element_count()) != PackedDepthwise{s.c, s.kh * s.kw}.size())
       return invalid("the weights are packed for another kernel shape");
-    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point);
+    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point, quantized[4]);
     depthwise(threads, a, s, weights, epilogue);
     return error;
   }
   const PackedMatrix layout{s.groups, s.group_out(), s.taps() * s.run_groups()};
   if (int64_t(packed.element_count()) != layout.size())
     return invalid("the weights are packed for another kernel shape");
-  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point);
+  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point, quantized[4]);
   conv(threads, a, s, Product(layout, weights, epilogue, s.o, a.zero_point));
   return error;
 }
@@ -136,7 +136,8 @@ ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
     return invalid("the weights are packed for another shape");
   XlaThreads threads(pool);
   const bool is_int8 = x.element_type() == ffi::S8;
-  const Activations a = Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]));
+  const Activations a =
+      Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[4]);
   dot(threads, a, in[0], in[1],
       Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
   return error;

@@ -39,19 +39,21 @@ struct Activations {
   const uint8_t* data;
   uint8_t flip;        // what a copy changes: 0x80 makes u8 of int8
   uint8_t fill;        // the zero point, as stored in the copy
-  int32_t zero_point;  // as the kernel multiplies it
+  int32_t zero_point;  // what the sums of the weights are multiplied by and taken away
   bool is_signed;
 
   // Kernels that multiply u8 by s8 read an int8 tensor as q + 128, and uint8 as it is.
-  static Activations as_u8(const void* data, bool is_int8, int32_t zero_point) {
-    const int32_t moved = zero_point + 128;
-    return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0), uint8_t(moved), moved,
-            false};
+  static Activations as_u8(const void* data, bool is_int8, int32_t zero_point,
+                           bool subtract = true) {
+    return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0),
+            uint8_t(zero_point + 128), (subtract ? zero_point : 0) + 128, false};
   }
   // Those that multiply either.
-  static Activations as_stored(const void* data, bool is_int8, int32_t zero_point) {
-    if (!is_int8) return as_u8(data, false, zero_point);
-    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), zero_point, true};
+  static Activations as_stored(const void* data, bool is_int8, int32_t zero_point,
+                               bool subtract = true) {
+    if (!is_int8) return as_u8(data, false, zero_point, subtract);
+    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), subtract ? zero_point : 0,
+            true};
   }
 
   void copy(uint8_t* to, const uint8_t* from, int64_t n) const {
