@@ -116,10 +116,7 @@ def match_varying(operands: Sequence[Any]) -> Sequence[Any]:
 
 def _varying_axes(x: Any) -> frozenset[Any]:
     """The axes of the mesh, inside `shard_map`, along which a value varies."""
-    return _varying_of(jax.typeof(x))
-
-
-def _varying_of(aval: Any) -> frozenset[Any]:
+    aval = jax.typeof(x)
     if hasattr(aval, "manual_axis_type"):
         return frozenset(aval.manual_axis_type.varying)
     return getattr(aval, "vma", frozenset())
@@ -179,17 +176,17 @@ def _choose(
 
 
 def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
-    varying: frozenset[Any] = frozenset().union(*(_varying_of(aval) for aval in avals))
-    return [_shaped(shape, dtype, varying, avals[0]) for shape, dtype in shapes]
-
-
-def _shaped(shape: tuple[int, ...], dtype: Any, varying: frozenset[Any], like: Any) -> Any:
-    aval = jax.core.ShapedArray(shape, dtype)
-    if not varying:
-        return aval
-    if hasattr(like, "manual_axis_type"):
-        return aval.update(manual_axis_type=like.manual_axis_type)
-    return aval.update(vma=varying)
+    """The outputs vary, inside `shard_map`, where the operands do: those vary alike."""
+    like = avals[0]
+    return [
+        like.update(
+            shape=shape,
+            dtype=dtype,
+            weak_type=False,
+            sharding=like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape))),
+        )
+        for shape, dtype in shapes
+    ]
 
 
 def _choice_lowering(

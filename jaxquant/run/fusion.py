@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxquant.graph import ir
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import is_computed_weight
@@ -45,9 +47,7 @@ class Chain:
     int8_out: bool
 
 
-def find_chains(
-    graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]
-) -> dict[int, Chain]:
+def find_chains(graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]) -> dict[int, Chain]:
     """The chains by the index of their last equation.
 
     Args:
@@ -158,13 +158,16 @@ def _clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
 
 
 def _constant(graph: ir.Graph, atom: ir.Atom) -> float | None:
-    if isinstance(atom, ir.Literal):
-        value: Any = atom.value
-    elif atom in graph.constants and not graph.shape(atom):
-        value = graph.constants[atom]
-    else:
+    """The value of a literal or of a constant scalar, which may be cast and broadcast."""
+    dtype = graph.dtype(atom)
+    while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
+        if eqn.name not in ("convert_element_type", "broadcast_in_dim", "copy"):
+            return None
+        atom = eqn.inputs[0]
+    value: Any = atom.value if isinstance(atom, ir.Literal) else graph.constants.get(atom)
+    if value is None or np.ndim(value):
         return None
-    number = float(value)
+    number = float(np.asarray(value).astype(dtype))
     return None if math.isnan(number) else number
 
 

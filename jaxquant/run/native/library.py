@@ -11,7 +11,7 @@ import jax
 
 from jaxquant.run.native import build
 
-CONV, DOT = "jaxquant_conv", "jaxquant_dot"
+CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
 
 
@@ -38,7 +38,7 @@ def available() -> Availability:
         library = build.load()
     except build.BuildError as error:
         return Availability(False, str(error))
-    for name in (CONV, DOT):
+    for name in (CONV, DOT, PACK):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxquant_kernels.restype = ctypes.c_char_p

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "depthwise.h"
+#include "pack.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxquant {
@@ -143,8 +144,39 @@ ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   return error;
 }
 
+// A kernel [kh, kw, c / groups, o] as `conv_handler` reads it; `row_runs` as of ConvShape.
+ffi::Error pack_handler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
+                        ffi::Result<ffi::AnyBuffer> packed, int64_t groups, bool row_runs) {
+  const auto shape = kernel.dimensions();
+  if (shape.size() != 4) return invalid("a kernel has four axes");
+  const int64_t taps = shape[0] * shape[1], in = shape[2], out = shape[3];
+  const int8_t* from = kernel.typed_data<int8_t>();
+  int8_t* to = packed->typed_data<int8_t>();
+  const int64_t size = int64_t(packed->element_count());
+  if (groups > 1 && in == 1 && out == groups) {
+    const PackedDepthwise layout{groups, taps};
+    if (size != layout.size()) return invalid("wrong size of the packed weights");
+    pack_depthwise(from, layout, to);
+    return ffi::Error::Success();
+  }
+  const int64_t count = row_runs ? shape[0] : taps, length = row_runs ? shape[1] * in : in;
+  const PackedMatrix layout{groups, out / groups, count * ceil_div(length, 4)};
+  if (size != layout.size()) return invalid("wrong size of the packed weights");
+  XlaThreads threads(pool);
+  pack_matrix(threads, from, count, length, layout, to);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxquant
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("groups")
+                                  .Attr<bool>("row_runs"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
                               xla::ffi::Ffi::Bind()
