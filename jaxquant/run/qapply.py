@@ -15,7 +15,6 @@ from jaxquant.plan.plan import Plan
 from jaxquant.run import native
 from jaxquant.run.program import Program
 
-
 BACKENDS = ("auto", "native", "xla")
 _ENTRIES = {"params", "sites", "tensors"}
 

@@ -102,7 +102,7 @@ def _sharding_rule(mesh: Any, arguments: Any, results: Any) -> str:
 
 
 def _batch_axes(sharding: Any) -> Any:
-    spec = getattr(sharding, "spec", ())
+    spec: Sequence[Any] = getattr(sharding, "spec", ())
     return spec[0] if len(spec) else None
 
 
