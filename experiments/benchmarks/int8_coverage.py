@@ -129,7 +129,7 @@ def main() -> None:
         qparams, qapply = jaxquant.quantize(
             params, module.apply, observations, algo="abs_max", is_full_quantize=full
         )
-        models[name] = qapply, qparams
+        models[name] = qapply.with_backend("xla"), qparams  # whose program can be read
     print(f"{args.model}, batch {args.batch}, {jax.default_backend()}: buffers and MB")
     for name, (function, arrays) in models.items():
         counted = totals(intermediate_buffers(compiled_text(function, arrays, x)))

@@ -6,11 +6,13 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core as jex_core
+from jax.interpreters import batching, mlir
 
 ClosedJaxpr = jex_core.ClosedJaxpr
 Jaxpr = jex_core.Jaxpr
@@ -93,11 +95,11 @@ def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) 
         subfuns, bound = bound
         results = primitive.bind(*subfuns, *operands, **bound)
     else:
-        results = primitive.bind(*_match_varying(operands), **bound)
+        results = primitive.bind(*match_varying(operands), **bound)
     return list(results) if primitive.multiple_results else [results]
 
 
-def _match_varying(operands: Sequence[Any]) -> Sequence[Any]:
+def match_varying(operands: Sequence[Any]) -> Sequence[Any]:
     """Inside `shard_map`, mark replicated operands as varying where another operand varies.
 
     `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
@@ -118,3 +120,97 @@ def _varying_axes(x: Any) -> frozenset[Any]:
     if hasattr(aval, "manual_axis_type"):
         return frozenset(aval.manual_axis_type.varying)
     return getattr(aval, "vma", frozenset())
+
+
+# A computation with two forms, of which one is traced when it is lowered.
+_choice = Primitive("jaxquant_choice")
+_choice.multiple_results = True
+
+
+def choose_by_platform(
+    native: Callable[..., Sequence[Any]],
+    portable: Callable[..., Sequence[Any]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Any],
+) -> list[Any]:
+    """`native(*operands)` where it is compiled for this process's CPU, else `portable(*operands)`.
+
+    Both give a list of arrays like `outputs`.  An export is portable.
+    """
+    return _choose(_is_native, (native, portable), outputs, operands)
+
+
+def choose_by_devices(
+    one: Callable[..., Sequence[Any]],
+    several: Callable[..., Sequence[Any]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Any],
+) -> list[Any]:
+    """`several(*operands)` where it is compiled for known devices, more than one; else `one`.
+
+    Both give a list of arrays like `outputs`.
+    """
+    return _choose(_is_one_device, (one, several), outputs, operands)
+
+
+def _is_native(ctx: Any, on_cpu: bool) -> bool:
+    return on_cpu and not ctx.module_context.lowering_parameters.for_export
+
+
+def _is_one_device(ctx: Any, on_cpu: bool) -> bool:
+    context = ctx.module_context.axis_context
+    if hasattr(context, "device_assignment"):
+        return context.device_assignment is None or len(context.device_assignment) == 1
+    return False
+
+
+def _choose(
+    is_first: Callable[..., bool],
+    forms: tuple[Callable[..., Sequence[Any]], Callable[..., Sequence[Any]]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Any],
+) -> list[Any]:
+    shapes = tuple((tuple(s.shape), s.dtype) for s in outputs)
+    operands = match_varying(operands)
+    return list(_choice.bind(*operands, is_first=is_first, forms=forms, shapes=shapes))
+
+
+def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
+    """The outputs vary, inside `shard_map`, where the operands do: those vary alike."""
+    like = avals[0]
+    return [
+        like.update(
+            shape=shape,
+            dtype=dtype,
+            weak_type=False,
+            sharding=like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape))),
+        )
+        for shape, dtype in shapes
+    ]
+
+
+def _choice_lowering(
+    ctx: Any, *operands: Any, is_first: Any, forms: Any, on_cpu: bool = False, **_: Any
+) -> Any:
+    chosen = forms[0] if is_first(ctx, on_cpu) else forms[1]
+    return mlir.lower_fun(lambda *xs: list(chosen(*xs)), multiple_results=True)(ctx, *operands)
+
+
+def _choice_batching(
+    operands: Sequence[Any], axes: Sequence[Any], *, forms: Any, shapes: Any, **params: Any
+) -> tuple[list[Any], list[int]]:
+    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    results = _choice.bind(
+        *operands,
+        forms=tuple(jax.vmap(form, tuple(axes)) for form in forms),
+        shapes=tuple(((size, *shape), dtype) for shape, dtype in shapes),
+        **params,
+    )
+    return list(results), [0] * len(shapes)
+
+
+_choice.def_abstract_eval(_choice_avals)
+_choice.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _choice.bind(*ys, **params))(*xs))
+batching.primitive_batchers[_choice] = _choice_batching
+mlir.register_lowering(_choice, _choice_lowering)
+mlir.register_lowering(_choice, functools.partial(_choice_lowering, on_cpu=True), platform="cpu")

@@ -45,7 +45,7 @@ class Report:
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
-        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type.
+        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, backend.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -117,6 +117,8 @@ class Report:
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
             f"algo={s['algo']}, weights {s['weight_quantize_type']}."
         )
+        if "backend" in s:
+            lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
 
 

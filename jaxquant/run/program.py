@@ -16,13 +16,22 @@ from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
 from jaxquant.run import int8
+from jaxquant.run.fused import FusedCall
+from jaxquant.run.fusion import find_chains
 from jaxquant.run.quantized import QuantizedTensors
 
 
 class Program:
-    """Evaluates a graph with its int8 sites replaced."""
+    """Evaluates a graph with its int8 sites replaced.
 
-    def __init__(self, graph: ir.Graph, plan: Plan, params: Any):
+    Args:
+      graph: the traced model.
+      plan: which sites are int8.
+      params: the parameters or their shapes.
+      fuse: join sites with what follows them into calls that the native kernels have.
+    """
+
+    def __init__(self, graph: ir.Graph, plan: Plan, params: Any, fuse: bool = False):
         self.graph = graph
         self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
@@ -33,6 +42,10 @@ class Program:
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
+        chains = find_chains(graph, self.binding, self.equations) if fuse else {}
+        zero_points = self.binding.zero_points
+        self._fused = {k: FusedCall(graph, c, zero_points) for k, c in chains.items()}
+        self._absorbed = {k for c in chains.values() for k in c.members} - set(chains)
 
     def run(
         self,
@@ -54,6 +67,10 @@ class Program:
         quantized = QuantizedTensors(env, self.binding, qparams["tensors"])
 
         def rule(eqn: ir.Equation) -> Sequence[Any]:
+            if eqn.index in self._absorbed:
+                return [None]  # part of a fused call further on
+            if eqn.index in self._fused:
+                return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
             if eqn.index in self._by_index:
                 site = self._by_index[eqn.index]
                 value = self._accumulate(site, qparams, env, quantized)
@@ -67,6 +84,24 @@ class Program:
             return evaluate.apply(env, eqn)
 
         return evaluate.run(env, self.equations, rule)
+
+    def _run_fused(
+        self, call: FusedCall, qparams: Mapping[str, Any], quantized: QuantizedTensors
+    ) -> jax.Array | None:
+        """The float output of a fused call, None where nobody reads it; its int8 form is kept."""
+        slot = self.slots[call.chain.site.site.name]
+        value, as_int8 = call(call.operands(qparams, slot, quantized))
+        if as_int8 is not None:
+            quantized.put(call.chain.output, as_int8)
+        return value
+
+    def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The weights of the fused calls as the native kernels read them, by site."""
+        packed = {}
+        for call in self._fused.values():
+            name = call.chain.site.site.name
+            packed[name] = call.pack(layout.get(qparams["params"], self.slots[name].int8))
+        return packed
 
     def _accumulate(
         self,

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan.plan import Plan
+from jaxquant.run import native
 from jaxquant.run.program import Program
+
+BACKENDS = ("auto", "native", "xla")
+_ENTRIES = {"params", "sites", "tensors"}
+
+
+class Backend(NamedTuple):
+    """What runs the convolutions and dots, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
 
 
 class QuantizedApply:
@@ -20,8 +36,12 @@ class QuantizedApply:
     same sites, and works under `jit`, `vmap` and `shard_map`.  It compiles itself once per input
     shape, so calling it outside `jit` is fine too.
 
+    On CPU the convolutions and dots with a weight are native kernels where those can be compiled
+    (`jaxquant.run.native`), else XLA's; `backend` says which.  An export has XLA's always.
+
     Attributes:
       plan: which sites are int8, and with which scales.
+      backend: "native" or "xla", with the reason: what runs where this process compiles for CPU.
     """
 
     def __init__(
@@ -30,8 +50,14 @@ class QuantizedApply:
         plan: Plan,
         params: Any,
         report: Any,
+        backend: str = "auto",
     ):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        if backend == "native":
+            native.require()
         self.plan = plan
+        self._backend = backend
         self._apply_fn = apply_fn
         self._params = jax.tree.map(ir.struct, params)
         self._report = report
@@ -45,7 +71,7 @@ class QuantizedApply:
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
         """The model's outputs for `inputs`, which are those of `apply_fn` after its params."""
-        if not isinstance(qparams, Mapping) or set(qparams) != {"params", "sites", "tensors"}:
+        if not isinstance(qparams, Mapping) or set(qparams) - {"packed"} != _ENTRIES:
             raise ValueError(
                 "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
                 f"'sites' and 'tensors'), got {_describe(qparams)}"
@@ -70,11 +96,54 @@ class QuantizedApply:
         Raises:
           ValueError: these shapes give another graph than the one that was quantized.
         """
-        return Program(trace(self._apply_fn, self._params, inputs), self.plan, self._params)
+        fuse = self.backend.name == "native"
+        return Program(trace(self._apply_fn, self._params, inputs), self.plan, self._params, fuse)
+
+    @functools.cached_property
+    def backend(self) -> Backend:
+        if self._backend == "xla":
+            return Backend("xla", "chosen")
+        if jax.default_backend() != "cpu":
+            return Backend("xla", f"on {jax.default_backend()}")
+        ok, reason = native.available()
+        return Backend("native" if ok else "xla", reason)
+
+    def with_backend(self, backend: str) -> QuantizedApply:
+        """The same model on another backend.
+
+        Args:
+          backend: "native", "xla", or "auto" for native kernels where they run.
+
+        Raises:
+          ValueError: there is no such backend.
+          RuntimeError: the native kernels do not run here.
+        """
+        return QuantizedApply(self._apply_fn, self.plan, self._params, self._report, backend)
+
+    def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
+        """`qparams` with the weights packed for the native kernels as well.
+
+        `qapply` takes either; without packed weights it packs them in every call.  They serve any
+        batch and image size.
+
+        Args:
+          qparams: the arrays of the model.
+          inputs: a sample input of the model, or its shape and dtype.
+
+        Returns:
+          `qparams` with an entry "packed"; unchanged where XLA runs the model.
+        """
+        program = self.program(*jax.tree.map(ir.struct, inputs))
+        if self.backend.name != "native":
+            return dict(qparams)
+        return {**qparams, "packed": jax.jit(program.pack)(qparams)}
 
     def report(self) -> Any:
         """Every site, int8 or why not, with its scales and SQNR; prints as a table."""
-        return self._report
+        if self._report is None:
+            return None
+        summary = {**self._report.summary, "backend": str(self.backend)}
+        return dataclasses.replace(self._report, summary=summary)
 
 
 def _describe(value: Any) -> str:

@@ -39,13 +39,28 @@ class QuantizedTensors:
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
         return self._values[var]
 
+    def put(self, var: ir.Var, value: jax.Array) -> None:
+        """Set the int8 form of a tensor that was quantized where it was computed."""
+        self._values[var] = value
+
+    def float32(self, var: ir.Var) -> jax.Array:
+        """The float value of a tensor that may have an int8 form too."""
+        return self._env.wide(var).astype(jnp.float32)
+
+    def scale(self, var: ir.Var) -> jax.Array:
+        """What one step of the int8 form is worth."""
+        return self._scale_entry(var)["scale"]
+
+    def inv_scale(self, var: ir.Var) -> jax.Array:
+        """What a float is multiplied by before rounding."""
+        return self._scale_entry(var)["inv_scale"]
+
     def shares_scale(self, a: ir.Var, b: ir.Var) -> bool:
         return self._binding.scales[a] == self._binding.scales[b]
 
     def wide(self, atom: ir.Atom) -> Any:
         if isinstance(atom, int) and atom in self._binding.forms.int8:
-            scale = self._scale_entry(atom)["scale"]
-            return int8.dequantize(self.int8(atom), scale, self.zero_point(atom))
+            return int8.dequantize(self.int8(atom), self.scale(atom), self.zero_point(atom))
         return self._env.wide(atom)
 
     def read(self, atom: ir.Atom) -> Any:
@@ -57,8 +72,7 @@ class QuantizedTensors:
 
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
         """A float on the grid of a tensor."""
-        inv_scale = self._scale_entry(var)["inv_scale"]
-        return int8.quantize(value, inv_scale, self.zero_point(var))
+        return int8.quantize(value, self.inv_scale(var), self.zero_point(var))
 
     def _scale_entry(self, var: ir.Var) -> Mapping[str, jax.Array]:
         return self._tensors[self._binding.scales[var]]

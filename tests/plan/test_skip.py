@@ -240,7 +240,8 @@ def test_the_first_and_the_last_layer():
 def lowered(apply_fn, params, *inputs, **config):
     """The StableHLO of the int8 model, and the plan."""
     model = full.quantize(apply_fn, params, *inputs, **config)
-    return jax.jit(model.qapply).lower(model.qparams, *inputs).as_text(), model.plan
+    qapply = model.qapply.with_backend("xla")
+    return jax.jit(qapply).lower(model.qparams, *inputs).as_text(), model.plan
 
 
 PLAIN = {name: {"w": networks.exact_weight((6, 6))} for name in "ab"}

@@ -82,7 +82,7 @@ def network(request):
     if "batch_stats" in params:  # variances are positive
         params["batch_stats"] = jax.tree.map(lambda v: 1 + abs(v), params["batch_stats"])
     model = full.quantize(module.apply, params, X)
-    lowered = jax.jit(model.qapply).lower(model.qparams, X)
+    lowered = jax.jit(model.qapply.with_backend("xla")).lower(model.qparams, X)
     return request.param, module, params, model, lowered
 
 

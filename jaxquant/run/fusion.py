@@ -1,0 +1,211 @@
+"""Which equations become one native call: an accumulating site with what follows it.
+
+A convolution or dot with its multiplier and bias, then clamps (ReLU, ReLU6, clip), then perhaps the
+addition of another tensor and clamps again; the result leaves as int8 where an int8 site reads it,
+as float where anything else does, or as both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.liveness import is_computed_weight
+
+Clamp = tuple[float, float]
+NO_CLAMP: Clamp = (-math.inf, math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One fused call.
+
+    Attributes:
+      site: the accumulating site.
+      output: the tensor that the call gives.
+      members: the indices of the equations that it stands for, the last one's included.
+      clamps: before and after the addition.
+      residual: the tensor that is added; None without an addition.
+      residual_int8: True where its int8 form is what is added.
+      float_out: True where the output is read in float.
+      int8_out: True where the output is quantized.
+    """
+
+    site: Int8Site
+    output: ir.Var
+    members: tuple[int, ...]
+    clamps: tuple[Clamp, Clamp]
+    residual: ir.Var | None
+    residual_int8: bool
+    float_out: bool
+    int8_out: bool
+
+
+def find_chains(graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]) -> dict[int, Chain]:
+    """The chains by the index of their last equation.
+
+    Args:
+      graph: the traced model.
+      binding: the plan in it.
+      live: the equations that run.
+    """
+    live = list(live)
+    floats = _read_in_float(graph, binding, live)
+    indices = {eqn.index for eqn in live}
+    chains: dict[int, Chain] = {}
+    claimed: set[int] = set()
+    # Of two sites before one addition the later takes it: the other's result is there by then.
+    for site in reversed(binding.sites):
+        if graph.producer[site.epilogue.output].index in indices and is_native(graph, site):
+            chain = _follow(graph, binding, site, indices - claimed, floats)
+            claimed.update(chain.members)
+            chains[chain.members[-1]] = chain
+    return chains
+
+
+def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
+    """True where the native kernels have the operation, in its layout.
+
+    A convolution NHWC by HWIO, or a dot of the last axis with the first of a matrix, with a stored
+    weight and channels last.
+    """
+    site, epilogue = int8_site.site, int8_site.epilogue
+    if site.weight is None or is_computed_weight(graph, site.weight) or epilogue.movements:
+        return False
+    if len(site.operands) != 1 or site.weight_position != 1:
+        return False
+    eqn = graph.equations[site.equation]
+    params, rank = eqn.params, len(graph.shape(eqn.outputs[0]))
+    if epilogue.channels.axes not in ((rank - 1,), ()):
+        return False
+    if eqn.name == "dot_general":
+        contract = (((len(graph.shape(eqn.inputs[0])) - 1,), (0,)), ((), ()))
+        given = tuple(tuple(tuple(axes) for axes in pair) for pair in params["dimension_numbers"])
+        return given == contract and len(graph.shape(site.weight)) == 2
+    spec = params["dimension_numbers"]
+    return (
+        eqn.name == "conv_general_dilated"
+        and (spec.lhs_spec, spec.rhs_spec, spec.out_spec)
+        == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+        and params["batch_group_count"] == 1
+        and all(d == 1 for d in params["lhs_dilation"])
+        and all(pad >= 0 for pads in params["padding"] for pad in pads)
+    )
+
+
+def _follow(
+    graph: ir.Graph,
+    binding: Binding,
+    site: Int8Site,
+    free: set[int],
+    floats: frozenset[ir.Var],
+) -> Chain:
+    current = site.epilogue.output
+    members = [graph.producer[current].index]
+    clamps, residual, residual_int8 = [NO_CLAMP], None, False
+    while (eqn := _only_reader(graph, binding, current)) is not None and eqn.index in free:
+        if (bounds := _clamp_of(graph, eqn, current)) is not None:
+            clamps[-1] = _after(clamps[-1], bounds)
+        elif residual is None and (added := _added(graph, eqn, current)) is not None:
+            reads_int8 = eqn.index in binding.forms.reads_int8
+            residual, residual_int8 = added, reads_int8 and added in binding.forms.int8
+            clamps.append(NO_CLAMP)
+        else:
+            break
+        members.append(eqn.index)
+        current = eqn.outputs[0]
+    int8_out = current in binding.names
+    return Chain(
+        site,
+        current,
+        tuple(members),
+        (clamps[0], clamps[1] if len(clamps) > 1 else NO_CLAMP),
+        residual,
+        residual_int8,
+        current in floats or not int8_out,
+        int8_out,
+    )
+
+
+def _only_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation | None:
+    """The one equation that needs a tensor; None where its value is needed otherwise too."""
+    readers = graph.consumers.get(var, ())
+    if var in graph.output_vars or var in binding.forms.int8 or len(readers) != 1:
+        return None
+    (eqn,) = readers
+    same = len(eqn.outputs) == 1 and graph.shape(eqn.outputs[0]) == graph.shape(var)
+    return eqn if same else None
+
+
+def _clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
+    """The bounds of `max`, `min` or `clamp` with constants."""
+    values = [None if x == var else _constant(graph, x) for x in eqn.inputs]
+    if eqn.name == "max" and len(found := [v for v in values if v is not None]) == 1:
+        return found[0], math.inf
+    if eqn.name == "min" and len(found := [v for v in values if v is not None]) == 1:
+        return -math.inf, found[0]
+    if eqn.name == "clamp" and eqn.inputs[1] == var:
+        low, _, high = values
+        if low is not None and high is not None:
+            return low, high
+    return None
+
+
+def _constant(graph: ir.Graph, atom: ir.Atom) -> float | None:
+    """The value of a literal or of a constant scalar, which may be cast and broadcast."""
+    dtype = graph.dtype(atom)
+    while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
+        if eqn.name not in ("convert_element_type", "broadcast_in_dim", "copy"):
+            return None
+        atom = eqn.inputs[0]
+    value: Any = atom.value if isinstance(atom, ir.Literal) else graph.constants.get(atom)
+    if value is None or np.ndim(value):
+        return None
+    number = float(np.asarray(value).astype(dtype))
+    return None if math.isnan(number) else number
+
+
+def _after(first: Clamp, then: Clamp) -> Clamp:
+    """Two clamps in turn as one: low, then high, as `max` and `min` are applied."""
+    low, high = (min(max(bound, then[0]), then[1]) for bound in first)
+    return low, high
+
+
+def _added(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> ir.Var | None:
+    """The other operand of an addition of two tensors of one shape."""
+    if eqn.name not in ("add", "add_any") or len(eqn.input_vars) != 2:
+        return None
+    left, right = eqn.input_vars
+    other = right if left == var else left
+    if other == var or graph.is_static(other) or graph.shape(other) != graph.shape(var):
+        return None
+    return other
+
+
+def _read_in_float(
+    graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]
+) -> frozenset[ir.Var]:
+    """The tensors whose float value something other than their quantization reads."""
+    forms = binding.forms
+    ends: Mapping[ir.Var, Int8Site] = {s.epilogue.output: s for s in binding.sites}
+    found = set(graph.output_vars)
+    for eqn in live:
+        if eqn.outputs[0] in ends:
+            weight = ends[eqn.outputs[0]].site.weight
+            if weight is not None and is_computed_weight(graph, weight):
+                found.add(weight)
+        elif eqn.index in binding.selects:
+            continue
+        elif eqn.index in forms.reads_int8:
+            found.update(v for v in eqn.input_vars if v not in forms.int8)
+        else:
+            found.update(eqn.input_vars)
+    for index in forms.moves:
+        found.update(v for v in graph.equations[index].input_vars if v not in forms.int8)
+    return frozenset(found)

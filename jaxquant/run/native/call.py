@@ -1,0 +1,127 @@
+"""One native call: to XLA, under `vmap`, and on a sharded batch.
+
+The operands are x, the packed weight, multiplier, bias, two scales and perhaps a residual; the
+first and the last have the batch as their leading axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxquant.graph import jax_shim
+
+if TYPE_CHECKING:
+    from jaxquant.run.native.ops import Static
+
+_RESIDUAL = 6  # its place among the operands
+
+
+def call(static: Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Run the kernel that `static` describes; the results are [batch, ...]."""
+    return tuple(_batched(static)(*jax_shim.match_varying(operands)))
+
+
+def _is_batched(position: int) -> bool:
+    return position in (0, _RESIDUAL)
+
+
+@functools.lru_cache(maxsize=4096)
+def _batched(static: Static) -> Callable[..., Any]:
+    """The call with its batching rule: a mapped axis of samples becomes part of the batch."""
+    direct, partitioned = functools.partial(_ffi_call, static), _partitioned(static)
+
+    @jax.custom_batching.custom_vmap
+    def run(*operands: jax.Array) -> Any:
+        outputs = _outputs(static, operands)
+        return jax_shim.choose_by_devices(direct, partitioned, outputs, operands)
+
+    @run.def_vmap
+    def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        results = len(static.out_dtypes)
+        if any(m for k, m in enumerate(mapped) if not _is_batched(k)):
+            # Weights that differ: one call for each.
+            def one(index: jax.Array) -> Any:
+                return run(*(x[index] if m else x for x, m in zip(operands, mapped, strict=True)))
+
+            return jax.lax.map(one, jax.numpy.arange(size)), [True] * results
+        folded = []
+        for k, (x, m) in enumerate(zip(operands, mapped, strict=True)):
+            if _is_batched(k):
+                x = x if m else jax.numpy.broadcast_to(x, (size, *x.shape))
+                x = x.reshape(size * x.shape[1], *x.shape[2:])
+            folded.append(x)
+        outs = [y.reshape(size, -1, *y.shape[1:]) for y in run(*folded)]
+        return outs, [True] * results
+
+    return run
+
+
+@functools.lru_cache(maxsize=4096)
+def _partitioned(static: Static) -> Callable[..., Any]:
+    """The call, each device doing its part of a sharded batch."""
+
+    def run(*operands: jax.Array) -> Any:
+        return _ffi_call(static, *operands)
+
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        batch = _batch_axes(arguments[0].sharding)
+        taken = tuple(
+            _sharding(mesh, len(a.shape), batch if _is_batched(k) else None)
+            for k, a in enumerate(arguments)
+        )
+        given = [_sharding(mesh, len(r.shape), batch) for r in results]
+        return mesh, run, given, taken
+
+    def infer(mesh: Any, arguments: Any, results: Any) -> Any:
+        batch = _batch_axes(arguments[0].sharding)
+        return [_sharding(mesh, len(r.shape), batch) for r in results]
+
+    partitioned = custom_partitioning(run)
+    partitioned.def_partition(
+        partition=partition, infer_sharding_from_operands=infer, sharding_rule=_sharding_rule
+    )
+    return partitioned
+
+
+def _sharding_rule(mesh: Any, arguments: Any, results: Any) -> str:
+    """Only the batch, `n`, may be sharded; every other axis is a factor of its own."""
+    names = (f"f{k}" for k in range(1000))
+
+    def axes(rank: int, batched: bool) -> str:
+        return " ".join("n" if batched and axis == 0 else next(names) for axis in range(rank))
+
+    operands = ", ".join(axes(len(a.shape), _is_batched(k)) for k, a in enumerate(arguments))
+    return operands + " -> " + ", ".join(axes(len(r.shape), True) for r in results)
+
+
+def _batch_axes(sharding: Any) -> Any:
+    spec: Sequence[Any] = getattr(sharding, "spec", ())
+    return spec[0] if len(spec) else None
+
+
+def _sharding(mesh: Any, rank: int, batch: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(batch) if rank else PartitionSpec())
+
+
+def _outputs(static: Static, operands: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    shape = (operands[0].shape[0], *static.out_shape)
+    return [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for dtype in static.out_dtypes]
+
+
+def _ffi_call(static: Static, *operands: jax.Array) -> Any:
+    results = _outputs(static, operands)
+    attributes: dict[str, Any] = {}
+    for name, value in static.attributes:
+        if isinstance(value, int):
+            attributes[name] = np.int64(value)
+        else:
+            kind = np.float32 if name == "clamps" else np.int64
+            attributes[name] = np.asarray(value, kind)
+    return list(jax.ffi.ffi_call(static.target, results)(*operands, **attributes))

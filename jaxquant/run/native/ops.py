@@ -1,0 +1,256 @@
+"""int8 convolution and dot with a fused epilogue, by the native kernels.
+
+Pure functions; each is one call from XLA.  With q an int8 tensor, zp its zero point and s its
+scale, a value is (q - zp) * s.  The operations compute
+
+    y = sum((q_x - zp_x) * q_w) * multiplier + bias        int32 sums; float32 from here
+    y = clip(y, *activation)
+    y = y + (q_r - zp_r) * s_r                             or + r, of a float32 residual
+    y = clip(y, *activation_after)
+    q = clip(round_half_even(y * inv_scale) + zp, minimum, 127)
+
+and return y, q, or both.  Each line rounds as XLA's lowering on CPU does (multiply and add are
+contracted to one rounding), so results are the same bits.
+
+An int8 tensor may also be stored as uint8, which holds q + 128: what it is read from is then not
+converted first.  Zero points are those of the stored type: of uint8, 128 is the symmetric one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.run.native import library
+from jaxquant.run.native.call import call
+from jaxquant.run.native.pack import pack_conv, pack_dot
+
+Clamp = tuple[float, float]
+_NO_CLAMP: Clamp = (-math.inf, math.inf)
+
+
+class Residual(NamedTuple):
+    """A tensor of the output's shape that is added: int8 or uint8 with a scale, or float32."""
+
+    value: jax.Array
+    scale: Any = 1.0
+    zero_point: int = 0
+
+
+class Requantize(NamedTuple):
+    """How the output becomes int8: inverse scale, zero point, least value, int8 or uint8."""
+
+    inv_scale: Any
+    zero_point: int = 0
+    minimum: int = -127
+    dtype: Any = jnp.int8
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a call is compiled for."""
+
+    target: str
+    out_shape: tuple[int, ...]  # of one sample: without the batch
+    out_dtypes: tuple[str, ...]
+    attributes: tuple[tuple[str, Any], ...]
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    multiplier: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    zero_point: int = 0,
+    subtract_zero_point: bool = True,
+    activation: Clamp = _NO_CLAMP,
+    residual: Residual | None = None,
+    activation_after: Clamp = _NO_CLAMP,
+    out: Requantize | None = None,
+    float_out: bool = False,
+    kernel_shape: Sequence[int] | None = None,
+) -> Any:
+    """Convolution of int8 tensors; see the module for the epilogue.
+
+    Args:
+      x: int8 or uint8 [N, H, W, C]; where the window leaves it, it holds `zero_point`.
+      kernel: int8 [KH, KW, C / groups, O]; or as `pack_conv` makes it, with `kernel_shape`.
+      multiplier: float32 [O] or [].
+      bias: float32 [O] or [], or None.
+      strides: of the window, rows and columns.
+      padding: (before, after) of rows and columns; not negative.
+      dilation: of the kernel.
+      groups: of the channels; C for a depthwise convolution.
+      zero_point: of x.
+      subtract_zero_point: False where the bias takes away zero_point * sum(q_w), as that of
+        jaxquant's `qparams` does: the sums keep it then.
+      activation: clip behind the bias.
+      residual: added behind the activation.
+      activation_after: clip behind the residual.
+      out: how to make the output int8; None gives float32.
+      float_out: give the float32 output too, before the int8 one.
+      kernel_shape: of a packed kernel.
+
+    Returns:
+      float32 or int8 [N, OH, OW, O], or both.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes, dtypes or padding are not as said above.
+    """
+    packed = kernel_shape is not None
+    height, width, inputs, outputs = kernel_shape or kernel.shape
+    if x.ndim != 4 or x.shape[3] != inputs * groups or outputs % groups:
+        raise ValueError(
+            f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit "
+            f"x {x.shape}"
+        )
+    if any(pad < 0 for pads in padding for pad in pads):
+        raise ValueError(f"padding {padding} is negative; slice x first")
+    if not packed:
+        kernel = pack_conv(kernel, groups, dilation)
+    rows, columns = (
+        max(0, (size + sum(pads) - (taps - 1) * step - 1) // stride + 1)
+        for size, pads, taps, step, stride in zip(
+            x.shape[1:3], padding, (height, width), dilation, strides, strict=True
+        )
+    )
+    window = (height, width, *strides, *dilation, padding[0][0], padding[1][0])
+    shape = (rows, columns, outputs, *window, groups)
+    return _with_epilogue(
+        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs),
+        (zero_point, subtract_zero_point),
+        (activation, activation_after), residual, out, float_out, ("shape", shape),
+    )  # fmt: skip
+
+
+def dot(
+    x: jax.Array,
+    weight: jax.Array,
+    multiplier: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    zero_point: int = 0,
+    subtract_zero_point: bool = True,
+    activation: Clamp = _NO_CLAMP,
+    residual: Residual | None = None,
+    activation_after: Clamp = _NO_CLAMP,
+    out: Requantize | None = None,
+    float_out: bool = False,
+    columns: int | None = None,
+) -> Any:
+    """x [..., K] times a weight [K, N], of int8; see the module for the epilogue.
+
+    Args:
+      x: int8 or uint8 [..., K].
+      weight: int8 [K, N]; or as `pack_dot` makes it, with `columns`.
+      multiplier: float32 [N] or [].
+      bias: float32 [N] or [], or None.
+      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out:
+        as of `conv`.
+      columns: N of a packed weight.
+
+    Returns:
+      float32 or int8 [..., N], or both.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes or dtypes are not as said above.
+    """
+    if columns is None:
+        if weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
+            raise ValueError(f"a weight {weight.shape} does not fit x {x.shape}")
+        columns = weight.shape[1]
+        weight = pack_dot(weight)
+    lead = x.shape[:-1]
+    if residual is not None:
+        residual = residual._replace(value=residual.value.reshape(-1, columns))
+    results = _with_epilogue(
+        library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,),
+        (zero_point, subtract_zero_point),
+        (activation, activation_after), residual, out, float_out, ("columns", columns),
+    )  # fmt: skip
+    return jax.tree.map(lambda y: y.reshape(*lead, columns), results)
+
+
+def _with_epilogue(
+    target: str,
+    x: jax.Array,
+    packed: jax.Array,
+    multiplier: jax.Array,
+    bias: jax.Array | None,
+    out_shape: tuple[int, ...],
+    zero_point: tuple[int, bool],
+    clamps: tuple[Clamp, Clamp],
+    residual: Residual | None,
+    out: Requantize | None,
+    float_out: bool,
+    geometry: tuple[str, Any],
+) -> Any:
+    library.require()
+    _check_dtype("x", x, ("int8", "uint8"))
+    _check_dtype("the packed weight", packed, ("int8",))
+    channels = out_shape[-1]
+    multiplier = _per_channel("multiplier", multiplier, channels)
+    bias = jnp.zeros((0,), jnp.float32) if bias is None else _per_channel("bias", bias, channels)
+    out_dtypes = []
+    if float_out or out is None:
+        out_dtypes.append("float32")
+    if out is not None:
+        out_dtypes.append(jnp.dtype(out.dtype).name)
+    operands = [x, packed, multiplier, bias]
+    operands.append(jnp.asarray(1.0 if out is None else out.inv_scale, jnp.float32))
+    operands.append(jnp.asarray(1.0 if residual is None else residual.scale, jnp.float32))
+    residual_zero_point = 0
+    if residual is not None:
+        _check_dtype("the residual", residual.value, ("int8", "uint8", "float32"))
+        if residual.value.shape != (x.shape[0], *out_shape):
+            raise ValueError(
+                f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
+            )
+        residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
+        operands.append(residual.value)
+    quantized = (
+        _centred(zero_point[0], x.dtype),
+        residual_zero_point,
+        0 if out is None else _centred(out.zero_point, out.dtype),
+        -128 if out is None else _centred(out.minimum, out.dtype),
+        int(zero_point[1]),
+    )
+    flat = tuple(float(bound) for clamp in clamps for bound in clamp)
+    static = Static(
+        target,
+        out_shape,
+        tuple(out_dtypes),
+        (geometry, ("quantized", quantized), ("clamps", flat)),
+    )
+    results = call(static, operands)
+    return results[0] if len(results) == 1 else results
+
+
+def _per_channel(name: str, value: Any, channels: int) -> jax.Array:
+    value = jnp.asarray(value, jnp.float32)
+    if value.shape not in ((), (channels,)):
+        raise ValueError(f"the {name} is {value.shape}; expected ({channels},) or ()")
+    return jnp.broadcast_to(value, (channels,))
+
+
+def _check_dtype(name: str, value: jax.Array, allowed: tuple[str, ...]) -> None:
+    if value.dtype.name not in allowed:
+        raise ValueError(f"{name} is {value.dtype}; expected {' or '.join(allowed)}")
+
+
+def _centred(zero_point: int, dtype: Any) -> int:
+    """The zero point of the int8 value, of one that is given for the stored type."""
+    return int(zero_point) - (128 if np.dtype(dtype) == np.uint8 else 0)

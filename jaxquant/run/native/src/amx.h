@@ -1,0 +1,166 @@
+// The matrix kernel on AMX: the tiles of `gemm.h`, with up to 16 pixels in a segment.
+//
+// The packed weights are what a tile of B holds, sixteen groups of four bytes at a time; the last,
+// partial sixteen of a run is copied beside and filled up with zeros, and the activations that it
+// multiplies may be anything.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+
+#if defined(JAXQUANT_AVX512) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
+#define JAXQUANT_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace jaxquant {
+
+#ifdef JAXQUANT_AMX
+
+constexpr int kAmxSegment = 16;
+constexpr int kAmxGroups = 16;  // of four bytes: 64 of a run at a time
+
+// Linux grants a process the tile registers when asked.
+inline bool has_amx() {
+  static const bool granted = [] {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+}
+
+// The tile instructions do not tell GCC which memory they read: what is stored before has to be
+// there.
+inline void memory_is_read(const void* at) { __asm__ volatile("" : : "r"(at) : "memory"); }
+
+// The tile registers of this thread, set up for segments of `height` pixels: 0-3 sums, 4-5
+// activations, 6-7 weights.
+class AmxTiles {
+ public:
+  explicit AmxTiles(int64_t height) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = 64;
+      config.rows[i] = i < 6 ? uint8_t(height) : 16;
+    }
+    memory_is_read(&config);
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+};
+
+// The partial last sixteen of every run of a block, [taps][16][64 * NR] bytes; empty without one.
+inline void copy_tails(const Runs& runs, const int8_t* weights, int64_t row,
+                       std::vector<int8_t>& tails) {
+  const int64_t whole = runs.groups / kAmxGroups * kAmxGroups, rest = runs.groups - whole;
+  tails.assign(rest ? runs.taps * kAmxGroups * row : 0, 0);
+  for (int64_t t = 0; rest && t < runs.taps; ++t) {
+    std::memcpy(tails.data() + t * kAmxGroups * row,
+                weights + (t * runs.groups + whole) * row, rest * row);
+  }
+}
+
+template <bool kSigned, int NR>
+inline void multiply(const uint8_t* a, const uint8_t* b, ptrdiff_t stride, const int8_t* w) {
+  _tile_loadd(6, w, 64 * NR);
+  _tile_loadd(4, a, stride);
+  if constexpr (kSigned) _tile_dpbssd(0, 4, 6);
+  else _tile_dpbusd(0, 4, 6);
+  _tile_loadd(5, b, stride);
+  if constexpr (kSigned) _tile_dpbssd(2, 5, 6);
+  else _tile_dpbusd(2, 5, 6);
+  if constexpr (NR == 2) {
+    _tile_loadd(7, w + 64, 64 * NR);
+    if constexpr (kSigned) {
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbusd(1, 4, 7);
+      _tile_dpbusd(3, 5, 7);
+    }
+  }
+}
+
+// The `plain` epilogue of one segment: [height][NR][16] sums to bytes.
+template <int NR, bool kClamps>
+void store_plain(const int32_t* sums, int64_t height, int64_t at, const Block& block,
+                 const Epilogue& epilogue, const VectorEpilogue& vector) {
+  __m512 multiplier[NR], bias[NR];
+  __m512i init[NR];
+  __mmask16 mask[NR];
+  for (int r = 0; r < NR; ++r) {
+    const int64_t left = std::max<int64_t>(0, block.channels - 16 * r);
+    const int64_t c = block.channel + 16 * r;
+    mask[r] = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
+    multiplier[r] = _mm512_maskz_loadu_ps(mask[r], epilogue.multiplier + c);
+    bias[r] = epilogue.bias ? _mm512_maskz_loadu_ps(mask[r], epilogue.bias + c)
+                            : _mm512_setzero_ps();
+    init[r] = _mm512_loadu_si512(block.init + 16 * r);
+  }
+  const __m512i zero_point = _mm512_set1_epi32(epilogue.zero_point + epilogue.out_flip);
+  int8_t* out = epilogue.out_q + at + block.channel;
+  for (int64_t i = 0; i < height; ++i, out += block.pixel) {
+#pragma GCC unroll 2
+    for (int r = 0; r < NR; ++r) {
+      const __m512i sum =
+          _mm512_add_epi32(_mm512_load_si512(sums + 16 * (NR * i + r)), init[r]);
+      const __m512i q = vector.apply<kClamps>(sum, multiplier[r], bias[r], zero_point);
+      _mm512_mask_cvtepi32_storeu_epi8(out + 16 * r, mask[r], q);
+    }
+  }
+}
+
+template <bool kSigned, int NR>
+void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& runs,
+              const Block& block, const int8_t* tails, const Epilogue& epilogue,
+              const VectorEpilogue& vector) {
+  memory_is_read(tails);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int64_t whole = runs.groups / kAmxGroups, row = 64 * NR;
+  const bool tail = runs.groups % kAmxGroups;
+  const int8_t* w = block.weights;
+  for (int64_t t = 0; t < runs.taps; ++t, w += runs.groups % kAmxGroups * row) {
+    const uint8_t *a = s0.in + runs.offsets[t], *b = s1.in + runs.offsets[t];
+    for (int64_t k = 0; k < whole; ++k, a += 64, b += 64, w += kAmxGroups * row)
+      multiply<kSigned, NR>(a, b, runs.stride, w);
+    if (tail) multiply<kSigned, NR>(a, b, runs.stride, tails + t * kAmxGroups * row);
+  }
+  alignas(64) int32_t sums[2][kAmxSegment * NR * 16];
+  _tile_stored(0, sums[0], 64 * NR);
+  if constexpr (NR == 2) _tile_stored(1, sums[0] + 16, 64 * NR);
+  _tile_stored(2, sums[1], 64 * NR);
+  if constexpr (NR == 2) _tile_stored(3, sums[1] + 16, 64 * NR);
+  for (int s = 0; s < 2; ++s) {
+    const int64_t at = s ? s1.out : s0.out;
+    if (s && s1.out == s0.out) break;  // an odd segment is its own partner
+    if (epilogue.plain()) {
+      if (vector.clamps) store_plain<NR, true>(sums[s], height, at, block, epilogue, vector);
+      else store_plain<NR, false>(sums[s], height, at, block, epilogue, vector);
+      continue;
+    }
+    for (int64_t i = 0; i < height; ++i) {
+      int32_t* values = sums[s] + i * NR * 16;
+      for (int c = 0; c < NR * 16; ++c) values[c] += block.init[c];
+      const int64_t first = at + i * block.pixel + block.channel;
+      epilogue.apply(values, block.channel, block.channels, first);
+    }
+  }
+}
+
+#else
+
+inline bool has_amx() { return false; }
+
+#endif
+
+}  // namespace jaxquant

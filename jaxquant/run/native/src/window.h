@@ -1,0 +1,110 @@
+// Copies of the input that a kernel reads: u8, with the zero point where the window leaves it.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "shape.h"
+
+namespace jaxquant {
+
+// Memory of one thread, kept between calls: it grows to the largest copy that a task makes.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  uint8_t* reserve(size_t bytes) {
+    bytes = round_up(bytes + kSlack, 64);
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
+      size_ = data_ ? bytes : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  static Scratch& of_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
+ private:
+  static constexpr size_t kSlack = 512;  // kernels read past the last pixel, times weights of zero
+  uint8_t* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Activations as a kernel reads them.
+struct Activations {
+  const uint8_t* data;
+  uint8_t flip;        // what a copy changes: 0x80 makes u8 of int8
+  uint8_t fill;        // the zero point, as stored in the copy
+  int32_t zero_point;  // what the sums of the weights are multiplied by and taken away
+  bool is_signed;
+
+  // Kernels that multiply u8 by s8 read an int8 tensor as q + 128, and uint8 as it is.
+  static Activations as_u8(const void* data, bool is_int8, int32_t zero_point,
+                           bool subtract = true) {
+    return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0),
+            uint8_t(zero_point + 128), (subtract ? zero_point : 0) + 128, false};
+  }
+  // Those that multiply either.
+  static Activations as_stored(const void* data, bool is_int8, int32_t zero_point,
+                               bool subtract = true) {
+    if (!is_int8) return as_u8(data, false, zero_point, subtract);
+    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), subtract ? zero_point : 0,
+            true};
+  }
+
+  void copy(uint8_t* to, const uint8_t* from, int64_t n) const {
+    if (!flip) {
+      std::memcpy(to, from, n);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] ^ 0x80;
+  }
+};
+
+// The input rows of the output rows [first, last), channels [c0, c0 + nc), padded on all sides:
+// [rows][columns][nc].  Returns the number of columns.
+inline int64_t copy_window(const Activations& x, const ConvShape& s, int64_t image, int64_t first,
+                           int64_t last, int64_t c0, int64_t nc, uint8_t* to) {
+  const int64_t columns = (s.ow - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
+  const int64_t rows = (last - 1 - first) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
+  const int64_t left = std::min(std::max<int64_t>(s.pad_w, 0), columns);
+  const int64_t right = std::max<int64_t>(left, std::min(columns, s.pad_w + s.w));
+  for (int64_t r = 0; r < rows; ++r, to += columns * nc) {
+    const int64_t row = first * s.stride_h - s.pad_h + r;
+    if (row < 0 || row >= s.h) {
+      std::memset(to, x.fill, columns * nc);
+      continue;
+    }
+    const uint8_t* from = x.data + ((image * s.h + row) * s.w + left - s.pad_w) * s.c + c0;
+    std::memset(to, x.fill, left * nc);
+    if (nc == s.c) {
+      x.copy(to + left * nc, from, (right - left) * nc);
+    } else {
+      for (int64_t k = left; k < right; ++k) x.copy(to + k * nc, from + (k - left) * s.c, nc);
+    }
+    std::memset(to + right * nc, x.fill, (columns - right) * nc);
+  }
+  return columns;
+}
+
+// The same for a window of one element: only the pixels that it reads, [rows][ow][padded] bytes.
+inline void copy_pixels(const Activations& x, const ConvShape& s, int64_t image, int64_t first,
+                        int64_t last, int64_t c0, int64_t nc, int64_t padded, uint8_t* to) {
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t row = i * s.stride_h - s.pad_h;
+    for (int64_t j = 0; j < s.ow; ++j, to += padded) {
+      const int64_t column = j * s.stride_w - s.pad_w;
+      if (row < 0 || row >= s.h || column < 0 || column >= s.w) {
+        std::memset(to, x.fill, padded);
+      } else {
+        x.copy(to, x.data + ((image * s.h + row) * s.w + column) * s.c + c0, nc);
+      }
+    }
+  }
+}
+
+}  // namespace jaxquant

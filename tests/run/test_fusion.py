@@ -1,0 +1,191 @@
+"""Sites and what follows them run as one native call, with the bits of the XLA lowering."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxquant
+from jaxquant.graph.trace import trace
+from jaxquant.run.fusion import find_chains
+from jaxquant.run.qapply import QuantizedApply
+from tests.run.native.cases import needs_kernels
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def conv(x, p, name, stride=1, groups=1):
+    kernel = p[name]["kernel"]
+    y = lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=NHWC, feature_group_count=groups
+    )
+    return y * p[name]["scale"] + p[name]["bias"]
+
+
+def residual_net(p, x):
+    x = jax.nn.relu6(conv(x, p, "stem", stride=2))
+    y = jax.nn.relu(conv(x, p, "depthwise", groups=16))
+    y = conv(y, p, "project")
+    x = jax.nn.relu(x + y)
+    y = jnp.clip(conv(x, p, "wide"), -1.0, 2.0)
+    return jnp.mean(y, (1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def make_params():
+    shapes = {
+        "stem": (3, 3, 3, 16), "depthwise": (3, 3, 1, 16), "project": (1, 1, 16, 16),
+        "wide": (3, 3, 16, 40), "head": (40, 10),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, shape in shapes.items():
+        fan_in = np.prod(shape[:-1])
+        params[name] = {
+            "kernel": jnp.asarray(rng.normal(size=shape) / np.sqrt(fan_in), jnp.float32),
+            "scale": jnp.asarray(rng.uniform(0.5, 1.5, shape[-1]), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=shape[-1]), jnp.float32),
+        }
+    return params
+
+
+X = jax.random.normal(jax.random.key(0), (4, 14, 14, 3))
+
+
+@functools.cache
+def quantized(is_full_quantize: bool = False):
+    return jaxquant.quant_post(
+        make_params(), residual_net, [np.asarray(X)], algo="abs_max", progress=False,
+        is_full_quantize=is_full_quantize, recover=(),
+    )  # fmt: skip
+
+
+def chains(qapply: QuantizedApply):
+    program = qapply.with_backend("xla").program(X)
+    found = find_chains(program.graph, program.binding, program.equations)
+    return {chain.site.site.name: chain for chain in found.values()}
+
+
+def test_activations_and_outputs_of_chains():
+    found = chains(quantized()[1])
+    assert set(found) == {"stem", "depthwise", "project", "wide", "head"}
+    assert found["stem"].clamps[0] == (0.0, 6.0)
+    assert (found["stem"].float_out, found["stem"].int8_out) == (
+        True,
+        True,
+    )  # the shortcut is float
+    assert found["depthwise"].clamps[0] == (0.0, np.inf)
+    assert (found["depthwise"].float_out, found["depthwise"].int8_out) == (False, True)
+    assert found["project"].residual is not None
+    assert found["project"].clamps[1] == (0.0, np.inf)
+    assert not found["project"].float_out
+    assert found["wide"].clamps[0] == (-1.0, 2.0)
+    assert found["head"].float_out
+
+
+def test_int8_residual_in_full_quantization():
+    found = chains(quantized(is_full_quantize=True)[1])
+    assert found["project"].residual_int8
+    assert not found["stem"].float_out
+
+
+def test_a_tensor_that_is_an_output_ends_a_chain():
+    def two_outputs(p, x):
+        y = conv(x, p, "stem")
+        return y, jax.nn.relu(y)
+
+    params = {"stem": make_params()["stem"]}
+    _, qapply = jaxquant.quant_post(
+        params, two_outputs, [np.asarray(X)], algo="abs_max", progress=False, recover=()
+    )
+    (chain,) = find_chains(
+        (program := qapply.with_backend("xla").program(X)).graph,
+        program.binding,
+        program.equations,
+    ).values()
+    assert chain.clamps[0] == (-np.inf, np.inf)
+    assert chain.output in trace(two_outputs, params, (X,)).output_vars
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_full_quantize", [False, True])
+def test_bits_of_the_xla_lowering(is_full_quantize: bool):
+    qparams, qapply = quantized(is_full_quantize)
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    expected = np.asarray(xla(qparams, X))
+    np.testing.assert_array_equal(native(qparams, X), expected)
+    prepared = native.prepare(qparams, X)
+    np.testing.assert_array_equal(native(prepared, X), expected)
+    np.testing.assert_array_equal(xla(prepared, X), expected)
+    np.testing.assert_array_equal(native(prepared, X[:1]), xla(qparams, X[:1]))
+
+
+@needs_kernels
+def test_no_convolution_or_dot_is_left_to_xla():
+    qparams, qapply = quantized()
+    text = jax.jit(qapply.with_backend("native")).lower(qparams, X).compile().as_text()
+    assert "convolution(" not in text
+    assert " dot(" not in text
+
+
+@needs_kernels
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_and_vmap(check_vma: bool):
+    qparams, qapply = quantized()
+    native = qapply.with_backend("native")
+    x = jnp.concatenate([X, X])
+    expected = np.asarray(native(qparams, x))
+    mesh = jax.make_mesh((8,), ("batch",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    mapped = jax.shard_map(
+        native, mesh=mesh, in_specs=(spec(), spec("batch")), out_specs=spec("batch"),
+        check_vma=check_vma,
+    )  # fmt: skip
+    np.testing.assert_allclose(jax.jit(mapped)(qparams, x), expected, atol=1e-5)
+    each = jax.vmap(native, (None, 0))(qparams, x[:, None])
+    np.testing.assert_allclose(each[:, 0], expected, atol=1e-5)
+
+
+@needs_kernels
+def test_sharded_batch():
+    qparams, qapply = quantized()
+    native = qapply.with_backend("native")
+    x = jnp.concatenate([X, X])
+    mesh = jax.make_mesh((8,), ("batch",), (jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
+    got = native(native.prepare(qparams, X), sharded)
+    np.testing.assert_allclose(got, native(qparams, x), atol=1e-5)
+
+
+@needs_kernels
+def test_export_has_no_custom_call():
+    qparams, qapply = quantized()
+    native = qapply.with_backend("native")
+    exported = jax.export.export(jax.jit(native))(qparams, X)
+    assert "stablehlo.custom_call" not in exported.mlir_module()
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(qparams, X), native(qparams, X))
+
+
+def test_backends():
+    qparams, qapply = quantized()
+    xla = qapply.with_backend("xla")
+    assert xla.backend.name == "xla"
+    assert xla.prepare(qparams, X).keys() == qparams.keys()
+    assert "xla (chosen)" in str(xla.report())
+    assert qapply.report().summary["backend"] == str(qapply.backend)
+    with pytest.raises(ValueError, match="backend 'onednn'; choose one of auto, native, xla"):
+        qapply.with_backend("onednn")
+
+
+def test_native_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch):
+    from jaxquant.run.native import library
+
+    unavailable = library.Availability(False, "no compiler")
+    monkeypatch.setattr(library, "available", lambda: unavailable)
+    with pytest.raises(RuntimeError, match="native kernels are not available: no compiler"):
+        quantized()[1].with_backend("native")
