@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax._src import dispatch
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
 
@@ -214,3 +215,5 @@ _choice.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _choice.bind(*ys, **p
 batching.primitive_batchers[_choice] = _choice_batching
 mlir.register_lowering(_choice, _choice_lowering)
 mlir.register_lowering(_choice, functools.partial(_choice_lowering, on_cpu=True), platform="cpu")
+# Else a lowering does not learn of the devices, one or several, that it is for.
+dispatch.prim_requires_devices_during_lowering.add(_choice)
