@@ -8,6 +8,20 @@ print(qapply.report())
 from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.threshold import kl_threshold
+from jaxquant.deploy.container import SavedModelError
+from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
+from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.pipeline import calibrate, quant_post, quantize
 
-__all__ = ["__version__", "calibrate", "capture", "kl_threshold", "quant_post", "quantize"]
+__all__ = [
+    "SavedModelError",
+    "__version__",
+    "calibrate",
+    "capture",
+    "export_stablehlo",
+    "kl_threshold",
+    "load_quantized_model",
+    "quant_post",
+    "quantize",
+    "save_quantized_model",
+]

@@ -22,6 +22,7 @@ class QuantizedApply:
 
     Attributes:
       plan: which sites are int8, and with which scales.
+      inputs: the shapes and dtypes of the inputs that it was quantized with; None if not known.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class QuantizedApply:
         plan: Plan,
         params: Any,
         report: Any,
+        inputs: tuple[Any, ...] | None = None,
     ):
         self.plan = plan
+        self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
         self._apply_fn = apply_fn
         self._params = jax.tree.map(ir.struct, params)
         self._report = report
@@ -45,24 +48,12 @@ class QuantizedApply:
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
         """The model's outputs for `inputs`, which are those of `apply_fn` after its params."""
-        if not isinstance(qparams, Mapping) or set(qparams) != {"params", "sites", "tensors"}:
-            raise ValueError(
-                "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
-                f"'sites' and 'tensors'), got {_describe(qparams)}"
-            )
-        self._check_names(qparams)
+        self.check(qparams)
         return self._jitted(qparams, *inputs)
 
-    def _check_names(self, qparams: Mapping[str, Any]) -> None:
+    def check(self, qparams: Mapping[str, Any]) -> None:
         """Raise ValueError where the qparams are of another plan."""
-        tensors = {tensor.name for tensor in self.plan.tensors}
-        sites = {site.name for site in self.plan.sites if site.fingerprint}
-        differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
-        if differing:
-            raise ValueError(
-                "these qparams belong to another model or plan than this qapply: "
-                f"{', '.join(sorted(differing)[:5])} differ"
-            )
+        check_qparams(qparams, self.plan)
 
     def program(self, *inputs: Any) -> Program:
         """The int8 program for inputs of these shapes.
@@ -75,6 +66,23 @@ class QuantizedApply:
     def report(self) -> Any:
         """Every site, int8 or why not, with its scales and SQNR; prints as a table."""
         return self._report
+
+
+def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
+    """Raise ValueError where something is not the qparams of a plan."""
+    if not isinstance(qparams, Mapping) or set(qparams) != {"params", "sites", "tensors"}:
+        raise ValueError(
+            "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
+            f"'sites' and 'tensors'), got {_describe(qparams)}"
+        )
+    tensors = {tensor.name for tensor in plan.tensors}
+    sites = {site.name for site in plan.sites if site.fingerprint}
+    differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
+    if differing:
+        raise ValueError(
+            "these qparams belong to another model or plan than this qapply: "
+            f"{', '.join(sorted(differing)[:5])} differ"
+        )
 
 
 def _describe(value: Any) -> str:
