@@ -189,15 +189,18 @@ def _entry(dtype: np.dtype, shape: tuple[int, ...], offset: int) -> dict[str, An
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise SavedModelError(f"{os.fspath(path)}: not a plain file")
         if status.st_size > MAX_FILE_BYTES:
             raise SavedModelError(
                 f"{os.fspath(path)}: {status.st_size} bytes; at most {MAX_FILE_BYTES} are read"
             )
-        return file.read(status.st_size)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(handle)
 
 
 def _header(contents: bytes) -> tuple[dict[str, Any], int]:
@@ -265,8 +268,9 @@ def _places(header: dict[str, Any], size: int) -> dict[str, Place]:
     """Tensor -> dtype, shape, start and end in the data; they fill the data without gaps."""
     places: dict[str, Place] = {}
     position = 0
-    for name, entry in header.items():
+    for name in header:
         split(name)
+    for name, entry in header.items():
         dtype, shape, start, end = _place(name, entry)
         if start != position:
             raise SavedModelError(f"tensor {name!r} starts at {start}, not at {position}")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import export
 
-from jaxquant.graph import ir
+from jaxquant.graph import ir, jax_shim
 from jaxquant.run.qapply import QuantizedApply
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -34,6 +34,12 @@ def symbolic_inputs(example: tuple[Any, ...], shapes: Any = None) -> tuple[Any, 
         specs = export.symbolic_args_specs(example, shapes)
     except ValueError as error:
         raise ValueError(f"shapes={shapes!r} does not fit the model's inputs: {error}") from error
+    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(example), strict=True):
+        if len(spec.shape) != len(leaf.shape):
+            raise ValueError(
+                f"shapes={shapes!r} does not fit the model's inputs: {spec.shape} for an array of "
+                f"shape {leaf.shape}"
+            )
     return tuple(specs)
 
 
@@ -62,7 +68,8 @@ def export_program(
     """
     structs = jax.tree.map(ir.struct, qparams)
     try:
-        exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
+        with jax_shim.without_source_locations():
+            exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
     except Exception as error:
         if not _is_symbolic_trouble(error):
             raise

@@ -6,7 +6,8 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,3 +119,18 @@ def _varying_axes(x: Any) -> frozenset[Any]:
     if hasattr(aval, "manual_axis_type"):
         return frozenset(aval.manual_axis_type.varying)
     return getattr(aval, "vma", frozenset())
+
+
+@contextlib.contextmanager
+def without_source_locations() -> Iterator[None]:
+    """Programs that are lowered inside do not name the source files that they came from."""
+    name = "jax_traceback_in_locations_limit"
+    known = getattr(jax.config, name, None)
+    if known is None:
+        yield
+        return
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, known)
