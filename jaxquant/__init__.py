@@ -9,6 +9,7 @@ from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.threshold import kl_threshold
 from jaxquant.deploy.container import SavedModelError
+from jaxquant.deploy.onnx.export import export_onnx
 from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.pipeline import calibrate, quant_post, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "export_onnx",
     "export_stablehlo",
     "kl_threshold",
     "load_quantized_model",

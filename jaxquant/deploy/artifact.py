@@ -69,7 +69,7 @@ def make_artifact(
         return plain, qapply.artifact
     inputs = programs.symbolic_inputs(_example(qapply), shapes)
     exported = programs.export_program(plain, qapply, inputs)
-    network, constants = describe(qapply.program(*inputs))
+    network, constants = describe(qapply.program(*inputs), inputs)
     artifact = Artifact(
         plan=qapply.plan,
         report=qapply.report(),

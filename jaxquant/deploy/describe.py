@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxquant.deploy import container
 from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Tensor
-from jaxquant.graph import evaluate, ir
+from jaxquant.graph import evaluate, ir, trace
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import is_computed_weight
@@ -20,9 +20,16 @@ from jaxquant.run.program import Program
 MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
 
 
-def describe(program: Program) -> tuple[Network, dict[str, np.ndarray]]:
+def describe(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
     """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
-    return _Describer(program).run()
+    outputs = jax.tree.unflatten(program.graph.out_tree, program.graph.outputs)
+    names = _names(inputs[0] if len(inputs) == 1 else inputs, "input"), _names(outputs, "output")
+    return _Describer(program).run(*names)
+
+
+def _names(tree: Any, root: str) -> tuple[str, ...]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
 class _Describer:
@@ -37,7 +44,9 @@ class _Describer:
         self._arrays: dict[str, np.ndarray] = {}
         self._static_done: set[ir.Var] = set()
 
-    def run(self) -> tuple[Network, dict[str, np.ndarray]]:
+    def run(
+        self, input_names: tuple[str, ...], output_names: tuple[str, ...]
+    ) -> tuple[Network, dict[str, np.ndarray]]:
         graph, binding, forms = self._graph, self._program.binding, self._program.binding.forms
         sites = {graph.producer[s.epilogue.output].index: s for s in binding.sites}
         inputs = tuple(self._number(var) for var in graph.inputs)
@@ -59,6 +68,8 @@ class _Describer:
         network = Network(
             outputs=tuple(self._atom(x) for x in graph.outputs),
             inputs=inputs,
+            input_names=input_names,
+            output_names=output_names,
             nodes=tuple(self._nodes),
             moves=tuple(moves),
             entries={str(self._number(var)): name for var, name in binding.names.items()},

@@ -92,8 +92,8 @@ class Network:
 
     Attributes:
       tensors: shape and dtype of every tensor.
-      inputs: the flattened inputs.
-      outputs: the flattened outputs.
+      inputs, outputs: the flattened inputs and outputs.
+      input_names, output_names: their paths in their containers.
       nodes: what runs in float, int8 sites among them, in order.
       moves: the operations that hand int8 values on; they run where their result is read.
       entries: tensor (its number, as text) -> the entry of `qparams["tensors"]` that quantizes it.
@@ -105,6 +105,8 @@ class Network:
     tensors: tuple[Tensor, ...]
     inputs: tuple[Var, ...]
     outputs: tuple[Atom, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
     nodes: tuple[Node | Int8Node, ...]
     moves: tuple[Node, ...]
     entries: Mapping[str, str]
