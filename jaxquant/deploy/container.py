@@ -88,7 +88,8 @@ def chunks(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> It
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the header of {len(names)} tensors takes {len(text)} bytes: too many")
     digest = hashlib.sha256()
-    for piece in (struct.pack("<Q", len(text)), text, *(_bytes(arrays[n]) for n in names)):
+    pieces: list[Any] = [struct.pack("<Q", len(text)), text]
+    for piece in pieces + [_bytes(arrays[name]) for name in names]:
         digest.update(piece)
         yield piece
     yield digest.digest()

@@ -104,7 +104,8 @@ class _Describer:
     def _site(self, int8_site: Int8Site) -> Int8Node:
         graph, site, epilogue = self._graph, int8_site.site, int8_site.epilogue
         eqn = graph.equations[site.equation]
-        weight, computed, axes = "", None, ()
+        weight, computed = "", None
+        axes: tuple[int, ...] = ()
         if site.weight is not None:
             axes = channel_axes(graph, site, eqn)
             if is_computed_weight(graph, site.weight):

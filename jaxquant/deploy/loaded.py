@@ -42,10 +42,7 @@ class LoadedApply:
     def input_shapes(self) -> tuple[str, ...]:
         """The inputs' dtypes and shapes; sizes with a name may vary."""
         arguments = self._exported.in_avals[self._num_arrays() :]
-        return tuple(
-            f"{aval.dtype}[{', '.join(map(str, aval.shape))}]"  # type: ignore[attr-defined]
-            for aval in arguments
-        )
+        return tuple(f"{aval.dtype}[{', '.join(map(str, aval.shape))}]" for aval in arguments)
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
         """The model's outputs for `inputs`."""

@@ -66,16 +66,16 @@ def save_quantized_model(
       [[1.0, 1.0, 1.0, 1.0]]
     """
     plain, artifact = make_artifact(qparams, qapply, shapes)
+    network = json.dumps(dataclasses.asdict(artifact.network), separators=(",", ":"))
     parts = {
-        "plan.json": artifact.plan.to_json(),
-        "report.json": artifact.report.to_json(),
-        "network.json": json.dumps(dataclasses.asdict(artifact.network), separators=(",", ":")),
+        "plan.json": artifact.plan.to_json().encode(),
+        "report.json": artifact.report.to_json().encode(),
+        "network.json": network.encode(),
         "program": artifact.program,
     }
     tensors = {**tree.flatten(plain), **artifact.constants}
-    for name, content in parts.items():
-        raw = content.encode() if isinstance(content, str) else content
-        tensors[f"{_PARTS}/{name}"] = container.pack(raw)
+    for name, contents in parts.items():
+        tensors[f"{_PARTS}/{name}"] = container.pack(contents)
     atomic.write_file(path, container.chunks(tensors, artifact.versions))
 
 

@@ -87,6 +87,16 @@ def edit(value, draw: random.Random) -> None:
         value.append(new)
 
 
+def load_or_refuse(path):
+    """The loaded model; None where it is refused with an error that names the file."""
+    try:
+        return jaxquant.load_quantized_model(path)
+    except SavedModelError as error:
+        if str(path) not in str(error):
+            raise
+    return None
+
+
 MUTATIONS = (flip, overwrite, cut, extend, swap_pieces, swap_tensors, edit_header)
 
 
@@ -98,12 +108,9 @@ def test_mutated_files_are_refused_or_load_to_the_saved_bits(saved, count, tmp_p
         raw = bytearray(saved)
         MUTATIONS[number % len(MUTATIONS)](raw, draw)
         path.write_bytes(raw)
-        try:
-            qparams, _ = jaxquant.load_quantized_model(path)
-        except SavedModelError as error:
-            assert str(path) in str(error)
-        else:
-            assert same_bits(qparams, small()[0])
+        loaded = load_or_refuse(path)
+        if loaded is not None:
+            assert same_bits(loaded[0], small()[0])
             same += 1
     assert same < count / 10
 
@@ -147,14 +154,11 @@ def test_tampering_with_right_checksums_is_refused_or_harmless(saved, count, tmp
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # the header is too far gone to compute checksums for
         path.write_bytes(raw)
-        try:
-            qparams, qapply = jaxquant.load_quantized_model(path)
-        except SavedModelError as error:
-            assert str(path) in str(error)
-        else:
+        found = load_or_refuse(path)
+        if found is not None:
             loaded += 1
-            str(qapply.report()), qapply.plan.to_json()
-            assert same_bits(qparams, small()[0])  # the arrays were not touched
+            str(found[1].report()), found[1].plan.to_json()
+            assert same_bits(found[0], small()[0])  # the arrays were not touched
     assert loaded < count * 0.75
 
 

@@ -108,11 +108,9 @@ class DotForm:
 
     def order(self, side: int, last: str) -> tuple[int, ...]:
         """The axes of an operand with its free or its contracted ones last."""
-        parts = (self.free[side], self.contracted[side])
-        return (
-            *self.batch[side],
-            *(parts[0] + parts[1] if last == "contracted" else parts[1] + parts[0]),
-        )
+        free, contracted = self.free[side], self.contracted[side]
+        rest = free + contracted if last == "contracted" else contracted + free
+        return (*self.batch[side], *rest)
 
 
 def dot_form(node: Node, ranks: tuple[int, int]) -> DotForm:
