@@ -1,0 +1,64 @@
+"""Export, check and run in ONNX Runtime; compare with qapply."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxquant
+from tests.networks import quantize
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def session(path, **settings):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(path, *inputs):
+    """All outputs for the flattened inputs, in the order of the file."""
+    active = session(path)
+    names = [entry.name for entry in active.get_inputs()]
+    return active.run(None, dict(zip(names, map(np.asarray, jax.tree.leaves(inputs)), strict=True)))
+
+
+def sqnr(reference, found) -> float:
+    reference = np.asarray(reference, np.float64)
+    noise = np.sum((reference - found) ** 2)
+    return np.inf if noise == 0 else 10 * np.log10(np.sum(reference**2) / noise)
+
+
+def first_rows(inputs, n):
+    return jax.tree.map(lambda x: x[:n], inputs)
+
+
+def agrees(tmp_path, params, apply_fn, *inputs, full=False, at_least=45.0, **options):
+    """Quantize, export, and compare on another batch size; returns the ONNX model."""
+    if full:
+        qparams, qapply = jaxquant.quant_post(
+            params, apply_fn, [inputs], algo="abs_max", is_full_quantize=True, progress=False
+        )
+    else:
+        qparams, qapply = quantize(params, apply_fn, *inputs)
+    path = tmp_path / "model.onnx"
+    jaxquant.export_onnx(path, qparams, qapply, **options)
+    fewer = first_rows(inputs, 2)
+    expected = jax.tree.leaves(qapply(qparams, *fewer))
+    found = run(path, *fewer)
+    assert len(found) == len(expected)
+    for a, b in zip(expected, found, strict=True):
+        assert b.shape == a.shape
+        if np.asarray(a).dtype.kind in "biu":
+            np.testing.assert_array_equal(np.asarray(a), b)
+        else:
+            assert sqnr(np.asarray(a, np.float32), b) >= at_least
+    return onnx.load(path)
+
+
+def ops(model) -> list[str]:
+    return [node.op_type for node in model.graph.node]
