@@ -131,7 +131,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
         else:
             placed[axis] = batch_axes[varying]
         limit = start + (count - 1) * step + taken
-        if not (isinstance(size, int) and 0 <= start and limit <= size):
+        if not (isinstance(size, int) and start >= 0 and limit <= size):
             return None
         cuts.append((start, limit, step))
     # An axis of the result that nothing varies along has one element: it is a slice of one index.

@@ -19,8 +19,13 @@ class Emitter:
     """The float values and the int8 forms of a network's tensors, emitted once each."""
 
     def __init__(
-        self, network: Network, arrays: Mapping[str, np.ndarray], quantizer: Quantizer
+        self,
+        network: Network,
+        arrays: Mapping[str, np.ndarray],
+        quantizer: Quantizer,
+        integer_convolutions: bool = False,
     ) -> None:
+        self.integer_convolutions = integer_convolutions
         self.network = network
         self.arrays = arrays
         self.builder: Builder = quantizer.builder
@@ -92,6 +97,22 @@ class Emitter:
             else:
                 self._move(self._moves[var])
         return self._int8[var]
+
+    def is_quantized(self, var: Var) -> bool:
+        """True where a tensor is read only to be quantized, behind a ReLU or clip or not."""
+        readers = self._readers.get(var, [])
+        if var in self.network.outputs:
+            return False
+        if (
+            len(readers) == 1
+            and isinstance(readers[0], Node)
+            and str(var) not in self.network.entries
+        ):
+            node = readers[0]
+            clips = (_with_scalar(node, "max") or _with_scalar(node, "min")) is not None
+            return clips and self.is_quantized(node.outputs[0])
+        floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
+        return str(var) in self.network.entries and not floats
 
     def full(self, value: Value, var: Var) -> Value:
         """The value with all copies that the tensor holds."""

@@ -16,7 +16,6 @@ from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
-from jaxquant.plan.plan import Plan
 
 OPSETS = range(13, 24)
 _CHANNELS_FIRST = (0, 3, 1, 2)
@@ -30,6 +29,7 @@ def export_onnx(
     *,
     opset: int = 17,
     channels_first: bool = False,
+    integer_convolutions: bool = False,
     shapes: Any = None,
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
@@ -45,6 +45,10 @@ def export_onnx(
       opset: the version of the ONNX operators, 13 to 23.
       channels_first: give inputs and outputs of four axes as [B, C, H, W] where the model has
         [B, H, W, C], as most runtimes want them.
+      integer_convolutions: write the convolutions whose result stays float (those before a
+        residual addition in float, say) as ConvInteger, with their epilogue in float32.  ONNX
+        Runtime runs these in int8 so, and in float in the QDQ form; other runtimes know the QDQ
+        form alone.
       shapes: see `jaxquant.save_quantized_model`.
 
     Raises:
@@ -65,7 +69,9 @@ def export_onnx(
     builder = Builder(opset)
     plain, artifact = make_artifact(qparams, qapply, shapes)
     arrays = {**tree.flatten(plain), **artifact.constants}
-    model = _model(builder, artifact.network, artifact.plan, plain, arrays, channels_first)
+    quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"])
+    emitter = Emitter(artifact.network, arrays, quantizer, integer_convolutions)
+    model = _model(builder, artifact.network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])
 
@@ -73,14 +79,10 @@ def export_onnx(
 def _model(
     builder: Builder,
     network: Network,
-    plan: Plan,
-    qparams: Mapping[str, Any],
-    arrays: Mapping[str, np.ndarray],
+    emitter: Emitter,
     channels_first: bool,
 ) -> Any:
     onnx = builder.onnx
-    quantizer = Quantizer(builder, plan, qparams["tensors"], qparams["sites"])
-    emitter = Emitter(network, arrays, quantizer)
     inputs, outputs = [], []
     for name, var in zip(network.input_names, network.inputs, strict=True):
         tensor = network.tensors[var]

@@ -44,9 +44,7 @@ class Quantizer:
         self.builder = builder
         self._tensors = tensors
         self._sites = sites
-        self._zero_points = {
-            tensor.name: getattr(tensor, "zero_point", 0) for tensor in plan.tensors
-        }
+        self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
         self._dequantized: dict[str, Value] = {}
 
     def site(self, name: str) -> dict[str, np.ndarray]:

@@ -33,19 +33,22 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
         raise NotCovered(f"the operation {node.op!r} in int8")
     entries = [e.network.scales[str(var)] for var in site.operands]
     worth = math.prod(e.quantizer.scale(entry) for entry in entries)
-    return _finish(e, site, value, worth)
+    arrays = e.quantizer.site(site.name)
+    return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
 
 
 def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
-    int8, multiplier, bias = _stored(e, site)
     entry = e.network.scales[str(site.operands[0])]
+    int8, multiplier, bias = _arrays(e, site, e.quantizer.zero_point(entry))
     input_scale = e.quantizer.scale(entry)
     shape = e.shape(site.node.outputs[0])
     if site.node.op == "conv_general_dilated":
         form = contraction.conv_form(site.node, int8.shape)
-        kernel = form.kernel(int8)
-        weight = make_weight(kernel, form.channel_axis, multiplier, bias, input_scale)
+        stored = form.kernel(int8)
+        weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
+        if e.integer_convolutions and form.op == "Conv" and not e.is_quantized(site.output):
+            return _moved(e, site, _integer_conv(e, site, form, weight, entry, shape))
         names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
         value = contraction.conv(e.builder, site.node, form, x, *names, shape)
         return _moved(e, site, value)
@@ -53,7 +56,11 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     ranks = (x.rank, int8.ndim) if side == 0 else (int8.ndim, x.rank)
     dot = contraction.dot_form(site.node, ranks)
     if dot.batch[0]:
-        return _batched_dot(e, site, dot, x, int8, input_scale)
+        unscaled = Weight(int8, np.ones((), np.float32), None, 0)
+        kernel = Value(e.quantizer.weight(unscaled), int8.shape, straight(int8.ndim))
+        values = [x, kernel] if side == 0 else [kernel, x]
+        value = contraction.dot(e.builder, dot, values, shape)
+        return _finish(e, site, value, multiplier / input_scale, bias)
     order = (*dot.contracted[1 - side], *dot.free[1 - side])
     width = math.prod(int8.shape[axis] for axis in dot.contracted[1 - side])
     matrix = int8.transpose(order).reshape(width, -1)
@@ -62,8 +69,38 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
 
 
-def _stored(e: Emitter, site: Int8Node) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The int8 weight, and its site's multiplier and bias, [C] each."""
+def _integer_conv(
+    e: Emitter,
+    site: Int8Node,
+    form: contraction.ConvForm,
+    weight: Weight,
+    entry: str,
+    shape: tuple[Size, ...],
+) -> Value:
+    """A convolution to int32, and its epilogue in float32: what qapply computes, step by step."""
+    b, spec = e.builder, site.node.params["dimension_numbers"]
+    x = b.ordered(e.int8(site.operands[0]), spec["lhs_spec"])
+    zero_points = [np.int8(e.quantizer.zero_point(entry)), np.int8(0)]
+    inputs = [x.name, b.constant(weight.int8, "weight_int8"), *map(b.constant, zero_points)]
+    name = b.node("ConvInteger", inputs, **form.attributes)
+    name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
+    along = (-1, *[1] * (x.rank - 2))
+    steps = np.float32(e.quantizer.scale(entry)) * weight.scale
+    name = b.node("Mul", [name, b.constant(steps.reshape(along), "steps")])
+    if weight.bias is not None:
+        bias = weight.bias.astype(np.float32).reshape(along)
+        name = b.node("Add", [name, b.constant(bias, "bias")])
+    return Value(name, shape, tuple(spec["out_spec"]))
+
+
+def _arrays(
+    e: Emitter, site: Int8Node, zero_point: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The int8 weight, and its site's multiplier and bias, [C] each.
+
+    In `qparams` the bias takes away what the zero point adds to the sums; a dequantized input has
+    none to take away.
+    """
     arrays = e.quantizer.site(site.name)
     scale = np.ones(())
     if site.weight:
@@ -75,7 +112,11 @@ def _stored(e: Emitter, site: Int8Node) -> tuple[np.ndarray, np.ndarray, np.ndar
     multiplier = np.broadcast_to(arrays["multiplier"].astype(np.float64) * scale, channels)
     if "bias" not in arrays:
         return int8, multiplier, None
-    return int8, multiplier, np.broadcast_to(arrays["bias"].astype(np.float64), channels)
+    bias = np.broadcast_to(arrays["bias"].astype(np.float64), channels)
+    if zero_point and site.weight:
+        summed = tuple(a for a in range(int8.ndim) if a not in site.weight_axes)
+        bias = bias + multiplier * zero_point * int8.sum(summed, dtype=np.int64).reshape(-1)
+    return int8, multiplier, bias
 
 
 def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,24 +128,6 @@ def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndar
     return int8, scale.reshape(-1).astype(np.float64)
 
 
-def _batched_dot(
-    e: Emitter,
-    site: Int8Node,
-    form: contraction.DotForm,
-    x: Value,
-    int8: np.ndarray,
-    input_scale: float,
-) -> Value:
-    """A dot with batch axes in its weight, whose channels are along several axes."""
-    if not site.weight:
-        raise NotCovered("a dot with batch axes and a computed weight")
-    weight = Weight(int8, np.ones((), np.float32), None, 0)
-    kernel = Value(e.quantizer.weight(weight), int8.shape, straight(int8.ndim))
-    values = [x, kernel] if site.weight_position == 1 else [kernel, x]
-    value = contraction.dot(e.builder, form, values, e.shape(site.node.outputs[0]))
-    return _finish(e, site, value, input_scale)
-
-
 def _moved(e: Emitter, site: Int8Node, value: Value) -> Value:
     """The rearrangements of the accumulator."""
     for node in site.movements:
@@ -112,19 +135,18 @@ def _moved(e: Emitter, site: Int8Node, value: Value) -> Value:
     return value
 
 
-def _finish(e: Emitter, site: Int8Node, value: Value, worth: float) -> Value:
-    """Rearrange, then multiply and add what no weight takes; `value` has the scale `worth`."""
-    value, arrays = _moved(e, site, value), e.quantizer.site(site.name)
-    ratio = arrays["multiplier"].astype(np.float64) / worth
-    if np.ptp(ratio) == 0 and abs(ratio.flat[0] - 1) < 1e-6:
-        pass
-    elif np.ptp(ratio) == 0:
-        value = dataclasses.replace(value, factor=value.factor * float(ratio.flat[0]))
+def _finish(
+    e: Emitter, site: Int8Node, value: Value, ratio: np.ndarray, bias: np.ndarray | None
+) -> Value:
+    """Rearrange, then multiply and add what no weight takes: [C] or [] each."""
+    value = _moved(e, site, value)
+    if np.ptp(ratio) == 0:
+        factor = value.factor * float(ratio.flat[0])
+        value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
     else:
         value = elementwise.apply(e.builder, "Mul", [value, _along(e, site, ratio, value.rank)])
-    if "bias" in arrays:
-        bias = _along(e, site, arrays["bias"], value.rank)
-        value = elementwise.apply(e.builder, "Add", [value, bias])
+    if bias is not None and bias.any():
+        value = elementwise.apply(e.builder, "Add", [value, _along(e, site, bias, value.rank)])
     return value
 
 
