@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant._version import __version__
 from jaxquant.deploy import container, tree
 from jaxquant.deploy.loaded import LoadedApply
-from jaxquant.deploy.onnx.export import OPSETS, export_onnx
+from jaxquant.deploy.onnx.export import OPSETS, RUNTIMES, export_onnx
 from jaxquant.deploy.saved import load_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 
@@ -97,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         help="ONNX: images as [B, C, H, W], as most runtimes want them",
     )
     convert.add_argument(
-        "--integer-convolutions",
-        action="store_true",
-        help="ONNX: convolutions whose result stays float as ConvInteger, for ONNX Runtime",
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        help="ONNX: the form that one runtime runs best (default: %(default)s, QDQ throughout)",
     )
     convert.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -227,7 +228,7 @@ def _convert(options: argparse.Namespace) -> int:
             qapply,
             opset=options.opset,
             channels_first=options.channels_first,
-            integer_convolutions=options.integer_convolutions,
+            runtime=options.runtime,
         )
     else:
         export_stablehlo(output, qparams, qapply)

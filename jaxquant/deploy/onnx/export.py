@@ -18,6 +18,7 @@ from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
 
 OPSETS = range(13, 24)
+RUNTIMES = ("any", "onnxruntime")
 _CHANNELS_FIRST = (0, 3, 1, 2)
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
@@ -29,7 +30,7 @@ def export_onnx(
     *,
     opset: int = 17,
     channels_first: bool = False,
-    integer_convolutions: bool = False,
+    runtime: str = "any",
     shapes: Any = None,
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
@@ -45,10 +46,10 @@ def export_onnx(
       opset: the version of the ONNX operators, 13 to 23.
       channels_first: give inputs and outputs of four axes as [B, C, H, W] where the model has
         [B, H, W, C], as most runtimes want them.
-      integer_convolutions: write the convolutions whose result stays float (those before a
-        residual addition in float, say) as ConvInteger, with their epilogue in float32.  ONNX
-        Runtime runs these in int8 so, and in float in the QDQ form; other runtimes know the QDQ
-        form alone.
+      runtime: "any" is QDQ throughout, with int8 activations.  "onnxruntime" is what ONNX Runtime
+        runs in int8 on CPU: uint8 activations (the same integers plus 128), and convolutions whose
+        result stays float (before a residual addition in float, say) as ConvInteger, since it runs
+        those in float in the QDQ form.
       shapes: see `jaxquant.save_quantized_model`.
 
     Raises:
@@ -66,11 +67,14 @@ def export_onnx(
     """
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
     builder = Builder(opset)
     plain, artifact = make_artifact(qparams, qapply, shapes)
     arrays = {**tree.flatten(plain), **artifact.constants}
-    quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"])
-    emitter = Emitter(artifact.network, arrays, quantizer, integer_convolutions)
+    for_ort = runtime == "onnxruntime"
+    quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"], for_ort)
+    emitter = Emitter(artifact.network, arrays, quantizer, integer_convolutions=for_ort)
     model = _model(builder, artifact.network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])

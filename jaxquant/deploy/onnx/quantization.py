@@ -40,8 +40,10 @@ class Quantizer:
         plan: Plan,
         tensors: Mapping[str, Mapping[str, Any]],
         sites: Mapping[str, Mapping[str, Any]],
+        unsigned: bool = False,
     ) -> None:
         self.builder = builder
+        self._unsigned = unsigned
         self._tensors = tensors
         self._sites = sites
         self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
@@ -72,10 +74,14 @@ class Quantizer:
             self._dequantized[value.name] = dataclasses.replace(value, name=name)
         return self._dequantized[value.name]
 
+    def zero(self, entry: str) -> np.int8 | np.uint8:
+        """The integer that stands for zero in the graph."""
+        zero_point = self.zero_point(entry)
+        return np.uint8(zero_point + 128) if self._unsigned else np.int8(zero_point)
+
     def _grid(self, entry: str) -> list[str]:
         scale = self.builder.constant(np.float32(self.scale(entry)), "scale")
-        zero = self.builder.constant(np.int8(self.zero_point(entry)), "zero_point")
-        return [scale, zero]
+        return [scale, self.builder.constant(self.zero(entry), "zero_point")]
 
     def weight(self, weight: Weight) -> str:
         """The dequantized weight: an int8 initialiser and its scales."""

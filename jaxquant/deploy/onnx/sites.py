@@ -80,7 +80,7 @@ def _integer_conv(
     """A convolution to int32, and its epilogue in float32: what qapply computes, step by step."""
     b, spec = e.builder, site.node.params["dimension_numbers"]
     x = b.ordered(e.int8(site.operands[0]), spec["lhs_spec"])
-    zero_points = [np.int8(e.quantizer.zero_point(entry)), np.int8(0)]
+    zero_points = [e.quantizer.zero(entry), np.int8(0)]
     inputs = [x.name, b.constant(weight.int8, "weight_int8"), *map(b.constant, zero_points)]
     name = b.node("ConvInteger", inputs, **form.attributes)
     name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
