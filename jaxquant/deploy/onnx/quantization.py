@@ -132,10 +132,8 @@ def make_weight(
     along[axis] = -1
     multiplier = multiplier.astype(np.float64)
     steps = np.abs(multiplier) / input_scale
-    scale = np.where(steps > 0, steps, 1.0)
-    if bias is not None:
-        scale = np.maximum(scale, np.abs(bias) / _LARGEST_BIAS / input_scale)
-    scale = np.maximum(scale, 2.0**-126).astype(np.float32)
+    scale = steps if bias is None else np.maximum(steps, np.abs(bias) / _LARGEST_BIAS / input_scale)
+    scale = np.maximum(np.where(scale > 0, scale, 1.0), 2.0**-126).astype(np.float32)
     ratio = np.sign(multiplier) * steps / scale.astype(np.float64)
     exact = np.abs(np.abs(ratio) - 1) < 1e-5
     ratio = np.where(exact, np.sign(ratio), ratio).reshape(along)
