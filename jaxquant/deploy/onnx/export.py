@@ -35,9 +35,9 @@ def export_onnx(
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
 
-    Activations are int8 between QuantizeLinear and DequantizeLinear, weights are int8 initialisers
-    with a scale for every output channel, biases int32; BatchNorms and multipliers are folded into
-    the scales.  The batch (and what else varies) is a named size.
+    Activations are integers between QuantizeLinear and DequantizeLinear, weights are int8
+    initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
+    folded into the scales.  The batch (and what else varies) is a named size.
 
     Args:
       path: of the file to write.
@@ -46,8 +46,9 @@ def export_onnx(
       opset: the version of the ONNX operators, 13 to 23.
       channels_first: give inputs and outputs of four axes as [B, C, H, W] where the model has
         [B, H, W, C], as most runtimes want them.
-      runtime: "any" is QDQ throughout, with int8 activations.  "onnxruntime" is what ONNX Runtime
-        runs in int8 on CPU: uint8 activations (the same integers plus 128), and convolutions whose
+      runtime: "any" is QDQ throughout, with int8 activations where the zero point is 0 and uint8
+        ones (the same integers plus 128) elsewhere.  "onnxruntime" is what ONNX Runtime runs in
+        int8 on CPU: uint8 activations alone, and convolutions whose
         result stays float (before a residual addition in float, say) as ConvInteger, since it runs
         those in float in the QDQ form.
       shapes: see `jaxquant.save_quantized_model`.

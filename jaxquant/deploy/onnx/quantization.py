@@ -75,9 +75,14 @@ class Quantizer:
         return self._dequantized[value.name]
 
     def zero(self, entry: str) -> np.int8 | np.uint8:
-        """The integer that stands for zero in the graph."""
+        """The integer that stands for zero in the graph.
+
+        A tensor with a zero point is uint8, 128 more than in qapply: OpenVINO runs what is never
+        negative in int8 only so.
+        """
         zero_point = self.zero_point(entry)
-        return np.uint8(zero_point + 128) if self._unsigned else np.int8(zero_point)
+        is_unsigned = self._unsigned or zero_point != 0
+        return np.uint8(zero_point + 128) if is_unsigned else np.int8(zero_point)
 
     def _grid(self, entry: str) -> list[str]:
         scale = self.builder.constant(np.float32(self.scale(entry)), "scale")

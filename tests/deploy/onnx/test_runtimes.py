@@ -60,6 +60,10 @@ def test_every_convolution_is_int8_in_onnx_runtime(model, tmp_path):
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(found)
 
 
+# OpenVINO forks a process on import, of which JAX warns.
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_every_convolution_is_int8_in_openvino(model, tmp_path):
     openvino = pytest.importorskip("openvino")
     qparams, qapply, x, expected = model
