@@ -9,15 +9,24 @@ from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.observers import Observer, histogram_observer
+from jaxquant.deploy.container import SavedModelError
+from jaxquant.deploy.onnx.export import export_onnx
+from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
+from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.pipeline import calibrate, quant_post, quantize
 
 __all__ = [
     "Observer",
+    "SavedModelError",
     "__version__",
     "calibrate",
     "capture",
+    "export_onnx",
+    "export_stablehlo",
     "histogram_observer",
     "kl_threshold",
+    "load_quantized_model",
     "quant_post",
     "quantize",
+    "save_quantized_model",
 ]

@@ -260,4 +260,4 @@ def _quantize(
     sqnr, output_sqnr = measure_sqnr(comparison, qparams, observations.examples[:1])
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
     warn_if_poor(report)
-    return qparams, QuantizedApply(apply_fn, plan, params, report)
+    return qparams, QuantizedApply(apply_fn, plan, params, report, observations.examples[0])

@@ -6,8 +6,9 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -217,3 +218,18 @@ mlir.register_lowering(_choice, _choice_lowering)
 mlir.register_lowering(_choice, functools.partial(_choice_lowering, on_cpu=True), platform="cpu")
 # Else a lowering does not learn of the devices, one or several, that it is for.
 dispatch.prim_requires_devices_during_lowering.add(_choice)
+
+
+@contextlib.contextmanager
+def without_source_locations() -> Iterator[None]:
+    """Programs that are lowered inside do not name the source files that they came from."""
+    name = "jax_traceback_in_locations_limit"
+    known = getattr(jax.config, name, None)
+    if known is None:
+        yield
+        return
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, known)

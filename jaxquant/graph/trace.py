@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import flax_tags, ir, jax_shim
+from jaxquant.graph import flax_tags, ir, jax_shim, symbolic
 
 
 def trace(
@@ -56,7 +56,8 @@ def trace(
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
-    return builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+    graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+    return symbolic.restore_slices(graph) if symbolic.has_symbolic_sizes(graph) else graph
 
 
 def trace_body(

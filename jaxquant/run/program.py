@@ -38,7 +38,7 @@ class Program:
         self.slots = layout.weight_slots(graph, self.binding.sites, paths)
         self.equations = live_equations(graph, self.binding)[0]
         leaves = float_leaves(graph, self.binding)
-        self._float_paths = layout.float_paths(leaves, paths, self.slots)
+        self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
@@ -61,7 +61,7 @@ class Program:
           correct: gives the value to go on with, from that at the end of a site's epilogue.
         """
         leaves = {
-            var: layout.get(qparams["params"], path) for var, path in self._float_paths.items()
+            var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
         }
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(env, self.binding, qparams["tensors"])

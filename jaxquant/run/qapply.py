@@ -42,6 +42,7 @@ class QuantizedApply:
     Attributes:
       plan: which sites are int8, and with which scales.
       backend: "native" or "xla", with the reason: what runs where this process compiles for CPU.
+      inputs: the shapes and dtypes of the inputs that it was quantized with; None if not known.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class QuantizedApply:
         plan: Plan,
         params: Any,
         report: Any,
+        inputs: tuple[Any, ...] | None = None,
         backend: str = "auto",
     ):
         if backend not in BACKENDS:
@@ -58,6 +60,7 @@ class QuantizedApply:
             native.require()
         self.plan = plan
         self._backend = backend
+        self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
         self._apply_fn = apply_fn
         self._params = jax.tree.map(ir.struct, params)
         self._report = report
@@ -71,24 +74,12 @@ class QuantizedApply:
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
         """The model's outputs for `inputs`, which are those of `apply_fn` after its params."""
-        if not isinstance(qparams, Mapping) or set(qparams) - {"packed"} != _ENTRIES:
-            raise ValueError(
-                "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
-                f"'sites' and 'tensors'), got {_describe(qparams)}"
-            )
-        self._check_names(qparams)
+        self.check(qparams)
         return self._jitted(qparams, *inputs)
 
-    def _check_names(self, qparams: Mapping[str, Any]) -> None:
+    def check(self, qparams: Mapping[str, Any]) -> None:
         """Raise ValueError where the qparams are of another plan."""
-        tensors = {tensor.name for tensor in self.plan.tensors}
-        sites = {site.name for site in self.plan.sites if site.fingerprint}
-        differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
-        if differing:
-            raise ValueError(
-                "these qparams belong to another model or plan than this qapply: "
-                f"{', '.join(sorted(differing)[:5])} differ"
-            )
+        check_qparams(qparams, self.plan)
 
     def program(self, *inputs: Any) -> Program:
         """The int8 program for inputs of these shapes.
@@ -118,7 +109,9 @@ class QuantizedApply:
           ValueError: there is no such backend.
           RuntimeError: the native kernels do not run here.
         """
-        return QuantizedApply(self._apply_fn, self.plan, self._params, self._report, backend)
+        return QuantizedApply(
+            self._apply_fn, self.plan, self._params, self._report, self.inputs, backend
+        )
 
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.
@@ -128,14 +121,20 @@ class QuantizedApply:
 
         Args:
           qparams: the arrays of the model.
-          inputs: a sample input of the model, or its shape and dtype.
+          inputs: a sample input of the model, or its shape and dtype; without it, what the model
+            was quantized with.
 
         Returns:
           `qparams` with an entry "packed"; unchanged where XLA runs the model.
+
+        Raises:
+          ValueError: the inputs are not known.
         """
-        program = self.program(*jax.tree.map(ir.struct, inputs))
         if self.backend.name != "native":
             return dict(qparams)
+        if not inputs and self.inputs is None:
+            raise ValueError("qapply.prepare(qparams, *inputs) needs a sample input of this model")
+        program = self.program(*jax.tree.map(ir.struct, inputs or self.inputs))
         return {**qparams, "packed": jax.jit(program.pack)(qparams)}
 
     def report(self) -> Any:
@@ -144,6 +143,23 @@ class QuantizedApply:
             return None
         summary = {**self._report.summary, "backend": str(self.backend)}
         return dataclasses.replace(self._report, summary=summary)
+
+
+def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
+    """Raise ValueError where something is not the qparams of a plan."""
+    if not isinstance(qparams, Mapping) or set(qparams) - {"packed"} != _ENTRIES:
+        raise ValueError(
+            "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
+            f"'sites' and 'tensors'), got {_describe(qparams)}"
+        )
+    tensors = {tensor.name for tensor in plan.tensors}
+    sites = {site.name for site in plan.sites if site.fingerprint}
+    differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
+    if differing:
+        raise ValueError(
+            "these qparams belong to another model or plan than this qapply: "
+            f"{', '.join(sorted(differing)[:5])} differ"
+        )
 
 
 def _describe(value: Any) -> str:

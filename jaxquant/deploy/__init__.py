@@ -1,0 +1,1 @@
+"""Deployment: saved models, StableHLO, ONNX and the command line."""

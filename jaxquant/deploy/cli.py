@@ -1,0 +1,240 @@
+"""The command line: inspect, compare and convert saved models."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant._version import __version__
+from jaxquant.deploy import container, tree
+from jaxquant.deploy.loaded import LoadedApply
+from jaxquant.deploy.onnx.export import OPSETS, RUNTIMES, export_onnx
+from jaxquant.deploy.saved import load_quantized_model
+from jaxquant.deploy.stablehlo import export_stablehlo
+
+SAME, DIFFERENT, FAILED = 0, 1, 2
+_EXIT_CODES = "exit status: 0 done, 2 a file is refused or cannot be read or written"
+_SUFFIXES = {"onnx": ".onnx", "stablehlo": ".jaxexport"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"jaxquant {options.command}: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxquant",
+        description="Look into int8 models that jaxquant.save_quantized_model wrote, compare them "
+        "and convert them. The model's own code is not needed.",
+        epilog="examples:\n"
+        "  python -m jaxquant inspect model.safetensors\n"
+        "  python -m jaxquant inspect model.safetensors --json | jq .summary\n"
+        "  python -m jaxquant compare old.safetensors new.safetensors\n"
+        "  python -m jaxquant convert model.safetensors --to onnx --channels-first\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxquant {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "what is in a saved model: its inputs, sites, scales, bytes and versions",
+        _EXIT_CODES,
+    )
+    inspect.add_argument("path", metavar="PATH", help="a saved model")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with every array listed")
+
+    compare = _command(
+        commands,
+        "compare",
+        _compare,
+        "what differs between two saved models: sites, grids, arrays",
+        "exit status: 0 the arrays and the plans are the same, 1 they differ, 2 a file is refused",
+    )
+    compare.add_argument("a", metavar="A", help="a saved model")
+    compare.add_argument("b", metavar="B", help="another one")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "write a saved model as ONNX (QDQ form) or as StableHLO",
+        _EXIT_CODES,
+    )
+    convert.add_argument("path", metavar="PATH", help="a saved model")
+    convert.add_argument("--to", required=True, choices=sorted(_SUFFIXES), help="the format")
+    convert.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="the file to write; default: PATH with another suffix",
+    )
+    convert.add_argument(
+        "--opset",
+        type=int,
+        default=17,
+        help=f"ONNX: version of the operators, {OPSETS[0]} to {OPSETS[-1]} (default: %(default)s)",
+    )
+    convert.add_argument(
+        "--channels-first",
+        action="store_true",
+        help="ONNX: images as [B, C, H, W], as most runtimes want them",
+    )
+    convert.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default=RUNTIMES[0],
+        help="ONNX: the form that one runtime runs best (default: %(default)s, QDQ throughout)",
+    )
+    convert.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str, epilog: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=f"Tell or do: {text}.", epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _, _, digest = container.read(options.path)
+    qparams, qapply = load_quantized_model(options.path, sha256=digest)
+    found = describe(options.path, digest, qparams, qapply)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return SAME
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    print(
+        f"{options.path}: {found['bytes']:,} bytes, format {found['format_version']}, made with "
+        f"{versions}\nsha256 {digest}\n\ninputs   {', '.join(found['inputs'])}\nrecover  "
+        f"{', '.join(qapply.plan.recover) or 'nothing'}\n\n{qapply.report()}"
+    )
+    return SAME
+
+
+def describe(
+    path: str, digest: str, qparams: Mapping[str, Any], qapply: LoadedApply
+) -> dict[str, Any]:
+    """A saved model as plain data."""
+    arrays = tree.flatten(qparams)
+    report = json.loads(qapply.report().to_json())
+    return {
+        "path": path,
+        "bytes": os.path.getsize(path),
+        "sha256": digest,
+        "format_version": container.FORMAT_VERSION,
+        "versions": dict(qapply.artifact.versions),
+        "inputs": list(qapply.input_shapes),
+        "summary": report["summary"],
+        "sites": report["rows"],
+        "tensors": [dataclasses.asdict(tensor) for tensor in qapply.plan.tensors],
+        "arrays": [
+            {"name": k, "dtype": str(v.dtype), "shape": list(v.shape), "bytes": v.nbytes}
+            for k, v in arrays.items()
+        ],
+    }
+
+
+def _compare(options: argparse.Namespace) -> int:
+    found = differences(load_quantized_model(options.a), load_quantized_model(options.b))
+    same = not any(found.values())
+    if options.json:
+        print(json.dumps({"same": same, **found}, indent=1))
+    elif same:
+        print("the same plan and the same arrays")
+    else:
+        for part, entries in found.items():
+            print(f"{part}: {len(entries)} differ")
+            for name, text in list(entries.items())[:20]:
+                print(f"  {name}: {text}")
+            if len(entries) > 20:
+                print(f"  and {len(entries) - 20} more, see --json")
+    return SAME if same else DIFFERENT
+
+
+def differences(
+    a: tuple[Mapping[str, Any], LoadedApply], b: tuple[Mapping[str, Any], LoadedApply]
+) -> dict[str, dict[str, str]]:
+    """What differs between two models, by name: sites, tensors (their grids), arrays."""
+    plans = a[1].plan, b[1].plan
+    sites = [{s.name: f"{s.kind} {s.status} {s.reason}".strip() for s in p.sites} for p in plans]
+    grids = [
+        {t.name: f"scale {t.scale:.6g}, zero point {t.zero_point}" for t in p.tensors}
+        for p in plans
+    ]
+    settings = [
+        {k: str(v) for k, v in dataclasses.asdict(p).items() if k not in ("sites", "tensors")}
+        for p in plans
+    ]
+    arrays = tree.flatten(a[0]), tree.flatten(b[0])
+    return {
+        "settings": _differing(*settings),
+        "sites": _differing(*sites),
+        "tensors": _differing(*grids),
+        "arrays": {
+            name: text
+            for name in {**arrays[0], **arrays[1]}
+            if (text := _array_difference(arrays[0].get(name), arrays[1].get(name)))
+        },
+    }
+
+
+def _differing(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: f"{a.get(name, 'absent')} | {b.get(name, 'absent')}"
+        for name in {**a, **b}
+        if a.get(name) != b.get(name)
+    }
+
+
+def _array_difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
+    """How two arrays differ, "" where they are the same to the bit."""
+    if a is None or b is None:
+        return f"{'absent' if a is None else 'there'} | {'absent' if b is None else 'there'}"
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return f"{a.dtype}{list(a.shape)} | {b.dtype}{list(b.shape)}"
+    if a.tobytes() == b.tobytes():
+        return ""
+    differing = np.count_nonzero(a != b)
+    largest = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+    return f"{differing} of {a.size} elements, by {largest:.4g} at most"
+
+
+def _convert(options: argparse.Namespace) -> int:
+    output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[options.to]
+    if os.path.abspath(output) == os.path.abspath(options.path):
+        raise ValueError(f"{output} is the model itself; give another --output")
+    qparams, qapply = load_quantized_model(options.path)
+    if options.to == "onnx":
+        export_onnx(
+            output,
+            qparams,
+            qapply,
+            opset=options.opset,
+            channels_first=options.channels_first,
+            runtime=options.runtime,
+        )
+    else:
+        export_stablehlo(output, qparams, qapply)
+    size = os.path.getsize(output)
+    if options.json:
+        print(json.dumps({"output": output, "format": options.to, "bytes": size}))
+    else:
+        print(f"{output}: {size:,} bytes")
+    return SAME

@@ -1,0 +1,199 @@
+"""The plain-data network of a `qapply`."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.deploy import container
+from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Tensor
+from jaxquant.graph import evaluate, ir, trace
+from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.run.program import Program
+
+MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
+
+
+def describe(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
+    """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
+    outputs = jax.tree.unflatten(program.graph.out_tree, program.graph.outputs)
+    names = _names(inputs[0] if len(inputs) == 1 else inputs, "input"), _names(outputs, "output")
+    return _Describer(program).run(*names)
+
+
+def _names(tree: Any, root: str) -> tuple[str, ...]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
+
+
+class _Describer:
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._graph = program.graph
+        self._numbers: dict[ir.Var, int] = {}
+        self._tensors: list[Tensor] = []
+        self._nodes: list[Node | Int8Node] = []
+        self._leaves: dict[str, str] = {}
+        self._constants: dict[str, str] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._static_done: set[ir.Var] = set()
+
+    def run(
+        self, input_names: tuple[str, ...], output_names: tuple[str, ...]
+    ) -> tuple[Network, dict[str, np.ndarray]]:
+        graph, binding, forms = self._graph, self._program.binding, self._program.binding.forms
+        sites = {graph.producer[s.epilogue.output].index: s for s in binding.sites}
+        inputs = tuple(self._number(var) for var in graph.inputs)
+        moves = []
+        for index in sorted(forms.moves):
+            eqn = graph.equations[index]
+            self._need_static(eqn.inputs)
+            moves.append(self._node(eqn))
+        for eqn in self._program.equations:
+            if eqn.index in sites:
+                self._nodes.append(self._site(sites[eqn.index]))
+            elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
+                selects = eqn.index in binding.selects
+                if not selects:
+                    self._need_static(eqn.inputs)
+                reads = eqn.index in forms.reads_int8 or eqn.index in binding.decisions
+                self._nodes.append(self._node(eqn, reads_int8=reads, selects=selects))
+        self._need_static(graph.outputs)
+        network = Network(
+            outputs=tuple(self._atom(x) for x in graph.outputs),
+            inputs=inputs,
+            input_names=input_names,
+            output_names=output_names,
+            nodes=tuple(self._nodes),
+            moves=tuple(moves),
+            entries={str(self._number(var)): name for var, name in binding.names.items()},
+            scales={str(self._number(var)): name for var, name in binding.scales.items()},
+            leaves=self._leaves,
+            constants=self._constants,
+            tensors=tuple(self._tensors),
+        )
+        return network, self._arrays
+
+    def _number(self, var: ir.Var) -> int:
+        if var not in self._numbers:
+            self._numbers[var] = len(self._tensors)
+            shape = tuple(d if isinstance(d, int) else str(d) for d in self._graph.shape(var))
+            self._tensors.append(Tensor(shape, str(self._graph.dtype(var))))
+        return self._numbers[var]
+
+    def _atom(self, atom: ir.Atom) -> Atom:
+        return _scalar(atom.value) if isinstance(atom, ir.Literal) else self._number(atom)
+
+    def _node(self, eqn: ir.Equation, reads_int8: bool = False, selects: bool = False) -> Node:
+        return Node(
+            op=eqn.name,
+            inputs=tuple(self._atom(x) for x in eqn.inputs),
+            outputs=tuple(self._number(v) for v in eqn.outputs),
+            params={key: _plain(value) for key, value in eqn.params.items()},
+            scope=eqn.scope,
+            reads_int8=reads_int8,
+            selects=selects,
+        )
+
+    def _site(self, int8_site: Int8Site) -> Int8Node:
+        graph, site, epilogue = self._graph, int8_site.site, int8_site.epilogue
+        eqn = graph.equations[site.equation]
+        weight, computed = "", None
+        axes: tuple[int, ...] = ()
+        if site.weight is not None:
+            axes = channel_axes(graph, site, eqn)
+            if is_computed_weight(graph, site.weight):
+                self._need_static((site.weight,))
+                computed = self._number(site.weight)
+            else:
+                weight = container.join(("params", *self._program.slots[site.name].int8))
+        return Int8Node(
+            name=site.name,
+            kind=site.kind,
+            node=self._node(eqn),
+            operands=tuple(self._number(v) for v in site.operands),
+            weight=weight,
+            computed_weight=computed,
+            weight_position=site.weight_position,
+            weight_axes=axes,
+            movements=tuple(self._node(e) for e in epilogue.movements),
+            channel_sizes=tuple(int(size) for size in epilogue.channels.sizes),
+            channel_axes=epilogue.channels.axes,
+            output=self._number(epilogue.output),
+        )
+
+    def _need_static(self, atoms: Any) -> None:
+        """Give the static tensors among `atoms` a leaf, a constant or nodes that compute them."""
+        graph = self._graph
+        for var in atoms:
+            if not isinstance(var, int) or not graph.static[var] or var in self._static_done:
+                continue
+            self._static_done.add(var)
+            key = str(self._number(var))
+            if var in self._program.float_paths:
+                path = ("params", *self._program.float_paths[var])
+                self._leaves[key] = container.join(path)
+            elif self._is_foldable(var):
+                name = f"constants/{len(self._arrays)}"
+                self._constants[key] = name
+                self._arrays[name] = self._fold(var)
+            elif var in graph.producer:
+                eqn = graph.producer[var]
+                self._need_static(eqn.inputs)
+                self._nodes.append(self._node(eqn))
+
+    def _is_foldable(self, var: ir.Var) -> bool:
+        """True for a tensor of known size that no parameter is in."""
+        if var in self._graph.constants:
+            return True
+        if var in self._graph.leaves or set(self._graph.sources(var)) & set(self._graph.leaves):
+            return False
+        shapes = [
+            self._graph.shape(v)
+            for eqn in ir.walk_back(self._graph, [var])
+            for v in (*eqn.input_vars, *eqn.outputs)
+        ]
+        known = all(isinstance(size, int) for shape in shapes for size in shape)
+        return known and math.prod(self._graph.shape(var)) <= MAX_CONSTANT
+
+    def _fold(self, var: ir.Var) -> np.ndarray:
+        equations = list(ir.walk_back(self._graph, [var]))
+        inputs = [None] * len(self._graph.inputs)
+        env = evaluate.evaluate(self._graph, {}, inputs, equations=equations)
+        return np.asarray(jax.device_get(env.read(var)))
+
+
+def _scalar(value: np.ndarray) -> Scalar:
+    number = np.asarray(value).item() if value.dtype.kind in "biu" else float(value)
+    if isinstance(number, float) and not math.isfinite(number):
+        return Scalar(str(number), str(value.dtype))
+    return Scalar(number, str(value.dtype))
+
+
+def _plain(value: Any) -> Any:
+    """A parameter of a primitive as plain data; what has no such form becomes its type's name."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: _plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return str(np.dtype(value))
+    if jax.export.is_symbolic_dim(value):
+        return str(value)
+    if hasattr(value, "lhs_spec") or hasattr(value, "offset_dims"):
+        return {k: _plain(v) for k, v in vars(value).items() if not k.startswith("_")}
+    return f"<{type(value).__name__}>"

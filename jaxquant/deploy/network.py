@@ -1,0 +1,138 @@
+"""The int8 network as plain data: its operations, int8 forms and epilogues, without JAX.
+
+A saved model keeps it beside the exported program, so that another format can be made of it where
+the model's code is not at hand.  Everything in it is JSON-able; the arrays are in `qparams` and in
+`constants`, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Var = int  # a tensor: an index into Network.tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A number written into an operation; `value` is text where JSON has no such number."""
+
+    value: bool | int | float | str
+    dtype: str
+
+    def array(self) -> np.ndarray:
+        return np.asarray(float(self.value) if isinstance(self.value, str) else self.value)
+
+
+Atom = Var | Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype; a size that varies is the text of its expression, such as "batch"."""
+
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One operation, by the name and the parameters of its JAX primitive.
+
+    `reads_int8` tells that operands with an int8 form are read dequantized; `selects` that the
+    result is int8 and this is its dequantized value.
+    """
+
+    op: str
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Var, ...]
+    params: Mapping[str, Any]
+    scope: str
+    reads_int8: bool = False
+    selects: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Node:
+    """An accumulating int8 site, up to the end of its epilogue.
+
+    Attributes:
+      name, kind: of the site.
+      node: its operation; the outputs are those of the float operation.
+      operands: the int8 tensors that it reads.
+      weight: the name of its int8 weight in `qparams`, "" where it has none stored.
+      computed_weight: a weight that is quantized on the way, from this constant; else None.
+      weight_position: the weight's place among the operands.
+      weight_axes: the axes of the weight that run along output channels.
+      movements: the operations that rearrange the accumulator before multiplier and bias.
+      channel_sizes, channel_axes: where the channels are in the tensor that these give.
+      output: the tensor at the end of the epilogue.
+    """
+
+    name: str
+    kind: str
+    node: Node
+    operands: tuple[Var, ...]
+    weight: str
+    computed_weight: Var | None
+    weight_position: int
+    weight_axes: tuple[int, ...]
+    movements: tuple[Node, ...]
+    channel_sizes: tuple[int, ...]
+    channel_axes: tuple[int, ...]
+    output: Var
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An int8 network.
+
+    Attributes:
+      tensors: shape and dtype of every tensor.
+      inputs, outputs: the flattened inputs and outputs.
+      input_names, output_names: their paths in their containers.
+      nodes: what runs in float, int8 sites among them, in order.
+      moves: the operations that hand int8 values on; they run where their result is read.
+      entries: tensor (its number, as text) -> the entry of `qparams["tensors"]` that quantizes it.
+      scales: int8 tensor (likewise) -> the entry that says what its values are worth.
+      leaves: tensor (likewise) -> the name of the float array in `qparams`.
+      constants: tensors (likewise) that depend on no parameter -> the name of their array.
+    """
+
+    tensors: tuple[Tensor, ...]
+    inputs: tuple[Var, ...]
+    outputs: tuple[Atom, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    nodes: tuple[Node | Int8Node, ...]
+    moves: tuple[Node, ...]
+    entries: Mapping[str, str]
+    scales: Mapping[str, str]
+    leaves: Mapping[str, str]
+    constants: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for var in self._vars():
+            if not 0 <= var < len(self.tensors):
+                raise ValueError(f"the network names tensor {var} of {len(self.tensors)}")
+
+    def _vars(self) -> list[Var]:
+        nodes: list[Node] = [*self.moves]
+        found = [*self.inputs]
+        for node in self.nodes:
+            if isinstance(node, Int8Node):
+                nodes += [node.node, *node.movements]
+                found += [*node.operands, node.output]
+                found += [] if node.computed_weight is None else [node.computed_weight]
+            else:
+                nodes.append(node)
+        atoms: list[Atom] = [*self.outputs]
+        for plain in nodes:
+            atoms += plain.inputs
+            found += plain.outputs
+        for mapping in (self.entries, self.scales, self.leaves, self.constants):
+            found += [int(key) for key in mapping]
+        return found + [x for x in atoms if isinstance(x, int)]

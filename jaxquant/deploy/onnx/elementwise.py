@@ -1,0 +1,230 @@
+"""Elementwise primitives as ONNX operators."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.deploy.network import Node
+from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value
+
+_DIRECT = {
+    "abs": "Abs",
+    "acos": "Acos",
+    "acosh": "Acosh",
+    "add": "Add",
+    "add_any": "Add",
+    "and": "And",
+    "asin": "Asin",
+    "asinh": "Asinh",
+    "atan": "Atan",
+    "atanh": "Atanh",
+    "ceil": "Ceil",
+    "cos": "Cos",
+    "cosh": "Cosh",
+    "div": "Div",
+    "eq": "Equal",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "not": "Not",
+    "or": "Or",
+    "pow": "Pow",
+    "sign": "Sign",
+    "sin": "Sin",
+    "sinh": "Sinh",
+    "sqrt": "Sqrt",
+    "sub": "Sub",
+    "tan": "Tan",
+    "tanh": "Tanh",
+    "xor": "Xor",
+}
+_ON_TRUTH_VALUES = frozenset({"and", "or", "not", "xor"})
+ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "uint8": 2, "int8": 3, "uint32": 12}
+
+
+def aligned(builder: Builder, values: Sequence[Value]) -> tuple[list[str], Value]:
+    """Operands in one physical order, and a value with the shape and order of the result.
+
+    The order is that of the operand with the most axes of more than one element, so that
+    activations stay as they are and constants are turned.
+    """
+    rank = max(value.rank for value in values)
+    leader = max(values, key=lambda v: (v.rank, sum(size != 1 for size in v.shape)))
+    names = []
+    shape: list[Size] = [1] * rank
+    for value in values:
+        if value.rank == 0:
+            names.append(builder.plain(value).name)
+            continue
+        names.append(builder.ordered(value, leader.order).name)
+        shape = [b if a == 1 else a for a, b in zip(shape, value.shape, strict=True)]
+    return names, Value("", tuple(shape), leader.order)
+
+
+def apply(builder: Builder, op: str, values: Sequence[Value], **attributes: Any) -> Value:
+    """One elementwise ONNX operator."""
+    names, result = aligned(builder, values)
+    return dataclasses.replace(result, name=builder.node(op, names, **attributes))
+
+
+def scalar(builder: Builder, number: float, like: str = "float32") -> Value:
+    return Value(builder.constant(np.asarray(number, like)), (), ())
+
+
+def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence[str]) -> Value:
+    """The result of an elementwise node; `dtypes` are those of the ONNX operands."""
+    if node.op in _COMPOSED:
+        return _COMPOSED[node.op](builder, node, list(values), dtypes)
+    if node.op not in _DIRECT:
+        raise NotCovered(f"the operation {node.op!r}")
+    if node.op in _ON_TRUTH_VALUES and dtypes[0] != "bool":
+        raise NotCovered(f"the operation {node.op!r} on {dtypes[0]}")
+    if node.op == "div" and dtypes[0].startswith(("int", "uint")):
+        raise NotCovered("the division of integers")
+    return apply(builder, _DIRECT[node.op], values)
+
+
+def is_covered(op: str) -> bool:
+    return op in _DIRECT or op in _COMPOSED
+
+
+Compose = Callable[[Builder, Node, list[Value], Sequence[str]], Value]
+
+
+def _identity(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return x[0]
+
+
+def _cast(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    target = onnx_dtype(str(node.params["new_dtype"]))
+    return x[0] if target == dtypes[0] else cast(b, x[0], target)
+
+
+def cast(b: Builder, value: Value, dtype: str) -> Value:
+    return apply(b, "Cast", [value], to=ONNX_TYPES[dtype])
+
+
+def onnx_dtype(dtype: str) -> str:
+    """The dtype of the ONNX tensor: narrow floats become float32, as epilogues compute in it."""
+    if dtype in ("float32", "float16", "bfloat16", "float64"):
+        return "float32"
+    if dtype not in ONNX_TYPES:
+        raise NotCovered(f"the dtype {dtype}")
+    return dtype
+
+
+def _integer_pow(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    exponent = int(node.params["y"])
+    if exponent == 2:
+        return apply(b, "Mul", [x[0], x[0]])
+    return apply(b, "Pow", [x[0], scalar(b, exponent, dtypes[0])])
+
+
+def _square(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Mul", [x[0], x[0]])
+
+
+def _rsqrt(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Reciprocal", [apply(b, "Sqrt", x)])
+
+
+def _cbrt(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    root = apply(b, "Pow", [apply(b, "Abs", x), scalar(b, 1 / 3)])
+    return apply(b, "Mul", [apply(b, "Sign", x), root])
+
+
+def _exp2(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Exp", [apply(b, "Mul", [x[0], scalar(b, float(np.log(2)))])])
+
+
+def _expm1(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Sub", [apply(b, "Exp", x), scalar(b, 1)])
+
+
+def _log1p(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Log", [apply(b, "Add", [x[0], scalar(b, 1)])])
+
+
+def _erfc(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Sub", [scalar(b, 1), apply(b, "Erf", x)])
+
+
+def _round(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    if "EVEN" not in str(node.params.get("rounding_method")):
+        raise NotCovered("rounding halves away from zero")
+    return apply(b, "Round", x)
+
+
+def _ne(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Not", [apply(b, "Equal", x)])
+
+
+def _is_finite(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    odd = apply(b, "Or", [apply(b, "IsNaN", x), apply(b, "IsInf", x)])
+    return apply(b, "Not", [odd])
+
+
+def _rem(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Mod", x, fmod=1)
+
+
+def _select(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    if len(x) != 3 or dtypes[0] != "bool":
+        raise NotCovered("a choice between other than two cases")
+    return apply(b, "Where", [x[0], x[2], x[1]])
+
+
+def _clamp(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    low, value, high = x
+    if low.rank == high.rank == 0 and dtypes[1] == "float32":
+        return clip(b, value, low, high)
+    return apply(b, "Min", [apply(b, "Max", [value, low]), high])
+
+
+def clip(builder: Builder, value: Value, low: Value, high: Value) -> Value:
+    """Clip between two scalars, which runtimes fuse with the operation before it."""
+    value = builder.plain(value)
+    name = builder.node("Clip", [value.name, low.name, high.name])
+    return dataclasses.replace(value, name=name)
+
+
+def relu(builder: Builder, value: Value) -> Value:
+    value = builder.plain(value)
+    return dataclasses.replace(value, name=builder.node("Relu", [value.name]))
+
+
+_COMPOSED: dict[str, Compose] = {
+    "cbrt": _cbrt,
+    "clamp": _clamp,
+    "convert_element_type": _cast,
+    "copy": _identity,
+    "copy_p": _identity,
+    "erfc": _erfc,
+    "exp2": _exp2,
+    "expm1": _expm1,
+    "integer_pow": _integer_pow,
+    "is_finite": _is_finite,
+    "log1p": _log1p,
+    "ne": _ne,
+    "reduce_precision": _identity,
+    "rem": _rem,
+    "round": _round,
+    "rsqrt": _rsqrt,
+    "select_n": _select,
+    "square": _square,
+    "stop_gradient": _identity,
+}

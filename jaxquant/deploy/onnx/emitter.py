@@ -1,0 +1,264 @@
+"""Walks the plain-data network and emits the ONNX graph: floats, int8 forms, sites."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Var
+from jaxquant.deploy.onnx import contraction, elementwise, reduction, shaping
+from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.deploy.onnx.sites import emit_site
+
+
+class Emitter:
+    """The float values and the int8 forms of a network's tensors, emitted once each."""
+
+    def __init__(
+        self,
+        network: Network,
+        arrays: Mapping[str, np.ndarray],
+        quantizer: Quantizer,
+        integer_convolutions: bool = False,
+    ) -> None:
+        self.integer_convolutions = integer_convolutions
+        self.network = network
+        self.arrays = arrays
+        self.builder: Builder = quantizer.builder
+        self.quantizer = quantizer
+        self._floats: dict[Var, Value] = {}
+        self._int8: dict[Var, Value] = {}
+        self._lows: dict[Var, tuple[Value, Value]] = {}
+        self._moves = {var: node for node in network.moves for var in node.outputs}
+        self._readers: dict[Var, list[Node | Int8Node]] = {}
+        self._layouts: dict[Var, Sequence[int]] = {}
+        for node in network.nodes:
+            inputs = node.operands if isinstance(node, Int8Node) else node.inputs
+            for atom in inputs:
+                if isinstance(atom, int):
+                    self._readers.setdefault(atom, []).append(node)
+            if isinstance(node, Int8Node) and node.node.op == "conv_general_dilated":
+                layout = node.node.params["dimension_numbers"]["lhs_spec"]
+                self._layouts.setdefault(node.operands[0], layout)
+
+    def set_input(self, var: Var, value: Value) -> None:
+        self._floats[var] = value
+
+    def run(self) -> None:
+        """Emit every node of the network.
+
+        Raises:
+          ValueError: an operation is not covered; the message names it and where it is.
+        """
+        for node in self.network.nodes:
+            if isinstance(node, Int8Node):
+                with self._at(node.name, f"site {node.name!r}"):
+                    self._floats[node.output] = emit_site(self, node)
+            elif node.selects:
+                for var in node.outputs:
+                    self._floats[var] = self.dequantized(var)
+            else:
+                with self._at(node.scope, f"the operation {node.op!r} in {node.scope!r}"):
+                    self._float_node(node)
+
+    def value(self, atom: Atom) -> Value:
+        """The float (or whole-number) value of a tensor."""
+        if isinstance(atom, Scalar):
+            dtype = elementwise.onnx_dtype(atom.dtype)
+            return Value(self.builder.constant(atom.array().astype(dtype)), (), ())
+        if atom not in self._floats:
+            key = str(atom)
+            name = self.network.leaves.get(key) or self.network.constants.get(key)
+            if name is None:
+                raise NotCovered(f"tensor {atom}, which nothing gives")
+            array = self.arrays[name]
+            array = array.astype(elementwise.onnx_dtype(str(array.dtype)))
+            self._floats[atom] = Value(
+                self.builder.constant(array, name), array.shape, straight(array.ndim)
+            )
+        return self._floats[atom]
+
+    def dequantized(self, var: Var) -> Value:
+        """What the int8 form of a tensor is worth, in float."""
+        return self.quantizer.dequantize(self.int8(var), self.network.scales[str(var)])
+
+    def int8(self, var: Var) -> Value:
+        """The int8 form of a tensor."""
+        if var not in self._int8:
+            if str(var) in self.network.entries:
+                value = self.full(self.value(var), var)
+                if var in self._layouts:  # the order that the convolution behind it reads
+                    value = self.builder.ordered(value, self._layouts[var])
+                self._int8[var] = self.quantizer.quantize(value, self.network.entries[str(var)])
+            else:
+                self._move(self._moves[var])
+        return self._int8[var]
+
+    def is_quantized(self, var: Var) -> bool:
+        """True where a tensor is read only to be quantized, behind a ReLU or clip or not."""
+        readers = self._readers.get(var, [])
+        if var in self.network.outputs:
+            return False
+        if (
+            len(readers) == 1
+            and isinstance(readers[0], Node)
+            and str(var) not in self.network.entries
+        ):
+            node = readers[0]
+            clips = (_with_scalar(node, "max") or _with_scalar(node, "min")) is not None
+            return clips and self.is_quantized(node.outputs[0])
+        floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
+        return str(var) in self.network.entries and not floats
+
+    def full(self, value: Value, var: Var) -> Value:
+        """The value with all copies that the tensor holds."""
+        return self.builder.expanded(value, self.shape(var))
+
+    def shape(self, var: Var) -> tuple[Size, ...]:
+        return self.network.tensors[var].shape
+
+    @contextlib.contextmanager
+    def _at(self, scope: str, where: str) -> Iterator[None]:
+        """Name what is emitted inside, and what is not covered."""
+        outer, self.builder.scope = self.builder.scope, scope
+        try:
+            yield
+        except NotCovered as error:
+            raise ValueError(f"export_onnx does not cover {error} ({where})") from None
+        finally:
+            self.builder.scope = outer
+
+    def _move(self, node: Node) -> None:
+        """An operation that hands int8 values on: its result has the scale of its operands."""
+        with self._at(node.scope, f"the operation {node.op!r} in {node.scope!r}"):
+            values = [
+                self.dequantized(x) if isinstance(x, int) and str(x) in self.network.scales
+                else self.value(x)
+                for x in node.inputs
+            ]  # fmt: skip
+            results = self.apply(node, values)
+            for var, value in zip(node.outputs, results, strict=True):
+                entry = self.network.scales[str(var)]
+                self._int8[var] = self.quantizer.quantize(self.full(value, var), entry)
+
+    def _float_node(self, node: Node) -> None:
+        if self._is_clipped_later(node):
+            return
+        values = [
+            self.dequantized(x)
+            if node.reads_int8 and isinstance(x, int) and str(x) in self.network.scales
+            else self._lows[x][0] if isinstance(x, int) and x in self._lows
+            else self.value(x)
+            for x in node.inputs
+        ]  # fmt: skip
+        low = next((x for x in node.inputs if isinstance(x, int) and x in self._lows), None)
+        if low is not None:
+            high = next(v for v, x in zip(values, node.inputs) if isinstance(x, Scalar))
+            results = [elementwise.clip(self.builder, *self._lows[low], high)]
+        else:
+            results = self.apply(node, values)
+        self._floats.update(zip(node.outputs, results, strict=True))
+
+    def _is_clipped_later(self, node: Node) -> bool:
+        """True for max(x, low) that only min(_, high) reads: both become one Clip."""
+        split = _with_scalar(node, "max")
+        if split is None or (node.reads_int8 and str(split[0]) in self.network.scales):
+            return False
+        (var,) = node.outputs
+        readers = self._readers.get(var, [])
+        if len(readers) != 1 or not isinstance(readers[0], Node) or var in self.network.outputs:
+            return False
+        if _with_scalar(readers[0], "min") is None or str(var) in self.network.scales:
+            return False
+        tensor, low = split
+        if self.network.tensors[var].dtype not in ("float32", "bfloat16", "float16"):
+            return False
+        self._lows[var] = (self.value(tensor), self.value(low))
+        return True
+
+    def apply(self, node: Node, values: Sequence[Value]) -> list[Value]:
+        """The results of an operation on float values."""
+        shapes = [self.shape(var) for var in node.outputs]
+        if node.op == "dot_general":
+            return [self._dot(node, values, shapes[0])]
+        if node.op == "conv_general_dilated":
+            return [self._conv(node, values, shapes[0])]
+        if node.op == "split":
+            return shaping.split(self.builder, node, self._copied(node, values)[0], shapes)
+        if node.op == "optimization_barrier":
+            return list(values)
+        if len(node.outputs) != 1:
+            raise NotCovered(f"the operation {node.op!r}")
+        return [self._one(node, values, shapes[0])]
+
+    def _one(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
+        if node.op in shaping.TABLE:
+            if node.op not in shaping.LAZY:
+                values = self._copied(node, values)
+            return shaping.TABLE[node.op](self.builder, node, list(values), shape)
+        if node.op in reduction.OPERATIONS:
+            return reduction.emit(self.builder, node, self._copied(node, values)[0], shape)
+        scaled = _scaled(node, values)
+        if scaled is not None:
+            return scaled
+        split = _with_scalar(node, "max")
+        if split is not None and split[1].array() == 0:
+            tensor = values[0] if isinstance(node.inputs[0], int) else values[1]
+            return elementwise.relu(self.builder, tensor)
+        dtypes = [elementwise.onnx_dtype(self.dtype(x)) for x in node.inputs]
+        return elementwise.emit(self.builder, node, values, dtypes)
+
+    def dtype(self, atom: Atom) -> str:
+        return atom.dtype if isinstance(atom, Scalar) else self.network.tensors[atom].dtype
+
+    def _copied(self, node: Node, values: Sequence[Value]) -> list[Value]:
+        return [
+            self.full(value, x) if isinstance(x, int) and value.shape != self.shape(x) else value
+            for value, x in zip(values, node.inputs, strict=True)
+        ]
+
+    def _conv(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
+        x, kernel = self._copied(node, values)
+        form = contraction.conv_form(node, [int(size) for size in kernel.shape])
+        if form.flipped:
+            if kernel.name not in self.builder.arrays:
+                raise NotCovered("a transposed convolution whose kernel is computed")
+            array = self.builder.arrays[kernel.name]
+            name = self.builder.constant(form.kernel(array))
+        else:
+            name = self.builder.ordered(kernel, form.kernel_order).name
+        return contraction.conv(self.builder, node, form, x, name, None, shape)
+
+    def _dot(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
+        values = self._copied(node, values)
+        form = contraction.dot_form(node, (values[0].rank, values[1].rank))
+        return contraction.dot(self.builder, form, values, shape)
+
+
+def _with_scalar(node: Node, op: str) -> tuple[Var, Scalar] | None:
+    """The tensor and the number of an operation of both."""
+    if node.op != op or len(node.inputs) != 2:
+        return None
+    a, b = node.inputs
+    if isinstance(a, int) and isinstance(b, Scalar):
+        return a, b
+    if isinstance(a, Scalar) and isinstance(b, int):
+        return b, a
+    return None
+
+
+def _scaled(node: Node, values: Sequence[Value]) -> Value | None:
+    """A multiplication or division of a value with a factor by a number: another factor."""
+    split = _with_scalar(node, node.op) if node.op in ("mul", "div") else None
+    if split is None or (node.op == "div" and not isinstance(node.inputs[0], int)):
+        return None
+    value = values[0] if isinstance(node.inputs[0], int) else values[1]
+    number = float(split[1].array())
+    if value.factor == 1.0 or number == 0:
+        return None
+    factor = value.factor * number if node.op == "mul" else value.factor / number
+    return dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)

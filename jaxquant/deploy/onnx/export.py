@@ -1,0 +1,137 @@
+"""Export an int8 model as ONNX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant._version import __version__
+from jaxquant.deploy import atomic, tree
+from jaxquant.deploy.artifact import make_artifact
+from jaxquant.deploy.network import Network
+from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
+from jaxquant.deploy.onnx.emitter import Emitter
+from jaxquant.deploy.onnx.quantization import Quantizer
+
+OPSETS = range(13, 24)
+RUNTIMES = ("any", "onnxruntime")
+_CHANNELS_FIRST = (0, 3, 1, 2)
+_MAX_BYTES = 2**31 - 1  # of a protobuf message
+
+
+def export_onnx(
+    path: str | os.PathLike[str],
+    qparams: Mapping[str, Any],
+    qapply: Any,
+    *,
+    opset: int = 17,
+    channels_first: bool = False,
+    runtime: str = "any",
+    shapes: Any = None,
+) -> None:
+    """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
+
+    Activations are integers between QuantizeLinear and DequantizeLinear, weights are int8
+    initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
+    folded into the scales.  The batch (and what else varies) is a named size.
+
+    Args:
+      path: of the file to write.
+      qparams: the arrays of the int8 model.
+      qapply: the function that came with them; a loaded one will do.
+      opset: the version of the ONNX operators, 13 to 23.
+      channels_first: give inputs and outputs of four axes as [B, C, H, W] where the model has
+        [B, H, W, C], as most runtimes want them.
+      runtime: "any" is QDQ throughout, with int8 activations where the zero point is 0 and uint8
+        ones (the same integers plus 128) elsewhere.  "onnxruntime" is what ONNX Runtime runs in
+        int8 on CPU: uint8 activations alone, and convolutions whose
+        result stays float (before a residual addition in float, say) as ConvInteger, since it runs
+        those in float in the QDQ form.
+      shapes: see `jaxquant.save_quantized_model`.
+
+    Raises:
+      ValueError: the model holds an operation that is not covered (the message names it and its
+        site), or cannot be traced with sizes that vary.
+      ImportError: onnx is not installed.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jaxquant
+      >>> params, apply_fn = {"w": jnp.eye(4)}, lambda p, x: x @ p["w"]
+      >>> qparams, qapply = jaxquant.quant_post(
+      ...     params, apply_fn, [jnp.ones((2, 4))], algo="abs_max", progress=False)
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> jaxquant.export_onnx(f"{folder.name}/model.onnx", qparams, qapply)
+    """
+    if opset not in OPSETS:
+        raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
+    builder = Builder(opset)
+    plain, artifact = make_artifact(qparams, qapply, shapes)
+    arrays = {**tree.flatten(plain), **artifact.constants}
+    for_ort = runtime == "onnxruntime"
+    quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"], for_ort)
+    emitter = Emitter(artifact.network, arrays, quantizer, integer_convolutions=for_ort)
+    model = _model(builder, artifact.network, emitter, channels_first)
+    contents = model.SerializeToString(deterministic=True)
+    atomic.write_file(path, [contents])
+
+
+def _model(
+    builder: Builder,
+    network: Network,
+    emitter: Emitter,
+    channels_first: bool,
+) -> Any:
+    onnx = builder.onnx
+    inputs, outputs = [], []
+    for name, var in zip(network.input_names, network.inputs, strict=True):
+        tensor = network.tensors[var]
+        order = _order(len(tensor.shape), channels_first)
+        value = Value(builder.unique(name), tensor.shape, order)
+        builder.name_sizes(value.name, value.physical)
+        inputs.append(_info(onnx, value, tensor.dtype))
+        emitter.set_input(var, value)
+    emitter.run()
+    for name, atom in zip(network.output_names, network.outputs, strict=True):
+        value, dtype = emitter.value(atom), emitter.dtype(atom)
+        if isinstance(atom, int):
+            value = emitter.full(value, atom)
+        value = builder.ordered(value, _order(value.rank, channels_first))
+        output = builder.unique(name)
+        builder.nodes.append(
+            onnx.helper.make_node("Identity", [value.name], [output], name=f"{name}/Identity")
+        )
+        outputs.append(_info(onnx, Value(output, value.shape, value.order), dtype))
+    used = {name for node in builder.nodes for name in node.input}
+    initializers = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        for name, array in builder.arrays.items()
+        if name in used
+    ]
+    if sum(array.nbytes for array in builder.arrays.values()) > _MAX_BYTES:
+        raise ValueError("the model is larger than the 2 GiB of one ONNX file")
+    graph = onnx.helper.make_graph(builder.nodes, "jaxquant", inputs, outputs, initializers)
+    opset = onnx.helper.make_opsetid("", builder.opset)
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[opset],
+        ir_version=onnx.helper.find_min_ir_version_for([opset]),
+        producer_name="jaxquant",
+        producer_version=__version__,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _order(rank: int, channels_first: bool) -> tuple[int, ...]:
+    return _CHANNELS_FIRST if channels_first and rank == 4 else straight(rank)
+
+
+def _info(onnx: Any, value: Value, dtype: str) -> Any:
+    code = ONNX_TYPES[onnx_dtype(dtype)]
+    return onnx.helper.make_tensor_value_info(value.name, code, list(value.physical))

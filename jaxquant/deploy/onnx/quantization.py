@@ -1,0 +1,146 @@
+"""QuantizeLinear and DequantizeLinear of activations, weights and biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.deploy.onnx.builder import Builder, Value
+from jaxquant.plan.plan import Plan
+
+_LARGEST_BIAS = 2.0**30  # of an int32 bias, in steps; accumulators need room beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """An int8 weight with what one step of each output channel is worth.
+
+    Attributes:
+      int8: in ONNX's layout.
+      scale: float32 [C], positive.
+      bias: float64 [C].
+      axis: the axis of the channels.
+    """
+
+    int8: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray | None
+    axis: int
+
+
+class Quantizer:
+    """Emits the quantization of tensors by their entries in `qparams["tensors"]`."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        plan: Plan,
+        tensors: Mapping[str, Mapping[str, Any]],
+        sites: Mapping[str, Mapping[str, Any]],
+        unsigned: bool = False,
+    ) -> None:
+        self.builder = builder
+        self._unsigned = unsigned
+        self._tensors = tensors
+        self._sites = sites
+        self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
+        self._dequantized: dict[str, Value] = {}
+
+    def site(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of a site's epilogue."""
+        return {key: np.asarray(array) for key, array in self._sites[name].items()}
+
+    def scale(self, entry: str) -> float:
+        """What one step of a tensor is worth."""
+        return float(np.asarray(self._tensors[entry]["scale"]))
+
+    def zero_point(self, entry: str) -> int:
+        return int(self._zero_points[entry])
+
+    def quantize(self, value: Value, entry: str) -> Value:
+        value = self.builder.plain(value)
+        name = self.builder.node("QuantizeLinear", [value.name, *self._grid(entry)], "quantize")
+        return dataclasses.replace(value, name=name)
+
+    def dequantize(self, value: Value, entry: str) -> Value:
+        """The float of an int8 value; one node, however many read it."""
+        if value.name not in self._dequantized:
+            name = self.builder.node(
+                "DequantizeLinear", [value.name, *self._grid(entry)], "dequantize"
+            )
+            self._dequantized[value.name] = dataclasses.replace(value, name=name)
+        return self._dequantized[value.name]
+
+    def zero(self, entry: str) -> np.int8 | np.uint8:
+        """The integer that stands for zero in the graph.
+
+        A tensor with a zero point is uint8, 128 more than in qapply: OpenVINO runs what is never
+        negative in int8 only so.
+        """
+        zero_point = self.zero_point(entry)
+        is_unsigned = self._unsigned or zero_point != 0
+        return np.uint8(zero_point + 128) if is_unsigned else np.int8(zero_point)
+
+    def _grid(self, entry: str) -> list[str]:
+        scale = self.builder.constant(np.float32(self.scale(entry)), "scale")
+        return [scale, self.builder.constant(self.zero(entry), "zero_point")]
+
+    def weight(self, weight: Weight) -> str:
+        """The dequantized weight: an int8 initialiser and its scales."""
+        zero = np.zeros(weight.scale.shape, np.int8)
+        inputs = [
+            self.builder.constant(weight.int8, "weight_int8"),
+            self.builder.constant(weight.scale, "weight_scale"),
+            self.builder.constant(zero, "weight_zero_point"),
+        ]
+        axis = {"axis": weight.axis} if weight.scale.ndim else {}
+        return self.builder.node("DequantizeLinear", inputs, "weight", **axis)
+
+    def bias(self, weight: Weight, entry: str) -> str | None:
+        """The dequantized int32 bias, whose steps are those of the accumulator."""
+        if weight.bias is None:
+            return None
+        scale = np.float32(self.scale(entry)) * weight.scale
+        int32 = np.rint(weight.bias / scale.astype(np.float64)).astype(np.int32)
+        inputs = [
+            self.builder.constant(int32, "bias_int32"),
+            self.builder.constant(scale, "bias_scale"),
+            self.builder.constant(np.zeros(scale.shape, np.int32), "bias_zero_point"),
+        ]
+        return self.builder.node("DequantizeLinear", inputs, "bias", axis=0)
+
+
+def make_weight(
+    int8: np.ndarray,
+    axis: int,
+    multiplier: np.ndarray,
+    bias: np.ndarray | None,
+    input_scale: float,
+) -> Weight:
+    """Fold a site's multiplier into the scales of its weight.
+
+    A negative multiplier (of a BatchNorm, say) turns the weight's sign, one of zero makes the
+    weight zero.  Where the bias is so large in steps of the accumulator that int32 does not hold
+    it, the steps of that channel are made larger.
+
+    Args:
+      int8: the weight in ONNX's layout.
+      axis: of its output channels.
+      multiplier: [C], what one unit of the accumulator is worth.
+      bias: [C] or None.
+      input_scale: of the tensor that the weight meets.
+    """
+    along = [1] * int8.ndim
+    along[axis] = -1
+    multiplier = multiplier.astype(np.float64)
+    steps = np.abs(multiplier) / input_scale
+    scale = steps if bias is None else np.maximum(steps, np.abs(bias) / _LARGEST_BIAS / input_scale)
+    scale = np.maximum(np.where(scale > 0, scale, 1.0), 2.0**-126).astype(np.float32)
+    ratio = np.sign(multiplier) * steps / scale.astype(np.float64)
+    exact = np.abs(np.abs(ratio) - 1) < 1e-5
+    ratio = np.where(exact, np.sign(ratio), ratio).reshape(along)
+    folded = np.clip(np.rint(int8 * ratio), -127, 127).astype(np.int8)
+    return Weight(folded, scale, None if bias is None else bias.astype(np.float64), axis)

@@ -1,0 +1,164 @@
+"""The accumulating int8 sites: their operands dequantized, their epilogue folded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxquant.deploy.network import Int8Node
+from jaxquant.deploy.onnx import contraction, elementwise, reduction
+from jaxquant.deploy.onnx.builder import NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx.quantization import Weight, make_weight
+
+if TYPE_CHECKING:
+    from jaxquant.deploy.onnx.emitter import Emitter
+
+
+def emit_site(e: Emitter, site: Int8Node) -> Value:
+    """The float result of a site, at the end of its epilogue."""
+    operands = [e.dequantized(var) for var in site.operands]
+    if site.weight or site.computed_weight is not None:
+        return _weighted(e, site, operands[0])
+    node, shape = site.node, e.shape(site.node.outputs[0])
+    if node.op == "dot_general":
+        values = operands * 2 if len(operands) == 1 else operands
+        form = contraction.dot_form(node, (values[0].rank, values[1].rank))
+        value = contraction.dot(e.builder, form, values, shape)
+    elif node.op in reduction.OPERATIONS:
+        value = reduction.emit(e.builder, node, operands[0], shape)
+    else:
+        raise NotCovered(f"the operation {node.op!r} in int8")
+    entries = [e.network.scales[str(var)] for var in site.operands]
+    worth = math.prod(e.quantizer.scale(entry) for entry in entries)
+    arrays = e.quantizer.site(site.name)
+    return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
+
+
+def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
+    """A convolution or dot with a weight."""
+    entry = e.network.scales[str(site.operands[0])]
+    int8, multiplier, bias = _arrays(e, site, e.quantizer.zero_point(entry))
+    input_scale = e.quantizer.scale(entry)
+    shape = e.shape(site.node.outputs[0])
+    if site.node.op == "conv_general_dilated":
+        form = contraction.conv_form(site.node, int8.shape)
+        stored = form.kernel(int8)
+        weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
+        if e.integer_convolutions and form.op == "Conv" and not e.is_quantized(site.output):
+            return _moved(e, site, _integer_conv(e, site, form, weight, entry, shape))
+        names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
+        value = contraction.conv(e.builder, site.node, form, x, *names, shape)
+        return _moved(e, site, value)
+    side = 1 - site.weight_position
+    ranks = (x.rank, int8.ndim) if side == 0 else (int8.ndim, x.rank)
+    dot = contraction.dot_form(site.node, ranks)
+    if dot.batch[0]:
+        unscaled = Weight(int8, np.ones((), np.float32), None, 0)
+        kernel = Value(e.quantizer.weight(unscaled), int8.shape, straight(int8.ndim))
+        values = [x, kernel] if side == 0 else [kernel, x]
+        value = contraction.dot(e.builder, dot, values, shape)
+        return _finish(e, site, value, multiplier / input_scale, bias)
+    order = (*dot.contracted[1 - side], *dot.free[1 - side])
+    width = math.prod(int8.shape[axis] for axis in dot.contracted[1 - side])
+    matrix = int8.transpose(order).reshape(width, -1)
+    weight = make_weight(matrix, 1, multiplier, bias, input_scale)
+    names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
+    return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
+
+
+def _integer_conv(
+    e: Emitter,
+    site: Int8Node,
+    form: contraction.ConvForm,
+    weight: Weight,
+    entry: str,
+    shape: tuple[Size, ...],
+) -> Value:
+    """A convolution to int32, and its epilogue in float32: what qapply computes, step by step."""
+    b, spec = e.builder, site.node.params["dimension_numbers"]
+    x = b.ordered(e.int8(site.operands[0]), spec["lhs_spec"])
+    zero_points = [e.quantizer.zero(entry), np.int8(0)]
+    inputs = [x.name, b.constant(weight.int8, "weight_int8"), *map(b.constant, zero_points)]
+    name = b.node("ConvInteger", inputs, **form.attributes)
+    name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
+    along = (-1, *[1] * (x.rank - 2))
+    steps = np.float32(e.quantizer.scale(entry)) * weight.scale
+    name = b.node("Mul", [name, b.constant(steps.reshape(along), "steps")])
+    if weight.bias is not None:
+        bias = weight.bias.astype(np.float32).reshape(along)
+        name = b.node("Add", [name, b.constant(bias, "bias")])
+    return Value(name, shape, tuple(spec["out_spec"]))
+
+
+def _arrays(
+    e: Emitter, site: Int8Node, zero_point: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The int8 weight, and its site's multiplier and bias, [C] each.
+
+    In `qparams` the bias takes away what the zero point adds to the sums; a dequantized input has
+    none to take away.
+    """
+    arrays = e.quantizer.site(site.name)
+    scale = np.ones(())
+    if site.weight:
+        int8 = e.arrays[site.weight]
+    else:
+        value = e.arrays[e.network.constants[str(site.computed_weight)]]
+        int8, scale = _quantize_weight(value.astype(np.float32), site.weight_axes)
+    channels = (math.prod(int8.shape[axis] for axis in site.weight_axes),)
+    multiplier = np.broadcast_to(arrays["multiplier"].astype(np.float64) * scale, channels)
+    if "bias" not in arrays:
+        return int8, multiplier, None
+    bias = np.broadcast_to(arrays["bias"].astype(np.float64), channels)
+    if zero_point and site.weight:
+        summed = tuple(a for a in range(int8.ndim) if a not in site.weight_axes)
+        bias = bias + multiplier * zero_point * int8.sum(summed, dtype=np.int64).reshape(-1)
+    return int8, multiplier, bias
+
+
+def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """As `jaxquant.run.int8.quantize_weight` does in the program."""
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    threshold = np.abs(weight).max(axis=summed, keepdims=True)
+    scale = np.where(threshold > 0, threshold, np.float32(127)) / np.float32(127)
+    int8 = np.clip(np.rint(weight * (np.float32(1) / scale)), -127, 127).astype(np.int8)
+    return int8, scale.reshape(-1).astype(np.float64)
+
+
+def _moved(e: Emitter, site: Int8Node, value: Value) -> Value:
+    """The rearrangements of the accumulator."""
+    for node in site.movements:
+        (value,) = e.apply(node, [value])
+    return value
+
+
+def _finish(
+    e: Emitter, site: Int8Node, value: Value, ratio: np.ndarray, bias: np.ndarray | None
+) -> Value:
+    """Rearrange, then multiply and add what no weight takes: [C] or [] each."""
+    value = _moved(e, site, value)
+    if np.ptp(ratio) == 0:
+        factor = value.factor * float(ratio.flat[0])
+        value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
+    else:
+        value = elementwise.apply(e.builder, "Mul", [value, _along(e, site, ratio, value.rank)])
+    if bias is not None and bias.any():
+        value = elementwise.apply(e.builder, "Add", [value, _along(e, site, bias, value.rank)])
+    return value
+
+
+def _along(e: Emitter, site: Int8Node, vector: np.ndarray, rank: int) -> Value:
+    """[C] or [] along the channel axes of the result."""
+    vector = vector.astype(np.float32)
+    if vector.ndim == 0:
+        return Value(e.builder.constant(vector), (), ())
+    axes = site.channel_axes
+    order = sorted(range(len(axes)), key=lambda k: axes[k])
+    shape: list[Size] = [1] * rank
+    for k in order:
+        shape[axes[k]] = site.channel_sizes[k]
+    array = vector.reshape(site.channel_sizes).transpose(order).reshape([int(s) for s in shape])
+    return Value(e.builder.constant(array), tuple(shape), straight(rank))

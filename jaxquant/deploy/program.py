@@ -1,0 +1,157 @@
+"""The exported program of an int8 model: StableHLO with a symbolic batch, for several platforms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import export
+
+from jaxquant.graph import ir, jax_shim
+from jaxquant.run.qapply import QuantizedApply
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+BATCH = "batch"  # the name of the symbolic dimension
+
+
+def symbolic_inputs(example: tuple[Any, ...], shapes: Any = None) -> tuple[Any, ...]:
+    """The inputs of a model, with symbolic dimensions, as shapes and dtypes.
+
+    Args:
+      example: the inputs that the model was quantized with.
+      shapes: a string like "b, h, w, 3", or a tuple of one for each input, as
+        `jax.export.symbolic_args_specs` takes them.  None makes the first axis of every input
+        array the batch.
+
+    Raises:
+      ValueError: the first axes of the inputs differ, or `shapes` does not fit the inputs.
+    """
+    if shapes is None:
+        shapes = _batched(example)
+    try:
+        specs = export.symbolic_args_specs(example, shapes)
+    except ValueError as error:
+        raise ValueError(f"shapes={shapes!r} does not fit the model's inputs: {error}") from error
+    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(example), strict=True):
+        if len(spec.shape) != len(leaf.shape):
+            raise ValueError(
+                f"shapes={shapes!r} does not fit the model's inputs: {spec.shape} for an array of "
+                f"shape {leaf.shape}"
+            )
+    return tuple(specs)
+
+
+def _batched(example: tuple[Any, ...]) -> Any:
+    leaves = [ir.struct(leaf) for leaf in jax.tree.leaves(example)]
+    sizes = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"the model's inputs have the shapes {[leaf.shape for leaf in leaves]}; which axis is "
+            "the batch is not clear. Give shapes=(...), one string for each input, such as "
+            '("batch, 128", "5"); see jax.export.symbolic_args_specs'
+        )
+    return f"{BATCH}, ..."
+
+
+def export_program(
+    qparams: Mapping[str, Any],
+    qapply: QuantizedApply,
+    inputs: tuple[Any, ...],
+    platforms: Sequence[str] = PLATFORMS,
+) -> export.Exported:
+    """Export `qapply`; `inputs` are shapes and dtypes, symbolic where they may vary.
+
+    Raises:
+      ValueError: the model cannot be traced for such inputs, or calls code of another library.
+    """
+    structs = jax.tree.map(ir.struct, qparams)
+    try:
+        with jax_shim.without_source_locations():
+            exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
+    except Exception as error:
+        if not _is_symbolic_trouble(error):
+            raise
+        raise ValueError(
+            f"the model computes something else for some sizes of {_shapes(inputs)}: {error}\n"
+            "Give shapes=... with numbers in place of the sizes that cannot vary"
+        ) from error
+    check_portable(exported)
+    return exported
+
+
+def _is_symbolic_trouble(error: Exception) -> bool:
+    names = ("InconclusiveDimensionOperation", "ConcretizationTypeError", "NonConcreteBooleanIndex")
+    return type(error).__name__.startswith(names) or "symbolic" in str(error).lower()
+
+
+def _shapes(inputs: Any) -> str:
+    return ", ".join(f"({', '.join(map(str, x.shape))})" for x in jax.tree.leaves(inputs))
+
+
+def check_portable(exported: export.Exported) -> None:
+    """Raise ValueError where a program calls code from outside of StableHLO.
+
+    Such a call runs what the machine that loads it has under that name, or nothing at all.
+    """
+    called = set(re.findall(r"custom_call\s+@([\w.$\"-]+)", exported.mlir_module()))
+    called |= set(re.findall(r'call_target_name\s*=\s*"([^"]*)"', exported.mlir_module()))
+    foreign = sorted(called - _PORTABLE_CALLS)
+    if foreign:
+        raise ValueError(f"the program calls {', '.join(foreign)}, which is outside of StableHLO")
+
+
+# Annotations that the compiler reads and jax.export's checks of symbolic sizes: they run no code.
+_PORTABLE_CALLS = frozenset(
+    {
+        "Sharding",
+        "SPMDFullToShardShape",
+        "SPMDShardToFullShape",
+        "shape_assertion",
+        "stablehlo.shape_refinement_operand_wrapper",
+    }
+)
+
+
+def serialize(exported: export.Exported) -> bytes:
+    """The bytes of an exported program.
+
+    Raises:
+      ValueError: its inputs or outputs are in a container that jax.export does not know.
+      ImportError: flatbuffers is not installed.
+    """
+    _need_flatbuffers()
+    try:
+        return bytes(exported.serialize(vjp_order=0))
+    except ValueError as error:
+        raise ValueError(
+            f"the model's inputs or outputs cannot be saved ({error}). Let apply_fn take and "
+            "return tuples, lists and dicts, or register the class with "
+            "jax.export.register_pytree_node_serialization"
+        ) from error
+
+
+def deserialize(contents: bytes) -> export.Exported:
+    """The exported program; raises ValueError where the bytes are none.
+
+    Raises:
+      ValueError: the bytes are no exported program, or one that is not portable.
+      ImportError: flatbuffers is not installed.
+    """
+    _need_flatbuffers()
+    try:
+        exported = export.deserialize(bytearray(contents))
+        check_portable(exported)
+    except Exception as error:  # of flatbuffers, struct, MLIR, by what is wrong with the bytes
+        raise ValueError(f"not a program that jax {jax.__version__} reads: {error}") from error
+    return exported
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'exported programs need flatbuffers: pip install "jaxquant[export]"'
+        ) from error

@@ -1,0 +1,47 @@
+"""Export an int8 model as StableHLO."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaxquant.deploy import atomic
+from jaxquant.deploy.artifact import make_artifact
+
+
+def export_stablehlo(
+    path: str | os.PathLike[str],
+    qparams: Mapping[str, Any],
+    qapply: Any,
+    *,
+    shapes: Any = None,
+) -> None:
+    """Write the int8 program as portable StableHLO, for CPU, GPU (CUDA) and TPU.
+
+    The file is a serialized `jax.export.Exported`; the arrays are no part of it, but its first
+    argument.  `docs/deploying.md` shows how to call it, from JAX and without.
+
+    Args:
+      path: of the file to write.
+      qparams, qapply, shapes: as for `jaxquant.save_quantized_model`.
+
+    Raises:
+      ValueError, OSError: as `jaxquant.save_quantized_model`.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, jaxquant
+      >>> params, apply_fn = {"w": jnp.eye(4)}, lambda p, x: x @ p["w"]
+      >>> qparams, qapply = jaxquant.quant_post(
+      ...     params, apply_fn, [jnp.ones((2, 4))], algo="abs_max", progress=False)
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> jaxquant.export_stablehlo(f"{folder.name}/model.jaxexport", qparams, qapply)
+      >>> with open(f"{folder.name}/model.jaxexport", "rb") as file:
+      ...     exported = jax.export.deserialize(bytearray(file.read()))
+      >>> exported.platforms, exported.in_avals[-1].str_short()
+      (('cpu', 'cuda', 'tpu'), 'float32[batch,4]')
+      >>> exported.call(qparams, jnp.ones((3, 4))).shape
+      (3, 4)
+    """
+    _, artifact = make_artifact(qparams, qapply, shapes)
+    atomic.write_file(path, [artifact.program])

@@ -1,0 +1,65 @@
+"""`qparams` as named arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.deploy import container
+from jaxquant.deploy.container import SavedModelError
+from jaxquant.graph import jax_shim
+
+ROOTS = ("params", "sites", "tensors")
+
+
+def flatten(qparams: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of `qparams` by name: the keys on the way to them, joined by "/".
+
+    Raises:
+      ValueError: an entry cannot be saved; the message names it.
+    """
+    return {container.join(path): _array(path, leaf) for path, leaf in _walk(qparams, ())}
+
+
+def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The nested dict that `flatten` was given.
+
+    Raises:
+      SavedModelError: a name is another's folder, or is not under params, sites or tensors.
+    """
+    tree: dict[str, Any] = {root: {} for root in ROOTS}
+    for name, array in arrays.items():
+        *folders, last = container.split(name)
+        if not folders or folders[0] not in ROOTS:
+            raise SavedModelError(f"the tensor {name!r} is not under {', '.join(ROOTS)}")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise SavedModelError(f"the tensor {name!r} is inside of another one")
+        if last in place:
+            raise SavedModelError(f"the tensor {name!r} is there twice")
+        place[last] = array
+    return tree
+
+
+def _walk(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise ValueError(f"qparams has the key {key!r} at {'/'.join(path)!r}, not a string")
+        yield from _walk(value, (*path, key))
+
+
+def _array(path: tuple[str, ...], leaf: Any) -> np.ndarray:
+    if not hasattr(leaf, "dtype") or jax_shim.is_key_dtype(leaf.dtype):
+        raise ValueError(
+            f"qparams[{'/'.join(path)!r}] is {getattr(leaf, 'dtype', type(leaf).__name__)}, not an "
+            "array of numbers; it cannot be saved"
+        )
+    return np.asarray(jax.device_get(leaf))

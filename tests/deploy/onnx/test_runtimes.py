@@ -1,0 +1,109 @@
+"""What the runtimes make of the exported file: int8 kernels, by their own account."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import jaxquant
+from tests.deploy.onnx.runtime import ops, run, session, sqnr
+from tests.networks import images, random_params
+
+onnx = pytest.importorskip("onnx")
+SHAPE = (4, 16, 16, 8)
+
+
+class Residual(nn.Module):
+    """Four convolutions: two whose result is quantized, two that meet in a float addition."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu6(nn.Conv(32, (3, 3), name="stem")(x))
+        y = nn.relu(nn.Conv(32, (3, 3), feature_group_count=32, name="depthwise")(x))
+        y = nn.Conv(32, (1, 1), name="project")(y)
+        y = nn.relu(y + nn.Conv(32, (1, 1), name="shortcut")(x))
+        return nn.Dense(10, name="head")(y.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    apply_fn, batch = Residual().apply, images(0, SHAPE)
+    params = random_params(lambda: Residual().init(jax.random.key(0), batch))
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [batch], algo="abs_max", progress=False)
+    x = images(1, (3, *SHAPE[1:]))
+    return qparams, qapply, x, np.asarray(qapply(qparams, x))
+
+
+@pytest.mark.parametrize("runtime", ["any", "onnxruntime"])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_both_forms_agree_with_qapply(model, runtime, channels_first, tmp_path):
+    qparams, qapply, x, expected = model
+    path = tmp_path / "m.onnx"
+    options = {"runtime": runtime, "channels_first": channels_first}
+    jaxquant.export_onnx(path, qparams, qapply, **options)
+    given = np.asarray(x).transpose(0, 3, 1, 2) if channels_first else x
+    assert sqnr(expected, run(path, given)[0]) > 40
+
+
+def test_every_convolution_is_int8_in_onnx_runtime(model, tmp_path):
+    qparams, qapply, _, _ = model
+    path, optimized = tmp_path / "m.onnx", tmp_path / "optimized.onnx"
+    jaxquant.export_onnx(path, qparams, qapply, channels_first=True, runtime="onnxruntime")
+    session(path, optimized_model_filepath=str(optimized))
+    found = ops(onnx.load(optimized))
+    assert found.count("QLinearConv") == 2
+    assert found.count("ConvInteger") == 2
+    assert found.count("QGemm") == 1
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(found)
+
+
+# OpenVINO forks a process on import, of which JAX warns.
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_every_convolution_is_int8_in_openvino(model, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    qparams, qapply, x, expected = model
+    path = tmp_path / "m.onnx"
+    jaxquant.export_onnx(path, qparams, qapply, channels_first=True)
+    settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    (found,) = request.infer([np.asarray(x).transpose(0, 3, 1, 2).copy()]).values()
+    kinds = ("Convolution", "GroupConvolution")
+    kernels = [p.exec_type for p in request.profiling_info if p.node_type in kinds]
+    assert len(kernels) == 4
+    assert all(kernel.lower().endswith("i8") for kernel in kernels), kernels
+    assert sqnr(expected, found) > 35
+
+
+def test_weights_are_int8_with_a_scale_for_each_channel_and_biases_int32(model, tmp_path):
+    qparams, qapply, _, _ = model
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    producers = {node.output[0]: node for node in graph.node}
+    convolutions = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(convolutions) == 5
+    for node in convolutions:
+        _, weight, bias = (producers[name] for name in node.input)
+        assert arrays[weight.input[0]].dtype == np.int8
+        assert arrays[weight.input[1]].size in arrays[weight.input[0]].shape
+        assert arrays[bias.input[0]].dtype == np.int32
+
+
+def test_an_unknown_runtime_is_an_error(model, tmp_path):
+    with pytest.raises(ValueError, match="runtime='tensorrt': one of 'any', 'onnxruntime'"):
+        jaxquant.export_onnx(tmp_path / "m.onnx", *model[:2], runtime="tensorrt")
+
+
+def test_the_mobile_format_gives_the_same_bits(model, tmp_path):
+    qparams, qapply, x, _ = model
+    path = tmp_path / "m.onnx"
+    jaxquant.export_onnx(path, qparams, qapply, runtime="onnxruntime")
+    tool = "onnxruntime.tools.convert_onnx_models_to_ort"
+    command = [sys.executable, "-m", tool, str(path), "--optimization_style", "Fixed"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert run(path, x)[0].tobytes() == run(path.with_suffix(".ort"), x)[0].tobytes()

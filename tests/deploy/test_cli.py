@@ -1,0 +1,101 @@
+"""The command line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import jaxquant
+from jaxquant.deploy.cli import main
+from tests.deploy.models import same_bits, small, small_file
+from tests.networks import images
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return small_file(tmp_path_factory.mktemp("model"))
+
+
+def test_inspect_prints_the_report(saved, capsys):
+    assert main(["inspect", str(saved)]) == 0
+    text = capsys.readouterr().out
+    assert str(small()[1].report()) in text
+    assert "float32[batch, 8, 8, 3]" in text
+    assert f"jax {jax.__version__}" in text
+
+
+def test_inspect_as_json(saved, capsys):
+    assert main(["inspect", str(saved), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] == saved.stat().st_size
+    assert found["summary"]["sites_int8"] == 4
+    assert {site["name"] for site in found["sites"]} == {"stem", "depthwise", "point", "head"}
+    by_name = {array["name"]: array for array in found["arrays"]}
+    assert by_name["params/head/kernel/int8"]["dtype"] == "int8"
+    assert all({"scale", "zero_point"} <= set(tensor) for tensor in found["tensors"])
+
+
+def test_compare(saved, tmp_path, capsys):
+    assert main(["compare", str(saved), str(saved)]) == 0
+    assert "the same" in capsys.readouterr().out
+    other = small_file(tmp_path, seed=1)
+    assert main(["compare", str(saved), str(other), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["same"] is False
+    assert found["sites"] == found["settings"] == {}
+    assert "elements, by" in found["arrays"]["params/stem/kernel/int8"]
+    assert main(["compare", str(saved), str(other)]) == 1
+    assert "scale" in capsys.readouterr().out
+
+
+def test_convert_to_stablehlo(saved, tmp_path, capsys):
+    output = tmp_path / "model.jaxexport"
+    assert main(["convert", str(saved), "--to", "stablehlo", "-o", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == output.stat().st_size
+    exported = jax.export.deserialize(bytearray(output.read_bytes()))
+    x, (qparams, qapply) = images(3, (2, 8, 8, 3)), small()
+    assert same_bits(exported.call(qparams, x), qapply(qparams, x))
+
+
+def test_convert_to_onnx(saved, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    output = tmp_path / "model.onnx"
+    options = ["--channels-first", "--opset", "18", "--output", str(output)]
+    assert main(["convert", str(saved), "--to", "onnx", *options]) == 0
+    model = onnx.load(output)
+    assert model.opset_import[0].version == 18
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in sizes] == ["batch", 3, 8, 8]
+
+
+def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
+    (tmp_path / "bad").write_bytes(saved.read_bytes()[:-1])
+    for arguments in (
+        ["inspect", str(tmp_path / "bad")],
+        ["inspect", str(tmp_path / "missing")],
+        ["compare", str(saved), str(tmp_path / "bad")],
+        ["convert", str(tmp_path / "bad"), "--to", "onnx"],
+        ["convert", str(saved), "--to", "stablehlo", "-o", str(saved)],
+        ["convert", str(saved), "--to", "stablehlo", "-o", str(tmp_path / "no" / "folder")],
+    ):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"jaxquant {arguments[0]}: ")
+    jaxquant.load_quantized_model(saved)
+
+
+def test_help_teaches(capsys):
+    for arguments in (["--help"], ["inspect", "--help"], ["compare", "--help"], ["convert", "-h"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert "exit status" in (text := capsys.readouterr().out) or "examples" in text
+
+
+def test_it_runs_as_a_module(saved):
+    command = [sys.executable, "-m", "jaxquant", "inspect", str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "4 sites int8" in done.stdout

@@ -1,0 +1,256 @@
+"""Save and load: the same arrays, the same bits, without the model's code."""
+
+import hashlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant
+from jaxquant.deploy import container
+from jaxquant.deploy.container import SavedModelError
+from tests.deploy.models import SHAPE, same_bits, small, small_file
+from tests.deploy.test_container import header_of, reseal
+from tests.networks import LinenNet, images, linen_variables, plain_params, quantize
+
+
+def round_trip(path, qparams, qapply, **options):
+    jaxquant.save_quantized_model(path, qparams, qapply, **options)
+    return jaxquant.load_quantized_model(path)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_loaded_model_is_the_saved_one(full, tmp_path):
+    qparams, qapply = small(full)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(loaded, qparams)
+    assert apply.plan == qapply.plan
+    assert str(apply.report()) == str(qapply.report())
+    x = images(1, (3, *SHAPE[1:]))
+    expected = qapply(qparams, x)
+    assert same_bits(apply(loaded, x), expected)
+    assert same_bits(jax.jit(apply)(loaded, x), expected)
+    assert apply(loaded, x[:1]).shape == (1, 5)
+
+
+def test_saving_is_deterministic_and_names_no_path_of_the_machine(tmp_path):
+    small_file(tmp_path)
+    jaxquant.save_quantized_model(tmp_path / "again", *small())
+    raw = (tmp_path / "again").read_bytes()
+    assert raw == (tmp_path / "small_0.safetensors").read_bytes()
+    program = container.unpack(container.read(tmp_path / "again")[0]["jaxquant/program"], "program")
+    assert b".py" not in program
+
+
+def test_a_loaded_model_is_saved_again_as_it_was(tmp_path):
+    path = small_file(tmp_path)
+    jaxquant.save_quantized_model(tmp_path / "again", *jaxquant.load_quantized_model(path))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+_FRESH = """
+import sys, numpy as np, jax, jaxquant
+jax.config.update("jax_platforms", "cpu")
+qparams, qapply = jaxquant.load_quantized_model(sys.argv[1])
+np.save(sys.argv[3], qapply(qparams, np.load(sys.argv[2])))
+assert not {"flax", "tests", "onnx"} & set(sys.modules), sys.modules
+"""
+
+
+def test_a_fresh_process_without_flax_gives_the_same_bits(tmp_path):
+    variables, x = linen_variables(plain_params()), images(2, (3, *SHAPE[1:]))
+    qparams, qapply = quantize(variables, LinenNet().apply, images(0, SHAPE))
+    jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    np.save(tmp_path / "x.npy", x)
+    arguments = [str(tmp_path / name) for name in ("m", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-c", _FRESH, *arguments], check=True)
+    assert same_bits(np.load(tmp_path / "y.npy"), qapply(qparams, x))
+
+
+def test_several_inputs_in_containers_and_several_outputs(tmp_path):
+    params = {"w": jnp.eye(4), "v": jnp.ones((4, 2))}
+
+    def apply_fn(p, pair, options):
+        y = pair[0] @ p["w"] + pair[1]
+        return {"y": y, "z": (y @ p["v"], options["mask"] > 0)}
+
+    inputs = ((images(0, (3, 4)), images(1, (3, 4))), {"mask": jnp.arange(3)})
+    qparams, qapply = quantize(params, apply_fn, *inputs)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    inputs = jax.tree.map(lambda x: x[:2], inputs)
+    assert same_bits(apply(loaded, *inputs), qapply(qparams, *inputs))
+    assert apply.input_shapes == ("float32[batch, 4]", "float32[batch, 4]", "int32[batch]")
+
+
+def test_shapes_say_what_may_vary(tmp_path):
+    class Convolutional(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (1, 1), strides=(2, 2))(x).max((1, 2))
+
+    model = Convolutional()
+    variables = model.init(jax.random.key(0), images(0, SHAPE))
+    qparams, qapply = quantize(variables, model.apply, images(0, SHAPE))
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply, shapes="b, 2*h, 2*w, 3")
+    x = images(1, (2, 12, 6, 3))
+    assert same_bits(apply(loaded, x), qapply(qparams, x))
+    loaded, apply = round_trip(tmp_path / "n", qparams, qapply, shapes="4, 8, 8, 3")
+    with pytest.raises(ValueError, match="hape"):
+        apply(loaded, x)
+    with pytest.raises(ValueError, match=r"shapes='b, 8'.*does not fit"):
+        jaxquant.save_quantized_model(tmp_path / "o", qparams, qapply, shapes="b, 8")
+
+
+def test_a_batch_that_is_not_clear_is_an_error(tmp_path):
+    params = {"w": jnp.eye(4)}
+    qparams, qapply = quantize(
+        params, lambda p, x, t: x @ p["w"] * t, jnp.ones((3, 4)), jnp.ones(())
+    )
+    with pytest.raises(ValueError, match=r"which axis is the batch is not clear. Give shapes="):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply, shapes=("b, 4", ""))
+    assert apply(loaded, jnp.ones((5, 4)), jnp.float32(2)).tolist() == [[2.0] * 4] * 5
+
+
+def test_a_model_that_depends_on_the_batch_size_is_an_error(tmp_path):
+    def apply_fn(p, x):
+        return x @ p["w"] if x.shape[0] > 2 else x @ p["w"] + 1
+
+    qparams, qapply = quantize({"w": jnp.eye(4)}, apply_fn, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"(?s)something else for some sizes.*batch, 4.*shapes="):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply, shapes="3, 4")
+    assert apply(loaded, jnp.ones((3, 4))).shape == (3, 4)
+
+
+def test_bfloat16_and_other_leaves_come_back(tmp_path):
+    params = {
+        "w": jnp.eye(4, dtype=jnp.bfloat16),
+        "b": jnp.ones(4, jnp.bfloat16),
+        "steps": jnp.arange(2),
+        "a/b": {"~": jnp.float16(3)},
+    }
+
+    def apply_fn(p, x):
+        odd = p["a/b"]["~"].astype(jnp.bfloat16)
+        y = jax.nn.softmax(x @ p["w"]) * jnp.max(x, -1, keepdims=True)
+        return (y + p["b"]) * odd + p["steps"].sum().astype(jnp.bfloat16)
+
+    x = images(0, (3, 4)).astype(jnp.bfloat16)
+    qparams, qapply = quantize(params, apply_fn, x)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(loaded, qparams)
+    assert same_bits(apply(loaded, x), qapply(qparams, x))
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    qparams, qapply = small()
+    with pytest.raises(TypeError, match="got function"):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, lambda q, x: x)
+    with pytest.raises(ValueError, match="takes the qparams that quant_post returned"):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams["params"], qapply)
+    other = {**qparams, "tensors": {}}
+    with pytest.raises(ValueError, match="another model or plan"):
+        jaxquant.save_quantized_model(tmp_path / "m", other, qapply)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_array_that_cannot_be_saved_is_named(tmp_path):
+    qparams, qapply = small()
+    qparams = {**qparams, "params": {**qparams["params"], "key": jax.random.key(0)}}
+    with pytest.raises(ValueError, match=r"qparams\['params/key'\] is key<fry>"):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    qparams["params"] = {**qparams["params"], "key": {"..": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=r"under the key '\.\.' cannot be saved"):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+
+
+def edited(path, part, edit):
+    """The file with one packed part changed, and right checksums."""
+    raw = path.read_bytes()
+    header = header_of(raw)
+    length = len(raw) - header[container.SEAL]["data_offsets"][1]
+    old, start = header[f"jaxquant/{part}"]["data_offsets"], None
+    data = raw[length:-32]
+    piece = container.pack(edit(container.unpack(np.frombuffer(data[slice(*old)], np.uint8), part)))
+    grown = piece.size - (old[1] - old[0])
+    for name, entry in header.items():
+        if name == f"jaxquant/{part}":
+            entry["shape"], entry["data_offsets"] = [piece.size], [old[0], old[1] + grown]
+            start = True
+        elif start:
+            entry["data_offsets"] = [x + grown for x in entry["data_offsets"]]
+    path.write_bytes(reseal(raw, header, data[: old[0]] + piece.tobytes() + data[old[1] :]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("part", "edit", "message"),
+    [
+        ("plan.json", lambda b: b.replace(b'"version": ', b'"version": 9'), "plan version"),
+        (
+            "plan.json",
+            lambda b: b.replace(b'"scale"', b'"scala"', 1),
+            r"plan is damaged: plan\.ten",
+        ),
+        ("plan.json", lambda b: b.replace(b"stem/input", b"stem/other"), "do not fit the plan"),
+        ("report.json", lambda b: b.replace(b'"kind"', b'"king"'), "report is damaged"),
+        ("network.json", lambda b: b.replace(b'"op":"max"', b'"op":3', 1), "network is damaged"),
+        ("network.json", lambda b: b[:-1], "network.json is damaged|network is damaged"),
+        ("program", lambda b: b[: len(b) // 2], "program is refused: not a program"),
+        ("program", lambda b: b"", "program is refused: not a program"),
+    ],
+)
+def test_edited_parts_are_refused_and_named(part, edit, message, tmp_path):
+    path = edited(small_file.__wrapped__(tmp_path), part, edit)
+    with pytest.raises(SavedModelError, match=message):
+        jaxquant.load_quantized_model(path)
+
+
+def test_a_program_of_another_model_is_refused(tmp_path):
+    qparams, qapply = quantize({"w": jnp.eye(4)}, lambda p, x: x @ p["w"], jnp.ones((3, 4)))
+    jaxquant.save_quantized_model(tmp_path / "other", qparams, qapply)
+    program = container.read(tmp_path / "other")[0]["jaxquant/program"]
+    program = container.unpack(program, "program")
+    path = edited(small_file.__wrapped__(tmp_path), "program", lambda _: program)
+    with pytest.raises(
+        SavedModelError, match=r"takes other arrays than those of the file: qparams"
+    ):
+        jaxquant.load_quantized_model(path)
+
+
+def test_a_program_that_calls_out_is_refused(tmp_path):
+    """What runs under that name is up to the machine that loads the file."""
+
+    def leaking(qparams, x):
+        y = qapply(qparams, x)
+        return jax.ffi.ffi_call("foreign", jax.ShapeDtypeStruct(y.shape, y.dtype))(y)
+
+    qparams, qapply = small()
+    spec = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("foreign")]
+    exported = jax.export.export(jax.jit(leaking), disabled_checks=checks)(qparams, spec)
+    program = bytes(exported.serialize())
+    path = edited(small_file.__wrapped__(tmp_path), "program", lambda _: program)
+    with pytest.raises(SavedModelError, match="program calls foreign"):
+        jaxquant.load_quantized_model(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones(3))
+    with pytest.raises(SavedModelError, match=r"x\.npy: not a saved model"):
+        jaxquant.load_quantized_model(tmp_path / "x.npy")
+    with pytest.raises(FileNotFoundError):
+        jaxquant.load_quantized_model(tmp_path / "nothing")
+
+
+def test_the_digest_is_that_of_the_file(tmp_path):
+    path = small_file(tmp_path)
+    known = hashlib.sha256(path.read_bytes()).hexdigest()
+    jaxquant.load_quantized_model(path, sha256=known)
+    with pytest.raises(SavedModelError, match="its SHA-256 is"):
+        jaxquant.load_quantized_model(path, sha256="0" * 64)
