@@ -8,16 +8,21 @@ print(qapply.report())
 from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
+from jaxquant.calibration.observations_file import load_observations, save_observations
 from jaxquant.calibration.observers import Observer, histogram_observer
+from jaxquant.files.safetensors import FileError
 from jaxquant.pipeline import calibrate, quant_post, quantize
 
 __all__ = [
+    "FileError",
     "Observer",
     "__version__",
     "calibrate",
     "capture",
     "histogram_observer",
     "kl_threshold",
+    "load_observations",
     "quant_post",
     "quantize",
+    "save_observations",
 ]

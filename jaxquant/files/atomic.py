@@ -1,0 +1,74 @@
+"""Write a file whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
+    """Write `chunks` of bytes to a new file beside `path`, then rename it to `path`.
+
+    Whoever reads `path` at any moment, or after a crash at any moment, sees the old file or the new
+    one.  A crash may leave a file named `.NAME.*.part` behind, which can be deleted.
+
+    Raises:
+      ValueError: `path` is a folder, a link or another thing that is not a plain file.
+      OSError: the file cannot be written; the old one is as it was.
+    """
+    target = check_target(path)
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{target.name}.", suffix=".part", dir=target.parent
+    )
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fchmod(file.fileno(), _mode(target))
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(target.parent)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path, once it is known that `write_file` may write there.
+
+    Raises:
+      ValueError: `path` is a folder, a link or another thing that is not a plain file.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link; give the path of the file itself")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} exists and is not a plain file; give the path of a file")
+    if not target.name or not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {target.parent}; make it first")
+    return target
+
+
+def _mode(target: Path) -> int:
+    """The permissions of the file that is replaced, or those that a new file would get."""
+    if target.exists():
+        return target.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
