@@ -53,8 +53,9 @@ class Saved:
         """
         if observer is None:
             return self.observations
-        structure = jax.tree.structure(observer.init())
-        if any(len(leaves) != structure.num_leaves for leaves in self.leaves.values()):
+        state = observer.init()
+        structure, size = jax.tree.structure(state), len(jax.tree.leaves(state))
+        if any(len(leaves) != size for leaves in self.leaves.values()):
             raise FileError("its own statistics are not of this observer")
         states = {k: jax.tree.unflatten(structure, v) for k, v in self.leaves.items()}
         if set(states) != set(self.observations.tensors):
@@ -131,7 +132,9 @@ def write(
     if seen.origin is None:
         raise AssertionError("observations without an origin")
     stats = list(seen.tensors.values())
-    tensors = {"counts": np.stack([s.counts for s in stats]).astype(np.int64)}
+    tensors: dict[str, np.ndarray] = {
+        "counts": np.stack([s.counts for s in stats]).astype(np.int64)
+    }
     for name in _SCALARS:
         tensors[name] = np.array([getattr(s, name) for s in stats], np.float64)
     for e, example in enumerate(seen.examples):

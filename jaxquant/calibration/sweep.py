@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration import histogram
-from jaxquant.calibration.fingerprint import Origin, make_origin
-from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.calibration.fingerprint import make_origin
+from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
