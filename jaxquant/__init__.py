@@ -8,16 +8,17 @@ print(qapply.report())
 from jaxquant._version import __version__
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
+from jaxquant.calibration.observations_file import load_observations, save_observations
 from jaxquant.calibration.observers import Observer, histogram_observer
-from jaxquant.deploy.container import SavedModelError
 from jaxquant.deploy.onnx.export import export_onnx
 from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
+from jaxquant.files.safetensors import FileError
 from jaxquant.pipeline import calibrate, quant_post, quantize
 
 __all__ = [
+    "FileError",
     "Observer",
-    "SavedModelError",
     "__version__",
     "calibrate",
     "capture",
@@ -25,8 +26,10 @@ __all__ = [
     "export_stablehlo",
     "histogram_observer",
     "kl_threshold",
+    "load_observations",
     "load_quantized_model",
     "quant_post",
     "quantize",
+    "save_observations",
     "save_quantized_model",
 ]

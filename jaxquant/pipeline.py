@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.progress import progress_bar
-from jaxquant.calibration.sweep import sweep
+from jaxquant.calibration.resume import load_checked, sweep_with_file
+from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.config import DEFAULT_OP_TYPES, RECOVERY_STEPS, QuantConfig
 from jaxquant.graph.checks import check_params, check_weights
 from jaxquant.graph.sites import find_sites
@@ -24,6 +26,8 @@ from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
+
+Path: TypeAlias = str | os.PathLike[str]
 
 
 def quant_post(
@@ -43,6 +47,7 @@ def quant_post(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
+    calibration_file: Path | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Quantize a trained float model to int8 after training.
@@ -82,6 +87,8 @@ def quant_post(
       skip_first_last: the first and the last convolution or dot with a weight stay float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
+      calibration_file: where the observations are saved.  Once it is complete, other calls, with
+        any `algo`, take them from there and do not read `ds`; see `jaxquant.calibrate`.
       progress: show a progress bar.
 
     Returns:
@@ -116,7 +123,8 @@ def quant_post(
         skip_first_last=skip_first_last,
     )
     batches = _batches(ds, batch_size, batch_nums, select, progress)
-    observations = _calibrate(params, apply_fn, batches, config)
+    options = _options(config, batch_size, batch_nums, select)
+    observations = _calibrate(params, apply_fn, batches, config, options, calibration_file)
     return _quantize(params, apply_fn, observations, config)
 
 
@@ -133,6 +141,7 @@ def calibrate(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
+    calibration_file: Path | None = None,
     progress: bool = True,
 ) -> Observations:
     """Run the float model over `ds` once and observe every tensor that may become int8.
@@ -144,13 +153,22 @@ def calibrate(
       observer: the `algo` that is to come, where it keeps statistics beside the common ones: "avg"
         or an observer of one's own.
 
+    With `calibration_file` the state is saved as the sweep goes: after the first batch, then at
+    most every 30 seconds, and where an error or Ctrl-C ends it.  The next call with that file goes
+    on from there, with a result that is the same bit for bit: it reads the batches again that have
+    been seen, without running the model, and refuses a `ds` that gives others, as one that shuffles
+    anew does, or a generator that was read in part (pass a callable that makes it).  Once the file
+    is complete `ds` is not read at all; nor is it compared, so name another file for other data.
+    The file holds up to 64 samples of the data, beside the statistics.
+
     Returns:
       The observations, from which `jaxquant.quantize` makes the int8 model, with any `algo`.  They
       do not grow with the number of samples.
 
     Raises:
       ValueError: `ds` is empty, a batch does not fit `apply_fn`, the model has no site, or an
-        activation is NaN or infinite (the message names the site and the batch).
+        activation is NaN or infinite (the message names the site and the batch); the calibration
+        file is damaged, or of another model, other parameters or options (the message says which).
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -167,13 +185,14 @@ def calibrate(
         skip_first_last=skip_first_last,
     )
     batches = _batches(ds, batch_size, batch_nums, select, progress)
-    return _calibrate(params, apply_fn, batches, config)
+    options = _options(config, batch_size, batch_nums, select)
+    return _calibrate(params, apply_fn, batches, config, options, calibration_file)
 
 
 def quantize(
     params: Any,
     apply_fn: Callable[..., Any],
-    observations: Observations,
+    observations: Observations | Path,
     *,
     algo: str | Observer = "KL",
     hist_percent: float = 0.99999,
@@ -192,15 +211,17 @@ def quantize(
     Args:
       params: the parameters that were calibrated.
       apply_fn: the function that was calibrated.
-      observations: what `jaxquant.calibrate` returned; they serve any `algo`, but "avg" and
-        observers of one's own only where they were made with it.
+      observations: what `jaxquant.calibrate` returned, or the path of a calibration file, which
+        must be of this model and these parameters.  They serve any `algo`, but "avg" and observers
+        of one's own only where they were made with it.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`.
 
     Raises:
       ValueError: an option is not valid, a skip pattern matches nothing, no site is left, or the
-        observations are of another function or lack a tensor that these options need.
+        observations are of another function or lack a tensor that these options need, or the
+        calibration file is refused.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -221,6 +242,10 @@ def quantize(
         skip=skip,
         skip_first_last=skip_first_last,
     )
+    if not isinstance(observations, Observations):
+        check_params(params)
+        sweep = _sweep(params, apply_fn, config, _options(config))
+        observations = load_checked(observations, sweep, _own_observer(config))
     return _quantize(params, apply_fn, observations, config)
 
 
@@ -237,12 +262,46 @@ def _calibrate(
     apply_fn: Callable[..., Any],
     batches: Generator[tuple[Any, ...], None, None],
     config: QuantConfig,
+    options: dict[str, Any],
+    calibration_file: Path | None,
 ) -> Observations:
     check_params(params)
-    tensors_of = functools.partial(observed_tensors, config=config)
-    observer = None if config.observer.keeps_histogram else config.observer
+    sweep = _sweep(params, apply_fn, config, options)
     with contextlib.closing(batches):  # the progress bar ends before an error is printed
-        return sweep(params, apply_fn, batches, tensors_of, observer)
+        if calibration_file is None:
+            return run_sweep(sweep, batches)
+        return sweep_with_file(calibration_file, sweep, batches, _own_observer(config))
+
+
+def _sweep(
+    params: Any, apply_fn: Callable[..., Any], config: QuantConfig, options: dict[str, Any]
+) -> Sweep:
+    tensors_of = functools.partial(observed_tensors, config=config)
+    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options)
+
+
+def _own_observer(config: QuantConfig) -> Observer | None:
+    """The observer that keeps statistics beside those of every sweep."""
+    return None if config.observer.keeps_histogram else config.observer
+
+
+def _options(
+    config: QuantConfig,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    select: Any = None,
+) -> dict[str, Any]:
+    """What a calibration file tells of the arguments; values as JSON gives them back."""
+    return {
+        "algo": config.algo_name,
+        "quantizable_op_type": list(config.quantizable_op_type),
+        "is_full_quantize": config.is_full_quantize,
+        "skip": list(config.skip),
+        "skip_first_last": config.skip_first_last,
+        "batch_size": None if batch_size is None else int(batch_size),
+        "batch_nums": None if batch_nums is None else int(batch_nums),
+        "select": "a function" if callable(select) else repr(select),
+    }
 
 
 def _quantize(

@@ -10,6 +10,7 @@ Counts are 64-bit, as two uint32 words, since JAX has no 64-bit integers by defa
 samples overflow 32 bits.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -177,6 +178,35 @@ def to_numpy(state: Histogram) -> tuple[np.ndarray, float]:
     lo, hi = np.asarray(state.lo), np.asarray(state.hi)
     counts = (hi.astype(np.int64) << 32) + lo.astype(np.int64)
     return counts, 2.0 ** (int(state.exponent) - _BIN_BITS)
+
+
+def from_numpy(
+    counts: np.ndarray, bin_width: float, low: float, high: float, abs_max: float
+) -> Histogram:
+    """The state of which `to_numpy` gives these counts and this bin width.
+
+    Args:
+      counts: [2048] int64.
+      bin_width: a power of two.
+      low, high, abs_max: the extremes, as in `Histogram`.
+
+    Example:
+      >>> state = from_numpy(np.ones(BINS, np.int64), 0.5, -1.0, 1023.75, 1023.75)
+      >>> int(state.exponent), int(state.count_lo)
+      (10, 2048)
+    """
+    total = int(counts.sum())
+    return Histogram(
+        lo=jnp.asarray((counts & 0xFFFFFFFF).astype(np.uint32)),
+        hi=jnp.asarray((counts >> 32).astype(np.uint32)),
+        exponent=jnp.asarray(math.frexp(bin_width)[1] - 1 + _BIN_BITS, jnp.int32),
+        min=jnp.asarray(low, jnp.float32),
+        max=jnp.asarray(high, jnp.float32),
+        abs_max=jnp.asarray(abs_max, jnp.float32),
+        count_lo=jnp.asarray(np.uint32(total & 0xFFFFFFFF)),
+        count_hi=jnp.asarray(np.uint32(total >> 32)),
+        first_bad=jnp.full((), -1, jnp.int32),
+    )
 
 
 def _count(bins: jax.Array) -> jax.Array:

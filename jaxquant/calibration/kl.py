@@ -16,12 +16,12 @@ from jaxquant.calibration.sums import (
     SYMMETRIC_LEVELS,
     Sums,
     candidate_thresholds,
-    clipped_squares,
+    evaluate,
     level_edges,
     locate,
     running,
     running_sums,
-    squared_errors,
+    weighted_errors,
     without_zeros,
 )
 
@@ -153,17 +153,20 @@ def _xlog(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _int8_curve(h: jax.Array, limit: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
     candidates = candidate_thresholds(h, limit)
-    edges = level_edges(candidates, levels, h.shape[0])
+    weighted = weighted_errors(without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT)
+    # The last candidate is no clipping, and always competes.
+    competes = weighted <= weighted[-1] + 1e-9 * jnp.abs(weighted[-1])
     sums = running_sums(without_zeros(h))
     total = jnp.maximum(sums.below[-1], 1.0)
     known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
-    divergence = (known - _level_information(sums, edges)) / total
-    errors = squared_errors(sums, candidates, edges, levels)
-    clipped = jnp.where(candidates < limit, clipped_squares(sums.h), 0.0)
-    weighted = errors + (CLIPPING_WEIGHT - 1) * clipped
-    # The last candidate is no clipping, and always competes.
-    competes = weighted <= weighted[-1] + 1e-9 * jnp.abs(weighted[-1])
-    return candidates, jnp.where(competes, jnp.maximum(divergence, 0.0), jnp.nan)
+
+    def divergence(candidates: jax.Array) -> jax.Array:
+        edges = level_edges(candidates, levels, h.shape[0])
+        return jnp.maximum((known - _level_information(sums, edges)) / total, 0.0)
+
+    found = evaluate(divergence, candidates, competes & (candidates < limit))
+    found = jnp.where(candidates < limit, found, divergence(candidates[-1:])[0])
+    return candidates, jnp.where(competes, found, jnp.nan)
 
 
 def _int8_choose(h: jax.Array, candidates: jax.Array, divergence: jax.Array) -> jax.Array:

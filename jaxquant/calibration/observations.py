@@ -46,9 +46,28 @@ def merge(stats: Sequence[TensorStats]) -> TensorStats:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What observations were made of.
+
+    Attributes:
+      model: digest of the traced function for the shapes of the first batch.
+      params: path -> dtype, shape and digest of the values.
+      observer: digest of what kept statistics of its own; "" for none.
+      options: the arguments that choose what is observed, and on which data.
+      jax: the version that traced the function.
+    """
+
+    model: str
+    params: Mapping[str, str]
+    observer: str
+    options: Mapping[str, Any]
+    jax: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observations:
-    """The result of `jaxquant.calibrate`.
+    """The result of `jaxquant.calibrate`; `jaxquant.save_observations` puts it in a file.
 
     Attributes:
       tensors: tensor name -> statistics, for every tensor that may become int8.
@@ -57,6 +76,7 @@ class Observations:
         the input shapes and the data on which the float and the int8 model are compared.
       observer: the `jaxquant.Observer` that kept statistics of its own; None for none.
       states: tensor name -> its state, in NumPy.
+      origin: digests of the model and the parameters that they are of, and the options.
     """
 
     tensors: Mapping[str, TensorStats]
@@ -65,3 +85,4 @@ class Observations:
     examples: tuple[tuple[Any, ...], ...]
     observer: Any = None
     states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origin: Origin | None = None

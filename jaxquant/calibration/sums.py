@@ -9,14 +9,18 @@ Everything is in units of the bin width, with the counts taken as spread evenly 
 each of which is a table look-up at a fractional position e.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 SYMMETRIC_LEVELS = 127  # symmetric int8: the threshold maps to 127
 CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
 MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
+_BLOCK = 64  # candidates that are evaluated together
+_MARGIN = 1e-6  # far above the rounding of the sums: what it rules out cannot win
 
 
 class Sums(NamedTuple):
@@ -87,3 +91,49 @@ def clipped_squares(h: jax.Array) -> jax.Array:
     above = from_the_end(h)
     excess = from_the_end((above[:-1] + above[1:]) / 2)  # sums of x - T
     return 2 * from_the_end(excess[1:] + above[1:] / 2 + h / 6)[1:]
+
+
+def weighted_errors(
+    h: jax.Array, candidates: jax.Array, limit: jax.Array, levels: jax.Array, weight: float
+) -> jax.Array:
+    """[N] squared errors with clipping weighing `weight` times; inf where no clipping is better.
+
+    The clipping error alone, which is cheap, rules out most candidates: one that costs more than
+    no clipping altogether cannot win, and is inf without being evaluated.
+
+    Args:
+      h: [N], less the exact zeros.
+      candidates: [N] of `candidate_thresholds`; the last one is no clipping.
+    """
+    sums = running_sums(h)
+    clipped = jnp.where(candidates < limit, clipped_squares(h), 0.0)
+
+    def errors(candidates: jax.Array) -> jax.Array:
+        edges = level_edges(candidates, levels, h.shape[0])
+        return squared_errors(sums, candidates, edges, levels)
+
+    unclipped = errors(candidates[-1:])[0]
+    possible = weight * clipped <= unclipped * (1 + _MARGIN) + _MARGIN
+    possible &= candidates < limit
+    evaluated = evaluate(errors, candidates, possible) + (weight - 1) * clipped
+    return jnp.where(candidates < limit, evaluated, unclipped)
+
+
+def evaluate(
+    function: Callable[[jax.Array], jax.Array], candidates: jax.Array, needed: jax.Array
+) -> jax.Array:
+    """`function(candidates)` [N] where `needed` [N], inf elsewhere.
+
+    Blocks in which no candidate is needed are skipped; the others need memory for one block.
+    """
+    size = min(_BLOCK, candidates.shape[0])
+    padding = (0, -candidates.shape[0] % size)
+    blocks = jnp.pad(candidates, padding, mode="edge").reshape(-1, size)
+    masks = jnp.pad(needed, padding).reshape(-1, size)
+
+    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        values, mask = inputs
+        return lax.cond(jnp.any(mask), function, lambda x: jnp.full_like(x, jnp.inf), values)
+
+    found = lax.map(block, (blocks, masks)).reshape(-1)[: candidates.shape[0]]
+    return jnp.where(needed, found, jnp.inf)

@@ -7,14 +7,15 @@ reads and updates the streaming state; activations never leave the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration import histogram
-from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.calibration.fingerprint import make_origin
+from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
@@ -24,34 +25,38 @@ _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
 
 
-def sweep(
-    params: Any,
-    apply_fn: Callable[..., Any],
-    batches: Iterable[tuple[Any, ...]],
-    tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
-    observer: Observer | None = None,
-) -> Observations:
-    """Run the float model over `batches` once and observe the tensors that `tensors_of` names.
+def run_sweep(sweep: Sweep, batches: Iterable[tuple[Any, ...]]) -> Observations:
+    """Run the float model over `batches`, tuples of the inputs after the parameters.
+
+    Raises:
+      ValueError: a batch does not fit the model or gives another graph, or an activation is NaN
+        or infinite.
+    """
+    for inputs in batches:
+        sweep.add(inputs)
+    return sweep.finish()
+
+
+class _Done(NamedTuple):
+    """What the batches so far gave; replaced as a whole, so that an interrupt finds no half."""
+
+    state: Any
+    own: Any  # the observer's state of each tensor
+    batches: int = 0
+    samples: int = 0
+    examples: tuple[tuple[Any, ...], ...] = ()
+
+
+class Sweep:
+    """One pass over the data: the jitted step, its state, and the checks between batches.
 
     Args:
       params: the parameters.
       apply_fn: the model.
-      batches: tuples of the inputs after `params`.
       tensors_of: graph -> tensor name -> tensor; gives the same names for every input shape.
       observer: what keeps statistics of its own beside those that are kept always.
-
-    Raises:
-      ValueError: a batch does not fit `apply_fn` or gives another graph, or an activation is NaN
-        or infinite.
+      options: what the observations record of the arguments; see `Origin`.
     """
-    state = Sweep(params, apply_fn, tensors_of, observer)
-    for inputs in batches:
-        state.add(inputs)
-    return state.finish()
-
-
-class Sweep:
-    """One pass over the data: the jitted step, its state, and the checks between batches."""
 
     def __init__(
         self,
@@ -59,56 +64,85 @@ class Sweep:
         apply_fn: Callable[..., Any],
         tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
         observer: Observer | None = None,
+        options: Mapping[str, Any] | None = None,
     ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
         self._apply_fn = apply_fn
         self._tensors_of = tensors_of
         self._observer = observer
+        self._options = options or {}
         self._names: tuple[str, ...] = ()
         self._step = jax.jit(self._observe, donate_argnums=0)
-        self.state: Any = None
-        self._own: Any = ()  # the observer's state of each tensor
+        self._origin: Origin | None = None
+        self._done = _Done((), ())
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one
-        self._batches = self._samples = 0
-        self._examples: list[tuple[Any, ...]] = []
+
+    @property
+    def batches(self) -> int:
+        return self._done.batches
+
+    @property
+    def state(self) -> State:
+        """What has been seen of the tensors, stacked."""
+        return self._done.state
 
     def add(self, inputs: tuple[Any, ...]) -> None:
-        if not self._batches:
-            self._start(inputs)
-        else:
-            self._keep(inputs)
-        self.state, self._own, bad = self._step(
-            self.state, self._own, self._params, np.int32(self._batches), *inputs
+        if not self._done.batches:
+            self.start(inputs)
+        done = self._done
+        state, own, bad = self._step(
+            done.state, done.own, self._params, np.int32(done.batches), *inputs
+        )
+        self._done = _Done(
+            state,
+            own,
+            done.batches + 1,
+            done.samples + _batch_length(inputs),
+            _with_example(done.examples, inputs),
         )
         self._check_finite()
         self._bad = bad
-        self._batches += 1
-        self._samples += _batch_length(inputs)
 
     def finish(self) -> Observations:
         self._check_finite()
-        state = jax.tree.map(np.asarray, self.state)
-        stats = {
-            name: _stats(jax.tree.map(lambda x, k=k: x[k], state))
-            for k, name in enumerate(self._names)
-        }
-        unseen = [name for name, s in stats.items() if s.count == 0]
+        observations = self.observations()
+        unseen = [name for name, stats in observations.tensors.items() if stats.count == 0]
         if unseen:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )
-        own = jax.tree.map(np.asarray, self._own)
+        return observations
+
+    def is_sound(self) -> bool:
+        """True where the state can be read and every batch in it was finite.
+
+        An interrupt at the wrong moment takes the state away: it is donated to the next one.
+        """
+        leaves = jax.tree.leaves((self._done.state, self._done.own))
+        if not self._done.batches or any(x.is_deleted() for x in leaves):
+            return False
+        return bool(np.all(np.asarray(self._done.state.first_bad) < 0))
+
+    def observations(self) -> Observations:
+        """What has been seen so far."""
+        done = self._done
+        state, own = jax.tree.map(np.asarray, (done.state, done.own))
         return Observations(
-            tensors=stats,
-            batches=self._batches,
-            samples=self._samples,
-            examples=tuple(self._examples),
+            tensors={
+                name: _stats(jax.tree.map(lambda x, k=k: x[k], state))
+                for k, name in enumerate(self._names)
+            },
+            batches=done.batches,
+            samples=done.samples,
+            examples=done.examples,
             observer=self._observer,
             states=dict(zip(self._names, own, strict=True)) if self._observer else {},
+            origin=self._origin,
         )
 
-    def _start(self, inputs: tuple[Any, ...]) -> None:
+    def start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
+        """Trace the model for a first batch.  Returns the origin and the tensors' names."""
         try:
             graph = trace(self._apply_fn, self._structs, inputs)
         except Exception as error:
@@ -120,17 +154,26 @@ class Sweep:
         found = sites.find_sites(graph)
         check_no_randomness(graph)
         check_weights(graph, found, self._params)
-        self._names = tuple(self._tensors_of(graph))
-        self.state = _stack([histogram.init()] * len(self._names))
-        if self._observer is not None:
-            self._own = tuple(self._observer.init() for _ in self._names)
-        self._examples = [inputs]
+        tensors = self._tensors_of(graph)
+        self._names = tuple(tensors)
+        first = next(iter(tensors.values()))
+        self._origin = make_origin(graph, self._params, first, self._observer, self._options)
+        own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
+        self._done = _Done(_stack([histogram.init()] * len(self._names)), own)
+        return self._origin, self._names
 
-    def _keep(self, inputs: tuple[Any, ...]) -> None:
-        kept = sum(map(_batch_length, self._examples))
-        fits = kept + _batch_length(inputs) <= _KEPT_SAMPLES
-        if fits and _shapes(inputs) == _shapes(self._examples[0]):
-            self._examples.append(inputs)
+    def restore(self, seen: Observations) -> None:
+        """Go on, after `start`, from what `observations` gave, of the same tensors and observer."""
+        stats = [seen.tensors[name] for name in self._names]
+        state = [
+            histogram.from_numpy(s.counts, s.bin_width, s.min, s.max, s.abs_max) for s in stats
+        ]
+        own = (
+            tuple(jax.tree.map(jnp.asarray, seen.states[n]) for n in self._names)
+            if (self._observer)
+            else ()
+        )
+        self._done = _Done(_stack(state), own, seen.batches, seen.samples, seen.examples)
 
     def _observe(
         self, state: State, own: Any, params: Any, batch: Any, *inputs: Any
@@ -139,7 +182,7 @@ class Sweep:
         tensors = self._tensors_of(graph)
         if tuple(tensors) != self._names:
             raise ValueError(
-                f"batch {self._batches} gives another graph than batch 0: its inputs are of "
+                f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
                 f"{_shapes(inputs)}"
             )
         leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
@@ -162,6 +205,17 @@ class Sweep:
                     f"the input of site {site!r} holds NaN or infinity in batch {batch}; check "
                     "that batch and the float model on it, or leave the site out of the data path"
                 )
+
+
+def _with_example(
+    examples: tuple[tuple[Any, ...], ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], ...]:
+    """The examples, with one more batch where it fits beside them."""
+    if not examples:
+        return (inputs,)
+    fits = sum(map(_batch_length, examples)) + _batch_length(inputs) <= _KEPT_SAMPLES
+    alike = fits and _shapes(inputs) == _shapes(examples[0])
+    return (*examples, inputs) if alike else examples
 
 
 def _stack(states: Sequence[histogram.Histogram]) -> State:

@@ -11,12 +11,12 @@ from jaxquant.calibration.sums import (
     MOST_LEVELS,
     SYMMETRIC_LEVELS,
     candidate_thresholds,
-    clipped_squares,
     level_edges,
     locate,
     running,
     running_sums,
     squared_errors,
+    weighted_errors,
     without_zeros,
 )
 
@@ -111,9 +111,12 @@ def _abs_max_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Ar
 
 
 def _mse_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+    return _least_error(h, limit, levels, 1.0)
+
+
+def _least_error(h: jax.Array, limit: jax.Array, levels: jax.Array, weight: float) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
-    edges = level_edges(candidates, levels, h.shape[0])
-    errors = squared_errors(running_sums(without_zeros(h)), candidates, edges, levels)
+    errors = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
     best = errors <= jnp.min(errors) * (1 + 1e-12)
     return jnp.max(jnp.where(best, candidates, 0.0))
 
@@ -243,11 +246,4 @@ def _ptf_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
 
 
 def _auto_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
-    candidates = candidate_thresholds(h, limit)
-    edges = level_edges(candidates, levels, h.shape[0])
-    h = without_zeros(h)
-    errors = squared_errors(running_sums(h), candidates, edges, levels)
-    clipped = jnp.where(candidates < limit, clipped_squares(h), 0.0)
-    errors = errors + (CLIPPING_WEIGHT - 1) * clipped
-    best = errors <= jnp.min(errors) * (1 + 1e-12)
-    return jnp.max(jnp.where(best, candidates, 0.0))
+    return _least_error(h, limit, levels, CLIPPING_WEIGHT)

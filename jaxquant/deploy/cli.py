@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from jaxquant._version import __version__
-from jaxquant.deploy import container, tree
+from jaxquant.deploy import tree
 from jaxquant.deploy.loaded import LoadedApply
 from jaxquant.deploy.onnx.export import OPSETS, RUNTIMES, export_onnx
-from jaxquant.deploy.saved import load_quantized_model
+from jaxquant.deploy.saved import FORMAT, load_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
+from jaxquant.files import safetensors as container
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _EXIT_CODES = "exit status: 0 done, 2 a file is refused or cannot be read or written"
@@ -113,7 +114,7 @@ def _command(commands: Any, name: str, run: Any, text: str, epilog: str) -> Any:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    _, _, digest = container.read(options.path)
+    _, _, digest = container.read(options.path, FORMAT)
     qparams, qapply = load_quantized_model(options.path, sha256=digest)
     found = describe(options.path, digest, qparams, qapply)
     if options.json:
@@ -138,7 +139,7 @@ def describe(
         "path": path,
         "bytes": os.path.getsize(path),
         "sha256": digest,
-        "format_version": container.FORMAT_VERSION,
+        "format_version": FORMAT.version,
         "versions": dict(qapply.artifact.versions),
         "inputs": list(qapply.input_shapes),
         "summary": report["summary"],

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.deploy import container
 from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Tensor
+from jaxquant.files import safetensors as container
 from jaxquant.graph import evaluate, ir, trace
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes

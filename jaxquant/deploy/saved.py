@@ -13,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jaxquant.deploy import atomic, container, tree
 from jaxquant.deploy import program as programs
+from jaxquant.deploy import tree
 from jaxquant.deploy.artifact import Artifact, make_artifact
-from jaxquant.deploy.container import SavedModelError
 from jaxquant.deploy.loaded import LoadedApply
 from jaxquant.deploy.network import Network
 from jaxquant.deploy.schema import decode
+from jaxquant.files import atomic
+from jaxquant.files import safetensors as container
+from jaxquant.files.safetensors import FileError
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
 
+FORMAT = container.Format("jaxquant", "1", "a model that jaxquant.save_quantized_model wrote")
 _PARTS = "jaxquant"  # the packed parts are tensors under this name, the constants under their own
 _CONSTANTS = "constants"
 
@@ -76,7 +79,7 @@ def save_quantized_model(
     tensors = {**tree.flatten(plain), **artifact.constants}
     for name, contents in parts.items():
         tensors[f"{_PARTS}/{name}"] = container.pack(contents)
-    atomic.write_file(path, container.chunks(tensors, artifact.versions))
+    atomic.write_file(path, container.chunks(tensors, artifact.versions, FORMAT))
 
 
 def load_quantized_model(
@@ -98,20 +101,20 @@ def load_quantized_model(
       those of the model that was saved.
 
     Raises:
-      SavedModelError: a ValueError; the file is refused, and the message says which part and why.
+      FileError: a ValueError; the file is refused, and the message says which part and why.
       OSError: it cannot be read.
       ImportError: flatbuffers is not installed.
 
     Example:
       See `jaxquant.save_quantized_model`.
     """
-    tensors, metadata, digest = container.read(path)
+    tensors, metadata, digest = container.read(path, FORMAT)
     if sha256 is not None and digest != sha256.lower():
-        raise SavedModelError(f"{os.fspath(path)}: its SHA-256 is {digest}, not {sha256}")
+        raise FileError(f"{os.fspath(path)}: its SHA-256 is {digest}, not {sha256}")
     try:
         return _load(tensors, metadata)
-    except SavedModelError as error:
-        raise SavedModelError(f"{os.fspath(path)}: {error}") from None
+    except FileError as error:
+        raise FileError(f"{os.fspath(path)}: {error}") from None
 
 
 def _load(
@@ -129,7 +132,7 @@ def _load(
             arrays[name] = array
     expected = {"plan.json", "report.json", "network.json", "program"}
     if set(parts) != expected:
-        raise SavedModelError(f"its parts are {sorted(parts)}, not {sorted(expected)}")
+        raise FileError(f"its parts are {sorted(parts)}, not {sorted(expected)}")
     plan = _plan(parts["plan.json"])
     exported = _program(parts["program"])
     qparams = tree.unflatten(arrays)
@@ -147,20 +150,20 @@ def _load(
     try:
         qapply.check(qparams)
     except ValueError as error:
-        raise SavedModelError(f"the arrays do not fit the plan: {error}") from None
+        raise FileError(f"the arrays do not fit the plan: {error}") from None
     return jax.tree.map(jnp.asarray, qparams), qapply
 
 
 def _plan(contents: bytes) -> Plan:
     data = container.parse_json(contents, "plan")
     if data.get("version") != VERSION:
-        raise SavedModelError(
+        raise FileError(
             f"plan version {data.get('version')!r}; this release of jaxquant reads {VERSION}"
         )
     try:
         return decode(Plan, data, "plan")
     except ValueError as error:
-        raise SavedModelError(f"the plan is damaged: {error}") from None
+        raise FileError(f"the plan is damaged: {error}") from None
 
 
 def _report(contents: bytes) -> Report:
@@ -169,7 +172,7 @@ def _report(contents: bytes) -> Report:
         report = Report(data["rows"], data["tensors"], data["summary"])
         str(report), report.to_json(), report._repr_html_()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SavedModelError(f"the report is damaged: {error!r}") from None
+        raise FileError(f"the report is damaged: {error!r}") from None
     return report
 
 
@@ -180,11 +183,11 @@ def _network(
     try:
         network = decode(Network, data, "network")
     except ValueError as error:
-        raise SavedModelError(f"the network is damaged: {error}") from None
+        raise FileError(f"the network is damaged: {error}") from None
     missing = set(network.leaves.values()) - set(arrays)
     missing |= set(network.constants.values()) ^ set(constants)
     if missing:
-        raise SavedModelError(f"the network and the arrays differ in {sorted(missing)[0]!r}")
+        raise FileError(f"the network and the arrays differ in {sorted(missing)[0]!r}")
     return network
 
 
@@ -192,14 +195,14 @@ def _program(contents: bytes) -> export.Exported:
     try:
         return programs.deserialize(contents)
     except ValueError as error:
-        raise SavedModelError(f"the program is refused: {error}") from None
+        raise FileError(f"the program is refused: {error}") from None
 
 
 def _check_arguments(exported: export.Exported, qparams: Mapping[str, Any]) -> None:
-    """Raise SavedModelError where the program takes other arrays than those of the file."""
+    """Raise FileError where the program takes other arrays than those of the file."""
     arguments, keywords = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     if keywords or not arguments:
-        raise SavedModelError("the program is refused: it is no function of (qparams, *inputs)")
+        raise FileError("the program is refused: it is no function of (qparams, *inputs)")
     wanted = {
         jax.tree_util.keystr(path): (aval.shape, aval.dtype)
         for path, aval in jax.tree_util.tree_flatten_with_path(arguments[0])[0]
@@ -211,7 +214,7 @@ def _check_arguments(exported: export.Exported, qparams: Mapping[str, Any]) -> N
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing:
         key = differing[0]
-        raise SavedModelError(
+        raise FileError(
             f"the program takes other arrays than those of the file: qparams{key} is "
             f"{found.get(key)}, it wants {wanted.get(key)}"
         )

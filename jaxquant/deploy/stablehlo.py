@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from jaxquant.deploy import atomic
 from jaxquant.deploy.artifact import make_artifact
+from jaxquant.files import atomic
 
 
 def export_stablehlo(

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.deploy import container
-from jaxquant.deploy.container import SavedModelError
+from jaxquant.files import safetensors as container
+from jaxquant.files.safetensors import FileError
 from jaxquant.graph import jax_shim
 
 ROOTS = ("params", "sites", "tensors")
@@ -28,20 +28,20 @@ def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The nested dict that `flatten` was given.
 
     Raises:
-      SavedModelError: a name is another's folder, or is not under params, sites or tensors.
+      FileError: a name is another's folder, or is not under params, sites or tensors.
     """
     tree: dict[str, Any] = {root: {} for root in ROOTS}
     for name, array in arrays.items():
         *folders, last = container.split(name)
         if not folders or folders[0] not in ROOTS:
-            raise SavedModelError(f"the tensor {name!r} is not under {', '.join(ROOTS)}")
+            raise FileError(f"the tensor {name!r} is not under {', '.join(ROOTS)}")
         place = tree
         for folder in folders:
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
-                raise SavedModelError(f"the tensor {name!r} is inside of another one")
+                raise FileError(f"the tensor {name!r} is inside of another one")
         if last in place:
-            raise SavedModelError(f"the tensor {name!r} is there twice")
+            raise FileError(f"the tensor {name!r} is there twice")
         place[last] = array
     return tree
 

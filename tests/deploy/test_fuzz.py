@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.deploy import container
-from jaxquant.deploy.container import SavedModelError
+from jaxquant.deploy.saved import FORMAT
+from jaxquant.files import safetensors as container
+from jaxquant.files.safetensors import FileError
 from tests.deploy.models import same_bits, small, small_file
-from tests.deploy.test_container import header_of, reseal
+from tests.files.test_safetensors import header_of, reseal
 
 FEW, MANY = 300, 10_000
 HOSTILE = ("/etc/passwd", "../../x", "params/../x", "C:\\x", "params//x", "~", "a\0b", "", ".")
@@ -91,7 +92,7 @@ def load_or_refuse(path):
     """The loaded model; None where it is refused with an error that names the file."""
     try:
         return jaxquant.load_quantized_model(path)
-    except SavedModelError as error:
+    except FileError as error:
         if str(path) not in str(error):
             raise
     return None
@@ -163,13 +164,13 @@ def test_tampering_with_right_checksums_is_refused_or_harmless(saved, count, tmp
 
 
 def test_a_known_sha256_stops_tampering(saved, tmp_path):
-    known = container.read(_written(tmp_path / "a", saved))[2]
+    known = container.read(_written(tmp_path / "a", saved), FORMAT)[2]
     jaxquant.load_quantized_model(tmp_path / "a", sha256=known.upper())
     header = header_of(saved)
     header["__metadata__"]["jax"] = "0.0"
     path = _written(tmp_path / "b", reseal(saved, header))
     jaxquant.load_quantized_model(path)
-    with pytest.raises(SavedModelError, match="SHA-256 is"):
+    with pytest.raises(FileError, match="SHA-256 is"):
         jaxquant.load_quantized_model(path, sha256=known)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.deploy import container
-from jaxquant.deploy.container import SavedModelError
+from jaxquant.deploy.saved import FORMAT
+from jaxquant.files import safetensors as container
+from jaxquant.files.safetensors import FileError
 from tests.deploy.models import SHAPE, same_bits, small, small_file
-from tests.deploy.test_container import header_of, reseal
+from tests.files.test_safetensors import header_of, reseal
 from tests.networks import LinenNet, images, linen_variables, plain_params, quantize
 
 
@@ -42,7 +43,9 @@ def test_saving_is_deterministic_and_names_no_path_of_the_machine(tmp_path):
     jaxquant.save_quantized_model(tmp_path / "again", *small())
     raw = (tmp_path / "again").read_bytes()
     assert raw == (tmp_path / "small_0.safetensors").read_bytes()
-    program = container.unpack(container.read(tmp_path / "again")[0]["jaxquant/program"], "program")
+    program = container.unpack(
+        container.read(tmp_path / "again", FORMAT)[0]["jaxquant/program"], "program"
+    )
     assert b".py" not in program
 
 
@@ -207,19 +210,17 @@ def edited(path, part, edit):
 )
 def test_edited_parts_are_refused_and_named(part, edit, message, tmp_path):
     path = edited(small_file.__wrapped__(tmp_path), part, edit)
-    with pytest.raises(SavedModelError, match=message):
+    with pytest.raises(FileError, match=message):
         jaxquant.load_quantized_model(path)
 
 
 def test_a_program_of_another_model_is_refused(tmp_path):
     qparams, qapply = quantize({"w": jnp.eye(4)}, lambda p, x: x @ p["w"], jnp.ones((3, 4)))
     jaxquant.save_quantized_model(tmp_path / "other", qparams, qapply)
-    program = container.read(tmp_path / "other")[0]["jaxquant/program"]
+    program = container.read(tmp_path / "other", FORMAT)[0]["jaxquant/program"]
     program = container.unpack(program, "program")
     path = edited(small_file.__wrapped__(tmp_path), "program", lambda _: program)
-    with pytest.raises(
-        SavedModelError, match=r"takes other arrays than those of the file: qparams"
-    ):
+    with pytest.raises(FileError, match=r"takes other arrays than those of the file: qparams"):
         jaxquant.load_quantized_model(path)
 
 
@@ -236,13 +237,13 @@ def test_a_program_that_calls_out_is_refused(tmp_path):
     exported = jax.export.export(jax.jit(leaking), disabled_checks=checks)(qparams, spec)
     program = bytes(exported.serialize())
     path = edited(small_file.__wrapped__(tmp_path), "program", lambda _: program)
-    with pytest.raises(SavedModelError, match="program calls foreign"):
+    with pytest.raises(FileError, match="program calls foreign"):
         jaxquant.load_quantized_model(path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.ones(3))
-    with pytest.raises(SavedModelError, match=r"x\.npy: not a saved model"):
+    with pytest.raises(FileError, match=r"x\.npy: not a safetensors file"):
         jaxquant.load_quantized_model(tmp_path / "x.npy")
     with pytest.raises(FileNotFoundError):
         jaxquant.load_quantized_model(tmp_path / "nothing")
@@ -252,5 +253,5 @@ def test_the_digest_is_that_of_the_file(tmp_path):
     path = small_file(tmp_path)
     known = hashlib.sha256(path.read_bytes()).hexdigest()
     jaxquant.load_quantized_model(path, sha256=known)
-    with pytest.raises(SavedModelError, match="its SHA-256 is"):
+    with pytest.raises(FileError, match="its SHA-256 is"):
         jaxquant.load_quantized_model(path, sha256="0" * 64)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from jaxquant._version import __version__
-from jaxquant.deploy import atomic, tree
+from jaxquant.deploy import tree
 from jaxquant.deploy.artifact import make_artifact
 from jaxquant.deploy.network import Network
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.files import atomic
 
 OPSETS = range(13, 24)
 RUNTIMES = ("any", "onnxruntime")

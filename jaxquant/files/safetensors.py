@@ -1,13 +1,13 @@
-"""The file of a saved model: a strict safetensors file that seals itself.
+"""A strict safetensors file that seals itself, and says what it is.
 
 The layout is that of safetensors (https://github.com/huggingface/safetensors), so its readers open
 the file: the length of the header as a little-endian uint64, the header in JSON, padded with spaces
 to a multiple of 8 bytes, then the data of the tensors, little-endian, without gaps, in the order of
 the header.  The header's `__metadata__` maps strings to strings.  On top of that
 
-    "format" and "format_version" of the metadata say what the file is,
+    "format" and "format_version" of the metadata say what the file is, see `Format`,
     "crc32" of the metadata holds a checksum of every tensor, which tells which one is damaged,
-    the last tensor, "jaxquant/sha256", is the SHA-256 of every byte of the file before its data.
+    the last tensor, "jaxquant/sha256", is the SHA-256 of every byte before its own.
 
 Nothing is read through a name in the file: names are keys of a dict, never paths on a disk.
 """
@@ -23,12 +23,11 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-FORMAT, FORMAT_VERSION = "jaxquant", "1"
 SEAL = "jaxquant/sha256"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_FILE_BYTES = 2**36
@@ -55,11 +54,21 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ESCAPE = re.compile("~(?![01])")
 
 
-class SavedModelError(ValueError):
-    """A saved model is refused; the message says which part of it, and why."""
+class FileError(ValueError):
+    """A file is refused; the message says which part of it, and why."""
 
 
-def chunks(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[Any]:
+class Format(NamedTuple):
+    """What a file says it is: the metadata "format" and "format_version", and what to call it."""
+
+    name: str
+    version: str
+    what: str  # "a ... that jaxquant.some_function wrote"
+
+
+def chunks(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], form: Format
+) -> Iterator[Any]:
     """The bytes of the file, piece by piece.
 
     Raises:
@@ -71,8 +80,8 @@ def chunks(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> It
     sums = " ".join(f"{zlib.crc32(_bytes(arrays[name])):08x}" for name in names)
     header: dict[str, Any] = {
         "__metadata__": {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": form.name,
+            "format_version": form.version,
             **metadata,
             "crc32": sums,
         }
@@ -95,17 +104,19 @@ def chunks(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> It
     yield digest.digest()
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str], str]:
+def read(
+    path: str | os.PathLike[str], form: Format
+) -> tuple[dict[str, np.ndarray], dict[str, str], str]:
     """The tensors, the metadata and the SHA-256 (hexadecimal) of a file, all of them checked.
 
     Raises:
-      SavedModelError: the file is not a saved model, or is damaged, cut short or too large.
+      FileError: the file is not of that format and version, or is damaged, cut short or too large.
       OSError: it cannot be read.
     """
     contents = _read_file(path)
     try:
         header, start = _header(contents)
-        metadata = _metadata(header)
+        metadata = _metadata(header, form)
         places = _places(header, len(contents) - start)
         digest = _check_seal(contents, start, places, metadata)
         tensors = {
@@ -113,8 +124,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
             for name, place in places.items()
             if name != SEAL
         }
-    except SavedModelError as error:
-        raise SavedModelError(f"{os.fspath(path)}: {error}") from None
+    except FileError as error:
+        raise FileError(f"{os.fspath(path)}: {error}") from None
     return tensors, metadata, digest
 
 
@@ -127,19 +138,19 @@ def unpack(tensor: np.ndarray, part: str) -> bytes:
     """The bytes that `pack` was given.
 
     Raises:
-      SavedModelError: the tensor is not of that form, or is too large when unpacked.
+      FileError: the tensor is not of that form, or is too large when unpacked.
     """
     if tensor.dtype != np.uint8 or tensor.ndim != 1:
-        raise SavedModelError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
+        raise FileError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
     inflater = zlib.decompressobj()
     try:
         contents = inflater.decompress(tensor.tobytes(), MAX_PART_BYTES)
     except zlib.error as error:
-        raise SavedModelError(f"the {part} cannot be unpacked: {error}") from None
+        raise FileError(f"the {part} cannot be unpacked: {error}") from None
     if inflater.unconsumed_tail:
-        raise SavedModelError(f"the {part} has more than {MAX_PART_BYTES} bytes when unpacked")
+        raise FileError(f"the {part} has more than {MAX_PART_BYTES} bytes when unpacked")
     if not inflater.eof or inflater.unused_data:
-        raise SavedModelError(f"the {part} is cut short or followed by other bytes")
+        raise FileError(f"the {part} is cut short or followed by other bytes")
     return contents
 
 
@@ -159,11 +170,11 @@ def split(name: str) -> tuple[str, ...]:
     """The keys of nested dicts from the name of a tensor; the inverse of `join`.
 
     Raises:
-      SavedModelError: `join` gives no such name.
+      FileError: `join` gives no such name.
     """
     parts = name.split("/")
     if any(part in _FORBIDDEN for part in parts) or not name.isprintable() or _ESCAPE.search(name):
-        raise SavedModelError(f"the tensor name {name[:100]!r} is not valid")
+        raise FileError(f"the tensor name {name[:100]!r} is not valid")
     return tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
 
 
@@ -193,9 +204,9 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise SavedModelError(f"{os.fspath(path)}: not a plain file")
+            raise FileError(f"{os.fspath(path)}: not a plain file")
         if status.st_size > MAX_FILE_BYTES:
-            raise SavedModelError(
+            raise FileError(
                 f"{os.fspath(path)}: {status.st_size} bytes; at most {MAX_FILE_BYTES} are read"
             )
         with open(handle, "rb", closefd=False) as file:
@@ -207,16 +218,14 @@ def _read_file(path: str | os.PathLike[str]) -> bytes:
 def _header(contents: bytes) -> tuple[dict[str, Any], int]:
     """The header and the place where the data starts."""
     if len(contents) < 8:
-        raise SavedModelError(f"cut short: {len(contents)} bytes")
+        raise FileError(f"cut short: {len(contents)} bytes")
     (length,) = struct.unpack_from("<Q", contents)
     if length > MAX_HEADER_BYTES:
-        raise SavedModelError(
-            f"not a saved model, or its header is damaged: the header's length is {length}"
+        raise FileError(
+            f"not a safetensors file, or its header is damaged: the header's length is {length}"
         )
     if 8 + length > len(contents):
-        raise SavedModelError(
-            f"cut short: the header takes {length} bytes, the file has {len(contents)}"
-        )
+        raise FileError(f"cut short: the header takes {length} bytes, the file has {len(contents)}")
     header = parse_json(contents[8 : 8 + length], "header")
     return header, 8 + length
 
@@ -225,16 +234,16 @@ def parse_json(text: bytes, part: str) -> dict[str, Any]:
     """A JSON object, without the liberties that Python's reader takes.
 
     Raises:
-      SavedModelError: it is not JSON in UTF-8, not an object, or has a key twice.
+      FileError: it is not JSON in UTF-8, not an object, or has a key twice.
     """
     try:
         value = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
-        raise SavedModelError(f"the {part} is damaged: {error}") from None
+        raise FileError(f"the {part} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise SavedModelError(f"the {part} is damaged: it is no JSON object")
+        raise FileError(f"the {part} is damaged: it is no JSON object")
     return value
 
 
@@ -249,15 +258,15 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
 
 
-def _metadata(header: dict[str, Any]) -> dict[str, str]:
+def _metadata(header: dict[str, Any], form: Format) -> dict[str, str]:
     metadata = header.pop("__metadata__", None)
     is_text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not is_text or metadata.get("format") != FORMAT:
-        raise SavedModelError("not a model that jaxquant.save_quantized_model wrote")
+    if not is_text or metadata.get("format") != form.name:
+        raise FileError(f"not {form.what}")
     version = metadata.get("format_version", "")
-    if version != FORMAT_VERSION:
-        raise SavedModelError(
-            f"format version {version[:20]!r}; this release of jaxquant reads {FORMAT_VERSION!r}"
+    if version != form.version:
+        raise FileError(
+            f"format version {version[:20]!r}; this release of jaxquant reads {form.version!r}"
         )
     return metadata
 
@@ -274,29 +283,29 @@ def _places(header: dict[str, Any], size: int) -> dict[str, Place]:
     for name, entry in header.items():
         dtype, shape, start, end = _place(name, entry)
         if start != position:
-            raise SavedModelError(f"tensor {name!r} starts at {start}, not at {position}")
+            raise FileError(f"tensor {name!r} starts at {start}, not at {position}")
         position = end
         places[name] = (dtype, shape, start, end)
     if next(reversed(places), None) != SEAL or places[SEAL][:2] != (DTYPES["U8"], (32,)):
-        raise SavedModelError(f"the header is damaged: it does not end with {SEAL!r}")
+        raise FileError(f"the header is damaged: it does not end with {SEAL!r}")
     if position > size:
-        raise SavedModelError(f"cut short: the tensors take {position} bytes, {size} are there")
+        raise FileError(f"cut short: the tensors take {position} bytes, {size} are there")
     if position < size:
-        raise SavedModelError(f"{size - position} bytes follow the last tensor")
+        raise FileError(f"{size - position} bytes follow the last tensor")
     return places
 
 
 def _place(name: str, entry: Any) -> Place:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise SavedModelError(f"tensor {name!r}: its header entry is damaged")
+        raise FileError(f"tensor {name!r}: its header entry is damaged")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise SavedModelError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}")
+        raise FileError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise SavedModelError(f"tensor {name!r}: its shape or offsets are damaged")
+        raise FileError(f"tensor {name!r}: its shape or offsets are damaged")
     dtype, (start, end) = DTYPES[code], offsets
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise SavedModelError(
+        raise FileError(
             f"tensor {name!r}: shape {shape} of {code} does not take {end - start} bytes"
         )
     return dtype, tuple(shape), start, end
@@ -326,15 +335,15 @@ def _check_seal(
     found = [f"{zlib.crc32(data[places[n][2] : places[n][3]]):08x}" for n in names]
     damaged = [name for name, known, here in zip(names, sums, found) if known != here]
     if len(sums) != len(names) or not damaged:
-        raise SavedModelError("the header or the checksum of the file is damaged")
+        raise FileError("the header or the checksum of the file is damaged")
     more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     shown = ", ".join(map(repr, damaged[:3]))
-    raise SavedModelError(f"damaged: the checksum of {shown}{more} does not match")
+    raise FileError(f"damaged: the checksum of {shown}{more} does not match")
 
 
 def _array(name: str, contents: bytes, start: int, place: Place) -> np.ndarray:
     dtype, shape, begin, end = place
     raw = np.frombuffer(contents, np.uint8, end - begin, start + begin)
     if dtype.kind == "b" and (raw > 1).any():
-        raise SavedModelError(f"tensor {name!r}: a truth value is neither 0 nor 1")
+        raise FileError(f"tensor {name!r}: a truth value is neither 0 nor 1")
     return raw.view(dtype).reshape(shape)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jaxquant.deploy import atomic
+from jaxquant.files import atomic
 
 
 def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path):
@@ -50,7 +50,7 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path):
 
 _WRITER = """
 import sys
-from jaxquant.deploy import atomic
+from jaxquant.files import atomic
 path, size = sys.argv[1], int(sys.argv[2])
 print("ready", flush=True)
 turn = 0

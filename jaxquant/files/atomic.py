@@ -20,13 +20,7 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
       ValueError: `path` is a folder, a link or another thing that is not a plain file.
       OSError: the file cannot be written; the old one is as it was.
     """
-    target = Path(path)
-    if target.is_symlink():
-        raise ValueError(f"{target} is a link; give the path of the file itself")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{target} exists and is not a plain file; give the path of a file")
-    if not target.name or not target.parent.is_dir():
-        raise ValueError(f"{target}: there is no folder {target.parent}; make it first")
+    target = check_target(path)
     handle, temporary = tempfile.mkstemp(
         prefix=f".{target.name}.", suffix=".part", dir=target.parent
     )
@@ -43,6 +37,22 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
             os.unlink(temporary)
         raise
     _sync_folder(target.parent)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The path, once it is known that `write_file` may write there.
+
+    Raises:
+      ValueError: `path` is a folder, a link or another thing that is not a plain file.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link; give the path of the file itself")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} exists and is not a plain file; give the path of a file")
+    if not target.name or not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {target.parent}; make it first")
+    return target
 
 
 def _mode(target: Path) -> int:

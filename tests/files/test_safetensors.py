@@ -10,12 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxquant.deploy import container
-from jaxquant.deploy.container import SavedModelError
+from jaxquant.files import safetensors as container
+from jaxquant.files.safetensors import FileError
+
+FORM = container.Format("jaxquant test", "1", "a file of this test")
 
 
 def contents(tensors, metadata=None) -> bytes:
-    return b"".join(bytes(c) for c in container.chunks(tensors, metadata or {}))
+    return b"".join(bytes(c) for c in container.chunks(tensors, metadata or {}, FORM))
 
 
 def write(path, tensors, metadata=None):
@@ -59,7 +61,7 @@ TENSORS = {
 
 def test_arrays_come_back_to_the_bit(tmp_path):
     path = write(tmp_path / "f", TENSORS, {"jax": "1"})
-    tensors, metadata, digest = container.read(path)
+    tensors, metadata, digest = container.read(path, FORM)
     assert set(tensors) == set(TENSORS)
     for name, array in TENSORS.items():
         assert tensors[name].shape == array.shape
@@ -77,9 +79,9 @@ def test_arrays_are_aligned():
 
 
 def test_the_safetensors_library_reads_it(tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy")
+    library = pytest.importorskip("safetensors.numpy")
     path = write(tmp_path / "f", {k: v for k, v in TENSORS.items() if k != "params/bf16"})
-    found = safetensors.load_file(path)
+    found = library.load_file(path)
     assert found["params/a"].tolist() == TENSORS["params/a"].tolist()
 
 
@@ -98,7 +100,7 @@ def test_names_come_back(parts):
 def test_names_that_read_as_paths_are_refused(part):
     with pytest.raises(ValueError, match="cannot be saved"):
         container.join(("params", part))
-    with pytest.raises(SavedModelError, match="not valid"):
+    with pytest.raises(FileError, match="not valid"):
         container.split(f"params/{part}/x")
 
 
@@ -109,8 +111,8 @@ def test_every_flipped_bit_is_refused(tmp_path):
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        with pytest.raises(SavedModelError):
-            container.read(path)
+        with pytest.raises(FileError):
+            container.read(path, FORM)
 
 
 def test_every_truncation_is_refused(tmp_path):
@@ -118,8 +120,8 @@ def test_every_truncation_is_refused(tmp_path):
     path = tmp_path / "f"
     for size in range(len(raw)):
         path.write_bytes(raw[:size])
-        with pytest.raises(SavedModelError):
-            container.read(path)
+        with pytest.raises(FileError):
+            container.read(path, FORM)
 
 
 def test_damage_is_located(tmp_path):
@@ -127,13 +129,13 @@ def test_damage_is_located(tmp_path):
     start, _ = header_of(raw)["params/a"]["data_offsets"]
     raw[8 + struct.unpack_from("<Q", raw)[0] + start + 5] ^= 4
     (tmp_path / "f").write_bytes(raw)
-    with pytest.raises(SavedModelError, match=r"f: damaged: the checksum of 'params/a' does"):
-        container.read(tmp_path / "f")
+    with pytest.raises(FileError, match=r"f: damaged: the checksum of 'params/a' does"):
+        container.read(tmp_path / "f", FORM)
 
 
 EDITS = {
     "version '2'": lambda h: h["__metadata__"].update(format_version="2"),
-    "not a model that jaxquant": lambda h: h["__metadata__"].update(format="pt"),
+    "not a file of this test": lambda h: h["__metadata__"].update(format="pt"),
     "unknown dtype": lambda h: h["params/a"].update(dtype="F31"),
     "does not take 24 bytes": lambda h: h["params/a"].update(shape=[2, 4]),
     "shape or offsets": lambda h: h["params/a"].update(shape=[2, -3]),
@@ -152,14 +154,14 @@ def test_edited_headers_are_refused_with_right_checksums(message, tmp_path):
     header = header_of(raw)
     EDITS[message](header)
     (tmp_path / "f").write_bytes(reseal(raw, header))
-    with pytest.raises(SavedModelError, match=message):
-        container.read(tmp_path / "f")
+    with pytest.raises(FileError, match=message):
+        container.read(tmp_path / "f", FORM)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{}", "not a model"),
+        (b"{}", "not a file of this test"),
         (b"[]", "no JSON object"),
         (b'{"a":1,"a":2}', "twice"),
         (b'{"a":NaN}', "NaN"),
@@ -170,55 +172,55 @@ def test_edited_headers_are_refused_with_right_checksums(message, tmp_path):
 )
 def test_hostile_headers_are_refused(text, message, tmp_path):
     (tmp_path / "f").write_bytes(struct.pack("<Q", len(text)) + text)
-    with pytest.raises(SavedModelError, match=message):
-        container.read(tmp_path / "f")
+    with pytest.raises(FileError, match=message):
+        container.read(tmp_path / "f", FORM)
 
 
 @pytest.mark.parametrize("length", [2**62, 2**32, container.MAX_HEADER_BYTES + 1, 500])
 def test_headers_longer_than_the_file_or_the_limit_are_refused(length, tmp_path):
     (tmp_path / "f").write_bytes(struct.pack("<Q", length) + b"{}")
-    with pytest.raises(SavedModelError, match="header"):
-        container.read(tmp_path / "f")
+    with pytest.raises(FileError, match="header"):
+        container.read(tmp_path / "f", FORM)
 
 
 def test_oversized_files_are_refused_unread(tmp_path, monkeypatch):
     path = write(tmp_path / "f", TENSORS)
     monkeypatch.setattr(container, "MAX_FILE_BYTES", 100)
-    with pytest.raises(SavedModelError, match="at most 100"):
-        container.read(path)
+    with pytest.raises(FileError, match="at most 100"):
+        container.read(path, FORM)
 
 
 def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
-    with pytest.raises(SavedModelError, match="not a plain file"):
-        container.read(tmp_path)
+    with pytest.raises(FileError, match="not a plain file"):
+        container.read(tmp_path, FORM)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(SavedModelError, match="not a plain file"):
-            container.read(tmp_path / "pipe")
+        with pytest.raises(FileError, match="not a plain file"):
+            container.read(tmp_path / "pipe", FORM)
 
 
 def test_bools_other_than_0_and_1_are_refused(tmp_path):
     raw = contents({"params/b": np.array([True])})
     (tmp_path / "f").write_bytes(reseal(raw, data=b"\x02"))
-    with pytest.raises(SavedModelError, match="neither 0 nor 1"):
-        container.read(tmp_path / "f")
+    with pytest.raises(FileError, match="neither 0 nor 1"):
+        container.read(tmp_path / "f", FORM)
 
 
 def test_packed_parts():
     packed = container.pack(b"abc" * 100)
     assert container.unpack(packed, "part") == b"abc" * 100
-    with pytest.raises(SavedModelError, match="cut short"):
+    with pytest.raises(FileError, match="cut short"):
         container.unpack(packed[:-1], "part")
-    with pytest.raises(SavedModelError, match="followed by"):
+    with pytest.raises(FileError, match="followed by"):
         container.unpack(np.append(packed, packed), "part")
-    with pytest.raises(SavedModelError, match="cannot be unpacked"):
+    with pytest.raises(FileError, match="cannot be unpacked"):
         container.unpack(packed[1:], "part")
-    with pytest.raises(SavedModelError, match="not bytes"):
+    with pytest.raises(FileError, match="not bytes"):
         container.unpack(packed.astype(np.int8), "part")
 
 
 def test_a_part_that_unpacks_to_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(container, "MAX_PART_BYTES", 1000)
-    with pytest.raises(SavedModelError, match="more than 1000 bytes"):
+    with pytest.raises(FileError, match="more than 1000 bytes"):
         container.unpack(container.pack(b"\0" * 1001), "part")
     assert len(container.unpack(container.pack(b"\0" * 1000), "part")) == 1000

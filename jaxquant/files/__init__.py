@@ -1,0 +1,1 @@
+"""Files: strict safetensors, written whole or not at all."""
