@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
+from jaxquant.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import native
 from jaxquant.run.program import Program
@@ -82,7 +83,8 @@ class QuantizedApply:
     def _check_names(self, qparams: Mapping[str, Any]) -> None:
         """Raise ValueError where the qparams are of another plan."""
         tensors = {tensor.name for tensor in self.plan.tensors}
-        sites = {site.name for site in self.plan.sites if site.fingerprint}
+        integer = MODES[self.plan.mode].integer
+        sites = {site.name for site in self.plan.sites if site.fingerprint and integer}
         differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
         if differing:
             raise ValueError(
@@ -103,6 +105,8 @@ class QuantizedApply:
     def backend(self) -> Backend:
         if self._backend == "xla":
             return Backend("xla", "chosen")
+        if not MODES[self.plan.mode].tensor_scales:
+            return Backend("xla", "the native kernels take scales that are known beforehand")
         if jax.default_backend() != "cpu":
             return Backend("xla", f"on {jax.default_backend()}")
         ok, reason = native.available()
