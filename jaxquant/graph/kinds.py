@@ -144,10 +144,10 @@ def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name != "gather" or not graph.is_static(eqn.inputs[0]) or len(eqn.inputs) != 2:
         return False
     shape, rank = graph.shape(eqn.inputs[0]), len(graph.shape(eqn.outputs[0]))
-    numbers = eqn.params["dimension_numbers"]
+    numbers, fill = eqn.params["dimension_numbers"], eqn.params["fill_value"]
     return (
         len(shape) == 2
-        and eqn.params["fill_value"] is None
+        and (fill is None or fill != fill)  # NaN for an index out of range
         and jnp.issubdtype(graph.dtype(eqn.inputs[0]), jnp.floating)
         and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
         and tuple(numbers.collapsed_slice_dims) == (0,)

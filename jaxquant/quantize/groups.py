@@ -46,7 +46,8 @@ def quantize_groups(
     scale = np.where(threshold > 0, threshold, largest) / largest
     integers = np.clip(np.rint(padded / scale[..., None]), -largest, largest).astype(np.int8)
     integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
-    integers, scale = (np.moveaxis(x, -1, layout.axis) for x in (integers, scale))
+    integers = np.moveaxis(integers, -1, layout.axis)
+    scale = np.moveaxis(scale, -1, layout.axis)
     if bits == 4:
         return pack(integers, layout.axis), scale
     return integers.reshape(layout.permuted).transpose(layout.inverse), scale

@@ -49,7 +49,7 @@ class Report:
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
-        "dynamic" | "weight_only"), backend.
+        "dynamic" | "weight_only"), group_size (None: a scale per channel), backend.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -125,9 +125,10 @@ class Report:
         lines.append(
             f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
-            f"algo={s['algo']}, weights {s['weight_quantize_type']}."
+            f"algo={s['algo']}, weights {s['weight_quantize_type']}"
+            + (f", in groups of {s['group_size']}." if s["group_size"] else ".")
         )
-        if "backend" in s:
+        if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
 
@@ -178,6 +179,7 @@ def make_report(
         "algo": plan.algo,
         "weight_quantize_type": plan.weight_quantize_type,
         "mode": plan.mode,
+        "group_size": plan.group_size,
     }
     return Report(rows, tensors, summary)
 

@@ -66,12 +66,12 @@ def apply(
       view: how the equation takes the stored weight.
       stored: the stored weight.
     """
-    operands = [env.read(x) if x != site.weight else None for x in eqn.inputs]
     dtype = env.graph.dtype(view.var)
     if eqn.name == "gather":
-        return _look_up(eqn, operands[1], stored).astype(dtype)
+        return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
+    operands = [env.read(x) for x in eqn.inputs if x != site.weight]
     weight = dequantize_weight(stored).astype(dtype)
-    operands[site.weight_position] = weight.transpose(view.permutation)
+    operands.insert(site.weight_position, weight.transpose(view.permutation))
     (value,) = jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
     return value
 
@@ -80,9 +80,15 @@ def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.
     """Rows of a table [V, K], dequantized after they are gathered: float32 [..., K]."""
 
     def rows(table: jax.Array) -> jax.Array:
-        params = {**eqn.params, "slice_sizes": (1, table.shape[1])}
-        (value,) = jax_shim.bind(eqn.primitive, [table, indices], params)
-        return value
+        return jax.lax.gather(
+            table,
+            indices,
+            eqn.params["dimension_numbers"],
+            slice_sizes=(1, table.shape[1]),
+            unique_indices=eqn.params["unique_indices"],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+        )
 
     integers, scale = rows(stored.integers), rows(stored.scale)  # NaN for an index out of range
     axis, layout = scale.ndim - 1, stored.layout
