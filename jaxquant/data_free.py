@@ -162,14 +162,19 @@ def quant_weights(
 
 def _inputs(example: Any, select: Any) -> tuple[Any, ...]:
     """The arguments after `params`: of shapes as they are, of a data set its first batch."""
-    leaves = jax.tree.leaves(example)
-    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    if not _has_shapes(example):
         return next(iterate(example, batch_nums=1, select=select))
     if select is not None:
         raise ValueError(
             "select picks from items of a data set; leave it out where you pass shapes"
         )
     return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+
+
+def _has_shapes(tree: Any) -> bool:
+    containers = (tuple, list, dict)  # a generator and other sources are not looked into
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: not isinstance(x, containers))
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def _quantize(
@@ -192,6 +197,6 @@ def _measured(
     program: Program, params: Any, qparams: Any, inputs: tuple[Any, ...]
 ) -> tuple[dict[str, float], float | None]:
     """The SQNR on the example; nothing where it is shapes alone."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(inputs)):
+    if _has_shapes(inputs):
         return {}, None
     return measure_sqnr(Comparison(program, params), qparams, [inputs])
