@@ -10,6 +10,7 @@ from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.observations_file import load_observations, save_observations
 from jaxquant.calibration.observers import Observer, histogram_observer
+from jaxquant.data_free import quant_dynamic, quant_weights
 from jaxquant.deploy.onnx.export import export_onnx
 from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
@@ -28,7 +29,9 @@ __all__ = [
     "kl_threshold",
     "load_observations",
     "load_quantized_model",
+    "quant_dynamic",
     "quant_post",
+    "quant_weights",
     "quantize",
     "save_observations",
     "save_quantized_model",

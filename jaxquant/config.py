@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.calibration.threshold import check_percent
 from jaxquant.errors import nearest
-from jaxquant.graph import kinds
+from jaxquant.modes import MODES, STATIC
 
-OP_TYPES = tuple(kinds.BEHAVIOUR)
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
 RECOVERY_STEPS = ("bias_correction",)
+WEIGHT_BITS = (8, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,9 @@ class QuantConfig:
     recover: Sequence[str] = RECOVERY_STEPS
     skip: Sequence[str] = ()
     skip_first_last: bool = False
+    mode: str = STATIC
+    weight_bits: int = 8
+    group_size: int | None = None
 
     @property
     def observer(self) -> Observer:
@@ -43,7 +46,9 @@ class QuantConfig:
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds that become int8."""
-        return frozenset(OP_TYPES if self.is_full_quantize else self.quantizable_op_type)
+        return frozenset(
+            MODES[self.mode].kinds if self.is_full_quantize else self.quantizable_op_type
+        )
 
     def __post_init__(self) -> None:
         if not isinstance(self.algo, Observer):
@@ -56,10 +61,19 @@ class QuantConfig:
                     f"{name} is a sequence of names, got {value!r}; write ({value!r},) for one"
                 )
             object.__setattr__(self, name, tuple(value))
+        valid = MODES[self.mode].kinds
         for kind in self.quantizable_op_type:
-            _check("quantizable_op_type", kind, OP_TYPES)
+            _check("quantizable_op_type", kind, valid)
         if not self.quantizable_op_type:
-            raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(OP_TYPES)}")
+            raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
+        if isinstance(self.weight_bits, bool) or self.weight_bits not in WEIGHT_BITS:
+            raise ValueError(f"bits is 8 or 4, got {self.weight_bits!r}")
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"group_size is how many weights share a scale, a positive integer, or None for "
+                f"one scale a channel; got {size!r}"
+            )
         _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
         _check("activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES)
         for step in self.recover:

@@ -8,20 +8,24 @@ A kind belongs to one behaviour, which says how it meets int8 tensors:
     layout       likewise, and int8 only where a neighbour is (reshape, transpose, slice, ...)
     compute      float32 arithmetic on dequantized operands, fused (softmax, additions, ...)
     decide       the result is an index or a truth value (argmax, comparisons)
+    look up      rows of a weight, by index (embeddings); quantized with the weights alone
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
+
 from jaxquant.graph import ir
 
-ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE = (
+ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE, LOOK_UP = (
     "accumulate",
     "select",
     "layout",
     "compute",
     "decide",
+    "look up",
 )
 
 # Elementwise operations of two tensors, and the activation functions: they belong together, since
@@ -76,6 +80,7 @@ BEHAVIOUR: Mapping[str, str] = {
 # parameter is in.
 WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
 DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
+LOOKUP_KIND = "lookup_table"
 
 _BY_PRIMITIVE = {
     "add": "elementwise_add",
@@ -131,7 +136,24 @@ def behaviour(kind: str, eqn: ir.Equation) -> str:
     """How the equation of a site meets int8 tensors."""
     if kind == "pool2d" and not eqn.name.endswith("_sum"):
         return SELECT
-    return BEHAVIOUR[kind]
+    return LOOK_UP if kind == LOOKUP_KIND else BEHAVIOUR[kind]
+
+
+def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where whole rows of a static float matrix are gathered by index: an embedding."""
+    if eqn.name != "gather" or not graph.is_static(eqn.inputs[0]) or len(eqn.inputs) != 2:
+        return False
+    shape, rank = graph.shape(eqn.inputs[0]), len(graph.shape(eqn.outputs[0]))
+    numbers, fill = eqn.params["dimension_numbers"], eqn.params["fill_value"]
+    return (
+        len(shape) == 2
+        and (fill is None or fill != fill)  # NaN for an index out of range
+        and jnp.issubdtype(graph.dtype(eqn.inputs[0]), jnp.floating)
+        and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
+        and tuple(numbers.collapsed_slice_dims) == (0,)
+        and tuple(numbers.start_index_map) == (0,)
+        and tuple(numbers.offset_dims) == (rank - 1,)
+    )
 
 
 def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:

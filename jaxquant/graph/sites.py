@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,12 +61,21 @@ class Site:
         return self.location[-1]
 
 
-def find_sites(graph: ir.Graph) -> tuple[Site, ...]:
+def find_sites(graph: ir.Graph, lookups: bool = False) -> tuple[Site, ...]:
     """Every operation of a known kind that depends on the inputs, in evaluation order.
 
     Convolutions and dots are found inside control flow too.
+
+    Args:
+      graph: the traced model.
+      lookups: with the embeddings, the rows that are looked up in a weight.  The names of the
+        other sites are the same with and without them.
     """
-    return _name(list(_collect(graph, (), ())))
+    found = _name(list(_collect(graph, (), ())))
+    if not lookups:
+        return found
+    named = _name_lookups([_lookup(graph, e) for e in graph.equations if _reads(graph, e)], found)
+    return tuple(sorted((*found, *named), key=lambda site: site.location))
 
 
 def body_graphs(graph: ir.Graph, eqn: ir.Equation) -> list[ir.Graph]:
@@ -201,6 +211,45 @@ def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
         seen[base] += 1
         named.append(dataclasses.replace(site, name=f"{base}:{count}" if count else base))
     return tuple(named)
+
+
+def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    return kinds.is_lookup(graph, eqn) and not graph.static[eqn.outputs[0]]
+
+
+def _lookup(graph: ir.Graph, eqn: ir.Equation) -> Site:
+    table = eqn.input_vars[0]
+    sources = graph.sources(table)
+    path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+    return Site(
+        name="",
+        kind=kinds.LOOKUP_KIND,
+        scope=eqn.scope,
+        modules=eqn.modules or _classes_of(graph, path),
+        weight_path=path,
+        location=(eqn.index,),
+        output=eqn.outputs[0],
+        weight=table,
+        weight_position=0,
+    )
+
+
+def _name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]:
+    """Names that the other sites do not have; they share those of a weight that they share."""
+    paths = {site.weight_path for site in (*others, *lookups) if site.weight_path}
+    modules = collections.Counter(_module(path) for path in paths)
+    taken = {site.name for site in others}
+    named = []
+    for site in lookups:
+        path = site.weight_path
+        base = "/".join(s for s in (site.scope, site.kind) if s)
+        if path:
+            base = _module(path) if modules[_module(path)] == 1 else _without_collection(path)
+        counts = itertools.chain([base], (f"{base}:{count}" for count in itertools.count(1)))
+        name = next(name for name in counts if name not in taken)
+        taken.add(name)
+        named.append(dataclasses.replace(site, name=name))
+    return named
 
 
 def _without_collection(path: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.modes import MODES
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.plan import INT8, Plan
@@ -14,7 +15,7 @@ from jaxquant.plan.plan import INT8, Plan
 
 @dataclasses.dataclass(frozen=True)
 class Int8Site:
-    """An int8 site that accumulates in int32: what `quantize` and `run` work from."""
+    """A quantized site with an accumulator or a weight: what `quantize` and `run` work from."""
 
     site: Site
     epilogue: Epilogue
@@ -25,7 +26,7 @@ class Binding:
     """A plan in a graph.
 
     Attributes:
-      sites: the accumulating int8 sites.
+      sites: the quantized sites that accumulate or that have a weight.
       selects: the indices of the equations of int8 sites that select values.
       decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
       forms: which tensors are int8.
@@ -49,7 +50,8 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     Raises:
       ValueError: the graph has other sites or int8 tensors than the plan.
     """
-    found = find_sites(graph)
+    mode = MODES[plan.mode]
+    found = find_sites(graph, lookups=mode.lookups)
     planned = {site.name: site for site in plan.sites}
     here = {site.name: site for site in found}
     differing = [n for n, p in planned.items() if n not in here or here[n].kind != p.kind]
@@ -63,7 +65,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         for s in found
         if s.name in planned and planned[s.name].status != INT8 and not s.inside
     }
-    forms = find_forms(graph, chosen, plan.kinds, barred)
+    forms = find_forms(graph, chosen if mode.tensor_scales else (), plan.kinds, barred)
     names = tensor_names(graph, found)
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
@@ -71,7 +73,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     bound, by_behaviour = [], {kinds.SELECT: set[int](), kinds.DECIDE: set[int]()}
     for site in chosen:
         behaviour = kinds.behaviour(site.kind, graph.equations[site.equation])
-        if behaviour == kinds.ACCUMULATE:
+        if behaviour in (kinds.ACCUMULATE, kinds.LOOK_UP):
             affine = planned[site.name].affine
             epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
             known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint

@@ -66,10 +66,10 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
     assert site.output is not None
     eqn = graph.equations[site.equation]
     current = site.output
-    stored = site.weight is not None and bool(graph.sources(site.weight))
-    channels = output_channels(graph, site, eqn) if stored else Channels((), ())
     if eqn.name not in DOT_EQUATIONS:  # what a sum is divided by depends on the input shape
         return Epilogue((), (), current, Channels((), ()), _activation(graph, current))
+    stored = site.weight is not None and bool(graph.sources(site.weight))
+    channels = output_channels(graph, site, eqn) if stored else Channels((), ())
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
@@ -131,6 +131,8 @@ def channel_axes(graph: ir.Graph, site: Site, eqn: ir.Equation) -> tuple[int, ..
     """The axes of the weight that run along output channels: those that are not summed over."""
     if eqn.name == "conv_general_dilated":
         return (eqn.params["dimension_numbers"].rhs_spec[0],)
+    if eqn.name == "gather":
+        return (0,)
     contract = eqn.params["dimension_numbers"][0][site.weight_position]
     rank = len(graph.shape(eqn.inputs[site.weight_position]))
     return tuple(a for a in range(rank) if a not in contract)

@@ -5,9 +5,12 @@
     "params":  the parameters, under their own paths.  A leaf that only int8 sites read is replaced
                by {"int8": [...], "scale": [C] or []}, in the layout that the operation uses; one
                that is read in float too keeps its array beside them as "float".  A leaf that is
-               no longer read is left out.
+               no longer read is left out.  Where the weights alone are quantized, "scale" is
+               [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
+               each uint8.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
                bias takes away what the zero point of the input adds to every sum.
+               Where the weights alone are quantized there is no such entry.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get
                the float back.
@@ -22,9 +25,12 @@ from typing import Any
 import jax
 
 from jaxquant.graph import ir, trace
+from jaxquant.graph.sites import Site
+from jaxquant.modes import MODES
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.plan.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +38,49 @@ class WeightSlot:
     """The place of one int8 weight: a parameter's path and the name of its entry there.
 
     A parameter that is used in several ways (two transforms, two channel axes) has an entry each.
+    Its entry is named after the `bits` of its integers.
     """
 
     path: tuple[str, ...]
     view: int
+    bits: int = 8
 
     @property
     def int8(self) -> tuple[str, ...]:
-        return (*self.path, f"int8_{self.view}" if self.view else "int8")
+        name = f"int{self.bits}"
+        return (*self.path, f"{name}_{self.view}" if self.view else name)
 
     @property
     def scale(self) -> tuple[str, ...]:
         return (*self.path, f"scale_{self.view}" if self.view else "scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightView:
+    """The tensor that is stored for a site: `weight = var.transpose(permutation)`.
+
+    `channels` are the axes of `var` that run along output channels.
+    """
+
+    var: ir.Var
+    channels: tuple[int, ...]
+    permutation: tuple[int, ...]
+
+
+def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
+    """What is stored for a site.
+
+    An integer operation takes its weight as it is stored.  Where weights are dequantized in the
+    call, what is stored is seen through transposes, so that an embedding that is transposed for
+    the output layer is stored once.
+    """
+    assert site.weight is not None
+    axes = channel_axes(graph, site, graph.equations[site.equation])
+    var, permutation = site.weight, tuple(range(len(graph.shape(site.weight))))
+    while not integer and (eqn := graph.producer.get(var)) is not None and eqn.name == "transpose":
+        var, order = eqn.input_vars[0], eqn.params["permutation"]
+        permutation = tuple(order[a] for a in permutation)
+    return WeightView(var, tuple(sorted(permutation[a] for a in axes)), permutation)
 
 
 def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
@@ -53,9 +90,13 @@ def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
 
 
 def weight_slots(
-    graph: ir.Graph, sites: Sequence[Int8Site], paths: Mapping[ir.Var, tuple[str, ...]]
+    graph: ir.Graph,
+    sites: Sequence[Int8Site],
+    paths: Mapping[ir.Var, tuple[str, ...]],
+    plan: Plan,
 ) -> dict[str, WeightSlot]:
     """Site name -> the place of its int8 weight; sites with the same weight share one."""
+    integer = MODES[plan.mode].integer
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
     found = {}
@@ -63,12 +104,12 @@ def weight_slots(
         site = int8_site.site
         if site.weight is None or is_computed_weight(graph, site.weight):
             continue
-        axes = channel_axes(graph, site, graph.equations[site.equation])
-        key = (graph.expression(site.weight), axes)
+        view = weight_view(graph, site, integer)
+        key = (graph.expression(view.var), view.channels)
         if key not in slots:
             source = trace.largest(graph, graph.sources(site.weight))
             path = paths.get(source, (graph.paths[source],))
-            slots[key] = WeightSlot(path, views.get(path, 0))
+            slots[key] = WeightSlot(path, views.get(path, 0), plan.weight_bits)
             views[path] = views.get(path, 0) + 1
         found[site.name] = slots[key]
     return found

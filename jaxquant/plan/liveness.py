@@ -59,7 +59,9 @@ class _Demand:
         forms = self._binding.forms
         if var in self._by_output:
             site = self._by_output[var]
-            self._stack += [(v, True) for v in site.operands]
+            own = self._graph.equations[site.equation]
+            read = [v for v in own.input_vars if v != site.weight]  # an embedding's indices too
+            self._stack += [(v, v in forms.int8) for v in read]
             if is_computed_weight(self._graph, site.weight):
                 self._stack.append((site.weight, False))  # type: ignore[arg-type]
         elif eqn.index in self._binding.selects:

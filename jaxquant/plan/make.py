@@ -11,6 +11,7 @@ from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.modes import MODES, Mode
 from jaxquant.plan import select
 from jaxquant.plan.bind import group_entries
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
@@ -45,21 +46,28 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     return entries
 
 
-def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) -> Plan:
+def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantConfig) -> Plan:
     """Decide for every site of the graph whether it becomes int8, and choose the scales.
+
+    Args:
+      graph: the traced model.
+      observations: of the tensors that get a scale; None in a mode without such tensors.
+      config: the choices.
 
     Raises:
       ValueError: a skip pattern matches nothing, the model has no site, none is left, or the
         observations lack a tensor.
     """
-    found = find_sites(graph)
+    mode = MODES[config.mode]
+    found = find_sites(graph, lookups=mode.lookups)
     sites = select.reported(graph, found, config)
     check_sites(sites)
     select.check_skip(found, config.skip)
     chosen = select.candidates(graph, found, config)
-    forms = find_forms(graph, chosen, config.kinds, _barred(sites, chosen))
+    with_scales = chosen if mode.tensor_scales else ()
+    forms = find_forms(graph, with_scales, config.kinds, _barred(sites, chosen))
     names = tensor_names(graph, found)
-    tensors = _plan_tensors(forms, names, observations, config)
+    tensors = _plan_tensors(forms, names, observations, config) if observations else ()
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -71,7 +79,7 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
             reason = _unused(graph, site, forms)
         else:
             reason = select.reason_for_float(graph, site, found, config)
-        plans.append(_site_plan(graph, site, reason, forms, groups))
+        plans.append(_site_plan(graph, site, reason, mode, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
     return Plan(
@@ -82,6 +90,9 @@ def make_plan(graph: ir.Graph, observations: Observations, config: QuantConfig) 
         activation_quantize_type=config.activation_quantize_type,
         algo=config.algo_name,
         recover=tuple(config.recover),
+        mode=config.mode,
+        weight_bits=config.weight_bits,
+        group_size=config.group_size,
     )
 
 
@@ -164,7 +175,12 @@ def _unused(graph: ir.Graph, site: Site, forms: Forms) -> str:
 
 
 def _site_plan(
-    graph: ir.Graph, site: Site, reason: str, forms: Forms, groups: Mapping[ir.Var, str]
+    graph: ir.Graph,
+    site: Site,
+    reason: str,
+    mode: Mode,
+    forms: Forms,
+    groups: Mapping[ir.Var, str],
 ) -> SitePlan:
     inputs: tuple[str, ...] = ()
     affine: tuple[str, ...] = ()
@@ -173,8 +189,8 @@ def _site_plan(
     if not reason:
         inputs = tuple(dict.fromkeys(groups[v] for v in site.operands if v in groups))
         eqn = graph.equations[site.equation]
-        if kinds.behaviour(site.kind, eqn) == kinds.ACCUMULATE:
-            epilogue = find_epilogue(graph, site)
+        if kinds.behaviour(site.kind, eqn) in (kinds.ACCUMULATE, kinds.LOOK_UP):
+            epilogue = find_epilogue(graph, site, None if mode.integer else 0)
             affine, activation = epilogue.affine, epilogue.activation
             digest = fingerprint(graph, site, epilogue)
     return SitePlan(

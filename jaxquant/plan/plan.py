@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+from jaxquant.modes import STATIC
+
 VERSION = 1
 INT8, FLOAT = "int8", "float"
 
@@ -48,7 +50,11 @@ class SitePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which sites are int8, and with which scales; `kinds` are those that were asked for."""
+    """Which sites are int8, and with which scales.
+
+    `kinds` are those that were asked for; `mode` is a key of `jaxquant.modes.MODES`;
+    `weight_bits` and `group_size` (None: a scale per channel) are of weight-only quantization.
+    """
 
     sites: tuple[SitePlan, ...]
     tensors: tuple[TensorPlan, ...]
@@ -57,6 +63,9 @@ class Plan:
     activation_quantize_type: str
     algo: str
     recover: tuple[str, ...]
+    mode: str = STATIC
+    weight_bits: int = 8
+    group_size: int | None = None
     version: int = VERSION
 
     def to_json(self) -> str:

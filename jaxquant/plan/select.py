@@ -11,6 +11,7 @@ from jaxquant.config import QuantConfig
 from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
+from jaxquant.modes import MODES
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -20,11 +21,12 @@ SKIP_SCOPE = "skip_quant"
 
 
 def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
-    """The sites of the report: every convolution and dot, and whatever else was asked for."""
+    """The sites of the report: convolutions, dots, embeddings, and what else was asked for."""
     return tuple(
         site
         for site in found
-        if site.kind in kinds.DOT_KINDS or (site.kind in config.kinds and not site.inside)
+        if site.kind in (*kinds.DOT_KINDS, kinds.LOOKUP_KIND)
+        or (site.kind in config.kinds and not site.inside)
     )
 
 
@@ -48,7 +50,7 @@ def reason_for_float(
         return f"inside {'/'.join(site.inside)}: control flow runs in float"
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
-    return _unfit(graph, site)
+    return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
 
 
 def in_skip_scope(scope: str) -> bool:
@@ -73,6 +75,17 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
     return ""
 
 
+def _weightless(graph: ir.Graph, site: Site) -> str:
+    """Why a site has no weight that can be stored as integers; "" where it has one."""
+    if site.weight is None:
+        return "its weight depends on the inputs"
+    if not graph.sources(site.weight):
+        return "its weight is computed from no parameter"
+    if not jnp.issubdtype(graph.dtype(site.weight), jnp.floating):
+        return f"its weight is {graph.dtype(site.weight)}, not float"
+    return ""
+
+
 def _terms(graph: ir.Graph, eqn: ir.Equation) -> int:
     """How many products each element of a convolution or dot sums."""
     if eqn.name == "conv_general_dilated":
@@ -83,7 +96,11 @@ def _terms(graph: ir.Graph, eqn: ir.Equation) -> int:
 
 
 def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
-    weighted = [site.name for site in found if site.weight_path and not site.inside]
+    weighted = [
+        site.name
+        for site in found
+        if site.kind in kinds.WEIGHTED_KINDS and site.weight_path and not site.inside
+    ]
     return (weighted[0], weighted[-1]) if weighted else ("", "")
 
 

@@ -14,27 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
+from jaxquant.quantize.groups import quantize_groups
 
 
 def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
     """Make `qparams`; see `jaxquant.plan.layout` for its structure."""
     binding = bind(graph, plan)
     paths = layout.leaf_paths(graph, params)
-    slots = layout.weight_slots(graph, binding.sites, paths)
-    weights, operands = fold(graph, params, *_static_tensors(binding, slots))
-    scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-
+    slots = layout.weight_slots(graph, binding.sites, paths, plan)
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
+    if not MODES[plan.mode].integer:
+        _put_grouped_weights(qparams["params"], graph, binding, slots, params, plan)
+        return jax.tree.map(jnp.asarray, qparams)
+    weights, operands = fold(graph, params, *_static_tensors(binding, slots))
+    scales = {tensor.name: tensor.scale for tensor in plan.tensors}
     for int8_site in binding.sites:
         site = int8_site.site
-        accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in site.operands]))
+        planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
+        accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
         offset = None  # what the input's zero point adds to the accumulator
         if site.name in slots:
             assert site.weight is not None
@@ -45,7 +51,7 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             channels = int(np.prod([int8.shape[a] for a in axes]))
             accumulator = np.broadcast_to(scale, (channels,)) * accumulator
-            if zero_point := binding.zero_points[site.operands[0]]:
+            if zero_point := binding.zero_points.get(site.operands[0]):
                 summed = tuple(a for a in range(int8.ndim) if a not in axes)
                 offset = zero_point * int8.sum(axis=summed, dtype=np.int64).reshape(-1)
         arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
@@ -131,6 +137,27 @@ def _static_tensors(
     weights = [site.weight for site in sites if site.weight is not None]
     steps = [step for s in binding.sites for step in s.epilogue.steps]
     return weights, [step.operand for step in steps if isinstance(step.operand, int)]
+
+
+def _put_grouped_weights(
+    tree: dict[str, Any],
+    graph: ir.Graph,
+    binding: Binding,
+    slots: Mapping[str, layout.WeightSlot],
+    params: Any,
+    plan: Plan,
+) -> None:
+    """The weights of weight-only quantization: integers and their scales by groups."""
+    views = {
+        slots[s.site.name]: layout.weight_view(graph, s.site, integer=False) for s in binding.sites
+    }
+    weights, _ = fold(graph, params, [view.var for view in views.values()], [])
+    for slot, view in views.items():
+        weight = weights[view.var]
+        groups = group_layout(weight.shape, view.channels, plan.group_size)
+        integers, scale = quantize_groups(weight, groups, plan.weight_bits)
+        layout.put(tree, slot.int8, integers)
+        layout.put(tree, slot.scale, scale.astype(np.float32))
 
 
 def _put_float_leaves(

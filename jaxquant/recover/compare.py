@@ -72,13 +72,13 @@ class Comparison:
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
         self._tensors = {
             site.name: ends.get(site.name, site.output)
-            for site in sites.find_sites(graph)
+            for site in sites.find_sites(graph, lookups=program.mode.lookups)
             if site.output is not None and _is_float(graph.dtype(site.output))
         }
         self._activations = {
             s.site.name: _activation(graph, s.epilogue.output)
             for s in program.binding.sites
-            if s.site.name in program.slots
+            if s.site.name in program.slots and program.mode.integer
         }
 
     def __call__(self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool) -> Measured:

@@ -21,7 +21,8 @@ def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
     listed, nor are the model's outputs.
     """
     graph, forms = program.graph, program.binding.forms
-    sites = find_sites(graph)
+    mode = program.mode
+    sites = find_sites(graph, lookups=mode.lookups)
     names = tensor_names(graph, sites)
     planned = {site.name: site for site in plan.sites}
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
@@ -36,10 +37,13 @@ def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
         if not site.inside and site.equation not in live:
             continue  # absorbed by an epilogue
         reason = _float_reason(site, planned)
+        quantized = site.name in planned and planned[site.name].status != FLOAT
+        if quantized and not mode.integer:
+            reason = "its weight alone is quantized"
         for var in site.operands:
             if reason:
                 add(var, FLOAT, f"read by {site.name}: {reason}")
-            elif var in forms.int8:
+            elif var in forms.int8 or (quantized and mode.integer and not mode.tensor_scales):
                 add(var, "int8", "")
             elif site.kind in kinds.ELEMENTWISE_KINDS:
                 add(var, "fused", f"in the epilogue before {site.name}")

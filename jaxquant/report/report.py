@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.report.coverage import tensor_rows
@@ -22,7 +23,7 @@ from jaxquant.run.program import Program
 _COLUMNS = (
     ("site", "name"),
     ("kind", "kind"),
-    ("runs in", "status"),
+    ("runs in", "mode"),
     ("threshold", "threshold"),
     ("weight scale", "weight_scale"),
     ("SQNR dB", "sqnr_db"),
@@ -38,14 +39,17 @@ class Report:
     """What became of every site.
 
     Attributes:
-      rows: one dict per site: name, kind, scope, status ("int8" | "float"), reason, threshold,
+      rows: one dict per site: name, kind, scope, status ("int8": quantized, or "float"), mode (what
+        it runs in, in words: "int8", "int8 (dynamic)": the scale of its input is computed in each
+        call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold,
         weight_scale_min, weight_scale_max, sqnr_db, epilogue, weight_path; None where a float site
         has no such value.
       tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
-        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, backend.
+        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
+        "dynamic" | "weight_only"), group_size (None: a scale per channel), backend.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -97,16 +101,22 @@ class Report:
 
     def _footer(self) -> str:
         s = self.summary
+        label = next((row["mode"] for row in self.rows if row["status"] == INT8), INT8)
         kinds = ", ".join(
             f"{kind} {n[INT8]}" + (f" (+{n[FLOAT]} float)" if n[FLOAT] else "")
             for kind, n in s["kinds"].items()
         )
         lines = [
-            f"{s['sites_int8']} sites int8, {s['sites_float']} float: {kinds}.",
-            f"Tensors between them: {s['tensors_int8']} int8, {s['tensors_float']} float"
-            + (":" if s["tensors_float"] else "."),
+            f"{s['sites_int8']} sites {label}, {s['sites_float']} float: {kinds}.",
         ]
         floats = [t for t in self.tensors if t["status"] == FLOAT]
+        if not MODES[s["mode"]].integer:
+            floats = []  # they all are
+        else:
+            lines.append(
+                f"Tensors between them: {s['tensors_int8']} int8, {s['tensors_float']} float"
+                + (":" if s["tensors_float"] else ".")
+            )
         lines += [f"  {t['name']}: {t['reason']}" for t in floats[:_SHOWN_TENSORS]]
         if len(floats) > _SHOWN_TENSORS:
             lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
@@ -115,9 +125,10 @@ class Report:
         lines.append(
             f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
-            f"algo={s['algo']}, weights {s['weight_quantize_type']}."
+            f"algo={s['algo']}, weights {s['weight_quantize_type']}"
+            + (f", in groups of {s['group_size']}." if s["group_size"] else ".")
         )
-        if "backend" in s:
+        if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
 
@@ -131,6 +142,7 @@ def make_report(
     output_sqnr: float | None,
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
+    label = MODES[plan.mode].label.format(bits=plan.weight_bits)
     thresholds = {t.group: t.threshold for t in plan.tensors}
     rows = []
     for site in plan.sites:
@@ -146,6 +158,7 @@ def make_report(
                 float(scale.min()),
                 float(scale.max()),
             )
+        row["mode"] = FLOAT if site.status == FLOAT else label
         row["sqnr_db"] = sqnr.get(site.name)
         rows.append(row)
     tensors = tensor_rows(program, plan)
@@ -165,6 +178,8 @@ def make_report(
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
         "weight_quantize_type": plan.weight_quantize_type,
+        "mode": plan.mode,
+        "group_size": plan.group_size,
     }
     return Report(rows, tensors, summary)
 
@@ -178,9 +193,9 @@ def warn_if_poor(report: Report) -> None:
     worst = sorted(rows, key=lambda row: row["sqnr_db"])[:3]
     named = ", ".join(f"{row['name']} ({row['sqnr_db']:.1f} dB)" for row in worst)
     warnings.warn(
-        f"the int8 model's outputs have an SQNR of only {sqnr:.1f} dB on the first calibration "
-        f"batch; the worst sites are {named}. See qapply.report(); another algo or skip=(...) on "
-        "those sites may help",
+        f"the quantized model's outputs have an SQNR of only {sqnr:.1f} dB on the first batch; "
+        f"the worst sites are {named}. See qapply.report(); "
+        f"{MODES[report.summary['mode']].advice}",
         stacklevel=4,
     )
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.sites import Site
+from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes, output_channels
+from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
-from jaxquant.run import int8
+from jaxquant.run import dynamic, int8, weight_only
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import find_chains
 from jaxquant.run.quantized import QuantizedTensors
@@ -33,15 +35,18 @@ class Program:
 
     def __init__(self, graph: ir.Graph, plan: Plan, params: Any, fuse: bool = False):
         self.graph = graph
+        self.plan = plan
+        self.mode = MODES[plan.mode]
         self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
-        self.slots = layout.weight_slots(graph, self.binding.sites, paths)
+        self.slots = layout.weight_slots(graph, self.binding.sites, paths, plan)
         self.equations = live_equations(graph, self.binding)[0]
         leaves = float_leaves(graph, self.binding)
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
+        fuse = fuse and self.mode.tensor_scales
         chains = find_chains(graph, self.binding, self.equations) if fuse else {}
         zero_points = self.binding.zero_points
         self._fused = {k: FusedCall(graph, c, zero_points) for k, c in chains.items()}
@@ -73,7 +78,10 @@ class Program:
                 return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
             if eqn.index in self._by_index:
                 site = self._by_index[eqn.index]
-                value = self._accumulate(site, qparams, env, quantized)
+                if self.mode.integer:
+                    value = self._accumulate(site, qparams, env, quantized)
+                else:
+                    value = self._on_dequantized_weight(site.site, qparams, env)
                 return [correct(site, value) if correct else value]
             if eqn.index in self.binding.selects:
                 return [quantized.wide(var) for var in eqn.outputs]
@@ -113,8 +121,13 @@ class Program:
         """An accumulating site: int32 accumulator, epilogue, float32."""
         site = int8_site.site
         eqn = self.graph.equations[site.equation]
-        operands = [quantized.int8(v) for v in site.operands]
-        zero_points = [quantized.zero_point(v) for v in site.operands]
+        scales: list[jax.Array] = []  # of operands that are scaled in the call
+        if self.mode.tensor_scales:
+            operands = [quantized.int8(v) for v in site.operands]
+            zero_points = [quantized.zero_point(v) for v in site.operands]
+        else:
+            operands, scales = dynamic.quantize_operands(env, eqn, site.weight)
+            zero_points = [0] * len(operands)
         if site.name in self.slots:
             weight = layout.get(qparams["params"], self.slots[site.name].int8)
             operands.insert(site.weight_position, weight)
@@ -125,7 +138,21 @@ class Program:
             if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
                 operands, zero_points = operands * 2, zero_points * 2
             value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
+        for scale in scales:
+            value = value * scale
         return _epilogue(int8_site, value, qparams["sites"][site.name])
+
+    def _on_dequantized_weight(
+        self, site: Site, qparams: Mapping[str, Any], env: evaluate.Environment
+    ) -> jax.Array:
+        """A site that computes in the model's dtype on a weight stored as integers."""
+        view = layout.weight_view(self.graph, site, integer=False)
+        groups = group_layout(self.graph.shape(view.var), view.channels, self.plan.group_size)
+        slot = self.slots[site.name]
+        arrays = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+        eqn = self.graph.equations[site.equation]
+        weight = weight_only.StoredWeight(arrays[0], arrays[1], groups, slot.bits)
+        return weight_only.apply(env, eqn, site, view, weight)
 
     def _with_computed_weight(
         self, site: Site, eqn: ir.Equation, x: jax.Array, zero_point: int, env: evaluate.Environment

@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
+from jaxquant.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import native
 from jaxquant.run.program import Program
@@ -94,6 +95,8 @@ class QuantizedApply:
     def backend(self) -> Backend:
         if self._backend == "xla":
             return Backend("xla", "chosen")
+        if not MODES[self.plan.mode].tensor_scales:
+            return Backend("xla", "the native kernels take scales that are known beforehand")
         if jax.default_backend() != "cpu":
             return Backend("xla", f"on {jax.default_backend()}")
         ok, reason = native.available()
@@ -153,7 +156,8 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
             f"'sites' and 'tensors'), got {_describe(qparams)}"
         )
     tensors = {tensor.name for tensor in plan.tensors}
-    sites = {site.name for site in plan.sites if site.fingerprint}
+    integer = MODES[plan.mode].integer
+    sites = {site.name for site in plan.sites if site.fingerprint and integer}
     differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
     if differing:
         raise ValueError(

@@ -17,6 +17,7 @@ KEYS = {
     "kind",
     "scope",
     "status",
+    "mode",
     "reason",
     "threshold",
     "weight_scale_min",
@@ -37,6 +38,8 @@ SUMMARY = {
     "bytes_after",
     "algo",
     "weight_quantize_type",
+    "mode",
+    "group_size",
 }
 BAD = '<b>&"bad"\''  # a name that HTML must escape
 

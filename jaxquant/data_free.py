@@ -1,0 +1,202 @@
+"""Quantization without calibration data: dynamic int8, and weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxquant.calibration.data import iterate
+from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
+from jaxquant.graph.checks import check_no_randomness, check_params, check_weights
+from jaxquant.graph.sites import find_sites
+from jaxquant.graph.trace import trace
+from jaxquant.modes import DYNAMIC, MODES, WEIGHT_ONLY
+from jaxquant.plan.make import make_plan
+from jaxquant.quantize.weights import quantize_params
+from jaxquant.recover.compare import Comparison
+from jaxquant.report.report import make_report, warn_if_poor
+from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.run.program import Program
+from jaxquant.run.qapply import QuantizedApply
+
+WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
+
+
+def quant_dynamic(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    example: Any,
+    *,
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    weight_quantize_type: str = "channel_wise_abs_max",
+    skip: Sequence[str] = (),
+    skip_first_last: bool = False,
+    select: Any = None,
+) -> tuple[dict[str, Any], QuantizedApply]:
+    """Quantize a float model to int8 with activation scales that are computed in each call.
+
+    Needs no calibration data, and no threshold can be wrong for an input that calibration did not
+    see; in exchange every call looks for the largest |x| of each tensor that it quantizes, and
+    tensors between sites stay float.  Weights are those of `jaxquant.quant_post`, and so are the
+    names, the skips, the epilogues and the report.
+
+    Activations are symmetric, scale = the largest |x| / 127, with a scale for each row of a dot's
+    operand (each token of a transformer: what one output element sums over) and for each sample and
+    feature group of a convolution's input.  So what a sample gives does not depend on the others of
+    its batch, and a depthwise convolution has a scale for each channel.
+
+    Args:
+      params: pytree of float arrays, as for `jaxquant.quant_post`.
+      apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
+      example: inputs to trace with; any batch size will do later.  Either a data set as
+        `jaxquant.quant_post` takes it, of which the first batch is used (an array; a tuple of
+        arrays for several arguments; a dict is one argument), or `jax.ShapeDtypeStruct`s in their
+        place.  With arrays the report has the SQNR that was measured on them.
+      quantizable_op_type: the kinds that become int8: "conv2d", "depthwise_conv2d", "mul" (a dot
+        with a weight), and if asked for "conv2d_transpose" and "matmul" (two activations).
+      weight_quantize_type: "channel_wise_abs_max" or "abs_max".
+      skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
+      select: what of an item of `example` is given to `apply_fn`.
+
+    Returns:
+      `(qparams, qapply)`, as `jaxquant.quant_post`.
+
+    Raises:
+      ValueError: an argument is not valid, `example` is empty or does not fit `apply_fn`, a weight
+        is not finite, a skip pattern matches nothing, or nothing is there to quantize.
+      TypeError: a parameter is not an array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["w"])
+      >>> shape = jax.ShapeDtypeStruct((1, 8), jnp.float32)
+      >>> qparams, qapply = jaxquant.quant_dynamic(params, apply_fn, shape)
+      >>> qapply(qparams, jnp.ones((16, 8))).shape
+      (16, 4)
+      >>> qapply.report().rows[0]["mode"]
+      'int8 (dynamic)'
+    """
+    config = QuantConfig(
+        algo="abs_max",
+        quantizable_op_type=quantizable_op_type,
+        weight_quantize_type=weight_quantize_type,
+        activation_quantize_type="symmetric",
+        recover=(),
+        skip=skip,
+        skip_first_last=skip_first_last,
+        mode=DYNAMIC,
+    )
+    return _quantize(params, apply_fn, _inputs(example, select), config)
+
+
+def quant_weights(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    example: Any,
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    quantizable_op_type: Sequence[str] = WEIGHT_OP_TYPES,
+    skip: Sequence[str] = (),
+    skip_first_last: bool = False,
+    select: Any = None,
+) -> tuple[dict[str, Any], QuantizedApply]:
+    """Store the weights of a float model as integers; it goes on computing in its own dtype.
+
+    A quarter or an eighth of the memory of float32, for models whose weights are the most of it.
+    Each weight is dequantized in the call, in float32 and then to the dtype of the operation.
+
+    Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127 or / 7.  With a
+    `group_size` that many neighbours share a scale: along the axes of the weight that are summed
+    over, flattened, so that the last group of a channel holds what is left and no size has to
+    divide.  Four bits want groups: 128 or fewer.
+
+    Args:
+      params: pytree of float arrays, as for `jaxquant.quant_post`.
+      apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
+      example: inputs to trace with, or `jax.ShapeDtypeStruct`s, as for `jaxquant.quant_dynamic`.
+      bits: 8 or 4; two 4-bit integers are packed in a byte.
+      group_size: how many weights share a scale; None for one scale per output channel (per row of
+        an embedding).
+      quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
+        "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
+        if asked for "conv2d_transpose".
+      skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
+      select: what of an item of `example` is given to `apply_fn`.
+
+    Returns:
+      `(qparams, qapply)`, as `jaxquant.quant_post`; in `qparams["params"]` a weight is
+      {"int8": ..., "scale": ...} or {"int4": ..., "scale": ...}.
+
+    Raises:
+      ValueError: an argument is not valid, `example` is empty or does not fit `apply_fn`, a weight
+        is not finite, a skip pattern matches nothing, or nothing is there to quantize.
+      TypeError: a parameter is not an array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 4))}
+      >>> x = jax.random.normal(jax.random.key(1), (8, 256))
+      >>> qparams, qapply = jaxquant.quant_weights(
+      ...     params, lambda p, x: x @ p["w"], x, bits=4, group_size=64)
+      >>> {name: array.shape for name, array in qparams["params"]["w"].items()}
+      {'int4': (128, 4), 'scale': (4, 4)}
+      >>> qapply.report().rows[0]["mode"]
+      'int4 weights'
+    """
+    config = QuantConfig(
+        algo="abs_max",
+        quantizable_op_type=quantizable_op_type,
+        recover=(),
+        skip=skip,
+        skip_first_last=skip_first_last,
+        mode=WEIGHT_ONLY,
+        weight_bits=bits,
+        group_size=group_size,
+    )
+    return _quantize(params, apply_fn, _inputs(example, select), config)
+
+
+def _inputs(example: Any, select: Any) -> tuple[Any, ...]:
+    """The arguments after `params`: of shapes as they are, of a data set its first batch."""
+    if not _has_shapes(example):
+        return next(iterate(example, batch_nums=1, select=select))
+    if select is not None:
+        raise ValueError(
+            "select picks from items of a data set; leave it out where you pass shapes"
+        )
+    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+
+
+def _has_shapes(tree: Any) -> bool:
+    containers = (tuple, list, dict)  # a generator and other sources are not looked into
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: not isinstance(x, containers))
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def _quantize(
+    params: Any, apply_fn: Callable[..., Any], inputs: tuple[Any, ...], config: QuantConfig
+) -> tuple[dict[str, Any], QuantizedApply]:
+    check_params(params)
+    graph = trace(apply_fn, params, inputs)
+    check_no_randomness(graph)
+    check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
+    plan = make_plan(graph, None, config)
+    qparams = quantize_params(graph, plan, params)
+    program = Program(graph, plan, params)
+    sqnr, output_sqnr = _measured(program, params, qparams, inputs)
+    report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
+    warn_if_poor(report)
+    return qparams, QuantizedApply(apply_fn, plan, params, report)
+
+
+def _measured(
+    program: Program, params: Any, qparams: Any, inputs: tuple[Any, ...]
+) -> tuple[dict[str, float], float | None]:
+    """The SQNR on the example; nothing where it is shapes alone."""
+    if _has_shapes(inputs):
+        return {}, None
+    return measure_sqnr(Comparison(program, params), qparams, [inputs])

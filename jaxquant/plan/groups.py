@@ -1,0 +1,67 @@
+"""How the weights of a site fall into groups that share a scale, when weights alone are quantized.
+
+The axes of a weight that are summed over are flattened, in the weight's axis order, to one axis of
+size K; every `group_size` neighbours along it share a scale, and the last group holds what is left.
+So a scale belongs to one output channel, and no weight is padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLayout:
+    """A weight with its summed axes as one.
+
+    Attributes:
+      order: the permutation of the weight's axes that brings the summed ones together; the identity
+        where they are neighbours.
+      permuted: the weight's shape in that order.
+      shape: `permuted` with the summed axes flattened to one, of size K.
+      axis: where K is in `shape`.
+      size: the group size; K for one scale per channel.
+    """
+
+    order: tuple[int, ...]
+    permuted: tuple[int, ...]
+    shape: tuple[int, ...]
+    axis: int
+    size: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shape[self.axis] // self.size)
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """The permutation back to the weight's own order of axes."""
+        return tuple(int(a) for a in np.argsort(self.order))
+
+
+def group_layout(
+    shape: Sequence[int], channels: Sequence[int], group_size: int | None
+) -> GroupLayout:
+    """The groups of a weight whose axes `channels` are not summed over.
+
+    Example:
+      >>> layout = group_layout((3, 3, 64, 128), (3,), 32)  # [H, W, I, O]
+      >>> layout.shape, layout.axis, layout.groups
+      ((576, 128), 0, 18)
+    """
+    summed = [a for a in range(len(shape)) if a not in channels]
+    first = summed[0] if summed else len(shape)
+    if summed != list(range(first, first + len(summed))):
+        first = len(shape) - len(summed)
+        order = (*(a for a in range(len(shape)) if a in channels), *summed)
+    else:
+        order = tuple(range(len(shape)))
+    permuted = tuple(shape[a] for a in order)
+    length = math.prod(permuted[first : first + len(summed)])
+    flat = (*permuted[:first], length, *permuted[first + len(summed) :])
+    size = max(1, min(group_size or length, length))
+    return GroupLayout(order, permuted, flat, first, size)

@@ -1,0 +1,123 @@
+"""Weights stored as integers: dots, convolutions and embeddings in float on what they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxquant
+from tests import networks
+from tests.quantize.test_groups import fake_groups
+
+# name: (shape of x, shape of w, channel axes of w, function)
+SITES = {
+    "dense": ((3, 11), (11, 5), (1,), lambda x, w: x @ w),
+    "heads": ((2, 3, 2, 3), (2, 3, 5), (2,), lambda x, w: jnp.einsum("bthd,hdo->bto", x, w)),
+    "apart": ((3, 2, 3), (2, 4, 3), (1,), lambda x, w: jnp.einsum("bij,ioj->bo", x, w)),
+    "left": ((7, 3), (5, 7), (0,), lambda x, w: w @ x),
+    "transposed": ((3, 7), (5, 7), (0,), lambda x, w: x @ w.T),
+    "conv": ((2, 5, 5, 3), (3, 3, 3, 4), (3,),
+             lambda x, w: lax.conv_general_dilated(
+                 x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))),
+    "grouped": ((2, 4, 5, 5), (6, 2, 3, 3), (0,),
+                lambda x, w: lax.conv_general_dilated(
+                    x, w, (1, 1), "VALID", feature_group_count=2)),
+    "depthwise": ((2, 5, 5, 3), (3, 3, 1, 3), (3,),
+                  lambda x, w: lax.conv_general_dilated(
+                      x, w, (1, 1), "SAME", feature_group_count=3,
+                      dimension_numbers=("NHWC", "HWIO", "NHWC"))),
+}  # fmt: skip
+IDS = jnp.array([[0, 3, 3], [6, 5, -1]])
+
+
+def apply_fn(p, x):
+    out = {n: case[3](x[n], p[n]["w"]) for n, case in SITES.items()}
+    out["embed"] = jnp.take(p["embed"]["table"], x["ids"], axis=0)
+    out["logits"] = out["embed"] @ p["embed"]["table"].T
+    return out
+
+
+PARAMS = {n: {"w": networks.images(i, c[1])} for i, (n, c) in enumerate(SITES.items())}
+PARAMS["dense"]["w"] = PARAMS["dense"]["w"].at[:, 2].set(0)
+PARAMS["embed"] = {"table": networks.images(30, (7, 5))}
+INPUTS = {n: networks.images(10 + i, c[0]) for i, (n, c) in enumerate(SITES.items())}
+INPUTS["ids"] = IDS
+
+
+@pytest.fixture(scope="module", params=[(8, None), (4, None), (8, 4), (4, 4)], ids=str)
+def quantized(request):
+    bits, group_size = request.param
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), INPUTS)
+    qparams, qapply = jaxquant.quant_weights(
+        PARAMS, apply_fn, shapes, bits=bits, group_size=group_size
+    )
+    return bits, group_size, qparams, qapply
+
+
+def fakes(bits, group_size):
+    fake = {n: {"w": fake_groups(PARAMS[n]["w"], c[2], group_size, bits)} for n, c in SITES.items()}
+    fake["embed"] = {"table": fake_groups(PARAMS["embed"]["table"], (0,), group_size, bits)}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), fake)
+
+
+def test_equals_the_float_model_on_rounded_weights(quantized):
+    bits, group_size, qparams, qapply = quantized
+    found = qapply(qparams, INPUTS)
+    expected = jax.jit(apply_fn)(fakes(bits, group_size), INPUTS)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert not np.asarray(found["dense"])[:, 2].any()
+
+
+def test_bytes_and_report(quantized):
+    bits, _, qparams, qapply = quantized
+    report = qapply.report()
+    assert [row["name"] for row in report.rows] == [*SITES, "embed:1", "embed"]
+    assert {row["status"] for row in report.rows} == {"int8"}
+    assert {row["mode"] for row in report.rows} == {f"int{bits} weights"}
+    entry = f"int{bits}"
+    weights = [qparams["params"][n][k] for n, k in [*((n, "w") for n in SITES), ("embed", "table")]]
+    assert all(set(weight) == {entry, "scale"} for weight in weights)  # a tied one is stored once
+    assert all(w[entry].dtype == (jnp.int8 if bits == 8 else jnp.uint8) for w in weights)
+    assert report.summary["bytes_after"] == sum(x.nbytes for w in weights for x in w.values())
+    assert qparams["sites"] == qparams["tensors"] == {}
+
+
+def test_four_bits_take_half_the_bytes():
+    params, x = {"w": networks.images(0, (256, 64))}, jax.ShapeDtypeStruct((1, 256), jnp.float32)
+    _, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, bits=4, group_size=128)
+    summary = qapply.report().summary
+    assert summary["bytes_before"] == 256 * 64 * 4
+    assert summary["bytes_after"] == 256 * 64 // 2 + 2 * 64 * 4
+
+
+def test_an_index_out_of_range_gives_nan_as_in_float():
+    params, ids = {"table": networks.images(0, (4, 3))}, jnp.array([1, 9])
+    qparams, qapply = jaxquant.quant_weights(
+        params, lambda p, i: jnp.take(p["table"], i, axis=0), ids[:1], bits=4
+    )
+    found = qapply(qparams, ids)
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+
+
+def test_bfloat16_jit_and_vmap():
+    params = {"w": networks.images(0, (9, 4)).astype(jnp.bfloat16)}
+    x = networks.images(1, (3, 9)).astype(jnp.bfloat16)
+    qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x)
+    found = jax.jit(jax.vmap(lambda v: qapply(qparams, v)))(x)
+    assert found.dtype == jnp.bfloat16
+    expected = x.astype(jnp.float32) @ params["w"].astype(jnp.float32)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.1)
+
+
+def test_what_runs_on_the_weight_is_float():
+    """No integer reaches a dot: the weight is what is stored, the operation is the model's."""
+    params, x = {"w": networks.images(0, (9, 4))}, networks.images(1, (3, 9))
+    qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, bits=4)
+    text = str(jax.make_jaxpr(qapply)(qparams, x))
+    assert "dot_general" in text
+    assert "i32[3,4] = dot_general" not in text
+    assert "f32[3,4] = dot_general" in text
