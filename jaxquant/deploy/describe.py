@@ -154,11 +154,10 @@ class _Describer:
             return True
         if var in self._graph.leaves or set(self._graph.sources(var)) & set(self._graph.leaves):
             return False
-        shapes = [
-            self._graph.shape(v)
-            for eqn in ir.walk_back(self._graph, [var])
-            for v in (*eqn.input_vars, *eqn.outputs)
-        ]
+        behind = list(ir.walk_back(self._graph, [var]))
+        if any(eqn.name == "dim_as_value" for eqn in behind):  # a size that varies
+            return False
+        shapes = [self._graph.shape(v) for eqn in behind for v in (*eqn.input_vars, *eqn.outputs)]
         known = all(isinstance(size, int) for shape in shapes for size in shape)
         return known and math.prod(self._graph.shape(var)) <= MAX_CONSTANT
 

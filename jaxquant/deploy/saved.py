@@ -67,6 +67,7 @@ def save_quantized_model(
       >>> qparams, qapply = jaxquant.load_quantized_model(path)
       >>> qapply(qparams, jnp.ones((1, 4))).tolist()
       [[1.0, 1.0, 1.0, 1.0]]
+      >>> folder.cleanup()
     """
     plain, artifact = make_artifact(qparams, qapply, shapes)
     network = json.dumps(dataclasses.asdict(artifact.network), separators=(",", ":"))

@@ -42,6 +42,7 @@ def export_stablehlo(
       (('cpu', 'cuda', 'tpu'), 'float32[batch,4]')
       >>> exported.call(qparams, jnp.ones((3, 4))).shape
       (3, 4)
+      >>> folder.cleanup()
     """
     _, artifact = make_artifact(qparams, qapply, shapes)
     atomic.write_file(path, [artifact.program])

@@ -30,10 +30,10 @@ def make_grid(threshold: float, low: float, high: float, asymmetric: bool = True
       asymmetric: False for zero point 0 always; else it is 0 where another gains little.
 
     Example:
-      >>> make_grid(2.55, 0.0, 3.0)
-      Grid(scale=0.01, zero_point=-128)
-      >>> make_grid(1.27, -1.27, 1.0)
-      Grid(scale=0.01, zero_point=0)
+      >>> make_grid(255.0, 0.0, 300.0)
+      Grid(scale=1.0, zero_point=-128)
+      >>> make_grid(127.0, -127.0, 100.0)
+      Grid(scale=1.0, zero_point=0)
     """
     if threshold <= 0:
         return Grid(1.0, 0)

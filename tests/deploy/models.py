@@ -15,9 +15,10 @@ SHAPE = (4, 8, 8, 3)
 def small(full=False, seed=0):
     """`(qparams, qapply)` of `plain_net`."""
     batch = images(seed, SHAPE)
-    return jaxquant.quant_post(
+    qparams, qapply = jaxquant.quant_post(
         plain_params(seed), plain_net, [batch], is_full_quantize=full, progress=False
     )
+    return qparams, qapply.with_backend("xla")  # as an exported program runs
 
 
 @functools.cache

@@ -14,9 +14,16 @@ import jaxquant
 from jaxquant.deploy.saved import FORMAT
 from jaxquant.files import safetensors as container
 from jaxquant.files.safetensors import FileError
+from tests import networks
 from tests.deploy.models import SHAPE, same_bits, small, small_file
 from tests.files.test_safetensors import header_of, reseal
-from tests.networks import LinenNet, images, linen_variables, plain_params, quantize
+from tests.networks import LinenNet, images, linen_variables, plain_params
+
+
+def quantize(*args, **config):
+    """Run by XLA, as a saved program is."""
+    qparams, qapply = networks.quantize(*args, **config)
+    return qparams, qapply.with_backend("xla")
 
 
 def round_trip(path, qparams, qapply, **options):

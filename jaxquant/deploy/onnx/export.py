@@ -66,6 +66,7 @@ def export_onnx(
       ...     params, apply_fn, [jnp.ones((2, 4))], algo="abs_max", progress=False)
       >>> folder = tempfile.TemporaryDirectory()
       >>> jaxquant.export_onnx(f"{folder.name}/model.onnx", qparams, qapply)
+      >>> folder.cleanup()
     """
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")

@@ -251,7 +251,7 @@ def test_bfloat16_models_compute_in_float32(tmp_path):
 
 def test_several_sizes_that_vary(tmp_path):
     def apply_fn(p, x):
-        y = jax.nn.relu(conv_net(p, x)).mean((1, 2), keepdims=True)
+        y = jax.nn.relu(conv_net(p, x)).sum((1, 2), keepdims=True)
         return x + jnp.broadcast_to(y, x.shape)
 
     params = {"w": weights(3, 3, 4, 4)}
