@@ -120,7 +120,7 @@ def test_the_step_compiles_once_per_input_shape():
 
 
 def test_the_state_does_not_grow_with_the_number_of_samples():
-    """All that is kept between batches: the state, the flags of one batch and at most 64 samples."""
+    """What is kept between batches: the state, the flags of one batch, at most 64 samples."""
     sweep = Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
     held = []
     for batch in data(4, 4, 4, 4):
