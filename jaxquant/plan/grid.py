@@ -32,7 +32,7 @@ def make_grid(threshold: float, low: float, high: float, asymmetric: bool = True
     Example:
       >>> make_grid(255.0, 0.0, 300.0)
       Grid(scale=1.0, zero_point=-128)
-      >>> make_grid(127.0, -127.0, 100.0)
+      >>> make_grid(127.0, -127.0, 110.0)
       Grid(scale=1.0, zero_point=0)
     """
     if threshold <= 0:
