@@ -83,6 +83,7 @@ def save_observations(path: str | os.PathLike[str], observations: Observations) 
       >>> qparams, qapply = jaxquant.quantize(params, apply_fn, path, algo="mse")
       >>> jaxquant.load_observations(path).tensors["w/input"].count
       8
+      >>> folder.cleanup()
     """
     if observations.origin is None:
         raise ValueError("these observations do not say what they are of; make them with calibrate")
