@@ -190,7 +190,7 @@ def _quantize(
     sqnr, output_sqnr = _measured(program, params, qparams, inputs)
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
     warn_if_poor(report)
-    return qparams, QuantizedApply(apply_fn, plan, params, report)
+    return qparams, QuantizedApply(apply_fn, plan, params, report, inputs)
 
 
 def _measured(

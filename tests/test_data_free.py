@@ -226,3 +226,15 @@ def test_control_flow_stays_float_and_is_reported():
     assert found["stack"]["mode"] == "float"
     assert "control flow" in found["stack"]["reason"]
     assert found["w"]["mode"] == "int8 (dynamic)"
+
+
+@both
+def test_saved_and_loaded(quantize, tmp_path):
+    qparams, qapply = quantize(DENSE, dense, X)
+    expected = qapply(qparams, X[:3])
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    loaded, load_apply = jaxquant.load_quantized_model(tmp_path / "model")
+    np.testing.assert_allclose(load_apply(loaded, X[:3]), expected, rtol=0, atol=1e-5)
+    assert load_apply.plan == qapply.plan
+    with pytest.raises(ValueError, match="ONNX export covers"):
+        jaxquant.export_onnx(tmp_path / "model.onnx", qparams, qapply)

@@ -138,7 +138,8 @@ def test_text(report):
     assert lines[4].endswith("'matmul' is not in quantizable_op_type")
     assert "2 sites int8, 2 float: matmul 0 (+1 float), mul 2 (+1 float)." in lines
     assert "Tensors between them: 1 int8, 3 float:" in lines
-    assert any(line.startswith("Parameters: 260 bytes before") for line in lines)
+    assert lines[-2].startswith("Parameters: 260 bytes before")
+    assert lines[-1].startswith("On CPU the int8 convolutions and dots are run by: ")
     assert repr(report) == text
     # The columns are aligned: every one begins or ends where its rule does.
     ends = [i for i, c in enumerate(lines[1]) if c == "-" and lines[1][i + 1 : i + 2] in ("", " ")]

@@ -17,6 +17,7 @@ from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.files import atomic
+from jaxquant.modes import STATIC
 
 OPSETS = range(13, 24)
 RUNTIMES = ("any", "onnxruntime")
@@ -72,6 +73,11 @@ def export_onnx(
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
+    if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
+        raise ValueError(
+            "ONNX export covers models whose tensors have scales of their own, as quant_post makes "
+            f"them; this one is {qapply.plan.mode!r}. Use jaxquant.export_stablehlo"
+        )
     builder = Builder(opset)
     plain, artifact = make_artifact(qparams, qapply, shapes)
     arrays = {**tree.flatten(plain), **artifact.constants}
