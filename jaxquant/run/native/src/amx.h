@@ -88,39 +88,31 @@ inline void multiply(const uint8_t* a, const uint8_t* b, ptrdiff_t stride, const
   }
 }
 
-// The `plain` epilogue of one segment: [height][NR][16] sums to bytes.
-template <int NR, bool kClamps>
-void store_plain(const int32_t* sums, int64_t height, int64_t at, const Block& block,
-                 const Epilogue& epilogue, const VectorEpilogue& vector) {
-  __m512 multiplier[NR], bias[NR];
+// The epilogue of one segment, [height][NR][16] sums.
+template <int NR, bool kClamps, bool kPlain>
+void finish(const int32_t* sums, int64_t height, int64_t at, const Block& block,
+            const SumsEpilogue& given) {
+  const SumsEpilogue epilogue = given;  // its own, so that it stays in registers
+  Lanes lanes[NR];
   __m512i init[NR];
-  __mmask16 mask[NR];
   for (int r = 0; r < NR; ++r) {
-    const int64_t left = std::max<int64_t>(0, block.channels - 16 * r);
-    const int64_t c = block.channel + 16 * r;
-    mask[r] = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
-    multiplier[r] = _mm512_maskz_loadu_ps(mask[r], epilogue.multiplier + c);
-    bias[r] = epilogue.bias ? _mm512_maskz_loadu_ps(mask[r], epilogue.bias + c)
-                            : _mm512_setzero_ps();
+    lanes[r] = epilogue.lanes(block.channel + 16 * r, block.channels - 16 * r);
     init[r] = _mm512_loadu_si512(block.init + 16 * r);
   }
-  const __m512i zero_point = _mm512_set1_epi32(epilogue.zero_point + epilogue.out_flip);
-  int8_t* out = epilogue.out_q + at + block.channel;
-  for (int64_t i = 0; i < height; ++i, out += block.pixel) {
+  for (int64_t i = 0; i < height; ++i, at += block.pixel) {
 #pragma GCC unroll 2
     for (int r = 0; r < NR; ++r) {
       const __m512i sum =
           _mm512_add_epi32(_mm512_load_si512(sums + 16 * (NR * i + r)), init[r]);
-      const __m512i q = vector.apply<kClamps>(sum, multiplier[r], bias[r], zero_point);
-      _mm512_mask_cvtepi32_storeu_epi8(out + 16 * r, mask[r], q);
+      if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, lanes[r], at);
+      else epilogue.store(sum, lanes[r], at);
     }
   }
 }
 
 template <bool kSigned, int NR>
 void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& runs,
-              const Block& block, const int8_t* tails, const Epilogue& epilogue,
-              const VectorEpilogue& vector) {
+              const Block& block, const int8_t* tails, const SumsEpilogue& epilogue) {
   memory_is_read(tails);
   _tile_zero(0);
   _tile_zero(1);
@@ -143,17 +135,9 @@ void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& 
   for (int s = 0; s < 2; ++s) {
     const int64_t at = s ? s1.out : s0.out;
     if (s && s1.out == s0.out) break;  // an odd segment is its own partner
-    if (epilogue.plain()) {
-      if (vector.clamps) store_plain<NR, true>(sums[s], height, at, block, epilogue, vector);
-      else store_plain<NR, false>(sums[s], height, at, block, epilogue, vector);
-      continue;
-    }
-    for (int64_t i = 0; i < height; ++i) {
-      int32_t* values = sums[s] + i * NR * 16;
-      for (int c = 0; c < NR * 16; ++c) values[c] += block.init[c];
-      const int64_t first = at + i * block.pixel + block.channel;
-      epilogue.apply(values, block.channel, block.channels, first);
-    }
+    if (!epilogue.plain) finish<NR, true, false>(sums[s], height, at, block, epilogue);
+    else if (epilogue.clamps) finish<NR, true, true>(sums[s], height, at, block, epilogue);
+    else finish<NR, false, true>(sums[s], height, at, block, epilogue);
   }
 }
 

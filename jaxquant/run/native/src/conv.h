@@ -17,8 +17,7 @@ class Product {
  public:
   Product(const PackedMatrix& layout, const int8_t* packed, const Epilogue& epilogue,
           int64_t outputs, int32_t zero_point)
-      : layout_(layout), packed_(packed), epilogue_(epilogue), vector_(epilogue),
-        outputs_(outputs), init_(layout.groups * layout.padded_out() + kBlock) {
+      : layout_(layout), packed_(packed), epilogue_(epilogue), outputs_(outputs), init_(layout.groups * layout.padded_out() + kBlock) {
     const int32_t* sums = layout.sums(packed);
     for (int64_t i = 0; i < layout.groups * layout.padded_out(); ++i)
       init_[i] = int32_t(0u - uint32_t(zero_point) * uint32_t(sums[i]));
@@ -40,12 +39,11 @@ class Product {
     if (has_amx()) return run_amx(segments, height, runs, group, first, last, is_signed);
 #endif
     (void)is_signed;
-    const bool plain = epilogue_.plain();
     for (int64_t b = first; b < last; ++b) {
-      const Tile tile = find_tile(height, wide(b), plain, vector_.clamps);
+      const Tile tile = find_tile(height, wide(b), epilogue_);
       const Block block = block_at(group, b);
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        tile(s0, s1, runs, block, epilogue_, vector_);
+        tile(s0, s1, runs, block, epilogue_);
       });
     }
   }
@@ -65,7 +63,7 @@ class Product {
                                 : (is_signed ? amx_tile<true, 1> : amx_tile<false, 1>);
       copy_tails(runs, block.weights, wide(b) ? 128 : 64, tails);
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        tile(s0, s1, height, runs, block, tails.data(), epilogue_, vector_);
+        tile(s0, s1, height, runs, block, tails.data(), epilogue_);
       });
     }
   }
@@ -85,8 +83,7 @@ class Product {
 
   PackedMatrix layout_;
   const int8_t* packed_;
-  Epilogue epilogue_;
-  VectorEpilogue vector_;
+  SumsEpilogue epilogue_;
   int64_t outputs_;
   std::vector<int32_t> init_;
 };
