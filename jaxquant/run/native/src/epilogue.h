@@ -42,6 +42,10 @@ struct Epilogue {
   int32_t q_min = -128, q_max = 127;
   uint8_t out_flip = 0;
 
+  // Read and written for one sum.
+  int64_t bytes() const {
+    return (out_f ? 4 : 0) + (out_q ? 1 : 0) + (residual_f ? 4 : 0) + (residual_q ? 1 : 0);
+  }
   // An int8 output and nothing else: the form that the kernels keep in registers.
   bool plain() const { return out_q && !out_f && !residual_q && !residual_f; }
 
@@ -77,6 +81,8 @@ class SumsEpilogue {
         residual_flip_(_mm_set1_epi8(char(e.residual_flip))),
         // Of a sum the lowest byte is kept, so adding 128 flips the bit that uint8 has flipped.
         zero_point_(_mm512_set1_epi32(e.zero_point + e.out_flip)) {}
+
+  int64_t bytes() const { return e_.bytes(); }
 
   // Channels [c, c + 16), of which `n` are there.
   Lanes lanes(int64_t c, int64_t n) const {
@@ -148,6 +154,7 @@ class SumsEpilogue {
   const bool plain, clamps = true;
 
   explicit SumsEpilogue(const Epilogue& e) : plain(e.plain()), e_(e) {}
+  int64_t bytes() const { return e_.bytes(); }
 
   // `n` sums of one output pixel, for the channels from `c`; `at` is where its channel 0 is in the
   // output.
