@@ -19,6 +19,7 @@ from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
+from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.graph.trace import trace
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
@@ -187,7 +188,13 @@ class Sweep:
             )
         leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
         needed = list(ir.walk_back(graph, list(tensors.values())))
-        env = evaluate.evaluate(graph, leaves, jax.tree.leaves(inputs), equations=needed)
+        env = evaluate.evaluate(
+            graph,
+            leaves,
+            jax.tree.leaves(inputs),
+            equations=needed,
+            replace=fast_convolutions(graph),
+        )
         seen = _stack([histogram.observe(env.read(var), batch) for var in tensors.values()])
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
         if self._observer is not None:

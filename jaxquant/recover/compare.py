@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, sites
+from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.graph.primitives import Channels
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import activation_equations
@@ -95,7 +96,7 @@ class Comparison:
     def _compare(self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array) -> Measured:
         graph = self._program.graph
         leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        reference = evaluate.evaluate(graph, leaves, flat)
+        reference = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
         shifts: dict[str, Shift] = {}
 
         def corrected(site: Int8Site, value: jax.Array) -> jax.Array:
