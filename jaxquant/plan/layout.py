@@ -5,12 +5,13 @@
     "params":  the parameters, under their own paths.  A leaf that only int8 sites read is replaced
                by {"int8": [...], "scale": [C] or []}, in the layout that the operation uses; one
                that is read in float too keeps its array beside them as "float".  A leaf that is
-               no longer read is left out.
+               no longer read is left out.  A weight behind an equalized tensor is the parameter
+               times the tensor's equalization.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
                bias takes away what the zero point of the input adds to every sum.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get
-               the float back.
+               the float back.  Those of an equalized tensor are arrays that broadcast against it.
 """
 
 from __future__ import annotations

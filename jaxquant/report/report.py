@@ -45,7 +45,8 @@ class Report:
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
-        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type.
+        calibration batch), bytes_before, bytes_after, algo, weight_quantize_type,
+        recovery (step -> what it did).
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -117,6 +118,9 @@ class Report:
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
             f"algo={s['algo']}, weights {s['weight_quantize_type']}."
         )
+        if s["recovery"]:
+            did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
+            lines.append(f"Recovery: {did}.")
         return "\n".join(lines)
 
 
@@ -127,6 +131,7 @@ def make_report(
     qparams: Any,
     sqnr: Mapping[str, float],
     output_sqnr: float | None,
+    recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
     thresholds = {t.group: t.threshold for t in plan.tensors}
@@ -163,6 +168,7 @@ def make_report(
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
         "weight_quantize_type": plan.weight_quantize_type,
+        "recovery": dict(recovery),
     }
     return Report(rows, tensors, summary)
 

@@ -90,7 +90,7 @@ class Program:
             if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
                 operands, zero_points = operands * 2, zero_points * 2
             value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
-        return _epilogue(int8_site, value, qparams["sites"][site.name])
+        return epilogue(int8_site, value, qparams["sites"][site.name])
 
     def _with_computed_weight(
         self, site: Site, eqn: ir.Equation, x: jax.Array, zero_point: int, env: evaluate.Environment
@@ -108,7 +108,8 @@ class Program:
         return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
 
 
-def _epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+def epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The output of a site from its accumulator as float32."""
     for eqn in site.epilogue.movements:
         (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
     channels = site.epilogue.channels
