@@ -31,8 +31,8 @@ from jaxquant.recover.compare import shift_of
 STEPS = 500
 SECONDS = 60.0  # a site; what is learned by then is hardened
 BATCH = 256  # positions a step
-RATE = 1e-2
-WEIGHT = 1.0  # λ
+RATE = 3e-2
+WEIGHT = 3.0  # λ
 WARM_UP = 0.2  # of the steps, without the second term
 _CHUNK = 50  # steps between looks at the clock
 _BETA = (20.0, 2.0)
