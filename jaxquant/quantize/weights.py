@@ -64,7 +64,7 @@ def quantize_params(
         arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
         qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
-        scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.float64(1)))
+        scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.ones(())))
         qparams["tensors"][tensor.name] = {
             "scale": np.float32(scale),
             "inv_scale": np.float32(1.0 / scale),

@@ -105,16 +105,18 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
         return Learned(nearest, base, base)
     bias = train.bias + shift(train, nearest)
     run = _runner(problem.activation)
-    state = _start(problem)
-    data = (train.inputs, train.wanted, problem.down, free, problem.multiplier, bias)
-    data = tuple(map(jnp.asarray, data))
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        state = _start(problem)
+    arrays = (train.inputs, train.wanted, problem.down, free, problem.multiplier, bias)
+    data = tuple(map(jnp.asarray, arrays))
     scale = jnp.float32(len(train.inputs) / start)
     key, began = jax.random.key(seed), time.monotonic()
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
         progress = jnp.asarray((first + np.arange(count)) / steps, jnp.float32)
         keys = jax.random.split(jax.random.fold_in(key, first), count)
-        state = jax.block_until_ready(run(state, data, scale, progress, keys))
+        with jax.numpy_dtype_promotion("standard"):
+            state = jax.block_until_ready(run(state, data, scale, progress, keys))
         if time.monotonic() - began > seconds:
             break
     up = np.where(free, np.asarray(state[0]) >= 0, nearest)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.primitives import Channels, varying_axes
@@ -150,17 +151,53 @@ class Activation(NamedTuple):
             found[var] = jnp.ravel(env.wide(var))[0]
         return found
 
-    def of_rows(
-        self, value: jax.Array, graph: ir.Graph, scalars: Mapping[ir.Var, jax.Array]
-    ) -> jax.Array:
-        """The function of values in any other shape, by what `scalars` told."""
+
+class RowFunction:
+    """An activation of values in any shape, its parameters being scalars.
+
+    Two that compute the same are equal, so that what is compiled for one serves the other.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, activation: Activation, scalars: Mapping[ir.Var, np.ndarray]
+    ):
+        self._graph = graph
+        self._activation = activation
+        self._scalars = scalars
+        self._key = self._signature()
+
+    def __call__(self, value: jax.Array) -> jax.Array:
+        graph, activation = self._graph, self._activation
         inner = evaluate.Environment(graph, {}, [None] * len(graph.inputs))
-        for var, scalar in scalars.items():
-            inner.write(var, jnp.broadcast_to(scalar, value.shape if graph.shape(var) else ()))
-        inner.write(self.start, value)
-        return evaluate.run(inner, self.equations, functools.partial(evaluate.apply, inner)).wide(
-            self.end
-        )
+        for var, scalar in self._scalars.items():
+            shape = value.shape if graph.shape(var) else ()
+            inner.write(var, jnp.broadcast_to(jnp.asarray(scalar), shape))
+        inner.write(activation.start, value)
+        rule = functools.partial(evaluate.apply, inner)
+        return evaluate.run(inner, activation.equations, rule).wide(activation.end)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowFunction) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def _signature(self) -> tuple[Any, ...]:
+        local = {self._activation.start: 0}
+        lines: list[tuple[Any, ...]] = []
+        for eqn in self._activation.equations:
+            operands: list[Any] = []
+            for atom in eqn.inputs:
+                if isinstance(atom, int) and atom in local:
+                    operands.append(local[atom])
+                    continue
+                value = atom.value if isinstance(atom, ir.Literal) else self._scalars[atom]
+                rank = len(self._graph.shape(atom))
+                operands.append((np.asarray(value).dtype.name, np.asarray(value).tobytes(), rank))
+            params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
+            lines.append((eqn.name, params, tuple(operands)))
+            local.update((var, len(local)) for var in eqn.outputs)
+        return (*lines, local[self._activation.end])
 
 
 def find_activation(graph: ir.Graph, start: ir.Var) -> Activation:

@@ -181,9 +181,12 @@ def measure(
 def _channel_stats(x: jax.Array, axes: Sequence[int]) -> ChannelStats:
     x = x.astype(jnp.float32)
     rest = tuple(a for a in range(x.ndim) if a not in axes)
-    sums = [jnp.sum(v, axis=rest, keepdims=True) for v in (x**2, (x != 0).astype(jnp.float32))]
-    low, high = (f(x, axis=rest, keepdims=True, initial=0) for f in (jnp.min, jnp.max))
-    return ChannelStats(low, high, *sums, jnp.float32(x.size / max(sums[0].size, 1)))
+    square = jnp.sum(x**2, axis=rest, keepdims=True)
+    active = jnp.sum((x != 0).astype(jnp.float32), axis=rest, keepdims=True)
+    low = jnp.min(x, axis=rest, keepdims=True, initial=0)
+    high = jnp.max(x, axis=rest, keepdims=True, initial=0)
+    count = jnp.float32(x.size / max(square.size, 1))
+    return ChannelStats(low, high, square, active, count)
 
 
 def _merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import fold
 from jaxquant.quantize.weights import Equalization, equalized, quantize_weight
 from jaxquant.recover import adaround
-from jaxquant.recover.compare import Activation, find_activation
+from jaxquant.recover.compare import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product, as_numpy
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.run import int8
@@ -216,7 +215,7 @@ class _Learner:
     def _rounding(self, name: str, problem: adaround.Problem) -> Rounding:
         """From the file, or learned and put there."""
         known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
-                       np.int64([adaround.STEPS, self._correct]))  # fmt: skip
+                       np.array([adaround.STEPS, self._correct], np.int64))  # fmt: skip
         shape = problem.down.shape
         if (found := self._roundings.get(name, known, shape)) is not None:
             return found
@@ -244,7 +243,7 @@ class _Learner:
         activation, graph = self._activations[name], self._program.graph
         if not activation.equations:
             return _identity
-        return functools.partial(activation.of_rows, graph=graph, scalars=wanted.scalars)
+        return RowFunction(graph, activation, jax.device_get(wanted.scalars))
 
 
 def _identity(value: jax.Array) -> jax.Array:

@@ -61,7 +61,8 @@ CONVS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] =
     "multiplier": ((2, 5, 5, 4), 3, (3, 3, 1, 8), {"feature_group_count": 4}),
     "grouped": ((2, 5, 5, 8), 3, (3, 3, 4, 6), {"feature_group_count": 2}),
     "dilated": ((2, 7, 7, 8), 3, (3, 3, 8, 4), {"rhs_dilation": (2, 2), "strides": (2, 1)}),
-    "transposed": ((2, 4, 4, 8), 3, (3, 3, 8, 4), {"lhs_dilation": (2, 2), "padding": ((1, 2), (2, 1))}),
+    "transposed": ((2, 4, 4, 8), 3, (3, 3, 8, 4), {"lhs_dilation": (2, 2),
+                                                   "padding": ((1, 2), (2, 1))}),
 }  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def _tensors(p: Any, x: Any) -> Any:
 def test_tensors_that_cannot_be_equalized_are_left_alone(apply_fn: Any):
     x = uneven((8, 8), 1)
     params = {"w": even_outputs((8, 4), 0), "v": jnp.ones((4, 8))}
-    qparams, qapply = quantize(params, apply_fn, x, is_full_quantize=True)
+    _, qapply = quantize(params, apply_fn, x, is_full_quantize=True)
     assert not any(tensor.channels for tensor in qapply.plan.tensors)
     assert qapply.report().summary["recovery"] == {"equalization": "0 of 0 tensors"}
 
