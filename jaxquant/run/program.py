@@ -46,7 +46,9 @@ class Program:
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
-        fuse = fuse and self.mode.tensor_scales
+        # The native calls know one scale for a tensor.
+        equalized = any(tensor.channels for tensor in plan.tensors)
+        fuse = fuse and self.mode.tensor_scales and not equalized
         chains = find_chains(graph, self.binding, self.equations) if fuse else {}
         zero_points = self.binding.zero_points
         self._fused = {k: FusedCall(graph, c, zero_points) for k, c in chains.items()}
@@ -140,7 +142,7 @@ class Program:
             value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
         for scale in scales:
             value = value * scale
-        return _epilogue(int8_site, value, qparams["sites"][site.name])
+        return epilogue(int8_site, value, qparams["sites"][site.name])
 
     def _on_dequantized_weight(
         self, site: Site, qparams: Mapping[str, Any], env: evaluate.Environment
@@ -170,7 +172,8 @@ class Program:
         return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
 
 
-def _epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+def epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The output of a site from its accumulator as float32."""
     for eqn in site.epilogue.movements:
         (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
     channels = site.epilogue.channels

@@ -73,6 +73,11 @@ def export_onnx(
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
+    if getattr(qapply, "plan", None) and any(t.channels for t in qapply.plan.tensors):
+        raise ValueError(
+            "ONNX has no scale for each channel of a tensor; quantize without 'equalization' and "
+            "'smoothquant' in recover to export the model"
+        )
     if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
         raise ValueError(
             "ONNX export covers models whose tensors have scales of their own, as quant_post makes "
