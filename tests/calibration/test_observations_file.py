@@ -24,7 +24,7 @@ def apply_fn(p, inputs, scale):
 def observations():
     x = np.linspace(-1, 2, 24, dtype=np.float32).reshape(6, 4)
     item = ({"x": [x, np.arange(6, dtype=np.int32)], "none": None}, jnp.float32(2))
-    return jaxquant.calibrate(PARAMS, apply_fn, [item, item], algo="avg", progress=False)
+    return jaxquant.calibrate(PARAMS, apply_fn, [item, item], observer="avg", progress=False)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_least_error_of_all_candidates(x, levels, method):
     # The search knows the bins, so it is compared on values at their centres.
     centres = np.repeat((np.arange(2048) + 0.5) * stats.bin_width, stats.counts.astype(int))
     centres = centres[centres > stats.bin_width]
-    slack = len(centres) * stats.bin_width**2
+    slack = weight * len(centres) * stats.bin_width**2
     bins = int(np.ceil(stats.abs_max / stats.bin_width))
     tried = np.linspace(1, bins, 60) * stats.bin_width
     best = min(error(centres, t, levels, weight) for t in tried)
