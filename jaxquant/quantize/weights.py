@@ -120,6 +120,19 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
     return int8, scale.reshape(-1) if axes else scale.reshape(())
 
 
+def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """[C] or [], in the order of a weight's channels, so that it broadcasts against the weight.
+
+    Args:
+      values: one for each output channel, or one for all.
+      axes: of the weight, along its output channels.
+      shape: the weight's.
+    """
+    if values.ndim == 0:
+        return values
+    return values.reshape([shape[a] if a in axes else 1 for a in range(len(shape))])
+
+
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
 def epilogue_arrays(
     graph: ir.Graph,

@@ -34,7 +34,7 @@ from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan, TensorPlan
 from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import Equalization, quantize_weight
+from jaxquant.quantize.weights import Equalization, along_channels, quantize_weight
 from jaxquant.run.program import Program
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
@@ -228,13 +228,9 @@ class _Reader(NamedTuple):
         scaled = weight * self.along(factors)
         per_channel = self.plan.weight_quantize_type == "channel_wise_abs_max"
         int8, scale = quantize_weight(scaled, axes if per_channel else ())
-        laid = [1] * weight.ndim
-        for axis in axes:
-            laid[axis] = weight.shape[axis]
-        scale = scale.reshape(laid) if per_channel else scale
-        off = (scaled - int8 * scale) / self.along(factors)
+        off = (scaled - int8 * along_channels(scale, axes, weight.shape)) / self.along(factors)
         terms = weight**2 * self.along(noise) + off**2 * self.along(power)
-        return float(np.sum(terms * self.gains.reshape(laid) ** 2))
+        return float(np.sum(terms * along_channels(self.gains, axes, weight.shape) ** 2))
 
 
 def _gains(program: Program, site: Site, target: Target, qparams: Any) -> np.ndarray:

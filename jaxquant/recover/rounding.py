@@ -24,14 +24,17 @@ from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import Equalization, equalized, quantize_weight
+from jaxquant.quantize.weights import (
+    Equalization,
+    along_channels,
+    equalized,
+    quantize_weight,
+)
 from jaxquant.recover import adaround
 from jaxquant.recover.compare import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product, as_numpy
 from jaxquant.recover.roundings import Rounding, Roundings, digest
-from jaxquant.run import int8
-from jaxquant.run.program import Program, epilogue
-from jaxquant.run.quantized import QuantizedTensors
+from jaxquant.recover.walk import Walk
 
 POSITIONS = 4096  # of a site's output, at most
 _FEWEST = 8  # positions to learn from
@@ -88,11 +91,11 @@ def _ticks(total: int, progress: bool) -> Any:
 
 def _joined(
     apply_fn: Callable[..., Any], plan: Plan, params: Any, examples: Sequence[tuple[Any, ...]]
-) -> tuple[Any, Program]:
+) -> tuple[Any, Walk]:
     """All examples as one batch, and the program for it."""
 
-    def program(inputs: Any) -> Program:
-        return Program(trace(apply_fn, params, inputs), plan, params)
+    def program(inputs: Any) -> Walk:
+        return Walk(trace(apply_fn, params, inputs), plan, params)
 
     lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
     if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:
@@ -107,7 +110,7 @@ def _joined(
 class _Learner:
     def __init__(
         self,
-        program: Program,
+        program: Walk,
         plan: Plan,
         params: Any,
         equalization: Equalization,
@@ -157,7 +160,7 @@ class _Learner:
                 self._learn_site(int8_site, x, zero, wanted[name], qparams)
             next(self._ticks, None)
 
-        _Walk(self._program, weigh).run(qparams, [jnp.asarray(x) for x in flat])
+        self._program.walk(qparams, [jnp.asarray(x) for x in flat], weigh)
         return qparams, self.outcomes
 
     def _reference(self, params: Any, flat: list[Any]) -> dict[str, Wanted]:
@@ -230,8 +233,7 @@ class _Learner:
         axes = channel_axes(graph, site, graph.equations[site.equation])
         per_channel = self._plan.weight_quantize_type == "channel_wise_abs_max"
         scale = quantize_weight(weight, axes if per_channel else ())[1]
-        shape = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
-        return weight / (scale.reshape(shape) if per_channel else scale), scale
+        return weight / along_channels(scale, axes, weight.shape), scale
 
     def _input_scale(self, site: Any) -> float:
         name = self._program.binding.scales[site.operands[0]]
@@ -265,65 +267,3 @@ def _column_sums(matrix: np.ndarray) -> np.ndarray:
 
 def _copy(tree: Any) -> Any:
     return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
-
-
-class _Walk(Program):
-    """The program equation by equation; shows the input of every site with a stored weight.
-
-    What no later equation reads is forgotten, so that whole batches fit.
-    """
-
-    def __init__(self, program: Program, weigh: Callable[[Int8Site, jax.Array, int], None]):
-        self.__dict__.update(program.__dict__)
-        self._weigh = weigh
-        self._last = self._last_reads()
-        self._dropped: set[ir.Var] = set()
-
-    def _accumulate(
-        self,
-        int8_site: Int8Site,
-        qparams: Mapping[str, Any],
-        env: evaluate.Environment,
-        quantized: QuantizedTensors,
-    ) -> jax.Array:
-        self._forget(env, self.graph.producer[int8_site.epilogue.output].index)
-        site = int8_site.site
-        if site.name not in self.slots:
-            return super()._accumulate(int8_site, qparams, env, quantized)
-        eqn, var = self.graph.equations[site.equation], site.operands[0]
-        x, zero = quantized.int8(var), quantized.zero_point(var)
-        self._weigh(int8_site, x, zero)
-        weight = layout.get(qparams["params"], self.slots[site.name].int8)
-
-        @jax.jit
-        def accumulate(x: jax.Array, weight: jax.Array, arrays: Any) -> jax.Array:
-            operands = [x, weight] if site.weight_position else [weight, x]
-            value = int8.accumulate(eqn, operands, [zero]).astype(jnp.float32)
-            return epilogue(int8_site, value, arrays)
-
-        return accumulate(x, weight, qparams["sites"][site.name])
-
-    def _last_reads(self) -> dict[ir.Var, int]:
-        """Tensor -> the index of the last equation that may read its float value."""
-        graph, forms = self.graph, self.binding.forms
-        last: dict[ir.Var, int] = {}
-        for eqn in self.equations:
-            site = self._by_index.get(eqn.index)
-            stack = [*(site.site.operands if site else eqn.input_vars)]
-            if site and site.site.weight is not None:
-                stack.append(site.site.weight)
-            if eqn.index in self.binding.selects:
-                stack += eqn.outputs
-            while stack:
-                var = stack.pop()
-                last[var] = max(last.get(var, -1), eqn.index)
-                source = graph.producer.get(var)
-                if source is not None and source.index in forms.moves:
-                    stack += source.input_vars  # the int8 form is made when it is first read
-        return last
-
-    def _forget(self, env: evaluate.Environment, now: int) -> None:
-        for var, index in self._last.items():
-            if index < now and var not in self._dropped and var not in self.graph.output_vars:
-                env.drop(var)
-                self._dropped.add(var)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxquant.files import atomic
 
 _PREFIX = "site:"
 _DIGEST, _ERRORS = 32, 16  # bytes
@@ -52,14 +55,10 @@ class Roundings:
         self._records[name] = np.concatenate(
             [np.frombuffer(digest, np.uint8), errors.view(np.uint8), np.packbits(rounding.up)]
         )
+        buffer = io.BytesIO()
+        np.savez(buffer, **{_PREFIX + k: v for k, v in self._records.items()})  # type: ignore[arg-type]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, **{_PREFIX + k: v for k, v in self._records.items()})  # type: ignore[arg-type]
-            os.replace(partial, self._path)
-        finally:
-            partial.unlink(missing_ok=True)
+        atomic.write_file(self._path, [buffer.getvalue()])
 
 
 def digest(*arrays: np.ndarray) -> bytes:
@@ -73,10 +72,11 @@ def digest(*arrays: np.ndarray) -> bytes:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not all(key.startswith(_PREFIX) for key in file.files):
+        # np.load leaves a damaged file open where it opened it itself
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as records:
+            if not all(key.startswith(_PREFIX) for key in records.files):
                 raise ValueError("it holds other arrays")
-            return {key[len(_PREFIX) :]: file[key] for key in file.files}
+            return {key[len(_PREFIX) :]: records[key] for key in records.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise ValueError(
             f"recovery_file={str(path)!r} is not a file of learned roundings ({error}); delete it "

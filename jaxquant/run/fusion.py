@@ -34,7 +34,8 @@ class Chain:
       residual: the tensor that is added; None without an addition.
       residual_int8: True where its int8 form is what is added.
       float_out: True where the output is read in float.
-      int8_out: True where the output is quantized.
+      int8_out: True where the output is quantized.  Not so for an equalized one: the calls know
+        one scale for a tensor, so it leaves as float and is quantized behind the call.
     """
 
     site: Int8Site
@@ -113,14 +114,16 @@ def _follow(
         if (bounds := _clamp_of(graph, eqn, current)) is not None:
             clamps[-1] = _after(clamps[-1], bounds)
         elif residual is None and (added := _added(graph, eqn, current)) is not None:
-            reads_int8 = eqn.index in binding.forms.reads_int8
-            residual, residual_int8 = added, reads_int8 and added in binding.forms.int8
+            reads_int8 = eqn.index in binding.forms.reads_int8 and added in binding.forms.int8
+            if reads_int8 and added in binding.per_channel:
+                break
+            residual, residual_int8 = added, reads_int8
             clamps.append(NO_CLAMP)
         else:
             break
         members.append(eqn.index)
         current = eqn.outputs[0]
-    int8_out = current in binding.names
+    int8_out = current in binding.names and current not in binding.per_channel
     return Chain(
         site,
         current,

@@ -46,9 +46,7 @@ class Program:
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
-        # The native calls know one scale for a tensor.
-        equalized = any(tensor.channels for tensor in plan.tensors)
-        fuse = fuse and self.mode.tensor_scales and not equalized
+        fuse = fuse and self.mode.tensor_scales
         chains = find_chains(graph, self.binding, self.equations) if fuse else {}
         zero_points = self.binding.zero_points
         self._fused = {k: FusedCall(graph, c, zero_points) for k, c in chains.items()}

@@ -95,8 +95,6 @@ class QuantizedApply:
     def backend(self) -> Backend:
         if self._backend == "xla":
             return Backend("xla", "chosen")
-        if any(tensor.channels for tensor in self.plan.tensors):
-            return Backend("xla", "equalized tensors have a scale for each channel")
         if not MODES[self.plan.mode].tensor_scales:
             return Backend("xla", "the native kernels take scales that are known beforehand")
         if jax.default_backend() != "cpu":

@@ -176,6 +176,17 @@ def test_every_kind_of_site_is_learned_and_hardened(learned: Any):
     assert changed > 10
 
 
+def test_a_saved_model_gives_the_same_bits(learned: Any, tmp_path):
+    x = network()[2]
+    qparams, qapply = list(learned.values())[1]
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "model")
+    assert apply.plan == qapply.plan
+    jax.tree.map(np.testing.assert_array_equal, loaded, qparams)
+    want = qapply.with_backend("xla")(qparams, x[:5])  # as an exported program runs
+    np.testing.assert_array_equal(apply(loaded, x[:5]), want)
+
+
 def test_the_whole_network_gains_on_other_samples(learned: Any):
     params, apply_fn, x = network()
     want = np.asarray(apply_fn(params, x[32:]))
@@ -186,7 +197,7 @@ def test_the_whole_network_gains_on_other_samples(learned: Any):
 def test_the_zero_points_part_of_the_bias_follows_the_weights():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)}
-    x = np.abs(correlated((64, 32)))  # zero point -128
+    x = np.abs(correlated((512, 32)))  # zero point -128
     qparams, qapply = jaxquant.quant_post(
         params, lambda p, x: x @ p["w"], [x], recover=("adaround",), **OPTIONS
     )

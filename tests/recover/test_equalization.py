@@ -14,6 +14,7 @@ import jaxquant
 from jaxquant.graph.trace import trace
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan
+from jaxquant.run import native
 from tests import reference
 
 EQUALIZE = ("equalization",)
@@ -79,7 +80,8 @@ def test_a_convolution_equals_numpy_exactly(name: str, never_negative: bool):
     def apply_fn(p: Any, x: Any) -> Any:
         return conv(x, p["w"], **options)
 
-    qparams, qapply = quantize(params, apply_fn, x)
+    kinds = ("conv2d", "depthwise_conv2d", "conv2d_transpose")  # the last is not among the defaults
+    qparams, qapply = quantize(params, apply_fn, x, quantizable_op_type=kinds)
     (tensor,) = qapply.plan.tensors
     assert tensor.channels == (axis,)
     assert tensor.zero_point == (-128 if never_negative else 0)
@@ -137,8 +139,9 @@ def test_a_dot_equals_numpy_exactly(spec, shape, weight, axes):
     qparams, qapply = quantize({"w": jnp.asarray(w)}, apply_fn, x)
     (tensor,) = qapply.plan.tensors
     assert tensor.channels == axes
-    entry = qparams["tensors"]["w/input"]
-    integers = np.clip(np.rint(x * np.asarray(entry["inv_scale"])), -127, 127)
+    entry, zero = qparams["tensors"]["w/input"], tensor.zero_point
+    integers = np.rint(x * np.asarray(entry["inv_scale"])) + zero
+    integers = np.clip(integers, -128 if zero else -127, 127) - zero
     e = np.broadcast_to(np.asarray(entry["scale"], np.float64) / tensor.scale, [
         s if a in axes else 1 for a, s in enumerate(shape)])  # fmt: skip
     letters = (spec.split("->")[0].split(",")[1 if swapped else 0],
@@ -264,6 +267,49 @@ def test_other_batch_sizes_vmap_and_the_plans_json():
     single = jax.vmap(lambda row: qapply(qparams, row[None])[0])(x)
     np.testing.assert_allclose(single, whole, rtol=1e-6)
     assert Plan.from_json(qapply.plan.to_json()) == qapply.plan
+
+
+def _residual_net(p: Any, x: Any) -> Any:
+    """A depthwise block with a residual: all that the native calls fuse."""
+    y = jnp.clip(conv(x, p["expand"]), 0, 6)
+    y = jnp.clip(conv(y, p["depthwise"], feature_group_count=16), 0, 6)
+    return jax.nn.relu(conv(y, p["project"]) + x).mean((1, 2)) @ p["head"]
+
+
+def _residual_params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(3)
+    shapes = {"expand": (1, 1, 8, 16), "depthwise": (3, 3, 1, 16), "project": (1, 1, 16, 8)}
+    params = {k: rng.normal(size=s) * np.logspace(-1, 0.5, s[-1]) for k, s in shapes.items()}
+    params["head"] = rng.normal(size=(8, 4))
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_native_kernels_agree_with_xla(full: bool):
+    ok, reason = native.available()
+    if not ok:
+        pytest.skip(reason)
+    x = uneven((8, 6, 6, 8), 3)
+    qparams, qapply = quantize(_residual_params(), _residual_net, x, is_full_quantize=full)
+    assert sum(bool(tensor.channels) for tensor in qapply.plan.tensors) >= 2
+    assert qapply.backend.name == "native"
+    want = np.asarray(qapply.with_backend("xla")(qparams, x), np.float64)
+    for arrays in (qparams, qapply.prepare(qparams)):
+        off = want - np.asarray(qapply(arrays, x), np.float64)
+        # A float that the kernels round otherwise in its last bit may be the next integer.
+        assert (off**2).sum() < 1e-5 * (want**2).sum()
+
+
+@pytest.mark.parametrize("recover", [EQUALIZE, ("smoothquant", "bias_correction")])
+def test_a_saved_model_gives_the_same_bits(recover: Any, tmp_path):
+    x = uneven((8, 6, 6, 8), 3)
+    qparams, qapply = quantize(_residual_params(), _residual_net, x, recover=recover)
+    qapply = qapply.with_backend("xla")  # as an exported program runs
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "model")
+    assert apply.plan == qapply.plan
+    jax.tree.map(np.testing.assert_array_equal, loaded, qparams)
+    np.testing.assert_array_equal(apply(loaded, x[:3]), qapply(qparams, x[:3]))
 
 
 def test_the_order_in_which_steps_are_named_does_not_matter():
