@@ -4,78 +4,56 @@ x · W = (x / e) · (e W) for any e > 0 per input channel.  An int8 tensor that 
 dots with a stored weight read is divided by e as it is quantized (its scale becomes a vector), and
 the weights are multiplied by e before they are quantized.  Nothing is said of the activation before
 the tensor, since no parameter in front of it changes: ReLU, ReLU6 and all others are handled alike.
-Depthwise and grouped convolutions are too; for a depthwise one e ends in the weight's scales.
+Depthwise and grouped convolutions are too; for a depthwise one e ends in the weight's scales, so
+that it is a scale of the activations for each group.
 
 "equalization" is the cross-layer equalization of M. Nagel et al., Data-Free Quantization through
 Weight Equalization and Bias Correction, 2019, e = r^α / w^(1-α) with α = 1/2, r the channel's range
 and w the largest magnitude of its weights.  Other than there, r is of the quantized tensor instead
-of the weight before it, and of several α, none included, that of the least expected error is taken.
+of the weight before it, and of several α, none included, that of the least error is taken, tried at
+the outputs of the sites behind the tensor on rows of the calibration samples.
 "smoothquant" is the migration of G. Xiao et al., SmoothQuant, 2023: dots alone, α = 1/2.
 
-The grid of the tensor stays that of the plan; e is such that no channel is clipped below twice
-what it showed, unless the plan's threshold clips it there: images that calibration did not see go
-beyond a channel's largest value often, beyond the tensor's seldom.
+The grid of the tensor stays that of the plan, and r is not what calibration showed of a channel but
+how far its tail may go (`jaxquant.recover.channels.reach`), the tensor's own range at most: images
+that calibration did not see exceed a channel's largest value often, the tensor's seldom.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import evaluate, ir
-from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.graph import ir
+from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan, TensorPlan
 from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import Equalization, along_channels, quantize_weight
+from jaxquant.quantize.weights import Equalization
+from jaxquant.recover.channels import Seen, Target, reach, watch
+from jaxquant.recover.product import Product
+from jaxquant.recover.trial import InputGrid, Trial
 from jaxquant.run.program import Program
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),
     "smoothquant": (0.5,),
 }
-_HEADROOM = 2.0  # a channel's range over what calibration showed of it
+_WORTH = 0.9  # an equalization is worth it where the error falls to this part
 _SMALLEST = 1 / 64  # of the tensor's range: the least range of a channel
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """An int8 tensor that may be equalized, and the sites that read it."""
-
-    tensor: TensorPlan
-    var: ir.Var
-    axes: tuple[int, ...]
-    readers: tuple[Site, ...]
-
-
-class ChannelStats(NamedTuple):
-    """Of each channel of a tensor, in its rank with size 1 off the channel axes, float32.
-
-    The least and largest value, the sums of x² and of x ≠ 0, and the number of elements.
-    """
-
-    low: Any
-    high: Any
-    square: Any
-    active: Any
-    count: Any
-
-
-def find_targets(program: Program, plan: Plan, steps: Sequence[str]) -> dict[str, Target]:
+def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
     """Tensor name -> target, for the steps that are asked for.
 
-    Not among them are tensors whose integers are moved, compared or averaged, and inputs of sites
-    that share their weight with a site elsewhere.
+    Not among them are tensors whose integers are moved, compared or averaged, inputs of sites that
+    share their weight with a site elsewhere, and of dots whose weight has batch axes.
     """
     graph, binding = program.graph, program.binding
-    planned = {tensor.name: tensor for tensor in plan.tensors}
     readers: dict[ir.Var, list[Site]] = {}
     users: dict[layout.WeightSlot, set[ir.Var]] = {}
     for site in (s.site for s in binding.sites):
@@ -93,12 +71,13 @@ def find_targets(program: Program, plan: Plan, steps: Sequence[str]) -> dict[str
         decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))
         if not (sites and alone and stored) or decided:
             continue
-        equations = [graph.equations[s.equation] for s in sites]
-        axes = {input_axes(s, e) for s, e in zip(sites, equations, strict=True)}
-        dots = all(e.name == "dot_general" for e in equations)
-        assert all(e.name in DOT_EQUATIONS for e in equations)
-        if len(axes) == 1 and ("equalization" in steps or (dots and "smoothquant" in steps)):
-            found[name] = Target(planned[name], var, axes.pop(), tuple(sites))
+        products = tuple(Product(graph, site) for site in sites)
+        axes = {input_axes(p.site, p.equation) for p in products}
+        if len(axes) > 1 or any(p.reason for p in products):
+            continue
+        dots = all(p.equation.name == "dot_general" for p in products)
+        if "equalization" in steps or (dots and "smoothquant" in steps):
+            found[name] = Target(var, axes.pop(), products)
     return found
 
 
@@ -123,21 +102,30 @@ def equalize(
       Tensor name -> float64 array of the tensor's rank, of size 1 but along its input channels.
     """
     graph = program.graph
-    targets = find_targets(program, plan, steps)
+    targets = find_targets(program, steps)
     alphas = ALPHAS["equalization" if "equalization" in steps else "smoothquant"]
-    stats = measure(graph, params, examples, targets)
-    sites = [site for target in targets.values() for site in target.readers]
-    folded = fold(graph, params, [s.weight for s in sites if s.weight is not None], [])[0]
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    seen = watch(graph, params, examples, targets)
+    products = [product for target in targets.values() for product in target.readers]
+    stored = [p.site.weight for p in products if p.site.weight is not None]
+    weights = fold(graph, params, stored, [])[0]
     found = {}
     for name, target in targets.items():
-        weights = [
-            _Reader(graph, site, folded[site.weight], _gains(program, site, target, qparams), plan)
-            for site in target.readers
-            if site.weight is not None
-        ]
-        factors = _choose(target, stats[name], weights, alphas)
+        readers = []
+        for product, rows in zip(target.readers, seen[name].rows, strict=True):
+            assert product.site.weight is not None
+            weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
+            trial = Trial(
+                inputs=rows,
+                weight=weight,
+                gains=_gains(program, product.site, planned[name], qparams, len(weight)),
+                per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
+                centred="bias_correction" in plan.recover,
+            )
+            readers.append(_Reader(target, product, trial))
+        factors = _choose(planned[name], seen[name], readers, alphas)
         if factors is not None:
-            found[name] = factors
+            found[name] = factors.reshape(target.sizes)
     return found
 
 
@@ -156,113 +144,54 @@ def _varying(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(shape) if size > 1)
 
 
-def measure(
-    graph: ir.Graph,
-    params: Any,
-    examples: Sequence[tuple[Any, ...]],
-    targets: Mapping[str, Target],
-) -> dict[str, ChannelStats]:
-    """What the channels of the targets hold in the float model, over all examples."""
-    needed = list(ir.walk_back(graph, [t.var for t in targets.values()]))
+class _Reader:
+    """A site behind a target, tried with factors for the target's input channels, flattened [I]."""
 
-    @jax.jit
-    def run(params: Any, flat: list[Any]) -> dict[str, ChannelStats]:
-        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        env = evaluate.evaluate(graph, leaves, flat, equations=needed)
-        return {n: _channel_stats(env.read(t.var), t.axes) for n, t in targets.items()}
+    def __init__(self, target: Target, product: Product, trial: Trial):
+        self._trial = trial
+        assert product.site.weight is not None
+        shape = product.graph.shape(product.site.weight)
+        numbers = np.arange(np.prod(target.sizes), dtype=np.int64).reshape(target.sizes)
+        laid = along_weight(product.site, product.equation, shape, numbers)
+        # [G, K], the input channel of each product
+        self._channel = product.matrix(np.broadcast_to(laid, shape))[:, :, 0]
 
-    total: dict[str, ChannelStats] = {}
-    for inputs in examples:
-        for name, new in jax.device_get(run(params, jax.tree.leaves(inputs))).items():
-            total[name] = _merge(total[name], new) if name in total else new
-    return total
+    def largest(self, channels: int) -> np.ndarray:
+        """[I], the largest |weight| behind each input channel."""
+        largest = np.zeros(channels)
+        np.maximum.at(largest, self._channel, np.abs(self._trial.weight).max(axis=2))
+        return largest
 
-
-def _channel_stats(x: jax.Array, axes: Sequence[int]) -> ChannelStats:
-    x = x.astype(jnp.float32)
-    rest = tuple(a for a in range(x.ndim) if a not in axes)
-    square = jnp.sum(x**2, axis=rest, keepdims=True)
-    active = jnp.sum((x != 0).astype(jnp.float32), axis=rest, keepdims=True)
-    low = jnp.min(x, axis=rest, keepdims=True, initial=0)
-    high = jnp.max(x, axis=rest, keepdims=True, initial=0)
-    count = jnp.float32(x.size / max(square.size, 1))
-    return ChannelStats(low, high, square, active, count)
+    def error(self, grid: InputGrid, factors: np.ndarray | None) -> float:
+        return self._trial.error(grid, None if factors is None else factors[self._channel])
 
 
-def _merge(a: ChannelStats, b: ChannelStats) -> ChannelStats:
-    return ChannelStats(
-        np.minimum(a.low, b.low),
-        np.maximum(a.high, b.high),
-        a.square + b.square,
-        a.active + b.active,
-        a.count + b.count,
-    )
-
-
-class _Reader(NamedTuple):
-    """A site behind a target: its weight in float64 and what its output channels are scaled by."""
-
-    graph: ir.Graph
-    site: Site
-    weight: np.ndarray
-    gains: np.ndarray
-    plan: Plan
-
-    def along(self, factors: np.ndarray) -> np.ndarray:
-        eqn = self.graph.equations[self.site.equation]
-        return along_weight(self.site, eqn, self.weight.shape, np.asarray(factors, np.float64))
-
-    def largest(self, factors: np.ndarray) -> np.ndarray:
-        """The largest |weight| behind each input channel, in the shape of `factors`."""
-        marked = self.along(np.arange(factors.size, dtype=np.float64).reshape(factors.shape))
-        index = np.broadcast_to(marked, self.weight.shape).astype(np.int64)
-        largest = np.zeros(factors.size)
-        np.maximum.at(largest, index.ravel(), np.abs(self.weight).astype(np.float64).ravel())
-        return largest.reshape(factors.shape)
-
-    def error(self, factors: np.ndarray, noise: np.ndarray, power: np.ndarray) -> float:
-        """The expected square error of the outputs: of the input's rounding and the weight's."""
-        eqn = self.graph.equations[self.site.equation]
-        axes = channel_axes(self.graph, self.site, eqn)
-        weight = np.asarray(self.weight).astype(np.float64)
-        scaled = weight * self.along(factors)
-        per_channel = self.plan.weight_quantize_type == "channel_wise_abs_max"
-        int8, scale = quantize_weight(scaled, axes if per_channel else ())
-        off = (scaled - int8 * along_channels(scale, axes, weight.shape)) / self.along(factors)
-        terms = weight**2 * self.along(noise) + off**2 * self.along(power)
-        return float(np.sum(terms * along_channels(self.gains, axes, weight.shape) ** 2))
-
-
-def _gains(program: Program, site: Site, target: Target, qparams: Any) -> np.ndarray:
-    """[C], what the epilogue multiplies a site's output by."""
+def _gains(
+    program: Program, site: Site, tensor: TensorPlan, qparams: Any, groups: int
+) -> np.ndarray:
+    """[G, O], what the epilogue multiplies a site's output by."""
     scale = np.asarray(layout.get(qparams["params"], program.slots[site.name].scale), np.float64)
-    return np.asarray(qparams["sites"][site.name]["multiplier"]) / (scale * target.tensor.scale)
+    gains = np.asarray(qparams["sites"][site.name]["multiplier"]) / (scale * tensor.scale)
+    return gains.reshape(groups, -1)
 
 
 def _choose(
-    target: Target, stats: ChannelStats, readers: Sequence[_Reader], alphas: Sequence[float]
+    tensor: TensorPlan, seen: Seen, readers: Sequence[_Reader], alphas: Sequence[float]
 ) -> np.ndarray | None:
-    """The equalization of least expected error; None where none is better than none."""
-    step, zero = target.tensor.scale, target.tensor.zero_point
-    lowest, highest = step * ((-128 if zero else -127) - zero), step * (127 - zero)
+    """The factors [I] of least error; None where none is better than none."""
+    step, zero = tensor.scale, tensor.zero_point
+    grid = InputGrid(step, (-128.0 if zero else -127.0) - zero, 127.0 - zero)
     shown = np.maximum(
-        np.asarray(stats.high, np.float64) / highest if highest > 0 else 0.0,
-        np.asarray(stats.low, np.float64) / lowest if lowest < 0 else 0.0,
+        seen.high / (step * grid.highest) if grid.highest > 0 else 0.0,
+        seen.low / (step * grid.lowest) if grid.lowest < 0 else 0.0,
     )
-    ranges = np.clip(_HEADROOM * shown, _SMALLEST, 1.0)
-    power = np.asarray(stats.square, np.float64) / max(float(stats.count), 1.0)
-    active = np.asarray(stats.active, np.float64) / max(float(stats.count), 1.0)
-    largest = np.max([reader.largest(ranges) for reader in readers], axis=0)
+    ranges = np.clip(reach(shown), _SMALLEST, 1.0)
+    largest = np.max([reader.largest(len(ranges)) for reader in readers], axis=0)
     largest = np.where(largest > 0, largest, largest.max(initial=0.0) or 1.0)
-
-    def error(factors: np.ndarray) -> float:
-        noise = np.minimum(active * (step * factors) ** 2 / 12, power)
-        return sum(reader.error(factors, noise, power) for reader in readers)
-
-    best, least = None, error(np.ones_like(ranges))
+    best, least = None, _WORTH * sum(reader.error(grid, None) for reader in readers)
     for alpha in alphas:
         factors = ranges**alpha / largest ** (1 - alpha)
         factors = factors * np.max(ranges / factors)  # no channel beyond the grid
-        if (found := error(factors)) < least:
+        if (found := sum(reader.error(grid, factors) for reader in readers)) < least:
             best, least = factors, found
     return best

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
@@ -67,14 +67,14 @@ class Product:
         rows = y.transpose((*self._position_axes, *self._channel_axes))
         return rows.reshape(self.positions, -1)[index]
 
-    def inputs(self, x: np.ndarray, zero: int, index: np.ndarray) -> np.ndarray:
-        """float32 [R, G, K]: the integers that enter each sum, less the zero point."""
+    def inputs(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
+        """float32 [R, G, K]: the values that enter each sum, less the zero point."""
         if self._is_conv:
             return self._patches(x, zero, index)
         contract = self.equation.params["dimension_numbers"][0][1 - self.site.weight_position]
         rest = [a for a in range(x.ndim) if a not in contract]
         rows = x.transpose((*rest, *contract)).reshape(self.positions, -1)[index]
-        return (rows.astype(np.float32) - np.float32(zero))[:, None, :]
+        return (rows.astype(jnp.float32) - jnp.float32(zero))[:, None, :]
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """[G, K, C/G] from a weight."""
@@ -104,7 +104,7 @@ class Product:
         contract = self.equation.params["dimension_numbers"][0][self.site.weight_position]
         return math.prod(shape[a] for a in contract)
 
-    def _patches(self, x: np.ndarray, zero: int, index: np.ndarray) -> np.ndarray:
+    def _patches(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
         """What the window holds at each position; padding and dilation hold zeros."""
         params, spec = self.equation.params, self.equation.params["dimension_numbers"]
         kernel = self.graph.shape(self.equation.inputs[1])
@@ -122,11 +122,7 @@ class Product:
                 source, between = np.divmod(step, params["lhs_dilation"][d])
                 inside &= (between == 0) & (source >= 0) & (source < x.shape[1 + d])
                 where.append(np.clip(source, 0, x.shape[1 + d] - 1))
-            rows = x[(at[spec.out_spec[0]], *where)].astype(np.float32) - np.float32(zero)
-            taps.append(np.where(inside[:, None], rows, np.float32(0)))
-        stacked = np.stack(taps, axis=-1)  # [R, input channels, taps]
+            rows = x[(at[spec.out_spec[0]], *where)].astype(jnp.float32) - jnp.float32(zero)
+            taps.append(jnp.where(inside[:, None], rows, jnp.float32(0)))
+        stacked = jnp.stack(taps, axis=-1)  # [R, input channels, taps]
         return stacked.reshape(len(index), self._groups, -1)
-
-
-def as_numpy(x: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(x))

@@ -32,7 +32,7 @@ from jaxquant.quantize.weights import (
 )
 from jaxquant.recover import adaround
 from jaxquant.recover.compare import Activation, RowFunction, find_activation
-from jaxquant.recover.product import Product, as_numpy
+from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.walk import Walk
 
@@ -190,7 +190,7 @@ class _Learner:
         ratio = product.matrix(weight)
         down = np.clip(np.floor(ratio), -127, 127)
         problem = adaround.Problem(
-            inputs=product.inputs(as_numpy(x), zero, self._index[site.name]),
+            inputs=np.asarray(product.inputs(x, zero, self._index[site.name])),
             wanted=np.asarray(wanted.rows * jnp.asarray(multiplier / step, jnp.float32)
                               + jnp.asarray(bias, jnp.float32)),
             down=down.astype(np.float32),

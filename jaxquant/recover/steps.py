@@ -60,7 +60,7 @@ def quantize_and_recover(
     qparams = quantize_params(graph, plan, params)
     if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
         equalization = equalize(program, plan, params, qparams, examples, chosen)
-        targets = len(find_targets(program, plan, chosen))
+        targets = len(find_targets(program, chosen))
         notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors"
         plan = with_channels(plan, equalization)
         qparams = quantize_params(graph, plan, params, equalization)

@@ -126,12 +126,14 @@ def test_a_convolution_equals_numpy_exactly(name: str, never_negative: bool):
 def test_a_dot_equals_numpy_exactly(spec, shape, weight, axes):
     rng = np.random.default_rng(0)
     n = int(np.prod([shape[a] for a in axes]))
-    ranges = np.logspace(-2, 0, n).reshape(
-        [shape[a] if a in axes else 1 for a in range(len(shape))]
-    )
-    x = (rng.uniform(-1, 1, shape) * ranges).astype(np.float32)
-    w = rng.normal(size=weight).astype(np.float32)
+    ranges = np.logspace(-2, 0, n).reshape([shape[a] for a in axes])
     swapped = spec.startswith("ok")
+    terms = spec.split("->")[0].split(",")
+    letters = terms[::-1] if swapped else terms  # of the input, of the weight
+    kept = "".join(letters[0][a] for a in axes)
+    x = np.einsum(f"{kept},{letters[0]}->{letters[0]}", ranges, rng.uniform(-1, 1, shape))
+    w = np.einsum(f"{kept},{letters[1]}->{letters[1]}", 1 / ranges, rng.normal(size=weight))
+    x, w = x.astype(np.float32), w.astype(np.float32)
 
     def apply_fn(p: Any, x: Any) -> Any:
         return jnp.einsum(spec, *((p["w"], x) if swapped else (x, p["w"])))
@@ -142,12 +144,9 @@ def test_a_dot_equals_numpy_exactly(spec, shape, weight, axes):
     entry, zero = qparams["tensors"]["w/input"], tensor.zero_point
     integers = np.rint(x * np.asarray(entry["inv_scale"])) + zero
     integers = np.clip(integers, -128 if zero else -127, 127) - zero
-    e = np.broadcast_to(np.asarray(entry["scale"], np.float64) / tensor.scale, [
-        s if a in axes else 1 for a, s in enumerate(shape)])  # fmt: skip
-    letters = (spec.split("->")[0].split(",")[1 if swapped else 0],
-               spec.split("->")[0].split(",")[0 if swapped else 1])  # fmt: skip
+    sizes = [s if a in axes else 1 for a, s in enumerate(shape)]
+    e = np.broadcast_to(np.asarray(entry["scale"], np.float64) / tensor.scale, sizes)
     e = e.reshape([shape[a] for a in axes])
-    kept = "".join(letters[0][a] for a in axes)
     folded = np.einsum(f"{kept},{letters[1]}->{letters[1]}", e, w.astype(np.float64))
     output = next(i for i, c in enumerate(letters[1]) if c == "o")
     want, scale = reference.quantize_weight(folded, (output,))
