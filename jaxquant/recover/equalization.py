@@ -14,6 +14,10 @@ of the weight before it, and of several α, none included, that of the least err
 the outputs of the sites behind the tensor on rows of the calibration samples.
 "smoothquant" is the migration of G. Xiao et al., SmoothQuant, 2023: dots alone, α = 1/2.
 
+No channel's step is larger than the tensor's was (e <= 1): what a channel of small weights loses to
+a coarse grid is alike at all positions of an image, so that no later mean takes it away, and the
+error at the site does not tell (EfficientNet-Lite0 lost 0.7 dB by one such tensor).
+
 The grid of the tensor stays that of the plan, and r is not what calibration showed of a channel but
 how far its tail may go (`jaxquant.recover.channels.reach`), the tensor's own range at most: images
 that calibration did not see exceed a channel's largest value often, the tensor's seldom.
@@ -192,6 +196,7 @@ def _choose(
     for alpha in alphas:
         factors = ranges**alpha / largest ** (1 - alpha)
         factors = factors * np.max(ranges / factors)  # no channel beyond the grid
+        factors = np.minimum(factors, 1.0)
         if (found := sum(reader.error(grid, factors) for reader in readers)) < least:
             best, least = factors, found
     return best

@@ -56,13 +56,13 @@ def conv(x: Any, w: Any, **options: Any) -> jax.Array:
 
 
 CONVS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] = {
-    "dense": ((2, 5, 5, 8), 3, (3, 3, 8, 4), {}),
-    "channels first": ((2, 8, 5, 5), 1, (4, 8, 3, 3), {"layout": ("NCHW", "OIHW", "NCHW")}),
-    "depthwise": ((2, 5, 5, 8), 3, (3, 3, 1, 8), {"feature_group_count": 8}),
-    "multiplier": ((2, 5, 5, 4), 3, (3, 3, 1, 8), {"feature_group_count": 4}),
-    "grouped": ((2, 5, 5, 8), 3, (3, 3, 4, 6), {"feature_group_count": 2}),
-    "dilated": ((2, 7, 7, 8), 3, (3, 3, 8, 4), {"rhs_dilation": (2, 2), "strides": (2, 1)}),
-    "transposed": ((2, 4, 4, 8), 3, (3, 3, 8, 4), {"lhs_dilation": (2, 2),
+    "dense": ((12, 5, 5, 8), 3, (3, 3, 8, 4), {}),
+    "channels first": ((12, 8, 5, 5), 1, (4, 8, 3, 3), {"layout": ("NCHW", "OIHW", "NCHW")}),
+    "depthwise": ((12, 5, 5, 8), 3, (3, 3, 1, 8), {"feature_group_count": 8}),
+    "multiplier": ((12, 5, 5, 4), 3, (3, 3, 1, 8), {"feature_group_count": 4}),
+    "grouped": ((12, 5, 5, 8), 3, (3, 3, 4, 6), {"feature_group_count": 2}),
+    "dilated": ((12, 7, 7, 8), 3, (3, 3, 8, 4), {"rhs_dilation": (2, 2), "strides": (2, 1)}),
+    "transposed": ((12, 4, 4, 8), 3, (3, 3, 8, 4), {"lhs_dilation": (2, 2),
                                                    "padding": ((1, 2), (2, 1))}),
 }  # fmt: skip
 
