@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxquant.graph import ir
 from jaxquant.plan.bind import Binding
 
@@ -78,3 +80,26 @@ def is_computed_weight(graph: ir.Graph, weight: ir.Var | None) -> bool:
     It may depend on the input shape, so it is not stored but quantized in the program.
     """
     return weight is not None and not graph.sources(weight)
+
+
+def read_in_float(
+    graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]
+) -> frozenset[ir.Var]:
+    """The tensors whose float value something other than their quantization reads."""
+    forms = binding.forms
+    ends = {s.epilogue.output: s for s in binding.sites}
+    found = set(graph.output_vars)
+    for eqn in live:
+        if eqn.outputs[0] in ends:
+            weight = ends[eqn.outputs[0]].site.weight
+            if weight is not None and is_computed_weight(graph, weight):
+                found.add(weight)
+        elif eqn.index in binding.selects:
+            continue
+        elif eqn.index in forms.reads_int8:
+            found.update(v for v in eqn.input_vars if v not in forms.int8)
+        else:
+            found.update(eqn.input_vars)
+    for index in forms.moves:
+        found.update(v for v in graph.equations[index].input_vars if v not in forms.int8)
+    return frozenset(found)

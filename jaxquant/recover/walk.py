@@ -79,7 +79,7 @@ class Walk(Program):
                 var = stack.pop()
                 last[var] = max(last.get(var, -1), eqn.index)
                 source = graph.producer.get(var)
-                if source is not None and source.index in forms.moves:
+                if source is not None and (source.index in forms.moves or var in self.early):
                     stack += source.input_vars  # the int8 form is made when it is first read
         return last
 

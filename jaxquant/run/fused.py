@@ -33,8 +33,8 @@ class FusedCall:
         self._residual_zero_point = 0
         if chain.residual is not None and chain.residual_int8:
             self._residual_zero_point = zero_points[chain.residual]
-        self._out_zero_point = zero_points[chain.output] if chain.int8_out else 0
-        dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * chain.int8_out
+        self._out_zero_point = 0 if chain.grid is None else zero_points[chain.grid]
+        dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * (chain.grid is not None)
         shape = graph.shape(chain.output)
         self._outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
 
@@ -50,13 +50,13 @@ class FusedCall:
         )
         return (
             results[0] if self.chain.float_out else None,
-            results[-1] if self.chain.int8_out else None,
+            results[-1] if self.chain.grid is not None else None,
         )
 
     def native(self, operands: Mapping[str, jax.Array]) -> Sequence[jax.Array]:
         """One call of the native kernels."""
         out = residual = None
-        if self.chain.int8_out:
+        if self.chain.grid is not None:
             lowest = -128 if self._out_zero_point else -127
             out = native.Requantize(operands["inv_scale"], self._out_zero_point, lowest)
         if self.chain.residual is not None:
@@ -105,7 +105,7 @@ class FusedCall:
                 added = int8.dequantize(added, scale, self._residual_zero_point)
             y = _clamp(y + added, self.chain.clamps[1])
         results = [y] if self.chain.float_out else []
-        if self.chain.int8_out:
+        if self.chain.grid is not None:
             results.append(int8.quantize(y, operands["inv_scale"], self._out_zero_point))
         return results
 
@@ -136,8 +136,8 @@ class FusedCall:
             found["packed"] = qparams["packed"][site.name]
         if "bias" in epilogue:
             found["bias"] = epilogue["bias"]
-        if self.chain.int8_out:
-            found["inv_scale"] = quantized.inv_scale(self.chain.output)
+        if self.chain.grid is not None:
+            found["inv_scale"] = quantized.inv_scale(self.chain.grid)
         residual = self.chain.residual
         if residual is not None and self.chain.residual_int8:
             found["residual"] = quantized.int8(residual)

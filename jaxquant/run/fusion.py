@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.plan.bind import Binding, Int8Site
-from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.plan.liveness import is_computed_weight, read_in_float
 
 Clamp = tuple[float, float]
 NO_CLAMP: Clamp = (-math.inf, math.inf)
@@ -34,8 +34,9 @@ class Chain:
       residual: the tensor that is added; None without an addition.
       residual_int8: True where its int8 form is what is added.
       float_out: True where the output is read in float.
-      int8_out: True where the output is quantized.  Not so for an equalized one: the calls know
-        one scale for a tensor, so it leaves as float and is quantized behind the call.
+      grid: the tensor on whose scale the output is quantized: itself, or what an early max pool
+        makes of it; None where it is not quantized.  An equalized output leaves as float and is
+        quantized behind the call, which knows one scale for a tensor.
     """
 
     site: Int8Site
@@ -45,26 +46,36 @@ class Chain:
     residual: ir.Var | None
     residual_int8: bool
     float_out: bool
-    int8_out: bool
+    grid: ir.Var | None
 
 
-def find_chains(graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]) -> dict[int, Chain]:
+def find_chains(
+    graph: ir.Graph,
+    binding: Binding,
+    live: Iterable[ir.Equation],
+    early: Mapping[ir.Var, ir.Equation],
+) -> dict[int, Chain]:
     """The chains by the index of their last equation.
 
     Args:
       graph: the traced model.
       binding: the plan in it.
-      live: the equations that run.
+      live: the equations that run in float or make a site's result.
+      early: the max pools that run on integers instead, by the tensor that they give.
     """
     live = list(live)
-    floats = _read_in_float(graph, binding, live)
+    floats = read_in_float(graph, binding, live)
+    pooled: dict[ir.Var, ir.Var] = {
+        eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
+    }
+    grids = {**pooled, **{var: var for var in binding.names if var not in binding.per_channel}}
     indices = {eqn.index for eqn in live}
     chains: dict[int, Chain] = {}
     claimed: set[int] = set()
     # Of two sites before one addition the later takes it: the other's result is there by then.
     for site in reversed(binding.sites):
         if graph.producer[site.epilogue.output].index in indices and is_native(graph, site):
-            chain = _follow(graph, binding, site, indices - claimed, floats)
+            chain = _follow(graph, binding, site, indices - claimed, floats, grids)
             claimed.update(chain.members)
             chains[chain.members[-1]] = chain
     return chains
@@ -105,7 +116,8 @@ def _follow(
     binding: Binding,
     site: Int8Site,
     free: set[int],
-    floats: frozenset[ir.Var],
+    floats: Collection[ir.Var],
+    grids: Mapping[ir.Var, ir.Var],
 ) -> Chain:
     current = site.epilogue.output
     members = [graph.producer[current].index]
@@ -123,7 +135,7 @@ def _follow(
             break
         members.append(eqn.index)
         current = eqn.outputs[0]
-    int8_out = current in binding.names and current not in binding.per_channel
+    grid = grids.get(current)
     return Chain(
         site,
         current,
@@ -131,9 +143,16 @@ def _follow(
         (clamps[0], clamps[1] if len(clamps) > 1 else NO_CLAMP),
         residual,
         residual_int8,
-        current in floats or not int8_out,
-        int8_out,
+        current in floats or grid is None,
+        grid,
     )
+
+
+def _is_only_pooled(graph: ir.Graph, binding: Binding, pool: ir.Equation) -> bool:
+    """True where nothing else reads what is pooled."""
+    var = pool.input_vars[0]
+    readers = graph.consumers.get(var, ())
+    return len(readers) == 1 and var not in graph.output_vars and var not in binding.forms.int8
 
 
 def _only_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation | None:
@@ -189,26 +208,3 @@ def _added(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> ir.Var | None:
     if other == var or graph.is_static(other) or graph.shape(other) != graph.shape(var):
         return None
     return other
-
-
-def _read_in_float(
-    graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]
-) -> frozenset[ir.Var]:
-    """The tensors whose float value something other than their quantization reads."""
-    forms = binding.forms
-    ends: Mapping[ir.Var, Int8Site] = {s.epilogue.output: s for s in binding.sites}
-    found = set(graph.output_vars)
-    for eqn in live:
-        if eqn.outputs[0] in ends:
-            weight = ends[eqn.outputs[0]].site.weight
-            if weight is not None and is_computed_weight(graph, weight):
-                found.add(weight)
-        elif eqn.index in binding.selects:
-            continue
-        elif eqn.index in forms.reads_int8:
-            found.update(v for v in eqn.input_vars if v not in forms.int8)
-        else:
-            found.update(eqn.input_vars)
-    for index in forms.moves:
-        found.update(v for v in graph.equations[index].input_vars if v not in forms.int8)
-    return frozenset(found)

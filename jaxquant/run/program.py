@@ -20,6 +20,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.run import dynamic, int8, weight_only
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import find_chains
+from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
 
 
@@ -47,9 +48,11 @@ class Program:
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
         fuse = fuse and self.mode.tensor_scales
-        chains = find_chains(graph, self.binding, self.equations) if fuse else {}
-        zero_points = self.binding.zero_points
-        self._fused = {k: FusedCall(graph, c, zero_points) for k, c in chains.items()}
+        self.early = find_early_pools(graph, self.binding, self.equations)
+        pools = {eqn.index for eqn in self.early.values()}
+        running = [eqn for eqn in self.equations if eqn.index not in pools]
+        chains = find_chains(graph, self.binding, running, self.early) if fuse else {}
+        self._fused = {k: FusedCall(graph, c, self.binding.zero_points) for k, c in chains.items()}
         self._absorbed = {k for c in chains.values() for k in c.members} - set(chains)
 
     def run(
@@ -69,13 +72,15 @@ class Program:
             var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
         }
         env = evaluate.Environment(self.graph, leaves, inputs)
-        quantized = QuantizedTensors(env, self.binding, qparams["tensors"])
+        quantized = QuantizedTensors(env, self.binding, qparams["tensors"], self.early)
 
         def rule(eqn: ir.Equation) -> Sequence[Any]:
             if eqn.index in self._absorbed:
                 return [None]  # part of a fused call further on
             if eqn.index in self._fused:
                 return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
+            if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
+                return [None]  # there are integers only; else XLA drops the pool of the floats
             if eqn.index in self._by_index:
                 site = self._by_index[eqn.index]
                 if self.mode.integer:
@@ -99,8 +104,8 @@ class Program:
         """The float output of a fused call, None where nobody reads it; its int8 form is kept."""
         slot = self.slots[call.chain.site.site.name]
         value, as_int8 = call(call.operands(qparams, slot, quantized))
-        if as_int8 is not None:
-            quantized.put(call.chain.output, as_int8)
+        if call.chain.grid is not None:
+            quantized.put(call.chain.output, as_int8, call.chain.grid)
         return value
 
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.plan.bind import Binding
-from jaxquant.run import int8
+from jaxquant.run import int8, pooling
 
 
 class QuantizedTensors:
@@ -21,27 +21,38 @@ class QuantizedTensors:
     """
 
     def __init__(
-        self, env: evaluate.Environment, binding: Binding, tensors: Mapping[str, Any]
+        self,
+        env: evaluate.Environment,
+        binding: Binding,
+        tensors: Mapping[str, Any],
+        early: Mapping[ir.Var, ir.Equation],
     ) -> None:
         self.graph = env.graph
         self._env = env
         self._binding = binding
         self._tensors = tensors
+        self._early = early
         self._values: dict[ir.Var, jax.Array] = {}
+        self._to_pool: dict[ir.Var, jax.Array] = {}
 
     def int8(self, var: ir.Var) -> jax.Array:
         """The int8 form of a tensor."""
         if var not in self._values:
-            if var in self._binding.names:
+            if var in self._early:
+                self._values[var] = pooling.max_pool(self._pooled(var), self._early[var])
+            elif var in self._binding.names:
                 self._values[var] = self._quantize(self._env.wide(var), var)
             else:
                 eqn = self.graph.producer[var]
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
         return self._values[var]
 
-    def put(self, var: ir.Var, value: jax.Array) -> None:
-        """Set the int8 form of a tensor that was quantized where it was computed."""
-        self._values[var] = value
+    def put(self, var: ir.Var, value: jax.Array, grid: ir.Var) -> None:
+        """Set what was quantized where it was computed: `var` on the scale of `grid`."""
+        if var == grid:
+            self._values[var] = value
+        else:
+            self._to_pool[grid] = value
 
     def float32(self, var: ir.Var) -> jax.Array:
         """The float value of a tensor that may have an int8 form too."""
@@ -70,6 +81,12 @@ class QuantizedTensors:
         """The int8 that stands for zero."""
         return self._binding.zero_points[var]
 
+    def _pooled(self, var: ir.Var) -> jax.Array:
+        """What an early max pool reads to give `var`, on the scale of `var`."""
+        if var not in self._to_pool:
+            return self._quantize(self._env.wide(self._early[var].inputs[0]), var)
+        return self._to_pool[var]
+
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
         """A float on the grid of a tensor."""
         return int8.quantize(value, self.inv_scale(var), self.zero_point(var))
@@ -92,6 +109,8 @@ class QuantizedTensors:
                 self._quantize(jnp.asarray(x), eqn.outputs[0]) if x.dtype != jnp.int8 else x
                 for x in operands
             ]
+        if eqn.name == "reduce_window_max":
+            return [pooling.max_pool(operands[0], eqn)]
         if eqn.name == "gather":
             # of an index out of range, where a float gather gives NaN
             params["fill_value"] = self.zero_point(eqn.outputs[0])

@@ -66,7 +66,7 @@ def quantized(is_full_quantize: bool = False):
 
 def chains(qapply: QuantizedApply):
     program = qapply.with_backend("xla").program(X)
-    found = find_chains(program.graph, program.binding, program.equations)
+    found = find_chains(program.graph, program.binding, program.equations, program.early)
     return {chain.site.site.name: chain for chain in found.values()}
 
 
@@ -74,17 +74,17 @@ def test_activations_and_outputs_of_chains():
     found = chains(quantized()[1])
     assert set(found) == {"stem", "depthwise", "project", "wide", "head"}
     assert found["stem"].clamps[0] == (0.0, 6.0)
-    assert (found["stem"].float_out, found["stem"].int8_out) == (
-        True,
-        True,
-    )  # the shortcut is float
+    assert found["stem"].float_out  # the shortcut is float
+    assert found["stem"].grid == found["stem"].output
     assert found["depthwise"].clamps[0] == (0.0, np.inf)
-    assert (found["depthwise"].float_out, found["depthwise"].int8_out) == (False, True)
+    assert not found["depthwise"].float_out
+    assert found["depthwise"].grid == found["depthwise"].output
     assert found["project"].residual is not None
     assert found["project"].clamps[1] == (0.0, np.inf)
     assert not found["project"].float_out
     assert found["wide"].clamps[0] == (-1.0, 2.0)
     assert found["head"].float_out
+    assert found["head"].grid is None
 
 
 def test_int8_residual_in_full_quantization():
@@ -102,11 +102,7 @@ def test_a_tensor_that_is_an_output_ends_a_chain():
     _, qapply = jaxquant.quant_post(
         params, two_outputs, [np.asarray(X)], algo="abs_max", progress=False, recover=()
     )
-    (chain,) = find_chains(
-        (program := qapply.with_backend("xla").program(X)).graph,
-        program.binding,
-        program.equations,
-    ).values()
+    (chain,) = chains(qapply).values()
     assert chain.clamps[0] == (-np.inf, np.inf)
     assert chain.output in trace(two_outputs, params, (X,)).output_vars
 

@@ -20,6 +20,8 @@ namespace jaxquant {
 #ifdef JAXQUANT_AMX
 
 constexpr int kAmxSegment = 16;
+constexpr int kAmxBlocks = 4;             // whose outputs are written together: 128 channels
+constexpr int64_t kAmxWeights = 1 << 15;  // bytes of weights that stay in the L1 cache
 constexpr int kAmxGroups = 16;  // of four bytes: 64 of a run at a time
 
 // Linux grants a process the tile registers when asked.
@@ -88,71 +90,42 @@ inline void multiply(const uint8_t* a, const uint8_t* b, ptrdiff_t stride, const
   }
 }
 
-// The `plain` epilogue of one segment: [height][NR][16] sums to bytes.
-template <int NR, bool kClamps>
-void store_plain(const int32_t* sums, int64_t height, int64_t at, const Block& block,
-                 const Epilogue& epilogue, const VectorEpilogue& vector) {
-  __m512 multiplier[NR], bias[NR];
-  __m512i init[NR];
-  __mmask16 mask[NR];
-  for (int r = 0; r < NR; ++r) {
-    const int64_t left = std::max<int64_t>(0, block.channels - 16 * r);
-    const int64_t c = block.channel + 16 * r;
-    mask[r] = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
-    multiplier[r] = _mm512_maskz_loadu_ps(mask[r], epilogue.multiplier + c);
-    bias[r] = epilogue.bias ? _mm512_maskz_loadu_ps(mask[r], epilogue.bias + c)
-                            : _mm512_setzero_ps();
-    init[r] = _mm512_loadu_si512(block.init + 16 * r);
-  }
-  const __m512i zero_point = _mm512_set1_epi32(epilogue.zero_point + epilogue.out_flip);
-  int8_t* out = epilogue.out_q + at + block.channel;
-  for (int64_t i = 0; i < height; ++i, out += block.pixel) {
-#pragma GCC unroll 2
-    for (int r = 0; r < NR; ++r) {
-      const __m512i sum =
-          _mm512_add_epi32(_mm512_load_si512(sums + 16 * (NR * i + r)), init[r]);
-      const __m512i q = vector.apply<kClamps>(sum, multiplier[r], bias[r], zero_point);
-      _mm512_mask_cvtepi32_storeu_epi8(out + 16 * r, mask[r], q);
-    }
-  }
-}
-
+// The sums of two segments of `height` pixels for one block, at every `row` sums from `to`.
 template <bool kSigned, int NR>
 void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& runs,
-              const Block& block, const int8_t* tails, const Epilogue& epilogue,
-              const VectorEpilogue& vector) {
+              const Block& block, const int8_t* tails, int32_t* to, int64_t row) {
   memory_is_read(tails);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const int64_t whole = runs.groups / kAmxGroups, row = 64 * NR;
+  const int64_t whole = runs.groups / kAmxGroups, bytes = 64 * NR;
   const bool tail = runs.groups % kAmxGroups;
   const int8_t* w = block.weights;
-  for (int64_t t = 0; t < runs.taps; ++t, w += runs.groups % kAmxGroups * row) {
+  for (int64_t t = 0; t < runs.taps; ++t, w += runs.groups % kAmxGroups * bytes) {
     const uint8_t *a = s0.in + runs.offsets[t], *b = s1.in + runs.offsets[t];
-    for (int64_t k = 0; k < whole; ++k, a += 64, b += 64, w += kAmxGroups * row)
+    for (int64_t k = 0; k < whole; ++k, a += 64, b += 64, w += kAmxGroups * bytes)
       multiply<kSigned, NR>(a, b, runs.stride, w);
-    if (tail) multiply<kSigned, NR>(a, b, runs.stride, tails + t * kAmxGroups * row);
+    if (tail) multiply<kSigned, NR>(a, b, runs.stride, tails + t * kAmxGroups * bytes);
   }
-  alignas(64) int32_t sums[2][kAmxSegment * NR * 16];
-  _tile_stored(0, sums[0], 64 * NR);
-  if constexpr (NR == 2) _tile_stored(1, sums[0] + 16, 64 * NR);
-  _tile_stored(2, sums[1], 64 * NR);
-  if constexpr (NR == 2) _tile_stored(3, sums[1] + 16, 64 * NR);
-  for (int s = 0; s < 2; ++s) {
-    const int64_t at = s ? s1.out : s0.out;
-    if (s && s1.out == s0.out) break;  // an odd segment is its own partner
-    if (epilogue.plain()) {
-      if (vector.clamps) store_plain<NR, true>(sums[s], height, at, block, epilogue, vector);
-      else store_plain<NR, false>(sums[s], height, at, block, epilogue, vector);
-      continue;
-    }
-    for (int64_t i = 0; i < height; ++i) {
-      int32_t* values = sums[s] + i * NR * 16;
-      for (int c = 0; c < NR * 16; ++c) values[c] += block.init[c];
-      const int64_t first = at + i * block.pixel + block.channel;
-      epilogue.apply(values, block.channel, block.channels, first);
+  _tile_stored(0, to, 4 * row);
+  if constexpr (NR == 2) _tile_stored(1, to + 16, 4 * row);
+  _tile_stored(2, to + height * row, 4 * row);
+  if constexpr (NR == 2) _tile_stored(3, to + height * row + 16, 4 * row);
+}
+
+// The epilogue of one segment: [height][row] sums, of which `vectors` times 16 are there.
+template <bool kClamps, bool kPlain>
+void finish(const int32_t* sums, int64_t row, int64_t height, int64_t at, int64_t pixel,
+            const int32_t* init, const Lanes* lanes, int64_t vectors,
+            const SumsEpilogue& given) {
+  const SumsEpilogue epilogue = given;  // its own, so that it stays in registers
+  for (int64_t i = 0; i < height; ++i, at += pixel, sums += row) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * v),
+                                           _mm512_loadu_si512(init + 16 * v));
+      if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, lanes[v], at);
+      else epilogue.store(sum, lanes[v], at);
     }
   }
 }

@@ -10,6 +10,7 @@
 namespace jaxquant {
 
 constexpr int64_t kTasksPerThread = 4;      // so that threads finish together
+constexpr int64_t kOutputBytes = 1 << 18;   // what a task writes, and the residual that it adds
 constexpr int64_t kScratchBytes = 1 << 18;  // a task's copy of the input stays in the L2 cache
 
 // The weights and the epilogue of a call, and what each sum starts from.
@@ -17,8 +18,7 @@ class Product {
  public:
   Product(const PackedMatrix& layout, const int8_t* packed, const Epilogue& epilogue,
           int64_t outputs, int32_t zero_point)
-      : layout_(layout), packed_(packed), epilogue_(epilogue), vector_(epilogue),
-        outputs_(outputs), init_(layout.groups * layout.padded_out() + kBlock) {
+      : layout_(layout), packed_(packed), epilogue_(epilogue), outputs_(outputs), init_(layout.groups * layout.padded_out() + kBlock) {
     const int32_t* sums = layout.sums(packed);
     for (int64_t i = 0; i < layout.groups * layout.padded_out(); ++i)
       init_[i] = int32_t(0u - uint32_t(zero_point) * uint32_t(sums[i]));
@@ -40,32 +40,55 @@ class Product {
     if (has_amx()) return run_amx(segments, height, runs, group, first, last, is_signed);
 #endif
     (void)is_signed;
-    const bool plain = epilogue_.plain();
     for (int64_t b = first; b < last; ++b) {
-      const Tile tile = find_tile(height, wide(b), plain, vector_.clamps);
+      const Tile tile = find_tile(height, wide(b), epilogue_);
       const Block block = block_at(group, b);
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        tile(s0, s1, runs, block, epilogue_, vector_);
+        tile(s0, s1, runs, block, epilogue_);
       });
     }
   }
 
   const PackedMatrix& layout() const { return layout_; }
   int64_t outputs() const { return outputs_; }
+  int64_t output_bytes() const { return outputs_ * epilogue_.bytes(); }
 
  private:
 #ifdef JAXQUANT_AMX
   void run_amx(const std::vector<Segment>& segments, int64_t height, const Runs& runs,
                int64_t group, int64_t first, int64_t last, bool is_signed) const {
     const AmxTiles tiles(height);
-    std::vector<int8_t> tails;
-    for (int64_t b = first; b < last; ++b) {
-      const Block block = block_at(group, b);
-      const auto tile = wide(b) ? (is_signed ? amx_tile<true, 2> : amx_tile<false, 2>)
-                                : (is_signed ? amx_tile<true, 1> : amx_tile<false, 1>);
-      copy_tails(runs, block.weights, wide(b) ? 128 : 64, tails);
+    const auto finish_segment = !epilogue_.plain   ? finish<true, false>
+                                : epilogue_.clamps ? finish<true, true>
+                                                   : finish<false, true>;
+    // Neighbouring blocks are written together, so that what a pixel writes is contiguous.
+    const int64_t per_block = layout_.four_bytes * 4 * kBlock;
+    const int64_t most = std::min<int64_t>(std::max<int64_t>(kAmxWeights / per_block, 1), kAmxBlocks);
+    alignas(64) int32_t sums[2 * kAmxSegment * kAmxBlocks * kBlock];
+    std::vector<int8_t> tails[kAmxBlocks];
+    for (int64_t start = first; start < last; start += most) {
+      const int64_t count = std::min(most, last - start), row = count * kBlock;
+      Lanes lanes[2 * kAmxBlocks];
+      Block blocks[kAmxBlocks];
+      int64_t vectors = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        blocks[i] = block_at(group, start + i);
+        copy_tails(runs, blocks[i].weights, wide(start + i) ? 128 : 64, tails[i]);
+        for (int64_t c = 0; c < blocks[i].channels; c += 16)
+          lanes[vectors++] = epilogue_.lanes(blocks[i].channel + c, blocks[i].channels - c);
+      }
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        tile(s0, s1, height, runs, block, tails.data(), epilogue_, vector_);
+        for (int64_t i = 0; i < count; ++i) {
+          const auto tile = wide(start + i) ? (is_signed ? amx_tile<true, 2> : amx_tile<false, 2>)
+                                            : (is_signed ? amx_tile<true, 1> : amx_tile<false, 1>);
+          tile(s0, s1, height, runs, blocks[i], tails[i].data(), sums + i * kBlock, row);
+        }
+        const auto store = [&](const Segment& s, const int32_t* from) {
+          finish_segment(from, row, height, s.out, outputs_, blocks[0].init, lanes, vectors,
+                         epilogue_);
+        };
+        store(s0, sums);
+        if (s1.out != s0.out) store(s1, sums + height * row);  // else an odd one, twice
       });
     }
   }
@@ -85,8 +108,7 @@ class Product {
 
   PackedMatrix layout_;
   const int8_t* packed_;
-  Epilogue epilogue_;
-  VectorEpilogue vector_;
+  SumsEpilogue epilogue_;
   int64_t outputs_;
   std::vector<int32_t> init_;
 };
@@ -128,7 +150,9 @@ inline void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
   const int64_t padded = round_up(in, Product::step());
   const bool copies = x.flip || in != padded;
     const int64_t tile = 2 * Product::most_pixels();
-  const int64_t most = std::max<int64_t>(tile, kScratchBytes / 2 / padded);
+  const int64_t fitting = std::min(kScratchBytes / 2 / padded,
+                                   kOutputBytes / product.output_bytes());
+  const int64_t most = std::max<int64_t>(2 * tile, fitting / tile * tile);
   const int64_t weights = layout.padded_out() * padded;
   const Split parts = split(1, rows, layout.blocks(), threads.count(), most, weights > rows * c);
   const int64_t per_part = ceil_div(layout.blocks(), parts.block_parts);

@@ -34,12 +34,12 @@ struct DepthwiseRow {
 };
 
 inline void store_general(const int32_t (&sums)[kLanes], const DepthwiseRow& row, int64_t lanes,
-                          int64_t out, int64_t channels, const Epilogue& epilogue) {
+                          int64_t out, int64_t channels, const SumsEpilogue& epilogue) {
   int32_t ordered[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) ordered[channel_of(i)] = sums[i];
   for (int64_t i = 0; i < lanes; i += channels) {  // a step of few channels is several pixels
     const int64_t n = std::min(channels, lanes - i);
-    epilogue.apply(ordered + i, row.channel, n, out + i);
+    epilogue.apply(ordered + i, row.channel, n, out + i - row.channel);
   }
 }
 
@@ -70,7 +70,7 @@ inline void accumulate(const uint8_t* in, const DepthwiseRow& row, __m512i (&sum
 }
 
 template <int kQuads, bool kClamps>
-void plain_row(const DepthwiseRow& row, const Epilogue& epilogue, const VectorEpilogue& vector) {
+void plain_row(const DepthwiseRow& row, const Epilogue& epilogue, const SumsEpilogue& sums_to) {
   __m512 multiplier[4], bias[4];
   for (int j = 0; j < 4; ++j) {
     multiplier[j] = _mm512_loadu_ps(row.multiplier + 16 * j);
@@ -83,7 +83,7 @@ void plain_row(const DepthwiseRow& row, const Epilogue& epilogue, const VectorEp
     accumulate<kQuads>(row.in + i * row.in_step, row, sums);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      sums[j] = vector.apply<kClamps>(sums[j], multiplier[j], bias[j], zero_point);
+      sums[j] = sums_to.to_grid<kClamps>(sums[j], multiplier[j], bias[j], zero_point);
     const __m512i low = _mm512_packs_epi32(sums[0], sums[1]);
     const __m512i high = _mm512_packs_epi32(sums[2], sums[3]);
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
@@ -94,17 +94,17 @@ void plain_row(const DepthwiseRow& row, const Epilogue& epilogue, const VectorEp
 }
 
 inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilogue& epilogue,
-                          const VectorEpilogue& vector) {
-  if (epilogue.plain()) {
+                          const SumsEpilogue& sums_to) {
+  if (sums_to.plain) {
     if (row.quads == 3) {
-      return vector.clamps ? plain_row<3, true>(row, epilogue, vector)
-                           : plain_row<3, false>(row, epilogue, vector);
+      return sums_to.clamps ? plain_row<3, true>(row, epilogue, sums_to)
+                           : plain_row<3, false>(row, epilogue, sums_to);
     }
     if (row.quads == 7) {
-      return vector.clamps ? plain_row<7, true>(row, epilogue, vector)
-                           : plain_row<7, false>(row, epilogue, vector);
+      return sums_to.clamps ? plain_row<7, true>(row, epilogue, sums_to)
+                           : plain_row<7, false>(row, epilogue, sums_to);
     }
-    return plain_row<0, true>(row, epilogue, vector);
+    return plain_row<0, true>(row, epilogue, sums_to);
   }
   for (int64_t i = 0; i < row.steps; ++i) {
     __m512i sums[4];
@@ -112,14 +112,14 @@ inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilo
     int32_t values[kLanes];
     for (int j = 0; j < 4; ++j) _mm512_storeu_si512(values + 16 * j, sums[j]);
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
-    store_general(values, row, lanes, row.out + i * row.out_step, channels, epilogue);
+    store_general(values, row, lanes, row.out + i * row.out_step, channels, sums_to);
   }
 }
 
 #else  // portable
 
-inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilogue& epilogue,
-                          const VectorEpilogue&) {
+inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilogue&,
+                          const SumsEpilogue& sums_to) {
   for (int64_t i = 0; i < row.steps; ++i) {
     int32_t sums[kLanes];
     std::memcpy(sums, row.init, sizeof(sums));
@@ -133,7 +133,7 @@ inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilo
       }
     }
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
-    store_general(sums, row, lanes, row.out + i * row.out_step, channels, epilogue);
+    store_general(sums, row, lanes, row.out + i * row.out_step, channels, sums_to);
   }
 }
 
@@ -172,7 +172,7 @@ inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s
     const int64_t parts = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), s.n);
   const int64_t rows = std::max<int64_t>(1, std::min(most, ceil_div(s.oh, parts)));
   const int64_t row_parts = ceil_div(s.oh, rows);
-  const VectorEpilogue vector(epilogue);
+  const SumsEpilogue sums_to(epilogue);
 
   parallel_for(threads, s.n * row_parts, [&](int64_t task) {
     const int64_t image = task / row_parts;
@@ -199,7 +199,7 @@ inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s
         row.multiplier = multiplier.data() + b * kLanes;
         row.bias = bias.data() + b * kLanes;
         row.channel = b * kLanes;
-        depthwise_row(row, s.c, epilogue, vector);
+        depthwise_row(row, s.c, epilogue, sums_to);
       }
     }
   });

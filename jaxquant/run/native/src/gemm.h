@@ -39,7 +39,7 @@ struct Block {
 
 template <int H, int NR, bool kClamps, bool kPlain>
 void tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
-          const Epilogue& epilogue, const VectorEpilogue& vector) {
+          const SumsEpilogue& epilogue) {
   __m512i sums[2 * H][NR];
 #pragma GCC unroll 2
   for (int r = 0; r < NR; ++r) {
@@ -82,46 +82,23 @@ void tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& b
       a0 += 4, a3 += 4, a6 += 4, b0 += 4, b3 += 4, b6 += 4;
     }
   }
-  if constexpr (kPlain) {
 #pragma GCC unroll 2
-    for (int r = 0; r < NR; ++r) {
-      const int64_t left = block.channels - 16 * r;
-      if (left <= 0) break;
-      const __mmask16 mask = left >= 16 ? 0xffff : __mmask16((1u << left) - 1);
-      const int64_t c = block.channel + 16 * r;
-      const __m512 multiplier = _mm512_maskz_loadu_ps(mask, epilogue.multiplier + c);
-      const __m512 bias = epilogue.bias ? _mm512_maskz_loadu_ps(mask, epilogue.bias + c)
-                                        : _mm512_setzero_ps();
-      int8_t* out = epilogue.out_q + c;
-      // Of the sum the lowest byte is kept, so adding 128 flips the bit that uint8 has flipped.
-      const __m512i zero_point = _mm512_set1_epi32(epilogue.zero_point + epilogue.out_flip);
+  for (int r = 0; r < NR; ++r) {
+    const Lanes lanes = epilogue.lanes(block.channel + 16 * r, block.channels - 16 * r);
 #pragma GCC unroll 14
-      for (int i = 0; i < 2 * H; ++i) {
-        const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
-        const __m512i q = vector.apply<kClamps>(sums[i][r], multiplier, bias, zero_point);
-        _mm512_mask_cvtepi32_storeu_epi8(out + at, mask, q);
-      }
-    }
-  } else {
     for (int i = 0; i < 2 * H; ++i) {
       const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
-      int32_t values[16 * NR];
-      for (int r = 0; r < NR; ++r) _mm512_storeu_si512(values + 16 * r, sums[i][r]);
-      epilogue.apply(values, block.channel, block.channels, at + block.channel);
+      if constexpr (kPlain) epilogue.store_plain<kClamps>(sums[i][r], lanes, at);
+      else epilogue.store(sums[i][r], lanes, at);
     }
   }
 }
 
 #else  // portable
 
-struct VectorEpilogue {
-  bool clamps = true;
-  explicit VectorEpilogue(const Epilogue&) {}
-};
-
 template <int H, int NR, bool kClamps, bool kPlain>
 void tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
-          const Epilogue& epilogue, const VectorEpilogue&) {
+          const SumsEpilogue& epilogue) {
   constexpr int kLanes = 16 * NR;
   for (int i = 0; i < 2 * H; ++i) {
     const Segment& segment = i < H ? s0 : s1;
@@ -140,14 +117,14 @@ void tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& b
       }
     }
     const int64_t at = segment.out + pixel * block.pixel;
-    epilogue.apply(sums, block.channel, block.channels, at + block.channel);
+    epilogue.apply(sums, block.channel, block.channels, at);
   }
 }
 
 #endif
 
-using Tile = void (*)(const Segment&, const Segment&, const Runs&, const Block&, const Epilogue&,
-                      const VectorEpilogue&);
+using Tile = void (*)(const Segment&, const Segment&, const Runs&, const Block&,
+                      const SumsEpilogue&);
 
 template <int NR, bool kClamps, bool kPlain>
 Tile tile_of_height(int64_t height) {
@@ -162,11 +139,11 @@ Tile tile_of_height(int64_t height) {
   }
 }
 
-inline Tile find_tile(int64_t height, bool wide, bool plain, bool clamps) {
-  if (!plain) {
+inline Tile find_tile(int64_t height, bool wide, const SumsEpilogue& epilogue) {
+  if (!epilogue.plain) {
     return wide ? tile_of_height<2, true, false>(height) : tile_of_height<1, true, false>(height);
   }
-  if (clamps) {
+  if (epilogue.clamps) {
     return wide ? tile_of_height<2, true, true>(height) : tile_of_height<1, true, true>(height);
   }
   return wide ? tile_of_height<2, false, true>(height) : tile_of_height<1, false, true>(height);

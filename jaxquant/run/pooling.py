@@ -1,0 +1,80 @@
+"""Max pooling of int8, and which pools of floats may run in int8.
+
+Rounding is monotone, so the maximum of a window may be taken before or behind it.  A pool whose
+result is quantized, and read in no other way, therefore runs on the quantized input: the same bits,
+a quarter of the memory, and no float copy of what is often the largest tensor of a network.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.graph import ir, jax_shim
+from jaxquant.plan.bind import Binding
+from jaxquant.plan.liveness import read_in_float
+
+_MAX_POOL = "reduce_window_max"
+# A window of at most this many elements is a maximum of shifted slices, which XLA fuses.
+_MAX_ELEMENTS = 64
+
+
+def find_early_pools(
+    graph: ir.Graph, binding: Binding, live: Sequence[ir.Equation]
+) -> dict[ir.Var, ir.Equation]:
+    """The max pools that may run on integers, by the tensor that they give.
+
+    Args:
+      graph: the traced model.
+      binding: the plan in it.
+      live: the equations that run.
+    """
+    floats = read_in_float(graph, binding, live)
+    return {
+        eqn.outputs[0]: eqn
+        for eqn in live
+        if eqn.name == _MAX_POOL
+        and eqn.outputs[0] in binding.names
+        and eqn.outputs[0] not in binding.per_channel  # the window may reach over channels
+        and eqn.outputs[0] not in floats
+        and not graph.is_static(eqn.inputs[0])
+        and _has_no_empty_window(eqn.params)
+    }
+
+
+def _has_no_empty_window(params: Mapping[str, Any]) -> bool:
+    """True where every window has an element: -inf has no integer."""
+    undilated = {*params["base_dilation"], *params["window_dilation"]} == {1}
+    sizes = params["window_dimensions"]
+    return undilated and all(
+        0 <= pad < size for pads, size in zip(params["padding"], sizes, strict=True) for pad in pads
+    )
+
+
+def max_pool(x: jax.Array, eqn: ir.Equation) -> jax.Array:
+    """`reduce_window_max` of an int8 array, padded with the lowest integer."""
+    params = eqn.params
+    if math.prod(params["window_dimensions"]) > _MAX_ELEMENTS or not _has_no_empty_window(params):
+        (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
+        return result
+    padded = lax.pad(x, jnp.int8(-128), [(*pads, 0) for pads in params["padding"]])
+    strides, sizes = params["window_strides"], params["window_dimensions"]
+    spans = [
+        (size - window) // stride * stride + 1
+        for size, window, stride in zip(padded.shape, sizes, strides, strict=True)
+    ]
+    if min(spans, default=1) < 1:  # a window larger than the input: an empty result
+        (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
+        return result
+    parts = [
+        lax.slice(padded, at, [a + s for a, s in zip(at, spans, strict=True)], strides)
+        for at in itertools.product(*map(range, sizes))
+    ]
+    return functools.reduce(lax.max, parts)
