@@ -39,7 +39,8 @@ def export_onnx(
 
     Activations are integers between QuantizeLinear and DequantizeLinear, weights are int8
     initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
-    folded into the scales.  The batch (and what else varies) is a named size.
+    folded into the scales.  An equalized tensor is divided channel by channel before it is
+    quantized.  The batch (and what else varies) is a named size.
 
     Args:
       path: of the file to write.
@@ -73,11 +74,6 @@ def export_onnx(
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
-    if getattr(qapply, "plan", None) and any(t.channels for t in qapply.plan.tensors):
-        raise ValueError(
-            "ONNX has no scale for each channel of a tensor; quantize without 'equalization' and "
-            "'smoothquant' in recover to export the model"
-        )
     if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
         raise ValueError(
             "ONNX export covers models whose tensors have scales of their own, as quant_post makes "
