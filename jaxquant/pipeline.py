@@ -79,7 +79,7 @@ def quant_post(
         256 integers for what is never negative) or "symmetric".
       recover: what repairs the int8 model, () for nothing; always in this order:
         "equalization" gives each input channel of a convolution or dot a step of its own where
-        that lessens the expected error (Nagel et al., 2019);
+        that lessens the error at the outputs, tried on samples (Nagel et al., 2019);
         "smoothquant" does so at dots alone, with its paper's exponent (Xiao et al., 2023);
         "adaround" learns for each weight whether to round down or up (Nagel et al., 2020), with
         optax (`pip install 'jaxquant[recover]'`), in seconds to a minute a site; a site where the
