@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 
-def time_in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median seconds of each program over `rounds`, each run once beforehand."""
+def times_in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each program in each of `rounds`, each run once beforehand."""
     for program in programs.values():
         jax.block_until_ready(program())
     runs: dict[str, list[float]] = {name: [] for name in programs}
@@ -18,6 +18,12 @@ def time_in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict
             start = time.perf_counter()
             jax.block_until_ready(program())
             runs[name].append(time.perf_counter() - start)
+    return runs
+
+
+def time_in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median seconds of each program over `rounds`, each run once beforehand."""
+    runs = times_in_turn(programs, rounds)
     return {name: statistics.median(times) for name, times in runs.items()}
 
 

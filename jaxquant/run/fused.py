@@ -12,7 +12,9 @@ from jax import lax
 from jaxquant.graph import ir, jax_shim
 from jaxquant.plan import layout
 from jaxquant.run import int8, native
+from jaxquant.run.conv import ChannelsLast, undilated
 from jaxquant.run.fusion import NO_CLAMP, Chain
+from jaxquant.run.native import Residual
 from jaxquant.run.quantized import QuantizedTensors
 
 
@@ -34,6 +36,9 @@ class FusedCall:
         if chain.residual is not None and chain.residual_int8:
             self._residual_zero_point = zero_points[chain.residual]
         self._out_zero_point = 0 if chain.grid is None else zero_points[chain.grid]
+        self._layout = None
+        if self._eqn.name == "conv_general_dilated":
+            self._layout = ChannelsLast(self._eqn.params)
         dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * (chain.grid is not None)
         shape = graph.shape(chain.output)
         self._outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
@@ -60,43 +65,64 @@ class FusedCall:
             lowest = -128 if self._out_zero_point else -127
             out = native.Requantize(operands["inv_scale"], self._out_zero_point, lowest)
         if self.chain.residual is not None:
-            residual = native.Residual(
+            residual = Residual(
                 operands["residual"], operands.get("residual_scale", 1.0), self._residual_zero_point
             )
         options: dict[str, Any] = {
             "zero_point": self._zero_point,
             "subtract_zero_point": False,  # the bias does
             "activation": self.chain.clamps[0],
-            "residual": residual,
             "activation_after": self.chain.clamps[1],
             "out": out,
             "float_out": self.chain.float_out,
         }
-        weight = operands.get("packed", operands["weight"])
-        arrays = (operands["x"], weight, operands["multiplier"], operands.get("bias"))
-        if self._eqn.name == "dot_general":
+        rest = (operands["multiplier"], operands.get("bias"))
+        if self._layout is None:
+            weight = operands.get("packed", operands["weight"])
             columns = self._weight_shape[1] if "packed" in operands else None
-            results = native.dot(*arrays, columns=columns, **options)
-        else:
-            params = self._eqn.params
-            results = native.conv(
-                *arrays,
-                strides=tuple(params["window_strides"]),
-                padding=tuple(params["padding"]),
-                dilation=tuple(params["rhs_dilation"]),
-                groups=params["feature_group_count"],
-                kernel_shape=self._weight_shape if "packed" in operands else None,
-                **options,
+            results = native.dot(
+                operands["x"], weight, *rest, columns=columns, residual=residual, **options
             )
+        else:
+            results = self._conv(operands, self._layout, rest, residual, options)
         return results if isinstance(results, tuple) else (results,)
+
+    def _conv(
+        self,
+        operands: Mapping[str, jax.Array],
+        given: ChannelsLast,
+        rest: tuple[Any, Any],
+        residual: Residual | None,
+        options: Mapping[str, Any],
+    ) -> tuple[jax.Array, ...]:
+        x, params = undilated(operands["x"], self._eqn.params, self._zero_point)
+        layout = given if params is self._eqn.params else ChannelsLast(params)
+        packed = operands.get("packed")
+        if residual is not None:
+            residual = residual._replace(value=layout.like_result(residual.value))
+        results = native.conv(
+            layout.x(x),
+            layout.kernel(operands["weight"]) if packed is None else packed,
+            *rest,
+            strides=layout.window.strides,
+            padding=layout.window.padding,
+            dilation=layout.window.dilation,
+            groups=layout.window.groups,
+            kernel_shape=None if packed is None else layout.kernel_shape(self._weight_shape),
+            residual=residual,
+            **options,
+        )
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(layout.back(result) for result in results)
 
     def portable(self, operands: Mapping[str, jax.Array]) -> Sequence[jax.Array]:
         """The same in operations that XLA has everywhere."""
         arrays = [operands["x"], operands["weight"]]
         y = int8.accumulate(self._eqn, arrays, [self._zero_point]).astype(jnp.float32)
-        y = y * operands["multiplier"]
+        channels = self.chain.site.epilogue.channels
+        y = y * channels.spread(operands["multiplier"], y.ndim)
         if "bias" in operands:
-            y = y + operands["bias"]
+            y = y + channels.spread(operands["bias"], y.ndim)
         y = _clamp(y, self.chain.clamps[0])
         if self.chain.residual is not None:
             added = operands["residual"]
@@ -111,12 +137,10 @@ class FusedCall:
 
     def pack(self, weight: jax.Array) -> jax.Array:
         """The weight as the native kernels read it."""
-        if self._eqn.name == "dot_general":
+        if self._layout is None:
             return native.pack_dot(weight)
-        params = self._eqn.params
-        return native.pack_conv(
-            weight, params["feature_group_count"], tuple(params["rhs_dilation"])
-        )
+        window = self._layout.window
+        return native.pack_conv(self._layout.kernel(weight), window.groups, window.dilation)
 
     def operands(
         self,

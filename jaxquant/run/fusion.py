@@ -82,10 +82,10 @@ def find_chains(
 
 
 def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
-    """True where the native kernels have the operation, in its layout.
+    """True where the native kernels have the operation.
 
-    A convolution NHWC by HWIO, or a dot of the last axis with the first of a matrix, with a stored
-    weight and channels last.
+    A convolution of one or two spatial axes, or a dot of the last axis with the first of a matrix,
+    with a stored weight.
     """
     site, epilogue = int8_site.site, int8_site.epilogue
     if site.weight is None or is_computed_weight(graph, site.weight) or epilogue.movements:
@@ -93,22 +93,17 @@ def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
     if len(site.operands) != 1 or site.weight_position != 1:
         return False
     eqn = graph.equations[site.equation]
-    params, rank = eqn.params, len(graph.shape(eqn.outputs[0]))
-    if epilogue.channels.axes not in ((rank - 1,), ()):
-        return False
+    rank = len(graph.shape(eqn.outputs[0]))
     if eqn.name == "dot_general":
         contract = (((len(graph.shape(eqn.inputs[0])) - 1,), (0,)), ((), ()))
-        given = tuple(tuple(tuple(axes) for axes in pair) for pair in params["dimension_numbers"])
-        return given == contract and len(graph.shape(site.weight)) == 2
-    spec = params["dimension_numbers"]
-    return (
-        eqn.name == "conv_general_dilated"
-        and (spec.lhs_spec, spec.rhs_spec, spec.out_spec)
-        == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-        and params["batch_group_count"] == 1
-        and all(d == 1 for d in params["lhs_dilation"])
-        and all(pad >= 0 for pads in params["padding"] for pad in pads)
-    )
+        given = tuple(
+            tuple(tuple(axes) for axes in pair) for pair in eqn.params["dimension_numbers"]
+        )
+        is_matrix = given == contract and len(graph.shape(site.weight)) == 2
+        return is_matrix and epilogue.channels.axes in ((rank - 1,), ())
+    if eqn.name != "conv_general_dilated" or rank not in (3, 4):
+        return False
+    return epilogue.channels.axes in ((eqn.params["dimension_numbers"].out_spec[1],), ())
 
 
 def _follow(

@@ -66,11 +66,12 @@ def max_pool(x: jax.Array, eqn: ir.Equation) -> jax.Array:
         return result
     padded = lax.pad(x, jnp.int8(-128), [(*pads, 0) for pads in params["padding"]])
     strides, sizes = params["window_strides"], params["window_dimensions"]
-    spans = [
-        (size - window) // stride * stride + 1
-        for size, window, stride in zip(padded.shape, sizes, strides, strict=True)
-    ]
-    if min(spans, default=1) < 1:  # a window larger than the input: an empty result
+    # The other axes may have sizes that are symbols.
+    windowed = [a for a, (w, s) in enumerate(zip(sizes, strides, strict=True)) if (w, s) != (1, 1)]
+    spans = list(padded.shape)
+    for a in windowed:
+        spans[a] = (padded.shape[a] - sizes[a]) // strides[a] * strides[a] + 1
+    if any(padded.shape[a] < sizes[a] for a in windowed):  # nothing fits: an empty result
         (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
         return result
     parts = [

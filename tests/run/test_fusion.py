@@ -64,8 +64,8 @@ def quantized(is_full_quantize: bool = False):
     )  # fmt: skip
 
 
-def chains(qapply: QuantizedApply):
-    program = qapply.with_backend("xla").program(X)
+def chains(qapply: QuantizedApply, x: jax.Array = X):
+    program = qapply.with_backend("xla").program(x)
     found = find_chains(program.graph, program.binding, program.equations, program.early)
     return {chain.site.site.name: chain for chain in found.values()}
 
@@ -185,3 +185,53 @@ def test_native_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "available", lambda: unavailable)
     with pytest.raises(RuntimeError, match="native kernels are not available: no compiler"):
         quantized()[1].with_backend("native")
+
+
+FORMS = {
+    "channels first": (("NCHW", "OIHW", "NCHW"), (2, 16, 9, 9), (24, 16, 3, 3), {}),
+    "channels first, depthwise": (
+        ("NCHW", "OIHW", "NCHW"), (2, 16, 9, 9), (16, 1, 3, 3), {"feature_group_count": 16}),
+    "one axis": (("NHC", "HIO", "NHC"), (2, 21, 16), (5, 16, 24), {"window_strides": (2,)}),
+    "one axis, channels first": (("NCH", "OIH", "NCH"), (2, 16, 21), (24, 16, 5), {}),
+    "transposed": (
+        NHWC, (2, 5, 5, 16), (4, 4, 16, 24), {"lhs_dilation": (2, 2), "padding": ((2, 1), (2, 1))}),
+    "cropped": (NHWC, (2, 9, 9, 16), (3, 3, 16, 24), {"padding": ((-1, 0), (2, -2))}),
+    "mixed layout": (("HWNC", "OHWI", "CHWN"), (9, 9, 2, 16), (24, 3, 3, 16), {}),
+}  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS)
+def test_other_layouts_and_axes_run_natively(form: str):
+    """With a residual, in the layout of the model."""
+    layout, shape, kernel_shape, options = FORMS[form]
+    rng = np.random.default_rng(3)
+    given = {"window_strides": (1,) * (len(shape) - 2), "padding": "SAME", **options}
+    channel_axis = layout[2].index("C")
+
+    def net(p, x):
+        y = lax.conv_general_dilated(x, p["kernel"], dimension_numbers=layout, **given)
+        spread = [1] * y.ndim
+        spread[channel_axis] = -1
+        y = jax.nn.relu(y * p["scale"].reshape(spread) + p["bias"].reshape(spread))
+        return y + p["residual"] * jnp.ones_like(y) * jnp.sum(x)
+
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    outputs = kernel_shape[layout[1].index("O")]
+    params = {
+        "kernel": jnp.asarray(rng.normal(size=kernel_shape) / 12, jnp.float32),
+        "scale": jnp.asarray(rng.uniform(0.5, 1.5, outputs), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=outputs), jnp.float32),
+        "residual": jnp.float32(0.01),
+    }
+    qparams, qapply = jaxquant.quant_post(
+        params, net, [x], algo="abs_max", progress=False, recover=(),
+        quantizable_op_type=("conv2d", "depthwise_conv2d", "conv2d_transpose"),
+    )  # fmt: skip
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    assert len(chains(qapply, x)) == 1
+    expected = np.asarray(xla(qparams, x))
+    np.testing.assert_allclose(native(qparams, x), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(native(native.prepare(qparams), x), native(qparams, x))
+    error = np.asarray(net(params, x)) - expected
+    assert np.sum(error**2) < 1e-3 * np.sum(np.asarray(net(params, x)) ** 2)

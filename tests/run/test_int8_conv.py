@@ -140,6 +140,52 @@ def test_empty_output(groups, size, window, padding, stride, dilation):
     assert_exact(lhs, rhs, params)
 
 
+NHWC = lax.conv_dimension_numbers((0,) * 4, (0,) * 4, ("NHWC", "HWIO", "NHWC"))
+NCHW = lax.conv_dimension_numbers((0,) * 4, (0,) * 4, ("NCHW", "OIHW", "NCHW"))
+NHC = lax.conv_dimension_numbers((0,) * 3, (0,) * 3, ("NHC", "HIO", "NHC"))
+NDHWC = lax.conv_dimension_numbers((0,) * 5, (0,) * 5, ("NDHWC", "DHWIO", "NDHWC"))
+# As many channels as XLA's own kernels take: fewer run in other code.
+WIDE: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "channels last": ((2, 6, 6, 64), (3, 3, 64, 32), {"dimension_numbers": NHWC}),
+    "channels first": ((2, 64, 6, 6), (32, 64, 3, 3), {"dimension_numbers": NCHW}),
+    "transposed": ((2, 4, 4, 64), (4, 4, 64, 32),
+                   {"dimension_numbers": NHWC, "lhs_dilation": (2, 2),
+                    "padding": ((2, 1), (2, 1))}),
+    "transposed, channels first": ((2, 64, 4, 4), (32, 64, 4, 4),
+                                   {"dimension_numbers": NCHW, "lhs_dilation": (2, 2),
+                                    "padding": ((2, 1), (2, 1))}),
+    "cropped": ((2, 6, 6, 64), (3, 3, 64, 32),
+                {"dimension_numbers": NHWC, "padding": ((-1, 2), (1, -1))}),
+    "dilated": ((2, 8, 8, 64), (3, 3, 64, 32),
+                {"dimension_numbers": NHWC, "rhs_dilation": (2, 2)}),
+    "strided": ((2, 7, 7, 64), (3, 3, 64, 32),
+                {"dimension_numbers": NHWC, "window_strides": (2, 2)}),
+    "grouped": ((2, 6, 6, 64), (3, 3, 32, 64),
+                {"dimension_numbers": NHWC, "feature_group_count": 2}),
+    "one axis": ((2, 12, 64), (5, 64, 32), {"dimension_numbers": NHC}),
+    "three axes": ((1, 4, 4, 4, 32), (3, 3, 3, 32, 32),
+                   {"dimension_numbers": NDHWC, "window_strides": (2, 1, 1),
+                    "rhs_dilation": (1, 2, 1)}),
+    "two outputs a channel": ((2, 6, 6, 64), (3, 3, 1, 128),
+                              {"dimension_numbers": NHWC, "feature_group_count": 64}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_as_xla_optimizes_it(case):
+    """Compiled as a user would, with many channels; a rewritten form could be folded back."""
+    lhs, rhs, given = WIDE[case]
+    rank = len(lhs) - 2
+    params = {
+        "window_strides": (1,) * rank, "padding": ((1, 1),) * rank, "lhs_dilation": (1,) * rank,
+        "rhs_dilation": (1,) * rank, "feature_group_count": 1, **given,
+    }  # fmt: skip
+    x, kernel = int8_values(0, lhs), int8_values(1, rhs)
+    expected = reference.conv(x, kernel, **params)
+    got = jax.jit(lambda x, kernel: int8.conv(x, kernel, params))(x, kernel)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("window", [64, 65])
 def test_depthwise_at_and_above_the_tap_limit(window):
     params = {**PLAIN, "padding": ((3, 2),), "feature_group_count": 3}

@@ -8,6 +8,8 @@ dilated: not on the batch, the image size or the machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ _BLOCK = 16  # output channels are filled up to a multiple of it
 _LANES = 64  # channels that the depthwise kernel does at a time
 
 
-def pack_conv(kernel: jax.Array, groups: int = 1, dilation: tuple[int, int] = (1, 1)) -> jax.Array:
+def pack_conv(kernel: jax.Array, groups: int = 1, dilation: Sequence[int] = (1, 1)) -> jax.Array:
     """Pack the int8 kernel [KH, KW, C / groups, O] of a convolution; to int8 [bytes].
 
     Raises:

@@ -1,0 +1,251 @@
+"""Convolution of int8 arrays with int32 accumulation: exact forms, and the rule that chooses.
+
+XLA runs few forms of an int8 convolution fast on CPU: two spatial axes, channels last, one group,
+more than a few channels, nothing dilated in the input.  Every other form is tens to hundreds of
+times slower there, slower than in float32 (`experiments/benchmarks/kinds.py`).  So a convolution is
+rewritten, exactly, until it is of the fast forms:
+
+  a dilated input         is dilated beforehand, with the zero point
+  another layout          is transposed to channels last and back
+  one spatial axis        gets a second one, of size 1
+  three and more          become a sum over the first axis of the window
+  depthwise, small window is a sum of shifted products, which XLA fuses
+  1x1                     is a dot
+  few input channels      are padded with channels of zeros
+
+A convolution with other groups stays as it is; the native kernels have it.
+
+XLA would undo the first two, since it folds transposes and padding into the convolution; and of
+int8 padded and dilated with zeros that gives wrong sums on CPU (jax 0.10; jax 0.12 fails to compile
+it).  A barrier keeps it from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# XLA's int8 convolution of fewer input channels, or of this few to as few, is slow on CPU.
+_FEW_CHANNELS = 16
+_PADDED_CHANNELS = 32
+# A depthwise window of at most this many taps runs as shifted multiply-adds.
+_MAX_TAPS = 64
+
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A convolution of x [N, *spatial, C] by a kernel [*window, C / groups, O], undilated input."""
+
+    strides: tuple[int, ...]
+    padding: Pads
+    dilation: tuple[int, ...]
+    groups: int
+
+    def without_first(self) -> Window:
+        """Of the spatial axes behind the first one."""
+        return Window(self.strides[1:], self.padding[1:], self.dilation[1:], self.groups)
+
+
+class ChannelsLast:
+    """The arrays of a convolution with channels last and at least two spatial axes.
+
+    Args:
+      params: of the `conv_general_dilated` equation.
+    """
+
+    def __init__(self, params: Mapping[str, Any]):
+        spec = params["dimension_numbers"]
+        self._x = (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
+        self._kernel = (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
+        self._out = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+        self._added = max(0, 4 - len(self._x))
+        ones = (1,) * self._added
+        self.window = Window(
+            ones + tuple(params["window_strides"]),
+            ((0, 0),) * self._added + tuple(params["padding"]),
+            ones + tuple(params["rhs_dilation"]),
+            params["feature_group_count"],
+        )
+
+    def x(self, x: jax.Array) -> jax.Array:
+        return self._expand(_held(_transposed(x, self._x), self._x), 1)
+
+    def kernel(self, kernel: jax.Array) -> jax.Array:
+        return self._expand(_held(_transposed(kernel, self._kernel), self._kernel), 0)
+
+    def kernel_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (1,) * self._added + tuple(shape[a] for a in self._kernel)
+
+    def like_result(self, value: jax.Array) -> jax.Array:
+        """Of an array in the result's layout."""
+        return self._expand(_transposed(value, self._out), 1)
+
+    def back(self, result: jax.Array) -> jax.Array:
+        """A result in the layout of the equation."""
+        result = _held(result, self._out)
+        result = lax.squeeze(result, range(1, 1 + self._added))
+        inverse = [0] * len(self._out)
+        for position, axis in enumerate(self._out):
+            inverse[axis] = position
+        return _transposed(result, tuple(inverse))
+
+    def _expand(self, value: jax.Array, axis: int) -> jax.Array:
+        return lax.expand_dims(value, range(axis, axis + self._added))
+
+
+def _held(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """A transposed array that XLA lays out so in memory, and does not fold into its user."""
+    if order == tuple(range(value.ndim)):
+        return value
+    return lax.optimization_barrier(value.reshape(-1)).reshape(value.shape)
+
+
+def _transposed(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    return value if order == tuple(range(value.ndim)) else value.transpose(order)
+
+
+def conv(
+    x: jax.Array, kernel: jax.Array, params: Mapping[str, Any], zero_point: int = 0
+) -> jax.Array:
+    """Convolution of int8 arrays to int32; `params` are those of the float equation.
+
+    What pads the input, and lies between its elements where it is dilated, is the zero point.
+    """
+    x, params = undilated(x, params, zero_point)
+    layout = ChannelsLast(params)
+    x, kernel = layout.x(x), layout.kernel(kernel)
+    return layout.back(_conv(x, kernel, layout.window, zero_point))
+
+
+def undilated(
+    x: jax.Array, params: Mapping[str, Any], zero_point: int
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """The input dilated and padded beforehand where it is dilated or its padding negative."""
+    plain = all(d == 1 for d in params["lhs_dilation"])
+    if plain and all(pad >= 0 for pads in params["padding"] for pad in pads):
+        return x, params
+    return _fully_padded(x, params, zero_point)
+
+
+def _fully_padded(
+    x: jax.Array, params: Mapping[str, Any], zero_point: int
+) -> tuple[jax.Array, Mapping[str, Any]]:
+    """The input padded and dilated with its zero point, and the parameters that are left."""
+    config = [(0, 0, 0)] * x.ndim
+    spatial = params["dimension_numbers"].lhs_spec[2:]
+    for axis, (low, high), dilation in zip(
+        spatial, params["padding"], params["lhs_dilation"], strict=True
+    ):
+        config[axis] = (low, high, dilation - 1)
+    rest = {"padding": ((0, 0),) * len(spatial), "lhs_dilation": (1,) * len(spatial)}
+    x = lax.optimization_barrier(lax.pad(x, jnp.int8(zero_point), config))
+    return x, {**params, **rest}
+
+
+def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:
+    """Channels last; any number of spatial axes."""
+    if _is_small_depthwise(kernel, window):
+        return _depthwise_by_taps(_pad(x, window.padding, zero_point), kernel, window)
+    if x.ndim > 4:
+        return _by_first_axis(x, kernel, window, zero_point)
+    if zero_point:
+        x = _pad(x, window.padding, zero_point)
+        window = dataclasses.replace(window, padding=((0, 0), (0, 0)))
+    if _is_pointwise(kernel, window):
+        return _pointwise_by_dot(x, kernel, window)
+    if window.groups == 1 and _has_few_channels(kernel):
+        x, kernel = (_with_channels(x, -1), _with_channels(kernel, -2))
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=window.strides,
+        padding=window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=window.groups,
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _pad(x: jax.Array, padding: Pads, zero_point: int) -> jax.Array:
+    if all(pads == (0, 0) for pads in padding):
+        return x
+    return lax.pad(x, jnp.int8(zero_point), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
+
+
+def _by_first_axis(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:
+    """The sum over the first axis of the window of convolutions with one spatial axis less."""
+    first = (window.padding[0], *((0, 0),) * (x.ndim - 3))
+    x, rest = _pad(x, first, zero_point), window.without_first()
+    terms = []
+    for at in range(kernel.shape[0]):
+        rows = _taps_of(x, 1, at, kernel.shape[0], window.strides[0], window.dilation[0])
+        flat = rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
+        term = _conv(flat, kernel[at], rest, zero_point)
+        terms.append(term.reshape(*rows.shape[:2], *term.shape[1:]))
+    return sum(terms[1:], start=terms[0])
+
+
+def _taps_of(x: jax.Array, axis: int, at: int, size: int, stride: int, dilation: int) -> jax.Array:
+    """What element `at` of a window of `size` multiplies along an axis, for every output."""
+    span = max(0, x.shape[axis] - (size - 1) * dilation)  # 0: the window does not fit
+    start = at * dilation if span else 0
+    return lax.slice_in_dim(x, start, start + span, stride=stride, axis=axis)
+
+
+def _is_small_depthwise(kernel: jax.Array, window: Window) -> bool:
+    taps = math.prod(kernel.shape[:-2])
+    return window.groups > 1 and kernel.shape[-2] == 1 and taps <= _MAX_TAPS
+
+
+def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """Depthwise convolution as a sum over the taps of the window.
+
+    XLA fuses the sum into one loop over the output.
+    """
+    spatial = kernel.ndim - 2
+    copies = kernel.shape[-1] // window.groups  # outputs of a channel
+    terms = []
+    for offset in itertools.product(*map(range, kernel.shape[:spatial])):
+        part = x
+        for a, at in enumerate(offset):
+            part = _taps_of(part, a + 1, at, kernel.shape[a], window.strides[a], window.dilation[a])
+        if copies > 1:
+            part = jnp.repeat(part, copies, axis=-1)
+        terms.append(part.astype(jnp.int32) * kernel[(*offset, 0)].astype(jnp.int32))
+    return sum(terms[1:], start=terms[0])
+
+
+def _is_pointwise(kernel: jax.Array, window: Window) -> bool:
+    """True for a window of one element that stays inside the input."""
+    inside = all(pads == (0, 0) for pads in window.padding)
+    return window.groups == 1 and inside and math.prod(kernel.shape[:-2]) == 1
+
+
+def _pointwise_by_dot(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """A 1x1 convolution as a dot over the channels of the strided input."""
+    x = lax.slice(x, [0] * x.ndim, x.shape, (1, *window.strides, 1))
+    kernel = lax.squeeze(kernel, range(kernel.ndim - 2))
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, kernel, contract, preferred_element_type=jnp.int32)
+
+
+def _has_few_channels(kernel: jax.Array) -> bool:
+    inputs, outputs = kernel.shape[-2:]
+    return inputs < _FEW_CHANNELS or (inputs == _FEW_CHANNELS and outputs <= _FEW_CHANNELS)
+
+
+def _with_channels(value: jax.Array, axis: int) -> jax.Array:
+    """An operand with zeros as further input channels."""
+    pads = [(0, 0, 0)] * value.ndim
+    pads[axis] = (0, _PADDED_CHANNELS - value.shape[axis], 0)
+    return lax.pad(value, jnp.int8(0), pads)
