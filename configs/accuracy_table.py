@@ -7,8 +7,9 @@ labels.csv, and on the 10,000 test images of CIFAR-10 (downloads, once):
     --config.weights.googlenet=FILE --config.weights.mobilenet_v2=FILE \
     --config.weights.cifar10_resnet20=FILE --markdown=README.md
 
---methods and --models choose some of them, --dry_run lists what would run. A network of the zoo
-that is not below is measured by its name:
+--methods and --models choose some of them, --dry_run lists what would run, and
+--recover=none,bias_correction,equalization+bias_correction measures each method with each of these
+recoveries. A network of the zoo that is not below is measured by its name:
 --models=vgg16_torchvision --config.weights.vgg16_torchvision=FILE.
 """
 

@@ -27,6 +27,12 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", "runs/accuracy_table", "Where finished rows are kept.")
 MODELS = flags.DEFINE_list("models", [], "Networks of the zoo; --config.models if empty.")
 METHODS = flags.DEFINE_list("methods", [], "Methods of the table; all if empty.")
+RECOVER = flags.DEFINE_list(
+    "recover",
+    [],
+    "Recoveries to measure each method with: 'none' or steps joined by '+', such as "
+    "none,bias_correction,equalization+bias_correction; if empty, each method has its own.",
+)
 MARKDOWN = flags.DEFINE_string(
     "markdown", None, "Markdown file, such as README.md; by default table.md in the work folder."
 )
@@ -46,7 +52,7 @@ def main(argv: list[str]) -> None:
     rows_file = Path(JSONL.value or workdir / "rows.jsonl")
     try:
         markdown.around(table_file)  # before hours of work, not after
-        chosen = methods.choose(METHODS.value)
+        chosen = methods.with_recovery(methods.choose(METHODS.value), RECOVER.value)
         plan = table.make_plan(CONFIG.value, MODELS.value, chosen, workdir)
     except (*table.EXPECTED, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,8 @@ from jaxquant.modes import MODES, STATIC
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
-RECOVERY_STEPS = ("bias_correction",)
+RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")  # in their order
+DEFAULT_RECOVERY = ("bias_correction",)
 WEIGHT_BITS = (8, 4)
 
 
@@ -27,7 +28,7 @@ class QuantConfig:
     is_full_quantize: bool = False
     weight_quantize_type: str = "channel_wise_abs_max"
     activation_quantize_type: str = "asymmetric"
-    recover: Sequence[str] = RECOVERY_STEPS
+    recover: Sequence[str] = DEFAULT_RECOVERY
     skip: Sequence[str] = ()
     skip_first_last: bool = False
     mode: str = STATIC

@@ -188,7 +188,7 @@ def _quantize(
     qparams = quantize_params(graph, plan, params)
     program = Program(graph, plan, params)
     sqnr, output_sqnr = _measured(program, params, qparams, inputs)
-    report = make_report(program, plan, params, qparams, sqnr, output_sqnr)
+    report = make_report(program, plan, params, qparams, sqnr, output_sqnr, recovery={})
     warn_if_poor(report)
     return qparams, QuantizedApply(apply_fn, plan, params, report, inputs)
 

@@ -28,11 +28,15 @@ class Method(NamedTuple):
         return {name: value for name, value in self.options.items() if name in taken}
 
 
+RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")
+
 METHODS = (
     Method("KL", {"algo": "KL"}),
     Method("KL-full", {"algo": "KL", "is_full_quantize": True}),
     Method("abs_max", {"algo": "abs_max"}),
     Method("abs_max-full", {"algo": "abs_max", "is_full_quantize": True}),
+    Method("auto", {"algo": "auto"}),
+    Method("mse", {"algo": "mse"}),
 )
 
 
@@ -49,6 +53,34 @@ def choose(names: Sequence[str]) -> list[Method]:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"there is no method {name!r}{hint}; there are {', '.join(known)}")
     return [method for method in METHODS if not names or method.name in names]
+
+
+def with_recovery(methods: Sequence[Method], recoveries: Sequence[str]) -> list[Method]:
+    """Each method with each recovery in place of its own; of no recovery, the methods as they are.
+
+    Args:
+      methods: those to vary.
+      recoveries: steps of `jaxquant.quant_post`'s `recover` joined by "+", or "none".
+
+    Raises:
+      ValueError: there is no step of a name.
+    """
+    if not recoveries:
+        return list(methods)
+    steps = {text: () if text == "none" else tuple(text.split("+")) for text in recoveries}
+    for step in (step for chosen in steps.values() for step in chosen):
+        if step not in RECOVERY_STEPS:
+            near = difflib.get_close_matches(step, RECOVERY_STEPS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(
+                f"there is no recovery step {step!r}{hint}; there are {', '.join(RECOVERY_STEPS)}, "
+                "joined by '+', and 'none'"
+            )
+    return [
+        Method(f"{method.name} recover={text}", {**method.options, "recover": list(chosen)})
+        for method in methods
+        for text, chosen in steps.items()
+    ]
 
 
 def check(method: Method) -> None:

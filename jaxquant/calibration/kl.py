@@ -14,6 +14,7 @@ from jaxquant.calibration.search import run_search, search, validated
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
     SYMMETRIC_LEVELS,
+    Levels,
     Sums,
     candidate_thresholds,
     evaluate,
@@ -151,7 +152,7 @@ def _xlog(x: jax.Array, y: jax.Array) -> jax.Array:
     return x * jnp.log(y)
 
 
-def _int8_curve(h: jax.Array, limit: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
     candidates = candidate_thresholds(h, limit)
     weighted = weighted_errors(without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT)
     # The last candidate is no clipping, and always competes.
@@ -204,7 +205,7 @@ def _textbook_divergence(h: jax.Array, edges: jax.Array) -> jax.Array:
 
 
 def _paddle_curve(
-    start: float, groups: int, h: jax.Array, limit: jax.Array, levels: jax.Array
+    start: float, groups: int, h: jax.Array, limit: jax.Array, levels: Levels
 ) -> tuple[jax.Array, jax.Array]:
     bins = h.shape[0]
     i = jnp.arange(max(int((bins - 1) * start), 1), bins, dtype=jnp.int32)
@@ -225,7 +226,7 @@ def _paddle_choose(h: jax.Array, candidates: jax.Array, divergence: jax.Array) -
     return jnp.where(jnp.all(jnp.isinf(divergence)), fallback, smallest)
 
 
-def _nvidia_curve(h: jax.Array, limit: jax.Array, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _nvidia_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
     groups = SYMMETRIC_LEVELS + 1
     i = jnp.arange(min(groups, h.shape[0]), h.shape[0] + 1, dtype=jnp.int32)
     group = jnp.arange(groups + 1, dtype=jnp.int32)
@@ -244,12 +245,12 @@ class KLVariant(NamedTuple):
     """One way to search, on one histogram h [N] in units of its bin width.
 
     Attributes:
-      curve: (h, limit [], levels []) -> candidate thresholds [C] and their divergences [C];
+      curve: (h, limit [], levels) -> candidate thresholds [C] and their divergences [C];
         `limit` is the threshold without clipping.
       choose: (h, candidates, divergences) -> the threshold [].
     """
 
-    curve: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    curve: Callable[[jax.Array, jax.Array, Levels], tuple[jax.Array, jax.Array]]
     choose: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -261,7 +262,7 @@ KL_VARIANTS: dict[str, KLVariant] = {
 }
 
 
-def _chosen(variant: KLVariant, h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _chosen(variant: KLVariant, h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     return variant.choose(h, *variant.curve(h, limit, levels))
 
 

@@ -10,7 +10,11 @@ T = TypeVar("T")
 
 
 def progress_bar(
-    iterable: Iterable[T], total: int | None, description: str, enabled: bool = True
+    iterable: Iterable[T],
+    total: int | None,
+    description: str,
+    enabled: bool = True,
+    unit: str = "batch",
 ) -> Generator[T, None, None]:
     """Shows the batches done, the rate and the time left while an iterable is read.
 
@@ -25,6 +29,7 @@ def progress_bar(
       total: its length, or None where that is unknown: then the bar shows no time left.
       description: the text before the bar.
       enabled: False for no bar.
+      unit: what an item is called.
 
     Yields:
       The items. One counts as done when the next one is asked for.
@@ -38,7 +43,7 @@ def progress_bar(
     if tqdm is None:
         yield from iterable
         return
-    with tqdm(total=total, desc=description, unit="batch", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True) as bar:
         for item in iterable:
             yield item
             bar.update()

@@ -1,13 +1,15 @@
 """Run a threshold search over the histograms of all tensors at once.
 
-Searches work on `counts` [..., N], where bin j covers [j, j + 1) * bin_width, and give [...].  All
-tensors and all candidate thresholds are one compiled reduction in float64, so that counts up to
-2**53 are exact; the caller need not enable 64-bit types, and gets NumPy float64 back.
+Searches work on `counts` [..., N], where bin j covers [j, j + 1) * bin_width, and give [...].  They
+are compiled reductions over all candidate thresholds in float64, so that counts up to 2**53 are
+exact; the caller need not enable 64-bit types, and gets NumPy float64 back.
 """
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxquant.calibration.sums import MOST_LEVELS, SYMMETRIC_LEVELS
+from jaxquant.calibration.sums import MOST_LEVELS, SYMMETRIC_LEVELS, Levels
+
+_CHUNK = 8  # tensors a call
 
 
 class Histograms(NamedTuple):
@@ -36,7 +40,7 @@ def search(
     levels: ArrayLike = SYMMETRIC_LEVELS,
     *args: np.float64,
 ) -> np.ndarray:
-    """`function(h [N], limit [], levels [], *args)` of every tensor, times its bin width.
+    """`function(h [N], limit [], levels, *args)` of every tensor, times its bin width.
 
     `limit` is the threshold without clipping in bins; the other arguments are those of
     `jaxquant.kl_threshold`.
@@ -46,15 +50,64 @@ def search(
 
 
 def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[no-untyped-def]
-    """What `function` gives for every tensor, stacked and in NumPy."""
-    with _float64_on_host():
-        return jax.tree.map(np.asarray, _map_tensors(function, *hist[:3], *args))
+    """What `function` gives for every tensor, stacked and in NumPy.
+
+    The tensors go in chunks of one size, so that a search is compiled once for all networks (twice
+    if some have more levels than symmetric int8), each chunk in a thread: XLA on CPU runs such
+    small operations on one core.
+    """
+    order, chunks = _chunks(hist.levels)
+
+    def run(chunk: _Chunk):  # type: ignore[no-untyped-def]
+        part = [np.zeros((_CHUNK, *x.shape[1:])) for x in hist[:2]]
+        part.append(np.full(_CHUNK, float(SYMMETRIC_LEVELS)))
+        for padded, values in zip(part, hist[:3], strict=True):
+            padded[: len(chunk.members)] = values[chunk.members]
+        with _float64_on_host():  # of this thread
+            found = jax.device_get(_map_tensors(function, chunk.most, *part, *args))
+        return jax.tree.map(lambda x: x[: len(chunk.members)], found)
+
+    with futures.ThreadPoolExecutor(min(len(chunks), _cores())) as pool:
+        results = list(pool.map(run, chunks))
+    back = np.argsort(order)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[back], *results)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _map_tensors(function, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
+class _Chunk(NamedTuple):
+    """Tensors that are searched by one call, compiled for `most` levels."""
+
+    members: np.ndarray
+    most: int
+
+
+def _chunks(levels: np.ndarray) -> tuple[np.ndarray, list[_Chunk]]:
+    """The numbers of all tensors in the order of the chunks, and the chunks, at least one."""
+    is_narrow = levels <= SYMMETRIC_LEVELS
+    narrow, wide = np.flatnonzero(is_narrow), np.flatnonzero(~is_narrow)
+    chunks = [
+        _Chunk(members[start : start + _CHUNK], most)
+        for members, most in ((narrow, SYMMETRIC_LEVELS), (wide, MOST_LEVELS))
+        for start in range(0, len(members), _CHUNK)
+    ]
+    return np.concatenate([narrow, wide]), chunks or [_Chunk(narrow, SYMMETRIC_LEVELS)]
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _map_tensors(function, most, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
     """[T, N] and [T] to whatever `function` gives, stacked; a tensor at a time to bound memory."""
-    return lax.map(lambda tensor: function(*tensor, *args), (counts, limit, levels))
+
+    def one(tensor):  # type: ignore[no-untyped-def]
+        h, limit, steps = tensor
+        return function(h, limit, Levels(steps, most), *args)
+
+    return lax.map(one, (counts, limit, levels))
 
 
 @contextlib.contextmanager

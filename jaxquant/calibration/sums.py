@@ -17,10 +17,27 @@ import jax.numpy as jnp
 from jax import lax
 
 SYMMETRIC_LEVELS = 127  # symmetric int8: the threshold maps to 127
-CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
 MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
+CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
 _BLOCK = 64  # candidates that are evaluated together
 _MARGIN = 1e-6  # far above the rounding of the sums: what it rules out cannot win
+
+
+class Levels(NamedTuple):
+    """How many levels the threshold maps to, and how many a search is compiled for.
+
+    Attributes:
+      steps: [] float64, how many, at most `most`.
+      most: 127 or 255, the K of the arrays [C, K] of level edges.
+    """
+
+    steps: jax.Array
+    most: int
+
+    @property
+    def numbers(self) -> jax.Array:
+        """[K], 1, 2, 3, ..."""
+        return jnp.arange(1, self.most + 1, dtype=self.steps.dtype)
 
 
 class Sums(NamedTuple):
@@ -59,14 +76,15 @@ def candidate_thresholds(h: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.arange(1, h.shape[0] + 1, dtype=h.dtype), limit)
 
 
-def level_edges(candidates: jax.Array, levels: jax.Array, bins: int) -> jax.Array:
-    """[C] -> [C, 255], the lower edges (k - 1/2) s of the levels 1 to L; then the end."""
-    k = jnp.arange(1, MOST_LEVELS + 1, dtype=candidates.dtype)
-    return jnp.where(k <= levels, candidates[:, None] * ((k - 0.5) / levels), float(bins))
+def level_edges(candidates: jax.Array, levels: Levels, bins: int) -> jax.Array:
+    """[C] -> [C, K], the lower edges (k - 1/2) s of the levels 1 to L; then the end."""
+    k = levels.numbers
+    edges = candidates[:, None] * ((k - 0.5) / levels.steps)
+    return jnp.where(k <= levels.steps, edges, float(bins))
 
 
 def squared_errors(
-    sums: Sums, candidates: jax.Array, edges: jax.Array, levels: jax.Array
+    sums: Sums, candidates: jax.Array, edges: jax.Array, levels: Levels
 ) -> jax.Array:
     """[C] summed squared quantization errors; the equation is in `mse_threshold`."""
     index, part = locate(edges, sums.h.shape[0])
@@ -75,8 +93,8 @@ def squared_errors(
     first = jnp.sum(sums.h * (j + 0.5))
     second = jnp.sum(sums.h * (j * (j + 1) + 1 / 3))
     from_threshold = second - candidates * (2 * first - candidates * sums.below[-1])
-    inner = jnp.arange(1, MOST_LEVELS + 1, dtype=levels.dtype) <= levels
-    return from_threshold - 2 * candidates / levels * jnp.sum(depth, axis=1, where=inner)
+    inner = levels.numbers <= levels.steps
+    return from_threshold - 2 * candidates / levels.steps * jnp.sum(depth, axis=1, where=inner)
 
 
 def clipped_squares(h: jax.Array) -> jax.Array:
@@ -94,7 +112,7 @@ def clipped_squares(h: jax.Array) -> jax.Array:
 
 
 def weighted_errors(
-    h: jax.Array, candidates: jax.Array, limit: jax.Array, levels: jax.Array, weight: float
+    h: jax.Array, candidates: jax.Array, limit: jax.Array, levels: Levels, weight: float
 ) -> jax.Array:
     """[N] squared errors with clipping weighing `weight` times; inf where no clipping is better.
 

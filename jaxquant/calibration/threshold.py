@@ -8,8 +8,8 @@ from jax.typing import ArrayLike
 from jaxquant.calibration.search import search
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
-    MOST_LEVELS,
     SYMMETRIC_LEVELS,
+    Levels,
     candidate_thresholds,
     level_edges,
     locate,
@@ -106,15 +106,15 @@ def mse_threshold(
     return search(_mse_search, counts, bin_width, abs_max, levels)
 
 
-def _abs_max_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _abs_max_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     return limit
 
 
-def _mse_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _mse_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     return _least_error(h, limit, levels, 1.0)
 
 
-def _least_error(h: jax.Array, limit: jax.Array, levels: jax.Array, weight: float) -> jax.Array:
+def _least_error(h: jax.Array, limit: jax.Array, levels: Levels, weight: float) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
     errors = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
     best = errors <= jnp.min(errors) * (1 + 1e-12)
@@ -122,7 +122,7 @@ def _least_error(h: jax.Array, limit: jax.Array, levels: jax.Array, weight: floa
 
 
 def _percentile_search(
-    h: jax.Array, limit: jax.Array, levels: jax.Array, percent: jax.Array
+    h: jax.Array, limit: jax.Array, levels: Levels, percent: jax.Array
 ) -> jax.Array:
     below = running(h)
     target = percent * below[-1]
@@ -210,16 +210,15 @@ def auto_threshold(
     return search(_auto_search, counts, bin_width, abs_max, levels)
 
 
-def _emd_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
     sums = running_sums(without_zeros(h))
     edges = level_edges(candidates, levels, h.shape[0])
     index, part = locate(edges, h.shape[0])
-    below = sums.below[index] + part * sums.h[index]  # [C, 255], the count below level k
-    inside = jnp.arange(1, MOST_LEVELS + 1, dtype=levels.dtype) <= levels
-    above = jnp.where(inside, sums.below[-1] - below, 0.0)
-    k = jnp.arange(1, MOST_LEVELS + 1, dtype=levels.dtype)
-    step = candidates / levels
+    below = sums.below[index] + part * sums.h[index]  # [C, K], the count below level k
+    k = levels.numbers
+    above = jnp.where(k <= levels.steps, sums.below[-1] - below, 0.0)
+    step = candidates / levels.steps
     total = jnp.maximum(jnp.sum(h), 1.0)
     mean = step * jnp.sum(above, axis=1) / total  # sum over the values of their level
     square = step**2 * jnp.sum(above * (2 * k - 1), axis=1) / total
@@ -237,7 +236,7 @@ def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
 
 
-def _ptf_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _ptf_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     candidates = limit / 2.0 ** jnp.arange(4, dtype=h.dtype)
     edges = level_edges(candidates, levels, h.shape[0])
     errors = squared_errors(running_sums(without_zeros(h)), candidates, edges, levels)
@@ -245,5 +244,5 @@ def _ptf_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(best, candidates, 0.0))
 
 
-def _auto_search(h: jax.Array, limit: jax.Array, levels: jax.Array) -> jax.Array:
+def _auto_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     return _least_error(h, limit, levels, CLIPPING_WEIGHT)

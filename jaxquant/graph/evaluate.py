@@ -32,6 +32,10 @@ class Environment:
     def write(self, var: ir.Var, value: Any) -> None:
         self._values[var] = value
 
+    def drop(self, var: ir.Var) -> None:
+        """Forget a value that nothing reads any more."""
+        self._values.pop(var, None)
+
     def wide(self, atom: ir.Atom) -> Any:
         """The value as it was computed; floats may be wider than the model's dtype."""
         return atom.value if isinstance(atom, ir.Literal) else self._values[atom]

@@ -33,6 +33,7 @@ class Binding:
       names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
       scales: int8 tensor -> the name of the entry that holds its scale.
       zero_points: int8 tensor -> the int8 that stands for zero.
+      per_channel: the int8 tensors whose scale varies along channels (equalized ones).
     """
 
     sites: tuple[Int8Site, ...]
@@ -42,6 +43,7 @@ class Binding:
     names: Mapping[ir.Var, str]
     scales: Mapping[ir.Var, str]
     zero_points: Mapping[ir.Var, int]
+    per_channel: frozenset[ir.Var]
 
 
 def bind(graph: ir.Graph, plan: Plan) -> Binding:
@@ -84,6 +86,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
             by_behaviour[behaviour].add(site.equation)
     scales = {var: names[entry] for var, entry in group_entries(forms).items()}
     zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
+    equalized = {tensor.name for tensor in plan.tensors if tensor.channels}
     return Binding(
         tuple(bound),
         frozenset(by_behaviour[kinds.SELECT]),
@@ -92,6 +95,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         entries,
         scales,
         {var: zero_points[name] for var, name in scales.items()},
+        frozenset(var for var, name in scales.items() if name in equalized),
     )
 
 

@@ -17,7 +17,9 @@ class TensorPlan:
     """A tensor that is quantized from float.
 
     Tensors of one `group` share their threshold and grid; the group is named after its first.
-    value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.
+    value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.  An equalized tensor has a scale
+    for each index along the axes `channels`, which `qparams` holds; then `scale` is that which the
+    weights behind it know, who carry the rest (see `jaxquant.recover.equalization`).
     """
 
     name: str
@@ -25,6 +27,7 @@ class TensorPlan:
     threshold: float
     scale: float
     zero_point: int
+    channels: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Plan:
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
         sites = tuple(SitePlan(**_with_tuples(site)) for site in data.pop("sites"))
-        tensors = tuple(TensorPlan(**t) for t in data.pop("tensors"))
+        tensors = tuple(TensorPlan(**_with_tuples(t)) for t in data.pop("tensors"))
         return Plan(sites=sites, tensors=tensors, **_with_tuples(data))
 
 

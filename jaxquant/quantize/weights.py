@@ -14,19 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.groups import group_layout
+from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
 from jaxquant.quantize.groups import quantize_groups
 
+Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
 
-def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
-    """Make `qparams`; see `jaxquant.plan.layout` for its structure."""
+
+def quantize_params(
+    graph: ir.Graph, plan: Plan, params: Any, equalization: Equalization | None = None
+) -> dict[str, Any]:
+    """Make `qparams`; see `jaxquant.plan.layout` for its structure.
+
+    Args:
+      graph, plan, params: the model and what becomes int8.
+      equalization: see `jaxquant.recover.equalization`; arrays of the rank of their tensors.
+    """
+    equalization = equalization or {}
     binding = bind(graph, plan)
     paths = layout.leaf_paths(graph, params)
     slots = layout.weight_slots(graph, binding.sites, paths, plan)
@@ -46,7 +58,8 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
-            int8, scale = quantize_weight(weights[site.weight], axes if per_channel else ())
+            weight = equalized(graph, binding, site, weights[site.weight], equalization)
+            int8, scale = quantize_weight(weight, axes if per_channel else ())
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             channels = int(np.prod([int8.shape[a] for a in axes]))
@@ -57,11 +70,35 @@ def quantize_params(graph: ir.Graph, plan: Plan, params: Any) -> dict[str, Any]:
         arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
         qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
+        scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.ones(())))
         qparams["tensors"][tensor.name] = {
-            "scale": np.float32(tensor.scale),
-            "inv_scale": np.float32(1.0 / tensor.scale),
+            "scale": np.float32(scale),
+            "inv_scale": np.float32(1.0 / scale),
         }
     return jax.tree.map(jnp.asarray, qparams)
+
+
+def equalized(
+    graph: ir.Graph,
+    binding: Binding,
+    site: Site,
+    weight: np.ndarray,
+    equalization: Equalization,
+) -> np.ndarray:
+    """A weight in float64, its input channels times the equalization of the site's input."""
+    weight = np.asarray(weight).astype(np.float64)
+    factors = equalization.get(binding.scales[site.operands[0]])
+    if factors is None:
+        return weight
+    return weight * along_weight(site, graph.equations[site.equation], weight.shape, factors)
+
+
+def _broadcasting(factors: np.ndarray) -> np.ndarray:
+    """Without the leading axes of size 1."""
+    shape = factors.shape
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return factors.reshape(shape)
 
 
 def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +118,19 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
     scale = np.where(threshold > 0, threshold, 127.0) / 127.0
     int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
     return int8, scale.reshape(-1) if axes else scale.reshape(())
+
+
+def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """[C] or [], in the order of a weight's channels, so that it broadcasts against the weight.
+
+    Args:
+      values: one for each output channel, or one for all.
+      axes: of the weight, along its output channels.
+      shape: the weight's.
+    """
+    if values.ndim == 0:
+        return values
+    return values.reshape([shape[a] if a in axes else 1 for a in range(len(shape))])
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end

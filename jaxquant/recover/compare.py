@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.float_forms import fast_convolutions
-from jaxquant.graph.primitives import Channels
+from jaxquant.graph.primitives import Channels, varying_axes
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import activation_equations
 from jaxquant.run.program import Program
@@ -77,7 +79,7 @@ class Comparison:
             if site.output is not None and _is_float(graph.dtype(site.output))
         }
         self._activations = {
-            s.site.name: _activation(graph, s.epilogue.output)
+            s.site.name: find_activation(graph, s.epilogue.output)
             for s in program.binding.sites
             if s.site.name in program.slots and program.mode.integer
         }
@@ -105,7 +107,7 @@ class Comparison:
             wanted = reference.read(site.epilogue.output).astype(jnp.float32)
             activation = self._activations[site.site.name]
             gain = activation.of(wanted, reference) - activation.of(value, reference)
-            shift = _shift(wanted - value, gain, site.epilogue.channels)
+            shift = shift_of(wanted - value, gain, site.epilogue.channels)
             shifts[site.site.name] = shift
             step = jnp.where(correct, shift.mean(), 0)
             return value + site.epilogue.channels.spread(step, value.ndim)
@@ -124,7 +126,7 @@ class Comparison:
         return Measured(by_site, by_output, shifts)
 
 
-class _Activation(NamedTuple):
+class Activation(NamedTuple):
     """The elementwise function of a site's output that others read."""
 
     start: ir.Var
@@ -141,15 +143,72 @@ class _Activation(NamedTuple):
             self.end
         )
 
+    def scalars(self, env: evaluate.Environment) -> dict[ir.Var, jax.Array] | None:
+        """Its parameters, each as one number; None where one varies along the tensor."""
+        graph, found = env.graph, {}
+        for var in {v for eqn in self.equations for v in eqn.input_vars if graph.static[v]}:
+            if varying_axes(graph, var):
+                return None
+            found[var] = jnp.ravel(env.wide(var))[0]
+        return found
 
-def _activation(graph: ir.Graph, start: ir.Var) -> _Activation:
+
+class RowFunction:
+    """An activation of values in any shape, its parameters being scalars.
+
+    Two that compute the same are equal, so that what is compiled for one serves the other.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, activation: Activation, scalars: Mapping[ir.Var, np.ndarray]
+    ):
+        self._graph = graph
+        self._activation = activation
+        self._scalars = scalars
+        self._key = self._signature()
+
+    def __call__(self, value: jax.Array) -> jax.Array:
+        graph, activation = self._graph, self._activation
+        inner = evaluate.Environment(graph, {}, [None] * len(graph.inputs))
+        for var, scalar in self._scalars.items():
+            shape = value.shape if graph.shape(var) else ()
+            inner.write(var, jnp.broadcast_to(jnp.asarray(scalar), shape))
+        inner.write(activation.start, value)
+        rule = functools.partial(evaluate.apply, inner)
+        return evaluate.run(inner, activation.equations, rule).wide(activation.end)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowFunction) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def _signature(self) -> tuple[Any, ...]:
+        local = {self._activation.start: 0}
+        lines: list[tuple[Any, ...]] = []
+        for eqn in self._activation.equations:
+            operands: list[Any] = []
+            for atom in eqn.inputs:
+                if isinstance(atom, int) and atom in local:
+                    operands.append(local[atom])
+                    continue
+                value = atom.value if isinstance(atom, ir.Literal) else self._scalars[atom]
+                rank = len(self._graph.shape(atom))
+                operands.append((np.asarray(value).dtype.name, np.asarray(value).tobytes(), rank))
+            params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
+            lines.append((eqn.name, params, tuple(operands)))
+            local.update((var, len(local)) for var in eqn.outputs)
+        return (*lines, local[self._activation.end])
+
+
+def find_activation(graph: ir.Graph, start: ir.Var) -> Activation:
     """The identity where others read several functions of the output."""
     equations = activation_equations(graph, start)
     region = {start, *(eqn.outputs[0] for eqn in equations)}
     ends = [v for v in region if _is_read_outside(graph, v, region)]
     if len(ends) != 1 or ends == [start]:
-        return _Activation(start, (), start)
-    return _Activation(start, equations, ends[0])
+        return Activation(start, (), start)
+    return Activation(start, equations, ends[0])
 
 
 def _is_read_outside(graph: ir.Graph, var: ir.Var, region: set[ir.Var]) -> bool:
@@ -157,7 +216,7 @@ def _is_read_outside(graph: ir.Graph, var: ir.Var, region: set[ir.Var]) -> bool:
     return var in graph.output_vars or any(not set(user.outputs) <= region for user in users)
 
 
-def _shift(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
+def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
     """From y - ŷ and f(y) - f(ŷ); values that are not finite are left out."""
     slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
     usable = jnp.isfinite(off) & jnp.isfinite(slope)

@@ -49,7 +49,8 @@ class Report:
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
-        "dynamic" | "weight_only"), group_size (None: a scale per channel), backend.
+        "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
+        recovery (step -> what it did).
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -128,6 +129,9 @@ class Report:
             f"algo={s['algo']}, weights {s['weight_quantize_type']}"
             + (f", in groups of {s['group_size']}." if s["group_size"] else ".")
         )
+        if s["recovery"]:
+            did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
+            lines.append(f"Recovery: {did}.")
         if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
@@ -140,6 +144,7 @@ def make_report(
     qparams: Any,
     sqnr: Mapping[str, float],
     output_sqnr: float | None,
+    recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
     label = MODES[plan.mode].label.format(bits=plan.weight_bits)
@@ -180,6 +185,7 @@ def make_report(
         "weight_quantize_type": plan.weight_quantize_type,
         "mode": plan.mode,
         "group_size": plan.group_size,
+        "recovery": dict(recovery),
     }
     return Report(rows, tensors, summary)
 

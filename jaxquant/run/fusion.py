@@ -35,7 +35,8 @@ class Chain:
       residual_int8: True where its int8 form is what is added.
       float_out: True where the output is read in float.
       grid: the tensor on whose scale the output is quantized: itself, or what an early max pool
-        makes of it; None where it is not quantized.
+        makes of it; None where it is not quantized.  An equalized output leaves as float and is
+        quantized behind the call, which knows one scale for a tensor.
     """
 
     site: Int8Site
@@ -67,7 +68,7 @@ def find_chains(
     pooled: dict[ir.Var, ir.Var] = {
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
     }
-    grids = {**pooled, **{var: var for var in binding.names}}
+    grids = {**pooled, **{var: var for var in binding.names if var not in binding.per_channel}}
     indices = {eqn.index for eqn in live}
     chains: dict[int, Chain] = {}
     claimed: set[int] = set()
@@ -120,8 +121,10 @@ def _follow(
         if (bounds := _clamp_of(graph, eqn, current)) is not None:
             clamps[-1] = _after(clamps[-1], bounds)
         elif residual is None and (added := _added(graph, eqn, current)) is not None:
-            reads_int8 = eqn.index in binding.forms.reads_int8
-            residual, residual_int8 = added, reads_int8 and added in binding.forms.int8
+            reads_int8 = eqn.index in binding.forms.reads_int8 and added in binding.forms.int8
+            if reads_int8 and added in binding.per_channel:
+                break
+            residual, residual_int8 = added, reads_int8
             clamps.append(NO_CLAMP)
         else:
             break

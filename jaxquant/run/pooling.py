@@ -42,6 +42,7 @@ def find_early_pools(
         for eqn in live
         if eqn.name == _MAX_POOL
         and eqn.outputs[0] in binding.names
+        and eqn.outputs[0] not in binding.per_channel  # the window may reach over channels
         and eqn.outputs[0] not in floats
         and not graph.is_static(eqn.inputs[0])
         and _has_no_empty_window(eqn.params)

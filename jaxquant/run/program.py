@@ -145,7 +145,7 @@ class Program:
             value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
         for scale in scales:
             value = value * scale
-        return _epilogue(int8_site, value, qparams["sites"][site.name])
+        return epilogue(int8_site, value, qparams["sites"][site.name])
 
     def _on_dequantized_weight(
         self, site: Site, qparams: Mapping[str, Any], env: evaluate.Environment
@@ -175,7 +175,8 @@ class Program:
         return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
 
 
-def _epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+def epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """The output of a site from its accumulator as float32."""
     for eqn in site.epilogue.movements:
         (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
     channels = site.epilogue.channels

@@ -44,14 +44,15 @@ def test_what_clipping_rules_out_costs_more_than_no_clipping(weight, levels, sha
         "outlier": np.append(rng.normal(size=4000), 20),
     }[shape]
     h = jnp.asarray(np.histogram(np.abs(x), 512)[0], jnp.float64)
+    grid = sums.Levels(jnp.asarray(levels), 255)
     limit = jnp.asarray(511.5, jnp.float64)
     candidates = sums.candidate_thresholds(h, limit)
-    edges = sums.level_edges(candidates, jnp.asarray(levels), 512)
-    errors = sums.squared_errors(sums.running_sums(h), candidates, edges, jnp.asarray(levels))
+    edges = sums.level_edges(candidates, grid, 512)
+    errors = sums.squared_errors(sums.running_sums(h), candidates, edges, grid)
     clipped = jnp.where(candidates < limit, sums.clipped_squares(h), 0.0)
     every = np.asarray(errors + (weight - 1) * clipped)
 
-    found = np.asarray(sums.weighted_errors(h, candidates, limit, jnp.asarray(levels), weight))
+    found = np.asarray(sums.weighted_errors(h, candidates, limit, grid, weight))
     left = np.isfinite(found)
     assert 1 <= left.sum() < 512
     np.testing.assert_allclose(found[left], every[left], rtol=1e-9)

@@ -376,3 +376,13 @@ def test_bad_input(kwargs, message):
 def test_bad_percent(percent):
     with pytest.raises(ValueError, match=r"percent is a fraction in \(0, 1\]"):
         th.percentile_threshold([1, 2, 3], 1.0, percent)
+
+
+def test_many_tensors_of_either_grid_are_searched_as_one_by_one(rng):
+    """They go in chunks by their number of levels and come back in their own order."""
+    counts = rng.integers(0, 100, (19, 256)) * (rng.random((19, 256)) < 0.8)
+    levels = np.where(rng.random(19) < 0.5, 127, 255)
+    together = kl.kl_threshold(counts, 0.1, levels=levels)
+    alone = [float(kl.kl_threshold(h, 0.1, levels=steps)) for h, steps in zip(counts, levels)]
+    np.testing.assert_array_equal(together, alone)
+    assert kl.kl_threshold(np.zeros((0, 256)), 0.1).shape == (0,)

@@ -29,6 +29,7 @@ KEYS = {
 }
 SUMMARY = {
     "backend",
+    "recovery",
     "sites_int8",
     "sites_float",
     "kinds",
@@ -117,6 +118,7 @@ def test_summary(quantized, report):
     qparams = quantized[2]
     summary = dict(report.summary)
     assert set(summary) == SUMMARY
+    assert summary["recovery"] == {}
     assert (summary["sites_int8"], summary["sites_float"]) == (2, 2)
     assert (summary["tensors_int8"], summary["tensors_float"]) == (1, 3)
     assert (summary["algo"], summary["weight_quantize_type"]) == ("abs_max", "channel_wise_abs_max")

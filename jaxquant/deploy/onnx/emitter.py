@@ -84,6 +84,10 @@ class Emitter:
 
     def dequantized(self, var: Var) -> Value:
         """What the int8 form of a tensor is worth, in float."""
+        return self.quantizer.restored(self.operand(var), self.network.scales[str(var)])
+
+    def operand(self, var: Var) -> Value:
+        """The same as sites read it: of an equalized tensor, without what their weights hold."""
         return self.quantizer.dequantize(self.int8(var), self.network.scales[str(var)])
 
     def int8(self, var: Var) -> Value:
@@ -112,7 +116,8 @@ class Emitter:
             clips = (_with_scalar(node, "max") or _with_scalar(node, "min")) is not None
             return clips and self.is_quantized(node.outputs[0])
         floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
-        return str(var) in self.network.entries and not floats
+        entry = self.network.entries.get(str(var))
+        return entry is not None and not floats and not self.quantizer.is_equalized(entry)
 
     def full(self, value: Value, var: Var) -> Value:
         """The value with all copies that the tensor holds."""

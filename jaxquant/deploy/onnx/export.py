@@ -39,7 +39,8 @@ def export_onnx(
 
     Activations are integers between QuantizeLinear and DequantizeLinear, weights are int8
     initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
-    folded into the scales.  The batch (and what else varies) is a named size.
+    folded into the scales.  An equalized tensor is divided channel by channel before it is
+    quantized.  The batch (and what else varies) is a named size.
 
     Args:
       path: of the file to write.

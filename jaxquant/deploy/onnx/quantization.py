@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.deploy.onnx.builder import Builder, Value
+from jaxquant.deploy.onnx import elementwise
+from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.plan.plan import Plan
 
 _LARGEST_BIAS = 2.0**30  # of an int32 bias, in steps; accumulators need room beside it
@@ -47,6 +48,7 @@ class Quantizer:
         self._tensors = tensors
         self._sites = sites
         self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
+        self._equalized = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.channels}
         self._dequantized: dict[str, Value] = {}
 
     def site(self, name: str) -> dict[str, np.ndarray]:
@@ -54,13 +56,34 @@ class Quantizer:
         return {key: np.asarray(array) for key, array in self._sites[name].items()}
 
     def scale(self, entry: str) -> float:
-        """What one step of a tensor is worth."""
+        """What one step of a tensor is worth; of an equalized one, to the weights behind it."""
+        if entry in self._equalized:
+            return float(np.float32(self._equalized[entry]))
         return float(np.asarray(self._tensors[entry]["scale"]))
+
+    def is_equalized(self, entry: str) -> bool:
+        """True for a tensor that is divided, channel by channel, before it is quantized."""
+        return entry in self._equalized
+
+    def restored(self, value: Value, entry: str) -> Value:
+        """A dequantized tensor as it was before it was divided."""
+        return self._multiplied(value, entry, 1) if self.is_equalized(entry) else value
+
+    def _multiplied(self, value: Value, entry: str, power: int) -> Value:
+        factors = np.asarray(self._tensors[entry]["scale"], np.float64) / self.scale(entry)
+        array = (factors**power).astype(np.float32)
+        array = array.reshape([1] * (value.rank - array.ndim) + list(array.shape))
+        constant = Value(
+            self.builder.constant(array, "equalization"), array.shape, straight(array.ndim)
+        )
+        return elementwise.apply(self.builder, "Mul", [value, constant])
 
     def zero_point(self, entry: str) -> int:
         return int(self._zero_points[entry])
 
     def quantize(self, value: Value, entry: str) -> Value:
+        if self.is_equalized(entry):
+            value = self._multiplied(value, entry, -1)
         value = self.builder.plain(value)
         name = self.builder.node("QuantizeLinear", [value.name, *self._grid(entry)], "quantize")
         return dataclasses.replace(value, name=name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def emit_site(e: Emitter, site: Int8Node) -> Value:
     """The float result of a site, at the end of its epilogue."""
-    operands = [e.dequantized(var) for var in site.operands]
+    operands = [e.operand(var) for var in site.operands]
     if site.weight or site.computed_weight is not None:
         return _weighted(e, site, operands[0])
     node, shape = site.node, e.shape(site.node.outputs[0])

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jaxquant
-from tests.deploy.onnx.runtime import agrees, ops
+from tests.deploy.onnx.runtime import agrees, ops, run, sqnr
 from tests.networks import images, quantize, whole_numbers
 
 IMAGE = (3, 8, 8, 4)
@@ -293,3 +293,36 @@ def test_an_opset_out_of_range_is_an_error(tmp_path):
     qparams, qapply = quantize(weights(4, 6), lambda p, x: x @ p, images(0, IMAGE))
     with pytest.raises(ValueError, match="opset=12: 13 to 23"):
         jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, opset=12)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("runtime", ["any", "onnxruntime"])
+def test_equalized_tensors(runtime, full, tmp_path):
+    """A convolution, a depthwise one that is added to its input, and a dot read such tensors."""
+    uneven = np.logspace(-2, 0, 8).astype(np.float32)
+    params = {
+        "first": weights(1, 1, 3, 8) * uneven,
+        "second": weights(3, 3, 1, 8, seed=8),
+        "last": weights(8, 4, seed=9) / uneven[:, None],
+    }
+
+    def conv(x, w, groups=1):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+        )
+
+    def apply_fn(p, x):
+        y = jax.nn.relu6(conv(x, p["first"]))
+        y = jax.nn.relu(conv(y, p["second"], groups=8) + y)
+        return y @ p["last"]
+
+    x = images(0, (16, 6, 6, 3))
+    qparams, qapply = jaxquant.quant_post(
+        params, apply_fn, [x], algo="abs_max", recover=("equalization",), is_full_quantize=full,
+        progress=False,
+    )  # fmt: skip
+    assert sum(bool(tensor.channels) for tensor in qapply.plan.tensors) >= 2
+    path = tmp_path / "model.onnx"
+    jaxquant.export_onnx(path, qparams, qapply, runtime=runtime)
+    assert sqnr(qapply(qparams, x[:2]), run(path, x[:2])[0]) > 45

@@ -1,3 +1,4 @@
+import jax
 import pytest
 
 import jaxquant
@@ -34,3 +35,28 @@ def test_methods_are_chosen_in_their_own_order():
     assert [m.name for m in methods.choose(["abs_max", "KL"])] == ["KL", "abs_max"]
     with pytest.raises(ValueError, match="did you mean 'abs_max'"):
         methods.choose(["absmax"])
+
+
+def test_each_method_is_varied_with_each_recovery():
+    chosen = methods.choose(["KL", "abs_max"])
+    assert methods.with_recovery(chosen, []) == chosen
+    varied = methods.with_recovery(chosen, ["none", "equalization+bias_correction"])
+    assert [m.name for m in varied] == [
+        "KL recover=none",
+        "KL recover=equalization+bias_correction",
+        "abs_max recover=none",
+        "abs_max recover=equalization+bias_correction",
+    ]
+    assert varied[1].options == {"algo": "KL", "recover": ["equalization", "bias_correction"]}
+    for method in varied:
+        methods.check(method)
+    with pytest.raises(ValueError, match="did you mean 'equalization'"):
+        methods.with_recovery(chosen, ["equalisation+bias_correction"])
+
+
+def test_the_recovery_steps_are_those_of_the_library():
+    one = {"w": jax.numpy.eye(4)}, lambda p, x: x @ p["w"], [jax.numpy.ones((2, 4))]
+    with pytest.raises(ValueError) as error:
+        jaxquant.quant_post(*one, recover=("nothing",), progress=False)
+    for step in methods.RECOVERY_STEPS:
+        assert step in str(error.value)

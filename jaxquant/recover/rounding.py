@@ -1,0 +1,269 @@
+"""Learned rounding of a whole model: one pass of the int8 program that learns at each site.
+
+The samples go through the program equation by equation; where they reach a site, its rounding is
+learned on what arrived, and they go on with what it gives then.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.trace import trace
+from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.plan import Plan
+from jaxquant.quantize.fold import fold
+from jaxquant.quantize.weights import (
+    Equalization,
+    along_channels,
+    equalized,
+    quantize_weight,
+)
+from jaxquant.recover import adaround
+from jaxquant.recover.compare import Activation, RowFunction, find_activation
+from jaxquant.recover.product import Product
+from jaxquant.recover.roundings import Rounding, Roundings, digest
+from jaxquant.recover.walk import Walk
+
+POSITIONS = 4096  # of a site's output, at most
+_FEWEST = 8  # positions to learn from
+
+
+class Wanted(NamedTuple):
+    """What the float model gives at a site: rows of its output, and its activation's scalars."""
+
+    rows: jax.Array
+    scalars: dict[ir.Var, jax.Array] | None
+
+
+def learn_roundings(
+    apply_fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    qparams: Any,
+    examples: Sequence[tuple[Any, ...]],
+    *,
+    equalization: Equalization | None = None,
+    correct: bool = False,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[Any, dict[str, str]]:
+    """Learn the rounding of every weight that an int8 site has for itself.
+
+    Args:
+      apply_fn, params: the float model.
+      plan, qparams: the int8 model, with nearest rounding and no corrected biases.
+      examples: batches of calibration samples; the first one alone where they cannot be joined.
+      equalization: what `qparams` were made with.
+      correct: take the mean error of every channel away on the way, as bias correction does.
+      file: keeps the sites that are done; a later call with the same data goes on from there.
+      progress: show a progress bar.
+
+    Returns:
+      The new qparams, and what became of each site that has a weight: "learned", or why not.
+
+    Raises:
+      ImportError: optax is not installed.
+      ValueError: `file` holds something else.
+    """
+    adaround.check_optax()
+    roundings = Roundings(file)
+    inputs, program = _joined(apply_fn, plan, params, examples)
+    with contextlib.closing(_ticks(len(program.slots), progress)) as ticks:
+        learner = _Learner(program, plan, params, equalization or {}, correct, roundings, ticks)
+        return learner.learn(qparams, jax.tree.leaves(inputs))
+
+
+def _ticks(total: int, progress: bool) -> Any:
+    return progress_bar(range(total), total, "adaround", progress, unit="site")
+
+
+def _joined(
+    apply_fn: Callable[..., Any], plan: Plan, params: Any, examples: Sequence[tuple[Any, ...]]
+) -> tuple[Any, Walk]:
+    """All examples as one batch, and the program for it."""
+
+    def program(inputs: Any) -> Walk:
+        return Walk(trace(apply_fn, params, inputs), plan, params)
+
+    lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
+    if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:
+        inputs = jax.tree.map(lambda *xs: np.concatenate(xs), *examples)
+        try:
+            return inputs, program(inputs)
+        except ValueError:  # the model takes this batch size alone
+            pass
+    return examples[0], program(examples[0])
+
+
+class _Learner:
+    def __init__(
+        self,
+        program: Walk,
+        plan: Plan,
+        params: Any,
+        equalization: Equalization,
+        correct: bool,
+        roundings: Roundings,
+        ticks: Any,
+    ):
+        self._program = program
+        self._plan = plan
+        self._params = params
+        self._correct = correct
+        self._equalization = equalization
+        self._roundings = roundings
+        self._ticks = ticks
+        graph = program.graph
+        stored = [s for s in program.binding.sites if s.site.name in program.slots]
+        uses = collections.Counter(program.slots[s.site.name] for s in stored)
+        self._products: dict[str, Product] = {}
+        self.outcomes: dict[str, str] = {}
+        self._index: dict[str, np.ndarray] = {}
+        self._activations: dict[str, Activation] = {}
+        chosen = []
+        for number, int8_site in enumerate(stored):
+            site, product = int8_site.site, Product(graph, int8_site.site)
+            reason = product.reason
+            if uses[program.slots[site.name]] > 1:
+                reason = "it shares its weight with another site"
+            elif not reason and product.positions < _FEWEST:
+                reason = f"{product.positions} output positions are too few"
+            self.outcomes[site.name] = reason
+            if reason:
+                continue
+            chosen.append(site)
+            self._products[site.name] = product
+            self._index[site.name] = _draw(product.positions, number)
+            self._activations[site.name] = find_activation(graph, int8_site.epilogue.output)
+        weights = [site.weight for site in chosen if site.weight is not None]
+        self._weights = fold(graph, params, weights, [])[0]
+
+    def learn(self, qparams: Any, flat: list[Any]) -> tuple[Any, dict[str, str]]:
+        qparams = {**qparams, "params": _copy(qparams["params"]), "sites": dict(qparams["sites"])}
+        wanted = jax.jit(self._reference)(self._params, flat)
+
+        def weigh(int8_site: Int8Site, x: jax.Array, zero: int) -> None:
+            name = int8_site.site.name
+            if not self.outcomes[name]:
+                self._learn_site(int8_site, x, zero, wanted[name], qparams)
+            next(self._ticks, None)
+
+        self._program.walk(qparams, [jnp.asarray(x) for x in flat], weigh)
+        return qparams, self.outcomes
+
+    def _reference(self, params: Any, flat: list[Any]) -> dict[str, Wanted]:
+        graph = self._program.graph
+        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+        env = evaluate.evaluate(graph, leaves, flat)
+        found = {}
+        for name, product in self._products.items():
+            y = env.read(product.equation.outputs[0]).astype(jnp.float32)
+            rows = product.outputs(y, self._index[name])
+            found[name] = Wanted(rows, self._activations[name].scalars(env))
+        return found
+
+    def _learn_site(
+        self, int8_site: Int8Site, x: jax.Array, zero: int, wanted: Wanted, qparams: Any
+    ) -> None:
+        site, graph = int8_site.site, self._program.graph
+        product = self._products[site.name]
+        assert site.weight is not None
+        slot, arrays = self._program.slots[site.name], qparams["sites"][site.name]
+        multiplier = np.asarray(arrays["multiplier"], np.float64)
+        weight, scale = self._scaled_weight(site)
+        before = product.matrix(np.asarray(layout.get(qparams["params"], slot.int8), np.float64))
+        bias = np.asarray(arrays.get("bias", np.zeros_like(multiplier)), np.float64)
+        bias = bias + zero * multiplier * _column_sums(before)
+        step = self._input_scale(site) * scale
+        ratio = product.matrix(weight)
+        down = np.clip(np.floor(ratio), -127, 127)
+        problem = adaround.Problem(
+            inputs=np.asarray(product.inputs(x, zero, self._index[site.name])),
+            wanted=np.asarray(wanted.rows * jnp.asarray(multiplier / step, jnp.float32)
+                              + jnp.asarray(bias, jnp.float32)),
+            down=down.astype(np.float32),
+            part=np.clip(ratio - down, 0, 1).astype(np.float32),
+            nearest=before > down,
+            multiplier=multiplier.astype(np.float32),
+            bias=bias.astype(np.float32),
+            activation=self._activation_of(site.name, wanted),
+            correct=self._correct,
+        )  # fmt: skip
+        rounding = self._rounding(site.name, problem)
+        after = down + rounding.up
+        shape = graph.shape(site.weight)
+        new = product.weight(after, shape).astype(np.int8)
+        layout.put(qparams["params"], slot.int8, jnp.asarray(new))
+        bias = bias + adaround.shift(problem, rounding.up)
+        bias = bias - zero * multiplier * _column_sums(after)
+        if "bias" in arrays or bias.any():
+            bias32 = jnp.asarray(bias, jnp.float32)
+            qparams["sites"][site.name] = {**arrays, "bias": bias32}
+        self.outcomes[site.name] = (
+            "learned" if rounding.learned < rounding.nearest else "nearest rounding is no worse"
+        )
+
+    def _rounding(self, name: str, problem: adaround.Problem) -> Rounding:
+        """From the file, or learned and put there."""
+        known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
+                       np.array([adaround.STEPS, self._correct], np.int64))  # fmt: skip
+        shape = problem.down.shape
+        if (found := self._roundings.get(name, known, shape)) is not None:
+            return found
+        rounding = Rounding(*adaround.learn(problem))
+        self._roundings.put(name, known, rounding)
+        return rounding
+
+    def _scaled_weight(self, site: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The float64 weight in units of its scale, which comes too: [C] or []."""
+        graph, binding = self._program.graph, self._program.binding
+        weight = equalized(graph, binding, site, self._weights[site.weight], self._equalization)
+        axes = channel_axes(graph, site, graph.equations[site.equation])
+        per_channel = self._plan.weight_quantize_type == "channel_wise_abs_max"
+        scale = quantize_weight(weight, axes if per_channel else ())[1]
+        return weight / along_channels(scale, axes, weight.shape), scale
+
+    def _input_scale(self, site: Any) -> float:
+        name = self._program.binding.scales[site.operands[0]]
+        return next(t.scale for t in self._plan.tensors if t.name == name)
+
+    def _activation_of(self, name: str, wanted: Wanted) -> Callable[[jax.Array], jax.Array]:
+        if wanted.scalars is None:
+            return _identity
+        activation, graph = self._activations[name], self._program.graph
+        if not activation.equations:
+            return _identity
+        return RowFunction(graph, activation, jax.device_get(wanted.scalars))
+
+
+def _identity(value: jax.Array) -> jax.Array:
+    return value
+
+
+def _draw(positions: int, seed: int) -> np.ndarray:
+    """Ascending output positions of one site."""
+    if positions <= POSITIONS:
+        return np.arange(positions)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(positions, POSITIONS, replace=False))
+
+
+def _column_sums(matrix: np.ndarray) -> np.ndarray:
+    """[C] of [G, K, C/G]."""
+    return matrix.sum(axis=1).reshape(-1)
+
+
+def _copy(tree: Any) -> Any:
+    return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree

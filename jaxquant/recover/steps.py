@@ -1,0 +1,100 @@
+"""The recovery steps that were asked for, in their order, and what the report says of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxquant.graph import ir
+from jaxquant.plan.plan import Plan
+from jaxquant.quantize.weights import Equalization, quantize_params
+from jaxquant.recover.adaround import check_optax
+from jaxquant.recover.bias_correction import correct_biases
+from jaxquant.recover.compare import Comparison
+from jaxquant.recover.equalization import equalize, find_targets, with_channels
+from jaxquant.recover.rounding import learn_roundings
+from jaxquant.run.program import Program
+
+
+class Recovered(NamedTuple):
+    """The int8 model after all steps; `notes` has a line of what each did."""
+
+    plan: Plan
+    qparams: Any
+    program: Program
+    comparison: Comparison
+    notes: dict[str, str]
+
+
+def check_steps(steps: Sequence[str]) -> None:
+    """Raise ImportError where a step needs a package that is not installed."""
+    if "adaround" in steps:
+        check_optax()
+
+
+def quantize_and_recover(
+    apply_fn: Callable[..., Any],
+    graph: ir.Graph,
+    plan: Plan,
+    params: Any,
+    examples: Sequence[tuple[Any, ...]],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Recovered:
+    """Quantize the parameters and repair the int8 model by the plan's `recover`.
+
+    The order is equalization, learned rounding, bias correction, whatever the order in the plan.
+
+    Args:
+      apply_fn, graph, params: the float model.
+      plan: what becomes int8.
+      examples: batches of calibration samples.
+      file: where learned rounding keeps the sites that are done; None for nowhere.
+      progress: show a progress bar where a step takes long.
+    """
+    notes: dict[str, str] = {}
+    equalization: Equalization = {}
+    program = Program(graph, plan, params)
+    qparams = quantize_params(graph, plan, params)
+    if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
+        equalization = equalize(program, plan, params, qparams, examples, chosen)
+        targets = len(find_targets(program, chosen))
+        notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors"
+        plan = with_channels(plan, equalization)
+        qparams = quantize_params(graph, plan, params, equalization)
+    if "adaround" in plan.recover:
+        qparams, outcomes = learn_roundings(
+            apply_fn,
+            plan,
+            params,
+            qparams,
+            examples,
+            equalization=equalization,
+            correct="bias_correction" in plan.recover,
+            file=file,
+            progress=progress,
+        )
+        notes["adaround"] = _summary(outcomes)
+    comparison = Comparison(program, params)
+    if "bias_correction" in plan.recover:
+        qparams = correct_biases(comparison, qparams, examples)
+        notes["bias_correction"] = f"{len(program.slots)} sites"
+    return Recovered(plan, qparams, program, comparison, notes)
+
+
+def _summary(outcomes: dict[str, str]) -> str:
+    """How many sites were learned, and of the others why not."""
+    learned = sum(outcome == "learned" for outcome in outcomes.values())
+    text = f"{learned} of {len(outcomes)} sites"
+    others: dict[str, list[str]] = {}
+    for name, outcome in outcomes.items():
+        if outcome != "learned":
+            others.setdefault(outcome, []).append(name)
+    reasons = [f"{_names(names)}: {reason}" for reason, names in others.items()]
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} sites"
