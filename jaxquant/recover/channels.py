@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.recover.product import Product
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples
@@ -63,7 +64,9 @@ def watch(
     @jax.jit
     def run(params: Any, flat: list[Any]) -> dict[str, Seen]:
         leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        env = evaluate.evaluate(graph, leaves, flat, equations=needed)
+        env = evaluate.evaluate(
+            graph, leaves, flat, equations=needed, replace=fast_convolutions(graph)
+        )
         return {name: _seen(env.read(t.var), t, index[name]) for name, t in targets.items()}
 
     batches = [jax.device_get(run(params, jax.tree.leaves(inputs))) for inputs in examples]
