@@ -6,6 +6,7 @@ print(qapply.report())
 """
 
 from jaxquant._version import __version__
+from jaxquant.analysis.analyze import analyze
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.observations_file import load_observations, save_observations
@@ -21,6 +22,7 @@ __all__ = [
     "FileError",
     "Observer",
     "__version__",
+    "analyze",
     "calibrate",
     "capture",
     "export_onnx",

@@ -58,7 +58,7 @@ def find_units(program: Program) -> tuple[Unit, ...]:
     for site in sites.find_sites(graph, lookups=program.mode.lookups):
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue
-        indices = (site.equation,)
+        indices: tuple[int, ...] = (site.equation,)
         if site.kind == "softmax":
             indices = softmaxes[site.equation].members
         members = tuple(graph.equations[i] for i in indices)

@@ -130,7 +130,7 @@ class Sweep:
         state, own = jax.tree.map(np.asarray, (done.state, done.own))
         return Observations(
             tensors={
-                name: _stats(jax.tree.map(lambda x, k=k: x[k], state))
+                name: stats_of(jax.tree.map(lambda x, k=k: x[k], state))
                 for k, name in enumerate(self._names)
             },
             batches=done.batches,
@@ -222,7 +222,8 @@ def _stack(states: Sequence[histogram.Histogram]) -> State:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
 
 
-def _stats(state: histogram.Histogram) -> TensorStats:
+def stats_of(state: histogram.Histogram) -> TensorStats:
+    """The state of one tensor as plain host data."""
     counts, bin_width = histogram.to_numpy(state)
     return TensorStats(
         counts=counts,

@@ -1,0 +1,223 @@
+"""One pass over the data: both models in one compiled step, every site measured in two views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.analysis import measures
+from jaxquant.analysis.measures import Clipping, Ends, Moments
+from jaxquant.analysis.units import Unit, Value, find_units, walk
+from jaxquant.calibration import histogram
+from jaxquant.calibration.observations import TensorStats
+from jaxquant.calibration.sweep import stats_of
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.trace import trace
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.compare import find_activation
+from jaxquant.run import int8
+from jaxquant.run.program import Program
+from jaxquant.run.quantized import QuantizedTensors
+
+
+class Swept(NamedTuple):
+    """What a pass over the data tells; host data.
+
+    Attributes:
+      own: site -> moments of its output, its inputs those of the float model.
+      accumulated: site -> likewise, both models run whole.
+      ends: site with output channels -> extremes of each channel, behind the activation, where the
+        site's inputs are those of the float model.
+      tensors: quantized tensor -> how the float model's values fit its grid; the extremes are
+        [batches].
+      stats: quantized tensor -> the histogram of its |x|, as in a calibration.
+      outputs: moments of the model's float outputs together; None where it has none.
+      batches: how many there were.
+    """
+
+    own: dict[str, Moments]
+    accumulated: dict[str, Moments]
+    ends: dict[str, Ends]
+    tensors: dict[str, Clipping]
+    stats: dict[str, TensorStats]
+    outputs: Moments | None
+    batches: int
+
+
+class _Batch(NamedTuple):
+    own: dict[str, Moments]
+    accumulated: dict[str, Moments]
+    ends: dict[str, Ends]
+    tensors: dict[str, Clipping]
+    outputs: Moments | None
+    bad: dict[str, jax.Array]
+
+
+def sweep(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    qparams: Mapping[str, Any],
+    plan: Plan,
+    batches: Iterable[tuple[Any, ...]],
+) -> Swept:
+    """Measure all sites on all batches.
+
+    Raises:
+      ValueError: a batch gives another graph than the one that was quantized, or a tensor holds
+        NaN or infinity.
+    """
+
+    @jax.jit
+    def step(
+        params: Any, qparams: Any, stats: Any, index: jax.Array, *inputs: Any
+    ) -> tuple[_Batch, Any]:
+        program = Program(trace(apply_fn, params, inputs), plan, params)
+        return _measure(program, params, qparams, stats, index, jax.tree.leaves(inputs))
+
+    names = [tensor.name for tensor in plan.tensors]
+    stats = jax.tree.map(lambda *xs: jnp.stack(xs), *[histogram.init()] * max(len(names), 1))
+    total: _Batch | None = None
+    ranges: list[dict[str, Any]] = []
+    for index, inputs in enumerate(batches):
+        found, stats = step(params, qparams, stats, np.int32(index), *inputs)
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        _check_finite(found, index)
+        ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
+        total = found if total is None else _joined(total, found)
+    assert total is not None  # an empty data set is refused where it is read
+    return Swept(
+        own=total.own,
+        accumulated=total.accumulated,
+        ends=total.ends,
+        tensors={
+            name: tensor._replace(
+                low=np.array([b[name][0] for b in ranges]),
+                high=np.array([b[name][1] for b in ranges]),
+            )
+            for name, tensor in total.tensors.items()
+        },
+        stats={
+            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats)) for k, name in enumerate(names)
+        },
+        outputs=total.outputs,
+        batches=len(ranges),
+    )
+
+
+def _measure(
+    program: Program, params: Any, qparams: Any, stats: Any, index: jax.Array, flat: list[Any]
+) -> tuple[_Batch, Any]:
+    graph = program.graph
+    units = find_units(program)
+    own: dict[str, Moments] = {}
+    ends: dict[str, Ends] = {}
+
+    def observe(unit: Unit, as_float: Value, as_int8: Value) -> Any:
+        wanted = as_float()
+        if unit.name and _is_float(wanted[0]):
+            (got, *_), (y, *_) = as_int8(), wanted
+            own[unit.name] = measures.moments(y, got)
+            if unit.site is not None and unit.site.epilogue.channels.axes:
+                inner[unit.name] = (unit, got)
+        return wanted
+
+    inner: dict[str, tuple[Unit, jax.Array]] = {}
+    reference = walk(program, units, params, qparams, flat, observe)
+    for name, (unit, got) in inner.items():
+        assert unit.site is not None
+        epilogue = unit.site.epilogue
+        activation = find_activation(graph, epilogue.output)
+        pair = (reference.wide(activation.end), activation.of(got, reference))
+        reduce = epilogue.channels.reduce
+        ends[name] = Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in _EXTREMES))
+
+    quantized = program.run(qparams, flat)
+    accumulated = {
+        unit.name: measures.moments(reference.read(var), quantized.wide(var))
+        for unit in units
+        if unit.name in own and (var := unit.end.outputs[0]) in quantized
+    }
+    outputs = [
+        measures.moments(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+        for x in graph.outputs
+        if jnp.issubdtype(graph.dtype(x), jnp.floating)
+    ]
+    joined = None
+    for powers in outputs:
+        joined = powers if joined is None else measures.add(joined, powers)
+    readers = QuantizedTensors(reference, program.binding, qparams["tensors"])
+    entries = {name: var for var, name in program.binding.names.items()}
+    order = [tensor.name for tensor in program.plan.tensors]
+    tensors = {name: _clipping(readers, entries[name], reference) for name in order}
+    bad: dict[str, jax.Array] = {}
+    if order:
+        seen = [histogram.observe(reference.read(entries[name]), index) for name in order]
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
+        bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
+        stats = jax.vmap(histogram.merge)(stats, stacked)
+    return _Batch(own, accumulated, ends, tensors, joined, bad), stats
+
+
+_EXTREMES = (jnp.min, jnp.max)
+
+
+def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
+    x = reference.wide(var).astype(jnp.float32)
+    zero_point = readers.zero_point(var)
+    rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
+    place = x * readers.inv_scale(var) + jnp.float32(zero_point)
+    lowest = -128 if zero_point else -127
+    outside = (place > 127.5) | (place < lowest - 0.5)
+    return Clipping(
+        moments=measures.moments(x, rounded),
+        clipped=jnp.sum(outside.astype(jnp.float32)),
+        count=jnp.float32(x.size),
+        clipped_noise=jnp.sum(jnp.where(outside, (x - rounded) ** 2, 0)),
+        low=jnp.min(x, initial=jnp.inf),
+        high=jnp.max(x, initial=-jnp.inf),
+    )
+
+
+def _joined(a: _Batch, b: _Batch) -> _Batch:
+    def moments(x: dict[str, Moments], y: dict[str, Moments]) -> dict[str, Moments]:
+        return {name: measures.add(x[name], y[name]) for name in x}
+
+    tensors = {
+        name: Clipping(
+            measures.add(x.moments, b.tensors[name].moments),
+            x.clipped + b.tensors[name].clipped,
+            x.count + b.tensors[name].count,
+            x.clipped_noise + b.tensors[name].clipped_noise,
+            np.minimum(x.low, b.tensors[name].low),
+            np.maximum(x.high, b.tensors[name].high),
+        )
+        for name, x in a.tensors.items()
+    }
+    outputs = None
+    if a.outputs is not None and b.outputs is not None:
+        outputs = measures.add(a.outputs, b.outputs)
+    return _Batch(
+        moments(a.own, b.own),
+        moments(a.accumulated, b.accumulated),
+        {name: measures.join(x, b.ends[name]) for name, x in a.ends.items()},
+        tensors,
+        outputs,
+        {},
+    )
+
+
+def _check_finite(found: _Batch, batch: int) -> None:
+    for name, first in found.bad.items():
+        if first >= 0:
+            raise ValueError(
+                f"the tensor {name!r} holds NaN or infinity in batch {batch}; check that batch and "
+                "the float model on it"
+            )
+
+
+def _is_float(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
