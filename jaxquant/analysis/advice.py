@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 GOOD_DB = 20.0  # of a site's own SQNR: nothing to do there
-WEIGHTS, CLIPPING, OUTLIERS, ROUNDING, NONE = "weights", "clipping", "outliers", "rounding", ""
+COARSE_DB = 30.0  # of a weight or a tensor on its grid: values spread over the grid have 35 to 45
+SHARE = 0.1  # of the metric's drop that a site costs: more is worth a remedy
+WEIGHTS, CLIPPING, OUTLIERS, ROUNDING = "weights", "clipping", "outliers", "rounding"
 
 ADVICE = {
     WEIGHTS: "its weights fill their grid badly, since a few of them are far larger than the "
@@ -22,18 +24,28 @@ ADVICE = {
 
 
 def cause(row: Mapping[str, Any]) -> str:
-    """What most of a site's own error comes from; "" where the error is small.
+    """What most of a site's own error comes from.
 
     Args:
-      row: of an `Analysis`: own_db, weight_db, input_db, clipped_noise, peak.
+      row: of an `Analysis`: weight_db, input_db, clipped_noise.
     """
-    if row["own_db"] >= GOOD_DB:
-        return NONE
     weights, inputs = row["weight_db"], row["input_db"]
-    if weights is None and inputs is None:
-        return ROUNDING
     if weights is not None and (inputs is None or weights < inputs):
-        return WEIGHTS
+        return WEIGHTS if weights < COARSE_DB else ROUNDING
+    if inputs is None:
+        return ROUNDING
     if row["clipped_noise"] > 0.5:
         return CLIPPING
-    return OUTLIERS if row["peak"] > 16 else ROUNDING
+    return OUTLIERS if inputs < COARSE_DB else ROUNDING
+
+
+def matters(row: Mapping[str, Any], drop: float | None) -> bool:
+    """True for a site whose error is large, or that costs much of the metric.
+
+    Args:
+      row: of an `Analysis`.
+      drop: what int8 costs the metric altogether; None without a metric.
+    """
+    if drop is None:
+        return bool(row["own_db"] < GOOD_DB)
+    return bool(drop > 0 and row["effect"] > SHARE * drop)

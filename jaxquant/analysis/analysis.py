@@ -63,12 +63,12 @@ class Analysis:
         SQNR, which a few samples of large values do not hide; own_cosine, accumulated_cosine;
         clipped: the fraction of its input beyond the threshold, and clipped_noise: how much of
         that input's noise it is; threshold; low, high: the extremes of the input, and low_spread,
-        high_spread: how far they vary from batch to batch; peak: the largest |x| over that which
-        99 % of the values do not exceed; input_db, weight_db: of the quantized input and weight
-        themselves; channels, dead_channels (constant in the float model), lost_channels (constant
-        in int8 alone): of its output; cause: "weights", "clipping", "outliers", "rounding", "" for
-        a small error.  With a metric: alone_score and alone_drop (the site alone in int8),
-        float_score and float_gain (the site alone in float), effect (the mean of drop and gain).
+        high_spread: how far they vary from batch to batch; input_db, weight_db: of the quantized
+        input and weight themselves; channels, dead_channels (constant in the float model),
+        lost_channels (constant in int8 alone): of its output; cause: "weights", "clipping",
+        "outliers", "rounding", "" for a site that is well.  With a metric: alone_score and
+        alone_drop (the site alone in int8), float_score and float_gain (the site alone in float),
+        effect (the mean of drop and gain).
         None where a value does not exist.
       tensors: name -> `TensorAnalysis` of each quantized tensor.
       weights: site -> [C], the largest magnitude of each output channel of its weight.
@@ -97,11 +97,10 @@ class Analysis:
         return "curve" in self.summary
 
     def advice(self, sites: int = 5) -> list[str]:
-        """What to do about the worst sites, a sentence each; [] where none has a large error."""
+        """What to do about the worst sites, a sentence each; [] where all are well."""
         found = []
         for row in self.worst[:sites]:
-            matters = row["effect"] > 0 if self.has_scores else True
-            if row["cause"] and matters:
+            if row["cause"]:
                 found.append(f"{row['name']}: {ADVICE[row['cause']]}")
         return found
 
@@ -142,7 +141,7 @@ class Analysis:
             )
         if self.has_scores:
             lines.append(f"Metric: float {s['float_score']:.6g}, int8 {s['int8_score']:.6g}.")
-        lines += self.advice() or ["No site has a large error of its own."]
+        lines += self.advice() or ["No site stands out."]
         return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.analysis import sensitivity
-from jaxquant.analysis.advice import cause
+from jaxquant.analysis.advice import cause, matters
 from jaxquant.analysis.analysis import Analysis, TensorAnalysis
 from jaxquant.analysis.measures import Clipping
 from jaxquant.analysis.scores import Metric, Scores, models_digest
@@ -21,9 +20,9 @@ from jaxquant.analysis.switch import Switch
 from jaxquant.analysis.units import find_units
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
-from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.selection import Select
+from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_params
 from jaxquant.graph.trace import trace
 from jaxquant.plan.grid import levels
@@ -97,10 +96,10 @@ def analyze(
         "analyze",
         progress,
     )
-    first: list[tuple[Any, ...]] = []
+    examples: list[tuple[Any, ...]] = []
     with contextlib.closing(batches):
-        swept = sweep(params, apply_fn, qparams, plan, _remember(batches, first))
-    program = Program(trace(apply_fn, params, first[0]), plan, params)
+        swept = sweep(params, apply_fn, qparams, plan, _remember(batches, examples))
+    program = Program(trace(apply_fn, params, examples[0]), plan, params)
     weights = weight_ranges(program, params, qparams)
     tensors = {name: _tensor(plan, name, swept) for name in swept.tensors}
     rows = _rows(program, swept, weights, tensors)
@@ -113,22 +112,26 @@ def analyze(
     }
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
-        switch = Switch(params, apply_fn, qparams, plan, first[0])
+        switch = Switch(params, apply_fn, qparams, plan, examples)
         digest = models_digest(params, qparams, plan) if file is not None else ""
         scores = Scores(switch, metric, file, digest)
         found = sensitivity.measure(scores, switch.names, progress=progress)
         ranking = found.ranking(quality)
         _add_scores(rows, found)
         summary |= _scored(found, sensitivity.curve(scores, switch.names, ranking))
+    drop = summary["float_score"] - summary["int8_score"] if metric is not None else None
     for row in rows:
         row["rank"] = ranking.index(row["name"]) + 1
+        row["cause"] = cause(row) if matters(row, drop) else ""
     return Analysis(rows, tensors, {n: w.outputs for n, w in weights.items()}, summary)
 
 
-def _remember(batches: Any, first: list[tuple[Any, ...]]) -> Any:
+def _remember(batches: Any, examples: list[tuple[Any, ...]]) -> Any:
+    """The batches, the first of them kept as a calibration keeps them."""
+    kept: tuple[tuple[Any, ...], ...] = ()
     for inputs in batches:
-        if not first:
-            first.append(inputs)
+        kept = with_example(kept, inputs)
+        examples[:] = kept
         yield inputs
 
 
@@ -175,7 +178,6 @@ def _rows(
         }
         names = [program.binding.scales[v] for v in unit.operands if v in program.binding.scales]
         row |= _input_row(dict.fromkeys(names), swept.tensors, tensors)
-        row["cause"] = cause(row)
         rows.append(row)
     return rows
 
@@ -188,7 +190,7 @@ def _input_row(
     """Of the inputs of a site the one that fits its grid least; None in a mode without grids."""
     if not names:
         keys = ("input", "threshold", "clipped", "clipped_noise", "input_db", "low", "high")
-        return dict.fromkeys((*keys, "low_spread", "high_spread", "peak"))
+        return dict.fromkeys((*keys, "low_spread", "high_spread"))
     name = min(names, key=lambda n: seen[n].moments.sample_db)
     tensor, fit = tensors[name], seen[name]
     noise = float(fit.moments.noise)
@@ -202,18 +204,7 @@ def _input_row(
         "high": float(np.max(tensor.high)),
         "low_spread": float(np.ptp(tensor.low)),
         "high_spread": float(np.ptp(tensor.high)),
-        "peak": _peak(tensor.stats, tensor.threshold),
     }
-
-
-def _peak(stats: TensorStats, threshold: float) -> float:
-    """What of |x| the grid reaches, over what 99 % of the values that are not 0 do not exceed."""
-    counts = np.asarray(stats.counts, np.float64).copy()
-    counts[0] = 0  # a ReLU's zeros, and what is as good as zero
-    if not counts.any():
-        return math.inf if threshold > stats.bin_width else 1.0
-    place = int(np.searchsorted(np.cumsum(counts), 0.99 * counts.sum()))
-    return threshold / ((place + 1) * stats.bin_width)
 
 
 def _add_scores(rows: list[dict[str, Any]], found: Sensitivity) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.analysis import measures
+from jaxquant.analysis.biases import has_bias, shift_at, without_correction
 from jaxquant.analysis.measures import Clipping, Ends, Moments
 from jaxquant.analysis.units import Unit, Value, find_units, walk
 from jaxquant.calibration import histogram
@@ -17,6 +19,7 @@ from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stats_of
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
+from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.compare import find_activation
 from jaxquant.run import int8
@@ -52,8 +55,8 @@ class _Batch(NamedTuple):
     own: dict[str, Moments]
     accumulated: dict[str, Moments]
     ends: dict[str, Ends]
-    tensors: dict[str, Clipping]
     outputs: Moments | None
+    tensors: dict[str, Clipping]
     bad: dict[str, jax.Array]
 
 
@@ -66,6 +69,8 @@ def sweep(
 ) -> Swept:
     """Measure all sites on all batches.
 
+    A site's own error is that with the bias correction which it would have behind the float model.
+
     Raises:
       ValueError: a batch gives another graph than the one that was quantized, or a tensor holds
         NaN or infinity.
@@ -73,17 +78,25 @@ def sweep(
 
     @jax.jit
     def step(
-        params: Any, qparams: Any, stats: Any, index: jax.Array, *inputs: Any
+        params: Any, qparams: Any, plain: Any, stats: Any, index: jax.Array, *inputs: Any
     ) -> tuple[_Batch, Any]:
         program = Program(trace(apply_fn, params, inputs), plan, params)
-        return _measure(program, params, qparams, stats, index, jax.tree.leaves(inputs))
+        flat = jax.tree.leaves(inputs)
+        found, reference = _measure(program, params, qparams, plain, flat)
+        tensors, bad, stats = _observe(program, qparams, reference, stats, index)
+        own, accumulated, ends, outputs = found
+        return _Batch(own, accumulated, ends, outputs, tensors, bad), stats
 
     names = [tensor.name for tensor in plan.tensors]
     stats = jax.tree.map(lambda *xs: jnp.stack(xs), *[histogram.init()] * max(len(names), 1))
     total: _Batch | None = None
     ranges: list[dict[str, Any]] = []
+    plain: Any = None
     for index, inputs in enumerate(batches):
-        found, stats = step(params, qparams, stats, np.int32(index), *inputs)
+        if plain is None:
+            program = Program(trace(apply_fn, params, inputs), plan, params)
+            plain = without_correction(program, params, qparams)
+        found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
         _check_finite(found, index)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
@@ -109,32 +122,28 @@ def sweep(
 
 
 def _measure(
-    program: Program, params: Any, qparams: Any, stats: Any, index: jax.Array, flat: list[Any]
-) -> tuple[_Batch, Any]:
+    program: Program, params: Any, qparams: Any, plain: Any, flat: list[Any]
+) -> tuple[tuple[Any, ...], evaluate.Environment]:
+    """The first fields of a `_Batch`, and the float model's values."""
     graph = program.graph
     units = find_units(program)
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    reference = evaluate.evaluate(graph, leaves, flat)
     own: dict[str, Moments] = {}
     ends: dict[str, Ends] = {}
 
     def observe(unit: Unit, as_float: Value, as_int8: Value) -> Any:
         wanted = as_float()
         if unit.name and _is_float(wanted[0]):
-            (got, *_), (y, *_) = as_int8(), wanted
-            own[unit.name] = measures.moments(y, got)
+            got = as_int8()[0]
+            if has_bias(program, unit):
+                got = shift_at(unit, reference, got)[1]
+            own[unit.name] = measures.moments(wanted[0], got)
             if unit.site is not None and unit.site.epilogue.channels.axes:
-                inner[unit.name] = (unit, got)
+                ends[unit.name] = _ends(unit.site.epilogue, got, reference)
         return wanted
 
-    inner: dict[str, tuple[Unit, jax.Array]] = {}
-    reference = walk(program, units, params, qparams, flat, observe)
-    for name, (unit, got) in inner.items():
-        assert unit.site is not None
-        epilogue = unit.site.epilogue
-        activation = find_activation(graph, epilogue.output)
-        pair = (reference.wide(activation.end), activation.of(got, reference))
-        reduce = epilogue.channels.reduce
-        ends[name] = Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in _EXTREMES))
-
+    walk(program, units, params, plain, flat, observe)
     quantized = program.run(qparams, flat)
     accumulated = {
         unit.name: measures.moments(reference.read(var), quantized.wide(var))
@@ -146,23 +155,31 @@ def _measure(
         for x in graph.outputs
         if jnp.issubdtype(graph.dtype(x), jnp.floating)
     ]
-    joined = None
-    for powers in outputs:
-        joined = powers if joined is None else measures.add(joined, powers)
+    joined = functools.reduce(measures.add, outputs) if outputs else None
+    return (own, accumulated, ends, joined), reference
+
+
+def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment) -> Ends:
+    activation = find_activation(reference.graph, epilogue.output)
+    pair = (reference.wide(activation.end), activation.of(value, reference))
+    reduce = epilogue.channels.reduce
+    return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (jnp.min, jnp.max)))
+
+
+def _observe(
+    program: Program, qparams: Any, reference: evaluate.Environment, stats: Any, index: jax.Array
+) -> tuple[dict[str, Clipping], dict[str, jax.Array], Any]:
+    """How the tensors fit their grids, which are not finite, and their histograms so far."""
     readers = QuantizedTensors(reference, program.binding, qparams["tensors"])
     entries = {name: var for var, name in program.binding.names.items()}
     order = [tensor.name for tensor in program.plan.tensors]
     tensors = {name: _clipping(readers, entries[name], reference) for name in order}
-    bad: dict[str, jax.Array] = {}
-    if order:
-        seen = [histogram.observe(reference.read(entries[name]), index) for name in order]
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
-        bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
-        stats = jax.vmap(histogram.merge)(stats, stacked)
-    return _Batch(own, accumulated, ends, tensors, joined, bad), stats
-
-
-_EXTREMES = (jnp.min, jnp.max)
+    if not order:
+        return tensors, {}, stats
+    seen = [histogram.observe(reference.read(entries[name]), index) for name in order]
+    bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
+    return tensors, bad, jax.vmap(histogram.merge)(stats, stacked)
 
 
 def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
@@ -204,8 +221,8 @@ def _joined(a: _Batch, b: _Batch) -> _Batch:
         moments(a.own, b.own),
         moments(a.accumulated, b.accumulated),
         {name: measures.join(x, b.ends[name]) for name, x in a.ends.items()},
-        tensors,
         outputs,
+        tensors,
         {},
     )
 

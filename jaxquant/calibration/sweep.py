@@ -99,7 +99,7 @@ class Sweep:
             own,
             done.batches + 1,
             done.samples + _batch_length(inputs),
-            _with_example(done.examples, inputs),
+            with_example(done.examples, inputs),
         )
         self._check_finite()
         self._bad = bad
@@ -207,7 +207,7 @@ class Sweep:
                 )
 
 
-def _with_example(
+def with_example(
     examples: tuple[tuple[Any, ...], ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], ...]:
     """The examples, with one more batch where it fits beside them."""
