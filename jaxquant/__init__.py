@@ -6,7 +6,9 @@ print(qapply.report())
 """
 
 from jaxquant._version import __version__
+from jaxquant.analysis import plots
 from jaxquant.analysis.analyze import analyze
+from jaxquant.analysis.page import report_html
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.observations_file import load_observations, save_observations
@@ -31,10 +33,12 @@ __all__ = [
     "kl_threshold",
     "load_observations",
     "load_quantized_model",
+    "plots",
     "quant_dynamic",
     "quant_post",
     "quant_weights",
     "quantize",
+    "report_html",
     "save_observations",
     "save_quantized_model",
 ]

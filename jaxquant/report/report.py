@@ -51,7 +51,7 @@ class Report:
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
-        recovery (step -> what it did).
+        recovery (step -> what it did); with a metric: control, see `jaxquant.analysis.control`.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -112,9 +112,26 @@ class Report:
         if s["recovery"]:
             did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
             lines.append(f"Recovery: {did}.")
+        lines += control_lines(s["control"]) if "control" in s else []
         if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
+
+
+def control_lines(control: Mapping[str, Any]) -> list[str]:
+    """What accuracy control did, a line for each step."""
+    verdict = "held" if control["held"] else "not reached"
+    lines = [
+        f"Metric: float {control['float_score']:.6g}, full int8 {control['int8_score']:.6g}, now "
+        f"{control['score']:.6g}; the target of {control['target']:.6g} is {verdict}."
+        + (" The time budget was spent." if control["out_of_time"] else "")
+    ]
+    for step in control["steps"]:
+        kept = "kept" if step["kept"] else "not kept"
+        lines.append(
+            f"  {step['step']}, {step['detail']}: {step['score']:.6g} ({step['gain']:+.4g}), {kept}"
+        )
+    return lines
 
 
 def make_report(

@@ -116,6 +116,15 @@ class QuantizedApply:
             self._apply_fn, self.plan, self._params, self._report, self.inputs, backend
         )
 
+    def with_summary(self, entries: Mapping[str, Any]) -> QuantizedApply:
+        """The same model, with more entries in its report's summary."""
+        report = self._report
+        if report is not None:
+            report = dataclasses.replace(report, summary={**report.summary, **entries})
+        return QuantizedApply(
+            self._apply_fn, self.plan, self._params, report, self.inputs, self._backend
+        )
+
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.
 
