@@ -122,6 +122,7 @@ class _Search:
         self._build = build
         self.goal = goal
         self.started = time.monotonic()
+        self.limit = math.inf if goal.time_budget is None else goal.time_budget
         self.float_score = float_score
         self.target = float_score - goal.max_drop
         self.steps: list[Step] = []
@@ -139,7 +140,7 @@ class _Search:
         """False where the goal is held or time is up."""
         if self.holds:
             return False
-        self.out_of_time |= self.spent() > (self.goal.time_budget or math.inf)
+        self.out_of_time |= self.spent() >= self.limit
         return not self.out_of_time
 
     def spent(self) -> float:
@@ -264,9 +265,8 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
         if found >= search.target:
             break
         failed = count
-    budget = search.goal.time_budget or math.inf
     holding = len(search.choice.left_float)
-    while search.holds and holding - failed > 1 and search.spent() < budget:
+    while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2
         if search.replace("float", _names(ranking[:count]), choice(count)):
             holding = count

@@ -22,7 +22,7 @@ def next_steps(report: Report, analysis: Analysis | None) -> list[str]:
             "train on with quantization in mind."
         )
     if analysis is not None:
-        found += [f"{line[0].upper()}{line[1:]}." for line in analysis.advice()]
+        found += [f"{line}." for line in analysis.advice()]
     db = summary["output_sqnr_db"]
     if db is not None and db < _FAR and analysis is None:
         found.append(

@@ -157,6 +157,7 @@ def tradeoff(analysis: Analysis) -> Any:
     axes.axhline(analysis.summary["float_score"], color=_GREY, linestyle="--", label="float model")
     for count, share, score in analysis.summary["curve"]:
         axes.annotate(str(count), (100 * share, score), textcoords="offset points", xytext=(0, 6))
+    axes.margins(y=0.15)
     axes.set_xlabel("sites in int8, % (labels: sites left in float)")
     axes.set_ylabel("metric")
     axes.set_title("Metric against int8 share")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.epilogue import channel_axes
@@ -21,13 +23,12 @@ class WeightRanges(NamedTuple):
 
     Attributes:
       outputs: float64 [C], the largest magnitude of each output channel.
-      inputs: float64 [I], that of each input channel (of a group).
       sqnr_db: of the weight itself, float against int8.
-      channel_db: the mean of the output channels' own SQNR in dB.
+      channel_db: the mean of the output channels' own SQNR in dB, or of the input channels', the
+        less of both: a few large weights hide the others from `sqnr_db`.
     """
 
     outputs: np.ndarray
-    inputs: np.ndarray
     sqnr_db: float
     channel_db: float
 
@@ -59,24 +60,30 @@ def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> W
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
     got = got / _equalization(program, site, weight.shape, qparams)
-    signal, noise = (np.sum(x**2, axis=others) for x in (weight, weight - got))
-    used = signal > 0
-    ratio = signal[used] / np.maximum(noise[used], np.finfo(np.float64).tiny)
+    kept = _input_axes(site, eqn)
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
-        inputs=_input_ranges(site, eqn, weight),
-        sqnr_db=decibel(float(signal.sum()), float(noise.sum())),
-        channel_db=float(np.clip(10 * np.log10(ratio), -20, 100).mean()) if used.any() else np.inf,
+        sqnr_db=decibel(float(np.sum(weight**2)), float(np.sum((weight - got) ** 2))),
+        channel_db=min(_mean_db(weight, got, axes), _mean_db(weight, got, kept)),
     )
 
 
-def _input_ranges(site: Site, eqn: Any, weight: np.ndarray) -> np.ndarray:
+def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> float:
+    """The mean SQNR of the slices along some axes, those that are all zero left out."""
+    others = tuple(a for a in range(weight.ndim) if a not in axes)
+    signal, noise = (np.sum(x**2, axis=others) for x in (weight, weight - got))
+    used = signal > 0
+    if not used.any():
+        return math.inf
+    ratio = signal[used] / np.maximum(noise[used], np.finfo(np.float64).tiny)
+    return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
+
+
+def _input_axes(site: Site, eqn: ir.Equation) -> tuple[int, ...]:
+    """The axes of the weight that are summed over with the input's channels."""
     if eqn.name == "conv_general_dilated":
-        kept: tuple[int, ...] = (eqn.params["dimension_numbers"].rhs_spec[1],)
-    else:
-        kept = tuple(eqn.params["dimension_numbers"][0][site.weight_position])
-    summed = tuple(a for a in range(weight.ndim) if a not in kept)
-    return np.abs(weight).max(axis=summed, initial=0.0).reshape(-1)
+        return (eqn.params["dimension_numbers"].rhs_spec[1],)
+    return tuple(eqn.params["dimension_numbers"][0][site.weight_position])
 
 
 def _equalization(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.processes import reduce_processes
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.trace import trace
@@ -88,6 +89,7 @@ class Sweep:
         return self._done.state
 
     def add(self, inputs: tuple[Any, ...]) -> None:
+        _check_addressable(inputs)
         if not self._done.batches:
             self.start(inputs)
         done = self._done
@@ -112,7 +114,7 @@ class Sweep:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )
-        return observations
+        return reduce_processes(observations)
 
     def is_sound(self) -> bool:
         """True where the state can be read and every batch in it was finite.
@@ -238,6 +240,15 @@ def stats_of(state: histogram.Histogram) -> TensorStats:
 def _batch_length(inputs: tuple[Any, ...]) -> int:
     leaves = jax.tree.leaves(inputs)
     return int(np.shape(leaves[0])[0]) if leaves and np.ndim(leaves[0]) else 1
+
+
+def _check_addressable(inputs: tuple[Any, ...]) -> None:
+    for x in jax.tree.leaves(inputs):
+        if not getattr(x, "is_fully_addressable", True):
+            raise ValueError(
+                "a batch is spread over several processes; give every process its own part of the "
+                "data instead, on its own devices: what they observe is reduced across processes"
+            )
 
 
 def _shapes(inputs: tuple[Any, ...]) -> str:
