@@ -74,7 +74,7 @@ def report_html(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     page = pathlib.Path(folder, "report.html")
       ...     jaxquant.report_html(page, qapply, analysis)
-      ...     "Signal to quantization noise" in page.read_text()
+      ...     "SQNR of every site" in page.read_text()
       True
     """
     atomic.check_target(path)

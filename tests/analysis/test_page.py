@@ -129,7 +129,7 @@ def test_every_picture_shows_its_data():
 
 def test_pictures_refuse_what_is_not_there():
     analysis = scored(faults.healthy)
-    with pytest.raises(ValueError, match="no quantized tensor 'd'; nearest"):
+    with pytest.raises(ValueError, match="no quantized tensor 'd'; valid: a/input"):
         jaxquant.plots.histogram(analysis, "d")
     with pytest.raises(ValueError, match="no int8 weight of a site 'z'"):
         jaxquant.plots.weight_ranges(analysis, "z")
