@@ -19,6 +19,7 @@ from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.files.safetensors import FileError
 from jaxquant.pipeline import calibrate, quant_post, quantize
+from jaxquant.report.arrays import describe
 
 __all__ = [
     "FileError",
@@ -27,6 +28,7 @@ __all__ = [
     "analyze",
     "calibrate",
     "capture",
+    "describe",
     "export_onnx",
     "export_stablehlo",
     "histogram_observer",

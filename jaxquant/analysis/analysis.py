@@ -46,8 +46,8 @@ class TensorAnalysis:
     stats: TensorStats
     threshold: float
     levels: int
-    low: np.ndarray
-    high: np.ndarray
+    low: np.ndarray = dataclasses.field(repr=False)
+    high: np.ndarray = dataclasses.field(repr=False)
     clipped: float
 
 
