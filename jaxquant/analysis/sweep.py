@@ -170,7 +170,7 @@ def _observe(
     program: Program, qparams: Any, reference: evaluate.Environment, stats: Any, index: jax.Array
 ) -> tuple[dict[str, Clipping], dict[str, jax.Array], Any]:
     """How the tensors fit their grids, which are not finite, and their histograms so far."""
-    readers = QuantizedTensors(reference, program.binding, qparams["tensors"])
+    readers = QuantizedTensors(reference, program.binding, qparams["tensors"], {})
     entries = {name: var for var, name in program.binding.names.items()}
     order = [tensor.name for tensor in program.plan.tensors]
     tensors = {name: _clipping(readers, entries[name], reference) for name in order}

@@ -121,7 +121,7 @@ def _as_int8(
     program: Program, qparams: Mapping[str, Any], env: evaluate.Environment, unit: Unit
 ) -> Sequence[Any]:
     inner = env.fork()
-    quantized = QuantizedTensors(inner, program.binding, qparams["tensors"])
+    quantized = QuantizedTensors(inner, program.binding, qparams["tensors"], {})
     live = {eqn.index for eqn in program.equations}
     members = [eqn for eqn in unit.members if eqn.index in live]
     evaluate.run(inner, members, functools.partial(program.apply, qparams, inner, quantized))
