@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
 from jaxquant.analysis.choice import Choice, make_chosen_plan
-from jaxquant.analysis.control import Built, Goal, control
+from jaxquant.analysis.control import MAX_DROP, Built, Goal, control, make_goal
 from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
@@ -52,7 +52,7 @@ def quant_post(
     select: Any = None,
     calibration_file: Path | None = None,
     metric: Metric | None = None,
-    max_drop: float = 0.005,
+    max_drop: float = MAX_DROP,
     time_budget: float | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
@@ -146,7 +146,7 @@ def quant_post(
         skip_first_last=skip_first_last,
     )
     check_steps(config.recover)
-    goal = None if metric is None else Goal(metric, max_drop, time_budget)
+    goal = make_goal(metric, max_drop, time_budget)
     batches = _batches(ds, batch_size, batch_nums, select, progress)
     options = _options(config, batch_size, batch_nums, select)
     observations = _calibrate(params, apply_fn, batches, config, options, calibration_file)

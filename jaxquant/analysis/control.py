@@ -31,6 +31,7 @@ from jaxquant.run.qapply import QuantizedApply
 
 ALGORITHMS = ("KL", "mse", "hist", "auto", "abs_max")  # thresholds, in the order of trial
 RECOVERY = ("equalization", "adaround")
+MAX_DROP = 0.005
 _RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
 _ONE_BY_ONE = 4  # sites left in float one more at a time, before the number grows faster
 
@@ -40,7 +41,7 @@ class Goal:
     """What accuracy control is to reach; see `jaxquant.quant_post`."""
 
     metric: Metric
-    max_drop: float = 0.005
+    max_drop: float = MAX_DROP
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +50,20 @@ class Goal:
         _check_amount("max_drop", self.max_drop)
         if self.time_budget is not None:
             _check_amount("time_budget", self.time_budget)
+
+
+def make_goal(metric: Metric | None, max_drop: float, time_budget: float | None) -> Goal | None:
+    """The goal; None without a metric.
+
+    Raises:
+      ValueError: an amount is not valid, or is given without a metric.
+      TypeError: the metric is not a function.
+    """
+    if metric is not None:
+        return Goal(metric, max_drop, time_budget)
+    if max_drop != MAX_DROP or time_budget is not None:
+        raise ValueError("max_drop and time_budget are of a metric: give metric= as well")
+    return None
 
 
 class Built(NamedTuple):

@@ -96,6 +96,8 @@ def test_bad_goals_are_refused(options, message):
     fault = faults.healthy()
     with pytest.raises(ValueError, match=message):
         quantize(fault, metric=accuracy(fault), **options)
+    with pytest.raises(ValueError, match="give metric="):
+        quantize(fault, time_budget=1)
     with pytest.raises(TypeError, match="metric is a function"):
         quantize(fault, metric=0.5)
     with pytest.raises(ValueError, match="has to be finite"):
