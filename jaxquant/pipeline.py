@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
 from jaxquant.analysis.choice import Choice, make_chosen_plan
-from jaxquant.analysis.control import MAX_DROP, Built, Goal, control, make_goal
+from jaxquant.analysis.control import Built, control
+from jaxquant.analysis.goal import MAX_DROP, Goal, make_goal
 from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
