@@ -6,6 +6,9 @@ print(qapply.report())
 """
 
 from jaxquant._version import __version__
+from jaxquant.analysis import plots
+from jaxquant.analysis.analyze import analyze
+from jaxquant.analysis.page import report_html
 from jaxquant.calibration.capture import capture
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.observations_file import load_observations, save_observations
@@ -16,23 +19,28 @@ from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.files.safetensors import FileError
 from jaxquant.pipeline import calibrate, quant_post, quantize
+from jaxquant.report.arrays import describe
 
 __all__ = [
     "FileError",
     "Observer",
     "__version__",
+    "analyze",
     "calibrate",
     "capture",
+    "describe",
     "export_onnx",
     "export_stablehlo",
     "histogram_observer",
     "kl_threshold",
     "load_observations",
     "load_quantized_model",
+    "plots",
     "quant_dynamic",
     "quant_post",
     "quant_weights",
     "quantize",
+    "report_html",
     "save_observations",
     "save_quantized_model",
 ]

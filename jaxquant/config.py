@@ -20,7 +20,10 @@ WEIGHT_BITS = (8, 4)
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """The choices of a quantization; see `jaxquant.quant_post` for their meaning."""
+    """The choices of a quantization; see `jaxquant.quant_post` for their meaning.
+
+    `left_float` are names of sites that accuracy control leaves in float.
+    """
 
     algo: str | Observer = "KL"
     hist_percent: float = 0.99999
@@ -34,6 +37,7 @@ class QuantConfig:
     mode: str = STATIC
     weight_bits: int = 8
     group_size: int | None = None
+    left_float: tuple[str, ...] = ()
 
     @property
     def observer(self) -> Observer:

@@ -8,6 +8,10 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
+from jaxquant.analysis.choice import Choice, make_chosen_plan
+from jaxquant.analysis.control import Built, control
+from jaxquant.analysis.goal import MAX_DROP, Goal, make_goal
+from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
@@ -15,10 +19,12 @@ from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.resume import load_checked, sweep_with_file
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig
+from jaxquant.graph import ir
 from jaxquant.graph.checks import check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
-from jaxquant.plan.make import make_plan, observed_tensors
+from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.plan import Plan
 from jaxquant.recover.steps import check_steps, quantize_and_recover
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
@@ -46,6 +52,9 @@ def quant_post(
     skip_first_last: bool = False,
     select: Any = None,
     calibration_file: Path | None = None,
+    metric: Metric | None = None,
+    max_drop: float = MAX_DROP,
+    time_budget: float | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Quantize a trained float model to int8 after training.
@@ -96,6 +105,14 @@ def quant_post(
         a function of the item; for data sets of (image, label).
       calibration_file: where the observations are saved.  Once it is complete, other calls, with
         any `algo`, take them from there and do not read `ds`; see `jaxquant.calibrate`.
+      metric: a function of a model, `metric(model) -> number`, higher for a better model, on
+        labelled data of your own; `model(*inputs)` takes what `apply_fn` takes after `params`.
+        Given, it is held to within `max_drop` of the float model's: where full int8 falls short,
+        the sites that cost most get, in this order, other thresholds, recovery steps, and the float
+        type, as few of them as will do.  The report says what was done and what each step gained.
+        Where nothing holds the metric, the best model found is returned, with a warning.
+      max_drop: by how much the metric may be below the float model's, in the metric's own units.
+      time_budget: seconds, after which no other step is begun; None for no limit.
       progress: show a progress bar.
 
     Returns:
@@ -130,10 +147,11 @@ def quant_post(
         skip_first_last=skip_first_last,
     )
     check_steps(config.recover)
+    goal = make_goal(metric, max_drop, time_budget)
     batches = _batches(ds, batch_size, batch_nums, select, progress)
     options = _options(config, batch_size, batch_nums, select)
     observations = _calibrate(params, apply_fn, batches, config, options, calibration_file)
-    return _quantize(params, apply_fn, observations, config, recovery_file, progress)
+    return _quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
 
 
 def calibrate(
@@ -321,15 +339,49 @@ def _quantize(
     config: QuantConfig,
     file: str | os.PathLike[str] | None,
     progress: bool,
+    goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_params(params)
     graph = trace(apply_fn, params, observations.examples[0])
     check_weights(graph, find_sites(graph), params)
-    plan = make_plan(graph, observations, config)
+
+    plan_of = functools.partial(make_chosen_plan, graph, observations, config)
+
+    def build(choice: Choice) -> Built:
+        plan = plan_of(choice)
+        return _build(params, apply_fn, graph, observations, plan, choice, file, progress)
+
+    if goal is None:
+        qparams, qapply = build(Choice())
+    else:
+        qparams, qapply = control(
+            params, apply_fn, observations, config, plan_of, build, goal, progress
+        )
+    warn_if_poor(qapply.report())
+    return qparams, qapply
+
+
+def _build(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    graph: ir.Graph,
+    observations: Observations,
+    plan: Plan,
+    choice: Choice,
+    file: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Built:
+    examples = observations.examples
     plan, qparams, program, comparison, notes = quantize_and_recover(
-        apply_fn, graph, plan, params, observations.examples, file=file, progress=progress
+        apply_fn,
+        graph,
+        plan,
+        params,
+        examples,
+        only=choice.recover_at,
+        file=file,
+        progress=progress,
     )
-    sqnr, output_sqnr = measure_sqnr(comparison, qparams, observations.examples[:1])
+    sqnr, output_sqnr = measure_sqnr(comparison, qparams, examples[:1])
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr, notes)
-    warn_if_poor(report)
-    return qparams, QuantizedApply(apply_fn, plan, params, report, observations.examples[0])
+    return Built(qparams, QuantizedApply(apply_fn, plan, params, report, examples[0]))

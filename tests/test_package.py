@@ -13,7 +13,10 @@ def test_version_comes_from_one_place():
 
 def test_import_loads_the_core_alone():
     """Extras are imported where they are used: importing the package must not need them."""
-    extras = ["absl", "flax", "ml_collections", "optax", "PIL", "tensorflow", "torch", "tqdm"]
+    extras = [
+        "IPython", "PIL", "absl", "flax", "matplotlib", "ml_collections", "optax", "tensorflow",
+        "torch", "tqdm",
+    ]  # fmt: skip
     code = f"import sys, jaxquant; print([m for m in {extras} if m in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -20,7 +20,7 @@ class TensorStats:
       count: elements seen.
     """
 
-    counts: np.ndarray
+    counts: np.ndarray = dataclasses.field(repr=False)
     bin_width: float
     min: float
     max: float
@@ -86,3 +86,9 @@ class Observations:
     observer: Any = None
     states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Observations of {len(self.tensors)} tensors over {self.samples} samples in "
+            f"{self.batches} batches; .tensors has each>"
+        )

@@ -17,6 +17,7 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.processes import reduce_processes
 from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.float_forms import fast_convolutions
@@ -89,6 +90,7 @@ class Sweep:
         return self._done.state
 
     def add(self, inputs: tuple[Any, ...]) -> None:
+        _check_addressable(inputs)
         if not self._done.batches:
             self.start(inputs)
         done = self._done
@@ -100,7 +102,7 @@ class Sweep:
             own,
             done.batches + 1,
             done.samples + _batch_length(inputs),
-            _with_example(done.examples, inputs),
+            with_example(done.examples, inputs),
         )
         self._check_finite()
         self._bad = bad
@@ -113,7 +115,7 @@ class Sweep:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )
-        return observations
+        return reduce_processes(observations)
 
     def is_sound(self) -> bool:
         """True where the state can be read and every batch in it was finite.
@@ -131,7 +133,7 @@ class Sweep:
         state, own = jax.tree.map(np.asarray, (done.state, done.own))
         return Observations(
             tensors={
-                name: _stats(jax.tree.map(lambda x, k=k: x[k], state))
+                name: stats_of(jax.tree.map(lambda x, k=k: x[k], state))
                 for k, name in enumerate(self._names)
             },
             batches=done.batches,
@@ -214,7 +216,7 @@ class Sweep:
                 )
 
 
-def _with_example(
+def with_example(
     examples: tuple[tuple[Any, ...], ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], ...]:
     """The examples, with one more batch where it fits beside them."""
@@ -229,7 +231,8 @@ def _stack(states: Sequence[histogram.Histogram]) -> State:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
 
 
-def _stats(state: histogram.Histogram) -> TensorStats:
+def stats_of(state: histogram.Histogram) -> TensorStats:
+    """The state of one tensor as plain host data."""
     counts, bin_width = histogram.to_numpy(state)
     return TensorStats(
         counts=counts,
@@ -244,6 +247,15 @@ def _stats(state: histogram.Histogram) -> TensorStats:
 def _batch_length(inputs: tuple[Any, ...]) -> int:
     leaves = jax.tree.leaves(inputs)
     return int(np.shape(leaves[0])[0]) if leaves and np.ndim(leaves[0]) else 1
+
+
+def _check_addressable(inputs: tuple[Any, ...]) -> None:
+    for x in jax.tree.leaves(inputs):
+        if not getattr(x, "is_fully_addressable", True):
+            raise ValueError(
+                "a batch is spread over several processes; give every process its own part of the "
+                "data instead, on its own devices: what they observe is reduced across processes"
+            )
 
 
 def _shapes(inputs: tuple[Any, ...]) -> str:

@@ -10,7 +10,7 @@ from jax import export
 
 from jaxquant.plan.plan import Plan
 from jaxquant.report.report import Report
-from jaxquant.run.qapply import check_qparams
+from jaxquant.run.qapply import check_qparams, describe_plan
 
 if TYPE_CHECKING:
     from jaxquant.deploy.artifact import Artifact
@@ -52,6 +52,12 @@ class LoadedApply:
     def check(self, qparams: Mapping[str, Any]) -> None:
         """Raise ValueError where the qparams are of another plan."""
         check_qparams(qparams, self.plan)
+
+    def __repr__(self) -> str:
+        return describe_plan(self.plan)
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     def report(self) -> Report:
         """Every site, int8 or why not, as it was when the model was quantized."""

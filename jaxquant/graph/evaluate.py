@@ -32,6 +32,12 @@ class Environment:
     def write(self, var: ir.Var, value: Any) -> None:
         self._values[var] = value
 
+    def fork(self) -> Environment:
+        """A copy with the values so far; what is written to one is not in the other."""
+        other = Environment(self.graph, {}, [None] * len(self.graph.inputs))
+        other._values = dict(self._values)
+        return other
+
     def drop(self, var: ir.Var) -> None:
         """Forget a value that nothing reads any more."""
         self._values.pop(var, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,9 +123,13 @@ class Channels:
 
     def sums(self, value: jax.Array) -> jax.Array:
         """[C], the sums of a tensor over all axes but those of the channels."""
-        sums = jnp.sum(value, axis=tuple(a for a in range(value.ndim) if a not in self.axes))
+        return self.reduce(jnp.sum, value)
+
+    def reduce(self, reduction: Callable[..., jax.Array], value: jax.Array) -> jax.Array:
+        """[C], `reduction` (of `jnp`) of a tensor over all axes but those of the channels."""
+        found = reduction(value, axis=tuple(a for a in range(value.ndim) if a not in self.axes))
         ascending = sorted(self.axes)
-        return sums.transpose([ascending.index(a) for a in self.axes]).reshape(-1)
+        return found.transpose([ascending.index(a) for a in self.axes]).reshape(-1)
 
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}

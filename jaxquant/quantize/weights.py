@@ -87,7 +87,7 @@ def equalized(
 ) -> np.ndarray:
     """A weight in float64, its input channels times the equalization of the site's input."""
     weight = np.asarray(weight).astype(np.float64)
-    factors = equalization.get(binding.scales[site.operands[0]])
+    factors = equalization.get(binding.scales.get(site.operands[0], ""))
     if factors is None:
         return weight
     return weight * along_weight(site, graph.equations[site.equation], weight.shape, factors)

@@ -9,7 +9,7 @@ mean is weighted by the activation's slope; see `jaxquant.recover.compare.Shift`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,8 +32,13 @@ def correct_biases(
     for inputs in examples:
         shifts = comparison(qparams, inputs, correct=True).shifts
         total = shifts if total is None else jax.tree.map(jnp.add, total, shifts)
+    return with_shifts(qparams, total or {})
+
+
+def with_shifts(qparams: Any, shifts: Mapping[str, Shift]) -> Any:
+    """`qparams` with the mean of each site's shift added to its bias."""
     sites = dict(qparams["sites"])
-    for name, shift in (total or {}).items():
+    for name, shift in shifts.items():
         arrays = sites[name]
         step = shift.mean().reshape(arrays["multiplier"].shape)
         sites[name] = {**arrays, "bias": arrays.get("bias", jnp.float32(0)) + step}

@@ -26,7 +26,7 @@ that calibration did not see exceed a channel's largest value often, the tensor'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ def equalize(
     qparams: Any,
     examples: Sequence[tuple[Any, ...]],
     steps: Sequence[str],
+    only: Collection[str] | None = None,
 ) -> Equalization:
     """The equalization of every tensor that gains by one.
 
@@ -101,12 +102,21 @@ def equalize(
       qparams: those of the int8 model without equalization; the gains of its sites are read.
       examples: batches of calibration samples.
       steps: "equalization", "smoothquant" or both: then dots have the former.
+      only: the sites whose inputs may be equalized; None for all.
 
     Returns:
       Tensor name -> float64 array of the tensor's rank, of size 1 but along its input channels.
     """
     graph = program.graph
     targets = find_targets(program, steps)
+    if only is not None:
+        targets = {
+            name: target
+            for name, target in targets.items()
+            if all(product.site.name in only for product in target.readers)
+        }
+        if not targets:
+            return {}
     alphas = ALPHAS["equalization" if "equalization" in steps else "smoothquant"]
     planned = {tensor.name: tensor for tensor in plan.tensors}
     seen = watch(graph, params, examples, targets)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,7 @@ def learn_roundings(
     *,
     equalization: Equalization | None = None,
     correct: bool = False,
+    only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> tuple[Any, dict[str, str]]:
@@ -68,6 +69,7 @@ def learn_roundings(
       examples: batches of calibration samples; the first one alone where they cannot be joined.
       equalization: what `qparams` were made with.
       correct: take the mean error of every channel away on the way, as bias correction does.
+      only: the sites to learn; None for all.
       file: keeps the sites that are done; a later call with the same data goes on from there.
       progress: show a progress bar.
 
@@ -82,7 +84,10 @@ def learn_roundings(
     roundings = Roundings(file)
     inputs, program = _joined(apply_fn, plan, params, examples)
     with contextlib.closing(_ticks(len(program.slots), progress)) as ticks:
-        learner = _Learner(program, plan, params, equalization or {}, correct, roundings, ticks)
+        chosen = program.slots if only is None else only
+        learner = _Learner(
+            program, plan, params, equalization or {}, correct, chosen, roundings, ticks
+        )
         return learner.learn(qparams, jax.tree.leaves(inputs))
 
 
@@ -116,6 +121,7 @@ class _Learner:
         params: Any,
         equalization: Equalization,
         correct: bool,
+        only: Collection[str],
         roundings: Roundings,
         ticks: Any,
     ):
@@ -137,7 +143,9 @@ class _Learner:
         for number, int8_site in enumerate(stored):
             site, product = int8_site.site, Product(graph, int8_site.site)
             reason = product.reason
-            if uses[program.slots[site.name]] > 1:
+            if site.name not in only:
+                reason = "not asked for"
+            elif uses[program.slots[site.name]] > 1:
                 reason = "it shares its weight with another site"
             elif not reason and product.positions < _FEWEST:
                 reason = f"{product.positions} output positions are too few"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph import ir
@@ -40,6 +40,7 @@ def quantize_and_recover(
     params: Any,
     examples: Sequence[tuple[Any, ...]],
     *,
+    only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Recovered:
@@ -51,6 +52,7 @@ def quantize_and_recover(
       apply_fn, graph, params: the float model.
       plan: what becomes int8.
       examples: batches of calibration samples.
+      only: the sites that equalization and learned rounding may change; None for all.
       file: where learned rounding keeps the sites that are done; None for nowhere.
       progress: show a progress bar where a step takes long.
     """
@@ -59,7 +61,7 @@ def quantize_and_recover(
     program = Program(graph, plan, params)
     qparams = quantize_params(graph, plan, params)
     if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
-        equalization = equalize(program, plan, params, qparams, examples, chosen)
+        equalization = equalize(program, plan, params, qparams, examples, chosen, only)
         targets = len(find_targets(program, chosen))
         notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors"
         plan = with_channels(plan, equalization)
@@ -73,6 +75,7 @@ def quantize_and_recover(
             examples,
             equalization=equalization,
             correct="bias_correction" in plan.recover,
+            only=only,
             file=file,
             progress=progress,
         )

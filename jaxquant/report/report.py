@@ -18,6 +18,7 @@ from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.report.coverage import tensor_rows
+from jaxquant.report.table import html_table, text_table
 from jaxquant.run.program import Program
 
 _COLUMNS = (
@@ -31,7 +32,7 @@ _COLUMNS = (
 )
 POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
 _SHOWN_TENSORS = 6  # of the float ones, in the text
-_NUMERIC = frozenset({"threshold", "weight_scale", "sqnr_db"})
+_RIGHT = [key in ("threshold", "weight_scale", "sqnr_db") for _, key in _COLUMNS]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Report:
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
-        recovery (step -> what it did).
+        recovery (step -> what it did); with a metric: control, see `jaxquant.analysis.control`.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -58,38 +59,17 @@ class Report:
     summary: Mapping[str, Any]
 
     def __str__(self) -> str:
-        cells = [[title for title, _ in _COLUMNS]]
-        cells += [[_cell(row, key) for _, key in _COLUMNS] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        widths[-1] = len(cells[0][-1])
-        right = [key in _NUMERIC for _, key in _COLUMNS]
-        lines = [
-            "  ".join(
-                text.rjust(width) if is_right else text.ljust(width)
-                for text, width, is_right in zip(line, widths, right, strict=True)
-            ).rstrip()
-            for line in cells
-        ]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([lines[0], rule, *lines[1:], "", self._footer()])
+        return f"{text_table(self._cells(), _RIGHT)}\n\n{self._footer()}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in _COLUMNS)
-        body = []
-        for row in self.rows:
-            style = "" if row["status"] == INT8 else ' style="opacity:0.6"'
-            cells = "".join(
-                f'<td style="text-align:{"right" if key in _NUMERIC else "left"}">'
-                f"{html.escape(_cell(row, key))}</td>"
-                for _, key in _COLUMNS
-            )
-            body.append(f"<tr{style}>{cells}</tr>")
-        return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-            f"<pre>{html.escape(self._footer())}</pre>"
-        )
+        dim = [row["status"] != INT8 for row in self.rows]
+        return f"{html_table(self._cells(), _RIGHT, dim)}<pre>{html.escape(self._footer())}</pre>"
+
+    def _cells(self) -> list[list[str]]:
+        head = [title for title, _ in _COLUMNS]
+        return [head, *([_cell(row, key) for _, key in _COLUMNS] for row in self.rows)]
 
     def to_json(self) -> str:
         """Rows and summary as JSON; an infinite SQNR becomes null."""
@@ -132,9 +112,26 @@ class Report:
         if s["recovery"]:
             did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
             lines.append(f"Recovery: {did}.")
+        lines += control_lines(s["control"]) if "control" in s else []
         if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
+
+
+def control_lines(control: Mapping[str, Any]) -> list[str]:
+    """What accuracy control did, a line for each step."""
+    verdict = "held" if control["held"] else "not reached"
+    lines = [
+        f"Metric: float {control['float_score']:.6g}, full int8 {control['int8_score']:.6g}, now "
+        f"{control['score']:.6g}; the target of {control['target']:.6g} is {verdict}."
+        + (" The time budget was spent." if control["out_of_time"] else "")
+    ]
+    for step in control["steps"]:
+        kept = "kept" if step["kept"] else "not kept"
+        lines.append(
+            f"  {step['step']}, {step['detail']}: {step['score']:.6g} ({step['gain']:+.4g}), {kept}"
+        )
+    return lines
 
 
 def make_report(

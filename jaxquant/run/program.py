@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,29 +75,46 @@ class Program:
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(env, self.binding, qparams["tensors"], self.early)
 
-        def rule(eqn: ir.Equation) -> Sequence[Any]:
-            if eqn.index in self._absorbed:
-                return [None]  # part of a fused call further on
-            if eqn.index in self._fused:
-                return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
-            if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
-                return [None]  # there are integers only; else XLA drops the pool of the floats
-            if eqn.index in self._by_index:
-                site = self._by_index[eqn.index]
-                if self.mode.integer:
-                    value = self._accumulate(site, qparams, env, quantized)
-                else:
-                    value = self._on_dequantized_weight(site.site, qparams, env)
-                return [correct(site, value) if correct else value]
-            if eqn.index in self.binding.selects:
-                return [quantized.wide(var) for var in eqn.outputs]
-            if eqn.index in self.binding.decisions:
-                return _decide(eqn, quantized)
-            if eqn.index in self.binding.forms.reads_int8:
-                return evaluate.apply(quantized, eqn)
-            return evaluate.apply(env, eqn)
-
+        rule = functools.partial(self.apply, qparams, env, quantized, correct=correct)
         return evaluate.run(env, self.equations, rule)
+
+    def apply(
+        self,
+        qparams: Mapping[str, Any],
+        env: evaluate.Environment,
+        quantized: QuantizedTensors,
+        eqn: ir.Equation,
+        correct: Callable[[Int8Site, jax.Array], jax.Array] | None = None,
+    ) -> Sequence[Any]:
+        """The results of one of the program's equations.
+
+        Args:
+          qparams: the program's arrays.
+          env: what it reads in float.
+          quantized: what it reads in int8.
+          eqn: one of `equations`.
+          correct: as for `run`.
+        """
+        if eqn.index in self._absorbed:
+            return [None]  # part of a fused call further on
+        if eqn.index in self._fused:
+            return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
+        if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
+            return [None]  # there are integers only; else XLA drops the pool of the floats
+        if eqn.index in self._by_index:
+            site = self._by_index[eqn.index]
+            if self.mode.integer:
+                value = self._accumulate(site, qparams, env, quantized)
+            else:
+                value = self._on_dequantized_weight(site.site, qparams, env)
+            return [correct(site, value) if correct else value]
+        if eqn.index in self.binding.selects:
+            return [quantized.wide(var) for var in eqn.outputs]
+        if eqn.index in self.binding.decisions:
+            return _decide(eqn, quantized)
+        if eqn.index in self.binding.forms.reads_int8:
+            return evaluate.apply(quantized, eqn)
+        return evaluate.apply(env, eqn)
 
     def _run_fused(
         self, call: FusedCall, qparams: Mapping[str, Any], quantized: QuantizedTensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.modes import MODES
-from jaxquant.plan.plan import Plan
+from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run import native
 from jaxquant.run.program import Program
 
@@ -116,6 +117,15 @@ class QuantizedApply:
             self._apply_fn, self.plan, self._params, self._report, self.inputs, backend
         )
 
+    def with_summary(self, entries: Mapping[str, Any]) -> QuantizedApply:
+        """The same model, with more entries in its report's summary."""
+        report = self._report
+        if report is not None:
+            report = dataclasses.replace(report, summary={**report.summary, **entries})
+        return QuantizedApply(
+            self._apply_fn, self.plan, self._params, report, self.inputs, self._backend
+        )
+
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.
 
@@ -140,12 +150,28 @@ class QuantizedApply:
         program = self.program(*jax.tree.map(ir.struct, inputs or self.inputs))
         return {**qparams, "packed": jax.jit(program.pack)(qparams)}
 
+    def __repr__(self) -> str:
+        return describe_plan(self.plan)
+
+    def _repr_html_(self) -> str:
+        report = self.report()
+        return f"<pre>{html.escape(repr(self))}</pre>" if report is None else report._repr_html_()
+
     def report(self) -> Any:
         """Every site, int8 or why not, with its scales and SQNR; prints as a table."""
         if self._report is None:
             return None
         summary = {**self._report.summary, "backend": str(self.backend)}
         return dataclasses.replace(self._report, summary=summary)
+
+
+def describe_plan(plan: Plan) -> str:
+    """One line on an int8 model."""
+    quantized = sum(site.status == INT8 for site in plan.sites)
+    return (
+        f"<qapply: {quantized} of {len(plan.sites)} sites quantized ({plan.mode}), thresholds by "
+        f"{plan.algo}; .report() tells of each>"
+    )
 
 
 def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:

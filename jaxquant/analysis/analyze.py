@@ -1,0 +1,225 @@
+"""`jaxquant.analyze`: which sites cost the int8 model its accuracy, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.analysis import sensitivity
+from jaxquant.analysis.advice import cause, matters
+from jaxquant.analysis.analysis import Analysis, TensorAnalysis
+from jaxquant.analysis.measures import Clipping
+from jaxquant.analysis.scores import Metric, Scores, models_digest
+from jaxquant.analysis.sensitivity import Sensitivity
+from jaxquant.analysis.sweep import Swept, sweep
+from jaxquant.analysis.switch import Switch
+from jaxquant.analysis.units import find_units
+from jaxquant.analysis.weights import WeightRanges, weight_ranges
+from jaxquant.calibration.data import iterate, num_batches
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.calibration.selection import Select
+from jaxquant.calibration.sweep import with_example
+from jaxquant.graph.checks import check_params
+from jaxquant.graph.trace import trace
+from jaxquant.plan.grid import levels
+from jaxquant.plan.plan import Plan
+from jaxquant.run.program import Program
+
+
+def analyze(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    qparams: Mapping[str, Any],
+    qapply: Any,
+    ds: Any,
+    metric: Metric | None = None,
+    *,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    select: Select = None,
+    file: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """Find the sites that cost an int8 model its accuracy, and why.
+
+    Both models run side by side over `ds`, all sites measured in one compiled step: the error of
+    each site alone (its inputs those of the float model) and the error that has gathered up to it.
+    With a metric every site is also run alone in int8, and alone in float, by one compiled program
+    that takes the choice as an argument.
+
+    Args:
+      params, apply_fn: the float model.
+      qparams, qapply: the int8 model, as `jaxquant.quant_post` or another function returned it.
+      ds, batch_size, batch_nums, select: the data, as for `jaxquant.quant_post`.
+      metric: a function of a model that returns one number, higher for a better model.  The model
+        is called as `model(*inputs)`, with what `apply_fn` takes after `params`; it is compiled
+        already, so do not `jit` it again.  Called about twice for every site.
+      file: where the metric's scores are kept (JSON), so that a call with the same models and the
+        same metric goes on after an interruption; None for nowhere.
+      progress: show progress bars.
+
+    Returns:
+      An `Analysis`: prints as a table, the worst sites first; `jaxquant.report_html` makes a page
+      of it.
+
+    Raises:
+      ValueError: `ds` is empty or does not fit the model, holds NaN or infinity, or `qparams` and
+        `qapply` do not belong to this model; the metric is not finite.
+      TypeError: the metric does not return a number.
+      jaxquant.FileError: `file` is damaged, or of other models or another metric.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant
+      >>> params = {"a": jax.random.normal(jax.random.key(0), (8, 16)), "b": jnp.eye(16)[:, :4]}
+      >>> apply_fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+      >>> x = jax.random.normal(jax.random.key(1), (64, 8))
+      >>> qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], progress=False)
+      >>> labels = apply_fn(params, x).argmax(-1)
+      >>> analysis = jaxquant.analyze(
+      ...     params, apply_fn, qparams, qapply, [x], progress=False,
+      ...     metric=lambda model: (model(x).argmax(-1) == labels).mean())
+      >>> sorted(analysis.ranking), analysis.summary["float_score"]
+      (['a', 'b'], 1.0)
+      >>> analysis.rows[0]["own_db"] > 30
+      True
+    """
+    check_params(params)
+    qapply.check(qparams)
+    plan: Plan = qapply.plan
+    batches = progress_bar(
+        iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select),
+        num_batches(ds, batch_size, batch_nums, select=select),
+        "analyze",
+        progress,
+    )
+    examples: list[tuple[Any, ...]] = []
+    with contextlib.closing(batches):
+        swept = sweep(params, apply_fn, qparams, plan, _remember(batches, examples))
+    program = Program(trace(apply_fn, params, examples[0]), plan, params)
+    weights = weight_ranges(program, params, qparams)
+    tensors = {name: _tensor(plan, name, swept) for name in swept.tensors}
+    rows = _rows(program, swept, weights, tensors)
+    quality = {row["name"]: row["own_db"] for row in rows}
+    summary: dict[str, Any] = {
+        "sites": len(rows),
+        "batches": swept.batches,
+        "output_sqnr_db": swept.outputs.sqnr_db if swept.outputs else None,
+        "output_db": swept.outputs.sample_db if swept.outputs else None,
+    }
+    ranking = sorted(quality, key=lambda name: quality[name])
+    if metric is not None:
+        switch = Switch(params, apply_fn, qparams, plan, examples)
+        digest = models_digest(params, qparams, plan) if file is not None else ""
+        scores = Scores(switch, metric, file, digest)
+        found = sensitivity.measure(scores, switch.names, progress=progress)
+        ranking = found.ranking(quality)
+        _add_scores(rows, found)
+        summary |= _scored(found, sensitivity.curve(scores, switch.names, ranking))
+    drop = summary["float_score"] - summary["int8_score"] if metric is not None else None
+    for row in rows:
+        row["rank"] = ranking.index(row["name"]) + 1
+        row["cause"] = cause(row) if matters(row, drop) else ""
+    return Analysis(rows, tensors, {n: w.outputs for n, w in weights.items()}, summary)
+
+
+def _remember(batches: Any, examples: list[tuple[Any, ...]]) -> Any:
+    """The batches, the first of them kept as a calibration keeps them."""
+    kept: tuple[tuple[Any, ...], ...] = ()
+    for inputs in batches:
+        kept = with_example(kept, inputs)
+        examples[:] = kept
+        yield inputs
+
+
+def _tensor(plan: Plan, name: str, swept: Swept) -> TensorAnalysis:
+    tensor = next(t for t in plan.tensors if t.name == name)
+    seen, stats = swept.tensors[name], swept.stats[name]
+    asymmetric = plan.activation_quantize_type == "asymmetric"
+    return TensorAnalysis(
+        stats=stats,
+        threshold=tensor.threshold,
+        levels=levels(stats.min, stats.max, asymmetric),
+        low=seen.low,
+        high=seen.high,
+        clipped=float(seen.clipped) / max(float(seen.count), 1.0),
+    )
+
+
+def _rows(
+    program: Program,
+    swept: Swept,
+    weights: Mapping[str, WeightRanges],
+    tensors: Mapping[str, TensorAnalysis],
+) -> list[dict[str, Any]]:
+    rows = []
+    for unit in find_units(program):
+        if unit.name not in swept.own:
+            continue
+        own, accumulated = swept.own[unit.name], swept.accumulated.get(unit.name)
+        ends, weight = swept.ends.get(unit.name), weights.get(unit.name)
+        row: dict[str, Any] = {
+            "name": unit.name,
+            "kind": unit.kind,
+            "rank": 0,
+            "own_sqnr_db": own.sqnr_db,
+            "own_db": own.sample_db,
+            "own_cosine": own.cosine,
+            "accumulated_sqnr_db": accumulated.sqnr_db if accumulated else None,
+            "accumulated_db": accumulated.sample_db if accumulated else None,
+            "accumulated_cosine": accumulated.cosine if accumulated else None,
+            "weight_db": min(weight.sqnr_db, weight.channel_db) if weight else None,
+            "channels": len(ends.low) if ends else None,
+            "dead_channels": ends.dead if ends else None,
+            "lost_channels": ends.lost if ends else None,
+        }
+        names = [program.binding.scales[v] for v in unit.operands if v in program.binding.scales]
+        row |= _input_row(dict.fromkeys(names), swept.tensors, tensors)
+        rows.append(row)
+    return rows
+
+
+def _input_row(
+    names: Mapping[str, None],
+    seen: Mapping[str, Clipping],
+    tensors: Mapping[str, TensorAnalysis],
+) -> dict[str, Any]:
+    """Of the inputs of a site the one that fits its grid least; None in a mode without grids."""
+    if not names:
+        keys = ("input", "threshold", "clipped", "clipped_noise", "input_db", "low", "high")
+        return dict.fromkeys((*keys, "low_spread", "high_spread"))
+    name = min(names, key=lambda n: seen[n].moments.sample_db)
+    tensor, fit = tensors[name], seen[name]
+    noise = float(fit.moments.noise)
+    return {
+        "input": name,
+        "threshold": tensor.threshold,
+        "clipped": tensor.clipped,
+        "clipped_noise": float(fit.clipped_noise) / noise if noise > 0 else 0.0,
+        "input_db": min(fit.moments.sample_db, fit.moments.sqnr_db),
+        "low": float(np.min(tensor.low)),
+        "high": float(np.max(tensor.high)),
+        "low_spread": float(np.ptp(tensor.low)),
+        "high_spread": float(np.ptp(tensor.high)),
+    }
+
+
+def _add_scores(rows: list[dict[str, Any]], found: Sensitivity) -> None:
+    for row in rows:
+        name = row["name"]
+        row["alone_score"], row["float_score"] = found.alone[name], found.left_float[name]
+        row["alone_drop"] = found.float_score - found.alone[name]
+        row["float_gain"] = found.left_float[name] - found.int8_score
+        row["effect"] = found.effect(name)
+
+
+def _scored(found: Sensitivity, curve: list[tuple[int, float]]) -> dict[str, Any]:
+    total = len(found.alone)
+    return {
+        "float_score": found.float_score,
+        "int8_score": found.int8_score,
+        "curve": [[n, 1 - n / max(total, 1), value] for n, value in curve],
+    }

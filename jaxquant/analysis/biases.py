@@ -1,0 +1,88 @@
+"""Bias correction taken out of an int8 model, and done anew for a mixture of both models.
+
+A corrected bias takes away the mean error that has gathered up to its site, so a site that follows
+a bad one looks bad by itself: its bias expects what the bad one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.analysis.units import Unit
+from jaxquant.graph import evaluate
+from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.plan import Plan
+from jaxquant.quantize.fold import fold
+from jaxquant.quantize.weights import epilogue_arrays
+from jaxquant.recover.compare import Shift, find_activation, shift_of
+from jaxquant.run.program import Program
+
+
+def is_corrected(plan: Plan) -> bool:
+    """True where the plan's biases are corrected."""
+    return "bias_correction" in plan.recover
+
+
+def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]) -> dict[str, Any]:
+    """`qparams` with the biases that follow from the parameters and the stored weights."""
+    if not is_corrected(program.plan):
+        return dict(qparams)
+    steps = [step for s in program.binding.sites for step in s.epilogue.steps]
+    wanted = [step.operand for step in steps if isinstance(step.operand, int)]
+    operands = fold(program.graph, params, [], wanted)[1]
+    sites = dict(qparams["sites"])
+    for int8_site in program.binding.sites:
+        name = int8_site.site.name
+        if name not in program.slots:
+            continue
+        scale, offset = _weight_terms(program, int8_site, qparams)
+        arrays = epilogue_arrays(program.graph, int8_site, operands, scale, offset)
+        bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
+        sites[name] = {**qparams["sites"][name], "bias": jnp.asarray(bias)}
+    return {**qparams, "sites": sites}
+
+
+def _weight_terms(
+    program: Program, int8_site: Int8Site, qparams: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What one unit of a site's accumulator is worth, and what its input's zero point adds."""
+    site, binding = int8_site.site, program.binding
+    scales = {tensor.name: tensor.scale for tensor in program.plan.tensors}
+    slot = program.slots[site.name]
+    weight, scale = jax.device_get(
+        [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+    )
+    axes = channel_axes(program.graph, site, program.graph.equations[site.equation])
+    channels = int(np.prod([weight.shape[a] for a in axes]))
+    known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
+    accumulator = np.broadcast_to(np.float64(scale), (channels,)) * np.prod(known)
+    zero_point = binding.zero_points.get(site.operands[0], 0)
+    if not zero_point:
+        return accumulator, None
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    return accumulator, zero_point * weight.sum(axis=summed, dtype=np.int64).reshape(-1)
+
+
+def has_bias(program: Program, unit: Unit) -> bool:
+    """True for a unit whose bias is corrected."""
+    return unit.site is not None and unit.name in program.slots and is_corrected(program.plan)
+
+
+def shift_at(
+    unit: Unit, reference: evaluate.Environment, value: jax.Array
+) -> tuple[Shift, jax.Array]:
+    """How far a unit's channels are off, and the value with their mean error taken away."""
+    assert unit.site is not None
+    epilogue = unit.site.epilogue
+    wanted = reference.read(epilogue.output).astype(jnp.float32)
+    activation = find_activation(reference.graph, epilogue.output)
+    gain = activation.of(wanted, reference) - activation.of(value, reference)
+    shift = shift_of(wanted - value, gain, epilogue.channels)
+    return shift, value + epilogue.channels.spread(shift.mean(), value.ndim)

@@ -1,0 +1,124 @@
+"""How far an int8 tensor is from the float one: sums that add up over batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.report.sqnr import decibel
+
+_LEAST_DB, _MOST_DB = -20.0, 100.0  # what one sample counts for
+
+
+class Moments(NamedTuple):
+    """Of a float tensor y and its int8 counterpart ŷ, over the elements where y is finite.
+
+    Σ y², Σ (y - ŷ)², Σ ŷ², Σ y ŷ; and of the samples (entries of the first axis) that are not all
+    zero: the sum of each one's own SQNR in dB, within [-20, 100], and their number.
+    """
+
+    signal: Any
+    noise: Any
+    power: Any
+    product: Any
+    decibels: Any
+    samples: Any
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(Σ y² / Σ (y - ŷ)²)."""
+        return decibel(float(self.signal), float(self.noise))
+
+    @property
+    def sample_db(self) -> float:
+        """The mean of the samples' own SQNR in dB: what happens to an ordinary sample.
+
+        A rare sample of large values has most of the energy, so `sqnr_db` may look well where all
+        the others are lost.
+        """
+        return float(self.decibels) / float(self.samples) if self.samples > 0 else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Σ y ŷ / √(Σ y² Σ ŷ²); 1 where both are all zero."""
+        if self.signal == 0 and self.power == 0:
+            return 1.0
+        norm = math.sqrt(float(self.signal)) * math.sqrt(float(self.power))
+        return float(self.product) / norm if norm > 0 and math.isfinite(norm) else 0.0
+
+
+class Ends(NamedTuple):
+    """The least and the largest value of each channel, float32 [C], before and after int8."""
+
+    low: Any
+    high: Any
+    int8_low: Any
+    int8_high: Any
+
+    @property
+    def dead(self) -> int:
+        """Channels that are constant in the float model."""
+        return int(np.sum(self.low == self.high))
+
+    @property
+    def lost(self) -> int:
+        """Channels that vary in the float model and not in int8."""
+        return int(np.sum((self.low < self.high) & (self.int8_low == self.int8_high)))
+
+
+class Clipping(NamedTuple):
+    """A tensor on its grid.
+
+    Its moments; how many values are clipped, of how many; how much of the noise they are; and the
+    extremes of the values.
+    """
+
+    moments: Moments
+    clipped: Any
+    count: Any
+    clipped_noise: Any
+    low: Any
+    high: Any
+
+
+def moments(y: jax.Array, other: jax.Array) -> Moments:
+    """Of one batch; float32 scalars.  Infinite noise where ŷ alone is not finite."""
+    y, other = y.astype(jnp.float32), other.astype(jnp.float32)
+    counted = jnp.isfinite(y)
+    lost = jnp.any(counted & ~jnp.isfinite(other))
+    y = jnp.where(counted, y, 0)
+    other = jnp.where(counted & jnp.isfinite(other), other, 0)
+    rows = y.reshape(y.shape[0], -1) if y.ndim > 1 else y.reshape(1, -1)
+    off = rows - other.reshape(rows.shape)
+    signals, noises = jnp.sum(rows**2, axis=1), jnp.sum(off**2, axis=1)
+    used = signals > 0
+    ratio = jnp.where(used, signals, 1) / jnp.maximum(noises, jnp.finfo(jnp.float32).tiny)
+    decibels = jnp.clip(10 * jnp.log10(ratio), _LEAST_DB, _MOST_DB)
+    return Moments(
+        signal=jnp.sum(signals),
+        noise=jnp.where(lost, jnp.inf, jnp.sum(noises)),
+        power=jnp.sum(other**2),
+        product=jnp.sum(y * other),
+        decibels=jnp.sum(jnp.where(used, jnp.where(lost, _LEAST_DB, decibels), 0)),
+        samples=jnp.sum(used).astype(jnp.float32),
+    )
+
+
+def add(a: Moments, b: Moments) -> Moments:
+    """Of two batches together."""
+    return Moments(*(x + y for x, y in zip(a, b, strict=True)))
+
+
+def join(a: Ends, b: Ends) -> Ends:
+    """Of two batches together."""
+    least, most = np.minimum, np.maximum
+    return Ends(
+        least(a.low, b.low),
+        most(a.high, b.high),
+        least(a.int8_low, b.int8_low),
+        most(a.int8_high, b.int8_high),
+    )

@@ -1,0 +1,217 @@
+"""`jaxquant.report_html`: one self-contained page on an int8 model."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxquant._version import __version__
+from jaxquant.analysis import plots
+from jaxquant.analysis.analysis import Analysis
+from jaxquant.analysis.next_steps import next_steps
+from jaxquant.analysis.page_style import SCRIPT, STYLE
+from jaxquant.files import atomic
+from jaxquant.report.report import Report, control_lines
+
+_REPORT_COLUMNS = (
+    ("site", "name"),
+    ("kind", "kind"),
+    ("runs in", "mode"),
+    ("threshold", "threshold"),
+    ("SQNR dB", "sqnr_db"),
+    ("why float", "reason"),
+)
+_ANALYSIS_COLUMNS = (
+    ("rank", "rank"),
+    ("own dB", "own_db"),
+    ("so far dB", "accumulated_db"),
+    ("cosine", "own_cosine"),
+    ("clipped %", "clipped"),
+    ("dead", "dead_channels"),
+    ("lost", "lost_channels"),
+    ("cause", "cause"),
+)
+_SCORE_COLUMNS = (("alone in int8", "alone_drop"), ("float gives", "float_gain"))
+_DETAILED = 6  # sites with pictures of their own
+_DPI = 90
+
+
+def report_html(
+    path: str | os.PathLike[str],
+    qapply: Any,
+    analysis: Analysis | None = None,
+    *,
+    title: str = "int8 model",
+) -> None:
+    """Write a page that tells a person how a model was quantized and what to do next.
+
+    Summary, what to do next, a table of all sites that sorts by any column, and pictures: the SQNR
+    along the network, sensitivity bars, the metric against the int8 share, and of the worst sites
+    the histogram of the input with every method's threshold, and the weight range per channel.  One
+    file, nothing loaded from elsewhere; written whole or not at all.
+
+    Args:
+      path: of the file.
+      qapply: of `jaxquant.quant_post` or `jaxquant.load_quantized_model`.
+      analysis: of `jaxquant.analyze`; None leaves out what it tells.
+      title: the heading.
+
+    Raises:
+      ImportError: matplotlib is not installed (`pip install 'jaxquant[plot]'`).
+      ValueError: `path` cannot be written to, or `qapply` has no report.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant, pathlib, tempfile
+      >>> apply_fn = lambda p, x: x @ p["w"]
+      >>> params, x = {"w": jnp.eye(4)}, jnp.linspace(-1, 1, 32).reshape(8, 4)
+      >>> qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], progress=False)
+      >>> analysis = jaxquant.analyze(params, apply_fn, qparams, qapply, [x], progress=False)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     page = pathlib.Path(folder, "report.html")
+      ...     jaxquant.report_html(page, qapply, analysis)
+      ...     "SQNR of every site" in page.read_text()
+      True
+    """
+    atomic.check_target(path)
+    report = qapply.report()
+    if report is None:
+        raise ValueError("this qapply has no report: quantize the model with jaxquant.quant_post")
+    atomic.write_file(path, [_page(report, analysis, title).encode()])
+
+
+def _page(report: Report, analysis: Analysis | None, title: str) -> str:
+    steps = "".join(f"<li>{html.escape(step)}</li>" for step in next_steps(report, analysis))
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>",
+            f"<h1>{html.escape(title)}</h1>",
+            _cards(report, analysis),
+            f"<h2>What to do next</h2><ul>{steps}</ul>",
+            _control(report),
+            "<h2>Sites</h2><p>Click a column's head to sort by it.</p>",
+            _table(report, analysis),
+            _pictures(analysis) if analysis is not None else "",
+            f"<footer>jaxquant {html.escape(__version__)}</footer>",
+            f"</main><script>{SCRIPT}</script></body></html>",
+        ]
+    )
+
+
+def _cards(report: Report, analysis: Analysis | None) -> str:
+    s = report.summary
+    cards = [
+        ("sites in int8", f"{s['sites_int8']} of {s['sites_int8'] + s['sites_float']}"),
+        ("size", f"{_bytes(s['bytes_before'])} → {_bytes(s['bytes_after'])}"),
+        ("smaller", f"{s['bytes_before'] / max(s['bytes_after'], 1):.2f} ×"),
+    ]
+    if s["output_sqnr_db"] is not None:
+        cards.append(("SQNR of the outputs", f"{s['output_sqnr_db']:.1f} dB"))
+    scores: Mapping[str, Any] = s.get("control") or {}
+    if analysis is not None and analysis.has_scores and not scores:
+        scores = analysis.summary
+    if scores:
+        now = scores.get("score", scores["int8_score"])
+        cards.append(("metric, float → int8", f"{scores['float_score']:.4g} → {now:.4g}"))
+    cards.append(("thresholds", str(s["algo"])))
+    body = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+        for name, value in cards
+    )
+    return f'<section class="cards">{body}</section>'
+
+
+def _control(report: Report) -> str:
+    if "control" not in report.summary:
+        return ""
+    text = html.escape("\n".join(control_lines(report.summary["control"])))
+    return f"<h2>Accuracy control</h2><pre>{text}</pre>"
+
+
+def _table(report: Report, analysis: Analysis | None) -> str:
+    found = {} if analysis is None else {row["name"]: row for row in analysis.rows}
+    columns: list[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
+    rows = {row["name"]: row for row in report.rows}
+    columns = [(title, key, rows) for title, key in _REPORT_COLUMNS]
+    if analysis is not None:
+        more = (*_ANALYSIS_COLUMNS, *(_SCORE_COLUMNS if analysis.has_scores else ()))
+        columns[-1:-1] = [(title, key, found) for title, key in more]
+    head = "".join(
+        f'<th aria-sort="none"><button type="button">{html.escape(title)}</button></th>'
+        for title, _, _ in columns
+    )
+    body = []
+    for name, row in rows.items():
+        cells = "".join(_cell(source.get(name, {}).get(key), key) for _, key, source in columns)
+        body.append(f'<tr class="{row["status"]}">{cells}</tr>')
+    return (
+        f'<div class="wide"><table id="sites"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(value: Any, key: str) -> str:
+    if value is None or value == "":
+        return '<td data-value=""></td>'
+    if isinstance(value, str):
+        return f'<td data-value="{html.escape(value)}">{html.escape(value)}</td>'
+    text = str(value) if isinstance(value, int) else _number(value, key)
+    order = value if math.isfinite(value) else math.copysign(1e300, value)
+    return f'<td class="number" data-value="{order!r}">{text}</td>'
+
+
+def _number(value: float, key: str) -> str:
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if key == "clipped":
+        return f"{100 * value:.3g}"
+    return f"{value:.1f}" if key.endswith("_db") else f"{value:.4g}"
+
+
+def _pictures(analysis: Analysis) -> str:
+    parts = ["<h2>Along the network</h2>", _image(plots.sqnr(analysis), "SQNR of every site")]
+    if analysis.has_scores:
+        parts += [
+            "<h2>What each site costs the metric</h2>",
+            _image(plots.sensitivity(analysis), "Sensitivity of the sites"),
+            _image(plots.tradeoff(analysis), "Metric against int8 share"),
+        ]
+    shown = analysis.worst[:_DETAILED]
+    parts.append(f"<h2>The {len(shown)} worst sites</h2>")
+    for row in shown:
+        parts.append(f"<h3>{html.escape(row['name'])}</h3>")
+        if row["input"] is not None:
+            parts += _draw(plots.histogram, analysis, [row["input"]])
+        if row["name"] in analysis.weights:
+            parts += _draw(plots.weight_ranges, analysis, [row["name"]])
+    return "\n".join(parts)
+
+
+def _draw(
+    picture: Callable[[Analysis, str], Any], analysis: Analysis, names: Iterable[str]
+) -> Sequence[str]:
+    return [_image(picture(analysis, name), f"{picture.__name__} of {name}") for name in names]
+
+
+def _image(figure: Any, text: str) -> str:
+    buffer = io.BytesIO()
+    # Without metadata the same picture has the same bytes.
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"

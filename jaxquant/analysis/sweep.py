@@ -1,0 +1,240 @@
+"""One pass over the data: both models in one compiled step, every site measured in two views."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.analysis import measures
+from jaxquant.analysis.biases import has_bias, shift_at, without_correction
+from jaxquant.analysis.measures import Clipping, Ends, Moments
+from jaxquant.analysis.units import Unit, Value, find_units, walk
+from jaxquant.calibration import histogram
+from jaxquant.calibration.observations import TensorStats
+from jaxquant.calibration.sweep import stats_of
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.trace import trace
+from jaxquant.plan.epilogue import Epilogue
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.compare import find_activation
+from jaxquant.run import int8
+from jaxquant.run.program import Program
+from jaxquant.run.quantized import QuantizedTensors
+
+
+class Swept(NamedTuple):
+    """What a pass over the data tells; host data.
+
+    Attributes:
+      own: site -> moments of its output, its inputs those of the float model.
+      accumulated: site -> likewise, both models run whole.
+      ends: site with output channels -> extremes of each channel, behind the activation, where the
+        site's inputs are those of the float model.
+      tensors: quantized tensor -> how the float model's values fit its grid; the extremes are
+        [batches].
+      stats: quantized tensor -> the histogram of its |x|, as in a calibration.
+      outputs: moments of the model's float outputs together; None where it has none.
+      batches: how many there were.
+    """
+
+    own: dict[str, Moments]
+    accumulated: dict[str, Moments]
+    ends: dict[str, Ends]
+    tensors: dict[str, Clipping]
+    stats: dict[str, TensorStats]
+    outputs: Moments | None
+    batches: int
+
+
+class _Batch(NamedTuple):
+    own: dict[str, Moments]
+    accumulated: dict[str, Moments]
+    ends: dict[str, Ends]
+    outputs: Moments | None
+    tensors: dict[str, Clipping]
+    bad: dict[str, jax.Array]
+
+
+def sweep(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    qparams: Mapping[str, Any],
+    plan: Plan,
+    batches: Iterable[tuple[Any, ...]],
+) -> Swept:
+    """Measure all sites on all batches.
+
+    A site's own error is that with the bias correction which it would have behind the float model.
+
+    Raises:
+      ValueError: a batch gives another graph than the one that was quantized, or a tensor holds
+        NaN or infinity.
+    """
+
+    @jax.jit
+    def step(
+        params: Any, qparams: Any, plain: Any, stats: Any, index: jax.Array, *inputs: Any
+    ) -> tuple[_Batch, Any]:
+        program = Program(trace(apply_fn, params, inputs), plan, params)
+        flat = jax.tree.leaves(inputs)
+        found, reference = _measure(program, params, qparams, plain, flat)
+        tensors, bad, stats = _observe(program, qparams, reference, stats, index)
+        own, accumulated, ends, outputs = found
+        return _Batch(own, accumulated, ends, outputs, tensors, bad), stats
+
+    names = [tensor.name for tensor in plan.tensors]
+    stats = jax.tree.map(lambda *xs: jnp.stack(xs), *[histogram.init()] * max(len(names), 1))
+    total: _Batch | None = None
+    ranges: list[dict[str, Any]] = []
+    plain: Any = None
+    for index, inputs in enumerate(batches):
+        if plain is None:
+            program = Program(trace(apply_fn, params, inputs), plan, params)
+            plain = without_correction(program, params, qparams)
+        found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        _check_finite(found, index)
+        ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
+        total = found if total is None else _joined(total, found)
+    assert total is not None  # an empty data set is refused where it is read
+    return Swept(
+        own=total.own,
+        accumulated=total.accumulated,
+        ends=total.ends,
+        tensors={
+            name: tensor._replace(
+                low=np.array([b[name][0] for b in ranges]),
+                high=np.array([b[name][1] for b in ranges]),
+            )
+            for name, tensor in total.tensors.items()
+        },
+        stats={
+            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats)) for k, name in enumerate(names)
+        },
+        outputs=total.outputs,
+        batches=len(ranges),
+    )
+
+
+def _measure(
+    program: Program, params: Any, qparams: Any, plain: Any, flat: list[Any]
+) -> tuple[tuple[Any, ...], evaluate.Environment]:
+    """The first fields of a `_Batch`, and the float model's values."""
+    graph = program.graph
+    units = find_units(program)
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    reference = evaluate.evaluate(graph, leaves, flat)
+    own: dict[str, Moments] = {}
+    ends: dict[str, Ends] = {}
+
+    def observe(unit: Unit, as_float: Value, as_int8: Value) -> Any:
+        wanted = as_float()
+        if unit.name and _is_float(wanted[0]):
+            got = as_int8()[0]
+            if has_bias(program, unit):
+                got = shift_at(unit, reference, got)[1]
+            own[unit.name] = measures.moments(wanted[0], got)
+            if unit.site is not None and unit.site.epilogue.channels.axes:
+                ends[unit.name] = _ends(unit.site.epilogue, got, reference)
+        return wanted
+
+    walk(program, units, params, plain, flat, observe)
+    quantized = program.run(qparams, flat)
+    accumulated = {
+        unit.name: measures.moments(reference.read(var), quantized.wide(var))
+        for unit in units
+        if unit.name in own and (var := unit.end.outputs[0]) in quantized
+    }
+    outputs = [
+        measures.moments(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+        for x in graph.outputs
+        if jnp.issubdtype(graph.dtype(x), jnp.floating)
+    ]
+    joined = functools.reduce(measures.add, outputs) if outputs else None
+    return (own, accumulated, ends, joined), reference
+
+
+def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment) -> Ends:
+    activation = find_activation(reference.graph, epilogue.output)
+    pair = (reference.wide(activation.end), activation.of(value, reference))
+    reduce = epilogue.channels.reduce
+    return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (jnp.min, jnp.max)))
+
+
+def _observe(
+    program: Program, qparams: Any, reference: evaluate.Environment, stats: Any, index: jax.Array
+) -> tuple[dict[str, Clipping], dict[str, jax.Array], Any]:
+    """How the tensors fit their grids, which are not finite, and their histograms so far."""
+    readers = QuantizedTensors(reference, program.binding, qparams["tensors"], {})
+    entries = {name: var for var, name in program.binding.names.items()}
+    order = [tensor.name for tensor in program.plan.tensors]
+    tensors = {name: _clipping(readers, entries[name], reference) for name in order}
+    if not order:
+        return tensors, {}, stats
+    seen = [histogram.observe(reference.read(entries[name]), index) for name in order]
+    bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
+    return tensors, bad, jax.vmap(histogram.merge)(stats, stacked)
+
+
+def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
+    x = reference.wide(var).astype(jnp.float32)
+    zero_point = readers.zero_point(var)
+    rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
+    place = x * readers.inv_scale(var) + jnp.float32(zero_point)
+    lowest = -128 if zero_point else -127
+    outside = (place > 127.5) | (place < lowest - 0.5)
+    return Clipping(
+        moments=measures.moments(x, rounded),
+        clipped=jnp.sum(outside.astype(jnp.float32)),
+        count=jnp.float32(x.size),
+        clipped_noise=jnp.sum(jnp.where(outside, (x - rounded) ** 2, 0)),
+        low=jnp.min(x, initial=jnp.inf),
+        high=jnp.max(x, initial=-jnp.inf),
+    )
+
+
+def _joined(a: _Batch, b: _Batch) -> _Batch:
+    def moments(x: dict[str, Moments], y: dict[str, Moments]) -> dict[str, Moments]:
+        return {name: measures.add(x[name], y[name]) for name in x}
+
+    tensors = {
+        name: Clipping(
+            measures.add(x.moments, b.tensors[name].moments),
+            x.clipped + b.tensors[name].clipped,
+            x.count + b.tensors[name].count,
+            x.clipped_noise + b.tensors[name].clipped_noise,
+            np.minimum(x.low, b.tensors[name].low),
+            np.maximum(x.high, b.tensors[name].high),
+        )
+        for name, x in a.tensors.items()
+    }
+    outputs = None
+    if a.outputs is not None and b.outputs is not None:
+        outputs = measures.add(a.outputs, b.outputs)
+    return _Batch(
+        moments(a.own, b.own),
+        moments(a.accumulated, b.accumulated),
+        {name: measures.join(x, b.ends[name]) for name, x in a.ends.items()},
+        outputs,
+        tensors,
+        {},
+    )
+
+
+def _check_finite(found: _Batch, batch: int) -> None:
+    for name, first in found.bad.items():
+        if first >= 0:
+            raise ValueError(
+                f"the tensor {name!r} holds NaN or infinity in batch {batch}; check that batch and "
+                "the float model on it"
+            )
+
+
+def _is_float(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))

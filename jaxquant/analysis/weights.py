@@ -1,0 +1,100 @@
+"""How well the weights of an int8 model fit their grids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.graph.sites import Site
+from jaxquant.plan import layout
+from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.inputs import along_weight, input_axes
+from jaxquant.quantize.fold import fold
+from jaxquant.report.sqnr import decibel
+from jaxquant.run.program import Program
+
+
+class WeightRanges(NamedTuple):
+    """One site's weight.
+
+    Attributes:
+      outputs: float64 [C], the largest magnitude of each output channel.
+      sqnr_db: of the weight itself, float against int8.
+      channel_db: the mean of the output channels' own SQNR in dB, or of the input channels', the
+        less of both: a few large weights hide the others from `sqnr_db`.
+    """
+
+    outputs: np.ndarray
+    sqnr_db: float
+    channel_db: float
+
+
+def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, WeightRanges]:
+    """Site -> ranges, for the sites with an int8 weight that is stored."""
+    if not program.mode.integer:
+        return {}
+    graph = program.graph
+    sites = {s.site.name: s.site for s in program.binding.sites if s.site.name in program.slots}
+    weights = fold(graph, params, [s.weight for s in sites.values() if s.weight is not None], [])[0]
+    found = {}
+    for name, site in sites.items():
+        assert site.weight is not None
+        weight = np.asarray(weights[site.weight]).astype(np.float64)
+        found[name] = _ranges(program, site, weight, qparams)
+    return found
+
+
+def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> WeightRanges:
+    graph = program.graph
+    eqn = graph.equations[site.equation]
+    axes = channel_axes(graph, site, eqn)
+    others = tuple(a for a in range(weight.ndim) if a not in axes)
+    slot = program.slots[site.name]
+    stored, scale = jax.device_get(
+        [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+    )
+    spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
+    got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
+    got = got / _equalization(program, site, weight.shape, qparams)
+    kept = _input_axes(site, eqn)
+    return WeightRanges(
+        outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
+        sqnr_db=decibel(float(np.sum(weight**2)), float(np.sum((weight - got) ** 2))),
+        channel_db=min(_mean_db(weight, got, axes), _mean_db(weight, got, kept)),
+    )
+
+
+def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> float:
+    """The mean SQNR of the slices along some axes, those that are all zero left out."""
+    others = tuple(a for a in range(weight.ndim) if a not in axes)
+    signal, noise = (np.sum(x**2, axis=others) for x in (weight, weight - got))
+    used = signal > 0
+    if not used.any():
+        return math.inf
+    ratio = signal[used] / np.maximum(noise[used], np.finfo(np.float64).tiny)
+    return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
+
+
+def _input_axes(site: Site, eqn: ir.Equation) -> tuple[int, ...]:
+    """The axes of the weight that are summed over with the input's channels."""
+    if eqn.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].rhs_spec[1],)
+    return tuple(eqn.params["dimension_numbers"][0][site.weight_position])
+
+
+def _equalization(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:
+    """What the weight was multiplied by before it was quantized; broadcasts against it."""
+    name = program.binding.scales.get(site.operands[0])
+    tensor = next((t for t in program.plan.tensors if t.name == name), None)
+    if tensor is None or not tensor.channels:
+        return np.ones(())
+    eqn = program.graph.equations[site.equation]
+    rank = len(program.graph.shape(site.operands[0]))
+    factors = np.asarray(qparams["tensors"][name]["scale"], np.float64) / tensor.scale
+    factors = factors.reshape((1,) * (rank - factors.ndim) + factors.shape)
+    assert set(tensor.channels) <= set(input_axes(site, eqn))
+    return along_weight(site, eqn, shape, factors)

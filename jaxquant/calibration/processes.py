@@ -1,0 +1,122 @@
+"""Observations of several processes (`jax.distributed`), each of its own data, as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.calibration.observations import Observations, TensorStats, merge
+
+
+def reduce_processes(observations: Observations) -> Observations:
+    """What all processes saw together; every process gets the same bits.
+
+    The histograms are counts, so the result is that of one process on all the data.  The examples
+    are those of process 0.  With one process the observations are returned as they are.
+
+    Raises:
+      ValueError: the processes calibrate different models, or an observer of its own keeps states,
+        which nothing tells how to merge.
+    """
+    if jax.process_count() == 1:
+        return observations
+    if observations.observer is not None:
+        raise ValueError(
+            "an algo that keeps statistics of its own ('avg', an Observer with its own update) "
+            "cannot be reduced across processes; calibrate with another one, or in one process"
+        )
+    names = list(observations.tensors)
+    _check_same(names)
+    stats = [observations.tensors[name] for name in names]
+    gathered = _gather(_encode(stats))
+    parts = [_decode({k: v[p] for k, v in gathered.items()}) for p in range(jax.process_count())]
+    seen = _gather({"seen": np.array([observations.batches, observations.samples], np.int32)})
+    batches, samples = (int(x) for x in seen["seen"].sum(axis=0, dtype=np.int64))
+    return dataclasses.replace(
+        observations,
+        tensors={name: merge([part[k] for part in parts]) for k, name in enumerate(names)},
+        batches=batches,
+        samples=samples,
+        examples=_examples_of_first(observations.examples),
+    )
+
+
+def _encode(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
+    """Without 64-bit integers, which JAX does not move by default."""
+    counts = np.stack([s.counts for s in stats]).astype(np.uint64)
+    totals = np.array([s.count for s in stats], np.uint64)
+    return {
+        **_words("counts", counts),
+        **_words("total", totals),
+        "exponent": np.array([math.frexp(s.bin_width)[1] - 1 for s in stats], np.int32),
+        "ends": np.array([(s.min, s.max, s.abs_max) for s in stats], np.float32),
+    }
+
+
+def _decode(arrays: dict[str, np.ndarray]) -> list[TensorStats]:
+    counts, totals = _whole(arrays, "counts"), _whole(arrays, "total")
+    return [
+        TensorStats(
+            counts=counts[k],
+            bin_width=math.ldexp(1.0, int(arrays["exponent"][k])),
+            min=float(arrays["ends"][k, 0]),
+            max=float(arrays["ends"][k, 1]),
+            abs_max=float(arrays["ends"][k, 2]),
+            count=int(totals[k]),
+        )
+        for k in range(len(totals))
+    ]
+
+
+def _words(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    low, high = values & np.uint64(0xFFFFFFFF), values >> np.uint64(32)
+    return {f"{name}_low": low.astype(np.uint32), f"{name}_high": high.astype(np.uint32)}
+
+
+def _whole(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    high = arrays[f"{name}_high"].astype(np.uint64) << np.uint64(32)
+    return high + arrays[f"{name}_low"].astype(np.uint64)
+
+
+def _check_same(names: Sequence[str]) -> None:
+    digest = np.frombuffer(hashlib.sha256("\n".join(names).encode()).digest(), np.uint8)
+    every = _gather({"digest": digest.astype(np.int32)})["digest"]
+    if (every != every[0]).any():
+        raise ValueError(
+            "the processes calibrate different models: every process gives the same params and "
+            "apply_fn, and its own part of the data in batches of any size"
+        )
+
+
+def _gather(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each array with a leading axis of the processes."""
+    from jax.experimental import multihost_utils
+
+    gathered: dict[str, Any] = multihost_utils.process_allgather(arrays)
+    return {name: np.asarray(value) for name, value in gathered.items()}
+
+
+def _examples_of_first(examples: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:
+    """Process 0's, in whose shapes and number the others' may differ."""
+    from jax.experimental import multihost_utils
+
+    leaves, tree = jax.tree.flatten(examples[:1])
+    shapes = _gather({str(k): np.array(np.shape(x), np.int32) for k, x in enumerate(leaves)})
+    count = _gather({"n": np.array([len(examples)], np.int32)})["n"][0, 0]
+    found = []
+    for number in range(int(count)):
+        own = jax.tree.leaves(examples[number]) if number < len(examples) else leaves
+        wanted = [tuple(shapes[str(k)][0]) for k in range(len(leaves))]
+        filled = [
+            np.asarray(x) if np.shape(x) == shape else np.zeros(shape, np.asarray(x).dtype)
+            for x, shape in zip(own, wanted, strict=True)
+        ]
+        received = multihost_utils.broadcast_one_to_all(filled)
+        found.append(jax.tree.unflatten(tree, [np.asarray(x) for x in received])[0])
+    return tuple(found)

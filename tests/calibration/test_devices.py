@@ -1,0 +1,129 @@
+"""Calibration and the int8 model over a mesh of eight devices, and over two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxquant
+from tests import networks
+
+DEVICES = 8
+PROCESSES = 2
+SAMPLES = np.random.default_rng(0).normal(size=(48, 8, 8, 3)).astype(np.float32)
+
+
+def exact_net(params, x):
+    """Sums of whole numbers are exact, whatever the order in which devices add them."""
+    x = jax.lax.conv(x, params["conv"], (1, 1), "SAME")
+    x = jax.nn.relu(x).reshape(len(x), -1)
+    return jax.nn.relu(x @ params["hidden"]) @ params["head"]
+
+
+def whole_numbers(shape, seed=0, most=3):
+    return np.random.default_rng(seed).integers(-most, most + 1, shape).astype(np.float32)
+
+
+def test_eight_devices_give_the_thresholds_and_the_results_of_one():
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+    split, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    shapes = {"conv": (8, 3, 3, 3), "hidden": (8 * 4 * 4, 16), "head": (16, 5)}
+    params = {name: whole_numbers(shape, most=2) for name, shape in shapes.items()}
+    # Output channels of the convolution and rows of the dots, over which the sums then go.
+    places = dict.fromkeys(shapes, split)
+    spread = {name: jax.device_put(params[name], places[name]) for name in shapes}
+    assert not any(x.is_fully_replicated for x in spread.values())
+    whole = [whole_numbers((16, 3, 4, 4), 1), whole_numbers((32, 3, 4, 4), 2)]
+    shards = [jax.device_put(batch, split) for batch in whole]
+    seen = [
+        jaxquant.calibrate(p, exact_net, ds, progress=False)
+        for p, ds in ((params, whole), (spread, shards))
+    ]
+    for name, stats in seen[0].tensors.items():
+        other = seen[1].tensors[name]
+        assert np.array_equal(stats.counts, other.counts)
+        assert (stats.bin_width, stats.min, stats.max) == (other.bin_width, other.min, other.max)
+    (_, qapply), (qparams, other) = (
+        jaxquant.quantize(p, exact_net, found) for p, found in zip((params, spread), seen)
+    )
+    assert qapply.plan == other.plan
+    want = qapply(jax.device_get(qparams), whole[0])
+    for place in (copied, split):  # the int8 weights on every device, or spread over them
+        arrays = jax.tree.map(
+            lambda x, to=place: jax.device_put(x, to if x.ndim > 1 and x.shape[0] % 8 == 0
+                                               else copied), qparams
+        )  # fmt: skip
+        got = jax.jit(other)(arrays, shards[0])
+        assert len(got.sharding.device_set) == DEVICES
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+WORKER = """
+import sys
+import jax, numpy as np
+port, count, index, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(f"localhost:{port}", count, index)
+import jaxquant
+from tests import networks
+from tests.calibration.test_devices import SAMPLES, parts
+observations = jaxquant.calibrate(
+    networks.plain_params(), networks.plain_net, parts(index), progress=False)
+qparams, qapply = jaxquant.quantize(networks.plain_params(), networks.plain_net, observations)
+open(out, "w").write(f"{observations.samples} {observations.batches}\\n{qapply.plan.to_json()}")
+np.save(out + ".npy", np.asarray(qapply(qparams, SAMPLES[:4])))
+try:
+    jaxquant.calibrate(
+        networks.plain_params(), networks.plain_net, parts(index), observer="avg", progress=False)
+except ValueError as error:
+    assert "reduced across processes" in str(error)
+else:
+    raise AssertionError("avg was not refused")
+"""
+
+
+def parts(index: int) -> list[np.ndarray]:
+    """The batches of one of two processes: of another number, the last of another size."""
+    return [SAMPLES[:16], SAMPLES[16:32]] if index == 0 else [SAMPLES[32:44], SAMPLES[44:]]
+
+
+def test_two_processes_give_what_one_does(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    outputs = [tmp_path / f"plan{index}" for index in range(PROCESSES)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("XLA_FLAGS", None)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(port), str(PROCESSES), str(index), str(out)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, out in enumerate(outputs)
+    ]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    observations = jaxquant.calibrate(
+        networks.plain_params(),
+        networks.plain_net,
+        [*parts(0), *parts(1)],
+        progress=False,
+    )
+    qparams, qapply = jaxquant.quantize(networks.plain_params(), networks.plain_net, observations)
+    for out in outputs:
+        head, _, plan = out.read_text().partition("\n")
+        assert head == "48 4"
+        assert plan == qapply.plan.to_json()
+    results = [np.load(f"{out}.npy") for out in outputs]
+    assert np.array_equal(*results)
+    assert jnp.isfinite(results[0]).all()
+    # One process keeps examples of all the data, two those of the first alone.
+    np.testing.assert_allclose(results[0], qapply(qparams, SAMPLES[:4]), atol=0.05)
