@@ -1,0 +1,182 @@
+r"""Compares an exported INT8 network with the one in JAX: saved file, ONNX Runtime, OpenVINO.
+
+  python experiments/exported.py --config=configs/mobilenet_v1.py --config.data_dir=IMAGES
+
+Quantizes the network, saves it and loads it in a fresh process that may import neither Flax nor the
+model's code, exports it as ONNX and runs that.  Prints the file's size against the float32
+parameters, the agreement of each with `qapply` on the images, the SQNR of its logits against
+`qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
+beside `qapply`'s.  A runtime that is not installed is left out.  The settings are those of
+`configs/common.py`.
+"""
+
+import importlib.util
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
+
+import jaxquant
+from experiments.benchmarks.interleave import times_in_turn
+from experiments.loader import batches
+from experiments.settings import Setup, prepare
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
+
+_LOAD = """
+import sys
+import numpy as np
+for name in ("flax", "experiments"):
+    sys.modules[name] = None  # an import of it fails
+import jaxquant
+qparams, qapply = jaxquant.load_quantized_model(sys.argv[1])
+np.save(sys.argv[3], np.asarray(qapply(qparams, np.load(sys.argv[2]))))
+"""
+
+
+class Runtime(NamedTuple):
+    """An ONNX runtime with the network.
+
+    Attributes:
+      run: images [B, C, H, W] to logits.
+      integers: how many convolutions and dots it runs on integers, and on floats.
+    """
+
+    run: Callable[[np.ndarray], np.ndarray]
+    integers: tuple[int, int]
+
+
+def onnxruntime(path: Path, folder: Path) -> Runtime:
+    import onnx
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    integers = sum(
+        n for kind, n in kinds.items()
+        if kind in ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+    )  # fmt: skip
+    floats = sum(kinds[kind] for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
+    return Runtime(lambda x: session.run(None, {name: x})[0], (integers, floats))
+
+
+def openvino(path: Path, folder: Path) -> Runtime:
+    import openvino as ov
+
+    core = ov.Core()
+    compiled = core.compile_model(
+        core.read_model(path),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
+    )
+    precisions: Counter[bool] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
+        if info.get("layerType") in ("Convolution", "FullyConnected", "MatMul"):
+            precisions[info.get("runtimePrecision") in ("i8", "u8")] += 1
+    request = compiled.create_infer_request()
+    return Runtime(
+        lambda x: np.array(next(iter(request.infer([x]).values()))),
+        (precisions[True], precisions[False]),
+    )
+
+
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
+OPTIONS = {"onnxruntime": "onnxruntime", "openvino": "any"}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    run(CONFIG.value)
+
+
+def run(config: ConfigDict) -> None:
+    setup = prepare(config)
+    qparams, qapply = jaxquant.quant_post(
+        setup.variables,
+        setup.module.apply,
+        setup.calibration_batches,
+        algo=config.algo,
+        is_full_quantize=config.is_full_quantize,
+        recover=tuple(config.recover),
+        progress=config.progress,
+    )
+    images = [x for x, _ in batches(setup.evaluation, setup.preprocessing, config.batch_size, 2)]
+    prepared = qapply.prepare(qparams)
+    model = jax.jit(qapply)
+    expected = [np.asarray(model(prepared, x)) for x in images]
+    print(f"{config.model}: {sum(map(len, images))} images, batch {config.batch_size}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(saved(folder, qparams, qapply, setup, images[0]))
+        programs: dict[str, Callable[[], Any]] = {"qapply": lambda: model(prepared, images[0])}
+        for runtime, make in RUNTIMES.items():
+            if importlib.util.find_spec(runtime) is None:
+                print(f"{runtime}: not installed")
+                continue
+            path = folder / f"{runtime}.onnx"
+            jaxquant.export_onnx(
+                path, qparams, qapply, channels_first=True, runtime=OPTIONS[runtime]
+            )
+            found = make(path, folder)
+            got = [found.run(_channels_first(x)) for x in images]
+            first = _channels_first(images[0])
+            programs[runtime] = lambda found=found, first=first: found.run(first)
+            integers, floats = found.integers
+            print(
+                f"{runtime}: {compared(expected, got)}; convolutions and dots on integers "
+                f"{integers}, on floats {floats}"
+            )
+        times = {k: statistics.median(v) for k, v in times_in_turn(programs, 9).items()}
+    print(", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items()))
+
+
+def saved(folder: Path, qparams: Any, qapply: Any, setup: Setup, images: np.ndarray) -> str:
+    """Whether a fresh process gives the same bits, and the size of the file."""
+    path, given, result = folder / "model.safetensors", folder / "x.npy", folder / "y.npy"
+    jaxquant.save_quantized_model(path, qparams, qapply)
+    np.save(given, images)
+    subprocess.run([sys.executable, "-c", _LOAD, path, given, result], check=True)
+    here = np.asarray(qapply.with_backend("xla")(qparams, images))  # as the saved program runs
+    same = np.array_equal(np.load(result), here)
+    size = path.stat().st_size / sum(leaf.nbytes for leaf in jax.tree.leaves(setup.variables))
+    bits = "the same bits" if same else "OTHER LOGITS"
+    return (
+        f"saved and loaded in a fresh process: {bits}; the file is {size:.3f} of the float32 bytes"
+    )
+
+
+def compared(expected: list[np.ndarray], got: list[np.ndarray]) -> str:
+    reference, other = (np.concatenate(logits).astype(np.float64) for logits in (expected, got))
+    agreement = np.mean(reference.argmax(-1) == other.argmax(-1))
+    noise = np.sum((reference - other) ** 2)
+    ratio = 10 * np.log10(np.sum(reference**2) / noise) if noise else np.inf
+    return f"agreement with qapply {100 * agreement:.2f} %, SQNR {ratio:.1f} dB"
+
+
+def _channels_first(images: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
