@@ -20,7 +20,7 @@ def test_everything_that_is_returned_shows_itself_shortly(tmp_path):
     jaxquant.save_quantized_model(path, qparams, qapply)
     loaded = jaxquant.load_quantized_model(path)[1]
     assert repr(observations) == (
-        "<Observations of 5 tensors over 4 samples in 1 batches; .tensors has each>"
+        "<Observations of 4 tensors over 4 samples in 1 batches; .tensors has each>"
     )
     assert "4 of 4 sites quantized (static), thresholds by KL" in repr(qapply)
     assert repr(loaded) == repr(qapply)
