@@ -102,7 +102,8 @@ def test_stablehlo_multiplies_int8_and_pools_int8(network):
     windows = windows_of(lines)
     if name == "GoogLeNet":
         assert sum("concatenate" in s for s in moved) == 2
-        assert len([w for w in windows if "xi8>" in w]) == 4
+        assert not [w for w in windows if "xi8>" in w]  # maxima of shifted slices instead
+        assert any("stablehlo.maximum" in s and "xi8>" in s for s in lines)
         assert len([w for w in windows if "xf32>" in w]) == 1  # of the normalisation
     else:
         assert all("xf32>" not in w for w in windows)
