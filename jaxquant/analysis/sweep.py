@@ -18,6 +18,7 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stats_of
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
@@ -128,7 +129,7 @@ def _measure(
     graph = program.graph
     units = find_units(program)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    reference = evaluate.evaluate(graph, leaves, flat)
+    reference = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
     own: dict[str, Moments] = {}
     ends: dict[str, Ends] = {}
 

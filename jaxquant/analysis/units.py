@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxquant.graph import composites, evaluate, ir, sites
+from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import INT8
 from jaxquant.run.program import Program
@@ -95,25 +96,32 @@ def walk(
     env = evaluate.Environment(graph, leaves, inputs)
     by_end = {unit.end.index: unit for unit in units}
     inner = {eqn.index for unit in units for eqn in unit.members[:-1]}
+    fast = fast_convolutions(graph)
 
     def rule(eqn: ir.Equation) -> Sequence[Any]:
         if eqn.index in inner:
             return [None] * len(eqn.outputs)
         if eqn.index not in by_end:
-            return evaluate.apply(env, eqn)
+            return fast.get(eqn.index, evaluate.apply)(env, eqn)
         unit = by_end[eqn.index]
         return choose(
             unit,
-            functools.partial(_as_float, env, unit),
+            functools.partial(_as_float, env, unit, fast),
             functools.partial(_as_int8, program, qparams, env, unit),
         )
 
     return evaluate.run(env, graph.equations, rule)
 
 
-def _as_float(env: evaluate.Environment, unit: Unit) -> Sequence[Any]:
+def _as_float(
+    env: evaluate.Environment, unit: Unit, fast: Mapping[int, evaluate.Replace]
+) -> Sequence[Any]:
     inner = env.fork()
-    evaluate.run(inner, unit.members, functools.partial(evaluate.apply, inner))
+
+    def rule(eqn: ir.Equation) -> Sequence[Any]:
+        return fast.get(eqn.index, evaluate.apply)(inner, eqn)
+
+    evaluate.run(inner, unit.members, rule)
     return [inner.wide(var) for var in unit.end.outputs]
 
 
