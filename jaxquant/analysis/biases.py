@@ -21,7 +21,7 @@ from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import fold
 from jaxquant.quantize.weights import epilogue_arrays
-from jaxquant.recover.compare import Shift, find_activation, shift_of
+from jaxquant.recover.compare import Shift, find_activation, output_shift
 from jaxquant.run.program import Program
 
 
@@ -81,8 +81,6 @@ def shift_at(
     """How far a unit's channels are off, and the value with their mean error taken away."""
     assert unit.site is not None
     epilogue = unit.site.epilogue
-    wanted = reference.read(epilogue.output).astype(jnp.float32)
     activation = find_activation(reference.graph, epilogue.output)
-    gain = activation.of(wanted, reference) - activation.of(value, reference)
-    shift = shift_of(wanted - value, gain, epilogue.channels)
+    shift = output_shift(epilogue, activation, reference, value)
     return shift, value + epilogue.channels.spread(shift.mean(), value.ndim)

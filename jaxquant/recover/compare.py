@@ -14,7 +14,7 @@ from jaxquant.graph import evaluate, ir, sites
 from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.graph.primitives import Channels, varying_axes
 from jaxquant.plan.bind import Int8Site
-from jaxquant.plan.epilogue import activation_equations
+from jaxquant.plan.epilogue import Epilogue, activation_equations
 from jaxquant.run.program import Program
 
 
@@ -104,10 +104,8 @@ class Comparison:
         def corrected(site: Int8Site, value: jax.Array) -> jax.Array:
             if site.site.name not in self._activations:
                 return value
-            wanted = reference.read(site.epilogue.output).astype(jnp.float32)
             activation = self._activations[site.site.name]
-            gain = activation.of(wanted, reference) - activation.of(value, reference)
-            shift = shift_of(wanted - value, gain, site.epilogue.channels)
+            shift = output_shift(site.epilogue, activation, reference, value)
             shifts[site.site.name] = shift
             step = jnp.where(correct, shift.mean(), 0)
             return value + site.epilogue.channels.spread(step, value.ndim)
@@ -214,6 +212,22 @@ def find_activation(graph: ir.Graph, start: ir.Var) -> Activation:
 def _is_read_outside(graph: ir.Graph, var: ir.Var, region: set[ir.Var]) -> bool:
     users = graph.consumers.get(var, ())
     return var in graph.output_vars or any(not set(user.outputs) <= region for user in users)
+
+
+def output_shift(
+    epilogue: Epilogue, activation: Activation, reference: evaluate.Environment, value: jax.Array
+) -> Shift:
+    """Of a site whose int8 output, behind the affine part of its epilogue, is `value`.
+
+    Args:
+      epilogue: of the site.
+      activation: the one behind the site.
+      reference: the float model's values.
+      value: ŷ, of the shape of the site's output.
+    """
+    wanted = reference.read(epilogue.output).astype(jnp.float32)
+    gain = activation.of(wanted, reference) - activation.of(value, reference)
+    return shift_of(wanted - value, gain, epilogue.channels)
 
 
 def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
