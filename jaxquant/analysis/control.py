@@ -119,7 +119,7 @@ class _Search:
 
     @property
     def holds(self) -> bool:
-        return self.score >= self.target
+        return self.reaches(self.score)
 
     def may_go_on(self) -> bool:
         """False where the goal is held or time is up."""
@@ -131,27 +131,22 @@ class _Search:
     def spent(self) -> float:
         return time.monotonic() - self.started
 
-    def consider(self, step: str, detail: str, choice: Choice) -> float:
-        """Score a choice, and keep it where it is better."""
+    def consider(
+        self, step: str, detail: str, choice: Choice, keep: Callable[[float], bool] | None = None
+    ) -> Step:
+        """Score a choice and go on from it where `keep` says so; None: where it is better."""
         built = self._build(choice)
         found = self._score(built)
-        kept = found > self.score
+        kept = found > self.score if keep is None else keep(found)
         sites = changed_sites(self.full.plan, built.plan)
         self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
         if kept:
             self.best, self.score, self.choice = built, found, choice
-        return found
+        return self.steps[-1]
 
-    def replace(self, step: str, detail: str, choice: Choice) -> bool:
-        """Take a choice with fewer float sites instead of the best, where it holds the goal too."""
-        built = self._build(choice)
-        found = self._score(built)
-        kept = found >= self.target
-        sites = changed_sites(self.full.plan, built.plan)
-        self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
-        if kept:
-            self.best, self.score, self.choice = built, found, choice
-        return kept
+    def reaches(self, found: float) -> bool:
+        """True for a score that holds the goal."""
+        return found >= self.target
 
     def result(self) -> Built:
         if not self.holds:
@@ -246,14 +241,16 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
     for count in _counts(len(ranking) - 1):  # a model without an int8 site is none
         if not search.may_go_on():
             return
-        found = search.consider("float", _names(ranking[:count]), choice(count))
-        if found >= search.target:
+        step = search.consider("float", _names(ranking[:count]), choice(count))
+        if search.reaches(step.score):
             break
         failed = count
     holding = len(search.choice.left_float)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2
-        if search.replace("float", _names(ranking[:count]), choice(count)):
+        # Fewer float sites are worth a lower score, as long as it holds the goal too.
+        step = search.consider("float", _names(ranking[:count]), choice(count), search.reaches)
+        if step.kept:
             holding = count
         else:
             failed = count
