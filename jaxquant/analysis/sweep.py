@@ -18,7 +18,7 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stats_of
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
@@ -128,8 +128,7 @@ def _measure(
     """The first fields of a `_Batch`, and the float model's values."""
     graph = program.graph
     units = find_units(program)
-    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    reference = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
+    reference = evaluate_float(graph, params, flat)
     own: dict[str, Moments] = {}
     ends: dict[str, Ends] = {}
 

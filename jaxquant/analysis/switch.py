@@ -17,7 +17,7 @@ from jax import lax
 from jaxquant.analysis.biases import has_bias, is_corrected, shift_at, without_correction
 from jaxquant.analysis.units import Unit, Value, find_units, walk
 from jaxquant.graph import evaluate
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
@@ -97,8 +97,7 @@ def _shifts(
 ) -> dict[str, Shift]:
     """Of the int8 sites of a mixture, each behind the corrected ones before it."""
     graph = program.graph
-    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    reference = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
+    reference = evaluate_float(graph, params, flat)
     found: dict[str, Shift] = {}
 
     def pick(unit: Unit, as_float: Value, as_int8: Value) -> Any:

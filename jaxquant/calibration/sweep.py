@@ -18,9 +18,9 @@ from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
-from jaxquant.graph import evaluate, ir, sites
+from jaxquant.graph import ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
@@ -188,15 +188,8 @@ class Sweep:
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
                 f"{_shapes(inputs)}"
             )
-        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
         needed = list(ir.walk_back(graph, list(tensors.values())))
-        env = evaluate.evaluate(
-            graph,
-            leaves,
-            jax.tree.leaves(inputs),
-            equations=needed,
-            replace=fast_convolutions(graph),
-        )
+        env = evaluate_float(graph, params, jax.tree.leaves(inputs), equations=needed)
         seen = _stack([histogram.observe(env.read(var), batch) for var in tensors.values()])
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
         if self._observer is not None:

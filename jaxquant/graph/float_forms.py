@@ -36,6 +36,26 @@ def fast_convolutions(graph: ir.Graph) -> dict[int, evaluate.Replace]:
     }
 
 
+def evaluate_float(
+    graph: ir.Graph,
+    params: Any,
+    inputs: Sequence[Any],
+    *,
+    equations: Sequence[ir.Equation] | None = None,
+) -> evaluate.Environment:
+    """The values of a float model, with its convolutions in their faster forms.
+
+    Args:
+      graph: the traced model.
+      params: its parameters, in the pytree that it was traced with.
+      inputs: the flattened model inputs.
+      equations: those to evaluate, in order; by default all.
+    """
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    rules = fast_convolutions(graph)
+    return evaluate.evaluate(graph, leaves, inputs, equations=equations, replace=rules)
+
+
 def _rule(graph: ir.Graph, eqn: ir.Equation) -> evaluate.Replace | None:
     params, kernel = eqn.params, graph.shape(eqn.inputs[1])
     spec, groups = params["dimension_numbers"], params["feature_group_count"]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import evaluate, ir
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph import ir
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.recover.product import Product
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples
@@ -63,10 +63,7 @@ def watch(
 
     @jax.jit
     def run(params: Any, flat: list[Any]) -> dict[str, Seen]:
-        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        env = evaluate.evaluate(
-            graph, leaves, flat, equations=needed, replace=fast_convolutions(graph)
-        )
+        env = evaluate_float(graph, params, flat, equations=needed)
         return {name: _seen(env.read(t.var), t, index[name]) for name, t in targets.items()}
 
     batches = [jax.device_get(run(params, jax.tree.leaves(inputs))) for inputs in examples]

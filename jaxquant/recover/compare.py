@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import evaluate, ir, sites
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.primitives import Channels, varying_axes
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import Epilogue, activation_equations
@@ -97,8 +97,7 @@ class Comparison:
 
     def _compare(self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array) -> Measured:
         graph = self._program.graph
-        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        reference = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
+        reference = evaluate_float(graph, params, flat)
         shifts: dict[str, Shift] = {}
 
         def corrected(site: Int8Site, value: jax.Array) -> jax.Array:

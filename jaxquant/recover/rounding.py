@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration.progress import progress_bar
-from jaxquant.graph import evaluate, ir
-from jaxquant.graph.float_forms import fast_convolutions
+from jaxquant.graph import ir
+from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
@@ -174,8 +174,7 @@ class _Learner:
 
     def _reference(self, params: Any, flat: list[Any]) -> dict[str, Wanted]:
         graph = self._program.graph
-        leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-        env = evaluate.evaluate(graph, leaves, flat, replace=fast_convolutions(graph))
+        env = evaluate_float(graph, params, flat)
         found = {}
         for name, product in self._products.items():
             y = env.read(product.equation.outputs[0]).astype(jnp.float32)

@@ -79,7 +79,7 @@ def test_the_sweep_observes_the_same(monkeypatch: pytest.MonkeyPatch):
 
     x = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
     fast = jaxquant.calibrate(params, net, [x], progress=False)
-    monkeypatch.setattr("jaxquant.calibration.sweep.fast_convolutions", lambda graph: {})
+    monkeypatch.setattr("jaxquant.graph.float_forms.fast_convolutions", lambda graph: {})
     plain = jaxquant.calibrate(params, net, [x], progress=False)
     assert fast.tensors.keys() == plain.tensors.keys()
     for name, stats in fast.tensors.items():
