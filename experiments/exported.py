@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 import jaxquant
 from experiments.benchmarks.interleave import times_in_turn
+from experiments.evaluate import agreement, sqnr_db
 from experiments.loader import batches
+from experiments.onnx_runtimes import onnxruntime_session, openvino_model
 from experiments.settings import Setup, prepare
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
@@ -60,15 +62,11 @@ class Runtime(NamedTuple):
 
 def onnxruntime(path: Path, folder: Path) -> Runtime:
     import onnx
-    import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    optimized = folder / "optimized.onnx"
+    session = onnxruntime_session(path, optimized=optimized)
     name = session.get_inputs()[0].name
-    kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    kinds = Counter(node.op_type for node in onnx.load(optimized).graph.node)
     integers = sum(
         n for kind, n in kinds.items()
         if kind in ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
@@ -78,14 +76,7 @@ def onnxruntime(path: Path, folder: Path) -> Runtime:
 
 
 def openvino(path: Path, folder: Path) -> Runtime:
-    import openvino as ov
-
-    core = ov.Core()
-    compiled = core.compile_model(
-        core.read_model(path),
-        "CPU",
-        {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"},
-    )
+    compiled = openvino_model(path)
     precisions: Counter[bool] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
@@ -166,11 +157,8 @@ def saved(folder: Path, qparams: Any, qapply: Any, setup: Setup, images: np.ndar
 
 
 def compared(expected: list[np.ndarray], got: list[np.ndarray]) -> str:
-    reference, other = (np.concatenate(logits).astype(np.float64) for logits in (expected, got))
-    agreement = np.mean(reference.argmax(-1) == other.argmax(-1))
-    noise = np.sum((reference - other) ** 2)
-    ratio = 10 * np.log10(np.sum(reference**2) / noise) if noise else np.inf
-    return f"agreement with qapply {100 * agreement:.2f} %, SQNR {ratio:.1f} dB"
+    logits = np.concatenate(expected), np.concatenate(got)
+    return f"agreement with qapply {agreement(*logits):.2f} %, SQNR {sqnr_db(*logits):.1f} dB"
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@
 Every round clears JAX's caches and compiles each program anew.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from experiments.benchmarks.arguments import network_parser
 from experiments.benchmarks.systems import Case
 
 NETWORKS = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0", "googlenet")
@@ -59,15 +59,7 @@ def main(networks: list[str], batch: int, rounds: int, weights: dict[str, str]) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser = network_parser(__doc__, NETWORKS, rounds=3)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--weights", action="append", metavar="NETWORK=FILE", default=[])
     given = parser.parse_args()
-    main(
-        given.networks.split(","),
-        given.batch,
-        given.rounds,
-        dict(pair.split("=", 1) for pair in given.weights),
-    )
+    main(given.networks, given.batch, given.rounds, dict(given.weights))

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from experiments.benchmarks.arguments import network_parser
 from experiments.benchmarks.interleave import times_in_turn
 from experiments.benchmarks.systems import SYSTEMS, Case
 
@@ -119,10 +120,10 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 def main(given: argparse.Namespace) -> None:
     systems = given.systems.split(",") if given.systems else list(SYSTEMS)
-    weights = dict(pair.split("=", 1) for pair in given.weights or ())
+    weights = dict(given.weights)
     records: list[dict[str, Any]] = []
     print(f"jax {jax.__version__}, {jax.default_backend()}, {given.rounds} rounds")
-    for network in given.networks.split(","):
+    for network in given.networks:
         extra = ["--weights", f"{network}={weights[network]}"] if network in weights else []
         for batch in map(int, given.batches.split(",")):
             shared = ["--networks", network, "--batches", str(batch), *extra]
@@ -151,8 +152,8 @@ def main(given: argparse.Namespace) -> None:
 
 
 def worker(given: argparse.Namespace) -> None:
-    network, batch, systems = given.networks, int(given.batches), given.systems.split(",")
-    weights = given.weights[0].split("=", 1)[1] if given.weights else None
+    (network,), batch, systems = given.networks, int(given.batches), given.systems.split(",")
+    weights = dict(given.weights).get(network)
     if given.memory:
         print(json.dumps(measure_memory(network, batch, systems[0], weights)))
     else:
@@ -160,12 +161,9 @@ def worker(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser = network_parser(__doc__, NETWORKS, rounds=15)
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--systems", help="separated by commas; all by default", default="")
-    parser.add_argument("--weights", action="append", metavar="NETWORK=FILE")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--memory", action="store_true")

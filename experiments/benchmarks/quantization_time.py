@@ -5,7 +5,6 @@
 Compilation is part of both.  NNCF (with OpenVINO) has to be installed; its defaults, too.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 import jaxquant
+from experiments.benchmarks.arguments import network_parser
 from experiments.benchmarks.systems import Case
 
 NETWORKS = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0")
@@ -67,13 +67,5 @@ def main(networks: list[str], rounds: int, weights: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--weights", action="append", metavar="NETWORK=FILE", default=[])
-    given = parser.parse_args()
-    main(
-        given.networks.split(","),
-        given.rounds,
-        dict(pair.split("=", 1) for pair in given.weights),
-    )
+    given = network_parser(__doc__, NETWORKS, rounds=1).parse_args()
+    main(given.networks, given.rounds, dict(given.weights))

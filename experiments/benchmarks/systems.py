@@ -1,7 +1,6 @@
 """The systems that the latency table compares: each makes a program that runs one network."""
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import jaxquant
 from experiments import zoo
 from experiments.benchmarks.tuned_float import tuned
+from experiments.onnx_runtimes import onnxruntime_session, openvino_model
 
 Program = Callable[[], Any]
 
@@ -95,10 +95,6 @@ def _input_name(path: Path) -> str:
     return onnx.load(path, load_external_data=False).graph.input[0].name
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def jax_float(case: Case) -> Program:
     run = jax.jit(case.module.apply)
     return lambda: run(case.variables, case.x)
@@ -126,30 +122,13 @@ def ours(case: Case, backend: str, prepares: bool = False, is_full: bool = False
 
 
 def onnxruntime(case: Case, path: Path) -> Program:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = _cores()
-    # Its idle threads would take the cores from the program that is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(path)
     name = session.get_inputs()[0].name
     return lambda: session.run(None, {name: case.channels_first})
 
 
 def openvino(case: Case, path: Path) -> Program:
-    import openvino as ov
-
-    core = ov.Core()
-    model = core.read_model(path)
-    model.reshape(list(case.channels_first.shape))
-    # On CPUs with bfloat16 the default is to compute in it: that would not be float32.
-    config = {
-        "INFERENCE_NUM_THREADS": _cores(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    request = core.compile_model(model, "CPU", config).create_infer_request()
+    request = openvino_model(path, case.channels_first.shape).create_infer_request()
     return lambda: request.infer([case.channels_first])
 
 
