@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.interleave import print_table, time_in_turn
-from jaxquant.run import int8
+from jaxquant.run.conv import conv as int8_conv
 
 # batch, height and width, input channels, window, output channels, stride, groups
 CASES = {
@@ -53,7 +53,7 @@ def main(rounds: int) -> None:
         xla = functools.partial(convolution, stride=stride, groups=groups, accumulator=jnp.int32)
         f32 = functools.partial(xla, accumulator=jnp.float32)
         params = jax.make_jaxpr(xla)(x, kernel).eqns[0].params
-        chosen = functools.partial(int8.conv, params=params)
+        chosen = functools.partial(int8_conv, params=params)
         floats = x.astype(jnp.float32), kernel.astype(jnp.float32)
         programs = {
             "XLA float32": functools.partial(jax.jit(f32).lower(*floats).compile(), *floats),

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+_NO_ZERO_POINT = np.zeros((), np.int8)
+
 
 def write_float(quantized: Path, path: Path) -> None:
     """Write an ONNX QDQ model without its QuantizeLinear and DequantizeLinear nodes.
@@ -23,8 +25,7 @@ def write_float(quantized: Path, path: Path) -> None:
             through[node.output[0]] = inputs[0]
         elif node.op_type == "DequantizeLinear" and inputs[0] in arrays:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            integers, scale, *rest = (arrays[name] for name in inputs)
-            arrays[node.output[0]] = _dequantized(integers, scale, rest, axis)
+            arrays[node.output[0]] = _dequantized(axis, *(arrays[name] for name in inputs))
         elif node.op_type == "DequantizeLinear":
             through[node.output[0]] = inputs[0]
         else:
@@ -43,12 +44,8 @@ def write_float(quantized: Path, path: Path) -> None:
 
 
 def _dequantized(
-    integers: np.ndarray, scale: np.ndarray, zero_point: list[np.ndarray], axis: int
+    axis: int, integers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray = _NO_ZERO_POINT
 ) -> np.ndarray:
-    shape = [1] * integers.ndim
-    if scale.ndim and scale.size > 1:
-        shape[axis] = scale.size
-    offset = zero_point[0].reshape(shape if zero_point[0].size > 1 else [1] * integers.ndim) \
-        if zero_point else 0  # fmt: skip
-    values = integers.astype(np.float32) - np.float32(offset)
-    return values * scale.reshape(shape if scale.size > 1 else [1] * integers.ndim)
+    along = [-1 if a == axis else 1 for a in range(integers.ndim)]  # one scale, or one a channel
+    offset = zero_point.astype(np.float32).reshape(along)
+    return (integers.astype(np.float32) - offset) * scale.reshape(along)

@@ -61,21 +61,35 @@ def _has_no_empty_window(params: Mapping[str, Any]) -> bool:
 def max_pool(x: jax.Array, eqn: ir.Equation) -> jax.Array:
     """`reduce_window_max` of an int8 array, padded with the lowest integer."""
     params = eqn.params
-    if math.prod(params["window_dimensions"]) > _MAX_ELEMENTS or not _has_no_empty_window(params):
+    if not _runs_as_slices(x, params):
         (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
         return result
     padded = lax.pad(x, jnp.int8(-128), [(*pads, 0) for pads in params["padding"]])
     strides, sizes = params["window_strides"], params["window_dimensions"]
-    # The other axes may have sizes that are symbols.
-    windowed = [a for a, (w, s) in enumerate(zip(sizes, strides, strict=True)) if (w, s) != (1, 1)]
     spans = list(padded.shape)
-    for a in windowed:
+    for a in _windowed_axes(params):
         spans[a] = (padded.shape[a] - sizes[a]) // strides[a] * strides[a] + 1
-    if any(padded.shape[a] < sizes[a] for a in windowed):  # nothing fits: an empty result
-        (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
-        return result
     parts = [
         lax.slice(padded, at, [a + s for a, s in zip(at, spans, strict=True)], strides)
         for at in itertools.product(*map(range, sizes))
     ]
     return functools.reduce(lax.max, parts)
+
+
+def _runs_as_slices(x: jax.Array, params: Mapping[str, Any]) -> bool:
+    """True where a window fits, is small enough, and none is empty."""
+    sizes, pads = params["window_dimensions"], params["padding"]
+    return (
+        math.prod(sizes) <= _MAX_ELEMENTS
+        and _has_no_empty_window(params)
+        and all(x.shape[a] + sum(pads[a]) >= sizes[a] for a in _windowed_axes(params))
+    )
+
+
+def _windowed_axes(params: Mapping[str, Any]) -> list[int]:
+    """The axes along which windows have a size or a stride.
+
+    The others may have sizes that are symbols.
+    """
+    pairs = zip(params["window_dimensions"], params["window_strides"], strict=True)
+    return [axis for axis, pair in enumerate(pairs) if pair != (1, 1)]

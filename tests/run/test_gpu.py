@@ -9,6 +9,7 @@ import pytest
 
 import jaxquant
 from jaxquant.run import int8
+from jaxquant.run.conv import conv as int8_conv
 from tests import reference
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ def test_convolution(name, rng):
 
     floats = x.astype(np.float32), kernel.astype(np.float32)
     (eqn,) = jax.make_jaxpr(apply_fn)(*floats).eqns
-    got = jax.jit(lambda x, k: int8.conv(x, k, eqn.params))(x, kernel)
+    got = jax.jit(lambda x, k: int8_conv(x, k, eqn.params))(x, kernel)
     names = inspect.signature(reference.conv).parameters
     params = {name: value for name, value in eqn.params.items() if name in names}
     np.testing.assert_array_equal(got, reference.conv(x, kernel, **params))

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.run import int8
+from jaxquant.run.conv import conv as int8_conv
 from tests import reference
 
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=30)
@@ -77,7 +77,7 @@ def _arranged(shape: tuple[int, ...], spec: tuple[int, ...]) -> tuple[int, ...]:
 
 def assert_exact(lhs: tuple[int, ...], rhs: tuple[int, ...], params: dict[str, Any]) -> None:
     x, kernel = int8_values(0, lhs), int8_values(1, rhs)
-    got = compile_fast(lambda x, kernel: int8.conv(x, kernel, params))(x, kernel)
+    got = compile_fast(lambda x, kernel: int8_conv(x, kernel, params))(x, kernel)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(np.asarray(got), reference.conv(x, kernel, **params))
 
@@ -136,7 +136,7 @@ def test_empty_output(groups, size, window, padding, stride, dilation):
     }
     lhs, rhs = (2, 2, size), (2, 2 // groups, window)
     x, kernel = jnp.zeros(lhs, jnp.int8), jnp.zeros(rhs, jnp.int8)
-    assert int8.conv(x, kernel, params).size == 0
+    assert int8_conv(x, kernel, params).size == 0
     assert_exact(lhs, rhs, params)
 
 
@@ -182,7 +182,7 @@ def test_as_xla_optimizes_it(case):
     }  # fmt: skip
     x, kernel = int8_values(0, lhs), int8_values(1, rhs)
     expected = reference.conv(x, kernel, **params)
-    got = jax.jit(lambda x, kernel: int8.conv(x, kernel, params))(x, kernel)
+    got = jax.jit(lambda x, kernel: int8_conv(x, kernel, params))(x, kernel)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -196,10 +196,10 @@ def test_largest_values_do_not_wrap():
     """Every product is 127², far beyond int8 and int16."""
     params = {**PLAIN, "padding": ((0, 0),), "feature_group_count": 1}
     x, kernel = jnp.full((1, 300, 3), 127, jnp.int8), jnp.full((1, 300, 3), -127, jnp.int8)
-    assert int8.conv(x, kernel, params).item() == -900 * 127**2
+    assert int8_conv(x, kernel, params).item() == -900 * 127**2
     params["feature_group_count"] = 300
     kernel = jnp.full((300, 1, 3), -127, jnp.int8)
-    assert set(np.unique(int8.conv(x, kernel, params))) == {-3 * 127**2}
+    assert set(np.unique(int8_conv(x, kernel, params))) == {-3 * 127**2}
 
 
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=3)

@@ -15,6 +15,7 @@ from jax import lax
 import jaxquant
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.run import int8
+from jaxquant.run.conv import conv as int8_conv
 from tests import reference
 from tests.run.test_int8_conv import compile_fast, convolutions, settings
 
@@ -31,7 +32,7 @@ def integers(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def test_convolution_pads_with_the_zero_point(convolution, zero):
     lhs, rhs, params = convolution
     x, kernel = integers(0, lhs), integers(1, rhs)
-    got = compile_fast(lambda x, kernel: int8.conv(x, kernel, params, zero))(x, kernel)
+    got = compile_fast(lambda x, kernel: int8_conv(x, kernel, params, zero))(x, kernel)
     spec = params["dimension_numbers"]
     sums = kernel.astype(np.int64).transpose(spec.rhs_spec).reshape(rhs[spec.rhs_spec[0]], -1)
     want = reference.conv(x.astype(np.int64) - zero, kernel, **params)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.run import int8, native
+from jaxquant.run import native
+from jaxquant.run.conv import conv as int8_conv
 from jaxquant.run.native import build, library
 from tests.run.native.cases import Conv, convolutions, int8_values, needs_kernels, settings
 
@@ -115,7 +116,7 @@ class TestSums:
                 x, k, conv.strides, conv.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
         )(x.astype(np.float32), kernel.astype(np.float32))
-        expected = int8.conv(jnp.asarray(x), jnp.asarray(kernel), floats.eqns[0].params)
+        expected = int8_conv(jnp.asarray(x), jnp.asarray(kernel), floats.eqns[0].params)
         got = native.conv(jnp.asarray(x), jnp.asarray(kernel), jnp.float32(1), **conv.options)
         np.testing.assert_array_equal(got, expected.astype(jnp.float32))
 
