@@ -149,7 +149,7 @@ inline void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
   const int64_t in = c / layout.groups;
   const int64_t padded = round_up(in, Product::step());
   const bool copies = x.flip || in != padded;
-    const int64_t tile = 2 * Product::most_pixels();
+  const int64_t tile = 2 * Product::most_pixels();
   const int64_t fitting = std::min(kScratchBytes / 2 / padded,
                                    kOutputBytes / product.output_bytes());
   const int64_t most = std::max<int64_t>(2 * tile, fitting / tile * tile);

@@ -70,41 +70,37 @@ inline void accumulate(const uint8_t* in, const DepthwiseRow& row, __m512i (&sum
 }
 
 template <int kQuads, bool kClamps>
-void plain_row(const DepthwiseRow& row, const Epilogue& epilogue, const SumsEpilogue& sums_to) {
+void plain_row(const DepthwiseRow& row, const SumsEpilogue& epilogue) {
+  const Epilogue& given = epilogue.given();
   __m512 multiplier[4], bias[4];
   for (int j = 0; j < 4; ++j) {
     multiplier[j] = _mm512_loadu_ps(row.multiplier + 16 * j);
     bias[j] = _mm512_loadu_ps(row.bias + 16 * j);
   }
-  const __m512i zero_point = _mm512_set1_epi32(epilogue.zero_point);
-  const __m512i flip = _mm512_set1_epi8(char(epilogue.out_flip));
+  const __m512i zero_point = _mm512_set1_epi32(given.zero_point);
+  const __m512i flip = _mm512_set1_epi8(char(given.out_flip));
   for (int64_t i = 0; i < row.steps; ++i) {
     __m512i sums[4];
     accumulate<kQuads>(row.in + i * row.in_step, row, sums);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      sums[j] = sums_to.to_grid<kClamps>(sums[j], multiplier[j], bias[j], zero_point);
+      sums[j] = epilogue.to_grid<kClamps>(sums[j], multiplier[j], bias[j], zero_point);
     const __m512i low = _mm512_packs_epi32(sums[0], sums[1]);
     const __m512i high = _mm512_packs_epi32(sums[2], sums[3]);
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
     const __mmask64 mask = lanes >= 64 ? ~__mmask64(0) : (__mmask64(1) << lanes) - 1;
-    int8_t* out = epilogue.out_q + row.out + i * row.out_step;
+    int8_t* out = given.out_q + row.out + i * row.out_step;
     _mm512_mask_storeu_epi8(out, mask, _mm512_xor_si512(_mm512_packs_epi16(low, high), flip));
   }
 }
 
-inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilogue& epilogue,
-                          const SumsEpilogue& sums_to) {
-  if (sums_to.plain) {
-    if (row.quads == 3) {
-      return sums_to.clamps ? plain_row<3, true>(row, epilogue, sums_to)
-                           : plain_row<3, false>(row, epilogue, sums_to);
-    }
-    if (row.quads == 7) {
-      return sums_to.clamps ? plain_row<7, true>(row, epilogue, sums_to)
-                           : plain_row<7, false>(row, epilogue, sums_to);
-    }
-    return plain_row<0, true>(row, epilogue, sums_to);
+inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const SumsEpilogue& epilogue) {
+  if (epilogue.plain) {
+    if (row.quads == 3)
+      return epilogue.clamps ? plain_row<3, true>(row, epilogue) : plain_row<3, false>(row, epilogue);
+    if (row.quads == 7)
+      return epilogue.clamps ? plain_row<7, true>(row, epilogue) : plain_row<7, false>(row, epilogue);
+    return plain_row<0, true>(row, epilogue);
   }
   for (int64_t i = 0; i < row.steps; ++i) {
     __m512i sums[4];
@@ -112,14 +108,13 @@ inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilo
     int32_t values[kLanes];
     for (int j = 0; j < 4; ++j) _mm512_storeu_si512(values + 16 * j, sums[j]);
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
-    store_general(values, row, lanes, row.out + i * row.out_step, channels, sums_to);
+    store_general(values, row, lanes, row.out + i * row.out_step, channels, epilogue);
   }
 }
 
 #else  // portable
 
-inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilogue&,
-                          const SumsEpilogue& sums_to) {
+inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const SumsEpilogue& epilogue) {
   for (int64_t i = 0; i < row.steps; ++i) {
     int32_t sums[kLanes];
     std::memcpy(sums, row.init, sizeof(sums));
@@ -133,7 +128,7 @@ inline void depthwise_row(const DepthwiseRow& row, int64_t channels, const Epilo
       }
     }
     const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
-    store_general(sums, row, lanes, row.out + i * row.out_step, channels, sums_to);
+    store_general(sums, row, lanes, row.out + i * row.out_step, channels, epilogue);
   }
 }
 
@@ -169,10 +164,10 @@ inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s
   const int64_t halo = (s.kh - 1) * s.dilation_h;
   const int64_t fitting = (kScratchBytes / row_bytes - halo) / s.stride_h;
   const int64_t most = std::max<int64_t>(fitting, 1);
-    const int64_t parts = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), s.n);
+  const int64_t parts = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), s.n);
   const int64_t rows = std::max<int64_t>(1, std::min(most, ceil_div(s.oh, parts)));
   const int64_t row_parts = ceil_div(s.oh, rows);
-  const SumsEpilogue sums_to(epilogue);
+  const SumsEpilogue sums_epilogue(epilogue);
 
   parallel_for(threads, s.n * row_parts, [&](int64_t task) {
     const int64_t image = task / row_parts;
@@ -199,7 +194,7 @@ inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s
         row.multiplier = multiplier.data() + b * kLanes;
         row.bias = bias.data() + b * kLanes;
         row.channel = b * kLanes;
-        depthwise_row(row, s.c, epilogue, sums_to);
+        depthwise_row(row, s.c, sums_epilogue);
       }
     }
   });

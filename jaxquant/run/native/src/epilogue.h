@@ -82,6 +82,7 @@ class SumsEpilogue {
         // Of a sum the lowest byte is kept, so adding 128 flips the bit that uint8 has flipped.
         zero_point_(_mm512_set1_epi32(e.zero_point + e.out_flip)) {}
 
+  const Epilogue& given() const { return e_; }
   int64_t bytes() const { return e_.bytes(); }
 
   // Channels [c, c + 16), of which `n` are there.
