@@ -18,7 +18,7 @@ from jaxquant.quantize.weights import quantize_params
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.qapply import QuantizedApply
 
 WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
@@ -186,7 +186,7 @@ def _quantize(
     check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
     plan = make_plan(graph, None, config)
     qparams = quantize_params(graph, plan, params)
-    program = Program(graph, plan, params)
+    program = program_by_site(graph, plan, params)
     sqnr, output_sqnr = _measured(program, params, qparams, inputs)
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr, recovery={})
     warn_if_poor(report)

@@ -1,6 +1,13 @@
-"""Settings and fixtures that every test shares."""
+"""Settings and fixtures that every test shares.
+
+Nearly all the time of these tests is XLA compiling.  So what one test compiled serves the others,
+by a cache that is made for the run and removed behind it; and XLA compiles without LLVM's
+optimizations, but for the tests marked 'optimized': those that compare bits, as users get them.
+"""
 
 import os
+import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -14,8 +21,20 @@ if "JAX_PLATFORMS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="jaxquant-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        # The environment takes it to the workers of this run and to the processes that tests start.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--network", action="store_true", help="run the tests marked 'network'")
+    parser.addoption("--optimized", action="store_true", help="compile all tests as users do")
     parser.addoption("--slow", action="store_true", help="run the tests marked 'slow'")
 
 
@@ -29,7 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    optimized = "optimized" in item.keywords or item.config.getoption("--optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     if "gpu" in item.keywords and not _gpus():
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda,cpu where there is one")
 

@@ -24,7 +24,7 @@ from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.compare import find_activation
 from jaxquant.run import int8
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.quantized import QuantizedTensors
 
 
@@ -81,7 +81,7 @@ def sweep(
     def step(
         params: Any, qparams: Any, plain: Any, stats: Any, index: jax.Array, *inputs: Any
     ) -> tuple[_Batch, Any]:
-        program = Program(trace(apply_fn, params, inputs), plan, params)
+        program = program_by_site(trace(apply_fn, params, inputs), plan, params)
         flat = jax.tree.leaves(inputs)
         found, reference = _measure(program, params, qparams, plain, flat)
         tensors, bad, stats = _observe(program, qparams, reference, stats, index)
@@ -95,7 +95,7 @@ def sweep(
     plain: Any = None
     for index, inputs in enumerate(batches):
         if plain is None:
-            program = Program(trace(apply_fn, params, inputs), plan, params)
+            program = program_by_site(trace(apply_fn, params, inputs), plan, params)
             plain = without_correction(program, params, qparams)
         found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)

@@ -22,7 +22,7 @@ from jaxquant.graph.trace import trace
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
 from jaxquant.recover.compare import Shift
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 
 Chosen: TypeAlias = Mapping[str, Any]
 _REST = ""  # the name of the units that are no sites
@@ -48,7 +48,7 @@ class Switch:
         plan: Plan,
         examples: Sequence[tuple[Any, ...]],
     ):
-        program = Program(trace(apply_fn, params, examples[0]), plan, params)
+        program = program_by_site(trace(apply_fn, params, examples[0]), plan, params)
         self.names = tuple(unit.name for unit in find_units(program) if unit.name)
         self._params = params
         self._qparams = without_correction(program, params, qparams)
@@ -56,7 +56,7 @@ class Switch:
         self._examples = examples
 
         def start(inputs: Any) -> tuple[Program, Sequence[Unit], list[Any]]:
-            program = Program(trace(apply_fn, params, inputs), plan, params)
+            program = program_by_site(trace(apply_fn, params, inputs), plan, params)
             return program, find_units(program), jax.tree.leaves(inputs)
 
         def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
@@ -79,11 +79,8 @@ class Switch:
         chosen[_REST] = np.bool_(2 * len(set(int8)) > len(self.names))
         qparams = self._qparams
         if is_corrected(self._plan) and int8:
-            total: Any = None
-            for inputs in self._examples:
-                found = self._shifts(self._params, qparams, chosen, inputs)
-                total = found if total is None else jax.tree.map(jnp.add, total, found)
-            qparams = with_shifts(qparams, total)
+            run = functools.partial(self._shifts, self._params, qparams, chosen)
+            qparams = with_shifts(qparams, map(run, self._examples))
         return functools.partial(self._mixed, self._params, qparams, chosen)
 
 

@@ -52,44 +52,27 @@ def search(
 def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[no-untyped-def]
     """What `function` gives for every tensor, stacked and in NumPy.
 
-    The tensors go in chunks of one size, so that a search is compiled once for all networks (twice
-    if some have more levels than symmetric int8), each chunk in a thread: XLA on CPU runs such
+    The tensors go in chunks of one size, so that a search is compiled once for all networks (once
+    more if some have more levels than symmetric int8), each chunk in a thread: XLA on CPU runs such
     small operations on one core.
     """
-    order, chunks = _chunks(hist.levels)
+    tensors = len(hist.limit)
+    most = MOST_LEVELS if np.any(hist.levels > SYMMETRIC_LEVELS) else SYMMETRIC_LEVELS
 
-    def run(chunk: _Chunk):  # type: ignore[no-untyped-def]
+    def run(start: int):  # type: ignore[no-untyped-def]
+        members = slice(start, min(start + _CHUNK, tensors))
         part = [np.zeros((_CHUNK, *x.shape[1:])) for x in hist[:2]]
         part.append(np.full(_CHUNK, float(SYMMETRIC_LEVELS)))
         for padded, values in zip(part, hist[:3], strict=True):
-            padded[: len(chunk.members)] = values[chunk.members]
+            padded[: members.stop - start] = values[members]
         with _float64_on_host():  # of this thread
-            found = jax.device_get(_map_tensors(function, chunk.most, *part, *args))
-        return jax.tree.map(lambda x: x[: len(chunk.members)], found)
+            found = jax.device_get(_map_tensors(function, most, *part, *args))
+        return jax.tree.map(lambda x: x[: members.stop - start], found)
 
-    with futures.ThreadPoolExecutor(min(len(chunks), _cores())) as pool:
-        results = list(pool.map(run, chunks))
-    back = np.argsort(order)
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[back], *results)
-
-
-class _Chunk(NamedTuple):
-    """Tensors that are searched by one call, compiled for `most` levels."""
-
-    members: np.ndarray
-    most: int
-
-
-def _chunks(levels: np.ndarray) -> tuple[np.ndarray, list[_Chunk]]:
-    """The numbers of all tensors in the order of the chunks, and the chunks, at least one."""
-    is_narrow = levels <= SYMMETRIC_LEVELS
-    narrow, wide = np.flatnonzero(is_narrow), np.flatnonzero(~is_narrow)
-    chunks = [
-        _Chunk(members[start : start + _CHUNK], most)
-        for members, most in ((narrow, SYMMETRIC_LEVELS), (wide, MOST_LEVELS))
-        for start in range(0, len(members), _CHUNK)
-    ]
-    return np.concatenate([narrow, wide]), chunks or [_Chunk(narrow, SYMMETRIC_LEVELS)]
+    starts = range(0, max(tensors, 1), _CHUNK)
+    with futures.ThreadPoolExecutor(min(len(starts), _cores())) as pool:
+        results = list(pool.map(run, starts))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def _cores() -> int:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
@@ -46,7 +45,7 @@ def quantize_params(
     _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
     if not MODES[plan.mode].integer:
         _put_grouped_weights(qparams["params"], graph, binding, slots, params, plan)
-        return jax.tree.map(jnp.asarray, qparams)
+        return jax.device_put(qparams)
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
     for int8_site in binding.sites:
@@ -75,7 +74,7 @@ def quantize_params(
             "scale": np.float32(scale),
             "inv_scale": np.float32(1.0 / scale),
         }
-    return jax.tree.map(jnp.asarray, qparams)
+    return jax.device_put(qparams)
 
 
 def equalized(

@@ -9,11 +9,12 @@ mean is weighted by the activation's slope; see `jaxquant.recover.compare.Shift`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.recover.compare import Comparison, Shift
 
@@ -28,18 +29,30 @@ def correct_biases(
       qparams: the int8 model's arrays; left as they are.
       examples: batches of calibration samples; they weigh by their sizes.
     """
-    total: dict[str, Shift] | None = None
-    for inputs in examples:
-        shifts = comparison(qparams, inputs, correct=True).shifts
-        total = shifts if total is None else jax.tree.map(jnp.add, total, shifts)
-    return with_shifts(qparams, total or {})
-
-
-def with_shifts(qparams: Any, shifts: Mapping[str, Shift]) -> Any:
-    """`qparams` with the mean of each site's shift added to its bias."""
     sites = dict(qparams["sites"])
-    for name, shift in shifts.items():
+    for name in comparison.corrected:  # so that one compiled comparison serves the result too
+        sites[name] = {"bias": np.zeros_like(sites[name]["multiplier"]), **sites[name]}
+    start = {**qparams, "sites": jax.device_put(sites)}
+    return with_shifts(start, (comparison(start, x, correct=True).shifts for x in examples))
+
+
+def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
+    """`qparams` with the mean of each site's shift, over all batches, added to its bias."""
+    total: Any = None
+    for shifts in batches:  # in NumPy: nothing to compile
+        found = jax.device_get(shifts)
+        total = found if total is None else jax.tree.map(np.add, total, found)
+    if not total:
+        return qparams
+    sizes = [shift.weight.size for shift in total.values()]
+    together = jax.tree.map(lambda *xs: np.concatenate([x.ravel() for x in xs]), *total.values())
+    steps = np.split(np.asarray(_mean(together)), np.cumsum(sizes)[:-1])
+    sites = dict(qparams["sites"])
+    for name, step in zip(total, steps):
         arrays = sites[name]
-        step = shift.mean().reshape(arrays["multiplier"].shape)
-        sites[name] = {**arrays, "bias": arrays.get("bias", jnp.float32(0)) + step}
+        bias = np.asarray(arrays["bias"]) + step.reshape(arrays["bias"].shape)
+        sites[name] = {**arrays, "bias": jnp.asarray(bias)}
     return {**qparams, "sites": sites}
+
+
+_mean = jax.jit(Shift.mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +83,11 @@ class Comparison:
             for s in program.binding.sites
             if s.site.name in program.slots and program.mode.integer
         }
+
+    @property
+    def corrected(self) -> Collection[str]:
+        """The sites whose bias can take their shift away."""
+        return self._activations.keys()
 
     def __call__(self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool) -> Measured:
         """Compare on one batch.
@@ -242,10 +247,9 @@ def _powers(reference: Any, quantized: Any) -> Powers:
     """Over the elements where y is finite."""
     reference, quantized = reference.astype(jnp.float32), quantized.astype(jnp.float32)
     compared = jnp.isfinite(reference)
-    lost = jnp.any(compared & ~jnp.isfinite(quantized))
-    reference = jnp.where(compared, reference, 0)
-    noise = jnp.where(compared, reference - quantized, 0)
-    return Powers(jnp.sum(reference**2), jnp.where(lost, jnp.inf, jnp.sum(noise**2)))
+    noise = jnp.sum(jnp.where(compared, reference - quantized, 0) ** 2)
+    signal = jnp.sum(jnp.where(compared, reference, 0) ** 2)
+    return Powers(signal, jnp.where(jnp.isnan(noise), jnp.inf, noise))
 
 
 def _is_float(dtype: Any) -> bool:

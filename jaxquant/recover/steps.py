@@ -14,7 +14,7 @@ from jaxquant.recover.bias_correction import correct_biases
 from jaxquant.recover.compare import Comparison
 from jaxquant.recover.equalization import equalize, find_targets, with_channels
 from jaxquant.recover.rounding import learn_roundings
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 
 
 class Recovered(NamedTuple):
@@ -58,7 +58,7 @@ def quantize_and_recover(
     """
     notes: dict[str, str] = {}
     equalization: Equalization = {}
-    program = Program(graph, plan, params)
+    program = program_by_site(graph, plan, params)
     qparams = quantize_params(graph, plan, params)
     if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
         equalization = equalize(program, plan, params, qparams, examples, chosen, only)

@@ -8,6 +8,7 @@ as float where anything else does, or as both.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -20,6 +21,14 @@ from jaxquant.plan.liveness import is_computed_weight, read_in_float
 
 Clamp = tuple[float, float]
 NO_CLAMP: Clamp = (-math.inf, math.inf)
+
+
+class Fuse(enum.Enum):
+    """What becomes one native call."""
+
+    NOTHING = enum.auto()
+    SITES = enum.auto()  # a site with its multiplier and bias: its result can be changed
+    CHAINS = enum.auto()  # a site with all that may follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +63,7 @@ def find_chains(
     binding: Binding,
     live: Iterable[ir.Equation],
     early: Mapping[ir.Var, ir.Equation],
+    fuse: Fuse,
 ) -> dict[int, Chain]:
     """The chains by the index of their last equation.
 
@@ -62,8 +72,9 @@ def find_chains(
       binding: the plan in it.
       live: the equations that run in float or make a site's result.
       early: the max pools that run on integers instead, by the tensor that they give.
+      fuse: what a chain holds.
     """
-    live = list(live)
+    live = list(live) if fuse is not Fuse.NOTHING else []
     floats = read_in_float(graph, binding, live)
     pooled: dict[ir.Var, ir.Var] = {
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
@@ -75,7 +86,10 @@ def find_chains(
     # Of two sites before one addition the later takes it: the other's result is there by then.
     for site in reversed(binding.sites):
         if graph.producer[site.epilogue.output].index in indices and is_native(graph, site):
-            chain = _follow(graph, binding, site, indices - claimed, floats, grids)
+            if fuse is Fuse.SITES:
+                chain = _alone(graph, site)
+            else:
+                chain = _follow(graph, binding, site, indices - claimed, floats, grids)
             claimed.update(chain.members)
             chains[chain.members[-1]] = chain
     return chains
@@ -104,6 +118,12 @@ def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
     if eqn.name != "conv_general_dilated" or rank not in (3, 4):
         return False
     return epilogue.channels.axes in ((eqn.params["dimension_numbers"].out_spec[1],), ())
+
+
+def _alone(graph: ir.Graph, site: Int8Site) -> Chain:
+    output = site.epilogue.output
+    last = graph.producer[output].index
+    return Chain(site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, None)
 
 
 def _follow(

@@ -18,9 +18,9 @@ from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
-from jaxquant.run import dynamic, int8, weight_only
+from jaxquant.run import dynamic, int8, native, weight_only
 from jaxquant.run.fused import FusedCall
-from jaxquant.run.fusion import find_chains
+from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
 
@@ -32,10 +32,10 @@ class Program:
       graph: the traced model.
       plan: which sites are int8.
       params: the parameters or their shapes.
-      fuse: join sites with what follows them into calls that the native kernels have.
+      fuse: what the native kernels take over.
     """
 
-    def __init__(self, graph: ir.Graph, plan: Plan, params: Any, fuse: bool = False):
+    def __init__(self, graph: ir.Graph, plan: Plan, params: Any, fuse: Fuse = Fuse.NOTHING):
         self.graph = graph
         self.plan = plan
         self.mode = MODES[plan.mode]
@@ -48,11 +48,12 @@ class Program:
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
-        fuse = fuse and self.mode.tensor_scales
+        if not self.mode.tensor_scales:
+            fuse = Fuse.NOTHING
         self.early = find_early_pools(graph, self.binding, self.equations)
         pools = {eqn.index for eqn in self.early.values()}
         running = [eqn for eqn in self.equations if eqn.index not in pools]
-        chains = find_chains(graph, self.binding, running, self.early) if fuse else {}
+        chains = find_chains(graph, self.binding, running, self.early, fuse)
         self._fused = {k: FusedCall(graph, c, self.binding.zero_points) for k, c in chains.items()}
         self._absorbed = {k for c in chains.values() for k in c.members} - set(chains)
 
@@ -67,7 +68,8 @@ class Program:
         Args:
           qparams: its arrays.
           inputs: the flattened model inputs.
-          correct: gives the value to go on with, from that at the end of a site's epilogue.
+          correct: gives the value to go on with, from that at the end of a site's epilogue; not
+            where chains are fused.
         """
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
@@ -98,7 +100,12 @@ class Program:
         if eqn.index in self._absorbed:
             return [None]  # part of a fused call further on
         if eqn.index in self._fused:
-            return [self._run_fused(self._fused[eqn.index], qparams, quantized)]
+            call = self._fused[eqn.index]
+            value = self._run_fused(call, qparams, quantized)
+            if correct is None:
+                return [value]
+            assert value is not None, "a chain may give no float to correct"
+            return [correct(call.chain.site, value)]
         if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
             return [None]  # there are integers only; else XLA drops the pool of the floats
         if eqn.index in self._by_index:
@@ -191,6 +198,12 @@ class Program:
             offset = zero_point * int8.weight_sums(weight, axes)
             total = total - channels.spread(offset, total.ndim)
         return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
+
+
+def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
+    """A program whose sites each show their result, by the native kernels where they run."""
+    fuse = Fuse.SITES if native.available().available else Fuse.NOTHING
+    return Program(graph, plan, params, fuse)
 
 
 def epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxquant.graph.trace import trace
 from jaxquant.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run import native
+from jaxquant.run.fusion import Fuse
 from jaxquant.run.program import Program
 
 BACKENDS = ("auto", "native", "xla")
@@ -89,7 +90,7 @@ class QuantizedApply:
         Raises:
           ValueError: these shapes give another graph than the one that was quantized.
         """
-        fuse = self.backend.name == "native"
+        fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
         return Program(trace(self._apply_fn, self._params, inputs), self.plan, self._params, fuse)
 
     @functools.cached_property

@@ -13,6 +13,8 @@ import pytest
 
 from jaxquant.calibration import histogram as hg
 
+pytestmark = pytest.mark.optimized
+
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
 update = jax.jit(hg.update)
 merge = jax.jit(hg.merge)

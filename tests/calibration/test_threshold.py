@@ -12,6 +12,8 @@ import pytest
 from jaxquant.calibration import kl
 from jaxquant.calibration import threshold as th
 
+pytestmark = pytest.mark.optimized
+
 ORACLES = Path(__file__).parent.parent / "data" / "kl_thresholds.npz"
 SEARCHES = {
     "kl": kl.kl_threshold,

@@ -15,6 +15,8 @@ from jaxquant.graph import evaluate
 from jaxquant.graph.float_forms import fast_convolutions
 from jaxquant.graph.trace import trace
 
+pytestmark = pytest.mark.optimized
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 NCHW = ("NCHW", "OIHW", "NCHW")
 CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], bool]] = {

@@ -11,8 +11,10 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.graph import evaluate
 from jaxquant.graph.trace import trace
-from jaxquant.run.fusion import find_chains
+from jaxquant.run.fusion import Fuse, find_chains
+from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
 from tests.run.native.cases import needs_kernels
 
@@ -66,7 +68,9 @@ def quantized(is_full_quantize: bool = False):
 
 def chains(qapply: QuantizedApply, x: jax.Array = X):
     program = qapply.with_backend("xla").program(x)
-    found = find_chains(program.graph, program.binding, program.equations, program.early)
+    found = find_chains(
+        program.graph, program.binding, program.equations, program.early, Fuse.CHAINS
+    )
     return {chain.site.site.name: chain for chain in found.values()}
 
 
@@ -91,6 +95,30 @@ def test_int8_residual_in_full_quantization():
     found = chains(quantized(is_full_quantize=True)[1])
     assert found["project"].residual_int8
     assert not found["stem"].float_out
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_full_quantize", [False, True])
+def test_one_call_a_site_shows_results_with_the_bits_of_the_xla_lowering(is_full_quantize: bool):
+    qparams, qapply = quantized(is_full_quantize)
+    graph = trace(residual_net, make_params(), (X,))
+
+    def run(fuse: Fuse) -> tuple[jax.Array, dict[str, jax.Array]]:
+        program, seen = Program(graph, qapply.plan, make_params(), fuse), {}
+
+        def correct(site, value):
+            seen[site.site.name] = value
+            return value + 0.25  # behind the site, before its activation
+
+        env = program.run(qparams, [X], correct)
+        return evaluate.outputs(env), seen
+
+    want, steps = jax.jit(run, static_argnums=0)(Fuse.NOTHING)
+    got, found = jax.jit(run, static_argnums=0)(Fuse.SITES)
+    assert {"stem", "depthwise", "project", "wide", "head"} <= set(found) == set(steps)
+    for name in steps:
+        np.testing.assert_array_equal(found[name], steps[name], err_msg=name)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_tensor_that_is_an_output_ends_a_chain():
