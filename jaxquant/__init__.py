@@ -17,7 +17,7 @@ from jaxquant.data_free import quant_dynamic, quant_weights
 from jaxquant.deploy.onnx.export import export_onnx
 from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
 from jaxquant.pipeline import calibrate, quant_post, quantize
 from jaxquant.report.arrays import describe
 

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from jaxquant.analysis.choice import Choice, make_chosen_plan
-from jaxquant.analysis.control import Built, control
-from jaxquant.analysis.goal import MAX_DROP, Goal, make_goal
+from jaxquant import stages
+from jaxquant.analysis.goal import MAX_DROP, make_goal
 from jaxquant.analysis.scores import Metric
-from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
-from jaxquant.calibration.progress import progress_bar
-from jaxquant.calibration.resume import load_checked, sweep_with_file
-from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig
-from jaxquant.graph import ir
-from jaxquant.graph.checks import check_params, check_weights
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
-from jaxquant.plan.make import observed_tensors
-from jaxquant.plan.plan import Plan
-from jaxquant.recover.steps import check_steps, quantize_and_recover
-from jaxquant.report.report import make_report, warn_if_poor
-from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -148,10 +133,10 @@ def quant_post(
     )
     check_steps(config.recover)
     goal = make_goal(metric, max_drop, time_budget)
-    batches = _batches(ds, batch_size, batch_nums, select, progress)
-    options = _options(config, batch_size, batch_nums, select)
-    observations = _calibrate(params, apply_fn, batches, config, options, calibration_file)
-    return _quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
+    batches = stages.read(ds, batch_size, batch_nums, select, progress)
+    options = stages.options_of(config, batch_size, batch_nums, select)
+    observations = stages.calibrate(params, apply_fn, batches, config, options, calibration_file)
+    return stages.quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
 
 
 def calibrate(
@@ -210,9 +195,9 @@ def calibrate(
         skip=skip,
         skip_first_last=skip_first_last,
     )
-    batches = _batches(ds, batch_size, batch_nums, select, progress)
-    options = _options(config, batch_size, batch_nums, select)
-    return _calibrate(params, apply_fn, batches, config, options, calibration_file)
+    batches = stages.read(ds, batch_size, batch_nums, select, progress)
+    options = stages.options_of(config, batch_size, batch_nums, select)
+    return stages.calibrate(params, apply_fn, batches, config, options, calibration_file)
 
 
 def quantize(
@@ -271,117 +256,5 @@ def quantize(
         skip_first_last=skip_first_last,
     )
     if not isinstance(observations, Observations):
-        check_params(params)
-        sweep = _sweep(params, apply_fn, config, _options(config))
-        observations = load_checked(observations, sweep, _own_observer(config))
-    return _quantize(params, apply_fn, observations, config, recovery_file, progress)
-
-
-def _batches(
-    ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
-) -> Generator[tuple[Any, ...], None, None]:
-    batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
-    total = num_batches(ds, batch_size, batch_nums, select=select)
-    return progress_bar(batches, total, "calibrate", progress)
-
-
-def _calibrate(
-    params: Any,
-    apply_fn: Callable[..., Any],
-    batches: Generator[tuple[Any, ...], None, None],
-    config: QuantConfig,
-    options: dict[str, Any],
-    calibration_file: Path | None,
-) -> Observations:
-    check_params(params)
-    sweep = _sweep(params, apply_fn, config, options)
-    with contextlib.closing(batches):  # the progress bar ends before an error is printed
-        if calibration_file is None:
-            return run_sweep(sweep, batches)
-        return sweep_with_file(calibration_file, sweep, batches, _own_observer(config))
-
-
-def _sweep(
-    params: Any, apply_fn: Callable[..., Any], config: QuantConfig, options: dict[str, Any]
-) -> Sweep:
-    tensors_of = functools.partial(observed_tensors, config=config)
-    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options)
-
-
-def _own_observer(config: QuantConfig) -> Observer | None:
-    """The observer that keeps statistics beside those of every sweep."""
-    return None if config.observer.keeps_histogram else config.observer
-
-
-def _options(
-    config: QuantConfig,
-    batch_size: int | None = None,
-    batch_nums: int | None = None,
-    select: Any = None,
-) -> dict[str, Any]:
-    """What a calibration file tells of the arguments; values as JSON gives them back."""
-    return {
-        "algo": config.algo_name,
-        "quantizable_op_type": list(config.quantizable_op_type),
-        "is_full_quantize": config.is_full_quantize,
-        "skip": list(config.skip),
-        "skip_first_last": config.skip_first_last,
-        "batch_size": None if batch_size is None else int(batch_size),
-        "batch_nums": None if batch_nums is None else int(batch_nums),
-        "select": "a function" if callable(select) else repr(select),
-    }
-
-
-def _quantize(
-    params: Any,
-    apply_fn: Callable[..., Any],
-    observations: Observations,
-    config: QuantConfig,
-    file: str | os.PathLike[str] | None,
-    progress: bool,
-    goal: Goal | None = None,
-) -> tuple[dict[str, Any], QuantizedApply]:
-    check_params(params)
-    graph = trace(apply_fn, params, observations.examples[0])
-    check_weights(graph, find_sites(graph), params)
-
-    plan_of = functools.partial(make_chosen_plan, graph, observations, config)
-
-    def build(choice: Choice) -> Built:
-        plan = plan_of(choice)
-        return _build(params, apply_fn, graph, observations, plan, choice, file, progress)
-
-    if goal is None:
-        qparams, qapply = build(Choice())
-    else:
-        qparams, qapply = control(
-            params, apply_fn, observations, config, plan_of, build, goal, progress
-        )
-    warn_if_poor(qapply.report())
-    return qparams, qapply
-
-
-def _build(
-    params: Any,
-    apply_fn: Callable[..., Any],
-    graph: ir.Graph,
-    observations: Observations,
-    plan: Plan,
-    choice: Choice,
-    file: str | os.PathLike[str] | None,
-    progress: bool,
-) -> Built:
-    examples = observations.examples
-    plan, qparams, program, comparison, notes = quantize_and_recover(
-        apply_fn,
-        graph,
-        plan,
-        params,
-        examples,
-        only=choice.recover_at,
-        file=file,
-        progress=progress,
-    )
-    sqnr, output_sqnr = measure_sqnr(comparison, qparams, examples[:1])
-    report = make_report(program, plan, params, qparams, sqnr, output_sqnr, notes)
-    return Built(qparams, QuantizedApply(apply_fn, plan, params, report, examples[0]))
+        observations = stages.load(observations, params, apply_fn, config)
+    return stages.quantize(params, apply_fn, observations, config, recovery_file, progress)

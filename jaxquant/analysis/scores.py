@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.analysis.switch import Switch
 from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.files import atomic
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
 from jaxquant.plan.plan import Plan
 
 Model: TypeAlias = Callable[..., Any]

@@ -23,7 +23,8 @@ from jaxquant.calibration.fingerprint import DIGEST_BYTES
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.files import atomic, safetensors
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
+from jaxquant.files.strict_json import parse_json
 
 FORM = safetensors.Format(
     "jaxquant calibration", "1", "a calibration file of jaxquant (calibration_file=)"
@@ -167,7 +168,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
     """
     tensors, metadata, _ = safetensors.read(path, FORM)
     try:
-        record = safetensors.parse_json(metadata.get("calibration", "").encode(), "record")
+        record = parse_json(metadata.get("calibration", "").encode(), "record")
         return _decode(tensors, record)
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None

@@ -14,7 +14,7 @@ from jaxquant.calibration.observations_file import Saved
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.sweep import Sweep
 from jaxquant.files import atomic
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
 
 _SECONDS = 30.0  # between two writes: what a kill loses at most
 DATA_OPTIONS = ("batch_size", "batch_nums", "select")

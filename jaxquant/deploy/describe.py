@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Tensor
-from jaxquant.files import safetensors as container
+from jaxquant.files import tensor_names
 from jaxquant.graph import evaluate, ir, trace
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
@@ -112,7 +112,7 @@ class _Describer:
                 self._need_static((site.weight,))
                 computed = self._number(site.weight)
             else:
-                weight = container.join(("params", *self._program.slots[site.name].int8))
+                weight = tensor_names.join(("params", *self._program.slots[site.name].int8))
         return Int8Node(
             name=site.name,
             kind=site.kind,
@@ -138,7 +138,7 @@ class _Describer:
             key = str(self._number(var))
             if var in self._program.float_paths:
                 path = ("params", *self._program.float_paths[var])
-                self._leaves[key] = container.join(path)
+                self._leaves[key] = tensor_names.join(path)
             elif self._is_foldable(var):
                 name = f"constants/{len(self._arrays)}"
                 self._constants[key] = name

@@ -19,9 +19,10 @@ from jaxquant.deploy.artifact import Artifact, make_artifact
 from jaxquant.deploy.loaded import LoadedApply
 from jaxquant.deploy.network import Network
 from jaxquant.deploy.schema import decode
-from jaxquant.files import atomic
+from jaxquant.files import atomic, packing
 from jaxquant.files import safetensors as container
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
+from jaxquant.files.strict_json import parse_json
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
 
@@ -79,7 +80,7 @@ def save_quantized_model(
     }
     tensors = {**tree.flatten(plain), **artifact.constants}
     for name, contents in parts.items():
-        tensors[f"{_PARTS}/{name}"] = container.pack(contents)
+        tensors[f"{_PARTS}/{name}"] = packing.pack(contents)
     atomic.write_file(path, container.chunks(tensors, artifact.versions, FORMAT))
 
 
@@ -126,7 +127,7 @@ def _load(
     for name, array in tensors.items():
         root, _, rest = name.partition("/")
         if root == _PARTS:
-            parts[rest] = container.unpack(array, rest)
+            parts[rest] = packing.unpack(array, rest)
         elif root == _CONSTANTS:
             constants[name] = array
         else:
@@ -156,7 +157,7 @@ def _load(
 
 
 def _plan(contents: bytes) -> Plan:
-    data = container.parse_json(contents, "plan")
+    data = parse_json(contents, "plan")
     if data.get("version") != VERSION:
         raise FileError(
             f"plan version {data.get('version')!r}; this release of jaxquant reads {VERSION}"
@@ -168,7 +169,7 @@ def _plan(contents: bytes) -> Plan:
 
 
 def _report(contents: bytes) -> Report:
-    data = container.parse_json(contents, "report")
+    data = parse_json(contents, "report")
     try:
         report = Report(data["rows"], data["tensors"], data["summary"])
         str(report), report.to_json(), report._repr_html_()
@@ -180,7 +181,7 @@ def _report(contents: bytes) -> Report:
 def _network(
     contents: bytes, arrays: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]
 ) -> Network:
-    data = container.parse_json(contents, "network")
+    data = parse_json(contents, "network")
     try:
         network = decode(Network, data, "network")
     except ValueError as error:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.files import safetensors as container
-from jaxquant.files.safetensors import FileError
+from jaxquant.files import tensor_names
+from jaxquant.files.errors import FileError
 from jaxquant.graph import jax_shim
 
 ROOTS = ("params", "sites", "tensors")
@@ -21,7 +21,7 @@ def flatten(qparams: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: an entry cannot be saved; the message names it.
     """
-    return {container.join(path): _array(path, leaf) for path, leaf in _walk(qparams, ())}
+    return {tensor_names.join(path): _array(path, leaf) for path, leaf in _walk(qparams, ())}
 
 
 def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """
     tree: dict[str, Any] = {root: {} for root in ROOTS}
     for name, array in arrays.items():
-        *folders, last = container.split(name)
+        *folders, last = tensor_names.split(name)
         if not folders or folders[0] not in ROOTS:
             raise FileError(f"the tensor {name!r} is not under {', '.join(ROOTS)}")
         place = tree

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 import struct
 import zlib
@@ -28,10 +27,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxquant.files.errors import FileError
+from jaxquant.files.strict_json import parse_json
+from jaxquant.files.tensor_names import split
+
 SEAL = "jaxquant/sha256"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_FILE_BYTES = 2**36
-MAX_PART_BYTES = 2**30  # of a packed part, once unpacked
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -51,11 +53,6 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ESCAPE = re.compile("~(?![01])")
-
-
-class FileError(ValueError):
-    """A file is refused; the message says which part of it, and why."""
 
 
 class Format(NamedTuple):
@@ -129,58 +126,6 @@ def read(
     return tensors, metadata, digest
 
 
-def pack(contents: bytes) -> np.ndarray:
-    """Bytes as a compressed tensor."""
-    return np.frombuffer(zlib.compress(contents, 9), np.uint8)
-
-
-def unpack(tensor: np.ndarray, part: str) -> bytes:
-    """The bytes that `pack` was given.
-
-    Raises:
-      FileError: the tensor is not of that form, or is too large when unpacked.
-    """
-    if tensor.dtype != np.uint8 or tensor.ndim != 1:
-        raise FileError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
-    inflater = zlib.decompressobj()
-    try:
-        contents = inflater.decompress(tensor.tobytes(), MAX_PART_BYTES)
-    except zlib.error as error:
-        raise FileError(f"the {part} cannot be unpacked: {error}") from None
-    if inflater.unconsumed_tail:
-        raise FileError(f"the {part} has more than {MAX_PART_BYTES} bytes when unpacked")
-    if not inflater.eof or inflater.unused_data:
-        raise FileError(f"the {part} is cut short or followed by other bytes")
-    return contents
-
-
-def join(parts: tuple[str, ...]) -> str:
-    """The name of a tensor from the keys of nested dicts; "~" and "/" become "~0" and "~1".
-
-    Raises:
-      ValueError: a key would make a name that reads as a path out of its folder.
-    """
-    for part in parts:
-        if part in _FORBIDDEN or not part.isprintable():
-            raise ValueError(f"a parameter under the key {part!r} cannot be saved; rename it")
-    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts)
-
-
-def split(name: str) -> tuple[str, ...]:
-    """The keys of nested dicts from the name of a tensor; the inverse of `join`.
-
-    Raises:
-      FileError: `join` gives no such name.
-    """
-    parts = name.split("/")
-    if any(part in _FORBIDDEN for part in parts) or not name.isprintable() or _ESCAPE.search(name):
-        raise FileError(f"the tensor name {name[:100]!r} is not valid")
-    return tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
-
-
-_FORBIDDEN = ("", ".", "..")
-
-
 def _plain(name: str, array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     little = array.dtype.newbyteorder("<") if array.dtype.kind in "iufc" else array.dtype
@@ -228,34 +173,6 @@ def _header(contents: bytes) -> tuple[dict[str, Any], int]:
         raise FileError(f"cut short: the header takes {length} bytes, the file has {len(contents)}")
     header = parse_json(contents[8 : 8 + length], "header")
     return header, 8 + length
-
-
-def parse_json(text: bytes, part: str) -> dict[str, Any]:
-    """A JSON object, without the liberties that Python's reader takes.
-
-    Raises:
-      FileError: it is not JSON in UTF-8, not an object, or has a key twice.
-    """
-    try:
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"the {part} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise FileError(f"the {part} is damaged: it is no JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _metadata(header: dict[str, Any], form: Format) -> dict[str, str]:

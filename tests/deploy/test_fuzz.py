@@ -9,8 +9,9 @@ import pytest
 
 import jaxquant
 from jaxquant.deploy.saved import FORMAT
+from jaxquant.files import packing
 from jaxquant.files import safetensors as container
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
 from tests.deploy.models import same_bits, small, small_file
 from tests.files.test_safetensors import header_of, reseal
 
@@ -130,9 +131,9 @@ def tampered(raw: bytes, draw: random.Random) -> bytes:
     if name == "header":
         edit(header, draw)
         return reseal(raw, header)
-    part = json.loads(container.unpack(np.frombuffer(data[name], np.uint8), name))
+    part = json.loads(packing.unpack(np.frombuffer(data[name], np.uint8), name))
     edit(part, draw)
-    data[name] = container.pack(json.dumps(part).encode()).tobytes()
+    data[name] = packing.pack(json.dumps(part).encode()).tobytes()
     offset, body = 0, b""
     for key, piece in data.items():
         header[key]["data_offsets"] = [offset, offset + len(piece)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxquant.files import safetensors as container
-from jaxquant.files.safetensors import FileError
+from jaxquant.files.errors import FileError
 
 FORM = container.Format("jaxquant test", "1", "a file of this test")
 
@@ -89,19 +89,6 @@ def test_the_safetensors_library_reads_it(tmp_path):
 def test_dtypes_without_a_form_are_refused(dtype):
     with pytest.raises(ValueError, match=r"params/x.*cannot hold"):
         contents({"params/x": np.zeros(2, dtype)})
-
-
-@pytest.mark.parametrize("parts", [("a", "b"), ("a/b", "~"), ("~1", "~/~0"), ("é", " ")])
-def test_names_come_back(parts):
-    assert container.split(container.join(parts)) == parts
-
-
-@pytest.mark.parametrize("part", ["", ".", "..", "a\0", "a\nb"])
-def test_names_that_read_as_paths_are_refused(part):
-    with pytest.raises(ValueError, match="cannot be saved"):
-        container.join(("params", part))
-    with pytest.raises(FileError, match="not valid"):
-        container.split(f"params/{part}/x")
 
 
 def test_every_flipped_bit_is_refused(tmp_path):
@@ -204,23 +191,3 @@ def test_bools_other_than_0_and_1_are_refused(tmp_path):
     (tmp_path / "f").write_bytes(reseal(raw, data=b"\x02"))
     with pytest.raises(FileError, match="neither 0 nor 1"):
         container.read(tmp_path / "f", FORM)
-
-
-def test_packed_parts():
-    packed = container.pack(b"abc" * 100)
-    assert container.unpack(packed, "part") == b"abc" * 100
-    with pytest.raises(FileError, match="cut short"):
-        container.unpack(packed[:-1], "part")
-    with pytest.raises(FileError, match="followed by"):
-        container.unpack(np.append(packed, packed), "part")
-    with pytest.raises(FileError, match="cannot be unpacked"):
-        container.unpack(packed[1:], "part")
-    with pytest.raises(FileError, match="not bytes"):
-        container.unpack(packed.astype(np.int8), "part")
-
-
-def test_a_part_that_unpacks_to_too_much_is_refused(monkeypatch):
-    monkeypatch.setattr(container, "MAX_PART_BYTES", 1000)
-    with pytest.raises(FileError, match="more than 1000 bytes"):
-        container.unpack(container.pack(b"\0" * 1001), "part")
-    assert len(container.unpack(container.pack(b"\0" * 1000), "part")) == 1000

@@ -1,0 +1,36 @@
+"""Bytes in a compressed tensor."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from jaxquant.files.errors import FileError
+
+MAX_PART_BYTES = 2**30  # of a packed part, once unpacked
+
+
+def pack(contents: bytes) -> np.ndarray:
+    """Bytes as a compressed tensor."""
+    return np.frombuffer(zlib.compress(contents, 9), np.uint8)
+
+
+def unpack(tensor: np.ndarray, part: str) -> bytes:
+    """The bytes that `pack` was given.
+
+    Raises:
+      FileError: the tensor is not of that form, or is too large when unpacked.
+    """
+    if tensor.dtype != np.uint8 or tensor.ndim != 1:
+        raise FileError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
+    inflater = zlib.decompressobj()
+    try:
+        contents = inflater.decompress(tensor.tobytes(), MAX_PART_BYTES)
+    except zlib.error as error:
+        raise FileError(f"the {part} cannot be unpacked: {error}") from None
+    if inflater.unconsumed_tail:
+        raise FileError(f"the {part} has more than {MAX_PART_BYTES} bytes when unpacked")
+    if not inflater.eof or inflater.unused_data:
+        raise FileError(f"the {part} is cut short or followed by other bytes")
+    return contents

@@ -1,0 +1,152 @@
+"""What the public functions are made of: read, calibrate or load, quantize."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Generator
+from typing import Any
+
+from jaxquant.analysis.choice import Choice, make_chosen_plan
+from jaxquant.analysis.control import Built, control
+from jaxquant.analysis.goal import Goal
+from jaxquant.calibration.data import iterate, num_batches
+from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.calibration.resume import load_checked, sweep_with_file
+from jaxquant.calibration.sweep import Sweep, run_sweep
+from jaxquant.config import QuantConfig
+from jaxquant.graph import ir
+from jaxquant.graph.checks import check_params, check_weights
+from jaxquant.graph.sites import find_sites
+from jaxquant.graph.trace import trace
+from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.steps import quantize_and_recover
+from jaxquant.report.report import make_report, warn_if_poor
+from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.run.qapply import QuantizedApply
+
+
+def read(
+    ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
+) -> Generator[tuple[Any, ...], None, None]:
+    """The batches of a data set, under a progress bar."""
+    batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
+    total = num_batches(ds, batch_size, batch_nums, select=select)
+    return progress_bar(batches, total, "calibrate", progress)
+
+
+def options_of(
+    config: QuantConfig,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
+    select: Any = None,
+) -> dict[str, Any]:
+    """What a calibration file tells of the arguments; values as JSON gives them back."""
+    return {
+        "algo": config.algo_name,
+        "quantizable_op_type": list(config.quantizable_op_type),
+        "is_full_quantize": config.is_full_quantize,
+        "skip": list(config.skip),
+        "skip_first_last": config.skip_first_last,
+        "batch_size": None if batch_size is None else int(batch_size),
+        "batch_nums": None if batch_nums is None else int(batch_nums),
+        "select": "a function" if callable(select) else repr(select),
+    }
+
+
+def calibrate(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    batches: Generator[tuple[Any, ...], None, None],
+    config: QuantConfig,
+    options: dict[str, Any],
+    calibration_file: str | os.PathLike[str] | None,
+) -> Observations:
+    """Observe the float model on the batches, or go on from a calibration file."""
+    check_params(params)
+    sweep = _sweep(params, apply_fn, config, options)
+    with contextlib.closing(batches):  # the progress bar ends before an error is printed
+        if calibration_file is None:
+            return run_sweep(sweep, batches)
+        return sweep_with_file(calibration_file, sweep, batches, _own_observer(config))
+
+
+def load(
+    path: str | os.PathLike[str], params: Any, apply_fn: Callable[..., Any], config: QuantConfig
+) -> Observations:
+    """What a complete calibration file holds, which must be of this model."""
+    check_params(params)
+    sweep = _sweep(params, apply_fn, config, options_of(config))
+    return load_checked(path, sweep, _own_observer(config))
+
+
+def quantize(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    observations: Observations,
+    config: QuantConfig,
+    file: str | os.PathLike[str] | None,
+    progress: bool,
+    goal: Goal | None = None,
+) -> tuple[dict[str, Any], QuantizedApply]:
+    """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
+    check_params(params)
+    graph = trace(apply_fn, params, observations.examples[0])
+    check_weights(graph, find_sites(graph), params)
+
+    plan_of = functools.partial(make_chosen_plan, graph, observations, config)
+
+    def build(choice: Choice) -> Built:
+        plan = plan_of(choice)
+        return _build(params, apply_fn, graph, observations, plan, choice, file, progress)
+
+    if goal is None:
+        qparams, qapply = build(Choice())
+    else:
+        qparams, qapply = control(
+            params, apply_fn, observations, config, plan_of, build, goal, progress
+        )
+    warn_if_poor(qapply.report())
+    return qparams, qapply
+
+
+def _build(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    graph: ir.Graph,
+    observations: Observations,
+    plan: Plan,
+    choice: Choice,
+    file: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Built:
+    examples = observations.examples
+    plan, qparams, program, comparison, notes = quantize_and_recover(
+        apply_fn,
+        graph,
+        plan,
+        params,
+        examples,
+        only=choice.recover_at,
+        file=file,
+        progress=progress,
+    )
+    sqnr, output_sqnr = measure_sqnr(comparison, qparams, examples[:1])
+    report = make_report(program, plan, params, qparams, sqnr, output_sqnr, notes)
+    return Built(qparams, QuantizedApply(apply_fn, plan, params, report, examples[0]))
+
+
+def _sweep(
+    params: Any, apply_fn: Callable[..., Any], config: QuantConfig, options: dict[str, Any]
+) -> Sweep:
+    tensors_of = functools.partial(observed_tensors, config=config)
+    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options)
+
+
+def _own_observer(config: QuantConfig) -> Observer | None:
+    """The observer that keeps statistics beside those of every sweep."""
+    return None if config.observer.keeps_histogram else config.observer
