@@ -23,6 +23,7 @@ from jaxquant.files import atomic, packing
 from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import parse_json
+from jaxquant.modes import MODES
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
 
@@ -163,9 +164,12 @@ def _plan(contents: bytes) -> Plan:
             f"plan version {data.get('version')!r}; this release of jaxquant reads {VERSION}"
         )
     try:
-        return decode(Plan, data, "plan")
+        plan = decode(Plan, data, "plan")
     except ValueError as error:
         raise FileError(f"the plan is damaged: {error}") from None
+    if plan.mode not in MODES:
+        raise FileError(f"the plan's mode is {plan.mode!r}, not one of {', '.join(MODES)}")
+    return plan
 
 
 def _report(contents: bytes) -> Report:

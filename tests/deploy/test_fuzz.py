@@ -3,6 +3,8 @@
 import json
 import random
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,23 +121,28 @@ def test_mutated_files_are_refused_or_load_to_the_saved_bits(saved, count, tmp_p
 
 def tampered(raw: bytes, draw: random.Random) -> bytes:
     """Another file whose checksums are right."""
+    part = draw.choice(["header", "plan", "report", "network"])
+    if part != "header":
+        return with_part(raw, part, lambda data: edit(data, draw))
+    header = header_of(raw)
+    edit(header, draw)
+    return reseal(raw, header)
+
+
+def with_part(raw: bytes, part: str, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The file with one of its JSON parts changed in place, and right checksums."""
     header, length = header_of(raw), struct.unpack_from("<Q", raw)[0]
-    data = {
+    pieces = {
         name: raw[8 + length + entry["data_offsets"][0] : 8 + length + entry["data_offsets"][1]]
         for name, entry in header.items()
         if name not in ("__metadata__", container.SEAL)
     }
-    name = draw.choice(
-        ["header", *(f"jaxquant/{part}.json" for part in ("plan", "report", "network"))]
-    )
-    if name == "header":
-        edit(header, draw)
-        return reseal(raw, header)
-    part = json.loads(packing.unpack(np.frombuffer(data[name], np.uint8), name))
-    edit(part, draw)
-    data[name] = packing.pack(json.dumps(part).encode()).tobytes()
+    name = f"jaxquant/{part}.json"
+    data = json.loads(packing.unpack(np.frombuffer(pieces[name], np.uint8), name))
+    change(data)
+    pieces[name] = packing.pack(json.dumps(data).encode()).tobytes()
     offset, body = 0, b""
-    for key, piece in data.items():
+    for key, piece in pieces.items():
         header[key]["data_offsets"] = [offset, offset + len(piece)]
         if key == name:
             header[key]["shape"] = [len(piece)]
@@ -143,6 +150,12 @@ def tampered(raw: bytes, draw: random.Random) -> bytes:
         offset += len(piece)
     header[container.SEAL]["data_offsets"] = [offset, offset + 32]
     return reseal(raw, header, body)
+
+
+def test_a_mode_that_is_not_known_is_refused(saved, tmp_path):
+    raw = with_part(saved, "plan", lambda plan: plan.update(mode="ternary"))
+    with pytest.raises(FileError, match="mode is 'ternary', not one of static"):
+        jaxquant.load_quantized_model(_written(tmp_path / "model", raw))
 
 
 @pytest.mark.parametrize("count", [FEW // 3, pytest.param(MANY // 5, marks=pytest.mark.slow)])
