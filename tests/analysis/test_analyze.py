@@ -133,7 +133,7 @@ def test_clipped_values_and_dead_channels_are_counted():
     assert (row["channels"], row["dead_channels"], row["lost_channels"]) == (8, 1, 0)
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("full", [False, True])
 def test_a_mixture_of_one_kind_is_that_model(full):
     params = networks.plain_params()
     x = jnp.asarray(np.random.default_rng(1).normal(size=networks.IMAGE), jnp.float32)

@@ -21,13 +21,7 @@ def _without_learning(monkeypatch):
     monkeypatch.setattr(control, "ALGORITHMS", ("KL", "mse"))
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        pytest.param(plant, marks=[pytest.mark.slow] if i else [])  # each is half a minute
-        for i, plant in enumerate(FAULTS)
-    ],
-)
+@pytest.mark.parametrize("plant", FAULTS)
 def test_a_planted_fault_is_repaired_at_its_site_alone(plant):
     fault, full_qparams, full = quantized(plant)
     metric = accuracy(fault)
@@ -54,7 +48,6 @@ def test_nothing_is_tried_where_full_int8_holds():
     assert told["steps"] == []
 
 
-@pytest.mark.slow
 def test_the_same_call_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(control, "RECOVERY", ())
     fault = faults.rare_spike()

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant
@@ -93,6 +94,7 @@ def parts(index: int) -> list[np.ndarray]:
     return [SAMPLES[:16], SAMPLES[16:32]] if index == 0 else [SAMPLES[32:44], SAMPLES[44:]]
 
 
+@pytest.mark.optimized  # as the other processes are
 def test_two_processes_give_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -72,6 +72,7 @@ assert not {"flax", "tests", "onnx"} & set(sys.modules), sys.modules
 """
 
 
+@pytest.mark.optimized  # as the other process is
 def test_a_fresh_process_without_flax_gives_the_same_bits(tmp_path):
     variables, x = linen_variables(plain_params()), images(2, (3, *SHAPE[1:]))
     qparams, qapply = quantize(variables, LinenNet().apply, images(0, SHAPE))

@@ -28,18 +28,11 @@ def pieces(text: str) -> list[tuple[int, str]]:
     return found
 
 
-SLOW = ("accuracy_drops",)  # a minute: accuracy control, analysis and a page of pictures
 WITH_EXAMPLES = [page for page in PAGES if pieces(page.read_text())]
 
 
 @pytest.mark.filterwarnings("ignore:the quantized model's outputs")
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else [], id=page.stem)
-        for page in WITH_EXAMPLES
-    ],
-)
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}

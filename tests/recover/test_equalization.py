@@ -67,14 +67,8 @@ CONVS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], dict[str, Any]]] =
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "never_negative"),
-    [(name, False) for name in CONVS]
-    + [
-        pytest.param(name, True, marks=[pytest.mark.slow] if name != "dense" else [])
-        for name in CONVS
-    ],
-)
+@pytest.mark.parametrize("never_negative", [False, True])
+@pytest.mark.parametrize("name", CONVS)
 def test_a_convolution_equals_numpy_exactly(name: str, never_negative: bool):
     shape, axis, kernel, options = CONVS[name]
     x = uneven(shape, axis)

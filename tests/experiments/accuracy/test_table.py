@@ -87,7 +87,6 @@ def test_every_network_with_weights_under_every_method(config, tmp_path):
     assert {k: v for k, v in stamps(tmp_path).items() if k in before} == before
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(config, tmp_path):
     config.models = ("tiny_a",)
     plan = plan_of(config, tmp_path)
