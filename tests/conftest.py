@@ -8,6 +8,7 @@ optimizations, but for the tests marked 'optimized': those that compare bits, as
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 # Several CPU devices let the sharding tests run anywhere; they cost the other tests nothing.
 NUM_CPU_DEVICES = 8
+_OPTIMIZED = [Path(__file__).parent / folder for folder in ("native", "run")]
 
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
@@ -39,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(folder in item.path.parents for folder in _OPTIMIZED):
+            item.add_marker(pytest.mark.optimized)
     for name, reason in (("network", "needs the internet"), ("slow", "takes long")):
         if config.getoption(f"--{name}"):
             continue

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import zoo
 from experiments.benchmarks.interleave import time_in_turn
-from jaxquant.run import native
+from jaxquant import native
 
 NETWORKS = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0")
 NHWC = ("NHWC", "HWIO", "NHWC")

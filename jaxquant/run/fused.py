@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant import native
 from jaxquant.graph import ir, jax_shim
+from jaxquant.native import Residual
 from jaxquant.plan import layout
-from jaxquant.run import int8, native
+from jaxquant.run import int8
 from jaxquant.run.conv import ChannelsLast, undilated
 from jaxquant.run.fusion import NO_CLAMP, Chain
-from jaxquant.run.native import Residual
 from jaxquant.run.quantized import QuantizedTensors
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import native
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
@@ -18,7 +19,7 @@ from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
-from jaxquant.run import dynamic, int8, native, weight_only
+from jaxquant.run import dynamic, int8, weight_only
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools

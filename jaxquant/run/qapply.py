@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxquant import native
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
-from jaxquant.run import native
 from jaxquant.run.fusion import Fuse
 from jaxquant.run.program import Program
 
@@ -40,7 +40,7 @@ class QuantizedApply:
     shape, so calling it outside `jit` is fine too.
 
     On CPU the convolutions and dots with a weight are native kernels where those can be compiled
-    (`jaxquant.run.native`), else XLA's; `backend` says which.  An export has XLA's always.
+    (`jaxquant.native`), else XLA's; `backend` says which.  An export has XLA's always.
 
     Attributes:
       plan: which sites are int8, and with which scales.

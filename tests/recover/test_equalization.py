@@ -11,10 +11,10 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant import native
 from jaxquant.graph.trace import trace
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan
-from jaxquant.run import native
 from tests import reference
 
 EQUALIZE = ("equalization",)

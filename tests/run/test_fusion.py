@@ -16,7 +16,7 @@ from jaxquant.graph.trace import trace
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
-from tests.run.native.cases import needs_kernels
+from tests.native.cases import needs_kernels
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -207,7 +207,7 @@ def test_backends():
 
 
 def test_native_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch):
-    from jaxquant.run.native import library
+    from jaxquant.native import library
 
     unavailable = library.Availability(False, "no compiler")
     monkeypatch.setattr(library, "available", lambda: unavailable)

@@ -13,7 +13,7 @@ from jax import lax
 import jaxquant
 from jaxquant.graph.trace import trace
 from jaxquant.run import pooling
-from tests.run.native.cases import needs_kernels
+from tests.native.cases import needs_kernels
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 WINDOWS: dict[str, tuple[tuple[int, int], tuple[int, int], Any]] = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant.run import native
-from jaxquant.run.native import Requantize, Residual
-from tests.run.native.cases import Conv, fma, int8_values, needs_kernels, requantized
+from jaxquant import native
+from jaxquant.native import Requantize, Residual
+from tests.native.cases import Conv, fma, int8_values, needs_kernels, requantized
 
 pytestmark = needs_kernels
 

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from jaxquant.run import native
+from jaxquant import native
 
 needs_kernels = pytest.mark.skipif(
     not native.available().available, reason=native.available().reason

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from jaxquant.run.native import build
+from jaxquant.native import build
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
+HISTOGRAM = "jaxquant_histogram"
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
 
 
@@ -38,7 +39,7 @@ def available() -> Availability:
         library = build.load()
     except build.BuildError as error:
         return Availability(False, str(error))
-    for name in (CONV, DOT, PACK):
+    for name in (CONV, DOT, PACK, HISTOGRAM):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxquant_kernels.restype = ctypes.c_char_p

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from jaxquant.run import native
-from jaxquant.run.native import build, library
-from tests.run.native.cases import needs_kernels
+from jaxquant import native
+from jaxquant.native import build, library
+from tests.native.cases import needs_kernels
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ struct ConvShape {
   int64_t run_groups() const { return ceil_div(row_runs() ? kw * group_in() : group_in(), 4); }
 };
 
-// Packed weights of a grouped matrix product, as `jaxquant.run.native.pack` makes them:
+// Packed weights of a grouped matrix product, as `jaxquant.native.pack` makes them:
 // int32 sums over K [groups * padded_out], then the bytes, [groups][blocks][K / 4][block][4].
 struct PackedMatrix {
   int64_t groups, out, four_bytes;  // outputs in a group; K / 4

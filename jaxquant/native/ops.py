@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.run.native import library
-from jaxquant.run.native.call import call
-from jaxquant.run.native.pack import pack_conv, pack_dot
+from jaxquant.native import library
+from jaxquant.native.call import call
+from jaxquant.native.pack import pack_conv, pack_dot
 
 Clamp = tuple[float, float]
 _NO_CLAMP: Clamp = (-math.inf, math.inf)

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "depthwise.h"
+#include "histogram.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -167,8 +168,27 @@ ffi::Error pack_handler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
   return ffi::Error::Success();
 }
 
+ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                             ffi::Result<ffi::Buffer<ffi::U32>> counts,
+                             ffi::Result<ffi::Buffer<ffi::F32>> extremes, int64_t least_exponent) {
+  if (counts->element_count() != kBins || extremes->element_count() != 2)
+    return invalid("wrong shapes");
+  XlaThreads threads(pool);
+  histogram(threads, x.typed_data(), int64_t(x.element_count()), int32_t(least_exponent),
+            counts->typed_data(), extremes->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace jaxquant
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_histogram, jaxquant::histogram_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::U32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("least_exponent"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                               xla::ffi::Ffi::Bind()

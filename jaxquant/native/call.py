@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxquant.graph import jax_shim
 
 if TYPE_CHECKING:
-    from jaxquant.run.native.ops import Static
+    from jaxquant.native.ops import Static
 
 _RESIDUAL = 6  # its place among the operands
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxquant.run import native
-from tests.run.native.cases import Conv, int8_values, needs_kernels
+from jaxquant import native
+from tests.native.cases import Conv, int8_values, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -143,13 +143,13 @@ _PROCESSES = """
 
     def work(seed):
         import jax, jax.numpy as jnp, numpy as np
-        from jaxquant.run import native
+        from jaxquant import native
         x = jnp.asarray(np.random.default_rng(seed).integers(-9, 9, (4, 30, 30, 32)), jnp.int8)
         kernel = jnp.ones((3, 3, 32, 64), jnp.int8)
         return int(np.asarray(native.conv(x, kernel, jnp.float32(1)))[0, 0, 0, 0])
 
     if __name__ == "__main__":
-        import jaxquant.run.native as native
+        import jaxquant.native as native
         assert native.available().available  # loaded before the fork, run after it
         context = multiprocessing.get_context(sys.argv[1])
         with context.Pool(2) as pool:

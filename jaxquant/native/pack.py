@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.run.native import library
+from jaxquant.native import library
 
 _BLOCK = 16  # output channels are filled up to a multiple of it
 _LANES = 64  # channels that the depthwise kernel does at a time

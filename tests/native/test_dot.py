@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.run import native
-from tests.run.native.cases import int8_values, needs_kernels, settings
-from tests.run.native.test_conv import compile_fast, with_variants
+from jaxquant import native
+from tests.native.cases import int8_values, needs_kernels, settings
+from tests.native.test_conv import compile_fast, with_variants
 
 pytestmark = needs_kernels
 

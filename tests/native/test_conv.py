@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.run import native
+from jaxquant import native
+from jaxquant.native import build, library
 from jaxquant.run.conv import conv as int8_conv
-from jaxquant.run.native import build, library
-from tests.run.native.cases import Conv, convolutions, int8_values, needs_kernels, settings
+from tests.native.cases import Conv, convolutions, int8_values, needs_kernels, settings
 
 pytestmark = needs_kernels
 

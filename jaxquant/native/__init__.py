@@ -1,0 +1,19 @@
+"""Native kernels for CPU, called from XLA: int8 convolution and dot, and histograms."""
+
+from jaxquant.native.counting import histogram
+from jaxquant.native.library import Availability, available, require
+from jaxquant.native.ops import Requantize, Residual, conv, dot
+from jaxquant.native.pack import pack_conv, pack_dot
+
+__all__ = [
+    "Availability",
+    "Requantize",
+    "Residual",
+    "available",
+    "conv",
+    "dot",
+    "histogram",
+    "pack_conv",
+    "pack_dot",
+    "require",
+]
