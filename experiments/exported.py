@@ -67,10 +67,7 @@ def onnxruntime(path: Path, folder: Path) -> Runtime:
     session = onnxruntime_session(path, optimized=optimized)
     name = session.get_inputs()[0].name
     kinds = Counter(node.op_type for node in onnx.load(optimized).graph.node)
-    integers = sum(
-        n for kind, n in kinds.items()
-        if kind in ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
-    )  # fmt: skip
+    integers = sum(kinds[kind] for kind in _ORT_INTEGER)
     floats = sum(kinds[kind] for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
     return Runtime(lambda x: session.run(None, {name: x})[0], (integers, floats))
 
@@ -89,6 +86,7 @@ def openvino(path: Path, folder: Path) -> Runtime:
     )
 
 
+_ORT_INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat")
 RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 OPTIONS = {"onnxruntime": "onnxruntime", "openvino": "any"}
 

@@ -36,6 +36,13 @@ class ConvForm:
         return np.flip(array.transpose(self.kernel_order), self.flipped)
 
 
+def is_pointwise(form: ConvForm) -> bool:
+    """True for a convolution that looks at one position at a time."""
+    a = form.attributes
+    ones = {*a["kernel_shape"], a["group"]} == {1}
+    return form.op == "Conv" and ones and not any(a["pads"])
+
+
 def conv_form(node: Node, kernel_shape: Sequence[int]) -> ConvForm:
     """The form of a convolution with a kernel of this (JAX) shape.
 

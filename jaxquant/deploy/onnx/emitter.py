@@ -23,9 +23,9 @@ class Emitter:
         network: Network,
         arrays: Mapping[str, np.ndarray],
         quantizer: Quantizer,
-        integer_convolutions: bool = False,
+        integer_dots: bool = False,
     ) -> None:
-        self.integer_convolutions = integer_convolutions
+        self.integer_dots = integer_dots
         self.network = network
         self.arrays = arrays
         self.builder: Builder = quantizer.builder
@@ -103,7 +103,10 @@ class Emitter:
         return self._int8[var]
 
     def is_quantized(self, var: Var) -> bool:
-        """True where a tensor is read only to be quantized, behind a ReLU or clip or not."""
+        """True where a tensor is read only to be quantized, perhaps behind clips and max pools.
+
+        Runtimes quantize before those, so they run the site before them in int8.
+        """
         readers = self._readers.get(var, [])
         if var in self.network.outputs:
             return False
@@ -114,7 +117,8 @@ class Emitter:
         ):
             node = readers[0]
             clips = (_with_scalar(node, "max") or _with_scalar(node, "min")) is not None
-            return clips and self.is_quantized(node.outputs[0])
+            is_transparent = clips or node.op == "reduce_window_max"
+            return is_transparent and self.is_quantized(node.outputs[0])
         floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
         entry = self.network.entries.get(str(var))
         return entry is not None and not floats and not self.quantizer.is_equalized(entry)

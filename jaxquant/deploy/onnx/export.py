@@ -51,9 +51,8 @@ def export_onnx(
         [B, H, W, C], as most runtimes want them.
       runtime: "any" is QDQ throughout, with int8 activations where the zero point is 0 and uint8
         ones (the same integers plus 128) elsewhere.  "onnxruntime" is what ONNX Runtime runs in
-        int8 on CPU: uint8 activations alone, and convolutions whose
-        result stays float (before a residual addition in float, say) as ConvInteger, since it runs
-        those in float in the QDQ form.
+        int8 on CPU: uint8 activations alone, and 1x1 convolutions whose result stays float (before
+        a residual addition, say) as MatMulInteger.  Of the others it runs those in float.
       shapes: see `jaxquant.save_quantized_model`.
 
     Raises:
@@ -84,7 +83,7 @@ def export_onnx(
     arrays = {**tree.flatten(plain), **artifact.constants}
     for_ort = runtime == "onnxruntime"
     quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"], for_ort)
-    emitter = Emitter(artifact.network, arrays, quantizer, integer_convolutions=for_ort)
+    emitter = Emitter(artifact.network, arrays, quantizer, integer_dots=for_ort)
     model = _model(builder, artifact.network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])

@@ -47,8 +47,9 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
         form = contraction.conv_form(site.node, int8.shape)
         stored = form.kernel(int8)
         weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
-        if e.integer_convolutions and form.op == "Conv" and not e.is_quantized(site.output):
-            return _moved(e, site, _integer_conv(e, site, form, weight, entry, shape))
+        is_dot = e.integer_dots and contraction.is_pointwise(form)
+        if is_dot and not e.is_quantized(site.output):
+            return _moved(e, site, _integer_dot(e, site, form, weight, entry, shape))
         names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
         value = contraction.conv(e.builder, site.node, form, x, *names, shape)
         return _moved(e, site, value)
@@ -69,7 +70,7 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
 
 
-def _integer_conv(
+def _integer_dot(
     e: Emitter,
     site: Int8Node,
     form: contraction.ConvForm,
@@ -77,20 +78,31 @@ def _integer_conv(
     entry: str,
     shape: tuple[Size, ...],
 ) -> Value:
-    """A convolution to int32, and its epilogue in float32: what qapply computes, step by step."""
+    """A 1x1 convolution to int32, and its epilogue in float32: what qapply computes, step by step.
+
+    ONNX Runtime would run a Conv on floats here, since its result is not quantized again; its
+    ConvInteger, for windows of any size, takes several times as long as that.
+    """
     b, spec = e.builder, site.node.params["dimension_numbers"]
-    x = b.ordered(e.int8(site.operands[0]), spec["lhs_spec"])
-    zero_points = [e.quantizer.zero(entry), np.int8(0)]
-    inputs = [x.name, b.constant(weight.int8, "weight_int8"), *map(b.constant, zero_points)]
-    name = b.node("ConvInteger", inputs, **form.attributes)
+    (batch, feature, *spatial), (out_batch, out_feature, *out_spatial) = (
+        spec["lhs_spec"],
+        spec["out_spec"],
+    )
+    x = b.ordered(e.int8(site.operands[0]), (batch, *spatial, feature))
+    name, strides = x.name, form.attributes["strides"]
+    if any(stride != 1 for stride in strides):
+        axes = range(1, 1 + len(strides))
+        ends = [np.iinfo(np.int64).max] * len(strides)
+        name = b.node("Slice", [name, *map(b.ints, ([0] * len(strides), ends, axes, strides))])
+    matrix = weight.int8.reshape(weight.int8.shape[:2]).T
+    inputs = [name, b.constant(matrix, "weight_int8"), b.constant(e.quantizer.zero(entry))]
+    name = b.node("MatMulInteger", [*inputs, b.constant(np.int8(0))])
     name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
-    along = (-1, *[1] * (x.rank - 2))
     steps = np.float32(e.quantizer.scale(entry)) * weight.scale
-    name = b.node("Mul", [name, b.constant(steps.reshape(along), "steps")])
+    name = b.node("Mul", [name, b.constant(steps, "steps")])
     if weight.bias is not None:
-        bias = weight.bias.astype(np.float32).reshape(along)
-        name = b.node("Add", [name, b.constant(bias, "bias")])
-    return Value(name, shape, tuple(spec["out_spec"]))
+        name = b.node("Add", [name, b.constant(weight.bias.astype(np.float32), "bias")])
+    return Value(name, shape, (out_batch, *out_spatial, out_feature))
 
 
 def _arrays(

@@ -55,7 +55,7 @@ def test_every_convolution_is_int8_in_onnx_runtime(model, tmp_path):
     session(path, optimized_model_filepath=str(optimized))
     found = ops(onnx.load(optimized))
     assert found.count("QLinearConv") == 2
-    assert found.count("ConvInteger") == 2
+    assert found.count("MatMulInteger") == 2
     assert found.count("QGemm") == 1
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(found)
 
