@@ -6,7 +6,8 @@ Quantizes the network, saves it and loads it in a fresh process that may import 
 model's code, exports it as ONNX and runs that.  Prints the file's size against the float32
 parameters, the agreement of each with `qapply` on the images, the SQNR of its logits against
 `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
-beside `qapply`'s.  A runtime that is not installed is left out.  The settings are those of
+beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
+differs by a hair.  A runtime that is not installed is left out.  The settings are those of
 `configs/common.py`.
 """
 
@@ -114,6 +115,8 @@ def run(config: ConfigDict) -> None:
     model = jax.jit(qapply)
     expected = [np.asarray(model(prepared, x)) for x in images]
     print(f"{config.model}: {sum(map(len, images))} images, batch {config.batch_size}")
+    nudged = [np.asarray(model(prepared, x)) for x in one_step_off(images, qapply)]
+    print(f"qapply where one value of each image is one step higher: {compared(expected, nudged)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(saved(folder, qparams, qapply, setup, images[0]))
@@ -137,6 +140,19 @@ def run(config: ConfigDict) -> None:
             )
         times = {k: statistics.median(v) for k, v in times_in_turn(programs, 9).items()}
     print(", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items()))
+
+
+def one_step_off(images: list[np.ndarray], qapply: Any) -> list[np.ndarray]:
+    """The images with one value of each a step of the first tensor's grid higher.
+
+    What it does to the logits is a yardstick: a difference in rounding anywhere spreads as far.
+    """
+    rng, step = np.random.default_rng(0), qapply.plan.tensors[0].scale
+    changed = [x.copy() for x in images]
+    for batch in changed:
+        for x in batch:
+            x.reshape(-1)[rng.integers(x.size)] += step
+    return changed
 
 
 def saved(folder: Path, qparams: Any, qapply: Any, setup: Setup, images: np.ndarray) -> str:
