@@ -116,7 +116,7 @@ def run(config: ConfigDict) -> None:
     expected = [np.asarray(model(prepared, x)) for x in images]
     print(f"{config.model}: {sum(map(len, images))} images, batch {config.batch_size}")
     nudged = [np.asarray(model(prepared, x)) for x in one_step_off(images, qapply)]
-    print(f"qapply where one value of each image is one step higher: {compared(expected, nudged)}")
+    print(f"qapply where one value of each image is one step off: {compared(expected, nudged)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(saved(folder, qparams, qapply, setup, images[0]))
@@ -143,7 +143,7 @@ def run(config: ConfigDict) -> None:
 
 
 def one_step_off(images: list[np.ndarray], qapply: Any) -> list[np.ndarray]:
-    """The images with one value of each a step of the first tensor's grid higher.
+    """The images with one value of each a step of the first tensor's grid nearer to 0 (or above).
 
     What it does to the logits is a yardstick: a difference in rounding anywhere spreads as far.
     """
@@ -151,7 +151,8 @@ def one_step_off(images: list[np.ndarray], qapply: Any) -> list[np.ndarray]:
     changed = [x.copy() for x in images]
     for batch in changed:
         for x in batch:
-            x.reshape(-1)[rng.integers(x.size)] += step
+            values, k = x.reshape(-1), rng.integers(x.size)
+            values[k] += -np.sign(values[k]) * step if values[k] else step
     return changed
 
 

@@ -56,7 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     optimized = "optimized" in item.keywords or item.config.getoption("--optimized")
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    if jax.config.values["jax_disable_most_optimizations"] == optimized:
+        jax.config.update("jax_disable_most_optimizations", not optimized)
+        jax.clear_caches()  # what is compiled stays as it was
     if "gpu" in item.keywords and not _gpus():
         pytest.skip("needs a GPU: run with JAX_PLATFORMS=cuda,cpu where there is one")
 

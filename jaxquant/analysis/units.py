@@ -81,7 +81,7 @@ def walk(
     """Evaluate the float model, with a choice at every unit.
 
     Args:
-      program: of the int8 model, without fused calls.
+      program: of the int8 model, each site of which shows its result (`program_by_site`).
       units: its units.
       params, qparams: the arrays of both models.
       inputs: the flattened model inputs.

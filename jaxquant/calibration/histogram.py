@@ -219,11 +219,12 @@ def _count(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jax_shim.choose_by_devices(native_counts, portable_counts, outputs, [x])
 
     outputs = [jax.ShapeDtypeStruct((BINS,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)]
-    if native.available().available:
+    if native.runs_here():
         counts, extremes = jax_shim.choose_by_platform(on_one_device, portable_counts, outputs, [x])
     else:
         counts, extremes = portable_counts(x)
-    return counts, extremes[0], extremes[1]
+    low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
+    return counts, low, high
 
 
 def portable_counts(x: jax.Array) -> list[jax.Array]:

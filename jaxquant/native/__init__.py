@@ -1,7 +1,7 @@
 """Native kernels for CPU, called from XLA: int8 convolution and dot, and histograms."""
 
 from jaxquant.native.counting import histogram
-from jaxquant.native.library import Availability, available, require
+from jaxquant.native.library import Availability, available, require, runs_here
 from jaxquant.native.ops import Requantize, Residual, conv, dot
 from jaxquant.native.pack import pack_conv, pack_dot
 
@@ -16,4 +16,5 @@ __all__ = [
     "pack_conv",
     "pack_dot",
     "require",
+    "runs_here",
 ]

@@ -46,6 +46,11 @@ def available() -> Availability:
     return Availability(True, f"{library.jaxquant_kernels().decode()} kernels")
 
 
+def runs_here() -> bool:
+    """True where the kernels run and computations are on the CPU; elsewhere compiles nothing."""
+    return jax.default_backend() == "cpu" and available().available
+
+
 def require() -> None:
     """Register the kernels.
 

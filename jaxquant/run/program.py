@@ -51,6 +51,7 @@ class Program:
         }
         if not self.mode.tensor_scales:
             fuse = Fuse.NOTHING
+        self._fuse = fuse
         self.early = find_early_pools(graph, self.binding, self.equations)
         pools = {eqn.index for eqn in self.early.values()}
         running = [eqn for eqn in self.equations if eqn.index not in pools]
@@ -72,6 +73,7 @@ class Program:
           correct: gives the value to go on with, from that at the end of a site's epilogue; not
             where chains are fused.
         """
+        assert correct is None or self._fuse is not Fuse.CHAINS, "a chain goes on behind its site"
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
         }
@@ -103,10 +105,7 @@ class Program:
         if eqn.index in self._fused:
             call = self._fused[eqn.index]
             value = self._run_fused(call, qparams, quantized)
-            if correct is None:
-                return [value]
-            assert value is not None, "a chain may give no float to correct"
-            return [correct(call.chain.site, value)]
+            return [correct(call.chain.site, value) if correct and value is not None else value]
         if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
             return [None]  # there are integers only; else XLA drops the pool of the floats
         if eqn.index in self._by_index:
@@ -203,7 +202,7 @@ class Program:
 
 def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
     """A program whose sites each show their result, by the native kernels where they run."""
-    fuse = Fuse.SITES if native.available().available else Fuse.NOTHING
+    fuse = Fuse.SITES if native.runs_here() else Fuse.NOTHING
     return Program(graph, plan, params, fuse)
 
 

@@ -81,7 +81,7 @@ def _integer_dot(
     """A 1x1 convolution to int32, and its epilogue in float32: what qapply computes, step by step.
 
     ONNX Runtime would run a Conv on floats here, since its result is not quantized again; its
-    ConvInteger, for windows of any size, takes several times as long as that.
+    ConvInteger, for windows of any size, is slower than that.
     """
     b, spec = e.builder, site.node.params["dimension_numbers"]
     (batch, feature, *spatial), (out_batch, out_feature, *out_spatial) = (

@@ -17,14 +17,14 @@ SHAPE = (4, 16, 16, 8)
 
 
 class Residual(nn.Module):
-    """Four convolutions: two whose result is quantized, two that meet in a float addition."""
+    """Four convolutions: two whose result is quantized, one before a pool; two meet in float."""
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu6(nn.Conv(32, (3, 3), name="stem")(x))
-        y = nn.relu(nn.Conv(32, (3, 3), feature_group_count=32, name="depthwise")(x))
+        x = nn.max_pool(nn.relu6(nn.Conv(32, (3, 3), name="stem")(x)), (2, 2), (2, 2))
+        y = nn.relu(nn.Conv(32, (3, 3), (2, 1), feature_group_count=32, name="depthwise")(x))
         y = nn.Conv(32, (1, 1), name="project")(y)
-        y = nn.relu(y + nn.Conv(32, (1, 1), name="shortcut")(x))
+        y = nn.relu(y + nn.Conv(32, (1, 1), (2, 1), name="shortcut")(x))
         return nn.Dense(10, name="head")(y.mean((1, 2)))
 
 
