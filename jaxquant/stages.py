@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Generator
 from typing import Any
 
+from jaxquant import native
 from jaxquant.analysis.choice import Choice, make_chosen_plan
 from jaxquant.analysis.control import Built, control
 from jaxquant.analysis.goal import Goal
+from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
@@ -144,7 +146,8 @@ def _sweep(
     params: Any, apply_fn: Callable[..., Any], config: QuantConfig, options: dict[str, Any]
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
-    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options)
+    count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options, count)
 
 
 def _own_observer(config: QuantConfig) -> Observer | None:

@@ -16,6 +16,8 @@ import numpy as np
 import jaxquant
 from experiments import zoo
 from experiments.benchmarks.interleave import print_table, time_in_turn
+from jaxquant import native
+from jaxquant.calibration import histogram
 from jaxquant.calibration.sweep import Sweep
 from jaxquant.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
@@ -28,7 +30,9 @@ def main(model: str, batch: int, rounds: int, full: bool) -> None:
     variables = jax.jit(module.init)(jax.random.key(0), jnp.asarray(x[:1]))
     forward = jax.jit(module.apply)
     config = QuantConfig(is_full_quantize=full)
-    sweep = Sweep(variables, module.apply, functools.partial(observed_tensors, config=config))
+    tensors_of = functools.partial(observed_tensors, config=config)
+    count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    sweep = Sweep(variables, module.apply, tensors_of, count=count)
     qparams, qapply = jaxquant.quant_post(
         variables, module.apply, [x], is_full_quantize=full, progress=False
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import native
 from jaxquant.analysis import measures
 from jaxquant.analysis.biases import has_bias, shift_at, without_correction
 from jaxquant.analysis.measures import Clipping, Ends, Moments
@@ -176,7 +177,8 @@ def _observe(
     tensors = {name: _clipping(readers, entries[name], reference) for name in order}
     if not order:
         return tensors, {}, stats
-    seen = [histogram.observe(reference.read(entries[name]), index) for name in order]
+    count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    seen = [histogram.observe(reference.read(entries[name]), index, count) for name in order]
     bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
     return tensors, bad, jax.vmap(histogram.merge)(stats, stacked)

@@ -11,15 +11,17 @@ samples overflow 32 bits.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant import native
-from jaxquant.graph import jax_shim
+# float32 of any shape -> uint32 [2048], the counts of |x| over the range of `Histogram.exponent`,
+# and float32 [2], the least and the largest x; one of these is not finite where a value is not.
+Counter: TypeAlias = Callable[[jax.Array], Sequence[jax.Array]]
 
 BINS = 2048
 _BIN_BITS = 11
@@ -93,7 +95,29 @@ def update(state: Histogram, x: jax.Array, batch_index: jax.Array | int = 0) -> 
     return merge(state, observe(x, batch_index))
 
 
-def observe(x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
+def portable_counts(x: jax.Array) -> list[jax.Array]:
+    """A `Counter` of operations that XLA has everywhere.
+
+    One scatter-add: on CPU the fastest of nine forms that experiments/benchmarks/histogram.py
+    times, but for splits that gain little.  Not measured on GPU or TPU.
+    """
+    x = x.reshape(-1)
+    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
+    # Masking single values that are bad instead would double the time of it all.
+    good = (low > -jnp.inf) & (high < jnp.inf)
+    exponent = _exponent_above(_abs_max(low, high, good))
+    # Exact: a power of two, so that in a good batch 0 <= scaled < 2048.
+    # The barrier keeps XLA from computing the scale anew for each value.
+    scaled = jnp.abs(x) * lax.optimization_barrier(_power_of_two(_BIN_BITS - exponent))
+    bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)
+    counts = jnp.zeros(BINS + 1, jnp.uint32)
+    counts = counts.at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
+    return [counts, jnp.stack([low, high])]
+
+
+def observe(
+    x: jax.Array, batch_index: jax.Array | int = 0, count: Counter = portable_counts
+) -> Histogram:
     """The histogram of one batch.
 
     A batch with a NaN or infinity is left out as a whole, and `first_bad` tells which was first.
@@ -101,6 +125,7 @@ def observe(x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
     Args:
       x: any shape (also empty) of fewer than 2**31 values, any float dtype; counted as float32.
       batch_index: [] which batch this is, for `first_bad`.
+      count: how; every counter gives the same state.
 
     Returns:
       The state that holds this batch alone.
@@ -117,7 +142,8 @@ def observe(x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
         raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")
     if x.size >= 2**31:
         raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
-    counts, low, high = _count(x.astype(jnp.float32))
+    counts, extremes = count(x.astype(jnp.float32))
+    low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
     good = (low > -jnp.inf) & (high < jnp.inf)  # NaN passes through both
     abs_max = _abs_max(low, high, good)
     return Histogram(
@@ -203,48 +229,6 @@ def from_numpy(
         count_hi=jnp.asarray(np.uint32(total >> 32)),
         first_bad=jnp.full((), -1, jnp.int32),
     )
-
-
-def _count(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """uint32 [2048] counts of |x|, the least and the largest x; what it counts of NaN is undefined.
-
-    The same bits either way; natively in a third of the time on two cores
-    (experiments/benchmarks/histogram.py).
-    """
-
-    def native_counts(x: jax.Array) -> list[jax.Array]:
-        return list(native.histogram(x, MIN_EXPONENT))
-
-    def on_one_device(x: jax.Array) -> list[jax.Array]:
-        return jax_shim.choose_by_devices(native_counts, portable_counts, outputs, [x])
-
-    outputs = [jax.ShapeDtypeStruct((BINS,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)]
-    if native.runs_here():
-        counts, extremes = jax_shim.choose_by_platform(on_one_device, portable_counts, outputs, [x])
-    else:
-        counts, extremes = portable_counts(x)
-    low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
-    return counts, low, high
-
-
-def portable_counts(x: jax.Array) -> list[jax.Array]:
-    """In operations that XLA has everywhere.
-
-    One scatter-add: on CPU the fastest of nine forms that experiments/benchmarks/histogram.py
-    times, but for splits that gain little.  Not measured on GPU or TPU.
-    """
-    x = x.reshape(-1)
-    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
-    # Masking single values that are bad instead would double the time of it all.
-    good = (low > -jnp.inf) & (high < jnp.inf)
-    exponent = _exponent_above(_abs_max(low, high, good))
-    # Exact: a power of two, so that in a good batch 0 <= scaled < 2048.
-    # The barrier keeps XLA from computing the scale anew for each value.
-    scaled = jnp.abs(x) * lax.optimization_barrier(_power_of_two(_BIN_BITS - exponent))
-    bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)
-    counts = jnp.zeros(BINS + 1, jnp.uint32)
-    counts = counts.at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
-    return [counts, jnp.stack([low, high])]
 
 
 def _abs_max(low: jax.Array, high: jax.Array, good: jax.Array) -> jax.Array:

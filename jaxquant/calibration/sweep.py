@@ -6,6 +6,7 @@ reads and updates the streaming state; activations never leave the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Sweep:
       tensors_of: graph -> tensor name -> tensor; gives the same names for every input shape.
       observer: what keeps statistics of its own beside those that are kept always.
       options: what the observations record of the arguments; see `Origin`.
+      count: how tensors are counted.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Sweep:
         tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
+        count: histogram.Counter = histogram.portable_counts,
     ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
@@ -74,6 +77,7 @@ class Sweep:
         self._tensors_of = tensors_of
         self._observer = observer
         self._options = options or {}
+        self._count = count
         self._names: tuple[str, ...] = ()
         self._step = jax.jit(self._observe, donate_argnums=0)
         self._origin: Origin | None = None
@@ -190,7 +194,8 @@ class Sweep:
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
         env = evaluate_float(graph, params, jax.tree.leaves(inputs), equations=needed)
-        seen = _stack([histogram.observe(env.read(var), batch) for var in tensors.values()])
+        observe = functools.partial(histogram.observe, batch_index=batch, count=self._count)
+        seen = _stack([observe(env.read(var)) for var in tensors.values()])
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
         if self._observer is not None:
             values = [env.read(var) for var in tensors.values()]

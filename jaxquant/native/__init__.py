@@ -1,6 +1,6 @@
 """Native kernels for CPU, called from XLA: int8 convolution and dot, and histograms."""
 
-from jaxquant.native.counting import histogram
+from jaxquant.native.counting import counter, histogram
 from jaxquant.native.library import Availability, available, require, runs_here
 from jaxquant.native.ops import Requantize, Residual, conv, dot
 from jaxquant.native.pack import pack_conv, pack_dot
@@ -11,6 +11,7 @@ __all__ = [
     "Residual",
     "available",
     "conv",
+    "counter",
     "dot",
     "histogram",
     "pack_conv",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxquant
 from jaxquant import native
 from jaxquant.calibration import histogram as hg
+from jaxquant.native import counting, library
 from tests.native.cases import needs_kernels
 
 pytestmark = needs_kernels
@@ -27,6 +31,11 @@ def reference(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
     exponent = max(int(np.frexp(magnitude.max(initial=0.0))[1]), hg.MIN_EXPONENT)
     counts = np.bincount(np.floor(np.ldexp(magnitude, 11 - exponent)).astype(int), minlength=2048)
     return counts, [x.min(initial=np.inf), x.max(initial=-np.inf)]
+
+
+def observe():
+    count = native.counter(hg.portable_counts, hg.MIN_EXPONENT)
+    return jax.jit(functools.partial(hg.observe, count=count))
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000, 16384, 100_003])
@@ -52,29 +61,45 @@ def test_a_value_that_is_not_finite_takes_all_with_it(bad: float, place: int):
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (5, 4, 3), (40, 50, 60)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_both_forms_give_the_same_state(shape, dtype, monkeypatch, rng):
+def test_both_forms_give_the_same_state(shape, dtype, rng):
     x = jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-    got = jax.jit(hg.observe)(x)
-    assert "jaxquant_histogram" in jax.jit(hg.observe).lower(x).as_text()
-    monkeypatch.setattr(native, "runs_here", lambda: False)
-    jax.clear_caches()
+    assert "jaxquant_histogram" in observe().lower(x).as_text()
     assert "jaxquant_histogram" not in jax.jit(hg.observe).lower(x).as_text()
-    for a, b in zip(got, jax.jit(hg.observe)(x), strict=True):
+    for a, b in zip(observe()(x), jax.jit(hg.observe)(x), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_the_order_of_zeros_does_not_matter():
     x = np.where(np.arange(60_000) < 100, np.float32(-0.0), np.float32(0.0))
-    for state in (jax.jit(hg.observe)(x), jax.jit(hg.observe)(x[::-1].copy())):
-        assert not np.signbit(state.min)
-        assert not np.signbit(state.max)
+    for run in (observe(), jax.jit(hg.observe)):
+        for values in (x, x[::-1].copy()):
+            state = run(values)
+            assert not np.signbit(state.min)
+            assert not np.signbit(state.max)
+
+
+def test_calibration_counts_so(monkeypatch):
+    seen, original = set(), counting.histogram
+
+    def histogram(x, least_exponent):
+        seen.add(x.shape)
+        return original(x, least_exponent)
+
+    monkeypatch.setattr(counting, "histogram", histogram)
+    params, x = {"w": jnp.eye(4)}, jnp.ones((3, 4))
+    jaxquant.calibrate(params, lambda p, x: x @ p["w"], [x], progress=False)
+    assert seen == {(3, 4)}
+
+
+def test_where_the_kernels_do_not_run_the_portable_form_counts(monkeypatch):
+    monkeypatch.setattr(library, "runs_here", lambda: False)
+    assert native.counter(hg.portable_counts, hg.MIN_EXPONENT) is hg.portable_counts
 
 
 def test_a_sharded_tensor_is_counted_where_its_parts_are():
     mesh = Mesh(np.array(jax.devices()), "d")
     x = values(8 * 500).reshape(8, 500)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    text = jax.jit(hg.observe).lower(sharded).as_text()
-    assert "jaxquant_histogram" not in text
-    for a, b in zip(jax.jit(hg.observe)(sharded), jax.jit(hg.observe)(x), strict=True):
+    assert "jaxquant_histogram" not in observe().lower(sharded).as_text()
+    for a, b in zip(observe()(sharded), jax.jit(hg.observe)(x), strict=True):
         np.testing.assert_array_equal(a, b)
