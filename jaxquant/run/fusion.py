@@ -74,7 +74,9 @@ def find_chains(
       early: the max pools that run on integers instead, by the tensor that they give.
       fuse: what a chain holds.
     """
-    live = list(live) if fuse is not Fuse.NOTHING else []
+    if fuse is Fuse.NOTHING:
+        return {}
+    live = list(live)
     floats = read_in_float(graph, binding, live)
     pooled: dict[ir.Var, ir.Var] = {
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)

@@ -30,6 +30,14 @@ OUTS = {
     "uint8": Requantize(np.float32(41.3), 0, 0, jnp.uint8),
 }
 RESIDUALS = ("none", "int8", "uint8", "float32")
+# More than 2 MiB of float32: what is that large is written past the caches, where it is aligned.
+LARGE = {
+    "pointwise": Conv(1, (96, 97), (1, 1), 20, 64),
+    "strided": Conv(1, (97, 96), (1, 1), 16, 256, strides=(2, 2)),
+    "odd channels": Conv(1, (97, 96), (1, 1), 16, 72),
+    "odd groups": Conv(1, (97, 96), (1, 1), 8, 24, groups=4),
+    "conv": Conv(3, (65, 65), (3, 3), 4, 48, padding=((1, 1), (1, 1))),
+}
 
 
 def arguments(conv: Conv, residual: str) -> tuple[np.ndarray, ...]:
@@ -101,6 +109,25 @@ def test_bits_of_the_xla_lowering(conv: str, out: str, residual: str):
     got = run(*case)
     np.testing.assert_array_equal(got, by_xla(*case))
     assert len(np.unique(got)) > 20
+
+
+@pytest.mark.parametrize("residual", ["none", "float32"])
+@pytest.mark.parametrize("conv", LARGE)
+def test_bits_of_large_outputs(conv: str, residual: str):
+    case = (LARGE[conv], None, residual, ((0.0, 6.0), (0.0, math.inf)))
+    got = run(*case)
+    assert got.nbytes > 1 << 21
+    np.testing.assert_array_equal(got, by_xla(*case))
+
+
+@pytest.mark.parametrize("channels", [80, 72, 16, 8])
+def test_bits_of_large_depthwise_outputs(channels: int):
+    x, kernel = int8_values(0, (2, 150, 250, channels)), int8_values(1, (1, 1, 1, channels), low=-127)
+    multiplier = np.linspace(1e-4, 3e-3, channels, dtype=np.float32)
+    got = native.conv(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(multiplier), groups=channels)
+    assert got.nbytes > 1 << 21
+    sums = x.astype(np.float32) * kernel[0, 0, 0].astype(np.float32)
+    np.testing.assert_array_equal(got, sums * multiplier)
 
 
 @pytest.mark.parametrize("out", OUTS)

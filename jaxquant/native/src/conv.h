@@ -35,11 +35,22 @@ class Product {
 
   // All output channels of blocks [first, last) of a group, for `segments` of `height` pixels.
   void run(const std::vector<Segment>& segments, int64_t height, const Runs& runs, int64_t group,
-           int64_t first, int64_t last, bool is_signed) const {
+           int64_t first, int64_t last, [[maybe_unused]] bool is_signed) const {
 #ifdef JAXQUANT_AMX
-    if (has_amx()) return run_amx(segments, height, runs, group, first, last, is_signed);
+    if (has_amx()) run_amx(segments, height, runs, group, first, last, is_signed);
+    else
 #endif
-    (void)is_signed;
+      run_blocks(segments, height, runs, group, first, last);
+    epilogue_.flush();
+  }
+
+  const PackedMatrix& layout() const { return layout_; }
+  int64_t outputs() const { return outputs_; }
+  int64_t output_bytes() const { return outputs_ * epilogue_.bytes(); }
+
+ private:
+  void run_blocks(const std::vector<Segment>& segments, int64_t height, const Runs& runs,
+                  int64_t group, int64_t first, int64_t last) const {
     for (int64_t b = first; b < last; ++b) {
       const Tile tile = find_tile(height, wide(b), epilogue_);
       const Block block = block_at(group, b);
@@ -48,13 +59,17 @@ class Product {
       });
     }
   }
-
-  const PackedMatrix& layout() const { return layout_; }
-  int64_t outputs() const { return outputs_; }
-  int64_t output_bytes() const { return outputs_ * epilogue_.bytes(); }
-
- private:
 #ifdef JAXQUANT_AMX
+  static void prefetch_inputs(const Segment* from, const Segment* to, int64_t height,
+                              const Runs& runs) {
+    for (; from < to; ++from) {
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t byte = 0; byte < 4 * runs.groups; byte += 64)
+          _mm_prefetch(from->in + i * runs.stride + byte, _MM_HINT_T0);
+      }
+    }
+  }
+
   void run_amx(const std::vector<Segment>& segments, int64_t height, const Runs& runs,
                int64_t group, int64_t first, int64_t last, bool is_signed) const {
     const AmxTiles tiles(height);
@@ -77,7 +92,13 @@ class Product {
         for (int64_t c = 0; c < blocks[i].channels; c += 16)
           lanes[vectors++] = epilogue_.lanes(blocks[i].channel + c, blocks[i].channels - c);
       }
+      const Segment* const end = segments.data() + segments.size();
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
+        // Rows of a few lines each, which the processor does not see coming.
+        if (start == first && runs.taps == 1)
+          prefetch_inputs(&s0 + 2, std::min(&s0 + 4, end), height, runs);
+        for (const Segment* s : {&s0, &s1})
+          epilogue_.prefetch(s->out + blocks[0].channel, height, outputs_, 16 * vectors);
         for (int64_t i = 0; i < count; ++i) {
           const auto tile = wide(start + i) ? (is_signed ? amx_tile<true, 2> : amx_tile<false, 2>)
                                             : (is_signed ? amx_tile<true, 1> : amx_tile<false, 1>);

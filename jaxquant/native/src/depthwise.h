@@ -197,6 +197,7 @@ inline void depthwise(Threads& threads, const Activations& x, const ConvShape& s
         depthwise_row(row, s.c, sums_epilogue);
       }
     }
+    sums_epilogue.flush();
   });
 }
 

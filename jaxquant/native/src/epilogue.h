@@ -24,6 +24,7 @@
 namespace jaxquant {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kStreamedBytes = 1 << 21;  // a float output of so many is written past the caches
 
 struct Epilogue {
   const float* multiplier = nullptr;  // [C]
@@ -36,6 +37,7 @@ struct Epilogue {
   uint8_t residual_flip = 0;  // 0x80 for uint8, which holds q + 128
   float low_after = -kInfinity, high_after = kInfinity;
   float* out_f = nullptr;   // of the output's shape, or null
+  bool streams = false;     // out_f goes past the caches: no line is read to be written
   int8_t* out_q = nullptr;  // of the output's shape, or null
   float inv_scale = 1.0f;
   int32_t zero_point = 0;
@@ -85,6 +87,15 @@ class SumsEpilogue {
   const Epilogue& given() const { return e_; }
   int64_t bytes() const { return e_.bytes(); }
 
+  // What will be added to `n` channels of `height` output pixels, the first of them at `at`.
+  void prefetch(int64_t at, int64_t height, int64_t pixel, int64_t n) const {
+    if (!e_.residual_f) return;
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t c = 0; c < n; c += 16)
+        _mm_prefetch(e_.residual_f + at + i * pixel + c, _MM_HINT_T0);
+    }
+  }
+
   // Channels [c, c + 16), of which `n` are there.
   Lanes lanes(int64_t c, int64_t n) const {
     const __mmask16 mask = n >= 16 ? 0xffff : __mmask16((1u << std::max<int64_t>(n, 0)) - 1);
@@ -119,8 +130,18 @@ class SumsEpilogue {
     if (e_.residual_f)
       y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes.mask, e_.residual_f + first));
     y = clamp(y, low_after_, high_after_);
-    if (e_.out_f) _mm512_mask_storeu_ps(e_.out_f + first, lanes.mask, y);
+    if (e_.out_f) {
+      if (e_.streams && first % 16 == 0 && lanes.mask == 0xffff)
+        _mm512_stream_ps(e_.out_f + first, y);
+      else
+        _mm512_mask_storeu_ps(e_.out_f + first, lanes.mask, y);
+    }
     if (e_.out_q) _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, lanes.mask, round(y, zero_point_));
+  }
+
+  // After the last sum of a task: what went past the caches is there for other threads.
+  void flush() const {
+    if (e_.streams) _mm_sfence();
   }
 
   // `n` sums of one output pixel, for the channels from `c`.
@@ -156,6 +177,7 @@ class SumsEpilogue {
 
   explicit SumsEpilogue(const Epilogue& e) : plain(e.plain()), e_(e) {}
   int64_t bytes() const { return e_.bytes(); }
+  void flush() const {}
 
   // `n` sums of one output pixel, for the channels from `c`; `at` is where its channel 0 is in the
   // output.

@@ -77,6 +77,8 @@ ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
     if (!out.has_value()) return invalid("an output cannot be written");
     if ((*out)->element_type() == ffi::F32) {
       e.out_f = (*out)->typed_data<float>();
+      e.streams = int64_t((*out)->size_bytes()) >= kStreamedBytes && outputs % 16 == 0 &&
+                  reinterpret_cast<uintptr_t>(e.out_f) % 64 == 0;
     } else {
       e.out_q = static_cast<int8_t*>((*out)->untyped_data());
       e.out_flip = flip_of((*out)->element_type());
@@ -179,6 +181,20 @@ ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+// x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.
+auto fused_operands() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
 }  // namespace
 }  // namespace jaxquant
 
@@ -199,31 +215,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                                   .Attr<bool>("row_runs"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
+                              jaxquant::fused_operands()
                                   .Attr<xla::ffi::Span<const int64_t>>("shape")
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
+                              jaxquant::fused_operands()
                                   .Attr<int64_t>("columns")
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
