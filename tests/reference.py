@@ -65,6 +65,23 @@ def fake_weight(weight: Any, axes: Sequence[int]) -> np.ndarray:
     return int8 * along(scales, [int8.shape[a] for a in axes], axes, int8.ndim)
 
 
+def whole_bias(bias: Any, x: Any, weight: Any, axes: Sequence[int]) -> np.ndarray:
+    """`bias` in whole units of the accumulator, as float64 [C]; as it is where the weight is zero.
+
+    Args:
+      bias: [C] or one for all.
+      x, weight: what the accumulator sums products of.
+      axes: as for `quantize_weight`.
+    """
+    int8, scales = quantize_weight(weight, axes)
+    unit = scales / np.float64(inv_scale(x))
+    if axes:
+        used = np.moveaxis(int8, axes, range(len(axes))).reshape(len(unit), -1).any(axis=1)
+    else:
+        used = int8.any(axis=tuple(range(int8.ndim - 1)))
+    return np.where(used, np.rint(bias / unit) * unit, bias)
+
+
 def along(vector: Any, sizes: Sequence[int], axes: Sequence[int], rank: int) -> np.ndarray:
     """Place a flat [C] along `axes` (of these sizes, in that order) of a tensor of `rank` axes."""
     spread = np.reshape(vector, [*sizes, *[1] * (rank - len(axes))])

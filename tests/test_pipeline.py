@@ -122,7 +122,7 @@ def test_every_form_of_dot_is_int8_and_exact():
             "einsum": jnp.einsum("bi,hik->hbk", x, w["einsum"]) + 1,
             "weight_first": w["weight_first"] @ x.T,
             "vector": jax.vmap(lambda row: row @ w["vector"])(x),
-            "scaled": x @ (w["scaled"].T * 2).astype(jnp.float32) - 3,
+            "scaled": x @ (w["scaled"].T * 2).astype(jnp.float32) - 4,
         }
 
     _, qapply = assert_exact(params, apply_fn, X)

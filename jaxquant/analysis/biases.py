@@ -20,7 +20,7 @@ from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import epilogue_arrays
+from jaxquant.quantize.weights import accumulator_terms, epilogue_arrays, whole_steps
 from jaxquant.recover.compare import Shift, find_activation, output_shift
 from jaxquant.run.program import Program
 
@@ -45,7 +45,8 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
         scale, offset = _weight_terms(program, int8_site, qparams)
         arrays = epilogue_arrays(program.graph, int8_site, operands, scale, offset)
         bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
-        sites[name] = {**qparams["sites"][name], "bias": jnp.asarray(bias)}
+        whole = whole_steps(bias, arrays["multiplier"])
+        sites[name] = {**qparams["sites"][name], "bias": jnp.asarray(whole)}
     return {**qparams, "sites": sites}
 
 
@@ -60,14 +61,9 @@ def _weight_terms(
         [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
     axes = channel_axes(program.graph, site, program.graph.equations[site.equation])
-    channels = int(np.prod([weight.shape[a] for a in axes]))
     known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
-    accumulator = np.broadcast_to(np.float64(scale), (channels,)) * np.prod(known)
     zero_point = binding.zero_points.get(site.operands[0], 0)
-    if not zero_point:
-        return accumulator, None
-    summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    return accumulator, zero_point * weight.sum(axis=summed, dtype=np.int64).reshape(-1)
+    return accumulator_terms(weight, axes, np.float64(scale) * np.prod(known), zero_point)
 
 
 def has_bias(program: Program, unit: Unit) -> bool:

@@ -25,6 +25,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
 from jaxquant.quantize.groups import quantize_groups
 
+_LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
 Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
 
 
@@ -52,7 +53,7 @@ def quantize_params(
         site = int8_site.site
         planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
         accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
-        offset = None  # what the input's zero point adds to the accumulator
+        offset = None
         if site.name in slots:
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])
@@ -61,12 +62,11 @@ def quantize_params(
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
-            channels = int(np.prod([int8.shape[a] for a in axes]))
-            accumulator = np.broadcast_to(scale, (channels,)) * accumulator
-            if zero_point := binding.zero_points.get(site.operands[0]):
-                summed = tuple(a for a in range(int8.ndim) if a not in axes)
-                offset = zero_point * int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+            zero_point = binding.zero_points.get(site.operands[0], 0)
+            accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
         arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
+        if "bias" in arrays and site.name in slots and len(planned) == len(site.operands):
+            arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
         qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
         scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.ones(())))
@@ -132,6 +132,27 @@ def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]
     return values.reshape([shape[a] if a in axes else 1 for a in range(len(shape))])
 
 
+def accumulator_terms(
+    int8: np.ndarray, axes: Sequence[int], unit: np.ndarray, zero_point: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What one unit of a site's accumulator is worth, and what its input's zero point adds to it.
+
+    Args:
+      int8: the weight.
+      axes: of it, along the output channels.
+      unit: the product of the scales, [C] or [].
+      zero_point: of the input.
+
+    Returns:
+      [C], 0 for a channel whose weight is all zero; and [C] or None.
+    """
+    summed = tuple(a for a in range(int8.ndim) if a not in axes)
+    used = int8.any(axis=summed).reshape(-1)
+    if not zero_point:
+        return unit * used, None
+    return unit * used, zero_point * int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+
+
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
 def epilogue_arrays(
     graph: ir.Graph,
@@ -176,6 +197,27 @@ def epilogue_arrays(
             "infinity; check those parameters"
         )
     return arrays
+
+
+def whole_steps(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
+    """A bias rounded to whole units of the accumulator, so that int32 holds it as it is.
+
+    Half a unit is next to nothing, but runtimes that add the bias in int32 (ONNX Runtime, TFLite)
+    round every output alike only if what they add is the same.  A bias that int32 does not hold
+    beside the sums, or that nothing is added to, stays as it is.
+
+    Args:
+      bias: float [C] or [].
+      multiplier: likewise, what one unit of the accumulator is worth.
+
+    Example:
+      >>> whole_steps(np.float32([0.3, 7.0]), np.float32([0.25, 0.0])).tolist()
+      [0.25, 7.0]
+    """
+    unit = np.asarray(multiplier, np.float64)
+    steps = np.rint(np.divide(bias, unit, out=np.full(np.shape(bias), np.inf), where=unit != 0))
+    fits = np.abs(steps) <= _LARGEST_BIAS
+    return np.where(fits, np.where(fits, steps, 0) * unit, bias).astype(np.float32)
 
 
 def _static_tensors(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.quantize.weights import whole_steps
 from jaxquant.recover.compare import Comparison, Shift
 
 
@@ -51,7 +52,8 @@ def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
     for name, step in zip(total, steps):
         arrays = sites[name]
         bias = np.asarray(arrays["bias"]) + step.reshape(arrays["bias"].shape)
-        sites[name] = {**arrays, "bias": jnp.asarray(bias)}
+        whole = whole_steps(bias, np.asarray(arrays["multiplier"]))
+        sites[name] = {**arrays, "bias": jnp.asarray(whole)}
     return {**qparams, "sites": sites}
 
 

@@ -30,6 +30,7 @@ from jaxquant.quantize.weights import (
     along_channels,
     equalized,
     quantize_weight,
+    whole_steps,
 )
 from jaxquant.recover import adaround
 from jaxquant.recover.compare import Activation, RowFunction, find_activation
@@ -217,8 +218,8 @@ class _Learner:
         bias = bias + adaround.shift(problem, rounding.up)
         bias = bias - zero * multiplier * _column_sums(after)
         if "bias" in arrays or bias.any():
-            bias32 = jnp.asarray(bias, jnp.float32)
-            qparams["sites"][site.name] = {**arrays, "bias": bias32}
+            whole = jnp.asarray(whole_steps(bias, multiplier))
+            qparams["sites"][site.name] = {**arrays, "bias": whole}
         self.outcomes[site.name] = (
             "learned" if rounding.learned < rounding.nearest else "nearest rounding is no worse"
         )

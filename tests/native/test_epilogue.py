@@ -122,7 +122,8 @@ def test_bits_of_large_outputs(conv: str, residual: str):
 
 @pytest.mark.parametrize("channels", [80, 72, 16, 8])
 def test_bits_of_large_depthwise_outputs(channels: int):
-    x, kernel = int8_values(0, (2, 150, 250, channels)), int8_values(1, (1, 1, 1, channels), low=-127)
+    x = int8_values(0, (2, 150, 250, channels))
+    kernel = int8_values(1, (1, 1, 1, channels), low=-127)
     multiplier = np.linspace(1e-4, 3e-3, channels, dtype=np.float32)
     got = native.conv(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(multiplier), groups=channels)
     assert got.nbytes > 1 << 21

@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_zero_weights(kind, zeros, rng):
     got = np.asarray(qapply(qparams, x))
     np.testing.assert_array_equal(got[:, 2], np.full(N, b[2]))
     axes = (1,) if kind == "channel_wise_abs_max" else ()
-    close(got, reference.fake(x) @ reference.fake_weight(w, axes) + np.float64(b))
+    bias = reference.whole_bias(np.float64(b), x, w, axes)
+    close(got, reference.fake(x) @ reference.fake_weight(w, axes) + bias)
 
 
 TRANSFORMS = {
@@ -139,7 +141,8 @@ def test_transformed_weights(name):
     """The int8 weight is that of the transformed one; the parameter itself is not kept."""
     params, x, qparams, got = quantized_transforms()
     weight = TRANSFORMS[name](np, params[name])
-    close(got[name], reference.fake(x) @ reference.fake_weight(weight, (1,)) + 1)
+    bias = reference.whole_bias(1.0, x, weight, (1,))
+    close(got[name], reference.fake(x) @ reference.fake_weight(weight, (1,)) + bias)
     (entry,) = qparams["params"][name].values()
     np.testing.assert_array_equal(entry["int8"], reference.quantize_weight(weight, (1,))[0])
     assert sorted(entry) == ["int8", "scale"]
@@ -214,7 +217,23 @@ def test_weight_in_the_closure(rng):
     x, w = np.float32(rng.normal(size=(N, K))), np.float32(rng.normal(size=(K, C)))
     qparams, qapply = quantized({"b": np.ones(C, np.float32)}, lambda p, x: x @ w + p["b"], x)
     assert qapply.report().rows[0]["status"] == "int8"
-    close(qapply(qparams, x), reference.fake(x) @ reference.fake_weight(w, (1,)) + 1)
+    bias = reference.whole_bias(1.0, x, w, (1,))
+    close(qapply(qparams, x), reference.fake(x) @ reference.fake_weight(w, (1,)) + bias)
+
+
+def test_biases_are_whole_units(rng):
+    """As int32 holds them: after bias correction and learned rounding too."""
+    x, w = np.float32(rng.normal(size=(64, K))), np.float32(rng.normal(size=(K, C)))
+    params = {"w": w, "b": np.float32(rng.normal(size=C))}
+    for recover in ((), ("bias_correction",), ("adaround", "bias_correction")):
+        qparams, _ = jaxquant.quant_post(
+            params, lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]), [x], recover=recover,
+            progress=False,
+        )  # fmt: skip
+        arrays = {k: np.float64(v) for k, v in qparams["sites"]["w"].items()}
+        steps = arrays["bias"] / arrays["multiplier"]
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-6 * np.abs(steps).max())
+        assert np.abs(steps).max() > 10
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -230,7 +249,8 @@ def test_low_precision_parameters(dtype, rng):
     assert entry["scale"].dtype == jnp.float32
     got = qapply(qparams, x)
     assert got.dtype == dtype
-    want = reference.fake(x) @ reference.fake_weight(params["w"], (1,)) + 1
+    bias = reference.whole_bias(1.0, x, params["w"], (1,))
+    want = reference.fake(x) @ reference.fake_weight(params["w"], (1,)) + bias
     np.testing.assert_allclose(
         np.float64(got), want, rtol=0.51 * float(jnp.finfo(dtype).eps), atol=1e-6
     )
