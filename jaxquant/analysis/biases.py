@@ -45,8 +45,9 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
         scale, offset = _weight_terms(program, int8_site, qparams)
         arrays = epilogue_arrays(program.graph, int8_site, operands, scale, offset)
         bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
-        whole = whole_steps(bias, arrays["multiplier"])
-        sites[name] = {**qparams["sites"][name], "bias": jnp.asarray(whole)}
+        stored = qparams["sites"][name]
+        whole = whole_steps(bias, np.asarray(stored["multiplier"]))
+        sites[name] = {**stored, "bias": jnp.asarray(whole)}
     return {**qparams, "sites": sites}
 
 

@@ -11,9 +11,9 @@
                A weight behind an equalized tensor is the parameter
                times the tensor's equalization.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
-               bias takes away what the zero point of the input adds to every sum.  It is a whole
-               number of multipliers, as int32 would hold it; the multiplier of a channel whose
-               weight is all zero is 0.
+               bias takes away what the zero point of the input adds to every sum.  Where the
+               weight is stored, the input's scale planned and int32 holds it, it is a whole number
+               of multipliers; the multiplier of a channel whose weight is all zero is 0 there.
                Where the weights alone are quantized there is no such entry.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get

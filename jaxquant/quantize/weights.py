@@ -25,7 +25,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import channel_vector, fold
 from jaxquant.quantize.groups import quantize_groups
 
-_LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
+LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
 Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
 
 
@@ -64,6 +64,7 @@ def quantize_params(
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             zero_point = binding.zero_points.get(site.operands[0], 0)
             accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
+            accumulator = accumulator * channels_in_use(weight, axes)
         arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
         if "bias" in arrays and site.name in slots and len(planned) == len(site.operands):
             arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
@@ -144,13 +145,16 @@ def accumulator_terms(
       zero_point: of the input.
 
     Returns:
-      [C], 0 for a channel whose weight is all zero; and [C] or None.
+      [C]; and [C] or None.
     """
     summed = tuple(a for a in range(int8.ndim) if a not in axes)
-    used = int8.any(axis=summed).reshape(-1)
-    if not zero_point:
-        return unit * used, None
-    return unit * used, zero_point * int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+    sums = int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+    return np.broadcast_to(unit, sums.shape), zero_point * sums if zero_point else None
+
+
+def channels_in_use(weight: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """bool [C], False where all of a channel is zero before it is rounded."""
+    return weight.any(axis=tuple(a for a in range(weight.ndim) if a not in axes)).reshape(-1)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
@@ -216,7 +220,7 @@ def whole_steps(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
     """
     unit = np.asarray(multiplier, np.float64)
     steps = np.rint(np.divide(bias, unit, out=np.full(np.shape(bias), np.inf), where=unit != 0))
-    fits = np.abs(steps) <= _LARGEST_BIAS
+    fits = np.abs(steps) <= LARGEST_BIAS
     return np.where(fits, np.where(fits, steps, 0) * unit, bias).astype(np.float32)
 
 

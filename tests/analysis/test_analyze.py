@@ -11,6 +11,7 @@ import pytest
 
 import jaxquant
 from jaxquant.analysis import measures
+from jaxquant.analysis.biases import without_correction
 from jaxquant.analysis.switch import Switch
 from jaxquant.analysis.units import find_units
 from jaxquant.graph.trace import trace
@@ -164,6 +165,27 @@ def test_units_of_a_full_quantization_have_softmax_and_pooling():
     assert {unit.kind for unit in find_units(program)} >= {"mul", "softmax", "pool2d"}
     analysis = jaxquant.analyze(params, apply_fn, qparams, qapply, [x], progress=False)
     assert {row["kind"] for row in analysis.rows} == {"mul", "softmax", "pool2d"}
+
+
+def test_biases_without_correction_are_those_of_no_recovery():
+    fault = faults.healthy()
+    plain, corrected = (
+        jaxquant.quant_post(
+            fault.params, faults.apply_fn, [fault.images], recover=recover, progress=False
+        )
+        for recover in ((), ("bias_correction",))
+    )
+    graph = trace(faults.apply_fn, fault.params, (fault.images,))
+    program = Program(graph, corrected[1].plan, fault.params)
+    found = without_correction(program, fault.params, corrected[0])["sites"]
+    for name, arrays in plain[0]["sites"].items():
+        for key, array in arrays.items():
+            np.testing.assert_allclose(found[name][key], array, rtol=1e-6, atol=1e-7)
+        unit = np.float64(corrected[0]["sites"][name]["multiplier"])
+        moved = corrected[0]["sites"][name]["bias"] - arrays["bias"]
+        assert np.abs(moved).max() > 0.5 * unit.min()
+        steps = np.float64(found[name]["bias"]) / unit
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-6 * np.abs(steps).max())
 
 
 @pytest.mark.parametrize("quantize", [jaxquant.quant_dynamic, jaxquant.quant_weights])

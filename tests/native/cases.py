@@ -1,16 +1,20 @@
-"""Convolutions to compare, and their reference in NumPy int64 and float64."""
+"""Convolutions to compare, their reference in NumPy, and every build of the kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
 
 from jaxquant import native
+from jaxquant.native import build, library
 
 needs_kernels = pytest.mark.skipif(
     not native.available().available, reason=native.available().reason
@@ -114,3 +118,34 @@ def requantized(y: np.ndarray, out: native.Requantize) -> np.ndarray:
     scaled = np.rint(y.astype(np.float32) * np.float32(out.inv_scale))
     top = 127 if np.dtype(out.dtype) == np.int8 else 255
     return np.clip(scaled.astype(np.float64) + out.zero_point, out.minimum, top).astype(out.dtype)
+
+
+# The kernels that the compiler leaves when it may not use the instructions of the better ones.
+VARIANTS = {"best": (), "no AMX": ("-mno-amx-tile", "-mno-amx-int8"), "portable": ("-mno-avx512f",)}
+
+
+@functools.cache
+def targets() -> dict[str, tuple[str, str]]:
+    """What every variant is registered as: its convolution and its dot."""
+    found = {}
+    for number, (variant, flags) in enumerate(VARIANTS.items()):
+        try:
+            loaded = build.load(flags)
+        except build.BuildError:
+            assert flags  # a compiler for another CPU does not know them
+            continue
+        found[variant] = (f"{library.CONV}_{number}", f"{library.DOT}_{number}")
+        for target, symbol in zip(found[variant], (library.CONV, library.DOT), strict=True):
+            capsule = jax.ffi.pycapsule(getattr(loaded, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    return found
+
+
+def with_variants(run: Callable[[], jax.Array]) -> dict[str, jax.Array]:
+    results = {}
+    for variant, (conv, dot) in targets().items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "CONV", conv)
+            patch.setattr(library, "DOT", dot)
+            results[variant] = run()
+    return results

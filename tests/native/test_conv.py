@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,44 +12,20 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.native import build, library
 from jaxquant.run.conv import conv as int8_conv
-from tests.native.cases import Conv, convolutions, int8_values, needs_kernels, settings
+from tests.native.cases import (
+    Conv,
+    convolutions,
+    int8_values,
+    needs_kernels,
+    settings,
+    with_variants,
+)
 
 pytestmark = needs_kernels
 
 # Every example compiles; the integers are the same at any optimization level.
 compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-# The kernels that the compiler leaves when it may not use the instructions of the better ones.
-VARIANTS = {"best": (), "no AMX": ("-mno-amx-tile", "-mno-amx-int8"), "portable": ("-mno-avx512f",)}
-
-
-@functools.cache
-def targets() -> dict[str, tuple[str, str]]:
-    """What every variant is registered as: its convolution and its dot."""
-    found = {}
-    for number, (variant, flags) in enumerate(VARIANTS.items()):
-        try:
-            loaded = build.load(flags)
-        except build.BuildError:
-            assert flags  # a compiler for another CPU does not know them
-            continue
-        found[variant] = (f"{library.CONV}_{number}", f"{library.DOT}_{number}")
-        for target, symbol in zip(found[variant], (library.CONV, library.DOT), strict=True):
-            capsule = jax.ffi.pycapsule(getattr(loaded, symbol))
-            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
-    return found
-
-
-def with_variants(run: Callable[[], jax.Array]) -> dict[str, jax.Array]:
-    results = {}
-    for variant, (conv, dot) in targets().items():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "CONV", conv)
-            patch.setattr(library, "DOT", dot)
-            results[variant] = run()
-    return results
 
 
 def assert_sums(conv: Conv, zero_point: int, unsigned: bool) -> None:

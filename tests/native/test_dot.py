@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from tests.native.cases import int8_values, needs_kernels, settings
-from tests.native.test_conv import compile_fast, with_variants
+from tests.native.cases import int8_values, needs_kernels, settings, with_variants
+from tests.native.test_conv import compile_fast
 
 pytestmark = needs_kernels
 

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxquant import native
 from jaxquant.native import Requantize, Residual
-from tests.native.cases import Conv, fma, int8_values, needs_kernels, requantized
+from tests.native.cases import Conv, fma, int8_values, needs_kernels, requantized, with_variants
 
 pytestmark = needs_kernels
 
@@ -115,9 +115,10 @@ def test_bits_of_the_xla_lowering(conv: str, out: str, residual: str):
 @pytest.mark.parametrize("conv", LARGE)
 def test_bits_of_large_outputs(conv: str, residual: str):
     case = (LARGE[conv], None, residual, ((0.0, 6.0), (0.0, math.inf)))
-    got = run(*case)
-    assert got.nbytes > 1 << 21
-    np.testing.assert_array_equal(got, by_xla(*case))
+    expected = by_xla(*case)
+    assert expected.nbytes > 1 << 21
+    for variant, got in with_variants(lambda: run(*case)).items():
+        np.testing.assert_array_equal(got, expected, err_msg=variant)
 
 
 @pytest.mark.parametrize("channels", [80, 72, 16, 8])

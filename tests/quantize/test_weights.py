@@ -221,6 +221,16 @@ def test_weight_in_the_closure(rng):
     close(qapply(qparams, x), reference.fake(x) @ reference.fake_weight(w, (1,)) + bias)
 
 
+def test_channel_that_rounds_to_zero_keeps_its_multiplier(rng):
+    """With one scale for all of the weight; learned rounding may still round it up."""
+    x, w = np.float32(rng.normal(size=(N, K))), np.float32(rng.normal(size=(K, C)))
+    w[:, 1], w[:, 2] = w[:, 1] * 1e-3, 0
+    qparams, _ = quantized({"w": w}, lambda p, x: x @ p["w"], x, weight_quantize_type="abs_max")
+    assert not np.asarray(qparams["params"]["w"]["int8"])[:, 1].any()
+    multiplier = np.asarray(qparams["sites"]["w"]["multiplier"])
+    assert multiplier[1] == multiplier[0] > multiplier[2] == 0
+
+
 def test_biases_are_whole_units(rng):
     """As int32 holds them: after bias correction and learned rounding too."""
     x, w = np.float32(rng.normal(size=(64, K))), np.float32(rng.normal(size=(K, C)))

@@ -11,8 +11,7 @@ import numpy as np
 from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.plan.plan import Plan
-
-_LARGEST_BIAS = 2.0**30  # of an int32 bias, in steps; accumulators need room beside it
+from jaxquant.quantize.weights import LARGEST_BIAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ def make_weight(
     along[axis] = -1
     multiplier = multiplier.astype(np.float64)
     steps = np.abs(multiplier) / input_scale
-    scale = steps if bias is None else np.maximum(steps, np.abs(bias) / _LARGEST_BIAS / input_scale)
+    scale = steps if bias is None else np.maximum(steps, np.abs(bias) / LARGEST_BIAS / input_scale)
     scale = np.maximum(np.where(scale > 0, scale, 1.0), 2.0**-126).astype(np.float32)
     ratio = np.sign(multiplier) * steps / scale.astype(np.float64)
     exact = np.abs(np.abs(ratio) - 1) < 1e-5

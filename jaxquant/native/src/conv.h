@@ -60,12 +60,12 @@ class Product {
     }
   }
 #ifdef JAXQUANT_AMX
-  static void prefetch_inputs(const Segment* from, const Segment* to, int64_t height,
+  static void prefetch_inputs(const Segment* segments, int64_t count, int64_t height,
                               const Runs& runs) {
-    for (; from < to; ++from) {
+    for (int64_t k = 0; k < count; ++k) {
       for (int64_t i = 0; i < height; ++i) {
         for (int64_t byte = 0; byte < 4 * runs.groups; byte += 64)
-          _mm_prefetch(from->in + i * runs.stride + byte, _MM_HINT_T0);
+          _mm_prefetch(segments[k].in + i * runs.stride + byte, _MM_HINT_T0);
       }
     }
   }
@@ -95,8 +95,8 @@ class Product {
       const Segment* const end = segments.data() + segments.size();
       for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
         // Rows of a few lines each, which the processor does not see coming.
-        if (start == first && runs.taps == 1)
-          prefetch_inputs(&s0 + 2, std::min(&s0 + 4, end), height, runs);
+        if (start == first && runs.taps == 1 && end - &s0 > 2)
+          prefetch_inputs(&s0 + 2, std::min<int64_t>(2, end - &s0 - 2), height, runs);
         for (const Segment* s : {&s0, &s1})
           epilogue_.prefetch(s->out + blocks[0].channel, height, outputs_, 16 * vectors);
         for (int64_t i = 0; i < count; ++i) {

@@ -136,7 +136,10 @@ class SumsEpilogue {
       else
         _mm512_mask_storeu_ps(e_.out_f + first, lanes.mask, y);
     }
-    if (e_.out_q) _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, lanes.mask, round(y, zero_point_));
+    if (e_.out_q) {
+      const __m512i q = round(y, zero_point_);
+      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, lanes.mask, q);
+    }
   }
 
   // After the last sum of a task: what went past the caches is there for other threads.
