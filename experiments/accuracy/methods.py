@@ -37,6 +37,10 @@ METHODS = (
     Method("abs_max-full", {"algo": "abs_max", "is_full_quantize": True}),
     Method("auto", {"algo": "auto"}),
     Method("mse", {"algo": "mse"}),
+    Method("percentile", {"algo": "percentile"}),
+    Method("avg", {"algo": "avg"}),
+    Method("emd", {"algo": "emd"}),
+    Method("ptf", {"algo": "ptf"}),
 )
 
 
