@@ -213,7 +213,8 @@ def layer_references(p: Any, x: np.ndarray) -> dict[str, np.ndarray]:
 def test_flax_layers(layer):
     params, x, tokens, qparams, qapply = quantized_layers()
     got, want = qapply(qparams, x, tokens)[layer], layer_references(params, x)[layer]
-    np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-6)
+    slack = reference.half_unit(qparams["sites"].get(layer, {}))
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-6 + slack)
 
 
 def test_every_flax_layer_is_int8_and_takes_its_bias():
