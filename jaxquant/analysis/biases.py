@@ -63,8 +63,9 @@ def _weight_terms(
     )
     axes = channel_axes(program.graph, site, program.graph.equations[site.equation])
     known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
+    unit = np.asarray(scale, np.float64) * np.prod(known)
     zero_point = binding.zero_points.get(site.operands[0], 0)
-    return accumulator_terms(weight, axes, np.float64(scale) * np.prod(known), zero_point)
+    return accumulator_terms(weight, axes, unit, zero_point)
 
 
 def has_bias(program: Program, unit: Unit) -> bool:
