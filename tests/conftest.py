@@ -5,6 +5,7 @@ by a cache that is made for the run and removed behind it; and XLA compiles with
 optimizations, but for the tests marked 'optimized': those that compare bits, as users get them.
 """
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -81,3 +82,12 @@ def _strict_dtype_promotion():
 def rng() -> np.random.Generator:
     """A NumPy generator with a fixed seed: the same draws in every run, whatever ran before."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def biases_as_they_are():
+    """Biases are not rounded to whole units of the accumulator: the arithmetic to the last bit."""
+    weights = importlib.import_module("jaxquant.quantize.weights")  # a function has its name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "LARGEST_BIAS", -1.0)
+        yield

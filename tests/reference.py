@@ -82,11 +82,6 @@ def whole_bias(bias: Any, x: Any, weight: Any, axes: Sequence[int]) -> np.ndarra
     return np.where(used, np.rint(bias / unit) * unit, bias)
 
 
-def half_unit(arrays: dict[str, Any]) -> float:
-    """How far a site's results may be off for its bias being whole units of the accumulator."""
-    return 0.5 * float(np.abs(arrays["multiplier"]).max()) if "bias" in arrays else 0.0
-
-
 def along(vector: Any, sizes: Sequence[int], axes: Sequence[int], rank: int) -> np.ndarray:
     """Place a flat [C] along `axes` (of these sizes, in that order) of a tensor of `rank` axes."""
     spread = np.reshape(vector, [*sizes, *[1] * (rank - len(axes))])

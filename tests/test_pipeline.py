@@ -94,6 +94,7 @@ def test_qparams_keep_the_paths_of_every_pytree(params, apply_fn, path):
     assert type(qparams) is dict
 
 
+@pytest.mark.usefixtures("biases_as_they_are")
 def test_every_form_of_dot_is_int8_and_exact():
     names = ["matmul", "at", "dot", "tensordot", "einsum", "weight_first", "vector", "scaled"]
     shapes = [(6, 5), (6, 5), (6,), (6, 2, 3), (2, 6, 3), (5, 6), (6,), (5, 6)]
@@ -122,7 +123,7 @@ def test_every_form_of_dot_is_int8_and_exact():
             "einsum": jnp.einsum("bi,hik->hbk", x, w["einsum"]) + 1,
             "weight_first": w["weight_first"] @ x.T,
             "vector": jax.vmap(lambda row: row @ w["vector"])(x),
-            "scaled": x @ (w["scaled"].T * 2).astype(jnp.float32) - 4,
+            "scaled": x @ (w["scaled"].T * 2).astype(jnp.float32) - 3,
         }
 
     _, qapply = assert_exact(params, apply_fn, X)

@@ -19,6 +19,8 @@ import jaxquant
 from jaxquant.run import int8
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("biases_as_they_are")
+
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=40)
 
 # Every example compiles; the integers are the same at any optimization level.
@@ -213,8 +215,7 @@ def layer_references(p: Any, x: np.ndarray) -> dict[str, np.ndarray]:
 def test_flax_layers(layer):
     params, x, tokens, qparams, qapply = quantized_layers()
     got, want = qapply(qparams, x, tokens)[layer], layer_references(params, x)[layer]
-    slack = reference.half_unit(qparams["sites"].get(layer, {}))
-    np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-6 + slack)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=4e-6)
 
 
 def test_every_flax_layer_is_int8_and_takes_its_bias():
