@@ -27,13 +27,13 @@ def inv_scale(x: Any) -> np.float32:
 
 
 def quantize(x: Any, inv_scale: Any) -> np.ndarray:
-    """float32 product, rounded half to even, saturated to [-127, 127]; as int64."""
+    """float32 product, rounded half to even, saturated to [-128, 127]; as int64."""
     product = np.asarray(x).astype(np.float32) * np.float32(inv_scale)
-    product = np.clip(product.astype(np.float64), -128, 128)
+    product = np.clip(product.astype(np.float64), -129, 129)
     floor = np.floor(product)
     above = product - floor
     up = (above > 0.5) | ((above == 0.5) & (floor % 2 == 1))
-    return np.clip(floor + up, -127, 127).astype(np.int64)
+    return np.clip(floor + up, -128, 127).astype(np.int64)
 
 
 def fake(x: Any) -> np.ndarray:

@@ -94,7 +94,7 @@ def test_qparams_keep_the_paths_of_every_pytree(params, apply_fn, path):
     assert type(qparams) is dict
 
 
-@pytest.mark.usefixtures("biases_as_they_are")
+@pytest.mark.usefixtures("numbers_as_they_are")
 def test_every_form_of_dot_is_int8_and_exact():
     names = ["matmul", "at", "dot", "tensordot", "einsum", "weight_first", "vector", "scaled"]
     shapes = [(6, 5), (6, 5), (6,), (6, 2, 3), (2, 6, 3), (5, 6), (6,), (5, 6)]

@@ -189,8 +189,7 @@ def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Enviro
     zero_point = readers.zero_point(var)
     rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
     place = x * readers.inv_scale(var) + jnp.float32(zero_point)
-    lowest = -128 if zero_point else -127
-    outside = (place > 127.5) | (place < lowest - 0.5)
+    outside = (place > 127.5) | (place < -128.5)
     return Clipping(
         moments=measures.moments(x, rounded),
         clipped=jnp.sum(outside.astype(jnp.float32)),

@@ -7,7 +7,7 @@ scale, a value is (q - zp) * s.  The operations compute
     y = clip(y, *activation)
     y = y + (q_r - zp_r) * s_r                             or + r, of a float32 residual
     y = clip(y, *activation_after)
-    q = clip(round_half_even(y * inv_scale) + zp, minimum, 127)
+    q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
 
 and return y, q, or both.  Each line rounds as XLA's lowering on CPU does (multiply and add are
 contracted to one rounding), so results are the same bits.
@@ -44,11 +44,10 @@ class Residual(NamedTuple):
 
 
 class Requantize(NamedTuple):
-    """How the output becomes int8: inverse scale, zero point, least value, int8 or uint8."""
+    """How the output becomes int8: inverse scale, zero point, int8 or uint8."""
 
     inv_scale: Any
     zero_point: int = 0
-    minimum: int = -127
     dtype: Any = jnp.int8
 
 
@@ -225,7 +224,6 @@ def _with_epilogue(
         _centred(zero_point[0], x.dtype),
         residual_zero_point,
         0 if out is None else _centred(out.zero_point, out.dtype),
-        -128 if out is None else _centred(out.minimum, out.dtype),
         int(zero_point[1]),
     )
     flat = tuple(float(bound) for clamp in clamps for bound in clamp)

@@ -1,9 +1,10 @@
 """The int8 grid of a tensor: its scale and zero point, from a threshold and the extreme values.
 
-Symmetric int8 is [-127, 127] with scale = threshold / 127 and zero point 0.  Asymmetric int8 is
-[-128, 127], which holds the values from the least to the largest one within the threshold: a tensor
-that is never negative has zero point -128 and twice the resolution.  value = (int8 - zero_point) *
-scale, and zero is exact on either.  Rounding is half to even.
+Symmetric int8 has scale = threshold / 127 and zero point 0.  Asymmetric int8 holds on [-128, 127]
+the values from the least to the largest one within the threshold: a tensor that is never negative
+has zero point -128 and twice the resolution.  value = (int8 - zero_point) * scale, and zero is
+exact on either.  Rounding is half to even; what is beyond saturates at -128 and 127 on either, as
+ONNX's QuantizeLinear and the runtimes have it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """The int8 model's arrays: weights, scales, multipliers and biases.
 
-Weights are symmetric int8: [-127, 127], scale = threshold / 127, round half to even.  A channel
-that is all zero has scale 1.  The arithmetic is float64 on the host; the results are float32.
+Weights are symmetric int8: [-127, 127], scale = threshold / 127, round half to even.  The threshold
+is the largest |w| of a channel, or of the weight; a little more where that keeps the site's sums
+away from ties (`jaxquant.plan.ties`).  A channel that is all zero has scale 1.  The arithmetic is
+float64 on the host; the results are float32.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
-from jaxquant.plan import layout
+from jaxquant.plan import layout, ties
 from jaxquant.plan.bind import Binding, Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.groups import group_layout
@@ -49,6 +52,8 @@ def quantize_params(
         return jax.device_put(qparams)
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
+    sums = ties.find_sums(graph, binding.names)
+    uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site
         planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
@@ -60,6 +65,11 @@ def quantize_params(
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = equalized(graph, binding, site, weights[site.weight], equalization)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
+            if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
+                worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
+                found = sums.get(int8_site.epilogue.output)
+                growth = _growth(np.abs(worth), found, binding, scales)
+                int8, scale = quantize_weight(weight, axes, growth)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             zero_point = binding.zero_points.get(site.operands[0], 0)
@@ -101,8 +111,37 @@ def _broadcasting(factors: np.ndarray) -> np.ndarray:
     return factors.reshape(shape)
 
 
-def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _growth(
+    multiplier: np.ndarray,
+    sums: ties.Sums | None,
+    binding: Binding,
+    scales: Mapping[str, float],
+) -> np.ndarray:
+    """By what factor the multipliers of a site grow so that no sum of it comes near a tie: [C]."""
+    if sums is None or not sums.together or not binding.per_channel.isdisjoint(sums.together):
+        return np.ones_like(multiplier)
+    alone, together = (
+        {scales[binding.scales[var]] for var in found} for found in (sums.entries, sums.together)
+    )
+    is_used = (multiplier > 0) & np.isfinite(multiplier)
+    used = np.where(is_used, multiplier, 1.0)
+    if len(alone) == 1:
+        scale = float(np.float32(alone.pop()))
+        free = ties.fractions(used / scale) * scale
+    else:
+        free = ties.multiples(used, ties.unit_of(together))
+    return np.where(is_used, free / used, 1.0)
+
+
+def quantize_weight(
+    weight: np.ndarray, axes: Sequence[int], growth: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a weight with one scale for every index along `axes` (none: one for all of it).
+
+    Args:
+      weight: floats of any shape.
+      axes: of the output channels, or none.
+      growth: [C], by what factor a scale is larger than the largest |w| / 127; None for 1.
 
     Returns:
       The int8 weight and its float64 scale, [C] with C the product of the sizes of `axes`, or [].
@@ -116,6 +155,8 @@ def quantize_weight(weight: np.ndarray, axes: Sequence[int]) -> tuple[np.ndarray
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
     threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
     scale = np.where(threshold > 0, threshold, 127.0) / 127.0
+    if growth is not None:
+        scale = scale * growth.reshape(scale.shape)
     int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
     return int8, scale.reshape(-1) if axes else scale.reshape(())
 
@@ -157,7 +198,7 @@ def channels_in_use(weight: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     return weight.any(axis=tuple(a for a in range(weight.ndim) if a not in axes)).reshape(-1)
 
 
-@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # refused at the end
+@np.errstate(over="ignore")  # refused at the end
 def epilogue_arrays(
     graph: ir.Graph,
     int8_site: Int8Site,
@@ -165,7 +206,7 @@ def epilogue_arrays(
     scale: np.ndarray,
     offset: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Compose the affine chain into one multiplier and bias.
+    """Compose the affine chain into one multiplier and bias, in float32.
 
     Args:
       graph, int8_site: the site.
@@ -176,6 +217,27 @@ def epilogue_arrays(
     Raises:
       ValueError: the chain's parameters are not finite.
     """
+    multiplier, bias = _compose(graph, int8_site, operands, scale, offset)
+    arrays = {"multiplier": multiplier.astype(np.float32)}
+    if bias is not None:
+        arrays["bias"] = bias.astype(np.float32)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(
+            f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
+            "infinity; check those parameters"
+        )
+    return arrays
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def _compose(
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    operands: dict[ir.Var, np.ndarray],
+    scale: np.ndarray,
+    offset: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`epilogue_arrays` in float64: the multiplier, and the bias or None."""
     multiplier, has_bias = np.asarray(scale, np.float64), offset is not None
     bias = np.zeros_like(multiplier) if offset is None else -offset * multiplier
     for step in int8_site.epilogue.steps:
@@ -192,15 +254,10 @@ def epilogue_arrays(
             if step.op == "rsub":
                 multiplier, bias = -multiplier, -bias
             bias = bias - operand if step.op == "sub" else bias + operand
-    arrays = {"multiplier": np.broadcast_to(multiplier, scale.shape).astype(np.float32)}
-    if has_bias:
-        arrays["bias"] = np.broadcast_to(bias, scale.shape).astype(np.float32)
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise ValueError(
-            f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
-            "infinity; check those parameters"
-        )
-    return arrays
+    return (
+        np.broadcast_to(multiplier, scale.shape),
+        np.broadcast_to(bias, scale.shape) if has_bias else None,
+    )
 
 
 def whole_steps(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:

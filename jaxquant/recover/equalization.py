@@ -194,7 +194,7 @@ def _choose(
 ) -> np.ndarray | None:
     """The factors [I] of least error; None where none is better than none."""
     step, zero = tensor.scale, tensor.zero_point
-    grid = InputGrid(step, (-128.0 if zero else -127.0) - zero, 127.0 - zero)
+    grid = InputGrid(step, -128.0 - zero, 127.0 - zero)
     shown = np.maximum(
         seen.high / (step * grid.highest) if grid.highest > 0 else 0.0,
         seen.low / (step * grid.lowest) if grid.lowest < 0 else 0.0,

@@ -29,7 +29,6 @@ from jaxquant.quantize.weights import (
     Equalization,
     along_channels,
     equalized,
-    quantize_weight,
     whole_steps,
 )
 from jaxquant.recover import adaround
@@ -40,6 +39,7 @@ from jaxquant.recover.walk import Walk
 
 POSITIONS = 4096  # of a site's output, at most
 _FEWEST = 8  # positions to learn from
+_WHOLE = 2.0**-15  # of a step: what is as near to an integer is one
 
 
 class Wanted(NamedTuple):
@@ -191,7 +191,7 @@ class _Learner:
         assert site.weight is not None
         slot, arrays = self._program.slots[site.name], qparams["sites"][site.name]
         multiplier = np.asarray(arrays["multiplier"], np.float64)
-        weight, scale = self._scaled_weight(site)
+        weight, scale = self._scaled_weight(site, layout.get(qparams["params"], slot.scale))
         before = product.matrix(np.asarray(layout.get(qparams["params"], slot.int8), np.float64))
         bias = np.asarray(arrays.get("bias", np.zeros_like(multiplier)), np.float64)
         bias = bias + zero * multiplier * _column_sums(before)
@@ -235,14 +235,15 @@ class _Learner:
         self._roundings.put(name, known, rounding)
         return rounding
 
-    def _scaled_weight(self, site: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The float64 weight in units of its scale, which comes too: [C] or []."""
+    def _scaled_weight(self, site: Any, scale: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The float64 weight in units of its scale [C] or [], which comes too in float64."""
         graph, binding = self._program.graph, self._program.binding
         weight = equalized(graph, binding, site, self._weights[site.weight], self._equalization)
         axes = channel_axes(graph, site, graph.equations[site.equation])
-        per_channel = self._plan.weight_quantize_type == "channel_wise_abs_max"
-        scale = quantize_weight(weight, axes if per_channel else ())[1]
-        return weight / along_channels(scale, axes, weight.shape), scale
+        scale = np.asarray(scale, np.float64)
+        ratio = weight / along_channels(scale, axes, weight.shape)
+        near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
+        return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
 
     def _input_scale(self, site: Any) -> float:
         name = self._program.binding.scales[site.operands[0]]

@@ -63,8 +63,7 @@ class FusedCall:
         """One call of the native kernels."""
         out = residual = None
         if self.chain.grid is not None:
-            lowest = -128 if self._out_zero_point else -127
-            out = native.Requantize(operands["inv_scale"], self._out_zero_point, lowest)
+            out = native.Requantize(operands["inv_scale"], self._out_zero_point)
         if self.chain.residual is not None:
             residual = Residual(
                 operands["residual"], operands.get("residual_scale", 1.0), self._residual_zero_point

@@ -1,7 +1,7 @@
 """The int8 operations: quantize, and dots with int32 accumulation; `conv` has convolution.
 
-Round half to even.  A tensor with zero point z stands for its integers less z, on [-128, 127]; with
-zero point 0 for its integers, on [-127, 127].  Each operation is exact in integers.
+Round half to even, saturate to [-128, 127].  A tensor with zero point z stands for its integers
+less z.  Each operation is exact in integers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: int = 0) -> jax.Arr
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
     if zero_point:
         scaled = scaled + jnp.float32(zero_point)
-    lowest = jnp.float32(-128 if zero_point else -127)
-    return lax.clamp(lowest, scaled, jnp.float32(127)).astype(jnp.int8)
+    return lax.clamp(jnp.float32(-128), scaled, jnp.float32(127)).astype(jnp.int8)
 
 
 def dequantize(x: jax.Array, scale: jax.Array, zero_point: int = 0) -> jax.Array:

@@ -117,7 +117,7 @@ def fma(a: Any, b: Any, c: Any) -> np.ndarray:
 def requantized(y: np.ndarray, out: native.Requantize) -> np.ndarray:
     scaled = np.rint(y.astype(np.float32) * np.float32(out.inv_scale))
     top = 127 if np.dtype(out.dtype) == np.int8 else 255
-    return np.clip(scaled.astype(np.float64) + out.zero_point, out.minimum, top).astype(out.dtype)
+    return np.clip(scaled.astype(np.float64) + out.zero_point, top - 255, top).astype(out.dtype)
 
 
 # The kernels that the compiler leaves when it may not use the instructions of the better ones.

@@ -21,7 +21,7 @@ from tests.native.cases import Conv, int8_values, needs_kernels
 pytestmark = needs_kernels
 
 CONV = Conv(8, (9, 11), (3, 3), 16, 40, padding=((1, 1), (1, 1)))
-OUT = native.Requantize(np.float32(21.7), 3, -128)
+OUT = native.Requantize(np.float32(21.7), 3)
 
 
 def conv(x: jax.Array, packed: jax.Array, residual: jax.Array | None = None) -> jax.Array:

@@ -105,7 +105,7 @@ def test_a_convolution_equals_numpy_exactly(name: str, never_negative: bool):
     # The integers of the input, the sum, the epilogue.
     product = x * np.asarray(entry["inv_scale"]).reshape(laid)
     zero = tensor.zero_point
-    integers = np.clip(np.rint(product) + zero, -128 if zero else -127, 127).astype(np.int64) - zero
+    integers = np.clip(np.rint(product) + zero, -128, 127).astype(np.int64) - zero
     eqn_params = {k: eqn.params[k] for k in (
         "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
         "feature_group_count",
@@ -143,7 +143,7 @@ def test_a_dot_equals_numpy_exactly(spec, shape, weight, axes):
     assert tensor.channels == axes
     entry, zero = qparams["tensors"]["w/input"], tensor.zero_point
     integers = np.rint(x * np.asarray(entry["inv_scale"])) + zero
-    integers = np.clip(integers, -128 if zero else -127, 127) - zero
+    integers = np.clip(integers, -128, 127) - zero
     sizes = [s if a in axes else 1 for a, s in enumerate(shape)]
     e = np.broadcast_to(np.asarray(entry["scale"], np.float64) / tensor.scale, sizes)
     e = e.reshape([shape[a] for a in axes])
@@ -195,9 +195,9 @@ def test_values_beyond_those_of_calibration_are_kept():
     qparams, qapply = quantize({"w": even_outputs((16, 8), 0)}, lambda p, x: x @ p["w"], x)
     (tensor,) = qapply.plan.tensors
     scale = np.broadcast_to(np.asarray(qparams["tensors"]["w/input"]["scale"]), 16)
-    largest = np.abs(x).max(axis=0)
-    wanted = np.minimum(2 * largest, np.float32(tensor.threshold))
-    assert (scale * 127 >= wanted * (1 - 1e-5)).all()
+    for ends, steps in ((x.max(axis=0), 127), (-x.min(axis=0), 128)):
+        wanted = np.minimum(2 * ends, np.float32(tensor.threshold))
+        assert (scale * steps >= wanted * (1 - 1e-5)).all()
 
 
 def test_smoothquant_leaves_convolutions_alone():

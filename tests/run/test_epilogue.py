@@ -22,7 +22,7 @@ import pytest
 import jaxquant
 from tests import reference
 
-pytestmark = pytest.mark.usefixtures("biases_as_they_are")
+pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
 
 N, T, K, C = 4, 3, 8, 6
 Params = dict[str, Any]

@@ -18,6 +18,8 @@ from jaxquant.graph import kinds
 from tests import networks, reference
 from tests.plan import full
 
+pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
+
 C = 4
 X = networks.whole_numbers((2, 6, 6, C))
 VOLUME = (2, 4, 4, 4, 1)

@@ -19,7 +19,7 @@ from jaxquant.run.conv import conv as int8_conv
 from tests import reference
 from tests.run.test_int8_conv import compile_fast, convolutions, settings
 
-pytestmark = pytest.mark.usefixtures("biases_as_they_are")
+pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
 
 
 def integers(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -74,9 +74,8 @@ def test_quantize_saturates_and_rounds_to_even():
 
 def grid(tensor: TensorPlan, x: np.ndarray) -> np.ndarray:
     """The values that the int8 form of a tensor stands for."""
-    least = -128 if tensor.zero_point else -127
     product = np.asarray(x, np.float32) * np.float32(1 / tensor.scale)
-    code = np.clip(np.rint(product) + tensor.zero_point, least, 127)
+    code = np.clip(np.rint(product) + tensor.zero_point, -128, 127)
     return (code - tensor.zero_point) * tensor.scale
 
 

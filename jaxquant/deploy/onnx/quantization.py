@@ -21,12 +21,15 @@ class Weight:
     Attributes:
       int8: in ONNX's layout.
       scale: float32 [C], positive.
+      steps: float32 [C], what one unit of the accumulator is worth: `scale` times the input's, as
+        runtimes round it where such a scale exists.
       bias: float64 [C].
       axis: the axis of the channels.
     """
 
     int8: np.ndarray
     scale: np.ndarray
+    steps: np.ndarray
     bias: np.ndarray | None
     axis: int
 
@@ -121,16 +124,15 @@ class Quantizer:
         axis = {"axis": weight.axis} if weight.scale.ndim else {}
         return self.builder.node("DequantizeLinear", inputs, "weight", **axis)
 
-    def bias(self, weight: Weight, entry: str) -> str | None:
+    def bias(self, weight: Weight) -> str | None:
         """The dequantized int32 bias, whose steps are those of the accumulator."""
         if weight.bias is None:
             return None
-        scale = np.float32(self.scale(entry)) * weight.scale
-        int32 = np.rint(weight.bias / scale.astype(np.float64)).astype(np.int32)
+        int32 = np.rint(weight.bias / weight.steps.astype(np.float64)).astype(np.int32)
         inputs = [
             self.builder.constant(int32, "bias_int32"),
-            self.builder.constant(scale, "bias_scale"),
-            self.builder.constant(np.zeros(scale.shape, np.int32), "bias_zero_point"),
+            self.builder.constant(weight.steps, "bias_scale"),
+            self.builder.constant(np.zeros(int32.shape, np.int32), "bias_zero_point"),
         ]
         return self.builder.node("DequantizeLinear", inputs, "bias", axis=0)
 
@@ -158,11 +160,21 @@ def make_weight(
     along = [1] * int8.ndim
     along[axis] = -1
     multiplier = multiplier.astype(np.float64)
-    steps = np.abs(multiplier) / input_scale
-    scale = steps if bias is None else np.maximum(steps, np.abs(bias) / LARGEST_BIAS / input_scale)
-    scale = np.maximum(np.where(scale > 0, scale, 1.0), 2.0**-126).astype(np.float32)
-    ratio = np.sign(multiplier) * steps / scale.astype(np.float64)
+    worth = np.abs(multiplier)
+    steps = worth if bias is None else np.maximum(worth, np.abs(bias) / LARGEST_BIAS)
+    least = 2.0**-126 * max(input_scale, 1.0)
+    steps = np.maximum(np.where(steps > 0, steps, input_scale), least).astype(np.float32)
+    ratio = np.sign(multiplier) * worth / steps.astype(np.float64)
     exact = np.abs(np.abs(ratio) - 1) < 1e-5
     ratio = np.where(exact, np.sign(ratio), ratio).reshape(along)
     folded = np.clip(np.rint(int8 * ratio), -127, 127).astype(np.int8)
-    return Weight(folded, scale, None if bias is None else bias.astype(np.float64), axis)
+    scale = _factor(steps, np.float32(input_scale))
+    return Weight(folded, scale, steps, None if bias is None else bias.astype(np.float64), axis)
+
+
+def _factor(product: np.ndarray, other: np.float32) -> np.ndarray:
+    """float32 [C] that gives `product` when multiplied by `other` in float32, or the next to it."""
+    nearest = (product.astype(np.float64) / other).astype(np.float32)
+    below, above = (np.nextafter(nearest, np.float32(bound)) for bound in (0, np.inf))
+    choices = [nearest, below, above]
+    return np.select([choice * other == product for choice in choices], choices, nearest)

@@ -50,14 +50,15 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
         is_dot = e.integer_dots and contraction.is_pointwise(form)
         if is_dot and not e.is_quantized(site.output):
             return _moved(e, site, _integer_dot(e, site, form, weight, entry, shape))
-        names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
+        names = e.quantizer.weight(weight), e.quantizer.bias(weight)
         value = contraction.conv(e.builder, site.node, form, x, *names, shape)
         return _moved(e, site, value)
     side = 1 - site.weight_position
     ranks = (x.rank, int8.ndim) if side == 0 else (int8.ndim, x.rank)
     dot = contraction.dot_form(site.node, ranks)
     if dot.batch[0]:
-        unscaled = Weight(int8, np.ones((), np.float32), None, 0)
+        one = np.ones((), np.float32)
+        unscaled = Weight(int8, one, one, None, 0)
         kernel = Value(e.quantizer.weight(unscaled), int8.shape, straight(int8.ndim))
         values = [x, kernel] if side == 0 else [kernel, x]
         value = contraction.dot(e.builder, dot, values, shape)
@@ -66,7 +67,7 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     width = math.prod(int8.shape[axis] for axis in dot.contracted[1 - side])
     matrix = int8.transpose(order).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
-    names = e.quantizer.weight(weight), e.quantizer.bias(weight, entry)
+    names = e.quantizer.weight(weight), e.quantizer.bias(weight)
     return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
 
 
@@ -98,8 +99,7 @@ def _integer_dot(
     inputs = [name, b.constant(matrix, "weight_int8"), b.constant(e.quantizer.zero(entry))]
     name = b.node("MatMulInteger", [*inputs, b.constant(np.int8(0))])
     name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
-    steps = np.float32(e.quantizer.scale(entry)) * weight.scale
-    name = b.node("Mul", [name, b.constant(steps, "steps")])
+    name = b.node("Mul", [name, b.constant(weight.steps, "steps")])
     if weight.bias is not None:
         name = b.node("Add", [name, b.constant(weight.bias.astype(np.float32), "bias")])
     return Value(name, shape, (out_batch, *out_spatial, out_feature))

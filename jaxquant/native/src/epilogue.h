@@ -4,7 +4,7 @@
 //   y = clamp(y, low, high)
 //   y = y + (residual - residual_zero_point) * residual_scale     (one fused multiply-add)
 //   y = clamp(y, low_after, high_after)
-//   q = round_half_even(clamp(y * inv_scale, q_min - zero_point, q_max - zero_point)) + zero_point
+//   q = round_half_even(clamp(y * inv_scale, kLeast - zero_point, kLargest - zero_point)) + zero_point
 //
 // The bounds of the last clamp are integers, so clamping before rounding gives what clamping after
 // it does, and nothing overflows in the conversion.
@@ -24,6 +24,7 @@
 namespace jaxquant {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int32_t kLeast = -128, kLargest = 127;  // of int8
 constexpr int64_t kStreamedBytes = 1 << 21;  // a float output of so many is written past the caches
 
 struct Epilogue {
@@ -41,7 +42,6 @@ struct Epilogue {
   int8_t* out_q = nullptr;  // of the output's shape, or null
   float inv_scale = 1.0f;
   int32_t zero_point = 0;
-  int32_t q_min = -128, q_max = 127;
   uint8_t out_flip = 0;
 
   // Read and written for one sum.
@@ -54,7 +54,7 @@ struct Epilogue {
   // True where the clamp changes nothing: what it cuts saturates anyway.  Holds for `plain`.
   bool clamp_is_saturation() const {
     auto grid = [this](float y) { return std::nearbyintf(y * inv_scale) + zero_point; };
-    return grid(low) <= q_min && grid(high) >= q_max;
+    return grid(low) <= kLeast && grid(high) >= kLargest;
   }
 };
 
@@ -76,8 +76,8 @@ class SumsEpilogue {
       : plain(e.plain()), clamps(!e.clamp_is_saturation()), e_(e), low_(_mm512_set1_ps(e.low)),
         high_(_mm512_set1_ps(e.high)), low_after_(_mm512_set1_ps(e.low_after)),
         high_after_(_mm512_set1_ps(e.high_after)), inv_scale_(_mm512_set1_ps(e.inv_scale)),
-        q_low_(_mm512_set1_ps(float(e.q_min - e.zero_point))),
-        q_high_(_mm512_set1_ps(float(e.q_max - e.zero_point))),
+        q_low_(_mm512_set1_ps(float(kLeast - e.zero_point))),
+        q_high_(_mm512_set1_ps(float(kLargest - e.zero_point))),
         residual_scale_(_mm512_set1_ps(e.residual_scale)),
         residual_zero_point_(_mm512_set1_epi32(e.residual_zero_point)),
         residual_flip_(_mm_set1_epi8(char(e.residual_flip))),
@@ -209,7 +209,7 @@ class SumsEpilogue {
         for (int64_t k = 0; k < m; ++k) e_.out_f[first + k] = y[k];
       }
       if (e_.out_q) {
-        const float q_low = e_.q_min - e_.zero_point, q_high = e_.q_max - e_.zero_point;
+        const float q_low = kLeast - e_.zero_point, q_high = kLargest - e_.zero_point;
         for (int64_t k = 0; k < m; ++k) {
           const float scaled = std::min(std::max(y[k] * e_.inv_scale, q_low), q_high);
           const int32_t q = int32_t(std::nearbyintf(scaled)) + e_.zero_point;

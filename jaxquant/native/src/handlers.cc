@@ -38,14 +38,14 @@ struct EpilogueArguments {
   ffi::AnyBuffer inv_scale, residual_scale;   // []
   ffi::RemainingArgs residual;                // none or one
   ffi::RemainingRets outs;                    // float32, int8 or uint8
-  Ints quantized;  // zero point of input, residual, output; least output; subtract the first?
+  Ints quantized;  // zero point of input, residual, output; subtract the first?
   Floats clamps;   // low and high before the residual, low and high behind it
 };
 
 // Zero points count from the middle of the stored type: of uint8 they come as value - 128.
 ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
   const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, quantized, clamps] = a;
-  if (quantized.size() != 5 || clamps.size() != 4) return invalid("wrong attributes");
+  if (quantized.size() != 4 || clamps.size() != 4) return invalid("wrong attributes");
   if (int64_t(multiplier.element_count()) < outputs) return invalid("the multiplier is too short");
   e.multiplier = multiplier.typed_data<float>();
   if (bias.element_count() > 0) {
@@ -71,7 +71,6 @@ ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
   }
   e.inv_scale = *inv_scale.typed_data<float>();
   e.zero_point = int32_t(quantized[2]);
-  e.q_min = int32_t(quantized[3]);
   for (size_t i = 0; i < a.outs.size(); ++i) {
     auto out = a.outs.get<ffi::AnyBuffer>(i);
     if (!out.has_value()) return invalid("an output cannot be written");
@@ -111,14 +110,14 @@ ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer p
   if (s.depthwise()) {
     if (int64_t(packed.element_count()) != PackedDepthwise{s.c, s.kh * s.kw}.size())
       return invalid("the weights are packed for another kernel shape");
-    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point, quantized[4]);
+    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point, quantized[3]);
     depthwise(threads, a, s, weights, epilogue);
     return error;
   }
   const PackedMatrix layout{s.groups, s.group_out(), s.taps() * s.run_groups()};
   if (int64_t(packed.element_count()) != layout.size())
     return invalid("the weights are packed for another kernel shape");
-  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point, quantized[4]);
+  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point, quantized[3]);
   conv(threads, a, s, Product(layout, weights, epilogue, s.o, a.zero_point));
   return error;
 }
@@ -141,7 +140,7 @@ ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   XlaThreads threads(pool);
   const bool is_int8 = x.element_type() == ffi::S8;
   const Activations a =
-      Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[4]);
+      Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[3]);
   dot(threads, a, in[0], in[1],
       Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
   return error;
