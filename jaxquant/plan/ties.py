@@ -33,7 +33,7 @@ _NUMERATORS = 16  # tried at a time
 _BITS = 13  # of the multiple that the largest scale is of the unit, less one
 
 _SELECTING = frozenset(
-    {"max", "min", "clamp", "concatenate", "slice", "pad", "reduce_max", "reduce_window_max"}
+    {"max", "min", "clamp", "neg", "concatenate", "slice", "pad", "reduce_max", "reduce_window_max"}
 )
 _ADDING = frozenset({"add", "add_any", "sub"})
 
@@ -109,24 +109,23 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
       ratio: float64 [C], positive.
 
     Example:
-      >>> (fractions(np.array([0.3, 1e-3])) * np.array([487, 999])).round(9).tolist()
-      [146.155844156, 1.0]
+      >>> (fractions(np.array([1 / 3, 0.25])) * np.array([3, 2051])).round(9).tolist()
+      [1.0, 513.0]
     """
     found = np.full(ratio.shape, np.inf)
+    is_open = np.ones(ratio.shape, bool)
     first = 1
-    while True:
-        is_open = (found > ratio * (1 + EXCESS)) & (first <= LARGEST_DENOMINATOR * ratio)
-        if not is_open.any():
-            return np.where(np.isfinite(found), found, ratio)
-        some = ratio[is_open]
+    while is_open.any():
+        some, nearest = ratio[is_open], found[is_open]
         for p in range(first, first + _NUMERATORS):
             most = np.floor(p / some)
-            fraction = p / np.where(most < 1, 0.5, most - (most % 2 == 0))
-            wanted = found[is_open] > some * (1 + EXCESS)
-            found[is_open] = np.where(
-                wanted & (most >= 1), np.minimum(found[is_open], fraction), found[is_open]
-            )
+            odd = np.maximum(most - (most % 2 == 0), 1)
+            better = (most >= 1) & (nearest > some * (1 + EXCESS)) & (p / odd < nearest)
+            nearest = np.where(better, p / odd, nearest)
+        found[is_open] = nearest
         first += _NUMERATORS
+        is_open = (found > ratio * (1 + EXCESS)) & (first <= LARGEST_DENOMINATOR * ratio)
+    return np.where(np.isfinite(found), found, ratio)
 
 
 def multiples(multiplier: np.ndarray, unit: float) -> np.ndarray:

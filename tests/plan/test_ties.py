@@ -1,0 +1,174 @@
+"""No sum that is quantized comes near the middle between two integers."""
+
+from fractions import Fraction
+
+import flax.linen as nn
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant
+from jaxquant.graph.trace import trace
+from jaxquant.plan import ties
+from tests import networks, reference
+
+C = 16
+N = np.arange(-(2**20), 2**20, dtype=np.float64)  # sums that fit on the grid, and many that do not
+
+
+def distance(quotients: np.ndarray) -> float:
+    """From the middle between two integers, of those that do not saturate anyway."""
+    quotients = quotients[np.abs(quotients) < 256]
+    return float(np.abs(quotients - np.floor(quotients) - 0.5).min())
+
+
+@hypothesis.given(hnp.arrays(np.float64, 8, elements=st.floats(1e-9, 50.0)))
+def test_a_fraction_has_an_odd_denominator_and_is_barely_above(ratio):
+    found = ties.fractions(ratio)
+    for before, after in zip(ratio, found, strict=True):
+        fraction = Fraction(after).limit_denominator(int(1 / before) + ties.LARGEST_DENOMINATOR)
+        assert float(fraction) == pytest.approx(after, rel=1e-12)
+        assert fraction.denominator % 2 == 1
+        assert before * (1 - 1e-12) <= after <= before * (1 + ties.EXCESS)
+
+
+def test_a_ratio_that_no_fraction_is_near_stays():
+    assert ties.fractions(np.array([1e6])).tolist() == [1e6]
+
+
+@hypothesis.given(st.floats(1e-30, 1e30), st.floats(0.01, 1.0))
+def test_scales_are_odd_multiples_of_a_unit_that_they_give_again(largest, part):
+    unit = ties.unit_of([largest, part * largest])
+    scales = [ties.odd_multiple(scale, unit) for scale in (largest, part * largest)]
+    for before, after in zip((largest, part * largest), scales, strict=True):
+        assert (after / unit) % 2 == 1
+        assert after == np.float32(after)
+        assert abs(after - before) <= unit
+    assert ties.unit_of(scales) == unit
+
+
+def outputs(apply_fn, params, x, entries=()):
+    """What `find_sums` knows of the tensors that a function returns."""
+    graph = trace(apply_fn, params, (x,))
+    dots = [e.inputs[0] for e in graph.equations if e.name == "dot_general"]
+    found = ties.find_sums(graph, dots)
+    return [found.get(var) for var in graph.outputs], dots
+
+
+def test_sums_are_followed_through_what_moves_and_selects():
+    def apply_fn(p, x):
+        y = x @ p
+        moved = jnp.maximum(y, 0)[:, None].transpose(1, 0, 2)
+        joined = jnp.concatenate([moved, jnp.pad(moved, ((0, 0), (0, 0), (0, 0)))], 1)[0]
+        return y, jnp.tanh(y), y * 2, joined @ p
+
+    (sums, *others, last), (_, entry) = outputs(apply_fn, jnp.eye(4), jnp.ones((2, 4)))
+    assert sums == ties.Sums(frozenset({entry}), frozenset({entry}))
+    assert others == [None, None]
+    assert last is None
+
+
+def test_what_is_added_belongs_together():
+    def apply_fn(p, x):
+        y = jnp.maximum(x @ p, 0)
+        z = y + y @ p  # y itself is quantized too
+        w = z - z @ p
+        return y, z, w, w @ p
+
+    (y, z, w, _), (_, *entries) = outputs(apply_fn, jnp.eye(4), jnp.ones((2, 4)))
+    together = frozenset(entries)
+    assert y == z == ties.Sums(frozenset(), together)
+    assert w == ties.Sums(frozenset({entries[-1]}), together)
+
+
+class Blocks(nn.Module):
+    """Inverted residuals and a sum that is quantized on two scales."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(C, (3, 3), name="stem")(x))
+        for n in range(2):
+            gain = self.param(f"g{n}", nn.initializers.normal(1.0), (4 * C,))
+            y = nn.relu6(nn.Conv(4 * C, (1, 1), name=f"e{n}")(x) * gain)
+            y = nn.relu6(nn.Conv(4 * C, (3, 3), feature_group_count=4 * C, name=f"d{n}")(y))
+            x = x + nn.Conv(C, (1, 1), name=f"p{n}")(y)
+        pooled = nn.max_pool(-x, (2, 2), (2, 2))
+        return nn.Conv(C, (1, 1), name="a")(x), nn.Conv(C, (1, 1), name="b")(pooled)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    x = networks.images(0, (4, 8, 8, 3))
+    params = networks.random_params(lambda: Blocks().init(jax.random.key(0), x))
+    return params, *jaxquant.quant_post(params, Blocks().apply, [x], progress=False)
+
+
+def test_no_sum_of_a_network_comes_near_a_tie(blocks):
+    _, qparams, qapply = blocks
+    scale = {tensor.name: tensor.scale for tensor in qapply.plan.tensors}
+    for n in range(2):
+        for site, reader in ((f"e{n}", f"d{n}"), (f"d{n}", f"p{n}")):
+            multiplier = np.asarray(qparams["sites"][site]["multiplier"], np.float64)
+            for ratio in np.abs(multiplier[::8]) / scale[f"{reader}/input"]:
+                rounding = 256 * 2.0**-24  # of the multiplier to float32
+                assert distance(N * ratio) > 0.5 * min(ratio, 2.0**-13) - rounding
+    residual = [scale[f"{name}/input"] for name in ("e0", "e1", "a", "b")]
+    unit = ties.unit_of(residual)
+    assert all((s / unit) % 2 == 1 for s in residual)
+    assert all(distance(N * 8 / (s / unit)) > 2.0**-16 for s in residual)
+    for site in ("stem", "p0", "p1"):
+        multiplier = np.asarray(qparams["sites"][site]["multiplier"], np.float64)
+        assert (multiplier % unit == 0).all()
+
+
+def test_weights_are_those_of_the_scales(blocks):
+    params, qparams, _ = blocks
+    for site, weight in params["params"].items():
+        if site.startswith("g"):
+            continue
+        entry = qparams["params"]["params"][site]["kernel"]
+        kernel = np.asarray(weight["kernel"], np.float64)
+        scale = np.asarray(entry["scale"], np.float64)
+        _, least = reference.quantize_weight(kernel, (3,))
+        assert (scale >= least * (1 - 1e-6)).all()
+        if site not in ("stem", "p0", "p1"):
+            assert (scale <= least * (1 + ties.EXCESS) * (1 + 1e-6)).all()
+        difference = np.abs(np.asarray(entry["int8"]) * scale - kernel)
+        assert (difference <= scale * (0.5 + 1e-4)).all()
+
+
+def test_both_backends_give_the_same_bits(blocks):
+    _, qparams, qapply = blocks
+    x = networks.images(1, (64, 8, 8, 3))
+    native, xla = qapply(qparams, x), qapply.with_backend("xla")(qparams, x)
+    for a, b in zip(native, xla, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", ["abs_max", "shared", "equalized"])
+def test_weights_that_cannot_grow_by_channel_keep_their_scales(kind):
+    """One scale for all of a weight, one weight for two sites, an equalized tensor."""
+    rng = np.random.default_rng(0)
+    params = {n: np.float32(rng.normal(size=(C, C)) * 2.0 ** rng.integers(-3, 3, C)) for n in "ab"}
+
+    def apply_fn(p, x):
+        y = jax.nn.relu(x @ p["a"])
+        return y @ p["a" if kind == "shared" else "b"]
+
+    x = np.float32(rng.normal(size=(64, C)))
+    options = {"weight_quantize_type": "abs_max"} if kind == "abs_max" else {}
+    recover = ("equalization",) if kind == "equalized" else ()
+    qparams, _ = jaxquant.quant_post(
+        params, apply_fn, [x], recover=recover, progress=False, **options
+    )
+    _, scale = reference.quantize_weight(params["a"], () if kind == "abs_max" else (1,))
+    if kind == "equalized":
+        factors = np.asarray(qparams["tensors"]["b/input"]["scale"])
+        assert np.ptp(factors) > 0  # so this is the case
+    np.testing.assert_allclose(
+        qparams["params"]["a"]["scale"], scale if kind != "abs_max" else scale[0], rtol=1e-6
+    )
