@@ -48,6 +48,31 @@ def test_both_forms_agree_with_qapply(model, runtime, channels_first, tmp_path):
     assert sqnr(expected, run(path, given)[0]) > 40
 
 
+class Deep(nn.Module):
+    """Twelve inverted residuals: an integer that is one off at the start is many at the end."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(32, (3, 3), name="stem")(x))
+        for n in range(12):
+            y = nn.relu6(nn.Conv(96, (1, 1), name=f"expand{n}")(x))
+            y = nn.relu6(nn.Conv(96, (3, 3), feature_group_count=96, name=f"depthwise{n}")(y))
+            x = x + nn.Conv(32, (1, 1), name=f"project{n}")(y)
+        return nn.Conv(10, (1, 1), name="head")(x)
+
+
+def test_deep_networks_come_to_the_same_integers(tmp_path):
+    """Nothing but the last multiplication differs, in its last bits."""
+    apply_fn, batch = Deep().apply, images(0, (8, 16, 16, 3))
+    params = random_params(lambda: Deep().init(jax.random.key(0), batch))
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [batch], progress=False)
+    x = images(1, (32, 16, 16, 3))
+    expected = np.asarray(qapply(qparams, x))
+    assert sqnr(expected, np.asarray(qapply.with_backend("xla")(qparams, x))) > 120
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, runtime="onnxruntime")
+    assert sqnr(expected, run(tmp_path / "m.onnx", x)[0]) > 120
+
+
 def test_every_convolution_is_int8_in_onnx_runtime(model, tmp_path):
     qparams, qapply, _, _ = model
     path, optimized = tmp_path / "m.onnx", tmp_path / "optimized.onnx"
