@@ -14,7 +14,8 @@ makes much of one.  So multipliers and scales are chosen such that none is:
   away from k + 1/2; t is below 2^14, and two roundings of a number below 256 less than 2^-15 off.
 
 A multiplier is made larger, never smaller, by way of the weight's scale: in the first case by less
-than 2^-11 of it.
+than 2^-11 of it, in the second to the next multiple.  One below the unit becomes a multiple of its
+half, quarter, ..., and an exact tie is possible there, if rare.
 """
 
 from __future__ import annotations
@@ -129,9 +130,16 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
 
 
 def multiples(multiplier: np.ndarray, unit: float) -> np.ndarray:
-    """The least multiples of `unit` that are not below.
+    """The least multiples of `unit` that are not below; of its half, quarter, ... below the unit.
+
+    They are less than twice the multiplier.  What is below the unit adds next to nothing to the quantized sum, but others may read it.
 
     Args:
       multiplier: float64 [C], positive.
+
+    Example:
+      >>> multiples(np.array([2.1, 1.0, 0.2]), 1.0).tolist()
+      [3.0, 1.0, 0.25]
     """
-    return np.ceil(multiplier / unit) * unit
+    step = unit * np.exp2(np.minimum(np.floor(np.log2(multiplier / unit)), 0.0))
+    return np.ceil(multiplier / step) * step
