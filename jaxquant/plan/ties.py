@@ -132,7 +132,8 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
 def multiples(multiplier: np.ndarray, unit: float) -> np.ndarray:
     """The least multiples of `unit` that are not below; of its half, quarter, ... below the unit.
 
-    They are less than twice the multiplier.  What is below the unit adds next to nothing to the quantized sum, but others may read it.
+    They are less than twice the multiplier.  What is below the unit adds next to nothing to the
+    quantized sum, but others may read it.
 
     Args:
       multiplier: float64 [C], positive.
