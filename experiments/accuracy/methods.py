@@ -38,7 +38,7 @@ METHODS = (
     Method("auto", {"algo": "auto"}),
     Method("mse", {"algo": "mse"}),
     Method("percentile", {"algo": "percentile"}),
-    Method("avg", {"algo": "avg"}),
+    Method("avg", {"algo": "avg", "observer": "avg"}),  # which keeps statistics of its own
     Method("emd", {"algo": "emd"}),
     Method("ptf", {"algo": "ptf"}),
 )
