@@ -4,6 +4,7 @@ import pytest
 import jaxquant
 from experiments.accuracy import methods
 from experiments.accuracy.methods import METHODS, Method
+from jaxquant.calibration.observers import find_observer
 
 
 def test_names_can_be_listed_with_commas_and_are_single():
@@ -17,6 +18,13 @@ def test_names_can_be_listed_with_commas_and_are_single():
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_option_is_one_of_the_library(method):
     methods.check(method)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_what_keeps_statistics_of_its_own_is_calibrated_with(method):
+    observer = find_observer(method.options["algo"], 0.99999)
+    given = method.options_of(jaxquant.calibrate).get("observer", "KL")
+    assert observer.keeps_histogram or given == method.options["algo"]
 
 
 def test_an_option_that_no_step_takes_is_named():
