@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxquant.calibration.observations import Observations
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir
+from jaxquant.plan import ties
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.plan import Plan, TensorPlan
 
@@ -47,7 +49,7 @@ def make_chosen_plan(
         groups = {group for group, other in choice.thresholds if other == algo}
         other = make_plan(graph, observations, dataclasses.replace(config, algo=algo))
         plan = with_tensors_of(plan, other, groups)
-    return plan
+    return ties.without_ties(graph, plan)
 
 
 def with_tensors_of(plan: Plan, other: Plan, groups: set[str]) -> Plan:
@@ -66,16 +68,19 @@ def groups_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:
 def changed_sites(before: Plan, after: Plan) -> tuple[str, ...]:
     """The sites whose type, or the grid of whose input, differs."""
     old = {site.name: site for site in before.sites}
-    grids = [{tensor.group: _grid(tensor) for tensor in plan.tensors} for plan in (before, after)]
+    grids = [{tensor.group: tensor for tensor in plan.tensors} for plan in (before, after)]
     found = []
     for site in after.sites:
         same = old[site.name].status == site.status and all(
-            grids[0].get(group) == grids[1].get(group) for group in site.inputs
+            group in grids[0] and _is_same(grids[0][group], grids[1][group])
+            for group in site.inputs
         )
         if not same:
             found.append(site.name)
     return tuple(found)
 
 
-def _grid(tensor: TensorPlan) -> tuple[object, ...]:
-    return (tensor.scale, tensor.zero_point, tensor.channels)
+def _is_same(a: TensorPlan, b: TensorPlan) -> bool:
+    """True for one grid, but for what keeps sums away from ties."""
+    near = math.isclose(a.scale, b.scale, rel_tol=ties.LARGEST_STEP)
+    return near and (a.zero_point, a.channels) == (b.zero_point, b.channels)

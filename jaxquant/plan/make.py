@@ -12,12 +12,13 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import Site, find_sites, tensor_names
 from jaxquant.modes import MODES, Mode
-from jaxquant.plan import select, ties
+from jaxquant.plan import select
 from jaxquant.plan.bind import group_entries
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.grid import levels, make_grid
 from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
+from jaxquant.plan.ties import without_ties
 
 
 def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
@@ -67,11 +68,7 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
     with_scales = chosen if mode.tensor_scales else ()
     forms = find_forms(graph, with_scales, config.kinds, _barred(sites, chosen))
     names = tensor_names(graph, found)
-    tensors: Sequence[TensorPlan] = ()
-    if observations:
-        tensors = _plan_tensors(forms, names, observations, config)
-        entries = {names[var]: var for var in forms.entries}
-        tensors = _without_ties(graph, chosen, entries, tensors)
+    tensors = _plan_tensors(forms, names, observations, config) if observations else ()
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -86,9 +83,9 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
         plans.append(_site_plan(graph, site, reason, mode, forms, groups))
     if not any(plan.status == INT8 for plan in plans):
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
-    return Plan(
+    plan = Plan(
         sites=tuple(plans),
-        tensors=tuple(tensors),
+        tensors=tensors,
         kinds=tuple(sorted(config.kinds)),
         weight_quantize_type=config.weight_quantize_type,
         activation_quantize_type=config.activation_quantize_type,
@@ -98,6 +95,7 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
         weight_bits=config.weight_bits,
         group_size=config.group_size,
     )
+    return without_ties(graph, plan)
 
 
 def _barred(sites: Sequence[Site], chosen: Sequence[Site]) -> set[int]:
@@ -132,32 +130,6 @@ def _plan_tensors(
         grid = make_grid(threshold, seen.min, seen.max, asymmetric)
         tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
     return tuple(tensors)
-
-
-def _without_ties(
-    graph: ir.Graph,
-    chosen: Sequence[Site],
-    entries: Mapping[str, ir.Var],
-    tensors: Sequence[TensorPlan],
-) -> list[TensorPlan]:
-    """The scales of what is made of the results of sites together as odd multiples of a unit."""
-    planned = {entries[tensor.name]: tensor for tensor in tensors}
-    found = ties.find_sums(graph, planned)
-    groups: dict[str, float] = {}
-    for site in chosen:
-        if kinds.behaviour(site.kind, graph.equations[site.equation]) != kinds.ACCUMULATE:
-            continue
-        sums = found.get(find_epilogue(graph, site).output)
-        if sums and sums.together and len({planned[var].scale for var in sums.entries}) != 1:
-            unit = ties.unit_of(planned[var].scale for var in sums.together)
-            for tensor in (planned[var] for var in sorted(sums.together)):
-                groups.setdefault(tensor.group, ties.odd_multiple(tensor.scale, unit))
-    return [_with_scale(tensor, groups.get(tensor.group, tensor.scale)) for tensor in tensors]
-
-
-def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
-    threshold = tensor.threshold * (scale / tensor.scale)
-    return dataclasses.replace(tensor, threshold=threshold, scale=scale)
 
 
 def _thresholds(

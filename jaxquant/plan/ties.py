@@ -4,34 +4,43 @@ What is quantized is round(n * r): n, the int32 sum, is exact everywhere, but th
 site's multiplier to the scale, and the product, are float32, and XLA, the native kernels, ONNX
 Runtime and OpenVINO round them in different orders.  Where n * r is within such an error of k + 1/2
 they give different integers.  Among some million activations a few are there, and a deep network
-makes much of one.  So multipliers and scales are chosen such that none is:
+makes much of one.  So multipliers and scales are chosen such that next to none is:
 
 - Sums that are quantized as they are: r = p / q with q odd.  2 n p = (2 k + 1) q has no solution,
   since one side is even and the other is odd, so n * r is at least 1 / (2 q) away from k + 1/2.
 - Sums that are added before (to a residual), or quantized on several scales: every multiplier is a
   multiple of one power of two, the unit, so that float32 adds them without an error, in any order;
   a scale is an odd multiple t of the unit.  By the same argument the quotient is at least 1 / (2 t)
-  away from k + 1/2; t is below 2^14, and two roundings of a number below 256 less than 2^-15 off.
+  away from k + 1/2; t is below 2^15, and two roundings of a number below 128 less than 2^-16 off.
 
-A multiplier is made larger, never smaller, by way of the weight's scale: in the first case by less
-than 2^-11 of it, in the second to the next multiple.  One below the unit becomes a multiple of its
-half, quarter, ..., and an exact tie is possible there, if rare.
+A multiplier is made larger, never smaller, by way of the weight's scale.  In the first case by less
+than 2^-11 of it where a q below 4096 gives that, or r is small (then q is 1 / r, and the distance
+r / 2).  In the second to the next multiple: where the rounding of the weights is not small beside a
+scale, r is so large that this is some percent.  A multiplier below two units takes a multiple of
+half, a quarter, ... of the unit and grows by half of itself at most; there a tie is possible.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxquant.graph import ir, primitives
+from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.plan.plan import Plan, TensorPlan
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
 LARGEST_DENOMINATOR = 4096  # beyond which no smaller excess is looked for
+LARGEST_STEP = 2.0**-6  # by what part of it a scale may change to be an odd multiple
 _NUMERATORS = 16  # tried at a time
-_BITS = 13  # of the multiple that the largest scale is of the unit, less one
+_LARGEST_RATIO = 64.0  # beyond which a ratio stays: one more in the sum is so many integers
+_BITS = 14  # of the multiple that the largest scale is of the unit, less one
+_FEWEST = 2  # units in a multiplier
 
 _SELECTING = frozenset(
     {"max", "min", "clamp", "neg", "concatenate", "slice", "pad", "reduce_max", "reduce_window_max"}
@@ -43,21 +52,79 @@ class Sums(NamedTuple):
     """Where the float value of a tensor is quantized.
 
     Attributes:
-      entries: the tensors that are quantized from it alone, moved or selected from; none where it
-        is added to another.
-      together: those that are quantized from it and what it is added to, or selected with.
+      alone: the scales on which it is quantized by itself, moved or selected from; none where it is
+        added to another tensor before.
+      together: those of all that is quantized from it and what it is added to or selected with.
     """
 
-    entries: frozenset[ir.Var]
-    together: frozenset[ir.Var]
+    alone: frozenset[str]
+    together: frozenset[str]
 
 
-def find_sums(graph: ir.Graph, entries: Iterable[ir.Var]) -> dict[ir.Var, Sums]:
+class Target(NamedTuple):
+    """What a site's multipliers have to fit: the scale that its sums are quantized on, or a unit.
+
+    `tensors` are the names of the scales that are multiples of that unit; none beside a scale.
+    """
+
+    scale: float | None
+    unit: float | None
+    tensors: frozenset[str]
+
+
+def without_ties(graph: ir.Graph, plan: Plan) -> Plan:
+    """The plan with scales that are odd multiples of a unit where sums are quantized together."""
+    if plan.weight_quantize_type != "channel_wise_abs_max" or not plan.tensors:
+        return plan
+    scales: dict[str, float] = {}
+    planned = {tensor.name: tensor.scale for tensor in plan.tensors}
+    for target in find_targets(graph, bind(graph, plan), plan).values():
+        for name in target.tensors:
+            assert target.unit is not None
+            if planned[name] * LARGEST_STEP >= target.unit:
+                scales[name] = odd_multiple(planned[name], target.unit)
+    tensors = tuple(_with_scale(t, scales.get(t.group, t.scale)) for t in plan.tensors)
+    return dataclasses.replace(plan, tensors=tensors)
+
+
+def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
+    threshold = tensor.threshold * (scale / tensor.scale)
+    return dataclasses.replace(tensor, threshold=threshold, scale=scale)
+
+
+def find_targets(graph: ir.Graph, binding: Binding, plan: Plan) -> dict[str, Target]:
+    """What the multipliers of the sites have to fit, by the names of the sites.
+
+    There is none for a site without a stored weight, one whose result is not quantized, and one
+    that meets an equalized tensor.
+    """
+    names = {var: binding.scales[var] for var in binding.names}
+    equalized = {names[var] for var in binding.per_channel if var in names}
+    scales = {t.name: t.scale for t in plan.tensors if t.threshold > 0}
+    sums = find_sums(graph, names)
+    targets = {}
+    for int8_site in binding.sites:
+        site, found = int8_site.site, sums.get(int8_site.epilogue.output)
+        if found is None or site.weight is None or is_computed_weight(graph, site.weight):
+            continue
+        if not equalized.isdisjoint(found.together):
+            continue
+        alone, together = found.alone & set(scales), found.together & set(scales)
+        if len(alone) == 1:
+            (name,) = alone
+            targets[site.name] = Target(scales[name], None, frozenset())
+        elif together:
+            unit = unit_of(max(scales[name] for name in together))
+            targets[site.name] = Target(None, unit, together)
+    return targets
+
+
+def find_sums(graph: ir.Graph, scales: Mapping[ir.Var, str]) -> dict[ir.Var, Sums]:
     """The tensors whose values arrive at a quantization by moving, selecting and adding alone.
 
     Args:
       graph: the traced model.
-      entries: the tensors that are quantized from float.
+      scales: the tensors that are quantized from float -> the names of their scales.
     """
     parent: dict[ir.Var, ir.Var] = {}
 
@@ -66,7 +133,10 @@ def find_sums(graph: ir.Graph, entries: Iterable[ir.Var]) -> dict[ir.Var, Sums]:
             var = above
         return var
 
-    reached = {var: frozenset({var}) for var in entries}
+    reached = {var: frozenset({name}) for var, name in scales.items()}
+    first: dict[str, ir.Var] = {}
+    for var, name in scales.items():  # one scale has one unit
+        parent[root(var)] = root(first.setdefault(name, var))
     added: set[ir.Var] = set()
     for eqn in reversed(graph.equations):
         operands = [v for v in eqn.input_vars if not graph.static[v]]
@@ -79,25 +149,26 @@ def find_sums(graph: ir.Graph, entries: Iterable[ir.Var]) -> dict[ir.Var, Sums]:
             reached[var] = reached.get(var, frozenset()) | reached.get(output, frozenset())
             if adds or output in added:
                 added.add(var)
-    together: dict[ir.Var, frozenset[ir.Var]] = {}
+    together: dict[ir.Var, frozenset[str]] = {}
     for var, found in reached.items():
         together[root(var)] = together.get(root(var), frozenset()) | found
     return {
         var: Sums(frozenset() if var in added else found, together[root(var)])
         for var, found in reached.items()
+        if found
     }
 
 
-def unit_of(scales: Iterable[float]) -> float:
-    """The power of two whose odd multiples are the scales of what is quantized together."""
-    return 2.0 ** (math.floor(math.log2(max(scales))) - _BITS)
+def unit_of(largest: float) -> float:
+    """The power of two whose odd multiples are the scales, of which this is the largest."""
+    return 2.0 ** (math.floor(math.log2(largest)) - _BITS)
 
 
 def odd_multiple(scale: float, unit: float) -> float:
     """The odd multiple of `unit` that is nearest to `scale`.
 
     Example:
-      >>> odd_multiple(0.7, 0.125), unit_of([odd_multiple(0.7, unit_of([0.7]))]) == unit_of([0.7])
+      >>> odd_multiple(0.7, 0.125), unit_of(odd_multiple(0.7, unit_of(0.7))) == unit_of(0.7)
       (0.625, True)
     """
     return (2 * math.floor(scale / unit / 2) + 1) * unit
@@ -105,6 +176,8 @@ def odd_multiple(scale: float, unit: float) -> float:
 
 def fractions(ratio: np.ndarray) -> np.ndarray:
     """The first p / q, q odd, that is not below and at most `EXCESS` above; else the nearest.
+
+    A ratio beyond 64 stays as it is.
 
     Args:
       ratio: float64 [C], positive.
@@ -114,7 +187,7 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
       [1.0, 513.0]
     """
     found = np.full(ratio.shape, np.inf)
-    is_open = np.ones(ratio.shape, bool)
+    is_open = ratio <= _LARGEST_RATIO
     first = 1
     while is_open.any():
         some, nearest = ratio[is_open], found[is_open]
@@ -125,22 +198,20 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
             nearest = np.where(better, p / odd, nearest)
         found[is_open] = nearest
         first += _NUMERATORS
-        is_open = (found > ratio * (1 + EXCESS)) & (first <= LARGEST_DENOMINATOR * ratio)
+        is_open &= (found > ratio * (1 + EXCESS)) & (first <= LARGEST_DENOMINATOR * ratio)
     return np.where(np.isfinite(found), found, ratio)
 
 
 def multiples(multiplier: np.ndarray, unit: float) -> np.ndarray:
-    """The least multiples of `unit` that are not below; of its half, quarter, ... below the unit.
-
-    They are less than twice the multiplier.  What is below the unit adds next to nothing to the
-    quantized sum, but others may read it.
+    """The least multiples of `unit` that are not below; of its half, quarter, ... below two units.
 
     Args:
       multiplier: float64 [C], positive.
 
     Example:
-      >>> multiples(np.array([2.1, 1.0, 0.2]), 1.0).tolist()
-      [3.0, 1.0, 0.25]
+      >>> multiples(np.array([4.1, 2.0, 1.1]), 1.0).tolist()
+      [5.0, 2.0, 1.5]
     """
-    step = unit * np.exp2(np.minimum(np.floor(np.log2(multiplier / unit)), 0.0))
-    return np.ceil(multiplier / step) * step
+    part = np.minimum(np.floor(np.log2(multiplier / unit / _FEWEST)), 0.0)
+    step = unit * np.exp2(part)
+    return np.ceil(multiplier / step * (1 - 2.0**-23)) * step

@@ -52,7 +52,7 @@ def quantize_params(
         return jax.device_put(qparams)
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-    sums = ties.find_sums(graph, binding.names)
+    targets = ties.find_targets(graph, binding, plan)
     uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site
@@ -67,8 +67,8 @@ def quantize_params(
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
-                found = sums.get(int8_site.epilogue.output)
-                growth = _growth(np.abs(worth), found, binding, scales)
+                used = np.abs(worth) * channels_in_use(weight, axes)
+                growth = _growth(used, targets.get(site.name))
                 int8, scale = quantize_weight(weight, axes, growth)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
@@ -111,26 +111,19 @@ def _broadcasting(factors: np.ndarray) -> np.ndarray:
     return factors.reshape(shape)
 
 
-def _growth(
-    multiplier: np.ndarray,
-    sums: ties.Sums | None,
-    binding: Binding,
-    scales: Mapping[str, float],
-) -> np.ndarray:
+def _growth(multiplier: np.ndarray, target: ties.Target | None) -> np.ndarray:
     """By what factor the multipliers of a site grow so that no sum of it comes near a tie: [C]."""
-    if sums is None or not sums.together or not binding.per_channel.isdisjoint(sums.together):
-        return np.ones_like(multiplier)
-    alone, together = (
-        {scales[binding.scales[var]] for var in found} for found in (sums.entries, sums.together)
-    )
     is_used = (multiplier > 0) & np.isfinite(multiplier)
-    used = np.where(is_used, multiplier, 1.0)
-    if len(alone) == 1:
-        scale = float(np.float32(alone.pop()))
-        free = ties.fractions(used / scale) * scale
-    else:
-        free = ties.multiples(used, ties.unit_of(together))
-    return np.where(is_used, free / used, 1.0)
+    used = multiplier[is_used]
+    growth = np.ones_like(multiplier)
+    if target is None:
+        return growth
+    if target.scale is not None:
+        scale = float(np.float32(target.scale))
+        growth[is_used] = ties.fractions(used / scale) * scale / used
+    elif target.unit is not None:
+        growth[is_used] = ties.multiples(used, target.unit) / used
+    return growth
 
 
 def quantize_weight(
