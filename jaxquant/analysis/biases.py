@@ -21,7 +21,8 @@ from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.fold import fold
 from jaxquant.quantize.weights import accumulator_terms, epilogue_arrays, whole_steps
-from jaxquant.recover.compare import Shift, find_activation, output_shift
+from jaxquant.recover.activation import find_activation
+from jaxquant.recover.shift import Shift, compare_outputs
 from jaxquant.run.program import Program
 
 
@@ -80,5 +81,5 @@ def shift_at(
     assert unit.site is not None
     epilogue = unit.site.epilogue
     activation = find_activation(reference.graph, epilogue.output)
-    shift = output_shift(epilogue, activation, reference, value)
+    shift, _ = compare_outputs(epilogue, activation, reference, value)
     return shift, value + epilogue.channels.spread(shift.mean(), value.ndim)

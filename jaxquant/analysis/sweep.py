@@ -23,7 +23,7 @@ from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
-from jaxquant.recover.compare import find_activation
+from jaxquant.recover.activation import find_activation
 from jaxquant.run import int8
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.quantized import QuantizedTensors

@@ -21,7 +21,7 @@ from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
-from jaxquant.recover.compare import Shift
+from jaxquant.recover.shift import Shift
 from jaxquant.run.program import Program, program_by_site
 
 Chosen: TypeAlias = Mapping[str, Any]

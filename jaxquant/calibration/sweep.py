@@ -6,7 +6,6 @@ reads and updates the streaming state; activations never leave the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -194,11 +193,10 @@ class Sweep:
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
         env = evaluate_float(graph, params, jax.tree.leaves(inputs), equations=needed)
-        observe = functools.partial(histogram.observe, batch_index=batch, count=self._count)
-        seen = _stack([observe(env.read(var)) for var in tensors.values()])
+        values = [env.read(var) for var in tensors.values()]
+        seen = histogram.observe_all(values, batch, self._count)
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
         if self._observer is not None:
-            values = [env.read(var) for var in tensors.values()]
             own = tuple(map(self._observer.update, own, values))
         return state, own, state.first_bad + 0  # not donated with the state
 

@@ -155,6 +155,23 @@ def choose_by_devices(
     return _choose(_is_one_device, (one, several), outputs, operands)
 
 
+def choose_on_one_cpu(
+    native: Callable[..., Sequence[Any]],
+    portable: Callable[..., Sequence[Any]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Any],
+) -> list[Any]:
+    """`native(*operands)` where it is compiled for this process's one CPU device.
+
+    Else `portable(*operands)`: on other devices, sharded, exported.
+    """
+
+    def on_cpu(*operands: Any) -> Sequence[Any]:
+        return choose_by_devices(native, portable, outputs, operands)
+
+    return choose_by_platform(on_cpu, portable, outputs, operands)
+
+
 def _is_native(ctx: Any, on_cpu: bool) -> bool:
     return on_cpu and not ctx.module_context.lowering_parameters.for_export
 

@@ -1,6 +1,7 @@
-"""Native kernels for CPU, called from XLA: int8 convolution and dot, and histograms."""
+"""Native kernels for CPU, called from XLA: int8 convolution and dot, histograms, comparisons."""
 
 from jaxquant.native.counting import counter, histogram
+from jaxquant.native.differences import differences
 from jaxquant.native.library import Availability, available, require, runs_here
 from jaxquant.native.ops import Requantize, Residual, conv, dot
 from jaxquant.native.pack import pack_conv, pack_dot
@@ -12,6 +13,7 @@ __all__ = [
     "available",
     "conv",
     "counter",
+    "differences",
     "dot",
     "histogram",
     "pack_conv",

@@ -12,7 +12,7 @@ import jax
 from jaxquant.native import build
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
-HISTOGRAM = "jaxquant_histogram"
+HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
 
 
@@ -39,7 +39,7 @@ def available() -> Availability:
         library = build.load()
     except build.BuildError as error:
         return Availability(False, str(error))
-    for name in (CONV, DOT, PACK, HISTOGRAM):
+    for name in (CONV, DOT, PACK, HISTOGRAM, DIFFERENCES):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxquant_kernels.restype = ctypes.c_char_p

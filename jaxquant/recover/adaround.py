@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph.primitives import Channels
-from jaxquant.recover.compare import shift_of
+from jaxquant.recover.shift import shift_of
 
 STEPS = 500
 SECONDS = 60.0  # a site; what is learned by then is hardened

@@ -4,7 +4,7 @@ M. Nagel et al., Data-Free Quantization through Weight Equalization and Bias Cor
 section 4.2; here the error is measured on calibration data, sites in order, each behind the
 corrected ones before it.  The paper's error is that of the pre-activations.  Where an activation
 flattens them (most of what a ReLU sees is negative) their mean says little of what goes on, so the
-mean is weighted by the activation's slope; see `jaxquant.recover.compare.Shift`.
+mean is weighted by the activation's slope; see `jaxquant.recover.shift.Shift`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.quantize.weights import whole_steps
-from jaxquant.recover.compare import Comparison, Shift
+from jaxquant.recover.compare import Comparison
+from jaxquant.recover.shift import Shift
 
 
 def correct_biases(

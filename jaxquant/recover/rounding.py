@@ -32,7 +32,7 @@ from jaxquant.quantize.weights import (
     whole_steps,
 )
 from jaxquant.recover import adaround
-from jaxquant.recover.compare import Activation, RowFunction, find_activation
+from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.walk import Walk

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxquant.recover.compare import Comparison, Powers
+from jaxquant.recover.compare import Comparison
+from jaxquant.recover.shift import Powers
 
 
 def measure_sqnr(

@@ -140,8 +140,8 @@ def _follow(
     members = [graph.producer[current].index]
     clamps, residual, residual_int8 = [NO_CLAMP], None, False
     while (eqn := _only_reader(graph, binding, current)) is not None and eqn.index in free:
-        if (bounds := _clamp_of(graph, eqn, current)) is not None:
-            clamps[-1] = _after(clamps[-1], bounds)
+        if (bounds := clamp_of(graph, eqn, current)) is not None:
+            clamps[-1] = clamp_after(clamps[-1], bounds)
         elif residual is None and (added := _added(graph, eqn, current)) is not None:
             reads_int8 = eqn.index in binding.forms.reads_int8 and added in binding.forms.int8
             if reads_int8 and added in binding.per_channel:
@@ -182,7 +182,7 @@ def _only_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation 
     return eqn if same else None
 
 
-def _clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
+def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
     """The bounds of `max`, `min` or `clamp` with constants."""
     values = [None if x == var else _constant(graph, x) for x in eqn.inputs]
     if eqn.name == "max" and len(found := [v for v in values if v is not None]) == 1:
@@ -210,7 +210,7 @@ def _constant(graph: ir.Graph, atom: ir.Atom) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _after(first: Clamp, then: Clamp) -> Clamp:
+def clamp_after(first: Clamp, then: Clamp) -> Clamp:
     """Two clamps in turn as one: low, then high, as `max` and `min` are applied."""
     low, high = (min(max(bound, then[0]), then[1]) for bound in first)
     return low, high

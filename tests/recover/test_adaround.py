@@ -15,7 +15,7 @@ import jaxquant
 from jaxquant.graph import evaluate
 from jaxquant.graph.trace import trace
 from jaxquant.recover import adaround
-from jaxquant.recover.compare import RowFunction, find_activation
+from jaxquant.recover.activation import RowFunction, find_activation
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 
 OPTIONS: dict[str, Any] = {"algo": "abs_max", "progress": False}

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "depthwise.h"
+#include "differences.h"
 #include "histogram.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
@@ -180,6 +181,29 @@ ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+// y and ŷ [..., C] and perhaps the gain of the activation between them, which `clamp` gives else.
+ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
+                               ffi::Buffer<ffi::F32> y_hat, ffi::RemainingArgs gain,
+                               ffi::Result<ffi::Buffer<ffi::F32>> sums,
+                               ffi::Result<ffi::Buffer<ffi::F32>> powers, Floats clamp) {
+  const int64_t size = int64_t(y.element_count());
+  const int64_t channels = int64_t(sums->element_count()) / 3;
+  if (clamp.size() != 2 || powers->element_count() != 2) return invalid("wrong shapes");
+  if (int64_t(y_hat.element_count()) != size || size % std::max<int64_t>(1, channels))
+    return invalid("two tensors of different shapes");
+  Compared t{y.typed_data(), y_hat.typed_data(), nullptr, clamp[0], clamp[1],
+             channels ? size / channels : 0, channels};
+  if (gain.size() > 0) {
+    auto given = gain.get<ffi::Buffer<ffi::F32>>(0);
+    if (!given.has_value() || int64_t(given->element_count()) != size)
+      return invalid("the gain is of another shape");
+    t.gain = given->typed_data();
+  }
+  XlaThreads threads(pool);
+  differences(threads, t, sums->typed_data(), powers->typed_data());
+  return ffi::Error::Success();
+}
+
 // x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.
 auto fused_operands() {
   return ffi::Ffi::Bind()
@@ -204,6 +228,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_histogram, jaxquant::histogram_handler,
                                   .Ret<xla::ffi::Buffer<xla::ffi::U32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("least_exponent"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_differences, jaxquant::differences_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<xla::ffi::Span<const float>>("clamp"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                               xla::ffi::Ffi::Bind()

@@ -1,0 +1,92 @@
+// Sums of how far one tensor is from another, by channel: what bias correction and SQNR are made of.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "parallel.h"
+
+namespace jaxquant {
+
+// Two tensors [rows, channels], y and ŷ, and f(y) - f(ŷ) of an activation f: given as `gain`, or
+// where that is null of the clamp to [low, high].
+struct Compared {
+  const float* y;
+  const float* y_hat;
+  const float* gain;
+  float low, high;
+  int64_t rows, channels;
+};
+
+// Of a channel Σ w d, Σ w d², Σ w, Σ y² and Σ d², with d = y - ŷ and w = (f(y) - f(ŷ)) / d in
+// [0, 1]; the first three without values where d or w is not finite, the others where y is not.
+constexpr int64_t kSums = 5;
+
+// Adds `rows` rows from `first` on to `sums` [kSums, channels].
+template <bool kGiven>
+inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums) {
+  const int64_t n = t.channels;
+  const float low = t.low, high = t.high;
+  const float infinity = std::numeric_limits<float>::infinity();
+  float *wd = sums, *wdd = sums + n, *ws = sums + 2 * n, *yy = sums + 3 * n, *dd = sums + 4 * n;
+  for (int64_t row = first; row < first + rows; ++row) {
+    const float *y = t.y + row * n, *y_hat = t.y_hat + row * n;
+    const float* gain = kGiven ? t.gain + row * n : nullptr;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < n; ++c) {
+      const float a = y[c], b = y_hat[c], d = a - b;
+      float g;
+      if constexpr (kGiven) {
+        g = gain[c];
+      } else {
+        const float fa = a < low ? low : a, fb = b < low ? low : b;
+        g = (fa > high ? high : fa) - (fb > high ? high : fb);
+      }
+      const float slope = g / d;  // NaN of 0 / 0
+      const bool usable = (std::fabs(d) < infinity) & (std::fabs(slope) < infinity);
+      const float positive = slope > 0.0f ? slope : 0.0f;
+      const float w = usable ? (positive < 1.0f ? positive : 1.0f) : 0.0f;
+      const float finite = usable ? d : 0.0f, weighted = w * finite;
+      wd[c] += weighted;
+      wdd[c] += weighted * finite;
+      ws[c] += w;
+      const bool compared = std::fabs(a) < infinity;
+      yy[c] += compared ? a * a : 0.0f;
+      dd[c] += compared ? d * d : 0.0f;
+    }
+  }
+}
+
+// `sums` [3, channels], the first three, and `powers` [2], the last two over all channels; the
+// second is infinite where ŷ alone is not finite.  The same bits with any number of threads.
+inline void differences(Threads& threads, const Compared& t, float* sums, float* powers) {
+  constexpr int64_t kValues = 1 << 16;  // a task
+  constexpr int64_t kRows = 32;         // that are added in single precision
+  const int64_t n = t.channels, each = std::max(kRows, kValues / std::max<int64_t>(1, n));
+  const int64_t tasks = (t.rows + each - 1) / each;
+  std::vector<double> partial(tasks * kSums * n, 0.0);
+  parallel_for(threads, tasks, [&](int64_t task) {
+    double* total = partial.data() + task * kSums * n;
+    std::vector<float> few(kSums * n);
+    const int64_t end = std::min(t.rows, (task + 1) * each);
+    for (int64_t row = task * each; row < end; row += kRows) {
+      std::fill(few.begin(), few.end(), 0.0f);
+      const int64_t rows = std::min(kRows, end - row);
+      t.gain ? add_rows<true>(t, row, rows, few.data()) : add_rows<false>(t, row, rows, few.data());
+      for (int64_t i = 0; i < kSums * n; ++i) total[i] += few[i];
+    }
+  });
+  std::vector<double> total(kSums * n, 0.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t i = 0; i < kSums * n; ++i) total[i] += partial[task * kSums * n + i];
+  for (int64_t i = 0; i < 3 * n; ++i) sums[i] = float(total[i]);
+  double signal = 0.0, noise = 0.0;
+  for (int64_t c = 0; c < n; ++c) signal += total[3 * n + c], noise += total[4 * n + c];
+  powers[0] = float(signal);
+  powers[1] = std::isnan(noise) ? std::numeric_limits<float>::infinity() : float(noise);
+}
+
+}  // namespace jaxquant
