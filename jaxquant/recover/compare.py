@@ -17,7 +17,7 @@ from jaxquant.run.program import Program
 
 
 class Measured(NamedTuple):
-    """What one step tells.
+    """What one step tells, in NumPy.
 
     Attributes:
       sites: site name -> the powers of its output, behind the affine part of its epilogue and
@@ -65,22 +65,32 @@ class Comparison:
           correct: take every site's shift away before going on, so that the shifts of later sites
             are those that remain.
         """
-        return self._step(self._params, qparams, jax.tree.leaves(inputs), correct)
+        found = self._step(self._params, qparams, jax.tree.leaves(inputs), correct)
+        by_site, by_output, shifts = jax.device_get(found)
+        return Measured(
+            {name: Powers(*both) for name, both in by_site.items()},
+            [Powers(*both) for both in by_output],
+            {name: Shift(*sums) for name, sums in shifts.items()},
+        )
 
-    def _compare(self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array) -> Measured:
+    def _compare(
+        self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array
+    ) -> tuple[dict[str, jax.Array], list[jax.Array], dict[str, jax.Array]]:
+        """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
         graph = self._program.graph
         reference = evaluate_float(graph, params, flat)
-        shifts: dict[str, Shift] = {}
-        by_site: dict[str, Powers] = {}
+        shifts: dict[str, jax.Array] = {}
+        by_site: dict[str, jax.Array] = {}
 
         def corrected(site: Int8Site, value: jax.Array) -> jax.Array:
             if site.site.name not in self._activations:
                 return value
             name = site.site.name
             activation = self._activations[name]
-            shift, by_site[name] = compare_outputs(site.epilogue, activation, reference, value)
-            shifts[name] = shift
-            step = jnp.where(correct, shift.mean(), 0)
+            shifts[name], by_site[name] = compare_outputs(
+                site.epilogue, activation, reference, value
+            )
+            step = jnp.where(correct, Shift(*shifts[name]).mean(), 0)
             return value + site.epilogue.channels.spread(step, value.ndim)
 
         quantized = self._program.run(qparams, flat, corrected)
@@ -92,7 +102,7 @@ class Comparison:
             for x in graph.outputs
             if _is_float(graph.dtype(x))
         ]
-        return Measured(by_site, by_output, shifts)
+        return by_site, by_output, shifts
 
 
 def _is_float(dtype: Any) -> bool:

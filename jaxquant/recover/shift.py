@@ -51,8 +51,10 @@ class Shift(NamedTuple):
 
 def compare_outputs(
     epilogue: Epilogue, activation: Activation, reference: evaluate.Environment, value: jax.Array
-) -> tuple[Shift, Powers]:
-    """Of a site whose int8 output, behind the affine part of its epilogue, is `value`.
+) -> tuple[jax.Array, jax.Array]:
+    """A `Shift` [3, C] and the `Powers` [2], as arrays.
+
+    Of a site whose int8 output, behind the affine part of its epilogue, is `value`.
 
     Args:
       epilogue: of the site.
@@ -70,7 +72,7 @@ def compare_outputs(
     def portable(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
         gain = given[0] if given else jnp.clip(wanted, *bounds) - jnp.clip(value, *bounds)
         sums = shift_of(wanted - value, gain, channels)
-        return jnp.stack(sums), jnp.stack(powers(wanted, value))
+        return jnp.stack(sums), powers(wanted, value)
 
     def natively(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
         return native.differences(wanted, value, bounds, *given)
@@ -80,7 +82,7 @@ def compare_outputs(
         sums, power = jax_shim.choose_on_one_cpu(natively, portable, outputs, operands)
     else:
         sums, power = portable(*operands)
-    return Shift(*sums), Powers(*power)
+    return sums, power
 
 
 def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
@@ -92,10 +94,10 @@ def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
     return Shift(*(channels.sums(weight * power) for power in (off, off**2, jnp.ones_like(off))))
 
 
-def powers(reference: Any, quantized: Any) -> Powers:
-    """Over the elements where y is finite."""
+def powers(reference: Any, quantized: Any) -> jax.Array:
+    """`Powers` [2], over the elements where y is finite."""
     reference, quantized = reference.astype(jnp.float32), quantized.astype(jnp.float32)
     compared = jnp.isfinite(reference)
     noise = jnp.sum(jnp.where(compared, reference - quantized, 0) ** 2)
     signal = jnp.sum(jnp.where(compared, reference, 0) ** 2)
-    return Powers(signal, jnp.where(jnp.isnan(noise), jnp.inf, noise))
+    return jnp.stack([signal, jnp.where(jnp.isnan(noise), jnp.inf, noise)])
