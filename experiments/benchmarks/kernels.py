@@ -1,8 +1,10 @@
-"""Times the convolutions of networks by the native kernels against XLA's int8 and float32.
+"""Times the convolutions of networks by the native kernels, against XLA and the machine's peak.
 
     python -m experiments.benchmarks.kernels --networks=resnet50,mobilenet_v2
 
-Every distinct layer shape of a network is timed alone, with its epilogue: int8 in, int8 out.  Each
+Every distinct layer shape of a network is timed alone, with its epilogue: int8 in, int8 out, against
+XLA's int8 and float32 convolutions, and beside them what the cores do at most: int8 products on
+registers alone, and a copy of memory (which small layers exceed, since caches hold them).  Each
 call allocates its output anew.  Results go to `--out` as JSON lines.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 
 from experiments import zoo
 from experiments.benchmarks.interleave import time_in_turn
+from experiments.benchmarks.peak import Peak
 from jaxquant import native
 
 NETWORKS = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0")
@@ -72,8 +75,15 @@ def _convolutions(jaxpr: Any) -> list[Layer]:
     return found
 
 
-def programs(layer: Layer, batch: int) -> tuple[dict[str, Callable[[], Any]], float]:
-    """What is timed, by name, and the multiplications and additions of one run."""
+class Work(NamedTuple):
+    """Of one run: multiplications and additions, and bytes that are read or written at least."""
+
+    operations: float
+    bytes: float
+
+
+def programs(layer: Layer, batch: int) -> tuple[dict[str, Callable[[], Any]], Work]:
+    """What is timed, by name, and the work of one run."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-128, 128, (batch, *layer.size, layer.channels)), jnp.int8)
     kernel = jnp.asarray(rng.integers(-127, 128, layer.kernel), jnp.int8)
@@ -84,7 +94,7 @@ def programs(layer: Layer, batch: int) -> tuple[dict[str, Callable[[], Any]], fl
         return native.conv(
             x, packed, multiplier, bias, strides=layer.stride, padding=layer.padding,
             groups=layer.groups, zero_point=-128, activation=(0.0, 6.0),
-            out=native.Requantize(42.5, -128, -128), kernel_shape=layer.kernel,
+            out=native.Requantize(42.5, -128), kernel_shape=layer.kernel,
         )  # fmt: skip
 
     def by_xla(x: jax.Array, kernel: jax.Array, sums: Any) -> jax.Array:
@@ -108,31 +118,41 @@ def programs(layer: Layer, batch: int) -> tuple[dict[str, Callable[[], Any]], fl
         "native int8": functools.partial(jax.jit(by_native), x, packed),
     }
     out = jax.eval_shape(xla_float, *floats)
-    return runs, 2.0 * out.size * np.prod(layer.kernel[:3])
+    work = Work(2.0 * out.size * np.prod(layer.kernel[:3]), x.size + kernel.size + out.size)
+    return runs, work
 
 
 def main(networks: list[str], batch: int, rounds: int, out: Path | None) -> None:
     print(f"{native.available().reason}, jax {jax.__version__}, batch {batch}, {rounds} rounds")
     records = []
+    peak = Peak()
     for network in networks:
         print(f"\n{network}\n{'layer':44}{'times':>6}{'native ms':>11}{'Gop/s':>7}"
-              f"{'÷ XLA int8':>12}{'÷ float32':>11}")  # fmt: skip
+              f"{'÷ XLA int8':>12}{'÷ float32':>11}{'of peak':>9}{'of copy':>9}")  # fmt: skip
         total: collections.Counter[str] = collections.Counter()
         for layer, count in layers(network).items():
-            runs, operations = programs(layer, batch)
-            medians = time_in_turn(runs, rounds)
-            for name, seconds in medians.items():
-                total[name] += seconds * count
+            runs, work = programs(layer, batch)
+            medians = time_in_turn({**runs, **peak.programs}, rounds)
+            # In the time of one run, what the machine could do at most.
             mine = medians["native int8"]
-            print(f"{layer!s:44}{count:6}{mine * 1e3:11.3f}{operations / mine / 1e9:7.0f}"
-                  f"{mine / medians['XLA int8']:12.3f}{mine / medians['XLA float32']:11.3f}",
-                  flush=True)  # fmt: skip
+            share = work.operations / mine / peak.operations * medians["multiply"]
+            copied = work.bytes / mine / peak.bytes * medians["copy"]
+            for name in runs:
+                total[name] += medians[name] * count
+            total["operations"] += work.operations * count
+            total["peak"] += mine * share * count
+            total["copied"] += mine * copied * count
+            print(f"{layer!s:44}{count:6}{mine * 1e3:11.3f}{work.operations / mine / 1e9:7.0f}"
+                  f"{mine / medians['XLA int8']:12.3f}{mine / medians['XLA float32']:11.3f}"
+                  f"{share:9.3f}{copied:9.3f}", flush=True)  # fmt: skip
             records.append({"network": network, "layer": str(layer), "count": count,
-                            "batch": batch, "seconds": medians,
-                            "operations": operations})  # fmt: skip
+                            "batch": batch, "seconds": medians, **work._asdict(),
+                            "peak_operations": peak.operations,
+                            "copied_bytes": peak.bytes})  # fmt: skip
         mine = total["native int8"]
-        print(f"{'all convolutions':50}{mine * 1e3:11.3f}{'':7}{mine / total['XLA int8']:12.3f}"
-              f"{mine / total['XLA float32']:11.3f}")  # fmt: skip
+        print(f"{'all convolutions':50}{mine * 1e3:11.3f}{total['operations'] / mine / 1e9:7.0f}"
+              f"{mine / total['XLA int8']:12.3f}{mine / total['XLA float32']:11.3f}"
+              f"{total['peak'] / mine:9.3f}{total['copied'] / mine:9.3f}")  # fmt: skip
     if out:
         out.write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -63,17 +63,19 @@ def init() -> Histogram:
       >>> init().lo.shape
       (2048,)
     """
-    # Every field has its own buffer, so that the state can be donated to a compiled step.
+    # Every field has its own buffer, so that the state can be donated to a compiled step; they come
+    # from NumPy, so that nothing is compiled.
+    put = jax.device_put
     return Histogram(
-        lo=jnp.zeros(BINS, jnp.uint32),
-        hi=jnp.zeros(BINS, jnp.uint32),
-        exponent=jnp.full((), MIN_EXPONENT, jnp.int32),
-        min=jnp.full((), jnp.inf, jnp.float32),
-        max=jnp.full((), -jnp.inf, jnp.float32),
-        abs_max=jnp.zeros((), jnp.float32),
-        count_lo=jnp.zeros((), jnp.uint32),
-        count_hi=jnp.zeros((), jnp.uint32),
-        first_bad=jnp.full((), -1, jnp.int32),
+        lo=put(np.zeros(BINS, np.uint32)),
+        hi=put(np.zeros(BINS, np.uint32)),
+        exponent=put(np.int32(MIN_EXPONENT)),
+        min=put(np.float32(np.inf)),
+        max=put(np.float32(-np.inf)),
+        abs_max=put(np.float32(0)),
+        count_lo=put(np.uint32(0)),
+        count_hi=put(np.uint32(0)),
+        first_bad=put(np.int32(-1)),
     )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.quantize.weights import whole_steps
@@ -54,7 +53,7 @@ def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
         arrays = sites[name]
         bias = np.asarray(arrays["bias"]) + step.reshape(arrays["bias"].shape)
         whole = whole_steps(bias, np.asarray(arrays["multiplier"]))
-        sites[name] = {**arrays, "bias": jnp.asarray(whole)}
+        sites[name] = {**arrays, "bias": jax.device_put(whole)}
     return {**qparams, "sites": sites}
 
 
