@@ -22,7 +22,7 @@ WEIGHT_BITS = (8, 4)
 class QuantConfig:
     """The choices of a quantization; see `jaxquant.quant_post` for their meaning.
 
-    `left_float` are names of sites that accuracy control leaves in float.
+    `left_float` are (site, reason) of the sites that stay float for what was measured on them.
     """
 
     algo: str | Observer = "KL"
@@ -37,7 +37,7 @@ class QuantConfig:
     mode: str = STATIC
     weight_bits: int = 8
     group_size: int | None = None
-    left_float: tuple[str, ...] = ()
+    left_float: tuple[tuple[str, str], ...] = ()
 
     @property
     def observer(self) -> Observer:

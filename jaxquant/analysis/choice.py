@@ -13,6 +13,8 @@ from jaxquant.plan import ties
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.plan import Plan, TensorPlan
 
+FOR_THE_METRIC = "left in float for the sake of the metric (max_drop)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -41,7 +43,7 @@ def make_chosen_plan(
     """
     config = dataclasses.replace(
         config,
-        left_float=choice.left_float,
+        left_float=(*config.left_float, *((name, FOR_THE_METRIC) for name in choice.left_float)),
         recover=tuple(dict.fromkeys((*config.recover, *choice.recover))),
     )
     plan = make_plan(graph, observations, config)

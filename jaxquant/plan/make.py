@@ -105,7 +105,9 @@ def _barred(sites: Sequence[Site], chosen: Sequence[Site]) -> set[int]:
 
 
 def _nothing_left(reasons: set[str]) -> ValueError:
-    return ValueError(f"no site is left to quantize ({'; '.join(sorted(reasons))})")
+    first = sorted(reasons)[:5]
+    others = f"; and {len(reasons) - len(first)} more" if len(reasons) > len(first) else ""
+    return ValueError(f"no site is left to quantize ({'; '.join(first)}{others})")
 
 
 def _plan_tensors(

@@ -44,8 +44,9 @@ def reason_for_float(
     for pattern in config.skip:
         if matches(site, pattern):
             return f"skip={pattern!r}"
-    if site.name in config.left_float:
-        return "left in float for the sake of the metric (max_drop)"
+    measured = dict(config.left_float)
+    if site.name in measured:
+        return measured[site.name]
     if config.skip_first_last and site.name in _first_and_last(found):
         return "first or last layer (skip_first_last)"
     if site.inside:
