@@ -1,0 +1,110 @@
+"""One site as a model: its float form is the site, its int8 form is integer and comes close."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import native
+from jaxquant.analysis.one_site import key, one_site, programs, quantized
+from jaxquant.graph.sites import DOT_EQUATIONS, find_sites
+from jaxquant.graph.trace import trace
+
+X = jnp.ones((2, 8, 8, 6))
+
+
+def conv(kernel, x, **options):
+    options = {"window_strides": (1, 1), "padding": "SAME", **options}
+    return jax.lax.conv_general_dilated(
+        x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+    )
+
+
+def resized(params, x):
+    return jax.image.resize(x, (2, 16, 16, 6), "bilinear")
+
+
+FORMS = {
+    "convolution": (conv, jnp.ones((3, 3, 6, 8)), X),
+    "depthwise": (lambda w, x: conv(w, x, feature_group_count=6), jnp.ones((3, 3, 1, 6)), X),
+    "transposed": (
+        lambda w, x: conv(w, x, lhs_dilation=(2, 2), padding=((1, 2), (1, 2))),
+        jnp.ones((3, 3, 6, 4)), X),
+    "dot": (lambda w, x: x @ w, jnp.ones((6, 5)), X),
+    "weight first": (lambda w, x: w @ x, jnp.ones((5, 7)), jnp.ones((7, 3))),
+    "bfloat16": (
+        lambda w, x: x @ w, jnp.ones((6, 5), jnp.bfloat16), jnp.ones((4, 6), jnp.bfloat16)),
+    "dot of activations": (
+        lambda w, x: jnp.einsum("abcd,abed->abce", x * w, x), jnp.ones(6), X),
+    "with itself": (lambda w, x: jnp.einsum("abcd,abed->abce", x, x) * w, jnp.ones(1), X),
+    "interpolation": (resized, {}, X),
+}  # fmt: skip
+
+
+def dot_of(apply_fn, params, x):
+    graph = trace(apply_fn, params, (x,))
+    sites = (s for s in find_sites(graph) if graph.equations[s.equation].name in DOT_EQUATIONS)
+    return graph, next(sites)
+
+
+@pytest.fixture(params=["native", "xla"])
+def backend(request, monkeypatch):
+    if request.param == "xla":
+        monkeypatch.setattr(native, "available", lambda: native.Availability(False, "a test"))
+    elif not native.available().available:
+        pytest.skip(native.available().reason)
+    return request.param
+
+
+@pytest.mark.parametrize("has_zero_point", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_compute_the_site(form, has_zero_point):
+    graph, site = dot_of(*FORMS[form])
+    flags = (has_zero_point,) * len(set(site.operands))
+    model = one_site(graph, site, flags, "channel_wise_abs_max")
+    if has_zero_point:
+        model = model._replace(inputs=tuple(abs(x) for x in model.inputs))
+    forms = programs(model)
+    want, got = (
+        program(*forms.arguments, jnp.zeros(forms.result.shape, forms.result.dtype))
+        for program in (forms.in_float, forms.in_int8)
+    )
+    assert want.shape == got.shape == graph.shape(site.output)
+    assert want.dtype == got.dtype == graph.dtype(site.output)
+    want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
+    assert (want**2).sum() > 1000 * ((want - got) ** 2).sum() > 0
+    _, qapply = quantized(model)
+    assert [tensor.zero_point != 0 for tensor in qapply.plan.tensors] == list(flags)
+
+
+@pytest.mark.parametrize("form", ["convolution", "depthwise", "dot"])
+def test_the_int8_form_is_what_runs_on_the_backend(form, backend):
+    graph, site = dot_of(*FORMS[form])
+    forms = programs(one_site(graph, site, (False,), "channel_wise_abs_max"))
+    in_int8, in_float = (
+        p.lower(*forms.arguments, forms.result).as_text() for p in (forms.in_int8, forms.in_float)
+    )
+    kernel = "jaxquant_dot" if form == "dot" else "jaxquant_conv"
+    assert (kernel in in_int8) == ("packed" in forms.arguments[1]) == (backend == "native")
+    assert "jaxquant_pack" not in in_int8  # that is done beforehand
+    if backend == "xla" and form != "depthwise":  # that is a sum of shifted products
+        assert re.search(r": \(tensor<\S+xi8>, tensor<\S+xi8>\) -> tensor<\S+xi32>", in_int8)
+    assert not re.search(r"custom_call|stablehlo\.\w+ .*xi(8|32)>", in_float)
+
+
+def test_equal_sites_have_equal_keys():
+    def model(p, x):
+        y = (x @ p["a"]) @ p["b"]
+        z = jnp.matmul(y, p["c"], precision=jax.lax.Precision.HIGHEST) @ p["d"]
+        return z.astype(jnp.bfloat16) @ p["e"]
+
+    params = {name: jnp.ones((6, 6)) for name in "abc"}
+    params |= {"d": jnp.ones((6, 5)), "e": jnp.ones((5, 6), jnp.bfloat16)}
+    graph = trace(model, params, (X,))
+    sites = {site.name: site for site in find_sites(graph) if site.weight_path}
+    keys = {name: key(graph, site, (False,)) for name, site in sites.items()}
+    assert keys["a"] == keys["b"]
+    assert len(set(keys.values())) == 4
+    assert key(graph, sites["a"], (True,)) != keys["a"]
