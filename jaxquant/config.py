@@ -13,6 +13,7 @@ from jaxquant.modes import MODES, STATIC
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
+OPTIMIZE_FOR = ("size", "speed")
 RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")  # in their order
 DEFAULT_RECOVERY = ("bias_correction",)
 WEIGHT_BITS = (8, 4)
@@ -37,6 +38,7 @@ class QuantConfig:
     mode: str = STATIC
     weight_bits: int = 8
     group_size: int | None = None
+    optimize_for: str = "size"
     left_float: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -81,6 +83,7 @@ class QuantConfig:
             )
         _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
         _check("activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES)
+        _check("optimize_for", self.optimize_for, OPTIMIZE_FOR)
         for step in self.recover:
             _check("recover", step, RECOVERY_STEPS)
         for name in ("is_full_quantize", "skip_first_last"):

@@ -35,6 +35,7 @@ def quant_post(
     recovery_file: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
+    optimize_for: str = "size",
     select: Any = None,
     calibration_file: Path | None = None,
     metric: Metric | None = None,
@@ -86,6 +87,11 @@ def quant_post(
         ("block1/*"), kinds ("kind:softmax"), Flax module classes ("module:SelfAttention").  So
         does everything under `jax.named_scope("skip_quant")`.
       skip_first_last: the first and the last convolution or dot with a weight stay float.
+      optimize_for: "size": whatever can becomes int8.  "speed": every convolution and dot is timed
+        alone on this machine, in float and in int8, in the shapes of the first batch (calibrate in
+        the batch size that the model will serve), and stays float where int8 takes longer; the
+        report says so, with the ratio.  It costs a second or so for each different site, and the
+        result depends on the timing, so the same call may leave another site in float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
       calibration_file: where the observations are saved.  Once it is complete, other calls, with
@@ -130,6 +136,7 @@ def quant_post(
         recover=recover,
         skip=skip,
         skip_first_last=skip_first_last,
+        optimize_for=optimize_for,
     )
     check_steps(config.recover)
     goal = make_goal(metric, max_drop, time_budget)
@@ -215,6 +222,7 @@ def quantize(
     recovery_file: str | os.PathLike[str] | None = None,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
+    optimize_for: str = "size",
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Make the int8 model from what `jaxquant.calibrate` observed.
@@ -254,6 +262,7 @@ def quantize(
         recover=recover,
         skip=skip,
         skip_first_last=skip_first_last,
+        optimize_for=optimize_for,
     )
     if not isinstance(observations, Observations):
         observations = stages.load(observations, params, apply_fn, config)

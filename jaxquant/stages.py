@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Generator
@@ -12,6 +13,7 @@ from jaxquant import native
 from jaxquant.analysis.choice import Choice, make_chosen_plan
 from jaxquant.analysis.control import Built, control
 from jaxquant.analysis.goal import Goal
+from jaxquant.analysis.speed import slower_in_int8
 from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.observations import Observations
@@ -99,6 +101,9 @@ def quantize(
     check_params(params)
     graph = trace(apply_fn, params, observations.examples[0])
     check_weights(graph, find_sites(graph), params)
+    if config.optimize_for == "speed":
+        slow = slower_in_int8(graph, observations, config, progress)
+        config = dataclasses.replace(config, left_float=slow)
 
     plan_of = functools.partial(make_chosen_plan, graph, observations, config)
 

@@ -39,6 +39,8 @@ def quant_post(params=PARAMS, apply_fn=mlp, ds=(X,), **kwargs):
         ({"quantizable_op_type": ()}, "quantizable_op_type is empty; choose from conv2d"),
         ({"weight_quantize_type": "absmax"}, "weight_quantize_type: 'absmax' .*nearest: abs_max"),
         ({"weight_quantize_type": "channel_wise"}, "nearest: channel_wise_abs_max"),
+        ({"optimize_for": "sped"}, "optimize_for: 'sped' is not known; nearest: speed"),
+        ({"optimize_for": None}, "optimize_for: None is not known; valid: size, speed"),
         ({"skip": ("",)}, "skip holds glob patterns on site names, got ''"),
         ({"skip": (3,)}, "skip holds glob patterns on site names, got 3"),
     ],

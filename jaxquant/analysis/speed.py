@@ -1,0 +1,111 @@
+"""Which convolutions and dots run longer in int8 than in float, on this machine.
+
+Measured, not predicted: which forms are slow differs with the backend, the chip and the compiler's
+version.  A site is timed alone, so int8 pays for the quantization of its input and writes floats,
+both of which neighbours in int8 spare it: where both forms take as long alone, int8 gains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.analysis.one_site import Programs, key, one_site, programs
+from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.config import QuantConfig
+from jaxquant.graph import ir
+from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.make import make_plan
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 51
+SECONDS, MOST_SECONDS = 0.3, 3.0  # after which no other round of a site is begun: beyond the least
+
+_ZeroPoints: TypeAlias = tuple[bool, ...]  # whether an operand has one that is not 0
+
+
+def slower_in_int8(
+    graph: ir.Graph, observations: Observations, config: QuantConfig, progress: bool = True
+) -> tuple[tuple[str, str], ...]:
+    """(site, reason) of those sites that would become int8 and whose int8 form is slower.
+
+    Equal sites are timed once.  Several processes go by the times of the first.
+
+    Raises:
+      ValueError: no site would become int8; see `jaxquant.plan.make.make_plan`.
+    """
+    # Which sites become int8 does not depend on the thresholds.
+    plan = make_plan(graph, observations, dataclasses.replace(config, algo="abs_max"))
+    alike = _alike(graph, bind(graph, plan))
+    found = []
+    bar = progress_bar(alike, len(alike), "time", progress, unit="site")
+    with contextlib.closing(bar) as groups:
+        for (site, *_), has_zero_point in groups:
+            model = one_site(graph, site, has_zero_point, config.weight_quantize_type)
+            found.append(slowdown(programs(model)))
+    return tuple(
+        (site.name, f"int8 runs {times:.2f} times as long as float here (optimize_for='speed')")
+        for (sites, _), times in zip(alike, _of_the_first_process(found), strict=True)
+        for site in sites
+        if times > 1
+    )
+
+
+def _alike(graph: ir.Graph, binding: Binding) -> list[tuple[list[Site], _ZeroPoints]]:
+    """The int8 convolutions and dots, those together that are equal but for their values."""
+    found: dict[Any, tuple[list[Site], _ZeroPoints]] = {}
+    for site in (int8_site.site for int8_site in binding.sites):
+        if graph.equations[site.equation].name in DOT_EQUATIONS:
+            operands = dict.fromkeys(site.operands)
+            has_zero_point = tuple(binding.zero_points[var] != 0 for var in operands)
+            together = found.setdefault(key(graph, site, has_zero_point), ([], has_zero_point))
+            together[0].append(site)
+    return list(found.values())
+
+
+def slowdown(timed: Programs) -> float:
+    """How many times as long int8 takes as float: the median over rounds, in which both take turns.
+
+    1 where it is not slower in three of four rounds.
+    """
+    result = jnp.zeros(timed.result.shape, timed.result.dtype)
+    ratios: list[float] = []
+    spent = 0.0
+    for number in range(MOST_ROUNDS + 1):
+        in_float, result = _seconds(timed.in_float, timed.arguments, result)
+        in_int8, result = _seconds(timed.in_int8, timed.arguments, result)
+        if number == 0:
+            continue  # it compiled
+        ratios.append(in_int8 / in_float)
+        spent += in_float + in_int8
+        is_clear = max(ratios) < 1  # int8 was faster each time
+        if spent > MOST_SECONDS or (number >= LEAST_ROUNDS and (is_clear or spent > SECONDS)):
+            break
+    return statistics.median(ratios) if np.quantile(ratios, 0.25) > 1 else 1.0
+
+
+def _seconds(
+    program: Callable[..., jax.Array], arguments: Sequence[Any], result: jax.Array
+) -> tuple[float, jax.Array]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(program(*arguments, result))
+    return time.perf_counter() - start, result
+
+
+def _of_the_first_process(values: Sequence[float]) -> list[float]:
+    """Its numbers, so that every process makes the same model."""
+    if jax.process_count() == 1 or not values:
+        return list(values)
+    from jax.experimental import multihost_utils
+
+    received = multihost_utils.broadcast_one_to_all(np.asarray(values, np.float32))
+    return [float(value) for value in received]
