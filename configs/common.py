@@ -57,6 +57,7 @@ def get_config(model: str, dataset: str = "foolbox", runlocal: bool = False) -> 
     config.activation_quantize_type = "asymmetric"
     config.recover = ("bias_correction",)
     config.skip = ()
+    config.optimize_for = "size"
     config.progress = True
 
     if runlocal:

@@ -75,6 +75,7 @@ def run(config: ConfigDict) -> tuple[str, dict[str, Any], Any]:
         activation_quantize_type=config.activation_quantize_type,
         recover=tuple(config.recover),
         skip=tuple(config.skip),
+        optimize_for=config.optimize_for,
         progress=config.progress,
     )
     seconds = time.perf_counter() - started
