@@ -88,10 +88,10 @@ def quant_post(
         does everything under `jax.named_scope("skip_quant")`.
       skip_first_last: the first and the last convolution or dot with a weight stay float.
       optimize_for: "size": whatever can becomes int8.  "speed": every convolution and dot is timed
-        alone on this machine, in float and in int8, in the shapes of the first batch (calibrate in
-        the batch size that the model will serve), and stays float where int8 takes longer; the
-        report says so, with the ratio.  It costs a second or so for each different site, and the
-        result depends on the timing, so the same call may leave another site in float.
+        on this machine in float and in int8, in the shapes of the first batch (so calibrate in the
+        batch size that the model will serve), and stays float where int8 takes longer; the report
+        says so, with the ratio.  Each different site costs a second at most as a rule.  The result
+        depends on the timing: another call may leave other sites in float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
       calibration_file: where the observations are saved.  Once it is complete, other calls, with

@@ -1,8 +1,7 @@
 """Which convolutions and dots run longer in int8 than in float, on this machine.
 
 Measured, not predicted: which forms are slow differs with the backend, the chip and the compiler's
-version.  A site is timed alone, so int8 pays for the quantization of its input and writes floats,
-both of which neighbours in int8 spare it: where both forms take as long alone, int8 gains.
+version.
 """
 
 from __future__ import annotations
@@ -12,13 +11,20 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.analysis.one_site import Programs, key, one_site, programs
+from jaxquant.analysis.one_site import (
+    Programs,
+    Surroundings,
+    key,
+    one_site,
+    programs,
+    surroundings,
+)
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.config import QuantConfig
@@ -30,46 +36,68 @@ from jaxquant.plan.make import make_plan
 LEAST_ROUNDS, MOST_ROUNDS = 5, 51
 SECONDS, MOST_SECONDS = 0.3, 3.0  # after which no other round of a site is begun: beyond the least
 
-_ZeroPoints: TypeAlias = tuple[bool, ...]  # whether an operand has one that is not 0
-
 
 def slower_in_int8(
     graph: ir.Graph, observations: Observations, config: QuantConfig, progress: bool = True
 ) -> tuple[tuple[str, str], ...]:
     """(site, reason) of those sites that would become int8 and whose int8 form is slower.
 
-    Equal sites are timed once.  Several processes go by the times of the first.
+    Equal sites are timed once.  Once some stay float, those that they surround are looked at again.
+    Several processes go by the times of the first.
 
     Raises:
-      ValueError: no site would become int8; see `jaxquant.plan.make.make_plan`.
+      ValueError: no site becomes int8; see `jaxquant.plan.make.make_plan`.
     """
-    # Which sites become int8 does not depend on the thresholds.
-    plan = make_plan(graph, observations, dataclasses.replace(config, algo="abs_max"))
-    alike = _alike(graph, bind(graph, plan))
+    known: dict[Any, float] = {}
+    left: tuple[tuple[str, str], ...] = ()
+    while True:
+        # Which sites become int8 does not depend on the thresholds.
+        plan = make_plan(
+            graph, observations, dataclasses.replace(config, algo="abs_max", left_float=left)
+        )
+        sites = _in_surroundings(graph, bind(graph, plan))
+        known |= _time(graph, [s for s in sites if s.key not in known], config, progress)
+        slower = tuple((s.site.name, _reason(known[s.key])) for s in sites if known[s.key] > 1)
+        if not slower:
+            return left
+        left += slower
+
+
+def _reason(times: float) -> str:
+    return f"int8 runs {times:.2f} times as long as float here (optimize_for='speed')"
+
+
+class _Found(NamedTuple):
+    site: Site
+    around: Surroundings
+    key: Any
+
+
+def _in_surroundings(graph: ir.Graph, binding: Binding) -> list[_Found]:
+    """The int8 convolutions and dots."""
     found = []
-    bar = progress_bar(alike, len(alike), "time", progress, unit="site")
-    with contextlib.closing(bar) as groups:
-        for (site, *_), has_zero_point in groups:
-            model = one_site(graph, site, has_zero_point, config.weight_quantize_type)
-            found.append(slowdown(programs(model)))
-    return tuple(
-        (site.name, f"int8 runs {times:.2f} times as long as float here (optimize_for='speed')")
-        for (sites, _), times in zip(alike, _of_the_first_process(found), strict=True)
-        for site in sites
-        if times > 1
-    )
-
-
-def _alike(graph: ir.Graph, binding: Binding) -> list[tuple[list[Site], _ZeroPoints]]:
-    """The int8 convolutions and dots, those together that are equal but for their values."""
-    found: dict[Any, tuple[list[Site], _ZeroPoints]] = {}
-    for site in (int8_site.site for int8_site in binding.sites):
+    for int8_site in binding.sites:
+        site = int8_site.site
         if graph.equations[site.equation].name in DOT_EQUATIONS:
-            operands = dict.fromkeys(site.operands)
-            has_zero_point = tuple(binding.zero_points[var] != 0 for var in operands)
-            together = found.setdefault(key(graph, site, has_zero_point), ([], has_zero_point))
-            together[0].append(site)
-    return list(found.values())
+            around = surroundings(graph, binding, int8_site)
+            found.append(_Found(site, around, key(graph, site, around)))
+    return found
+
+
+def _time(
+    graph: ir.Graph, sites: Sequence[_Found], config: QuantConfig, progress: bool
+) -> dict[Any, float]:
+    """The slowdown of each different site, by its key."""
+    if not sites:
+        return {}
+    different = {each.key: each for each in sites}
+    bar = progress_bar(different.values(), len(different), "time", progress, unit="site")
+    found = []
+    with contextlib.closing(bar) as each_once:
+        for each in each_once:
+            model = one_site(graph, each.site, each.around, config.weight_quantize_type)
+            found.append(slowdown(programs(model)))
+    return dict(zip(different, _of_the_first_process(found), strict=True))
 
 
 def slowdown(timed: Programs) -> float:

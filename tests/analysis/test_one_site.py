@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.analysis.one_site import key, one_site, programs, quantized
+from jaxquant.analysis.one_site import (
+    Surroundings,
+    key,
+    one_site,
+    programs,
+    quantized,
+    surroundings,
+)
 from jaxquant.graph.sites import DOT_EQUATIONS, find_sites
 from jaxquant.graph.trace import trace
+from jaxquant.plan.bind import bind
+from tests import networks
 
 X = jnp.ones((2, 8, 8, 6))
+ALONE = Surroundings((False,), (False,), False)
 
 
 def conv(kernel, x, **options):
@@ -58,12 +68,14 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("has_zero_point", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize(("is_computed", "has_zero_point"), [(False, False), (True, True)])
 @pytest.mark.parametrize("form", FORMS)
-def test_both_forms_compute_the_site(form, has_zero_point):
+def test_both_forms_compute_the_site(form, is_computed, has_zero_point, is_quantized):
     graph, site = dot_of(*FORMS[form])
     flags = (has_zero_point,) * len(set(site.operands))
-    model = one_site(graph, site, flags, "channel_wise_abs_max")
+    around = Surroundings((is_computed,) * len(flags), flags, is_quantized)
+    model = one_site(graph, site, around, "channel_wise_abs_max")
     if has_zero_point:
         model = model._replace(inputs=tuple(abs(x) for x in model.inputs))
     forms = programs(model)
@@ -72,9 +84,9 @@ def test_both_forms_compute_the_site(form, has_zero_point):
         for program in (forms.in_float, forms.in_int8)
     )
     assert want.shape == got.shape == graph.shape(site.output)
-    assert want.dtype == got.dtype == graph.dtype(site.output)
+    assert want.dtype == got.dtype == (jnp.int8 if is_quantized else graph.dtype(site.output))
     want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
-    assert (want**2).sum() > 1000 * ((want - got) ** 2).sum() > 0
+    assert (want**2).sum() > 1000 * ((want - got) ** 2).sum()
     _, qapply = quantized(model)
     assert [tensor.zero_point != 0 for tensor in qapply.plan.tensors] == list(flags)
 
@@ -82,7 +94,7 @@ def test_both_forms_compute_the_site(form, has_zero_point):
 @pytest.mark.parametrize("form", ["convolution", "depthwise", "dot"])
 def test_the_int8_form_is_what_runs_on_the_backend(form, backend):
     graph, site = dot_of(*FORMS[form])
-    forms = programs(one_site(graph, site, (False,), "channel_wise_abs_max"))
+    forms = programs(one_site(graph, site, ALONE, "channel_wise_abs_max"))
     in_int8, in_float = (
         p.lower(*forms.arguments, forms.result).as_text() for p in (forms.in_int8, forms.in_float)
     )
@@ -104,7 +116,30 @@ def test_equal_sites_have_equal_keys():
     params |= {"d": jnp.ones((6, 5)), "e": jnp.ones((5, 6), jnp.bfloat16)}
     graph = trace(model, params, (X,))
     sites = {site.name: site for site in find_sites(graph) if site.weight_path}
-    keys = {name: key(graph, site, (False,)) for name, site in sites.items()}
+    keys = {name: key(graph, site, ALONE) for name, site in sites.items()}
     assert keys["a"] == keys["b"]
     assert len(set(keys.values())) == 4
-    assert key(graph, sites["a"], (True,)) != keys["a"]
+    assert key(graph, sites["a"], ALONE._replace(has_zero_point=(True,))) != keys["a"]
+
+
+def test_surroundings_tell_what_is_computed_before_and_quantized_behind():
+    def model(p, x):
+        y = conv(p["first"]["w"], jnp.transpose(x, (0, 2, 1, 3)))
+        z = jax.nn.relu(conv(p["second"]["w"], jax.nn.relu(y))) + x
+        return jax.nn.softmax(jax.nn.swish(z) @ p["third"]["w"])
+
+    params = {
+        "first": {"w": networks.images(1, (3, 3, 6, 6))},
+        "second": {"w": networks.images(2, (1, 1, 6, 6))},
+        "third": {"w": networks.images(3, (6, 5))},
+    }
+    x = networks.images(0, X.shape)
+    x = jnp.concatenate([x, -x])  # a range that is the same on both sides
+    _, qapply = networks.quantize(params, model, x, activation_quantize_type="asymmetric")
+    graph = trace(model, params, (x,))
+    binding = bind(graph, qapply.plan)
+    assert {s.site.name: surroundings(graph, binding, s) for s in binding.sites} == {
+        "first": Surroundings((False,), (False,), True),
+        "second": Surroundings((True,), (True,), True),
+        "third": Surroundings((True,), (True,), False),
+    }
