@@ -34,7 +34,8 @@ from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.make import make_plan
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 51
-SECONDS, MOST_SECONDS = 0.3, 3.0  # after which no other round of a site is begun: beyond the least
+SECONDS = 0.3  # of a site, after which no round beyond the least is begun
+MOST_SECONDS = 3.0  # after which none is
 
 
 def slower_in_int8(
