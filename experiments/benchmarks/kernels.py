@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.kernels --networks=resnet50,mobilenet_v2
 
-Every distinct layer shape of a network is timed alone, with its epilogue: int8 in, int8 out, against
-XLA's int8 and float32 convolutions, and beside them what the cores do at most: int8 products on
-registers alone, and a copy of memory (which small layers exceed, since caches hold them).  Each
-call allocates its output anew.  Results go to `--out` as JSON lines.
+Every distinct layer shape of a network is timed alone, with its epilogue, int8 in and out, against
+XLA's int8 and float32 convolutions; and beside them what the cores do at most, int8 products on
+registers alone and a copy of memory (which small layers exceed, since caches hold them).  Each call
+allocates its output anew.  Results go to `--out` as JSON lines.
 """
 
 import argparse

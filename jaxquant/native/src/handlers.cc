@@ -15,15 +15,21 @@ namespace ffi = xla::ffi;
 using Ints = ffi::Span<const int64_t>;
 using Floats = ffi::Span<const float>;
 
-// The pool that XLA runs the call on.
+// The pool that XLA runs the call on, or so much of it as the work is worth: waking another thread
+// takes as long as some hundred thousand products.
 class XlaThreads : public Threads {
  public:
-  explicit XlaThreads(ffi::ThreadPool& pool) : pool_(pool) {}
-  int64_t count() override { return std::max<int64_t>(1, pool_.num_threads()); }
+  explicit XlaThreads(ffi::ThreadPool& pool, int64_t products = INT64_MAX)
+      : pool_(pool), most_(1 + products / kProducts) {}
+  int64_t count() override {
+    return std::max<int64_t>(1, std::min<int64_t>(most_, pool_.num_threads()));
+  }
   void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
 
  private:
+  static constexpr int64_t kProducts = 1 << 19;
   ffi::ThreadPool& pool_;
+  int64_t most_;
 };
 
 ffi::Error invalid(const std::string& what) {
@@ -104,7 +110,7 @@ ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer p
   ffi::Error error = read_epilogue(given, s.o, epilogue);
   if (error.failure()) return error;
   if (s.n * s.oh * s.ow * s.o == 0) return error;
-  XlaThreads threads(pool);
+  XlaThreads threads(pool, s.n * s.oh * s.ow * s.o * s.kh * s.kw * (s.c / s.groups));
   const bool is_int8 = x.element_type() == ffi::S8;
   const int32_t zero_point = int32_t(quantized[0]);
   const int8_t* weights = packed.typed_data<int8_t>();
@@ -138,7 +144,7 @@ ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer pa
   const PackedMatrix layout{1, columns, ceil_div(in[1], 4)};
   if (int64_t(packed.element_count()) != layout.size())
     return invalid("the weights are packed for another shape");
-  XlaThreads threads(pool);
+  XlaThreads threads(pool, in[0] * in[1] * columns);
   const bool is_int8 = x.element_type() == ffi::S8;
   const Activations a =
       Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[3]);
