@@ -90,8 +90,8 @@ def quant_post(
       optimize_for: "size": whatever can becomes int8.  "speed": every convolution and dot is timed
         on this machine in float and in int8, in the shapes of the first batch (so calibrate in the
         batch size that the model will serve), and stays float where int8 takes longer; the report
-        says so, with the ratio.  Each different site costs a second at most as a rule.  The result
-        depends on the timing: another call may leave other sites in float.
+        says so, with the ratio.  Each different site costs about a second.  The result depends on
+        the timing: another call may leave other sites in float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
       calibration_file: where the observations are saved.  Once it is complete, other calls, with

@@ -2,10 +2,11 @@
 
 import ctypes
 import functools
+import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ class Peak:
     @property
     def programs(self) -> dict[str, Callable[[], Any]]:
         return {"multiply": self.multiply, "copy": self.copy}
+
+    def shares(
+        self, operations: float, bytes_moved: float, medians: Mapping[str, float]
+    ) -> tuple[float, float]:
+        """What part of the peaks so many operations and bytes a second are; NaN where not known.
+
+        Args:
+          medians: the seconds of both programs.
+        """
+        most = self.operations / medians["multiply"]
+        share = operations / most if most else math.nan
+        return share, bytes_moved / (self.bytes / medians["copy"])
 
     def multiply(self) -> int:
         return self._library.multiply_int8(self._threads, _OPERATIONS)

@@ -2,7 +2,8 @@
 
 With what int8 spares its neighbours: in a model, the operation before a site writes integers where
 the site reads such, and what a site gives is mostly quantized behind it.  Without these two, forms
-that make a network faster by XLA on CPU look slower than float.
+that make a network faster by XLA on CPU look slower than float.  (A native kernel quantizes its
+result itself in a model; here XLA does so behind it, which is in float's favour.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import is_computed_weight
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
+from jaxquant.run.fusion import is_native
 from jaxquant.run.qapply import QuantizedApply
 
 _PATTERN = 4093  # random values that fill an array of any size: neither speed depends on them
@@ -37,11 +39,13 @@ class Surroundings(NamedTuple):
       is_computed: for each operand, whether the model computes it; else it is a model input.
       has_zero_point: for each operand, whether its int8 form has a zero point that is not 0.
       is_quantized: whether the result is quantized, as it is or behind elementwise operations.
+      is_native: whether the native kernels have the site, with what its epilogue absorbs.
     """
 
     is_computed: tuple[bool, ...]
     has_zero_point: tuple[bool, ...]
     is_quantized: bool
+    is_native: bool = True
 
 
 class OneSite(NamedTuple):
@@ -52,6 +56,7 @@ class OneSite(NamedTuple):
       params: {"weight": its weight}; {} where no parameter is in that, or it has none.
       inputs: its operands that depend on the model's inputs.
       has_zero_point: as of its surroundings.
+      is_native: as of its surroundings.
       weight_quantize_type: see `jaxquant.quant_post`.
     """
 
@@ -59,6 +64,7 @@ class OneSite(NamedTuple):
     params: dict[str, jax.Array]
     inputs: tuple[jax.Array, ...]
     has_zero_point: tuple[bool, ...]
+    is_native: bool
     weight_quantize_type: str
 
 
@@ -84,6 +90,7 @@ def surroundings(graph: ir.Graph, binding: Binding, int8_site: Int8Site) -> Surr
         tuple(root not in graph.inputs for root in roots),
         tuple(binding.zero_points[var] != 0 for var in operands),
         _becomes_int8(graph, binding, int8_site.epilogue.output),
+        is_native(graph, int8_site),
     )
 
 
@@ -128,7 +135,9 @@ def one_site(
 
     params = {"weight": _filled(graph, weight)} if weight is not None and stored else {}
     inputs = tuple(_filled(graph, var) for var in activations)
-    return OneSite(apply_fn, params, inputs, around.has_zero_point, weight_quantize_type)
+    return OneSite(
+        apply_fn, params, inputs, around.has_zero_point, around.is_native, weight_quantize_type
+    )
 
 
 def _compute(x: jax.Array) -> jax.Array:
@@ -177,7 +186,8 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
     )
     plan = make_plan(graph, observations, config)
     qparams = quantize_params(graph, plan, model.params)
-    return qparams, QuantizedApply(model.apply_fn, plan, model.params, None, model.inputs)
+    qapply = QuantizedApply(model.apply_fn, plan, model.params, None, model.inputs)
+    return qparams, qapply if model.is_native else qapply.with_backend("xla")
 
 
 def _stats(has_zero_point: bool) -> TensorStats:
@@ -186,8 +196,8 @@ def _stats(has_zero_point: bool) -> TensorStats:
 
 
 def _filled(graph: ir.Graph, var: ir.Var) -> jax.Array:
-    values = np.random.default_rng(0).uniform(-1, 1, _PATTERN)
-    return jax.device_put(np.resize(values, graph.shape(var)).astype(graph.dtype(var)))
+    values = np.random.default_rng(0).uniform(-1, 1, _PATTERN).astype(graph.dtype(var))
+    return jax.device_put(np.resize(values, graph.shape(var)))
 
 
 def _constant(graph: ir.Graph, weight: ir.Var) -> jax.Array:

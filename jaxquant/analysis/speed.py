@@ -35,7 +35,7 @@ from jaxquant.plan.make import make_plan
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 51
 SECONDS = 0.3  # of a site, after which no round beyond the least is begun
-MOST_SECONDS = 3.0  # after which none is
+FEWEST_ROUNDS, MOST_SECONDS = 3, 3.0  # of a slow site, after which no round is begun
 
 
 def slower_in_int8(
@@ -117,7 +117,9 @@ def slowdown(timed: Programs) -> float:
         ratios.append(in_int8 / in_float)
         spent += in_float + in_int8
         is_clear = max(ratios) < 1  # int8 was faster each time
-        if spent > MOST_SECONDS or (number >= LEAST_ROUNDS and (is_clear or spent > SECONDS)):
+        if number >= FEWEST_ROUNDS and spent > MOST_SECONDS:
+            break
+        if number >= LEAST_ROUNDS and (is_clear or spent > SECONDS):
             break
     return statistics.median(ratios) if np.quantile(ratios, 0.25) > 1 else 1.0
 

@@ -178,10 +178,9 @@ def _observe(
     if not order:
         return tensors, {}, stats
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-    seen = [histogram.observe(reference.read(entries[name]), index, count) for name in order]
-    bad = {name: state.first_bad for name, state in zip(order, seen, strict=True)}
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *seen)
-    return tensors, bad, jax.vmap(histogram.merge)(stats, stacked)
+    seen = histogram.observe_all([reference.read(entries[name]) for name in order], index, count)
+    bad = dict(zip(order, seen.first_bad, strict=True))
+    return tensors, bad, jax.vmap(histogram.merge)(stats, seen)
 
 
 def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:

@@ -27,12 +27,13 @@ def differences(
 
     Raises:
       RuntimeError: the kernels do not run here (`available()` says why).
-      ValueError: the shapes differ or have no axis.
+      ValueError: the shapes differ or have no axis, or a dtype is another.
     """
     library.require()
     operands = [y, y_hat] if gain is None else [y, y_hat, gain]
-    if not y.ndim or any(x.shape != y.shape for x in operands):
-        raise ValueError(f"the tensors are {', '.join(str(x.shape) for x in operands)}")
+    if not y.ndim or any(x.shape != y.shape or x.dtype != jnp.float32 for x in operands):
+        given = ", ".join(f"{x.dtype} {x.shape}" for x in operands)
+        raise ValueError(f"the tensors are {given}; expected float32 of one shape")
     outputs = output_types(y.shape[-1])
     comparing = jax.ffi.ffi_call(library.DIFFERENCES, outputs, vmap_method="sequential")
     sums, powers = comparing(*operands, clamp=np.asarray(clamp, np.float32))

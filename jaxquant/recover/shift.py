@@ -66,7 +66,8 @@ def compare_outputs(
     channels = epilogue.channels
     clamp, operands = activation.clamp(reference.graph), [wanted, value]
     if clamp is None:
-        operands.append(activation.of(wanted, reference) - activation.of(value, reference))
+        both = (activation.of(x, reference).astype(jnp.float32) for x in (wanted, value))
+        operands.append(jnp.subtract(*both))
     bounds = clamp or NO_CLAMP
 
     def portable(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:

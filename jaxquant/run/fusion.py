@@ -183,7 +183,9 @@ def _only_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation 
 
 
 def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
-    """The bounds of `max`, `min` or `clamp` with constants."""
+    """The bounds of `max`, `min` or `clamp` of a tensor with constants; None of anything else."""
+    if var not in eqn.input_vars:
+        return None
     values = [None if x == var else _constant(graph, x) for x in eqn.inputs]
     if eqn.name == "max" and len(found := [v for v in values if v is not None]) == 1:
         return found[0], math.inf

@@ -143,3 +143,18 @@ def test_surroundings_tell_what_is_computed_before_and_quantized_behind():
         "second": Surroundings((True,), (True,), True),
         "third": Surroundings((True,), (True,), False),
     }
+
+
+def test_what_the_native_kernels_lack_for_its_surroundings_is_timed_by_xla():
+    def model(p, x):
+        return (x @ p["w"]).reshape(-1, 4, 4) + p["b"]
+
+    params = {"w": networks.images(1, (6, 16)), "b": networks.images(2, (4, 4))}
+    x = networks.images(0, (5, 6))
+    _, qapply = networks.quantize(params, model, x)
+    graph = trace(model, params, (x,))
+    (int8_site,) = (binding := bind(graph, qapply.plan)).sites
+    around = surroundings(graph, binding, int8_site)
+    assert not around.is_native
+    _, alone = quantized(one_site(graph, int8_site.site, around, "channel_wise_abs_max"))
+    assert alone.backend.name == "xla"

@@ -216,7 +216,7 @@ def test_a_slow_site_gets_fewer_rounds(monkeypatch):
 
     monkeypatch.setattr(speed, "_seconds", seconds)
     assert speed.slowdown(programs_named("float", "int8")) == 50.0
-    assert calls == ["float", "int8"] * 2
+    assert calls == ["float", "int8"] * 4
 
 
 def programs_named(*names):

@@ -79,9 +79,24 @@ def test_values_that_are_not_finite_are_left_out(bad: float, clamp: tuple[float,
     assert powers[1] == np.inf
 
 
-def test_shapes_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 4\), \(4, 3\)"):
+@pytest.mark.parametrize("shape", [(200_000, 1), (40_000, 10), (100, 3000), (65, 2048)])
+def test_sums_of_several_tasks(shape: tuple[int, ...]):
+    """In whole numbers, so that the sums are exact in any order."""
+    rng = np.random.default_rng(1)
+    y, y_hat = (rng.integers(-3, 4, shape).astype(np.float32) for _ in range(2))
+    run = jax.jit(lambda a, b: native.differences(a, b, (-math.inf, math.inf)))
+    sums, powers = run(y, y_hat)
+    off = y.astype(np.float64) - y_hat
+    want = [off.sum(0), (off**2).sum(0), (off != 0).sum(0)]
+    np.testing.assert_array_equal(sums, want)
+    np.testing.assert_array_equal(powers, [(y.astype(np.float64) ** 2).sum(), (off**2).sum()])
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"\(3, 4\), float32 \(4, 3\)"):
         native.differences(jnp.ones((3, 4)), jnp.ones((4, 3)), (0, 1))
+    with pytest.raises(ValueError, match=r"bfloat16 \(3,\)"):
+        native.differences(jnp.ones(3), jnp.ones(3), (0, 1), jnp.ones(3, jnp.bfloat16))
     with pytest.raises(ValueError, match=r"\(\)"):
         native.differences(jnp.ones(()), jnp.ones(()), (0, 1))
 
@@ -139,3 +154,24 @@ def test_under_vmap():
         one = native.differences(jnp.asarray(y[k]), jnp.asarray(y_hat[k]), (0.0, 6.0))
         assert np.asarray(one[0]).tobytes() == np.asarray(sums[k]).tobytes()
         assert np.asarray(one[1]).tobytes() == np.asarray(powers[k]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "uint8", "int32", "bool"])
+def test_an_activation_that_ends_in_another_dtype(dtype):
+    y, y_hat = pair((500, 10))
+    run = compare(lambda y: jnp.minimum(jax.nn.relu(jnp.round(y)), 9.0).astype(dtype))
+    sums, _ = run(y, y_hat)
+    gain = [np.clip(np.round(x), 0, 9).astype(bool if dtype == "bool" else int) for x in (y, y_hat)]
+    want, _ = reference(y, y_hat, np.subtract(*gain, dtype=np.float32))
+    np.testing.assert_allclose(sums, want, rtol=1e-4, atol=1e-2)
+
+
+def test_what_nobody_reads_bounds_nothing():
+    def activation(y):
+        jax.nn.relu(y)  # as `sow` does where nothing is collected
+        return jnp.minimum(y, 6.0)
+
+    y, y_hat = pair((500, 10))
+    sums, _ = compare(activation)(y, y_hat)
+    want, _ = reference(y, y_hat, np.minimum(y, 6) - np.minimum(y_hat, 6))
+    np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-3)

@@ -65,7 +65,10 @@ inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums
 inline void differences(Threads& threads, const Compared& t, float* sums, float* powers) {
   constexpr int64_t kValues = 1 << 16;  // a task
   constexpr int64_t kRows = 32;         // that are added in single precision
-  const int64_t n = t.channels, each = std::max(kRows, kValues / std::max<int64_t>(1, n));
+  constexpr int64_t kTasks = 64;        // at most, for the memory that their sums take
+  const int64_t n = t.channels;
+  const int64_t each = std::max({kRows, kValues / std::max<int64_t>(1, n),
+                                 (t.rows + kTasks - 1) / kTasks});
   const int64_t tasks = (t.rows + each - 1) / each;
   std::vector<double> partial(tasks * kSums * n, 0.0);
   parallel_for(threads, tasks, [&](int64_t task) {

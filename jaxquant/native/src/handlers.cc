@@ -16,7 +16,7 @@ using Ints = ffi::Span<const int64_t>;
 using Floats = ffi::Span<const float>;
 
 // The pool that XLA runs the call on, or so much of it as the work is worth: waking another thread
-// takes as long as some hundred thousand products.
+// takes as long as some hundred thousand products (of a dot on AMX, with two threads).
 class XlaThreads : public Threads {
  public:
   explicit XlaThreads(ffi::ThreadPool& pool, int64_t products = INT64_MAX)
@@ -202,7 +202,7 @@ ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
   if (gain.size() > 0) {
     auto given = gain.get<ffi::Buffer<ffi::F32>>(0);
     if (!given.has_value() || int64_t(given->element_count()) != size)
-      return invalid("the gain is of another shape");
+      return invalid("the gain is of another shape or type");
     t.gain = given->typed_data();
   }
   XlaThreads threads(pool);
