@@ -93,7 +93,7 @@ def programs(layer: Layer, batch: int) -> tuple[dict[str, Callable[[], Any]], Wo
     def by_native(x: jax.Array, packed: jax.Array) -> jax.Array:
         return native.conv(
             x, packed, multiplier, bias, strides=layer.stride, padding=layer.padding,
-            groups=layer.groups, zero_point=-128, activation=(0.0, 6.0),
+            groups=layer.groups, activation=(0.0, 6.0),
             out=native.Requantize(42.5, -128), kernel_shape=layer.kernel,
         )  # fmt: skip
 
