@@ -81,6 +81,6 @@ def shift_at(
     assert unit.site is not None
     epilogue = unit.site.epilogue
     activation = find_activation(reference.graph, epilogue.output)
-    sums, _ = compare_outputs(epilogue, activation, reference, value)
-    shift = Shift(*sums)
-    return shift, value + epilogue.channels.spread(shift.mean(), value.ndim)
+    compared = compare_outputs(epilogue, activation, reference, value)
+    corrected = value + epilogue.channels.spread(compared.mean, value.ndim)
+    return Shift(*compared.shift), corrected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +11,32 @@ import numpy as np
 from jaxquant.native import library
 
 
-def differences(
-    y: jax.Array, y_hat: jax.Array, clamp: tuple[float, float], gain: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Sums over two tensors with the channels along the last axis.
+class Differences(NamedTuple):
+    """Of two tensors y and ŷ [..., C].
 
     With d = y - ŷ and w = (f(y) - f(ŷ)) / d, clipped to [0, 1], for an activation f:
+
+    Attributes:
+      sums: float32 [3, C], Σ w d, Σ w d² and Σ w, without the values where d or w is not finite.
+      mean: float32 [C], as `jaxquant.recover.shift.Shift.mean` of the sums.
+      powers: float32 [2], Σ y² and Σ d² over all where y is finite; the second is infinite where d
+        is not.
+    """
+
+    sums: jax.Array
+    mean: jax.Array
+    powers: jax.Array
+
+
+def differences(
+    y: jax.Array, y_hat: jax.Array, clamp: tuple[float, float], gain: jax.Array | None = None
+) -> Differences:
+    """How far two tensors with the channels along the last axis are apart.
 
     Args:
       y, y_hat: float32 [..., C].
       clamp: f clips to these bounds; infinite ones for no bound.
       gain: f(y) - f(ŷ), float32 [..., C], of any other f.
-
-    Returns:
-      float32 [3, C], Σ w d, Σ w d² and Σ w, without the values where d or w is not finite; and
-      float32 [2], Σ y² and Σ d² over all where y is finite, the second infinite where d is not.
 
     Raises:
       RuntimeError: the kernels do not run here (`available()` says why).
@@ -34,12 +47,13 @@ def differences(
     if not y.ndim or any(x.shape != y.shape or x.dtype != jnp.float32 for x in operands):
         given = ", ".join(f"{x.dtype} {x.shape}" for x in operands)
         raise ValueError(f"the tensors are {given}; expected float32 of one shape")
-    outputs = output_types(y.shape[-1])
-    comparing = jax.ffi.ffi_call(library.DIFFERENCES, outputs, vmap_method="sequential")
-    sums, powers = comparing(*operands, clamp=np.asarray(clamp, np.float32))
-    return sums, powers
+    comparing = jax.ffi.ffi_call(
+        library.DIFFERENCES, output_types(y.shape[-1]), vmap_method="sequential"
+    )
+    return Differences(*comparing(*operands, clamp=np.asarray(clamp, np.float32)))
 
 
 def output_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """Of `differences`."""
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, channels), (2,))]
+    shapes = Differences((3, channels), (channels,), (2,))
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

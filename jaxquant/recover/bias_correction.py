@@ -45,16 +45,10 @@ def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
         total = found if total is None else jax.tree.map(np.add, total, found)
     if not total:
         return qparams
-    sizes = [shift.weight.size for shift in total.values()]
-    together = jax.tree.map(lambda *xs: np.concatenate([x.ravel() for x in xs]), *total.values())
-    steps = np.split(np.asarray(_mean(together)), np.cumsum(sizes)[:-1])
     sites = dict(qparams["sites"])
-    for name, step in zip(total, steps):
+    for name, shift in total.items():
         arrays = sites[name]
-        bias = np.asarray(arrays["bias"]) + step.reshape(arrays["bias"].shape)
+        bias = np.asarray(arrays["bias"]) + shift.mean().reshape(arrays["bias"].shape)
         whole = whole_steps(bias, np.asarray(arrays["multiplier"]))
         sites[name] = {**arrays, "bias": jax.device_put(whole)}
     return {**qparams, "sites": sites}
-
-
-_mean = jax.jit(Shift.mean)

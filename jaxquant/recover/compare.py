@@ -87,10 +87,9 @@ class Comparison:
                 return value
             name = site.site.name
             activation = self._activations[name]
-            shifts[name], by_site[name] = compare_outputs(
-                site.epilogue, activation, reference, value
-            )
-            step = jnp.where(correct, Shift(*shifts[name]).mean(), 0)
+            compared = compare_outputs(site.epilogue, activation, reference, value)
+            shifts[name], by_site[name] = compared.shift, compared.powers
+            step = jnp.where(correct, compared.mean, 0)
             return value + site.epilogue.channels.spread(step, value.ndim)
 
         quantized = self._program.run(qparams, flat, corrected)

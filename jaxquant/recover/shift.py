@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxquant.graph.primitives import Channels
 from jaxquant.native.differences import output_types
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.recover.activation import Activation
-from jaxquant.run.fusion import NO_CLAMP
+from jaxquant.run.fusion import NO_CLAMP, Clamp
 
 
 class Powers(NamedTuple):
@@ -25,36 +25,44 @@ class Powers(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """How far a site's channels are off, float32 [C] each.
+    """How far a site's channels are off, float32 [C] each, of JAX or of NumPy.
 
     With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
     values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ), Σ w (y - ŷ)² and Σ w.
     """
 
-    difference: jax.Array
-    square: jax.Array
-    weight: jax.Array
+    difference: Any
+    square: Any
+    weight: Any
 
-    def mean(self) -> jax.Array:
+    def mean(self) -> Any:
         """The weighted mean of y - ŷ, shrunk by what it may owe to chance; 0 where nothing counts.
 
         m² / (m² + s²) of the mean m, with s its standard error for Σ w independent values: a single
         sample tells nothing of the others.
         """
-        count = jnp.where(self.weight > 0, self.weight, 1)
-        mean = jnp.where(self.weight > 0, self.difference, 0) / count
-        variance = jnp.maximum(jnp.where(self.weight > 0, self.square, 0) / count - mean**2, 0)
-        chance = variance / jnp.maximum(count - 1, 0)
+        xp = self.weight.__array_namespace__()
+        known = self.weight > 1
+        count = xp.where(known, self.weight, 2)
+        mean = xp.where(known, self.difference, 0) / count
         power = mean**2
-        return jnp.where((power > 0) & (count > 1), mean * power / (power + chance), 0)
+        variance = xp.maximum(xp.where(known, self.square, 0) / count - power, 0)
+        off = power > 0
+        return mean * power / xp.where(off, power + variance / (count - 1), 1)
+
+
+class Compared(NamedTuple):
+    """What is known of one site: a `Shift` [3, C], its mean [C] and the `Powers` [2], as arrays."""
+
+    shift: jax.Array
+    mean: jax.Array
+    powers: jax.Array
 
 
 def compare_outputs(
     epilogue: Epilogue, activation: Activation, reference: evaluate.Environment, value: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A `Shift` [3, C] and the `Powers` [2], as arrays.
-
-    Of a site whose int8 output, behind the affine part of its epilogue, is `value`.
+) -> Compared:
+    """Compare a site whose int8 output, behind the affine part of its epilogue, is `value`.
 
     Args:
       epilogue: of the site.
@@ -72,18 +80,45 @@ def compare_outputs(
 
     def portable(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
         gain = given[0] if given else jnp.clip(wanted, *bounds) - jnp.clip(value, *bounds)
-        sums = shift_of(wanted - value, gain, channels)
-        return jnp.stack(sums), powers(wanted, value)
+        shift = shift_of(wanted - value, gain, channels)
+        return jnp.stack(shift), shift.mean(), _powers(wanted, value)
 
-    def natively(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
-        return native.differences(wanted, value, bounds, *given)
+    if channels.axes != (value.ndim - 1,):
+        return Compared(*portable(*operands))
+    return Compared(*_choose(portable, bounds, operands))
 
-    if native.runs_here() and value.ndim and channels.axes == (value.ndim - 1,):
-        outputs = output_types(value.shape[-1])
-        sums, power = jax_shim.choose_on_one_cpu(natively, portable, outputs, operands)
-    else:
-        sums, power = portable(*operands)
-    return sums, power
+
+def powers(reference: Any, quantized: Any) -> jax.Array:
+    """`Powers` [2], over the elements where y is finite."""
+    operands = [x.astype(jnp.float32) for x in (reference, quantized)]
+    if not operands[0].ndim:
+        return _powers(*operands)
+
+    def portable(reference: jax.Array, quantized: jax.Array) -> Sequence[jax.Array]:
+        unread = [jnp.zeros(s.shape) for s in output_types(reference.shape[-1])[:2]]
+        return *unread, _powers(reference, quantized)
+
+    return _choose(portable, NO_CLAMP, operands)[2]
+
+
+def _choose(
+    portable: Callable[..., Sequence[jax.Array]], bounds: Clamp, operands: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """`portable`, or the native kernel that gives the same where it runs.
+
+    Args:
+      portable: its arguments and results are those of `native.differences`, but for the clamp.
+      bounds: the clamp.
+      operands: the tensors.
+    """
+    if not native.runs_here():
+        return portable(*operands)
+
+    def natively(y: jax.Array, y_hat: jax.Array, *gain: jax.Array) -> Sequence[jax.Array]:
+        return native.differences(y, y_hat, bounds, *gain)
+
+    outputs = output_types(operands[0].shape[-1])
+    return jax_shim.choose_on_one_cpu(natively, portable, outputs, operands)
 
 
 def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
@@ -95,9 +130,7 @@ def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
     return Shift(*(channels.sums(weight * power) for power in (off, off**2, jnp.ones_like(off))))
 
 
-def powers(reference: Any, quantized: Any) -> jax.Array:
-    """`Powers` [2], over the elements where y is finite."""
-    reference, quantized = reference.astype(jnp.float32), quantized.astype(jnp.float32)
+def _powers(reference: jax.Array, quantized: jax.Array) -> jax.Array:
     compared = jnp.isfinite(reference)
     noise = jnp.sum(jnp.where(compared, reference - quantized, 0) ** 2)
     signal = jnp.sum(jnp.where(compared, reference, 0) ** 2)

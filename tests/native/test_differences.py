@@ -54,11 +54,12 @@ def reference(y, y_hat, gain) -> tuple[np.ndarray, np.ndarray]:
 def test_sums_are_those_of_numpy(shape: tuple[int, ...], clamp: tuple[float, float]):
     y, y_hat = pair(shape)
     gain = np.clip(y, *clamp) - np.clip(y_hat, *clamp)
-    sums, powers = jax.jit(lambda a, b: native.differences(a, b, clamp))(y, y_hat)
-    given, _ = jax.jit(lambda a, b, g: native.differences(a, b, (0, 0), g))(y, y_hat, gain)
+    sums, mean, powers = jax.jit(lambda a, b: native.differences(a, b, clamp))(y, y_hat)
+    given, _, _ = jax.jit(lambda a, b, g: native.differences(a, b, (0, 0), g))(y, y_hat, gain)
     want, want_powers = reference(y, y_hat, gain)
     scale = 1e-5 * max(1, math.prod(shape[:-1]))
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=scale)
+    np.testing.assert_allclose(mean, shift.Shift(*want).mean(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(powers, want_powers, rtol=1e-5)
     assert np.asarray(given).tobytes() == np.asarray(sums).tobytes()
 
@@ -70,12 +71,12 @@ def test_values_that_are_not_finite_are_left_out(bad: float, clamp: tuple[float,
     y[3, 7] = y_hat[3, 7] = y[9, 20] = bad
     with np.errstate(invalid="ignore"):
         gain = np.clip(y, *clamp) - np.clip(y_hat, *clamp)
-    sums, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
+    sums, _, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
     want, want_powers = reference(y, y_hat, gain)
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(powers, want_powers, rtol=1e-5)
     y_hat[30, 30] = bad  # the int8 model alone
-    _, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
+    _, _, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
     assert powers[1] == np.inf
 
 
@@ -85,7 +86,7 @@ def test_sums_of_several_tasks(shape: tuple[int, ...]):
     rng = np.random.default_rng(1)
     y, y_hat = (rng.integers(-3, 4, shape).astype(np.float32) for _ in range(2))
     run = jax.jit(lambda a, b: native.differences(a, b, (-math.inf, math.inf)))
-    sums, powers = run(y, y_hat)
+    sums, _, powers = run(y, y_hat)
     off = y.astype(np.float64) - y_hat
     want = [off.sum(0), (off**2).sum(0), (off != 0).sum(0)]
     np.testing.assert_array_equal(sums, want)
@@ -134,6 +135,18 @@ def test_both_forms_give_the_same_sums(activation, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (7, 1), (2, 9, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [0.0, np.nan])
+def test_powers_by_both_forms(shape, dtype, bad, monkeypatch):
+    y, y_hat = (jnp.asarray(x, dtype) for x in pair(shape))
+    y_hat = y_hat + bad
+    natively = jax.jit(shift.powers)(y, y_hat)
+    monkeypatch.setattr(native, "runs_here", lambda: False)
+    portable = jax.jit(lambda *xs: shift.powers(*xs))(y, y_hat)
+    np.testing.assert_allclose(natively, portable, rtol=1e-5)
+
+
 def test_a_sharded_tensor_is_compared_where_its_parts_are():
     mesh = Mesh(np.array(jax.devices()), "d")
     y, y_hat = (
@@ -149,18 +162,18 @@ def test_a_sharded_tensor_is_compared_where_its_parts_are():
 def test_under_vmap():
     y, y_hat = pair((3, 40, 10))
     run = jax.jit(jax.vmap(lambda a, b: native.differences(a, b, (0.0, 6.0))))
-    sums, powers = run(y, y_hat)
+    sums, _, powers = run(y, y_hat)
     for k in range(3):
         one = native.differences(jnp.asarray(y[k]), jnp.asarray(y_hat[k]), (0.0, 6.0))
-        assert np.asarray(one[0]).tobytes() == np.asarray(sums[k]).tobytes()
-        assert np.asarray(one[1]).tobytes() == np.asarray(powers[k]).tobytes()
+        assert np.asarray(one.sums).tobytes() == np.asarray(sums[k]).tobytes()
+        assert np.asarray(one.powers).tobytes() == np.asarray(powers[k]).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "uint8", "int32", "bool"])
 def test_an_activation_that_ends_in_another_dtype(dtype):
     y, y_hat = pair((500, 10))
     run = compare(lambda y: jnp.minimum(jax.nn.relu(jnp.round(y)), 9.0).astype(dtype))
-    sums, _ = run(y, y_hat)
+    sums, _, _ = run(y, y_hat)
     gain = [np.clip(np.round(x), 0, 9).astype(bool if dtype == "bool" else int) for x in (y, y_hat)]
     want, _ = reference(y, y_hat, np.subtract(*gain, dtype=np.float32))
     np.testing.assert_allclose(sums, want, rtol=1e-4, atol=1e-2)
@@ -172,6 +185,6 @@ def test_what_nobody_reads_bounds_nothing():
         return jnp.minimum(y, 6.0)
 
     y, y_hat = pair((500, 10))
-    sums, _ = compare(activation)(y, y_hat)
+    sums, _, _ = compare(activation)(y, y_hat)
     want, _ = reference(y, y_hat, np.minimum(y, 6) - np.minimum(y_hat, 6))
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-3)

@@ -60,9 +60,20 @@ inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums
   }
 }
 
-// `sums` [3, channels], the first three, and `powers` [2], the last two over all channels; the
-// second is infinite where ŷ alone is not finite.  The same bits with any number of threads.
-inline void differences(Threads& threads, const Compared& t, float* sums, float* powers) {
+// The mean of d by weight, shrunk by what it may owe to chance: m² / (m² + s²) of m, with s its
+// standard error for Σ w independent values.
+inline double shrunk_mean(double wd, double wdd, double w) {
+  if (!(w > 1.0)) return 0.0;  // one value tells nothing of chance
+  const double mean = wd / w, power = mean * mean;
+  const double chance = std::max(wdd / w - power, 0.0) / (w - 1.0);
+  return power > 0.0 ? mean * power / (power + chance) : 0.0;
+}
+
+// `sums` [3, channels], the first three; `mean` [channels], of them; and `powers` [2], the last two
+// over all channels, the second infinite where ŷ alone is not finite.  The same bits with any number
+// of threads.
+inline void differences(Threads& threads, const Compared& t, float* sums, float* mean,
+                        float* powers) {
   constexpr int64_t kValues = 1 << 16;  // a task
   constexpr int64_t kRows = 32;         // that are added in single precision
   constexpr int64_t kTasks = 64;        // at most, for the memory that their sums take
@@ -86,6 +97,7 @@ inline void differences(Threads& threads, const Compared& t, float* sums, float*
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < kSums * n; ++i) total[i] += partial[task * kSums * n + i];
   for (int64_t i = 0; i < 3 * n; ++i) sums[i] = float(total[i]);
+  for (int64_t c = 0; c < n; ++c) mean[c] = float(shrunk_mean(total[c], total[n + c], total[2 * n + c]));
   double signal = 0.0, noise = 0.0;
   for (int64_t c = 0; c < n; ++c) signal += total[3 * n + c], noise += total[4 * n + c];
   powers[0] = float(signal);

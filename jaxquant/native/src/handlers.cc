@@ -191,10 +191,13 @@ ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
                                ffi::Buffer<ffi::F32> y_hat, ffi::RemainingArgs gain,
                                ffi::Result<ffi::Buffer<ffi::F32>> sums,
+                               ffi::Result<ffi::Buffer<ffi::F32>> mean,
                                ffi::Result<ffi::Buffer<ffi::F32>> powers, Floats clamp) {
   const int64_t size = int64_t(y.element_count());
-  const int64_t channels = int64_t(sums->element_count()) / 3;
-  if (clamp.size() != 2 || powers->element_count() != 2) return invalid("wrong shapes");
+  const int64_t channels = int64_t(mean->element_count());
+  if (clamp.size() != 2 || powers->element_count() != 2 ||
+      int64_t(sums->element_count()) != 3 * channels)
+    return invalid("wrong shapes");
   if (int64_t(y_hat.element_count()) != size || size % std::max<int64_t>(1, channels))
     return invalid("two tensors of different shapes");
   Compared t{y.typed_data(), y_hat.typed_data(), nullptr, clamp[0], clamp[1],
@@ -206,7 +209,7 @@ ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
     t.gain = given->typed_data();
   }
   XlaThreads threads(pool);
-  differences(threads, t, sums->typed_data(), powers->typed_data());
+  differences(threads, t, sums->typed_data(), mean->typed_data(), powers->typed_data());
   return ffi::Error::Success();
 }
 
@@ -241,6 +244,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_differences, jaxquant::differences_handle
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .RemainingArgs()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<xla::ffi::Span<const float>>("clamp"));
