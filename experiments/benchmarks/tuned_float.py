@@ -11,4 +11,4 @@ from jaxquant.graph.trace import trace
 def tuned(apply_fn: Callable[..., Any], params: Any, x: Any) -> Callable[..., Any]:
     """The function `(params, x) -> outputs` for inputs of one shape."""
     graph = trace(apply_fn, params, (x,))
-    return lambda params, x: evaluate.outputs(evaluate_float(graph, params, [x]))
+    return lambda params, x: evaluate.outputs(evaluate_float(graph, params, [x], natively=False))

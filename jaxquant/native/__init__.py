@@ -1,7 +1,8 @@
-"""Native kernels for CPU, called from XLA: int8 convolution and dot, histograms, comparisons."""
+"""Native kernels for CPU, called from XLA: int8 inference, and what calibration takes long at."""
 
 from jaxquant.native.counting import counter, histogram
 from jaxquant.native.differences import differences
+from jaxquant.native.floats import float_depthwise
 from jaxquant.native.library import Availability, available, require, runs_here
 from jaxquant.native.ops import Requantize, Residual, conv, dot
 from jaxquant.native.pack import pack_conv, pack_dot
@@ -15,6 +16,7 @@ __all__ = [
     "counter",
     "differences",
     "dot",
+    "float_depthwise",
     "histogram",
     "pack_conv",
     "pack_dot",

@@ -55,5 +55,5 @@ def differences(
 
 def output_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """Of `differences`."""
-    shapes = Differences((3, channels), (channels,), (2,))
+    shapes = (3, channels), (channels,), (2,)
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

@@ -13,6 +13,7 @@ from jaxquant.native import build
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
+FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
 
 
@@ -39,7 +40,7 @@ def available() -> Availability:
         library = build.load()
     except build.BuildError as error:
         return Availability(False, str(error))
-    for name in (CONV, DOT, PACK, HISTOGRAM, DIFFERENCES):
+    for name in (CONV, DOT, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxquant_kernels.restype = ctypes.c_char_p

@@ -30,6 +30,7 @@ import numpy as np
 from jaxquant.native import library
 from jaxquant.native.call import call
 from jaxquant.native.pack import pack_conv, pack_dot
+from jaxquant.native.window import output_size
 
 Clamp = tuple[float, float]
 _NO_CLAMP: Clamp = (-math.inf, math.inf)
@@ -119,12 +120,8 @@ def conv(
         raise ValueError(f"padding {padding} is negative; slice x first")
     if not packed:
         kernel = pack_conv(kernel, groups, dilation)
-    rows, columns = (
-        max(0, (size + sum(pads) - (taps - 1) * step - 1) // stride + 1)
-        for size, pads, taps, step, stride in zip(
-            x.shape[1:3], padding, (height, width), dilation, strides, strict=True
-        )
-    )
+    taps = height, width
+    rows, columns = output_size(x.shape[1:3], taps, strides, padding, dilation)
     window = (height, width, *strides, *dilation, padding[0][0], padding[1][0])
     shape = (rows, columns, outputs, *window, groups)
     return _with_epilogue(

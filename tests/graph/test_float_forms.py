@@ -30,7 +30,10 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], bool]] 
     "3x3": ((2, 9, 8, 6), (3, 3, 6, 5), {}, False),
     "two outputs a channel": ((2, 9, 8, 6), (3, 3, 1, 12), {"feature_group_count": 6}, False),
     "dilated": (
-        (2, 9, 8, 6), (3, 3, 1, 6), {"feature_group_count": 6, "rhs_dilation": (2, 2)}, False),
+        (2, 9, 8, 6), (3, 2, 1, 6),
+        {"feature_group_count": 6, "rhs_dilation": (2, 3), "window_strides": (2, 1)}, True),
+    "transposed": ((2, 9, 8, 6), (3, 3, 1, 6),
+        {"feature_group_count": 6, "lhs_dilation": (2, 2), "padding": ((1, 1), (0, 2))}, False),
     "window larger than the input": (
         (2, 2, 2, 6), (3, 3, 1, 6), {"feature_group_count": 6, "padding": "VALID"}, False),
     "channels first": ((2, 6, 9, 8), (5, 6, 1, 1), {"layout": NCHW}, False),
@@ -39,7 +42,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], bool]] 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_same_values(case: str, dtype: Any):
+@pytest.mark.parametrize("natively", [True, False])
+def test_same_values(case: str, dtype: Any, natively: bool):
     shape, kernel_shape, options, is_faster = CASES[case]
     given = {"window_strides": (1, 1), "padding": "SAME", **options}
     layout = given.pop("layout", NHWC)
@@ -50,7 +54,7 @@ def test_same_values(case: str, dtype: Any):
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, kernel_shape))
     graph = trace(net, kernel, (x,))
-    rules = fast_convolutions(graph)
+    rules = fast_convolutions(graph, natively=natively)
     on_cpu = jax.default_backend() == "cpu"
     assert len(rules) == int(is_faster and dtype == jnp.float32 and on_cpu)
     env = evaluate.evaluate(graph, {graph.leaves[0]: kernel}, [x], replace=rules)
@@ -81,7 +85,7 @@ def test_the_sweep_observes_the_same(monkeypatch: pytest.MonkeyPatch):
 
     x = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
     fast = jaxquant.calibrate(params, net, [x], progress=False)
-    monkeypatch.setattr("jaxquant.graph.float_forms.fast_convolutions", lambda graph: {})
+    monkeypatch.setattr("jaxquant.graph.float_forms.fast_convolutions", lambda graph, natively: {})
     plain = jaxquant.calibrate(params, net, [x], progress=False)
     assert fast.tensors.keys() == plain.tensors.keys()
     for name, stats in fast.tensors.items():

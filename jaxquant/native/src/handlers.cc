@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "depthwise.h"
 #include "differences.h"
+#include "float_depthwise.h"
 #include "histogram.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
@@ -213,6 +214,24 @@ ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
   return ffi::Error::Success();
 }
 
+ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                                   ffi::Buffer<ffi::F32> kernel,
+                                   ffi::Result<ffi::Buffer<ffi::F32>> out, Ints window) {
+  const auto in = x.dimensions(), taps = kernel.dimensions(), to = out->dimensions();
+  if (in.size() != 4 || taps.size() != 4 || to.size() != 4 || window.size() != 6)
+    return invalid("wrong shapes");
+  if (taps[2] != 1 || taps[3] != in[3] || to[3] != in[3] || to[0] != in[0])
+    return invalid("not a depthwise convolution");
+  ConvShape s;
+  s.n = in[0], s.h = in[1], s.w = in[2], s.c = s.o = s.groups = in[3];
+  s.oh = to[1], s.ow = to[2], s.kh = taps[0], s.kw = taps[1];
+  s.stride_h = window[0], s.stride_w = window[1], s.dilation_h = window[2];
+  s.dilation_w = window[3], s.pad_h = window[4], s.pad_w = window[5];
+  XlaThreads threads(pool, int64_t(out->element_count()) * s.kh * s.kw);
+  float_depthwise(threads, x.typed_data(), kernel.typed_data(), s, out->typed_data());
+  return ffi::Error::Success();
+}
+
 // x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.
 auto fused_operands() {
   return ffi::Ffi::Bind()
@@ -248,6 +267,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_differences, jaxquant::differences_handle
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<xla::ffi::Span<const float>>("clamp"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_float_depthwise, jaxquant::float_depthwise_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<xla::ffi::Span<const int64_t>>("window"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                               xla::ffi::Ffi::Bind()
