@@ -14,14 +14,11 @@ from jaxquant.calibration.search import run_search, search, validated
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
     SYMMETRIC_LEVELS,
+    Below,
     Levels,
     Sums,
     candidate_thresholds,
-    evaluate,
-    level_edges,
-    locate,
     running,
-    running_sums,
     weighted_errors,
     without_zeros,
 )
@@ -123,12 +120,10 @@ def kl_curve(
     return candidates.reshape(shape) * hist.bin_width[..., None], divergences.reshape(shape)
 
 
-def _level_information(sums: Sums, edges: jax.Array) -> jax.Array:
-    """[C] sum_k M_k log(M_k / Z_k) over the levels."""
-    index, part = locate(edges, sums.h.shape[0])
-    h = sums.h[index]
-    mass = _between(sums.below[index] + part * h, sums.below[-1])
-    support = _between(sums.support[index] + jnp.where(h > 0, part, 0.0), sums.support[-1])
+def _level_information(sums: Sums, below: Below) -> jax.Array:
+    """[C] sum_k M_k log(M_k / Z_k) over the levels, of what is below their edges [C, K]."""
+    mass = _between(below.counts, sums.total[0])
+    support = _between(below.support, sums.total[1])
     return jnp.sum(_xlog(mass, _ratio(mass, support)), axis=1)
 
 
@@ -154,19 +149,17 @@ def _xlog(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
     candidates = candidate_thresholds(h, limit)
-    weighted = weighted_errors(without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT)
+
+    def divergence(sums: Sums, below: Below) -> tuple[jax.Array, ...]:
+        known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
+        total = jnp.maximum(sums.total[0], 1.0)
+        return (jnp.maximum((known - _level_information(sums, below)) / total, 0.0),)
+
+    weighted, found = weighted_errors(
+        without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT, divergence
+    )
     # The last candidate is no clipping, and always competes.
     competes = weighted <= weighted[-1] + 1e-9 * jnp.abs(weighted[-1])
-    sums = running_sums(without_zeros(h))
-    total = jnp.maximum(sums.below[-1], 1.0)
-    known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
-
-    def divergence(candidates: jax.Array) -> jax.Array:
-        edges = level_edges(candidates, levels, h.shape[0])
-        return jnp.maximum((known - _level_information(sums, edges)) / total, 0.0)
-
-    found = evaluate(divergence, candidates, competes & (candidates < limit))
-    found = jnp.where(candidates < limit, found, divergence(candidates[-1:])[0])
     return candidates, jnp.where(competes, found, jnp.nan)
 
 
@@ -189,9 +182,8 @@ def _textbook_divergence(h: jax.Array, edges: jax.Array) -> jax.Array:
     Returns:
       [C] nats; nan where Q is empty, inf where Q is 0 and P is not.
     """
-    below, filled, information = (
-        running(x) for x in (h, (h > 0).astype(h.dtype), _xlog(h, _ratio(h, jnp.ones_like(h))))
-    )
+    filled, information = (h > 0).astype(h.dtype), _xlog(h, _ratio(h, jnp.ones_like(h)))
+    below, filled, information = running(jnp.stack([h, filled, information]))
     end = edges[:, -1]
     last, outliers = h[end - 1], below[-1] - below[end]
     mass, bins = jnp.diff(below[edges], axis=1), jnp.diff(filled[edges], axis=1)

@@ -82,7 +82,11 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# LLVM's optimization takes longer than the searches of a whole network run.
+_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS)
 def _map_tensors(function, most, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
     """[T, N] and [T] to whatever `function` gives, stacked; a tensor at a time to bound memory."""
 

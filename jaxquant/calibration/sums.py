@@ -9,7 +9,7 @@ Everything is in units of the bin width, with the counts taken as spread evenly 
 each of which is a table look-up at a fractional position e.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ SYMMETRIC_LEVELS = 127  # symmetric int8: the threshold maps to 127
 MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
 CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
 _BLOCK = 64  # candidates that are evaluated together
+_ROW = 64  # counts that are summed in one product
 _MARGIN = 1e-6  # far above the rounding of the sums: what it rules out cannot win
 
 
@@ -41,29 +42,59 @@ class Levels(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Running sums of one histogram, looked up at fractional positions."""
+    """Running sums of one histogram."""
 
-    h: jax.Array  # [N]
-    below: jax.Array  # [N + 1], F at the bin edges
-    support: jax.Array  # [N + 1], Z at the bin edges
-    depth: jax.Array  # [N + 1], G at the bin edges
+    table: jax.Array  # [N, 4], of each bin: h, and F, Z and G at its lower edge
+    total: jax.Array  # [3], F, Z and G at the end
+
+    @property
+    def h(self) -> jax.Array:
+        """[N]."""
+        return self.table[:, 0]
+
+
+class Below(NamedTuple):
+    """F, Z and G of a histogram, at the same positions each."""
+
+    counts: jax.Array
+    support: jax.Array
+    depth: jax.Array
 
 
 def running(x: jax.Array) -> jax.Array:
-    """[N] -> [N + 1], the sums of the first 0, 1, ..., N."""
-    return jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(x)])
+    """[..., N] -> [..., N + 1], the sums of the first 0, 1, ..., N.
+
+    By products with triangular matrices: XLA's cumulative sum takes several times as long to
+    compile.  Exact where the sums are, as those of counts up to 2**53.
+    """
+    bins = x.shape[-1]
+    rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -bins % _ROW)]).reshape(
+        *x.shape[:-1], -1, _ROW
+    )
+    within = jnp.matmul(rows, jnp.triu(jnp.ones((_ROW, _ROW), x.dtype)), precision="highest")
+    earlier = jnp.triu(jnp.ones((rows.shape[-2],) * 2, x.dtype), 1)
+    before = jnp.matmul(within[..., -1], earlier, precision="highest")
+    sums = (within + before[..., None]).reshape(*x.shape[:-1], -1)[..., :bins]
+    return jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), sums], axis=-1)
 
 
 def running_sums(h: jax.Array) -> Sums:
-    below = running(h)
-    support = running((h > 0).astype(h.dtype))
-    return Sums(h, below, support, running((below[:-1] + below[1:]) / 2))
+    below, support = running(jnp.stack([h, (h > 0).astype(h.dtype)]))
+    at_edges = jnp.stack([below, support, running((below[:-1] + below[1:]) / 2)], axis=1)
+    table = jnp.concatenate([h[:, None], at_edges[:-1]], axis=1)
+    return Sums(table, at_edges[-1])
 
 
-def locate(edges: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
-    """Positions -> the bin that each lies in, and the fraction of that bin below it."""
-    index = jnp.minimum(edges.astype(jnp.int32), bins - 1)
-    return index, edges - index.astype(edges.dtype)
+def look_up(sums: Sums, edges: jax.Array) -> Below:
+    """F, Z and G at positions, of any shape."""
+    index = jnp.minimum(edges.astype(jnp.int32), sums.table.shape[0] - 1)
+    part = edges - index.astype(edges.dtype)
+    h, below, support, depth = jnp.moveaxis(sums.table[index], -1, 0)
+    return Below(
+        counts=below + part * h,
+        support=support + jnp.where(h > 0, part, 0.0),
+        depth=depth + part * (below + part * h / 2),
+    )
 
 
 def without_zeros(h: jax.Array) -> jax.Array:
@@ -83,18 +114,19 @@ def level_edges(candidates: jax.Array, levels: Levels, bins: int) -> jax.Array:
     return jnp.where(k <= levels.steps, edges, float(bins))
 
 
-def squared_errors(
-    sums: Sums, candidates: jax.Array, edges: jax.Array, levels: Levels
-) -> jax.Array:
-    """[C] summed squared quantization errors; the equation is in `mse_threshold`."""
-    index, part = locate(edges, sums.h.shape[0])
-    depth = sums.depth[index] + part * (sums.below[index] + part * sums.h[index] / 2)
+def squared_errors(sums: Sums, candidates: jax.Array, below: Below, levels: Levels) -> jax.Array:
+    """[C] summed squared quantization errors; the equation is in `mse_threshold`.
+
+    Args:
+      below: at `level_edges(candidates)`.
+    """
     j = jnp.arange(sums.h.shape[0], dtype=sums.h.dtype)
     first = jnp.sum(sums.h * (j + 0.5))
     second = jnp.sum(sums.h * (j * (j + 1) + 1 / 3))
-    from_threshold = second - candidates * (2 * first - candidates * sums.below[-1])
+    from_threshold = second - candidates * (2 * first - candidates * sums.total[0])
     inner = levels.numbers <= levels.steps
-    return from_threshold - 2 * candidates / levels.steps * jnp.sum(depth, axis=1, where=inner)
+    depth = jnp.sum(below.depth, axis=1, where=inner)
+    return from_threshold - 2 * candidates / levels.steps * depth
 
 
 def clipped_squares(h: jax.Array) -> jax.Array:
@@ -102,18 +134,25 @@ def clipped_squares(h: jax.Array) -> jax.Array:
 
     Integrating the count above T twice, from the far end, so that nothing cancels.
     """
+    from_the_end = h[::-1]
+    above = running(from_the_end)
+    excess = running((above[:-1] + above[1:]) / 2)  # sums of x - T
+    squares = running(excess[:-1] + above[:-1] / 2 + from_the_end / 6)
+    return 2 * squares[-2::-1]
 
-    def from_the_end(x: jax.Array) -> jax.Array:
-        return running(x[::-1])[::-1]
 
-    above = from_the_end(h)
-    excess = from_the_end((above[:-1] + above[1:]) / 2)  # sums of x - T
-    return 2 * from_the_end(excess[1:] + above[1:] / 2 + h / 6)[1:]
+def _nothing(sums: Sums, below: Below) -> tuple[jax.Array, ...]:
+    return ()
 
 
 def weighted_errors(
-    h: jax.Array, candidates: jax.Array, limit: jax.Array, levels: Levels, weight: float
-) -> jax.Array:
+    h: jax.Array,
+    candidates: jax.Array,
+    limit: jax.Array,
+    levels: Levels,
+    weight: float,
+    beside: Callable[[Sums, Below], tuple[jax.Array, ...]] = _nothing,
+) -> tuple[jax.Array, ...]:
     """[N] squared errors with clipping weighing `weight` times; inf where no clipping is better.
 
     The clipping error alone, which is cheap, rules out most candidates: one that costs more than
@@ -122,36 +161,38 @@ def weighted_errors(
     Args:
       h: [N], less the exact zeros.
       candidates: [N] of `candidate_thresholds`; the last one is no clipping.
+      beside: what else to evaluate of C candidates, [C] each: of the sums, and of what is below
+        the level edges [C, K].
+
+    Returns:
+      The errors, and what `beside` gives, [N] each; also inf where not evaluated.
     """
     sums = running_sums(h)
     clipped = jnp.where(candidates < limit, clipped_squares(h), 0.0)
-
-    def errors(candidates: jax.Array) -> jax.Array:
-        edges = level_edges(candidates, levels, h.shape[0])
-        return squared_errors(sums, candidates, edges, levels)
-
-    unclipped = errors(candidates[-1:])[0]
-    possible = weight * clipped <= unclipped * (1 + _MARGIN) + _MARGIN
-    possible &= candidates < limit
-    evaluated = evaluate(errors, candidates, possible) + (weight - 1) * clipped
-    return jnp.where(candidates < limit, evaluated, unclipped)
-
-
-def evaluate(
-    function: Callable[[jax.Array], jax.Array], candidates: jax.Array, needed: jax.Array
-) -> jax.Array:
-    """`function(candidates)` [N] where `needed` [N], inf elsewhere.
-
-    Blocks in which no candidate is needed are skipped; the others need memory for one block.
-    """
     size = min(_BLOCK, candidates.shape[0])
     padding = (0, -candidates.shape[0] % size)
-    blocks = jnp.pad(candidates, padding, mode="edge").reshape(-1, size)
-    masks = jnp.pad(needed, padding).reshape(-1, size)
+    blocks = [jnp.pad(x, padding, mode="edge").reshape(-1, size) for x in (candidates, clipped)]
 
-    def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        values, mask = inputs
-        return lax.cond(jnp.any(mask), function, lambda x: jnp.full_like(x, jnp.inf), values)
+    def costs(candidates: jax.Array) -> jax.Array:
+        below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
+        return jnp.stack([squared_errors(sums, candidates, below, levels), *beside(sums, below)])
 
-    found = lax.map(block, (blocks, masks)).reshape(-1)[: candidates.shape[0]]
-    return jnp.where(needed, found, jnp.inf)
+    def skip(candidates: jax.Array) -> jax.Array:
+        return jnp.full_like(jax.eval_shape(costs, candidates), jnp.inf)
+
+    def is_possible(clipped: jax.Array, unclipped: jax.Array) -> jax.Array:
+        return weight * clipped <= unclipped * (1 + _MARGIN) + _MARGIN
+
+    def block(unclipped: jax.Array, inputs: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        candidates, clipped = inputs
+        found = lax.cond(jnp.any(is_possible(clipped, unclipped)), costs, skip, candidates)
+        return jnp.where(jnp.isinf(unclipped), found[0, -1], unclipped), found
+
+    # From the last block on, which tells what no clipping costs.  Others in which no candidate is
+    # possible are skipped; what is not needs memory for one block.
+    unclipped, found = lax.scan(block, jnp.asarray(jnp.inf, h.dtype), blocks, reverse=True)
+    found = jnp.moveaxis(found, 1, 0).reshape(found.shape[1], -1)
+    last, found = found[:, -1:], found[:, : candidates.shape[0]]
+    found = found.at[0].add((weight - 1) * clipped)
+    found = jnp.where(is_possible(clipped, unclipped), found, jnp.inf)
+    return tuple(jnp.where(candidates < limit, found, last))

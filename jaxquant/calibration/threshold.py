@@ -12,7 +12,7 @@ from jaxquant.calibration.sums import (
     Levels,
     candidate_thresholds,
     level_edges,
-    locate,
+    look_up,
     running,
     running_sums,
     squared_errors,
@@ -116,7 +116,7 @@ def _mse_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
 
 def _least_error(h: jax.Array, limit: jax.Array, levels: Levels, weight: float) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
-    errors = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
+    (errors,) = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
     best = errors <= jnp.min(errors) * (1 + 1e-12)
     return jnp.max(jnp.where(best, candidates, 0.0))
 
@@ -213,11 +213,9 @@ def auto_threshold(
 def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
     sums = running_sums(without_zeros(h))
-    edges = level_edges(candidates, levels, h.shape[0])
-    index, part = locate(edges, h.shape[0])
-    below = sums.below[index] + part * sums.h[index]  # [C, K], the count below level k
+    below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
     k = levels.numbers
-    above = jnp.where(k <= levels.steps, sums.below[-1] - below, 0.0)
+    above = jnp.where(k <= levels.steps, sums.total[0] - below.counts, 0.0)  # [C, K], of level k on
     step = candidates / levels.steps
     total = jnp.maximum(jnp.sum(h), 1.0)
     mean = step * jnp.sum(above, axis=1) / total  # sum over the values of their level
@@ -238,8 +236,9 @@ def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
 
 def _ptf_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     candidates = limit / 2.0 ** jnp.arange(4, dtype=h.dtype)
-    edges = level_edges(candidates, levels, h.shape[0])
-    errors = squared_errors(running_sums(without_zeros(h)), candidates, edges, levels)
+    sums = running_sums(without_zeros(h))
+    below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
+    errors = squared_errors(sums, candidates, below, levels)
     best = errors <= jnp.min(errors) * (1 + 1e-12)
     return jnp.max(jnp.where(best, candidates, 0.0))
 
