@@ -21,6 +21,7 @@ from jaxquant.calibration.processes import reduce_processes
 from jaxquant.graph import ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.float_forms import evaluate_float
+from jaxquant.graph.static_values import static_values
 from jaxquant.graph.trace import trace
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
@@ -78,6 +79,8 @@ class Sweep:
         self._options = options or {}
         self._count = count
         self._names: tuple[str, ...] = ()
+        self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
+        self._known: dict[str, Any] = {}
         self._step = jax.jit(self._observe, donate_argnums=0)
         self._origin: Origin | None = None
         self._done = _Done((), ())
@@ -96,9 +99,9 @@ class Sweep:
         _check_addressable(inputs)
         if not self._done.batches:
             self.start(inputs)
-        done = self._done
+        done, known = self._done, self._known_of(inputs)
         state, own, bad = self._step(
-            done.state, done.own, self._params, np.int32(done.batches), *inputs
+            done.state, done.own, self._params, known, np.int32(done.batches), *inputs
         )
         self._done = _Done(
             state,
@@ -150,7 +153,7 @@ class Sweep:
     def start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
         """Trace the model for a first batch.  Returns the origin and the tensors' names."""
         try:
-            graph = trace(self._apply_fn, self._structs, inputs)
+            graph = self._graph_of(inputs)
         except Exception as error:
             error.add_note(
                 f"calibration called apply_fn(params, *inputs) with inputs of {_shapes(inputs)}; "
@@ -181,10 +184,23 @@ class Sweep:
         )
         self._done = _Done(_stack(state), own, seen.batches, seen.samples, seen.examples)
 
+    def _graph_of(self, inputs: tuple[Any, ...]) -> ir.Graph:
+        shapes = _shapes(jax.tree.map(ir.struct, inputs))
+        if shapes not in self._graphs:
+            self._graphs[shapes] = trace(self._apply_fn, self._structs, inputs)
+        return self._graphs[shapes]
+
+    def _known_of(self, inputs: tuple[Any, ...]) -> dict[ir.Var, np.ndarray]:
+        """What the model computes of its parameters alone."""
+        shapes = _shapes(jax.tree.map(ir.struct, inputs))
+        if shapes not in self._known:
+            self._known[shapes] = static_values(self._graph_of(inputs), self._params)
+        return self._known[shapes]
+
     def _observe(
-        self, state: State, own: Any, params: Any, batch: Any, *inputs: Any
+        self, state: State, own: Any, params: Any, known: Any, batch: Any, *inputs: Any
     ) -> tuple[State, Any, jax.Array]:
-        graph = trace(self._apply_fn, self._structs, inputs)
+        graph = self._graph_of(inputs)
         tensors = self._tensors_of(graph)
         if tuple(tensors) != self._names:
             raise ValueError(
@@ -192,7 +208,8 @@ class Sweep:
                 f"{_shapes(inputs)}"
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
-        env = evaluate_float(graph, params, jax.tree.leaves(inputs), equations=needed)
+        flat = jax.tree.leaves(inputs)
+        env = evaluate_float(graph, params, flat, equations=needed, known=known)
         values = [env.read(var) for var in tensors.values()]
         seen = histogram.observe_all(values, batch, self._count)
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor

@@ -48,6 +48,7 @@ def evaluate_float(
     inputs: Sequence[Any],
     *,
     equations: Sequence[ir.Equation] | None = None,
+    known: Mapping[ir.Var, Any] | None = None,
     natively: bool = True,
 ) -> evaluate.Environment:
     """The values of a float model, with its convolutions in their faster forms.
@@ -57,11 +58,16 @@ def evaluate_float(
       params: its parameters, in the pytree that it was traced with.
       inputs: the flattened model inputs.
       equations: those to evaluate, in order; by default all.
+      known: values of `jaxquant.graph.static_values` that need not be evaluated.
       natively: by the native kernels too, where they run.
     """
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    # One that was spread is spread by its own equation.
+    whole = {var: x for var, x in (known or {}).items() if x.shape == graph.shape(var)}
+    chosen = graph.equations if equations is None else equations
+    left = [eqn for eqn in chosen if not whole.keys() & set(eqn.outputs)]
     rules = fast_convolutions(graph, natively=natively)
-    return evaluate.evaluate(graph, leaves, inputs, equations=equations, replace=rules)
+    return evaluate.evaluate(graph, {**leaves, **whole}, inputs, equations=left, replace=rules)
 
 
 def _rule(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> evaluate.Replace | None:

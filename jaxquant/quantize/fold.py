@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,32 +10,55 @@ import numpy as np
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.primitives import varying_axes
+from jaxquant.graph.static_values import static_values
 from jaxquant.plan.epilogue import AffineStep
 
 
 def fold(
     graph: ir.Graph, params: Any, weights: Sequence[ir.Var], operands: Sequence[ir.Var]
 ) -> tuple[dict[ir.Var, np.ndarray], dict[ir.Var, np.ndarray]]:
-    """The values of static tensors, in one compiled call: weights of sites, epilogue operands.
+    """The values of static tensors: weights of sites, epilogue operands.
 
     A weight comes as the operation takes it.  An operand that was broadcast along an axis (a bias
     spread over the batch) has size 1 there, so that nothing of the size of an activation is made.
     """
     weights, operands = list(dict.fromkeys(weights)), list(dict.fromkeys(operands))
-    needed = list(ir.walk_back(graph, [*weights, *operands]))
+    wanted = list(dict.fromkeys([*weights, *operands]))
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    given = jax.device_get({var: leaves[var] for var in wanted if var in leaves})
+    known = static_values(graph, params, ir.walk_back(graph, wanted))
+    left = [var for var in wanted if var not in given and var not in known]
+    spread = set(left) - set(weights)
+    found = {**known, **given, **_compiled(graph, leaves, left, spread)}
 
-    def run(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        env = evaluate.evaluate(
-            graph,
-            dict(zip(graph.leaves, leaves, strict=True)),
-            [None] * len(graph.inputs),
-            equations=needed,
-        )
-        whole = [env.read(var) for var in weights]
-        return whole, [_without_copies(graph, var, env.read(var)) for var in operands]
+    def whole(var: ir.Var) -> np.ndarray:
+        value = np.asarray(found[var], graph.dtype(var))
+        return np.broadcast_to(value, graph.shape(var))
 
-    values = jax.device_get(jax.jit(run)(jax.tree.leaves(params)))
-    return dict(zip(weights, values[0], strict=True)), dict(zip(operands, values[1], strict=True))
+    return (
+        {var: whole(var) for var in weights},
+        {v: found[v] if v in spread else _without_copies(graph, v, whole(v)) for v in operands},
+    )
+
+
+def _compiled(
+    graph: ir.Graph,
+    leaves: Mapping[ir.Var, Any],
+    wanted: Sequence[ir.Var],
+    spread: Collection[ir.Var],
+) -> dict[ir.Var, np.ndarray]:
+    """Values in one compiled call; of those in `spread` one along an axis of copies."""
+    if not wanted:
+        return {}
+    needed = list(ir.walk_back(graph, wanted))
+
+    @jax.jit
+    def run(leaves: Mapping[ir.Var, Any]) -> dict[ir.Var, Any]:
+        env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), equations=needed)
+        values = {var: env.read(var) for var in wanted}
+        return {v: _without_copies(graph, v, x) if v in spread else x for v, x in values.items()}
+
+    return jax.device_get(run(leaves))
 
 
 def _without_copies(graph: ir.Graph, var: ir.Var, value: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import sites
 from jaxquant.graph.float_forms import evaluate_float
+from jaxquant.graph.static_values import static_values
 from jaxquant.plan.bind import Int8Site
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Powers, Shift, compare_outputs, powers
@@ -39,6 +40,7 @@ class Comparison:
         self._params = params
         self._step = jax.jit(self._compare)
         graph = program.graph
+        self._known = static_values(graph, params)
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
         self._tensors = {
             site.name: ends.get(site.name, site.output)
@@ -65,7 +67,7 @@ class Comparison:
           correct: take every site's shift away before going on, so that the shifts of later sites
             are those that remain.
         """
-        found = self._step(self._params, qparams, jax.tree.leaves(inputs), correct)
+        found = self._step(self._params, self._known, qparams, jax.tree.leaves(inputs), correct)
         by_site, by_output, shifts = jax.device_get(found)
         return Measured(
             {name: Powers(*both) for name, both in by_site.items()},
@@ -74,11 +76,11 @@ class Comparison:
         )
 
     def _compare(
-        self, params: Any, qparams: Any, flat: list[Any], correct: jax.Array
+        self, params: Any, known: Any, qparams: Any, flat: list[Any], correct: jax.Array
     ) -> tuple[dict[str, jax.Array], list[jax.Array], dict[str, jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
         graph = self._program.graph
-        reference = evaluate_float(graph, params, flat)
+        reference = evaluate_float(graph, params, flat, known=known)
         shifts: dict[str, jax.Array] = {}
         by_site: dict[str, jax.Array] = {}
 
