@@ -52,16 +52,21 @@ inline int32_t exponent_above(float x, int32_t least) {
 
 // Adds to `counts` [kBins]; every |x| times `scale` lies below kBins.
 inline void count_bins(const float* x, int64_t n, float scale, uint32_t* counts) {
-  constexpr int64_t kCopies = 4;  // a run of equal values does not wait for its own stores
-  std::vector<uint32_t> copies(kCopies * kBins, 0);
-  uint32_t* rows[kCopies];
-  for (int64_t c = 0; c < kCopies; ++c) rows[c] = copies.data() + c * kBins;
+  constexpr int64_t kCopies = 8;  // a run of equal values does not wait for its own stores,
+  constexpr int64_t kStride = kBins + 16;  // nor for those at the same place of another page
+  constexpr int64_t kMany = 64;  // values whose bins are found by vectors
+  std::vector<uint32_t> copies(kCopies * kStride, 0);
+  uint32_t* table = copies.data();
+  int32_t bins[kMany];
   int64_t i = 0;
-  for (; i + kCopies <= n; i += kCopies)
-    for (int64_t c = 0; c < kCopies; ++c) ++rows[c][int32_t(std::fabs(x[i + c]) * scale)];
-  for (; i < n; ++i) ++rows[0][int32_t(std::fabs(x[i]) * scale)];
+  for (; i + kMany <= n; i += kMany) {
+    for (int64_t k = 0; k < kMany; ++k) bins[k] = int32_t(std::fabs(x[i + k]) * scale);
+    for (int64_t k = 0; k < kMany; k += kCopies)
+      for (int64_t c = 0; c < kCopies; ++c) ++table[c * kStride + bins[k + c]];
+  }
+  for (; i < n; ++i) ++table[int32_t(std::fabs(x[i]) * scale)];
   for (int64_t c = 0; c < kCopies; ++c)
-    for (int64_t bin = 0; bin < kBins; ++bin) counts[bin] += rows[c][bin];
+    for (int64_t bin = 0; bin < kBins; ++bin) counts[bin] += table[c * kStride + bin];
 }
 
 // `counts` [kBins] of |x| over [0, 2^e), e of `exponent_above` the largest |x|; all 0, and NaN for
