@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxquant.calibration.search import run_search, search, validated
+from jaxquant import native
+from jaxquant.calibration.search import in_chunks, run_search, search, validated
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
+    MARGIN,
     SYMMETRIC_LEVELS,
     Below,
     Levels,
@@ -24,6 +26,8 @@ from jaxquant.calibration.sums import (
 )
 
 _TIE = 1e-12  # nats; running sums in float64 resolve divergences no finer
+_SLACK = 1e-9  # relative, of squared errors
+_WEIGHING = native.Weighing(CLIPPING_WEIGHT, MARGIN, _SLACK, _TIE)
 
 
 def kl_threshold(
@@ -90,8 +94,12 @@ def kl_threshold(
     References:
       S. Migacz, 8-bit Inference with TensorRT, GTC 2017, for the textbook search.
     """
-    # One search a name, so that equal calls share one compilation.
-    return search(_SEARCHES[_known(variant)], counts, bin_width, abs_max, levels)
+    searching = _SEARCHES[_known(variant)]
+    if variant != "jaxquant" or not native.runs_here():
+        return search(searching, counts, bin_width, abs_max, levels)
+    hist = validated(counts, bin_width, abs_max, levels)
+    found = in_chunks(functools.partial(native.kl_thresholds, weighing=_WEIGHING), hist)
+    return found.reshape(hist.shape) * hist.bin_width
 
 
 def kl_curve(
@@ -159,7 +167,7 @@ def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Arr
         without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT, divergence
     )
     # The last candidate is no clipping, and always competes.
-    competes = weighted <= weighted[-1] + 1e-9 * jnp.abs(weighted[-1])
+    competes = weighted <= weighted[-1] + _SLACK * jnp.abs(weighted[-1])
     return candidates, jnp.where(competes, found, jnp.nan)
 
 
@@ -258,6 +266,7 @@ def _chosen(variant: KLVariant, h: jax.Array, limit: jax.Array, levels: Levels) 
     return variant.choose(h, *variant.curve(h, limit, levels))
 
 
+# One search a name, so that equal calls share one compilation.
 _SEARCHES = {name: functools.partial(_chosen, variant) for name, variant in KL_VARIANTS.items()}
 
 

@@ -56,22 +56,27 @@ def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[n
     more if some have more levels than symmetric int8), each chunk in a thread: XLA on CPU runs such
     small operations on one core.
     """
-    tensors = len(hist.limit)
     most = MOST_LEVELS if np.any(hist.levels > SYMMETRIC_LEVELS) else SYMMETRIC_LEVELS
 
-    def run(start: int):  # type: ignore[no-untyped-def]
-        members = slice(start, min(start + _CHUNK, tensors))
-        part = [np.zeros((_CHUNK, *x.shape[1:])) for x in hist[:2]]
+    def run(*members: np.ndarray):  # type: ignore[no-untyped-def]
+        count = len(members[1])
+        part = [np.zeros((_CHUNK, *x.shape[1:])) for x in members[:2]]
         part.append(np.full(_CHUNK, float(SYMMETRIC_LEVELS)))
-        for padded, values in zip(part, hist[:3], strict=True):
-            padded[: members.stop - start] = values[members]
+        for padded, values in zip(part, members, strict=True):
+            padded[:count] = values
         with _float64_on_host():  # of this thread
             found = jax.device_get(_map_tensors(function, most, *part, *args))
-        return jax.tree.map(lambda x: x[: members.stop - start], found)
+        return jax.tree.map(lambda x: x[:count], found)
 
-    starts = range(0, max(tensors, 1), _CHUNK)
+    return in_chunks(run, hist)
+
+
+def in_chunks(run, hist: Histograms):  # type: ignore[no-untyped-def]
+    """What `run(counts, limit, levels)` gives for a few tensors at a time, each in a thread."""
+    starts = range(0, max(len(hist.limit), 1), _CHUNK)
+    chunks = [[x[start : start + _CHUNK] for x in hist[:3]] for start in starts]
     with futures.ThreadPoolExecutor(min(len(starts), _cores())) as pool:
-        results = list(pool.map(run, starts))
+        results = list(pool.map(lambda chunk: run(*chunk), chunks))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 

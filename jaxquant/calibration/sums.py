@@ -21,7 +21,7 @@ MOST_LEVELS = 255  # a tensor that is never negative: the threshold maps to 255
 CLIPPING_WEIGHT = 16.0  # of clipping errors beside rounding errors; see `kl_threshold`
 _BLOCK = 64  # candidates that are evaluated together
 _ROW = 64  # counts that are summed in one product
-_MARGIN = 1e-6  # far above the rounding of the sums: what it rules out cannot win
+MARGIN = 1e-6  # far above the rounding of the sums: what it rules out cannot win
 
 
 class Levels(NamedTuple):
@@ -181,7 +181,7 @@ def weighted_errors(
         return jnp.full_like(jax.eval_shape(costs, candidates), jnp.inf)
 
     def is_possible(clipped: jax.Array, unclipped: jax.Array) -> jax.Array:
-        return weight * clipped <= unclipped * (1 + _MARGIN) + _MARGIN
+        return weight * clipped <= unclipped * (1 + MARGIN) + MARGIN
 
     def block(unclipped: jax.Array, inputs: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
         candidates, clipped = inputs

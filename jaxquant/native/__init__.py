@@ -6,11 +6,13 @@ from jaxquant.native.floats import float_depthwise
 from jaxquant.native.library import Availability, available, require, runs_here
 from jaxquant.native.ops import Requantize, Residual, conv, dot
 from jaxquant.native.pack import pack_conv, pack_dot
+from jaxquant.native.thresholds import Weighing, kl_thresholds
 
 __all__ = [
     "Availability",
     "Requantize",
     "Residual",
+    "Weighing",
     "available",
     "conv",
     "counter",
@@ -18,6 +20,7 @@ __all__ = [
     "dot",
     "float_depthwise",
     "histogram",
+    "kl_thresholds",
     "pack_conv",
     "pack_dot",
     "require",

@@ -6,6 +6,7 @@
 #include "differences.h"
 #include "float_depthwise.h"
 #include "histogram.h"
+#include "kl.h"
 #include "pack.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -295,6 +296,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
                                   .Attr<int64_t>("columns")
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
+
+// Called without XLA: [tensors, bins], and [tensors] of the others.
+extern "C" void jaxquant_kl_thresholds(const double* counts, const double* limit,
+                                       const double* levels, int64_t tensors, int64_t bins,
+                                       double clipping, double margin, double slack, double tie,
+                                       double* thresholds) {
+  const jaxquant::Weighing weighing{clipping, margin, slack, tie};
+  for (int64_t i = 0; i < tensors; ++i)
+    thresholds[i] = jaxquant::kl_threshold(counts + i * bins, bins, limit[i], int64_t(levels[i]),
+                                           weighing);
+}
 
 extern "C" const char* jaxquant_kernels() {
 #ifdef JAXQUANT_AVX512
