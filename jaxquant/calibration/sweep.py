@@ -18,7 +18,7 @@ from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
-from jaxquant.graph import ir, sites
+from jaxquant.graph import ir, jax_shim, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.static_values import static_values
@@ -81,7 +81,8 @@ class Sweep:
         self._names: tuple[str, ...] = ()
         self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
-        self._step = jax.jit(self._observe, donate_argnums=0)
+        quick = jax_shim.quick_compilation()
+        self._step = jax.jit(self._observe, donate_argnums=0, compiler_options=quick)
         self._origin: Origin | None = None
         self._done = _Done((), ())
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one

@@ -250,3 +250,24 @@ def without_source_locations() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, known)
+
+
+@functools.cache
+def quick_compilation() -> dict[str, Any]:
+    """Compiler options for a program that runs a few times: two thirds of the time to compile.
+
+    On CPU; it runs as fast, where what takes long are convolutions and dots.  Empty elsewhere, and
+    without an option that this XLA does not have.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+    return {name: value for name, value in options.items() if _has_option(name, value)}
+
+
+def _has_option(name: str, value: Any) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except (RuntimeError, ValueError):
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import sites
+from jaxquant.graph import jax_shim, sites
 from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.static_values import static_values
 from jaxquant.plan.bind import Int8Site
@@ -38,7 +38,7 @@ class Comparison:
     def __init__(self, program: Program, params: Any):
         self._program = program
         self._params = params
-        self._step = jax.jit(self._compare)
+        self._step = jax.jit(self._compare, compiler_options=jax_shim.quick_compilation())
         graph = program.graph
         self._known = static_values(graph, params)
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
