@@ -158,10 +158,10 @@ def _xlog(x: jax.Array, y: jax.Array) -> jax.Array:
 def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
     candidates = candidate_thresholds(h, limit)
 
-    def divergence(sums: Sums, below: Below) -> tuple[jax.Array, ...]:
+    def divergence(sums: Sums, below: Below) -> jax.Array:
         known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
         total = jnp.maximum(sums.total[0], 1.0)
-        return (jnp.maximum((known - _level_information(sums, below)) / total, 0.0),)
+        return jnp.maximum((known - _level_information(sums, below)) / total, 0.0)
 
     weighted, found = weighted_errors(
         without_zeros(h), candidates, limit, levels, CLIPPING_WEIGHT, divergence

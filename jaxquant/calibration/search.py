@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxquant.calibration.sums import MOST_LEVELS, SYMMETRIC_LEVELS, Levels
+from jaxquant.graph import jax_shim
 
 _CHUNK = 8  # tensors a call
 
@@ -65,7 +66,7 @@ def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[n
         for padded, values in zip(part, members, strict=True):
             padded[:count] = values
         with _float64_on_host():  # of this thread
-            found = jax.device_get(_map_tensors(function, most, *part, *args))
+            found = jax.device_get(_compiled()(function, most, *part, *args))
         return jax.tree.map(lambda x: x[:count], found)
 
     return in_chunks(run, hist)
@@ -87,11 +88,12 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
-# LLVM's optimization takes longer than the searches of a whole network run.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    options = jax_shim.quick_compilation()
+    return jax.jit(_map_tensors, static_argnums=(0, 1), compiler_options=options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=_COMPILER_OPTIONS)
 def _map_tensors(function, most, counts, limit, levels, *args):  # type: ignore[no-untyped-def]
     """[T, N] and [T] to whatever `function` gives, stacked; a tensor at a time to bound memory."""
 

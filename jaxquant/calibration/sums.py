@@ -141,17 +141,13 @@ def clipped_squares(h: jax.Array) -> jax.Array:
     return 2 * squares[-2::-1]
 
 
-def _nothing(sums: Sums, below: Below) -> tuple[jax.Array, ...]:
-    return ()
-
-
 def weighted_errors(
     h: jax.Array,
     candidates: jax.Array,
     limit: jax.Array,
     levels: Levels,
     weight: float,
-    beside: Callable[[Sums, Below], tuple[jax.Array, ...]] = _nothing,
+    beside: Callable[[Sums, Below], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """[N] squared errors with clipping weighing `weight` times; inf where no clipping is better.
 
@@ -161,11 +157,12 @@ def weighted_errors(
     Args:
       h: [N], less the exact zeros.
       candidates: [N] of `candidate_thresholds`; the last one is no clipping.
-      beside: what else to evaluate of C candidates, [C] each: of the sums, and of what is below
-        the level edges [C, K].
+      beside: what else to evaluate of C candidates, [C]: of the sums, and of what is below the
+        level edges [C, K].
 
     Returns:
-      The errors, and what `beside` gives, [N] each; also inf where not evaluated.
+      The errors, and what `beside` gives where the error is at most that of no clipping, [N] each;
+      it may be inf elsewhere.
     """
     sums = running_sums(h)
     clipped = jnp.where(candidates < limit, clipped_squares(h), 0.0)
@@ -173,19 +170,26 @@ def weighted_errors(
     padding = (0, -candidates.shape[0] % size)
     blocks = [jnp.pad(x, padding, mode="edge").reshape(-1, size) for x in (candidates, clipped)]
 
-    def costs(candidates: jax.Array) -> jax.Array:
+    def is_possible(error: jax.Array, unclipped: jax.Array) -> jax.Array:
+        return error <= unclipped * (1 + MARGIN) + MARGIN
+
+    def costs(unclipped: jax.Array, candidates: jax.Array, clipped: jax.Array) -> jax.Array:
         below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
-        return jnp.stack([squared_errors(sums, candidates, below, levels), *beside(sums, below)])
+        errors = squared_errors(sums, candidates, below, levels)
+        if beside is None:
+            return errors[None]
+        wins = jnp.any(is_possible(errors + (weight - 1) * clipped, unclipped))
+        other = lax.cond(wins, beside, lambda *_: jnp.full_like(errors, jnp.inf), sums, below)
+        return jnp.stack([errors, other])
 
-    def skip(candidates: jax.Array) -> jax.Array:
-        return jnp.full_like(jax.eval_shape(costs, candidates), jnp.inf)
-
-    def is_possible(clipped: jax.Array, unclipped: jax.Array) -> jax.Array:
-        return weight * clipped <= unclipped * (1 + MARGIN) + MARGIN
+    def skip(unclipped: jax.Array, candidates: jax.Array, clipped: jax.Array) -> jax.Array:
+        shape = jax.eval_shape(costs, unclipped, candidates, clipped)
+        return jnp.full(shape.shape, jnp.inf, shape.dtype)
 
     def block(unclipped: jax.Array, inputs: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
         candidates, clipped = inputs
-        found = lax.cond(jnp.any(is_possible(clipped, unclipped)), costs, skip, candidates)
+        needed = jnp.any(is_possible(weight * clipped, unclipped))
+        found = lax.cond(needed, costs, skip, unclipped, candidates, clipped)
         return jnp.where(jnp.isinf(unclipped), found[0, -1], unclipped), found
 
     # From the last block on, which tells what no clipping costs.  Others in which no candidate is
@@ -194,5 +198,5 @@ def weighted_errors(
     found = jnp.moveaxis(found, 1, 0).reshape(found.shape[1], -1)
     last, found = found[:, -1:], found[:, : candidates.shape[0]]
     found = found.at[0].add((weight - 1) * clipped)
-    found = jnp.where(is_possible(clipped, unclipped), found, jnp.inf)
+    found = jnp.where(is_possible(weight * clipped, unclipped), found, jnp.inf)
     return tuple(jnp.where(candidates < limit, found, last))
