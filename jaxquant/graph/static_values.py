@@ -49,7 +49,7 @@ def static_values(
     sources = {**graph.constants, **leaves}
     found: dict[ir.Var, np.ndarray] = {}
     for eqn in graph.equations if equations is None else equations:
-        if len(eqn.outputs) != 1 or not graph.static[eqn.outputs[0]]:
+        if not eqn.inputs or len(eqn.outputs) != 1 or not graph.static[eqn.outputs[0]]:
             continue
         if any(graph.dtype(atom) != np.float32 for atom in (*eqn.inputs, *eqn.outputs)):
             continue

@@ -63,6 +63,7 @@ def test_the_values_of_a_normalization():
         lambda p: jnp.squeeze(p[None, :, None], 2),
         lambda p: p.astype(jnp.bfloat16).astype(jnp.float32),
         lambda p: jnp.log(p) / 0.0,
+        lambda p: p * jnp.arange(6, dtype=jnp.float32),  # an equation without inputs
     ],
 )
 def test_each_kind_of_function(function):
