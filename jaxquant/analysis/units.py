@@ -132,7 +132,8 @@ def _as_int8(
     quantized = QuantizedTensors(inner, program.binding, qparams["tensors"], {})
     live = {eqn.index for eqn in program.equations}
     members = [eqn for eqn in unit.members if eqn.index in live]
-    evaluate.run(inner, members, functools.partial(program.apply, qparams, inner, quantized))
+    rule = functools.partial(program.apply, qparams, inner, quantized, ahead={})
+    evaluate.run(inner, members, rule)
     return [inner.wide(var) for var in unit.end.outputs]
 
 

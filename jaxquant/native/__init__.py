@@ -4,17 +4,21 @@ from jaxquant.native.counting import counter, histogram
 from jaxquant.native.differences import differences
 from jaxquant.native.floats import float_depthwise
 from jaxquant.native.library import Availability, available, require, runs_here
-from jaxquant.native.ops import Requantize, Residual, conv, dot
+from jaxquant.native.ops import Call, Requantize, Residual, conv, conv_call, dot
 from jaxquant.native.pack import pack_conv, pack_dot
+from jaxquant.native.sequences import Link, sequence
 from jaxquant.native.thresholds import Weighing, kl_thresholds
 
 __all__ = [
     "Availability",
+    "Call",
+    "Link",
     "Requantize",
     "Residual",
     "Weighing",
     "available",
     "conv",
+    "conv_call",
     "counter",
     "differences",
     "dot",
@@ -25,4 +29,5 @@ __all__ = [
     "pack_dot",
     "require",
     "runs_here",
+    "sequence",
 ]

@@ -1,14 +1,12 @@
-"""One native call: to XLA, under `vmap`, and on a sharded batch.
-
-The operands are x, the packed weight, multiplier, bias, two scales and perhaps a residual; the
-first and the last have the batch as their leading axis.
-"""
+"""One native call: to XLA, under `vmap`, and on a sharded batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,10 +15,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.graph import jax_shim
 
-if TYPE_CHECKING:
-    from jaxquant.native.ops import Static
 
-_RESIDUAL = 6  # its place among the operands
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a call is compiled for.
+
+    Attributes:
+      target: the handler.
+      outputs: shape and dtype of every result, of one sample: without the batch.
+      batched: which operands have the batch as their leading axis; the first one does.
+      attributes: of the handler, by name.
+    """
+
+    target: str
+    outputs: tuple[tuple[tuple[int, ...], str], ...]
+    batched: tuple[int, ...]
+    attributes: tuple[tuple[str, Any], ...]
 
 
 def call(static: Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -28,14 +38,11 @@ def call(static: Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]
     return tuple(_batched(static)(*jax_shim.match_varying(operands)))
 
 
-def _is_batched(position: int) -> bool:
-    return position in (0, _RESIDUAL)
-
-
 @functools.lru_cache(maxsize=4096)
 def _batched(static: Static) -> Callable[..., Any]:
     """The call with its batching rule: a mapped axis of samples becomes part of the batch."""
     direct, partitioned = functools.partial(_ffi_call, static), _partitioned(static)
+    batched = frozenset(static.batched)
 
     @jax.custom_batching.custom_vmap
     def run(*operands: jax.Array) -> Any:
@@ -44,8 +51,8 @@ def _batched(static: Static) -> Callable[..., Any]:
 
     @run.def_vmap
     def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
-        results = len(static.out_dtypes)
-        if any(m for k, m in enumerate(mapped) if not _is_batched(k)):
+        results = len(static.outputs)
+        if any(m for k, m in enumerate(mapped) if k not in batched):
             # Weights that differ: one call for each.
             def one(index: jax.Array) -> Any:
                 return run(*(x[index] if m else x for x, m in zip(operands, mapped, strict=True)))
@@ -53,7 +60,7 @@ def _batched(static: Static) -> Callable[..., Any]:
             return jax.lax.map(one, jax.numpy.arange(size)), [True] * results
         folded = []
         for k, (x, m) in enumerate(zip(operands, mapped, strict=True)):
-            if _is_batched(k):
+            if k in batched:
                 x = x if m else jax.numpy.broadcast_to(x, (size, *x.shape))
                 x = x.reshape(size * x.shape[1], *x.shape[2:])
             folded.append(x)
@@ -67,13 +74,15 @@ def _batched(static: Static) -> Callable[..., Any]:
 def _partitioned(static: Static) -> Callable[..., Any]:
     """The call, each device doing its part of a sharded batch."""
 
+    batched = frozenset(static.batched)
+
     def run(*operands: jax.Array) -> Any:
         return _ffi_call(static, *operands)
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         batch = _batch_axes(arguments[0].sharding)
         taken = tuple(
-            _sharding(mesh, len(a.shape), batch if _is_batched(k) else None)
+            _sharding(mesh, len(a.shape), batch if k in batched else None)
             for k, a in enumerate(arguments)
         )
         given = [_sharding(mesh, len(r.shape), batch) for r in results]
@@ -85,19 +94,21 @@ def _partitioned(static: Static) -> Callable[..., Any]:
 
     partitioned = custom_partitioning(run)
     partitioned.def_partition(
-        partition=partition, infer_sharding_from_operands=infer, sharding_rule=_sharding_rule
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=functools.partial(_sharding_rule, batched),
     )
     return partitioned
 
 
-def _sharding_rule(mesh: Any, arguments: Any, results: Any) -> str:
+def _sharding_rule(batched: frozenset[int], mesh: Any, arguments: Any, results: Any) -> str:
     """Only the batch, `n`, may be sharded; every other axis is a factor of its own."""
-    names = (f"f{k}" for k in range(1000))
+    names = (f"f{k}" for k in itertools.count())
 
-    def axes(rank: int, batched: bool) -> str:
-        return " ".join("n" if batched and axis == 0 else next(names) for axis in range(rank))
+    def axes(rank: int, is_batched: bool) -> str:
+        return " ".join("n" if is_batched and axis == 0 else next(names) for axis in range(rank))
 
-    operands = ", ".join(axes(len(a.shape), _is_batched(k)) for k, a in enumerate(arguments))
+    operands = ", ".join(axes(len(a.shape), k in batched) for k, a in enumerate(arguments))
     return operands + " -> " + ", ".join(axes(len(r.shape), True) for r in results)
 
 
@@ -111,8 +122,10 @@ def _sharding(mesh: Any, rank: int, batch: Any) -> NamedSharding:
 
 
 def _outputs(static: Static, operands: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-    shape = (operands[0].shape[0], *static.out_shape)
-    return [jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for dtype in static.out_dtypes]
+    batch = operands[0].shape[0]
+    return [
+        jax.ShapeDtypeStruct((batch, *shape), np.dtype(dtype)) for shape, dtype in static.outputs
+    ]
 
 
 def _ffi_call(static: Static, *operands: jax.Array) -> Any:

@@ -12,6 +12,7 @@ import jax
 from jaxquant.native import build
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
+SEQUENCE = "jaxquant_sequence"
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
 FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
@@ -40,7 +41,7 @@ def available() -> Availability:
         library = build.load()
     except build.BuildError as error:
         return Availability(False, str(error))
-    for name in (CONV, DOT, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE):
+    for name in (CONV, DOT, SEQUENCE, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE):
         capsule = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     library.jaxquant_kernels.restype = ctypes.c_char_p

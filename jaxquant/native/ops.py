@@ -18,7 +18,6 @@ converted first.  Zero points are those of the stored type: of uint8, 128 is the
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.native import library
-from jaxquant.native.call import call
+from jaxquant.native.call import Static, call
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.window import output_size
 
@@ -52,18 +51,42 @@ class Requantize(NamedTuple):
     dtype: Any = jnp.int8
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What a call is compiled for."""
+class Call(NamedTuple):
+    """One operation that is yet to run; `run` does it alone, `jaxquant.native.sequence` several.
 
-    target: str
-    out_shape: tuple[int, ...]  # of one sample: without the batch
-    out_dtypes: tuple[str, ...]
-    attributes: tuple[tuple[str, Any], ...]
+    Attributes:
+      static: what it is compiled for.
+      operands: x, the packed weight, multiplier, bias, inverse scale of the output, scale of the
+        residual, and perhaps the residual.
+    """
+
+    static: Static
+    operands: list[Any]
+
+    def run(self) -> Any:
+        """The result, or a tuple of both."""
+        results = call(self.static, self.operands)
+        return results[0] if len(results) == 1 else results
 
 
-def conv(
-    x: jax.Array,
+def conv(x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
+    """Convolution of int8 tensors; see the module for the epilogue.
+
+    Args:
+      x, kernel, rest, options: as of `conv_call`.
+
+    Returns:
+      float32 or int8 [N, OH, OW, O], or both.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes, dtypes or padding are not as `conv_call` says.
+    """
+    return conv_call(x, kernel, *rest, **options).run()
+
+
+def conv_call(
+    x: Any,
     kernel: jax.Array,
     multiplier: jax.Array,
     bias: jax.Array | None = None,
@@ -80,8 +103,8 @@ def conv(
     out: Requantize | None = None,
     float_out: bool = False,
     kernel_shape: Sequence[int] | None = None,
-) -> Any:
-    """Convolution of int8 tensors; see the module for the epilogue.
+) -> Call:
+    """A convolution of int8 tensors; see the module for the epilogue.
 
     Args:
       x: int8 or uint8 [N, H, W, C]; where the window leaves it, it holds `zero_point`.
@@ -103,7 +126,7 @@ def conv(
       kernel_shape: of a packed kernel.
 
     Returns:
-      float32 or int8 [N, OH, OW, O], or both.
+      the call, not yet run: x and the residual may be anything with a shape and a dtype.
 
     Raises:
       RuntimeError: the kernels do not run here (`available()` says why).
@@ -172,12 +195,12 @@ def dot(
     lead = x.shape[:-1]
     if residual is not None:
         residual = residual._replace(value=residual.value.reshape(-1, columns))
-    results = _with_epilogue(
+    of_rows = _with_epilogue(
         library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,),
         (zero_point, subtract_zero_point),
         (activation, activation_after), residual, out, float_out, ("columns", columns),
     )  # fmt: skip
-    return jax.tree.map(lambda y: y.reshape(*lead, columns), results)
+    return jax.tree.map(lambda y: y.reshape(*lead, columns), of_rows.run())
 
 
 def _with_epilogue(
@@ -193,7 +216,7 @@ def _with_epilogue(
     out: Requantize | None,
     float_out: bool,
     geometry: tuple[str, Any],
-) -> Any:
+) -> Call:
     library.require()
     _check_dtype("x", x, ("int8", "uint8"))
     _check_dtype("the packed weight", packed, ("int8",))
@@ -226,12 +249,11 @@ def _with_epilogue(
     flat = tuple(float(bound) for clamp in clamps for bound in clamp)
     static = Static(
         target,
-        out_shape,
-        tuple(out_dtypes),
+        tuple((out_shape, dtype) for dtype in out_dtypes),
+        (0,) if residual is None else (0, 6),
         (geometry, ("quantized", quantized), ("clamps", flat)),
     )
-    results = call(static, operands)
-    return results[0] if len(results) == 1 else results
+    return Call(static, operands)
 
 
 def _per_channel(name: str, value: Any, channels: int) -> jax.Array:

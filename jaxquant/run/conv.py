@@ -76,6 +76,11 @@ class ChannelsLast:
             params["feature_group_count"],
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """True where the arrays of the equation are of this form already."""
+        return not self._added and self._x == self._out == (0, 1, 2, 3)
+
     def x(self, x: jax.Array) -> jax.Array:
         return self._expand(_held(_transposed(x, self._x), self._x), 1)
 
@@ -99,7 +104,7 @@ class ChannelsLast:
         return _transposed(result, tuple(inverse))
 
     def _expand(self, value: jax.Array, axis: int) -> jax.Array:
-        return lax.expand_dims(value, range(axis, axis + self._added))
+        return lax.expand_dims(value, range(axis, axis + self._added)) if self._added else value
 
 
 def _held(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
@@ -130,10 +135,13 @@ def undilated(
     x: jax.Array, params: Mapping[str, Any], zero_point: int
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """The input dilated and padded beforehand where it is dilated or its padding negative."""
+    return (x, params) if is_undilated(params) else _fully_padded(x, params, zero_point)
+
+
+def is_undilated(params: Mapping[str, Any]) -> bool:
+    """True where nothing lies between the elements of the input, and no padding is negative."""
     plain = all(d == 1 for d in params["lhs_dilation"])
-    if plain and all(pad >= 0 for pads in params["padding"] for pad in pads):
-        return x, params
-    return _fully_padded(x, params, zero_point)
+    return plain and all(pad >= 0 for pads in params["padding"] for pad in pads)
 
 
 def _fully_padded(

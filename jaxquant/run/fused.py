@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,10 @@ from jax import lax
 
 from jaxquant import native
 from jaxquant.graph import ir, jax_shim
-from jaxquant.native import Residual
+from jaxquant.native import Call, Residual
 from jaxquant.plan import layout
 from jaxquant.run import int8
-from jaxquant.run.conv import ChannelsLast, undilated
+from jaxquant.run.conv import ChannelsLast, is_undilated, undilated
 from jaxquant.run.fusion import NO_CLAMP, Chain
 from jaxquant.run.quantized import QuantizedTensors
 
@@ -24,6 +24,10 @@ class FusedCall:
 
     Its operands are a dict: x, weight, multiplier; and, where there are such, packed, bias,
     inv_scale, residual, residual_scale.
+
+    Attributes:
+      chain: what it stands for.
+      outputs: shape and dtype of its results: float32, int8, or both in this order.
     """
 
     def __init__(self, graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]):
@@ -42,7 +46,7 @@ class FusedCall:
             self._layout = ChannelsLast(self._eqn.params)
         dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * (chain.grid is not None)
         shape = graph.shape(chain.output)
-        self._outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+        self.outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
 
     def __call__(self, operands: Mapping[str, jax.Array]) -> tuple[Any, Any]:
         """The float32 and the int8 output; None for one that nobody reads."""
@@ -52,15 +56,64 @@ class FusedCall:
             return lambda *arrays: run(dict(zip(names, arrays, strict=True)))
 
         results = jax_shim.choose_by_platform(
-            named(self.native), named(self.portable), self._outputs, list(operands.values())
+            named(self.native), named(self.portable), self.outputs, list(operands.values())
         )
+        return self.by_form(results)
+
+    def by_form(self, results: Sequence[jax.Array]) -> tuple[Any, Any]:
+        """The float32 and the int8 one of `outputs`; None for what is not there."""
+        if not results:
+            return None, None
         return (
             results[0] if self.chain.float_out else None,
             results[-1] if self.chain.grid is not None else None,
         )
 
-    def native(self, operands: Mapping[str, jax.Array]) -> Sequence[jax.Array]:
+    def native(self, operands: Mapping[str, Any]) -> Sequence[jax.Array]:
         """One call of the native kernels."""
+        if self._layout is None:
+            weight = operands.get("packed", operands["weight"])
+            columns = self._weight_shape[1] if "packed" in operands else None
+            results = native.dot(
+                operands["x"], weight, operands["multiplier"], operands.get("bias"),
+                columns=columns, **self._options(operands)
+            )  # fmt: skip
+            return results if isinstance(results, tuple) else (results,)
+        results = self.conv_call(operands).run()
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(self._layout.back(result) for result in results)
+
+    def conv_call(self, operands: Mapping[str, Any]) -> Call:
+        """The call of a convolution, whose results are channels last."""
+        given = self._layout
+        assert given is not None
+        x, params = undilated(operands["x"], self._eqn.params, self._zero_point)
+        layout = given if params is self._eqn.params else ChannelsLast(params)
+        packed = operands.get("packed")
+        options = self._options(operands)
+        if (residual := options["residual"]) is not None:
+            options["residual"] = residual._replace(value=layout.like_result(residual.value))
+        return native.conv_call(
+            layout.x(x),
+            layout.kernel(operands["weight"]) if packed is None else packed,
+            operands["multiplier"],
+            operands.get("bias"),
+            strides=layout.window.strides,
+            padding=layout.window.padding,
+            dilation=layout.window.dilation,
+            groups=layout.window.groups,
+            kernel_shape=None if packed is None else layout.kernel_shape(self._weight_shape),
+            **options,
+        )
+
+    @property
+    def is_plain_conv(self) -> bool:
+        """True for a convolution whose input and result the kernels read and write as they are."""
+        if self._layout is None or not self._layout.is_plain:
+            return False
+        return is_undilated(self._eqn.params)
+
+    def _options(self, operands: Mapping[str, Any]) -> dict[str, Any]:
         out = residual = None
         if self.chain.grid is not None:
             out = native.Requantize(operands["inv_scale"], self._out_zero_point)
@@ -68,52 +121,15 @@ class FusedCall:
             residual = Residual(
                 operands["residual"], operands.get("residual_scale", 1.0), self._residual_zero_point
             )
-        options: dict[str, Any] = {
+        return {
             "zero_point": self._zero_point,
             "subtract_zero_point": False,  # the bias does
             "activation": self.chain.clamps[0],
+            "residual": residual,
             "activation_after": self.chain.clamps[1],
             "out": out,
             "float_out": self.chain.float_out,
         }
-        rest = (operands["multiplier"], operands.get("bias"))
-        if self._layout is None:
-            weight = operands.get("packed", operands["weight"])
-            columns = self._weight_shape[1] if "packed" in operands else None
-            results = native.dot(
-                operands["x"], weight, *rest, columns=columns, residual=residual, **options
-            )
-        else:
-            results = self._conv(operands, self._layout, rest, residual, options)
-        return results if isinstance(results, tuple) else (results,)
-
-    def _conv(
-        self,
-        operands: Mapping[str, jax.Array],
-        given: ChannelsLast,
-        rest: tuple[Any, Any],
-        residual: Residual | None,
-        options: Mapping[str, Any],
-    ) -> tuple[jax.Array, ...]:
-        x, params = undilated(operands["x"], self._eqn.params, self._zero_point)
-        layout = given if params is self._eqn.params else ChannelsLast(params)
-        packed = operands.get("packed")
-        if residual is not None:
-            residual = residual._replace(value=layout.like_result(residual.value))
-        results = native.conv(
-            layout.x(x),
-            layout.kernel(operands["weight"]) if packed is None else packed,
-            *rest,
-            strides=layout.window.strides,
-            padding=layout.window.padding,
-            dilation=layout.window.dilation,
-            groups=layout.window.groups,
-            kernel_shape=None if packed is None else layout.kernel_shape(self._weight_shape),
-            residual=residual,
-            **options,
-        )
-        results = results if isinstance(results, tuple) else (results,)
-        return tuple(layout.back(result) for result in results)
 
     def portable(self, operands: Mapping[str, jax.Array]) -> Sequence[jax.Array]:
         """The same in operations that XLA has everywhere."""
@@ -147,12 +163,19 @@ class FusedCall:
         qparams: Mapping[str, Any],
         slot: layout.WeightSlot,
         quantized: QuantizedTensors,
+        linked: Collection[str] = (),
     ) -> dict[str, jax.Array]:
-        """What the call reads, of the arrays of the model and of the tensors so far."""
-        site = self.chain.site.site
+        """What the call reads, of the arrays of the model and of the tensors so far.
+
+        Args:
+          qparams: the arrays of the model.
+          slot: where the weight is.
+          quantized: the tensors.
+          linked: names that are left out.
+        """
+        site, residual = self.chain.site.site, self.chain.residual
         epilogue = qparams["sites"][site.name]
         found = {
-            "x": quantized.int8(site.operands[0]),
             "weight": layout.get(qparams["params"], slot.int8),
             "multiplier": epilogue["multiplier"],
         }
@@ -162,12 +185,13 @@ class FusedCall:
             found["bias"] = epilogue["bias"]
         if self.chain.grid is not None:
             found["inv_scale"] = quantized.inv_scale(self.chain.grid)
-        residual = self.chain.residual
         if residual is not None and self.chain.residual_int8:
-            found["residual"] = quantized.int8(residual)
             found["residual_scale"] = quantized.scale(residual)
-        elif residual is not None:
-            found["residual"] = quantized.float32(residual)
+        if "x" not in linked:
+            found["x"] = quantized.int8(site.operands[0])
+        if residual is not None and "residual" not in linked:
+            read = quantized.int8 if self.chain.residual_int8 else quantized.float32
+            found["residual"] = read(residual)
         return {name: jnp.asarray(value) for name, value in found.items()}
 
 

@@ -24,6 +24,7 @@ from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
+from jaxquant.run.sequences import FusedSequence, Results, find_sequences, in_order
 
 
 class Program:
@@ -58,6 +59,10 @@ class Program:
         chains = find_chains(graph, self.binding, running, self.early, fuse)
         self._fused = {k: FusedCall(graph, c, self.binding.zero_points) for k, c in chains.items()}
         self._absorbed = {k for c in chains.values() for k in c.members} - set(chains)
+        found = find_sequences(graph, self._fused) if fuse is Fuse.CHAINS else []
+        self.equations = in_order(self.equations, found, self._fused)
+        sequences = [FusedSequence(graph, members, self._fused) for members in found]
+        self._sequences = {last: each for each in sequences for last in each.members.chains}
 
     def run(
         self,
@@ -80,7 +85,8 @@ class Program:
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(env, self.binding, qparams["tensors"], self.early)
 
-        rule = functools.partial(self.apply, qparams, env, quantized, correct=correct)
+        ahead: Results = {}
+        rule = functools.partial(self.apply, qparams, env, quantized, ahead=ahead, correct=correct)
         return evaluate.run(env, self.equations, rule)
 
     def apply(
@@ -89,6 +95,8 @@ class Program:
         env: evaluate.Environment,
         quantized: QuantizedTensors,
         eqn: ir.Equation,
+        *,
+        ahead: Results,
         correct: Callable[[Int8Site, jax.Array], jax.Array] | None = None,
     ) -> Sequence[Any]:
         """The results of one of the program's equations.
@@ -98,13 +106,15 @@ class Program:
           env: what it reads in float.
           quantized: what it reads in int8.
           eqn: one of `equations`.
+          ahead: what sequences give before the equations are reached that they stand for; kept
+            from one equation to the next.
           correct: as for `run`.
         """
         if eqn.index in self._absorbed:
             return [None]  # part of a fused call further on
         if eqn.index in self._fused:
             call = self._fused[eqn.index]
-            value = self._run_fused(call, qparams, quantized)
+            value = self._run_fused(eqn.index, qparams, quantized, ahead)
             return [correct(call.chain.site, value) if correct and value is not None else value]
         if eqn.outputs[0] in self.early and env.wide(eqn.inputs[0]) is None:
             return [None]  # there are integers only; else XLA drops the pool of the floats
@@ -124,21 +134,38 @@ class Program:
         return evaluate.apply(env, eqn)
 
     def _run_fused(
-        self, call: FusedCall, qparams: Mapping[str, Any], quantized: QuantizedTensors
+        self,
+        index: int,
+        qparams: Mapping[str, Any],
+        quantized: QuantizedTensors,
+        ahead: Results,
     ) -> jax.Array | None:
         """The float output of a fused call, None where nobody reads it; its int8 form is kept."""
-        slot = self.slots[call.chain.site.site.name]
-        value, as_int8 = call(call.operands(qparams, slot, quantized))
-        if call.chain.grid is not None:
+        call = self._fused[index]
+        if index in self._sequences and index not in ahead:
+            sequence = self._sequences[index]
+            operands = [
+                each.operands(qparams, self._slot(each), quantized, links)
+                for each, links in zip(sequence.calls, sequence.members.links, strict=True)
+            ]
+            ahead.update(sequence(operands))
+        if index in ahead:
+            value, as_int8 = ahead[index]
+        else:
+            value, as_int8 = call(call.operands(qparams, self._slot(call), quantized))
+        if as_int8 is not None and call.chain.grid is not None:
             quantized.put(call.chain.output, as_int8, call.chain.grid)
         return value
+
+    def _slot(self, call: FusedCall) -> layout.WeightSlot:
+        return self.slots[call.chain.site.site.name]
 
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The weights of the fused calls as the native kernels read them, by site."""
         packed = {}
         for call in self._fused.values():
             name = call.chain.site.site.name
-            packed[name] = call.pack(layout.get(qparams["params"], self.slots[name].int8))
+            packed[name] = call.pack(layout.get(qparams["params"], self._slot(call).int8))
         return packed
 
     def _accumulate(

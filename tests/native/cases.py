@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,12 @@ def fma(a: Any, b: Any, c: Any) -> np.ndarray:
     return (a * b + c).astype(np.float32)
 
 
+def resident_bytes() -> int:
+    """The memory of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def requantized(y: np.ndarray, out: native.Requantize) -> np.ndarray:
     scaled = np.rint(y.astype(np.float32) * np.float32(out.inv_scale))
     top = 127 if np.dtype(out.dtype) == np.int8 else 255
@@ -125,8 +132,8 @@ VARIANTS = {"best": (), "no AMX": ("-mno-amx-tile", "-mno-amx-int8"), "portable"
 
 
 @functools.cache
-def targets() -> dict[str, tuple[str, str]]:
-    """What every variant is registered as: its convolution and its dot."""
+def targets() -> dict[str, dict[str, str]]:
+    """What every variant is registered as, by the attribute of `library` that has the name."""
     found = {}
     for number, (variant, flags) in enumerate(VARIANTS.items()):
         try:
@@ -134,18 +141,20 @@ def targets() -> dict[str, tuple[str, str]]:
         except build.BuildError:
             assert flags  # a compiler for another CPU does not know them
             continue
-        found[variant] = (f"{library.CONV}_{number}", f"{library.DOT}_{number}")
-        for target, symbol in zip(found[variant], (library.CONV, library.DOT), strict=True):
+        found[variant] = {}
+        for attribute in ("CONV", "DOT", "SEQUENCE"):
+            symbol = getattr(library, attribute)
+            found[variant][attribute] = f"{symbol}_{number}"
             capsule = jax.ffi.pycapsule(getattr(loaded, symbol))
-            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+            jax.ffi.register_ffi_target(f"{symbol}_{number}", capsule, platform="cpu")
     return found
 
 
 def with_variants(run: Callable[[], jax.Array]) -> dict[str, jax.Array]:
     results = {}
-    for variant, (conv, dot) in targets().items():
+    for variant, names in targets().items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "CONV", conv)
-            patch.setattr(library, "DOT", dot)
+            for attribute, name in names.items():
+                patch.setattr(library, attribute, name)
             results[variant] = run()
     return results

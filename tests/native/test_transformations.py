@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import native
-from tests.native.cases import Conv, int8_values, needs_kernels
+from tests.native.cases import Conv, int8_values, needs_kernels, resident_bytes
 
 pytestmark = needs_kernels
 
@@ -146,7 +146,12 @@ _PROCESSES = """
         from jaxquant import native
         x = jnp.asarray(np.random.default_rng(seed).integers(-9, 9, (4, 30, 30, 32)), jnp.int8)
         kernel = jnp.ones((3, 3, 32, 64), jnp.int8)
-        return int(np.asarray(native.conv(x, kernel, jnp.float32(1)))[0, 0, 0, 0])
+        one = native.conv_call(x, kernel, jnp.float32(0.1), out=native.Requantize(1.0))
+        link = native.Link(0, 0, (4, 28, 28, 64), np.dtype(np.int8))
+        two = native.conv_call(link, jnp.ones((1, 1, 64, 8), jnp.int8), jnp.float32(1))
+        (both,) = native.sequence([one, two], [(1, 0)])
+        alone = native.conv(x, kernel, jnp.float32(1))
+        return int(np.asarray(both)[0, 0, 0, 0]), int(np.asarray(alone)[0, 0, 0, 0])
 
     if __name__ == "__main__":
         import jaxquant.native as native
@@ -178,15 +183,10 @@ def test_no_leak_in_ten_thousand_calls(x: jax.Array, packed: jax.Array):
         for _ in range(count):
             result = run(x, packed)
         result.block_until_ready()
-        return _resident_bytes()
+        return resident_bytes()
 
     before = calls(500)
     assert calls(10_000) - before < 8 << 20
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_weights_in_a_reused_buffer(x: jax.Array):

@@ -44,6 +44,21 @@ struct Epilogue {
   int32_t zero_point = 0;
   uint8_t out_flip = 0;
 
+  // Low and high before the residual, low and high behind it; without one, one clamp.
+  void set_clamps(const float* bounds, bool has_residual) {
+    low = bounds[0], high = bounds[1], low_after = bounds[2], high_after = bounds[3];
+    if (has_residual) return;
+    low = std::min(std::max(low, low_after), high_after);
+    high = std::min(std::max(high, low_after), high_after);
+    low_after = -kInfinity, high_after = kInfinity;
+  }
+  // A float output of `size` bytes; large ones go past the caches where whole vectors do.
+  void write_floats(void* data, int64_t size, int64_t channels) {
+    out_f = static_cast<float*>(data);
+    streams = size >= kStreamedBytes && channels % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(data) % 64 == 0;
+  }
+
   // Read and written for one sum.
   int64_t bytes() const {
     return (out_f ? 4 : 0) + (out_q ? 1 : 0) + (residual_f ? 4 : 0) + (residual_q ? 1 : 0);

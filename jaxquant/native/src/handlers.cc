@@ -1,159 +1,14 @@
 // The XLA FFI handlers: they check what they are given, and call the kernels.
-#include <string>
-
-#include "conv.h"
-#include "depthwise.h"
 #include "differences.h"
 #include "float_depthwise.h"
+#include "fused.h"
 #include "histogram.h"
 #include "kl.h"
 #include "pack.h"
-#include "xla/ffi/api/ffi.h"
+#include "xla.h"
 
 namespace jaxquant {
 namespace {
-
-namespace ffi = xla::ffi;
-using Ints = ffi::Span<const int64_t>;
-using Floats = ffi::Span<const float>;
-
-// The pool that XLA runs the call on, or so much of it as the work is worth: waking another thread
-// takes as long as some hundred thousand products (of a dot on AMX, with two threads).
-class XlaThreads : public Threads {
- public:
-  explicit XlaThreads(ffi::ThreadPool& pool, int64_t products = INT64_MAX)
-      : pool_(pool), most_(1 + products / kProducts) {}
-  int64_t count() override {
-    return std::max<int64_t>(1, std::min<int64_t>(most_, pool_.num_threads()));
-  }
-  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
-
- private:
-  static constexpr int64_t kProducts = 1 << 19;
-  ffi::ThreadPool& pool_;
-  int64_t most_;
-};
-
-ffi::Error invalid(const std::string& what) {
-  return ffi::Error::InvalidArgument("jaxquant: " + what);
-}
-
-// int8 is stored as it is; uint8 is the same value plus 128, which flips one bit.
-uint8_t flip_of(ffi::DataType type) { return type == ffi::U8 ? 0x80 : 0; }
-
-// What every call is given beside its operands and its weights.
-struct EpilogueArguments {
-  ffi::AnyBuffer multiplier, bias;            // [C]; the bias may be empty
-  ffi::AnyBuffer inv_scale, residual_scale;   // []
-  ffi::RemainingArgs residual;                // none or one
-  ffi::RemainingRets outs;                    // float32, int8 or uint8
-  Ints quantized;  // zero point of input, residual, output; subtract the first?
-  Floats clamps;   // low and high before the residual, low and high behind it
-};
-
-// Zero points count from the middle of the stored type: of uint8 they come as value - 128.
-ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
-  const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, quantized, clamps] = a;
-  if (quantized.size() != 4 || clamps.size() != 4) return invalid("wrong attributes");
-  if (int64_t(multiplier.element_count()) < outputs) return invalid("the multiplier is too short");
-  e.multiplier = multiplier.typed_data<float>();
-  if (bias.element_count() > 0) {
-    if (int64_t(bias.element_count()) < outputs) return invalid("the bias is too short");
-    e.bias = bias.typed_data<float>();
-  }
-  e.low = clamps[0], e.high = clamps[1], e.low_after = clamps[2], e.high_after = clamps[3];
-  if (residual.size() > 0) {
-    auto buffer = residual.get<ffi::AnyBuffer>(0);
-    if (!buffer.has_value()) return invalid("the residual cannot be read");
-    if (buffer->element_type() == ffi::F32) {
-      e.residual_f = buffer->typed_data<float>();
-    } else {
-      e.residual_q = static_cast<const int8_t*>(buffer->untyped_data());
-      e.residual_flip = flip_of(buffer->element_type());
-    }
-    e.residual_scale = *residual_scale.typed_data<float>();
-    e.residual_zero_point = int32_t(quantized[1]);
-  } else {  // one clamp
-    e.low = std::min(std::max(e.low, e.low_after), e.high_after);
-    e.high = std::min(std::max(e.high, e.low_after), e.high_after);
-    e.low_after = -kInfinity, e.high_after = kInfinity;
-  }
-  e.inv_scale = *inv_scale.typed_data<float>();
-  e.zero_point = int32_t(quantized[2]);
-  for (size_t i = 0; i < a.outs.size(); ++i) {
-    auto out = a.outs.get<ffi::AnyBuffer>(i);
-    if (!out.has_value()) return invalid("an output cannot be written");
-    if ((*out)->element_type() == ffi::F32) {
-      e.out_f = (*out)->typed_data<float>();
-      e.streams = int64_t((*out)->size_bytes()) >= kStreamedBytes && outputs % 16 == 0 &&
-                  reinterpret_cast<uintptr_t>(e.out_f) % 64 == 0;
-    } else {
-      e.out_q = static_cast<int8_t*>((*out)->untyped_data());
-      e.out_flip = flip_of((*out)->element_type());
-    }
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
-                        ffi::AnyBuffer multiplier, ffi::AnyBuffer bias, ffi::AnyBuffer inv_scale,
-                        ffi::AnyBuffer residual_scale, ffi::RemainingArgs residual,
-                        ffi::RemainingRets outs, Ints shape, Ints quantized, Floats clamps) {
-  const auto in = x.dimensions();
-  if (in.size() != 4 || shape.size() != 12) return invalid("wrong shapes");
-  ConvShape s;
-  s.n = in[0], s.h = in[1], s.w = in[2], s.c = in[3];
-  s.oh = shape[0], s.ow = shape[1], s.o = shape[2], s.kh = shape[3], s.kw = shape[4];
-  s.stride_h = shape[5], s.stride_w = shape[6], s.dilation_h = shape[7], s.dilation_w = shape[8];
-  s.pad_h = shape[9], s.pad_w = shape[10], s.groups = shape[11];
-  Epilogue epilogue;
-  EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
-                          residual, outs, quantized, clamps};
-  ffi::Error error = read_epilogue(given, s.o, epilogue);
-  if (error.failure()) return error;
-  if (s.n * s.oh * s.ow * s.o == 0) return error;
-  XlaThreads threads(pool, s.n * s.oh * s.ow * s.o * s.kh * s.kw * (s.c / s.groups));
-  const bool is_int8 = x.element_type() == ffi::S8;
-  const int32_t zero_point = int32_t(quantized[0]);
-  const int8_t* weights = packed.typed_data<int8_t>();
-  if (s.depthwise()) {
-    if (int64_t(packed.element_count()) != PackedDepthwise{s.c, s.kh * s.kw}.size())
-      return invalid("the weights are packed for another kernel shape");
-    const Activations a = Activations::as_u8(x.untyped_data(), is_int8, zero_point, quantized[3]);
-    depthwise(threads, a, s, weights, epilogue);
-    return error;
-  }
-  const PackedMatrix layout{s.groups, s.group_out(), s.taps() * s.run_groups()};
-  if (int64_t(packed.element_count()) != layout.size())
-    return invalid("the weights are packed for another kernel shape");
-  const Activations a = Product::activations(x.untyped_data(), is_int8, zero_point, quantized[3]);
-  conv(threads, a, s, Product(layout, weights, epilogue, s.o, a.zero_point));
-  return error;
-}
-
-ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
-                       ffi::AnyBuffer multiplier, ffi::AnyBuffer bias, ffi::AnyBuffer inv_scale,
-                       ffi::AnyBuffer residual_scale, ffi::RemainingArgs residual,
-                       ffi::RemainingRets outs, int64_t columns, Ints quantized, Floats clamps) {
-  const auto in = x.dimensions();
-  if (in.size() != 2) return invalid("a dot takes a matrix");
-  Epilogue epilogue;
-  EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
-                          residual, outs, quantized, clamps};
-  ffi::Error error = read_epilogue(given, columns, epilogue);
-  if (error.failure()) return error;
-  if (in[0] * columns == 0) return error;
-  const PackedMatrix layout{1, columns, ceil_div(in[1], 4)};
-  if (int64_t(packed.element_count()) != layout.size())
-    return invalid("the weights are packed for another shape");
-  XlaThreads threads(pool, in[0] * in[1] * columns);
-  const bool is_int8 = x.element_type() == ffi::S8;
-  const Activations a =
-      Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[3]);
-  dot(threads, a, in[0], in[1],
-      Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
-  return error;
-}
 
 // A kernel [kh, kw, c / groups, o] as `conv_handler` reads it; `row_runs` as of ConvShape.
 ffi::Error pack_handler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
@@ -233,20 +88,6 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   return ffi::Error::Success();
 }
 
-// x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.
-auto fused_operands() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .RemainingArgs()
-      .RemainingRets();
-}
-
 }  // namespace
 }  // namespace jaxquant
 
@@ -295,6 +136,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
                               jaxquant::fused_operands()
                                   .Attr<int64_t>("columns")
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
+                                  .Attr<xla::ffi::Span<const float>>("clamps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_sequence, jaxquant::sequence_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const int64_t>>("program")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 // Called without XLA: [tensors, bins], and [tensors] of the others.

@@ -5,60 +5,149 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 namespace jaxquant {
 
-// The threads that a call may use; in a call from XLA, the pool that it runs on.
+using Body = std::function<void(int64_t)>;
+
+// What runs the iterations of a loop.
 class Threads {
  public:
   virtual ~Threads() = default;
   virtual int64_t count() = 0;
-  virtual void schedule(std::function<void()> task) = 0;
+  // `body(i)` for i in [0, n); returns when all are done.
+  virtual void run(int64_t n, const Body& body) = 0;
 };
 
-// Runs `body(i)` for i in [0, n).  The calling thread takes its share and never waits for work that
-// no thread has begun, so a pool of any size, busy or nested, cannot deadlock.
-inline void parallel_for(Threads& threads, int64_t n,
-                         const std::function<void(int64_t)>& body) {
-  const int64_t helpers = std::min(threads.count(), n) - 1;
-  if (helpers <= 0) {
-    for (int64_t i = 0; i < n; ++i) body(i);
-    return;
-  }
-  struct State {
-    const std::function<void(int64_t)>* body;
-    int64_t n;
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
-    std::mutex mutex;
-    std::condition_variable finished;
+inline void parallel_for(Threads& threads, int64_t n, const Body& body) {
+  if (threads.count() > 1 && n > 1) return threads.run(n, body);
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
 
-    void work() {
-      int64_t count = 0;
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n; ++count) (*body)(i);
-      if (count && done.fetch_add(count, std::memory_order_acq_rel) + count == n) {
+// The calling thread alone.
+class Alone : public Threads {
+ public:
+  int64_t count() override { return 1; }
+  void run(int64_t n, const Body& body) override {
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
+};
+
+// Others, of which a loop is divided among at most `most`.
+class Some : public Threads {
+ public:
+  Some(Threads& all, int64_t most) : all_(all), most_(most) {}
+  int64_t count() override { return std::max<int64_t>(1, std::min(all_.count(), most_)); }
+  void run(int64_t n, const Body& body) override { all_.run(n, body); }
+
+ private:
+  Threads& all_;
+  int64_t most_;
+};
+
+// One loop.  The thread that made it takes its share and never waits for work that no thread has
+// begun, so a pool of any size, busy or nested, cannot deadlock.
+struct Loop {
+  const Body* body;
+  int64_t n;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+
+  Loop(int64_t n, const Body& body) : body(&body), n(n) {}
+
+  // Takes part until nothing is left to begin; true for the thread that ends the last of it.
+  bool work() {
+    int64_t count = 0;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n; ++count) (*body)(i);
+    return count && done.fetch_add(count, std::memory_order_acq_rel) + count == n;
+  }
+  bool finished() const { return done.load(std::memory_order_acquire) == n; }
+};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+constexpr int kSpins = 2000;  // before a thread that waits lets others run
+
+// A pool that runs tasks some time later.
+class Pool : public Threads {
+ public:
+  virtual void schedule(std::function<void()> task) = 0;
+
+  void run(int64_t n, const Body& body) override {
+    struct State {
+      Loop loop;
+      std::mutex mutex;
+      std::condition_variable finished;
+
+      void work() {
+        if (!loop.work()) return;
         std::lock_guard<std::mutex> lock(mutex);
         finished.notify_all();
       }
+    };
+    // A helper that starts late finds nothing left; it keeps the state alive, not the body.
+    std::shared_ptr<State> state(new State{{n, body}, {}, {}});
+    const int64_t helpers = std::min(count(), n) - 1;
+    for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->work(); });
+    state->work();
+    for (int spins = 0; spins < kSpins; ++spins) {  // the last chunk is usually about to finish
+      if (state->loop.finished()) return;
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(state->mutex);
+    state->finished.wait(lock, [&] { return state->loop.finished(); });
+  }
+};
+
+// Threads of a pool that stay for many loops, and wait for the next one awake: to start them anew
+// takes longer than a small loop does.
+class Team : public Threads {
+ public:
+  explicit Team(Pool& pool) : count_(pool.count()), state_(std::make_shared<State>()) {
+    for (int64_t i = 1; i < count_; ++i) pool.schedule([state = state_] { state->help(); });
+  }
+  ~Team() override { state_->over.store(true, std::memory_order_release); }
+  Team(const Team&) = delete;
+
+  int64_t count() override { return count_; }
+  void run(int64_t n, const Body& body) override {
+    Loop& loop = state_->loops.emplace_back(n, body);
+    state_->current.store(&loop, std::memory_order_release);
+    loop.work();
+    for (int spins = 0; !loop.finished(); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+  }
+
+ private:
+  struct State {
+    std::deque<Loop> loops;  // all so far, at fixed places: a helper may be late
+    std::atomic<Loop*> current{nullptr};
+    std::atomic<bool> over{false};
+
+    void help() {
+      const Loop* seen = nullptr;
+      for (int spins = 0; !over.load(std::memory_order_acquire); ++spins) {
+        Loop* loop = current.load(std::memory_order_acquire);
+        if (loop != seen) {
+          loop->work();
+          seen = loop;
+          spins = 0;
+        } else {
+          spins < kSpins ? pause() : std::this_thread::yield();
+        }
+      }
     }
   };
-  // A helper that starts late finds nothing left; it keeps the state alive, not the body.
-  auto state = std::make_shared<State>();
-  state->body = &body;
-  state->n = n;
-  for (int64_t i = 0; i < helpers; ++i) threads.schedule([state] { state->work(); });
-  state->work();
-  for (int spins = 0; spins < 2000; ++spins) {  // the last chunk is usually about to finish
-    if (state->done.load(std::memory_order_acquire) == n) return;
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->finished.wait(lock, [&] { return state->done.load(std::memory_order_acquire) == n; });
-}
+
+  int64_t count_;
+  std::shared_ptr<State> state_;
+};
 
 }  // namespace jaxquant

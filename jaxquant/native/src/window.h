@@ -23,6 +23,12 @@ class Scratch {
     }
     return data_;
   }
+  // Gives back what is larger than `most`.
+  void trim(size_t most) {
+    if (size_ <= most) return;
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
   static Scratch& of_thread() {
     static thread_local Scratch scratch;
     return scratch;

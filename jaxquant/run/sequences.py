@@ -1,0 +1,210 @@
+"""Which fused calls run as one, and running them.
+
+A chain may join the ones before it where it reads nothing that comes of their results by another
+way: an operation between them that is none of them ends the sequence.  Most convolutional networks
+are one sequence but for their ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxquant import native
+from jaxquant.graph import ir, jax_shim
+from jaxquant.run.fused import FusedCall
+
+Results = dict[int, tuple[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Consecutive fused calls.
+
+    Attributes:
+      chains: the index of each one's last equation, which names it.
+      links: for each, the earlier ones that it reads: {"x": position, "residual": position}.
+      later: the indices of equations that use their results, and come behind them all.
+    """
+
+    chains: tuple[int, ...]
+    links: tuple[Mapping[str, int], ...]
+    later: frozenset[int]
+
+
+def find_sequences(graph: ir.Graph, calls: Mapping[int, FusedCall]) -> list[Members]:
+    """Sequences of two calls and more.
+
+    Args:
+      graph: the traced model.
+      calls: by the index of their last equation.
+    """
+    inside = {k: last for last, call in calls.items() for k in call.chain.members}
+    found: list[Members] = []
+    current = _Open(graph)
+    for eqn in graph.equations:
+        if eqn.index not in inside:
+            current.pass_by(eqn)
+        elif inside[eqn.index] == eqn.index and not current.join(eqn.index, calls[eqn.index]):
+            found.append(current.members())
+            current = _Open(graph)
+            current.join(eqn.index, calls[eqn.index])
+    found.append(current.members())
+    return [members for members in found if len(members.chains) > 1]
+
+
+class _Open:
+    """A sequence that grows."""
+
+    def __init__(self, graph: ir.Graph):
+        self._graph = graph
+        self._calls: dict[int, FusedCall] = {}
+        self._links: list[Mapping[str, int]] = []
+        self._given: dict[tuple[ir.Var, bool], int] = {}  # a tensor in int8 or not: who gives it
+        self._outputs: set[ir.Var] = set()
+        self._depends: set[ir.Var] = set()  # on its results, computed outside
+        self._later: set[int] = set()
+
+    def pass_by(self, eqn: ir.Equation) -> None:
+        if not (self._outputs | self._depends).isdisjoint(eqn.input_vars):
+            self._depends.update(eqn.outputs)
+            self._later.add(eqn.index)
+
+    def join(self, last: int, call: FusedCall) -> bool:
+        """Take in a call if it can be run with the others; an open sequence of none takes any."""
+        chain = call.chain
+        reads = {"x": (chain.site.site.operands[0], True)}
+        if chain.residual is not None:
+            reads["residual"] = (chain.residual, chain.residual_int8)
+        links = {name: self._given[read] for name, read in reads.items() if read in self._given}
+        outside = {var for name, (var, _) in reads.items() if name not in links}
+        if self._calls:
+            same = self._batch() == self._graph.shape(chain.output)[0]
+            if not (call.is_plain_conv and same and self._is_plain()):
+                return False
+            if outside & (self._depends | self._outputs):
+                return False
+        position = len(self._calls)
+        self._calls[last] = call
+        self._links.append(links)
+        self._outputs.add(chain.output)
+        if chain.float_out:
+            self._given[chain.output, False] = position
+        if chain.grid == chain.output:
+            self._given[chain.output, True] = position
+        return True
+
+    def members(self) -> Members:
+        return Members(tuple(self._calls), tuple(self._links), frozenset(self._later))
+
+    def _is_plain(self) -> bool:
+        return all(call.is_plain_conv for call in self._calls.values())
+
+    def _batch(self) -> Any:
+        first = next(iter(self._calls.values()))
+        return self._graph.shape(first.chain.output)[0]
+
+
+def in_order(equations: Sequence[ir.Equation], found: Sequence[Members],
+             calls: Mapping[int, FusedCall]) -> list[ir.Equation]:  # fmt: skip
+    """The equations with those of every sequence next to each other."""
+    ordered = list(equations)
+    for members in found:
+        own = {k for last in members.chains for k in calls[last].chain.members}
+        places = [place for place, eqn in enumerate(ordered) if eqn.index in own]
+        start, end = places[0], places[-1] + 1
+        between = ordered[start:end]
+        ordered[start:end] = sorted(
+            between, key=lambda eqn: 1 if eqn.index in own else 2 * (eqn.index in members.later)
+        )
+    return ordered
+
+
+class FusedSequence:
+    """Fused calls that run as one native call.
+
+    Args:
+      graph: the traced model.
+      members: which.
+      calls: by the index of their last equation.
+    """
+
+    def __init__(self, graph: ir.Graph, members: Members, calls: Mapping[int, FusedCall]):
+        self.members = members
+        self.calls = [calls[last] for last in members.chains]
+        self._results = [
+            (position, k)
+            for position, call in enumerate(self.calls)
+            if self._is_read_outside(graph, position)
+            for k in range(len(call.outputs))
+        ]
+        self._outputs = [self.calls[position].outputs[k] for position, k in self._results]
+
+    def _is_read_outside(self, graph: ir.Graph, position: int) -> bool:
+        output = self.calls[position].chain.output
+        readers = {eqn.index for eqn in graph.consumers.get(output, ())}
+        inside: set[int] = set()
+        for call, links in zip(self.calls, self.members.links, strict=True):
+            if links.get("x") == position:
+                inside.add(call.chain.site.site.equation)
+            if links.get("residual") == position:
+                inside.update(call.chain.members)
+        return output in graph.output_vars or not readers <= inside
+
+    def __call__(self, operands: Sequence[Mapping[str, jax.Array]]) -> Results:
+        """The float32 and the int8 result of every call by its name; None for what stays inside.
+
+        Args:
+          operands: of every call, without what is linked.
+        """
+        names = [tuple(each) for each in operands]
+
+        def named(run: Callable[..., Any]) -> Callable[..., Any]:
+            def on_arrays(*arrays: jax.Array) -> Any:
+                rest = iter(arrays)
+                return run([{name: next(rest) for name in each} for each in names])
+
+            return on_arrays
+
+        arrays = [value for each in operands for value in each.values()]
+        given = jax_shim.choose_by_platform(
+            named(self._native), named(self._portable), self._outputs, arrays
+        )
+        by_call: dict[int, list[Any]] = {}
+        for (position, _), value in zip(self._results, given, strict=True):
+            by_call.setdefault(position, []).append(value)
+        return {
+            last: call.by_form(by_call.get(position, ()))
+            for position, (last, call) in enumerate(
+                zip(self.members.chains, self.calls, strict=True)
+            )
+        }
+
+    def _native(self, operands: Sequence[Mapping[str, jax.Array]]) -> Sequence[jax.Array]:
+        made = []
+        for position, (call, given) in enumerate(zip(self.calls, operands, strict=True)):
+            linked = {name: self._link(*source) for name, source in self._sources(position).items()}
+            made.append(call.conv_call({**given, **linked}))
+        return native.sequence(made, self._results)
+
+    def _portable(self, operands: Sequence[Mapping[str, jax.Array]]) -> Sequence[jax.Array]:
+        results: list[Sequence[jax.Array]] = []
+        for position, (call, given) in enumerate(zip(self.calls, operands, strict=True)):
+            linked = {name: results[at][k] for name, (at, k) in self._sources(position).items()}
+            results.append(call.portable({**given, **linked}))
+        return [results[position][k] for position, k in self._results]
+
+    def _sources(self, position: int) -> dict[str, tuple[int, int]]:
+        """Of what a call reads of others: which, and which of its results."""
+        found = {}
+        for name, at in self.members.links[position].items():
+            as_int8 = name == "x" or self.calls[position].chain.residual_int8
+            found[name] = (at, len(self.calls[at].outputs) - 1 if as_int8 else 0)
+        return found
+
+    def _link(self, position: int, result: int) -> native.Link:
+        output = self.calls[position].outputs[result]
+        return native.Link(position, result, output.shape, output.dtype)
