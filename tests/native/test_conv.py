@@ -77,6 +77,10 @@ class TestSums:
             Conv(1, (65, 65), (7, 7), 3, 64, strides=(2, 2), padding=((2, 3), (3, 2))),
             Conv(1, (28, 28), (5, 5), 1, 1, 144, strides=(2, 2), padding=((1, 2), (2, 1))),
             Conv(3, (1, 1), (1, 1), 260, 70),
+            # Rows that fill no segment, which then runs on over their ends.
+            Conv(3, (7, 7), (3, 3), 64, 48, padding=((1, 1), (1, 1))),
+            Conv(2, (20, 20), (5, 3), 16, 16, padding=((2, 2), (1, 1))),
+            Conv(1, (9, 5), (3, 3), 30, 33, groups=2, dilation=(2, 2), padding=((2, 2), (2, 2))),
         ],
         ids=str,
     )

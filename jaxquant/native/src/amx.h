@@ -116,17 +116,22 @@ void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& 
 
 // The epilogue of one segment: [height][row] sums, of which `vectors` times 16 are there.
 template <bool kClamps, bool kPlain>
-void finish(const int32_t* sums, int64_t row, int64_t height, int64_t at, int64_t pixel,
-            const int32_t* init, const Lanes* lanes, int64_t vectors,
-            const SumsEpilogue& given) {
+void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& segment,
+            int64_t pixel, const Runs& runs, const int32_t* init, const Lanes* lanes,
+            int64_t vectors, const SumsEpilogue& given) {
   const SumsEpilogue epilogue = given;  // its own, so that it stays in registers
-  for (int64_t i = 0; i < height; ++i, at += pixel, sums += row) {
+  int64_t at = segment.out, column = segment.column;
+  for (int64_t i = 0; i < height; ++i, sums += row) {
+    const bool kept = column < runs.kept;
+    if (++column == runs.row) column = 0;
+    if (!kept) continue;
     for (int64_t v = 0; v < vectors; ++v) {
       const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * v),
                                            _mm512_loadu_si512(init + 16 * v));
       if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, lanes[v], at);
       else epilogue.store(sum, lanes[v], at);
     }
+    at += pixel;
   }
 }
 

@@ -105,11 +105,11 @@ class Product {
           tile(s0, s1, height, runs, blocks[i], tails[i].data(), sums + i * kBlock, row);
         }
         const auto store = [&](const Segment& s, const int32_t* from) {
-          finish_segment(from, row, height, s.out, outputs_, blocks[0].init, lanes, vectors,
+          finish_segment(from, row, height, s, outputs_, runs, blocks[0].init, lanes, vectors,
                          epilogue_);
         };
         store(s0, sums);
-        if (s1.out != s0.out) store(s1, sums + height * row);  // else an odd one, twice
+        if (&s1 != &s0) store(s1, sums + height * row);  // else an odd one, twice
       });
     }
   }
@@ -135,15 +135,25 @@ class Product {
 };
 
 // Segments of one height that cover `n` pixels; the last may overlap the one before it.
-inline int64_t segment_height(int64_t n) {
-  return ceil_div(n, ceil_div(n, Product::most_pixels()));
-}
+inline int64_t segment_count(int64_t n) { return ceil_div(n, Product::most_pixels()); }
+inline int64_t segment_height(int64_t n) { return ceil_div(n, segment_count(n)); }
 
 inline void add_segments(std::vector<Segment>& segments, int64_t n, int64_t height,
                          const uint8_t* in, ptrdiff_t stride, int64_t out, int64_t pixel) {
   for (int64_t i = 0; i < n; i += height) {
     const int64_t at = std::min(i, n - height);
     segments.push_back({in + at * stride, out + at * pixel});
+  }
+}
+
+// The same for a whole image of `rows` rows of `row` pixels, of which `kept` are outputs: without
+// regard to where a row ends.
+inline void add_flat_segments(std::vector<Segment>& segments, int64_t n, int64_t height,
+                              const uint8_t* in, const Runs& runs, int64_t out, int64_t pixel) {
+  for (int64_t i = 0; i < n; i += height) {
+    const int64_t at = std::min(i, n - height), column = at % runs.row;
+    const int64_t before = at / runs.row * runs.kept + std::min(column, runs.kept);
+    segments.push_back({in + at * runs.stride, out + before * pixel, column});
   }
 }
 
@@ -230,7 +240,6 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
   const Split parts = split(s.n, s.oh, layout.blocks(), threads.count(), most,
                             weights > s.h * s.w * s.c);
   const int64_t per_part = ceil_div(layout.blocks(), parts.block_parts);
-  const int64_t height = segment_height(s.ow);
 
   parallel_for(threads, s.n * parts.row_parts * parts.block_parts, [&](int64_t task) {
     const int64_t b = task % parts.block_parts * per_part;
@@ -238,7 +247,7 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
     const int64_t first = task / parts.block_parts % parts.row_parts * parts.rows;
     const int64_t last = std::min(first + parts.rows, s.oh);
     std::vector<Segment> segments;
-    segments.reserve((last - first) * ceil_div(s.ow, height));
+    segments.reserve((last - first) * segment_count(s.ow));
     std::vector<ptrdiff_t> offsets;
     for (int64_t g = 0; g < s.groups; ++g) {
       const uint8_t* from = x.data + (image * s.h + first * s.stride_h) * s.w * s.c + g * nc;
@@ -264,11 +273,24 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
           offsets.push_back(i * s.dilation_h * row + j * s.dilation_w * pixel);
       }
       const int64_t taps = int64_t(offsets.size());
-      const Runs runs{offsets.data(), taps, layout.four_bytes / taps, stride_w * pixel};
+      Runs runs{offsets.data(), taps, layout.four_bytes / taps, stride_w * pixel};
       segments.clear();
-      for (int64_t i = first; i < last; ++i) {
-        add_segments(segments, s.ow, height, from + (i - first) * stride_h * row,
-                     stride_w * pixel, (image * s.oh + i) * s.ow * s.o, s.o);
+      // Of a padded copy the rows follow each other, and the columns between them cost less than
+      // segments that are far from full.
+      const int64_t columns = reach_w + 1, flat = (last - first - 1) * columns + s.ow;
+      const bool runs_on = has_amx() && copies && !copies_pixels && s.stride_h == 1 &&
+                           s.stride_w == 1 &&
+                           10 * segment_count(flat) <= 9 * (last - first) * segment_count(s.ow);
+      const int64_t height = segment_height(runs_on ? flat : s.ow);
+      const int64_t out = (image * s.oh + first) * s.ow * s.o;
+      if (runs_on) {
+        runs.row = columns, runs.kept = s.ow;
+        add_flat_segments(segments, flat, height, from, runs, out, s.o);
+      } else {
+        for (int64_t i = 0; i < last - first; ++i) {
+          add_segments(segments, s.ow, height, from + i * stride_h * row, stride_w * pixel,
+                       out + i * s.ow * s.o, s.o);
+        }
       }
       product.run(segments, height, runs, g, b, std::min(b + per_part, layout.blocks()),
                   x.is_signed);

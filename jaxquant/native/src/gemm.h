@@ -19,11 +19,15 @@ struct Runs {
   int64_t taps;
   int64_t groups;  // of four bytes, in one run
   ptrdiff_t stride;
+  // Segments that run on over the ends of rows: of every `row` pixels `kept` are outputs, and what
+  // comes of the others is dropped.  Only the AMX kernel has such.
+  int64_t row = 1, kept = 1;
 };
 
 struct Segment {
   const uint8_t* in;
   int64_t out;  // where its first pixel is in the output, channel 0
+  int64_t column = 0;  // of its first pixel in the row
 };
 
 // What a tile needs of a block of channels.
