@@ -264,7 +264,7 @@ def _per_channel(name: str, value: Any, channels: int) -> jax.Array:
 
 
 def _check_dtype(name: str, value: jax.Array, allowed: tuple[str, ...]) -> None:
-    if value.dtype.name not in allowed:
+    if np.dtype(value.dtype).name not in allowed:
         raise ValueError(f"{name} is {value.dtype}; expected {' or '.join(allowed)}")
 
 

@@ -75,7 +75,8 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
             operands.append(value)
     # Behind the operands come the results that are wanted, then what lies between the calls.
     every = [(i, k) for i, each in enumerate(calls) for k in range(len(each.static.outputs))]
-    ordered = [*results, *(key for key in every if key not in results)]
+    wanted = list(dict.fromkeys(results))
+    ordered = [*wanted, *(key for key in every if key not in wanted)]
     places = {key: len(operands) + place for place, key in enumerate(ordered)}
     program: list[int] = []
     clamps: list[float] = []
@@ -84,9 +85,10 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
         gives = [places[index, k] for k in range(len(each.static.outputs))]
         program += _step(each, takes, gives)
         clamps += dict(each.static.attributes)["clamps"]
-    outputs = tuple(calls[index].static.outputs[k] for index, k in results)
+    outputs = tuple(calls[index].static.outputs[k] for index, k in wanted)
     attributes = (("program", tuple(program)), ("clamps", tuple(clamps)))
-    return call(Static(library.SEQUENCE, outputs, tuple(batched), attributes), operands)
+    given = call(Static(library.SEQUENCE, outputs, tuple(batched), attributes), operands)
+    return tuple(given[wanted.index(key)] for key in results)
 
 
 def _step(each: Call, takes: Sequence[int], gives: Sequence[int]) -> list[int]:

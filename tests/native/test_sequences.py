@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import hypothesis
@@ -147,7 +152,7 @@ def test_every_result_can_be_wanted():
         for k, layer in enumerate(LAYERS)
         for position in range(layer.float_out + layer.int8_out)
     ]
-    assert_same(Chain(LAYERS, 4, 18, 8), every[::-1])
+    assert_same(Chain(LAYERS, 4, 18, 8), [*every[::-1], *every[:2]])
 
 
 def test_tensors_that_many_parts_share():
@@ -215,7 +220,7 @@ def test_a_residual_from_outside():
             )
 
         one = call_of(first, kernels[0], x)
-        link = native.Link(0, 0, (x.shape[0], 9, 9, 16), np.dtype(np.int8))
+        link = native.Link(0, 0, (x.shape[0], 9, 9, 16), jnp.int8)
         residual = native.Residual(added, np.float32(0.5), 3)
         two = call_of(second, kernels[1], link if as_one else one.run(), residual=residual)
         return native.sequence([one, two], [(1, 0)])[0] if as_one else two.run()
@@ -279,6 +284,57 @@ def test_no_leak_in_ten_thousand_calls():
     assert calls(10_000) - before < 8 << 20
 
 
+# Both in a process of its own: what is tried spoils it.
+_ALONE = """
+    import os, resource, sys
+    import jax, jax.numpy as jnp
+    from tests.native.test_sequences import Chain, Layer
+
+    def forked():
+        # No thread of the pool is left in the child, and what it is given to do piles up.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        chain = Chain([Layer(3, 64), Layer(3, 64)], 2, 12, 64)
+        run = jax.jit(lambda x: chain.at_once(x, [(1, 0)])[0])
+        x = jnp.asarray(chain.x)
+        run(x).block_until_ready()
+        child = os.fork()
+        if child == 0:
+            for _ in range(3000):
+                run(x).block_until_ready()
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    def out_of_memory():
+        chain = Chain([Layer(1, 512), Layer(1, 512), Layer(1, 4)], 2, 512, 4)
+        x = jnp.asarray(chain.x)
+        run = jax.jit(lambda x: chain.at_once(x, [(2, 0)])[0]).lower(x).compile()
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+        try:
+            run(x).block_until_ready()
+        except jax.errors.JaxRuntimeError as error:
+            print(str(error).splitlines()[0])
+
+    {"forked": forked, "out_of_memory": out_of_memory}[sys.argv[1]]()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("forked", "7"), ("out_of_memory", "RESOURCE_EXHAUSTED: jaxquant: out of memory")],
+)
+def test_what_spoils_a_process(name: str, expected: str, tmp_path: pathlib.Path):
+    script = tmp_path / "alone.py"
+    script.write_text(textwrap.dedent(_ALONE))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), name],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.strip() == expected, done.stderr
+
+
 class TestErrors:
     def test_only_convolutions_of_int8(self):
         conv = Conv(1, (4, 4), (1, 1), 8, 8)
@@ -292,11 +348,13 @@ class TestErrors:
     def test_steps_that_do_not_fit(self, place: int, value: int, monkeypatch: pytest.MonkeyPatch):
         """A number that is wrong is an error, and nothing is read or written beside a tensor."""
         chain = Chain([Layer(3, 16), Layer(3, 16)], 2, 9, 8)
-        made = []
-        monkeypatch.setattr(
-            "jaxquant.native.sequences.call",
-            lambda static, operands: made.append((static, operands)),
-        )
+        made: list[Any] = []
+
+        def keep(*given: Any) -> Any:
+            made.append(given)
+            return call(*given)
+
+        monkeypatch.setattr("jaxquant.native.sequences.call", keep)
         chain.at_once(jnp.asarray(chain.x), [(1, 0)])
         ((static, operands),) = made
         attributes = dict(static.attributes)

@@ -84,8 +84,10 @@ inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
     return invalid("the weights are packed for another kernel shape");
   const Input input{x.untyped_data(), x.element_type() == ffi::S8, int32_t(quantized[0]),
                     quantized[3] != 0};
-  convolve(threads, input, s, packed.typed_data<int8_t>(), epilogue);
-  return error;
+  return with_memory([&] {
+    convolve(threads, input, s, packed.typed_data<int8_t>(), epilogue);
+    return ffi::Error::Success();
+  });
 }
 
 inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
@@ -108,9 +110,11 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   const bool is_int8 = x.element_type() == ffi::S8;
   const Activations a =
       Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[3]);
-  dot(threads, a, in[0], in[1],
-      Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
-  return error;
+  return with_memory([&] {
+    dot(threads, a, in[0], in[1],
+        Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
+    return ffi::Error::Success();
+  });
 }
 
 // Reads the steps of a sequence and its tensors.  Of those, the operands come first, then the
@@ -229,13 +233,15 @@ class SequenceReader {
 
 inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args,
                                    ffi::RemainingRets rets, Ints program, Floats clamps) {
-  SequenceReader reader(args, rets, program, clamps);
-  ffi::Error error = reader.read();
-  if (error.failure() || reader.batch() == 0) return error;
-  XlaThreads threads(pool, reader.products());
-  Team team(threads);
-  reader.sequence().run(team);
-  return error;
+  return with_memory([&] {
+    SequenceReader reader(args, rets, program, clamps);
+    ffi::Error error = reader.read();
+    if (error.failure() || reader.batch() == 0) return error;
+    XlaThreads threads(pool, reader.products());
+    Team team(threads);
+    reader.sequence().run(team);
+    return error;
+  });
 }
 
 // x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.

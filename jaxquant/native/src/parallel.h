@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace jaxquant {
@@ -57,16 +58,26 @@ struct Loop {
   int64_t n;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  std::atomic<bool> failed{false};
 
   Loop(int64_t n, const Body& body) : body(&body), n(n) {}
 
   // Takes part until nothing is left to begin; true for the thread that ends the last of it.
   bool work() {
     int64_t count = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n; ++count) (*body)(i);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n; ++count) {
+      try {
+        (*body)(i);
+      } catch (...) {  // there is no memory left: others may be at it, so it is thrown at the end
+        failed.store(true, std::memory_order_relaxed);
+      }
+    }
     return count && done.fetch_add(count, std::memory_order_acq_rel) + count == n;
   }
   bool finished() const { return done.load(std::memory_order_acquire) == n; }
+  void check() const {
+    if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
+  }
 };
 
 inline void pause() {
@@ -75,6 +86,7 @@ inline void pause() {
 #endif
 }
 constexpr int kSpins = 2000;  // before a thread that waits lets others run
+inline void wait(int spins) { spins < kSpins ? pause() : std::this_thread::yield(); }
 
 // A pool that runs tasks some time later.
 class Pool : public Threads {
@@ -98,12 +110,13 @@ class Pool : public Threads {
     const int64_t helpers = std::min(count(), n) - 1;
     for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->work(); });
     state->work();
-    for (int spins = 0; spins < kSpins; ++spins) {  // the last chunk is usually about to finish
-      if (state->loop.finished()) return;
-      pause();
+    // The last chunk is usually about to finish.
+    for (int spins = 0; spins < kSpins && !state->loop.finished(); ++spins) pause();
+    if (!state->loop.finished()) {
+      std::unique_lock<std::mutex> lock(state->mutex);
+      state->finished.wait(lock, [&] { return state->loop.finished(); });
     }
-    std::unique_lock<std::mutex> lock(state->mutex);
-    state->finished.wait(lock, [&] { return state->loop.finished(); });
+    state->loop.check();
   }
 };
 
@@ -122,7 +135,8 @@ class Team : public Threads {
     Loop& loop = state_->loops.emplace_back(n, body);
     state_->current.store(&loop, std::memory_order_release);
     loop.work();
-    for (int spins = 0; !loop.finished(); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+    for (int spins = 0; !loop.finished(); ++spins) wait(spins);
+    loop.check();
   }
 
  private:
@@ -130,8 +144,10 @@ class Team : public Threads {
     std::deque<Loop> loops;  // all so far, at fixed places: a helper may be late
     std::atomic<Loop*> current{nullptr};
     std::atomic<bool> over{false};
+    const std::thread::id owner = std::this_thread::get_id();
 
     void help() {
+      if (std::this_thread::get_id() == owner) return;  // a pool that is full runs tasks at once
       const Loop* seen = nullptr;
       for (int spins = 0; !over.load(std::memory_order_acquire); ++spins) {
         Loop* loop = current.load(std::memory_order_acquire);
@@ -140,7 +156,7 @@ class Team : public Threads {
           seen = loop;
           spins = 0;
         } else {
-          spins < kSpins ? pause() : std::this_thread::yield();
+          wait(spins);
         }
       }
     }

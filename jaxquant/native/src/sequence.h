@@ -169,22 +169,21 @@ class Sequence {
   void run_part(Threads& threads, const Part& part, uint8_t* between) {
     if (!part.group) return run_steps(threads, part, {0, n_, n_, between, nullptr});
     const int64_t even = n_ / threads.count() * threads.count(), rest = n_ - even;
-    const int64_t most = std::max(part.group, rest);
-    const int64_t bytes = most * place(part.first, part.last, true);
-    const auto run_some = [&](Threads& some, int64_t start, int64_t count) {
+    const int64_t bytes = place(part.first, part.last, true);
+    const auto run_some = [&](Threads& some, int64_t start, int64_t count, int64_t most) {
       static thread_local Scratch own;
-      run_steps(some, part, {start, count, most, between, own.reserve(bytes)});
+      run_steps(some, part, {start, count, most, between, own.reserve(most * bytes)});
       own.trim(kKeptBytes);
     };
     parallel_for(threads, ceil_div(even, part.group), [&](int64_t task) {
       Alone alone;
       const int64_t start = task * part.group;
-      run_some(alone, start, std::min(part.group, even - start));
+      run_some(alone, start, std::min(part.group, even - start), part.group);
     });
-    if (rest) run_some(threads, even, rest);
+    if (rest) run_some(threads, even, rest, rest);
   }
 
-  // Samples [start, start + count), and where they are.
+  // Samples [start, start + count), and where they are: `own` has room for `most`.
   struct Samples {
     int64_t start, count, most;
     uint8_t *between, *own;

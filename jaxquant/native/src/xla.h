@@ -1,6 +1,7 @@
 // What every handler needs of XLA.
 #pragma once
 
+#include <new>
 #include <string>
 
 #include "parallel.h"
@@ -31,6 +32,16 @@ class XlaThreads : public Pool {
 
 inline ffi::Error invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxquant: " + what);
+}
+
+// What `run` returns; an error where it finds no memory.
+template <class Run>
+ffi::Error with_memory(Run run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxquant: out of memory");
+  }
 }
 
 // int8 is stored as it is; uint8 is the same value plus 128, which flips one bit.
