@@ -222,15 +222,21 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
     """
     spatial = kernel.ndim - 2
     copies = kernel.shape[-1] // window.groups  # outputs of a channel
-    terms = []
-    for offset in itertools.product(*map(range, kernel.shape[:spatial])):
+    # By `lax` alone: there are many of these, and jax.numpy's operators take long to trace.
+    weights = lax.convert_element_type(kernel.reshape(-1, kernel.shape[-1]), jnp.int32)
+    total = None
+    for tap, offset in enumerate(itertools.product(*map(range, kernel.shape[:spatial]))):
         part = x
         for a, at in enumerate(offset):
             part = _taps_of(part, a + 1, at, kernel.shape[a], window.strides[a], window.dilation[a])
         if copies > 1:
             part = jnp.repeat(part, copies, axis=-1)
-        terms.append(part.astype(jnp.int32) * kernel[(*offset, 0)].astype(jnp.int32))
-    return sum(terms[1:], start=terms[0])
+        weight = lax.index_in_dim(weights, tap, 0, keepdims=False)
+        spread = lax.broadcast_in_dim(weight, part.shape, (part.ndim - 1,))
+        term = lax.mul(lax.convert_element_type(part, jnp.int32), spread)
+        total = term if total is None else lax.add(total, term)
+    assert total is not None, "a window has an element"
+    return total
 
 
 def _is_pointwise(kernel: jax.Array, window: Window) -> bool:
