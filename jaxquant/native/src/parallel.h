@@ -34,12 +34,10 @@ inline void parallel_for(Threads& threads, int64_t n, const Body& body) {
 class Alone : public Threads {
  public:
   int64_t count() override { return 1; }
-  void run(int64_t n, const Body& body) override {
-    for (int64_t i = 0; i < n; ++i) body(i);
-  }
+  void run(int64_t n, const Body& body) override { parallel_for(*this, n, body); }
 };
 
-// Others, of which a loop is divided among at most `most`.
+// Others, for a loop that is worth no more than `most` of them: it is cut into parts for so many.
 class Some : public Threads {
  public:
   Some(Threads& all, int64_t most) : all_(all), most_(most) {}
@@ -121,7 +119,8 @@ class Pool : public Threads {
 };
 
 // Threads of a pool that stay for many loops, and wait for the next one awake: to start them anew
-// takes longer than a small loop does.
+// takes longer than a small loop does.  The pool has them back when the team ends, so it is for
+// calls that are loops for the most part.
 class Team : public Threads {
  public:
   explicit Team(Pool& pool) : count_(pool.count()), state_(std::make_shared<State>()) {

@@ -18,7 +18,8 @@ namespace jaxquant {
 
 constexpr int64_t kNone = -1;
 constexpr int64_t kSwitchBytes = 1 << 17;  // what waiting for all threads is worth
-constexpr size_t kKeptBytes = size_t(1) << 26;  // of scratch memory that a thread keeps for the next call
+// Scratch memory kept for the next call: by all threads together, but by each at least so much.
+constexpr size_t kKeptBytes = size_t(1) << 27, kKeptOfThread = size_t(1) << 24;
 
 // Where a tensor of a sequence is: given from outside, or in memory of the call.
 struct Tensor {
@@ -80,10 +81,14 @@ class Sequence {
     static thread_local Scratch shared;
     uint8_t* between = shared.reserve(n_ * place(0, int64_t(steps_.size()), false));
     for (const Part& part : parts) run_part(threads, part, between);
-    shared.trim(kKeptBytes);
+    shared.trim(kept(threads));
   }
 
  private:
+  static size_t kept(Threads& threads) {
+    return std::max(kKeptBytes / size_t(threads.count()), kKeptOfThread);
+  }
+
   int64_t sample_bytes(const Step& step) const {
     int64_t total = 0;
     for (int64_t k : step.tensors()) total += k == kNone ? 0 : tensors_[k].bytes;
@@ -170,10 +175,11 @@ class Sequence {
     if (!part.group) return run_steps(threads, part, {0, n_, n_, between, nullptr});
     const int64_t even = n_ / threads.count() * threads.count(), rest = n_ - even;
     const int64_t bytes = place(part.first, part.last, true);
+    const size_t most_kept = kept(threads);
     const auto run_some = [&](Threads& some, int64_t start, int64_t count, int64_t most) {
       static thread_local Scratch own;
       run_steps(some, part, {start, count, most, between, own.reserve(most * bytes)});
-      own.trim(kKeptBytes);
+      own.trim(most_kept);
     };
     parallel_for(threads, ceil_div(even, part.group), [&](int64_t task) {
       Alone alone;
@@ -205,7 +211,7 @@ class Sequence {
       epilogue.residual_f = reinterpret_cast<const float*>(find(step.residual_f, samples));
       epilogue.residual_q = reinterpret_cast<const int8_t*>(find(step.residual_q, samples));
       epilogue.out_q = reinterpret_cast<int8_t*>(find(step.out_q, samples));
-      epilogue.write_floats(find(step.out_f, samples), n_to_stream(step, samples), step.shape.o);
+      epilogue.write_floats(find(step.out_f, samples), streamed_bytes(step), step.shape.o);
       ConvShape shape = step.shape;
       shape.n = samples.count;
       if (shape.oh * shape.ow * shape.o == 0) continue;
@@ -216,8 +222,8 @@ class Sequence {
   }
   static constexpr int64_t kProductsOfThread = 1 << 16;  // which is awake
 
-  // The bytes of a float output, of which the next step reads none where it is local.
-  int64_t n_to_stream(const Step& step, const Samples& samples) const {
+  // Of a float output; 0 for a local one, which the steps behind it read from the cache.
+  int64_t streamed_bytes(const Step& step) const {
     if (step.out_f == kNone || tensors_[step.out_f].local) return 0;
     return n_ * tensors_[step.out_f].bytes;
   }

@@ -9,7 +9,7 @@
 
 namespace jaxquant {
 
-// Memory of one thread, kept between calls: it grows to the largest copy that a task makes.
+// Memory of one thread, kept between calls: it grows to the most that a task takes.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
