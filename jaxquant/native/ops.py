@@ -139,6 +139,8 @@ def conv_call(
             f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit "
             f"x {x.shape}"
         )
+    if not inputs:
+        raise ValueError("a convolution of no input channels has nothing to sum")
     if any(pad < 0 for pads in padding for pad in pads):
         raise ValueError(f"padding {padding} is negative; slice x first")
     if not packed:
@@ -187,6 +189,8 @@ def dot(
       RuntimeError: the kernels do not run here (`available()` says why).
       ValueError: shapes or dtypes are not as said above.
     """
+    if not x.shape[-1]:
+        raise ValueError("a dot over an axis of size 0 has nothing to sum")
     if columns is None:
         if weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
             raise ValueError(f"a weight {weight.shape} does not fit x {x.shape}")

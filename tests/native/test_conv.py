@@ -126,6 +126,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="does not fit x"):
             self.call(groups=3)
 
+    def test_no_channels(self):
+        with pytest.raises(ValueError, match="nothing to sum"):
+            self.call(x=self.x[..., :0], kernel=self.kernel[:, :, :0])
+
     def test_dtype(self):
         with pytest.raises(ValueError, match="x is float32; expected int8 or uint8"):
             self.call(x=self.x.astype(np.float32))
