@@ -90,6 +90,27 @@ def splits_the_batch(p: Any, x: jax.Array) -> jax.Array:
     return conv(p, "d", jax.nn.relu(conv(p, "b", x)))
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def pools_between(p: Any, x: jax.Array) -> jax.Array:
+    x = jax.nn.relu(conv(p, "b", jax.nn.relu(conv(p, "a", x))))
+    return conv(p, "d", jax.nn.relu(conv(p, "b", max_pool(x)))).mean((1, 2))
+
+
+def pools_beside(p: Any, x: jax.Array) -> jax.Array:
+    """A tensor that one convolution reads, and another behind a pool, as a reduction has it."""
+    x = jax.nn.relu(conv(p, "a", x))
+    return conv(p, "d", x, stride=2) + conv(p, "b", max_pool(x))
+
+
+def pools_twice(p: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    x = jax.nn.relu(conv(p, "a", x))
+    wide = lax.reduce_window(x, -jnp.inf, lax.max, (1, 4, 4, 1), (1, 4, 4, 1), "VALID")
+    return conv(p, "d", max_pool(x)), conv(p, "b", wide)
+
+
 # The lengths of their sequences.
 MODELS: dict[Callable[..., Any], list[int]] = {
     residual: [5],
@@ -99,6 +120,9 @@ MODELS: dict[Callable[..., Any], list[int]] = {
     joins_again: [3],
     shares_weights: [4],
     splits_the_batch: [2],
+    pools_between: [2, 2],
+    pools_beside: [2],
+    pools_twice: [2],
 }
 
 

@@ -86,7 +86,6 @@ inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
                     quantized[3] != 0};
   return with_memory([&] {
     convolve(threads, input, s, packed.typed_data<int8_t>(), epilogue);
-    return ffi::Error::Success();
   });
 }
 
@@ -113,7 +112,6 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   return with_memory([&] {
     dot(threads, a, in[0], in[1],
         Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
-    return ffi::Error::Success();
   });
 }
 
@@ -233,15 +231,16 @@ class SequenceReader {
 
 inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args,
                                    ffi::RemainingRets rets, Ints program, Floats clamps) {
-  return with_memory([&] {
+  ffi::Error error = ffi::Error::Success();
+  const ffi::Error memory = with_memory([&] {
     SequenceReader reader(args, rets, program, clamps);
-    ffi::Error error = reader.read();
-    if (error.failure() || reader.batch() == 0) return error;
+    error = reader.read();
+    if (error.failure() || reader.batch() == 0) return;
     XlaThreads threads(pool, reader.products());
     Team team(threads);
     reader.sequence().run(team);
-    return error;
   });
+  return memory.failure() ? memory : error;
 }
 
 // x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.

@@ -29,8 +29,9 @@ ffi::Error pack_handler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
   const PackedMatrix layout{groups, out / groups, count * ceil_div(length, 4)};
   if (size != layout.size()) return invalid("wrong size of the packed weights");
   XlaThreads threads(pool);
-  pack_matrix(threads, from, count, length, layout, to);
-  return ffi::Error::Success();
+  return with_memory([&] {
+    pack_matrix(threads, from, count, length, layout, to);
+  });
 }
 
 ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
@@ -39,9 +40,10 @@ ffi::Error histogram_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   if (counts->element_count() != kBins || extremes->element_count() != 2)
     return invalid("wrong shapes");
   XlaThreads threads(pool);
-  histogram(threads, x.typed_data(), int64_t(x.element_count()), int32_t(least_exponent),
-            counts->typed_data(), extremes->typed_data());
-  return ffi::Error::Success();
+  return with_memory([&] {
+    histogram(threads, x.typed_data(), int64_t(x.element_count()), int32_t(least_exponent),
+              counts->typed_data(), extremes->typed_data());
+  });
 }
 
 // y and ŷ [..., C] and perhaps the gain of the activation between them, which `clamp` gives else.
@@ -66,8 +68,9 @@ ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
     t.gain = given->typed_data();
   }
   XlaThreads threads(pool);
-  differences(threads, t, sums->typed_data(), mean->typed_data(), powers->typed_data());
-  return ffi::Error::Success();
+  return with_memory([&] {
+    differences(threads, t, sums->typed_data(), mean->typed_data(), powers->typed_data());
+  });
 }
 
 ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
@@ -84,8 +87,9 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   s.stride_h = window[0], s.stride_w = window[1], s.dilation_h = window[2];
   s.dilation_w = window[3], s.pad_h = window[4], s.pad_w = window[5];
   XlaThreads threads(pool, int64_t(out->element_count()) * s.kh * s.kw);
-  float_depthwise(threads, x.typed_data(), kernel.typed_data(), s, out->typed_data());
-  return ffi::Error::Success();
+  return with_memory([&] {
+    float_depthwise(threads, x.typed_data(), kernel.typed_data(), s, out->typed_data());
+  });
 }
 
 }  // namespace

@@ -89,7 +89,14 @@ inline void wait(int spins) { spins < kSpins ? pause() : std::this_thread::yield
 // A pool that runs tasks some time later.
 class Pool : public Threads {
  public:
-  virtual void schedule(std::function<void()> task) = 0;
+  // Helps `n` times, or less where there is no memory to ask for it: help is never waited for.
+  template <class Help>
+  void ask(int64_t n, const Help& help) noexcept {
+    try {
+      for (int64_t i = 0; i < n; ++i) schedule(help);
+    } catch (const std::bad_alloc&) {
+    }
+  }
 
   void run(int64_t n, const Body& body) override {
     struct State {
@@ -106,7 +113,7 @@ class Pool : public Threads {
     // A helper that starts late finds nothing left; it keeps the state alive, not the body.
     std::shared_ptr<State> state(new State{{n, body}, {}, {}});
     const int64_t helpers = std::min(count(), n) - 1;
-    for (int64_t i = 0; i < helpers; ++i) schedule([state] { state->work(); });
+    ask(helpers, [state] { state->work(); });
     state->work();
     // The last chunk is usually about to finish.
     for (int spins = 0; spins < kSpins && !state->loop.finished(); ++spins) pause();
@@ -116,6 +123,9 @@ class Pool : public Threads {
     }
     state->loop.check();
   }
+
+ protected:
+  virtual void schedule(std::function<void()> task) = 0;
 };
 
 // Threads of a pool that stay for many loops, and wait for the next one awake: to start them anew
@@ -124,7 +134,7 @@ class Pool : public Threads {
 class Team : public Threads {
  public:
   explicit Team(Pool& pool) : count_(pool.count()), state_(std::make_shared<State>()) {
-    for (int64_t i = 1; i < count_; ++i) pool.schedule([state = state_] { state->help(); });
+    pool.ask(count_ - 1, [state = state_] { state->help(); });
   }
   ~Team() override { state_->over.store(true, std::memory_order_release); }
   Team(const Team&) = delete;

@@ -22,9 +22,10 @@ class XlaThreads : public Pool {
   int64_t count() override {
     return std::max<int64_t>(1, std::min<int64_t>(most_, pool_.num_threads()));
   }
-  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
 
  private:
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
   static constexpr int64_t kProducts = 1 << 19;
   ffi::ThreadPool& pool_;
   int64_t most_;
@@ -34,11 +35,12 @@ inline ffi::Error invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxquant: " + what);
 }
 
-// What `run` returns; an error where it finds no memory.
-template <class Run>
-ffi::Error with_memory(Run run) {
+// Success, or an error where `work` finds no memory.
+template <class Work>
+ffi::Error with_memory(const Work& work) {
   try {
-    return run();
+    work();
+    return ffi::Error::Success();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxquant: out of memory");
   }
