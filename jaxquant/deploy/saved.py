@@ -19,7 +19,7 @@ from jaxquant.deploy.artifact import Artifact, make_artifact
 from jaxquant.deploy.loaded import LoadedApply
 from jaxquant.deploy.network import Network
 from jaxquant.deploy.schema import decode
-from jaxquant.files import atomic, packing
+from jaxquant.files import atomic, packing, strict_json
 from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import parse_json
@@ -30,6 +30,13 @@ from jaxquant.report.report import Report
 FORMAT = container.Format("jaxquant", "1", "a model that jaxquant.save_quantized_model wrote")
 _PARTS = "jaxquant"  # the packed parts are tensors under this name, the constants under their own
 _CONSTANTS = "constants"
+# The parts, and how large they may be when unpacked.
+_MAX_BYTES = {
+    "plan.json": strict_json.MAX_BYTES,
+    "report.json": strict_json.MAX_BYTES,
+    "network.json": strict_json.MAX_BYTES,
+    "program": 2**28,
+}
 
 
 def save_quantized_model(
@@ -123,19 +130,18 @@ def load_quantized_model(
 def _load(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> tuple[dict[str, Any], LoadedApply]:
-    parts: dict[str, bytes] = {}
-    constants, arrays = {}, {}
+    packed, constants, arrays = {}, {}, {}
     for name, array in tensors.items():
         root, _, rest = name.partition("/")
         if root == _PARTS:
-            parts[rest] = packing.unpack(array, rest)
+            packed[rest] = array
         elif root == _CONSTANTS:
             constants[name] = array
         else:
             arrays[name] = array
-    expected = {"plan.json", "report.json", "network.json", "program"}
-    if set(parts) != expected:
-        raise FileError(f"its parts are {sorted(parts)}, not {sorted(expected)}")
+    if set(packed) != set(_MAX_BYTES):
+        raise FileError(f"its parts are {sorted(packed)[:9]}, not {sorted(_MAX_BYTES)}")
+    parts = {name: packing.unpack(packed[name], name, _MAX_BYTES[name]) for name in _MAX_BYTES}
     plan = _plan(parts["plan.json"])
     exported = _program(parts["program"])
     qparams = tree.unflatten(arrays)

@@ -8,16 +8,20 @@ import numpy as np
 
 from jaxquant.files.errors import FileError
 
-MAX_PART_BYTES = 2**30  # of a packed part, once unpacked
-
 
 def pack(contents: bytes) -> np.ndarray:
     """Bytes as a compressed tensor."""
     return np.frombuffer(zlib.compress(contents, 9), np.uint8)
 
 
-def unpack(tensor: np.ndarray, part: str) -> bytes:
+def unpack(tensor: np.ndarray, part: str, at_most: int) -> bytes:
     """The bytes that `pack` was given.
+
+    Args:
+      tensor: as `pack` made it.
+      part: names it in errors.
+      at_most: the number of bytes that may come of it; a thousandth of that, packed, is enough to
+        fill memory otherwise.
 
     Raises:
       FileError: the tensor is not of that form, or is too large when unpacked.
@@ -26,11 +30,11 @@ def unpack(tensor: np.ndarray, part: str) -> bytes:
         raise FileError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
     inflater = zlib.decompressobj()
     try:
-        contents = inflater.decompress(tensor.tobytes(), MAX_PART_BYTES)
+        contents = inflater.decompress(tensor.tobytes(), at_most)
     except zlib.error as error:
         raise FileError(f"the {part} cannot be unpacked: {error}") from None
     if inflater.unconsumed_tail:
-        raise FileError(f"the {part} has more than {MAX_PART_BYTES} bytes when unpacked")
+        raise FileError(f"the {part} has more than {at_most} bytes when unpacked")
     if not inflater.eof or inflater.unused_data:
         raise FileError(f"the {part} is cut short or followed by other bytes")
     return contents

@@ -15,25 +15,25 @@ Nothing is read through a name in the file: names are keys of a dict, never path
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from jaxquant.files import strict_json
 from jaxquant.files.errors import FileError
-from jaxquant.files.strict_json import parse_json
 from jaxquant.files.tensor_names import split
 
 SEAL = "jaxquant/sha256"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_HEADER_BYTES = strict_json.MAX_BYTES
 MAX_FILE_BYTES = 2**36
+_MAX_SIZE = 2**31  # of an axis
 
 DTYPES = {
     "F64": np.dtype("<f8"),
@@ -89,10 +89,8 @@ def chunks(
         header[name] = _entry(array.dtype, array.shape, offset)
         offset += array.nbytes
     header[SEAL] = _entry(np.dtype("u1"), (hashlib.sha256().digest_size,), offset)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text = strict_json.dump_json(header, f"header of {len(names)} tensors")
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(f"the header of {len(names)} tensors takes {len(text)} bytes: too many")
     digest = hashlib.sha256()
     pieces: list[Any] = [struct.pack("<Q", len(text)), text]
     for piece in pieces + [_bytes(arrays[name]) for name in names]:
@@ -110,19 +108,22 @@ def read(
       FileError: the file is not of that format and version, or is damaged, cut short or too large.
       OSError: it cannot be read.
     """
-    contents = _read_file(path)
     try:
-        header, start = _header(contents)
-        metadata = _metadata(header, form)
-        places = _places(header, len(contents) - start)
-        digest = _check_seal(contents, start, places, metadata)
+        with _open(path) as file:
+            size = _size(file)
+            head, header = _header(file, size)
+            metadata = _metadata(header, form)
+            # What the data is said to be fits the file before memory is taken for it.
+            places = _places(header, size - len(head))
+            data = file.read(size - len(head))
+        digest = _check_seal(head, data, places, metadata)
         tensors = {
-            name: _array(name, contents, start, place)
-            for name, place in places.items()
-            if name != SEAL
+            name: _array(name, data, place) for name, place in places.items() if name != SEAL
         }
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
+    except MemoryError:
+        raise FileError(f"{os.fspath(path)}: it does not fit into memory") from None
     return tensors, metadata, digest
 
 
@@ -143,36 +144,36 @@ def _entry(dtype: np.dtype, shape: tuple[int, ...], offset: int) -> dict[str, An
     return {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
 
 
-def _read_file(path: str | os.PathLike[str]) -> bytes:
+def _open(path: str | os.PathLike[str]) -> BinaryIO:
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"{os.fspath(path)}: not a plain file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise FileError(
-                f"{os.fspath(path)}: {status.st_size} bytes; at most {MAX_FILE_BYTES} are read"
-            )
-        with open(handle, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    finally:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
+        raise FileError("not a plain file")
+    return open(handle, "rb")
 
 
-def _header(contents: bytes) -> tuple[dict[str, Any], int]:
-    """The header and the place where the data starts."""
-    if len(contents) < 8:
-        raise FileError(f"cut short: {len(contents)} bytes")
-    (length,) = struct.unpack_from("<Q", contents)
+def _size(file: BinaryIO) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_FILE_BYTES:
+        raise FileError(f"{size} bytes; at most {MAX_FILE_BYTES} are read")
+    return size
+
+
+def _header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
+    """All bytes before the data, and the header among them."""
+    start = file.read(8)
+    if len(start) < 8:
+        raise FileError(f"cut short: {size} bytes")
+    (length,) = struct.unpack("<Q", start)
     if length > MAX_HEADER_BYTES:
         raise FileError(
             f"not a safetensors file, or its header is damaged: the header's length is {length}"
         )
-    if 8 + length > len(contents):
-        raise FileError(f"cut short: the header takes {length} bytes, the file has {len(contents)}")
-    header = parse_json(contents[8 : 8 + length], "header")
-    return header, 8 + length
+    if 8 + length > size:
+        raise FileError(f"cut short: the header takes {length} bytes, the file has {size}")
+    text = file.read(length)
+    return start + text, strict_json.parse_json(text, "header")
 
 
 def _metadata(header: dict[str, Any], form: Format) -> dict[str, str]:
@@ -218,9 +219,10 @@ def _place(name: str, entry: Any) -> Place:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise FileError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    dtype = DTYPES[code]
+    if not _are_sizes(offsets, MAX_FILE_BYTES) or len(offsets) != 2 or not _is_shape(shape, dtype):
         raise FileError(f"tensor {name!r}: its shape or offsets are damaged")
-    dtype, (start, end) = DTYPES[code], offsets
+    start, end = offsets
     if end - start != math.prod(shape) * dtype.itemsize:
         raise FileError(
             f"tensor {name!r}: shape {shape} of {code} does not take {end - start} bytes"
@@ -228,27 +230,37 @@ def _place(name: str, entry: Any) -> Place:
     return dtype, tuple(shape), start, end
 
 
-def _are_sizes(values: Any) -> bool:
+def _is_shape(shape: Any, dtype: np.dtype) -> bool:
+    """True for a shape that arrays can have.
+
+    An axis without elements hides no other: NumPy refuses [2**47, 2**47, 0] too.
+    """
+    if not _are_sizes(shape, _MAX_SIZE):
+        return False
+    return math.prod(max(size, 1) for size in shape) * dtype.itemsize <= MAX_FILE_BYTES
+
+
+def _are_sizes(values: Any, largest: int) -> bool:
     """True for a list of sizes; bool is an int in Python, and no array has so many axes."""
     return (
         isinstance(values, list)
         and len(values) <= 32
-        and all(type(v) is int and 0 <= v < 2**48 for v in values)
+        and all(type(v) is int and 0 <= v <= largest for v in values)
     )
 
 
 def _check_seal(
-    contents: bytes, start: int, places: Mapping[str, Place], metadata: Mapping[str, str]
+    head: bytes, contents: bytes, places: Mapping[str, Place], metadata: Mapping[str, str]
 ) -> str:
     """The SHA-256 of the whole file, once the one inside it matches."""
-    end = start + places[SEAL][2]
-    digest = hashlib.sha256(memoryview(contents)[:end])
-    if digest.digest() == contents[end:]:
-        digest.update(contents[end:])
+    data, end = memoryview(contents), places[SEAL][2]
+    digest = hashlib.sha256(head)
+    digest.update(data[:end])
+    if digest.digest() == data[end:]:
+        digest.update(data[end:])
         return digest.hexdigest()
     sums = metadata.get("crc32", "").split(" ")
     names = [name for name in places if name != SEAL]
-    data = memoryview(contents)[start:]
     found = [f"{zlib.crc32(data[places[n][2] : places[n][3]]):08x}" for n in names]
     damaged = [name for name, known, here in zip(names, sums, found) if known != here]
     if len(sums) != len(names) or not damaged:
@@ -258,9 +270,9 @@ def _check_seal(
     raise FileError(f"damaged: the checksum of {shown}{more} does not match")
 
 
-def _array(name: str, contents: bytes, start: int, place: Place) -> np.ndarray:
-    dtype, shape, begin, end = place
-    raw = np.frombuffer(contents, np.uint8, end - begin, start + begin)
+def _array(name: str, data: bytes, place: Place) -> np.ndarray:
+    dtype, shape, start, end = place
+    raw = np.frombuffer(data, np.uint8, end - start, start)
     if dtype.kind == "b" and (raw > 1).any():
         raise FileError(f"tensor {name!r}: a truth value is neither 0 nor 1")
     return raw.view(dtype).reshape(shape)

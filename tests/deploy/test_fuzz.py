@@ -138,7 +138,7 @@ def with_part(raw: bytes, part: str, change: Callable[[dict[str, Any]], object])
         if name not in ("__metadata__", container.SEAL)
     }
     name = f"jaxquant/{part}.json"
-    data = json.loads(packing.unpack(np.frombuffer(pieces[name], np.uint8), name))
+    data = json.loads(packing.unpack(np.frombuffer(pieces[name], np.uint8), name, 2**28))
     change(data)
     pieces[name] = packing.pack(json.dumps(data).encode()).tobytes()
     offset, body = 0, b""

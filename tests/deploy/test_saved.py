@@ -52,7 +52,7 @@ def test_saving_is_deterministic_and_names_no_path_of_the_machine(tmp_path):
     raw = (tmp_path / "again").read_bytes()
     assert raw == (tmp_path / "small_0.safetensors").read_bytes()
     program = packing.unpack(
-        container.read(tmp_path / "again", FORMAT)[0]["jaxquant/program"], "program"
+        container.read(tmp_path / "again", FORMAT)[0]["jaxquant/program"], "program", 2**28
     )
     assert b".py" not in program
 
@@ -188,7 +188,9 @@ def edited(path, part, edit):
     length = len(raw) - header[container.SEAL]["data_offsets"][1]
     old, start = header[f"jaxquant/{part}"]["data_offsets"], None
     data = raw[length:-32]
-    piece = packing.pack(edit(packing.unpack(np.frombuffer(data[slice(*old)], np.uint8), part)))
+    piece = packing.pack(
+        edit(packing.unpack(np.frombuffer(data[slice(*old)], np.uint8), part, 2**28))
+    )
     grown = piece.size - (old[1] - old[0])
     for name, entry in header.items():
         if name == f"jaxquant/{part}":
@@ -227,7 +229,7 @@ def test_a_program_of_another_model_is_refused(tmp_path):
     qparams, qapply = quantize({"w": jnp.eye(4)}, lambda p, x: x @ p["w"], jnp.ones((3, 4)))
     jaxquant.save_quantized_model(tmp_path / "other", qparams, qapply)
     program = container.read(tmp_path / "other", FORMAT)[0]["jaxquant/program"]
-    program = packing.unpack(program, "program")
+    program = packing.unpack(program, "program", 2**28)
     path = edited(small_file.__wrapped__(tmp_path), "program", lambda _: program)
     with pytest.raises(FileError, match=r"takes other arrays than those of the file: qparams"):
         jaxquant.load_quantized_model(path)

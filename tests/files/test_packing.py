@@ -9,19 +9,18 @@ from jaxquant.files.errors import FileError
 
 def test_packed_parts():
     packed = packing.pack(b"abc" * 100)
-    assert packing.unpack(packed, "part") == b"abc" * 100
+    assert packing.unpack(packed, "part", 1000) == b"abc" * 100
     with pytest.raises(FileError, match="cut short"):
-        packing.unpack(packed[:-1], "part")
+        packing.unpack(packed[:-1], "part", 1000)
     with pytest.raises(FileError, match="followed by"):
-        packing.unpack(np.append(packed, packed), "part")
+        packing.unpack(np.append(packed, packed), "part", 1000)
     with pytest.raises(FileError, match="cannot be unpacked"):
-        packing.unpack(packed[1:], "part")
+        packing.unpack(packed[1:], "part", 1000)
     with pytest.raises(FileError, match="not bytes"):
-        packing.unpack(packed.astype(np.int8), "part")
+        packing.unpack(packed.astype(np.int8), "part", 1000)
 
 
-def test_a_part_that_unpacks_to_too_much_is_refused(monkeypatch):
-    monkeypatch.setattr(packing, "MAX_PART_BYTES", 1000)
+def test_a_part_that_unpacks_to_too_much_is_refused():
     with pytest.raises(FileError, match="more than 1000 bytes"):
-        packing.unpack(packing.pack(b"\0" * 1001), "part")
-    assert len(packing.unpack(packing.pack(b"\0" * 1000), "part")) == 1000
+        packing.unpack(packing.pack(b"\0" * 1001), "part", 1000)
+    assert len(packing.unpack(packing.pack(b"\0" * 1000), "part", 1000)) == 1000

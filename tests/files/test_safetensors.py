@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import struct
+import sys
 import zlib
 
 import ml_dtypes
@@ -132,6 +133,9 @@ EDITS = {
     "'../x' is not valid": lambda h: h.update({"../x": h.pop("params/a")}),
     "'params/../../x' is not valid": lambda h: h.update({"params/../../x": h["params/b"]}),
     "does not end with": lambda h: h.pop(container.SEAL),
+    "'params/a': its shape": lambda h: h["params/a"].update(shape=[2**47, 2**47, 0]),
+    "'params/empty': its shape": lambda h: h["params/empty"].update(shape=[2**31, 2**31, 0]),
+    "too long or too deep": lambda h: h.update({"params" + "/a" * 3000: h.pop("params/a")}),
 }
 
 
@@ -152,7 +156,10 @@ def test_edited_headers_are_refused_with_right_checksums(message, tmp_path):
         (b"[]", "no JSON object"),
         (b'{"a":1,"a":2}', "twice"),
         (b'{"a":NaN}', "NaN"),
-        (b"[" * 100_000, "damaged"),
+        (b"[" * 100_000, "nested 100000 deep"),
+        (b'{"a":[' + b"[]," * 3_000_000 + b"[]]}", "6000003 values"),
+        (b'{"a":1e999}', "not finite"),
+        (b'{"a":"\\ud800"}', "damaged"),
         (b"\xff\xfe", "damaged"),
         (b'{"a":' + b"9" * 10_000 + b"}", "damaged"),
     ],
@@ -175,6 +182,27 @@ def test_oversized_files_are_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(container, "MAX_FILE_BYTES", 100)
     with pytest.raises(FileError, match="at most 100"):
         container.read(path, FORM)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space")
+def test_a_file_that_is_larger_than_memory_is_refused(tmp_path):
+    """A sparse file takes no room on the disk; its header says how much data is to come."""
+    header = header_of(contents({"params/a": np.zeros(8, np.uint8)}))
+    size = 2**36 - 2**20
+    header["params/a"] = {"dtype": "U64", "shape": [2**17, 2**16 - 1], "data_offsets": [0, size]}
+    header[container.SEAL]["data_offsets"] = [size, size + 32]
+    text = json.dumps(header).encode()
+    with open(tmp_path / "f", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size + 32)
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**35, limit[1]))
+    try:
+        with pytest.raises(FileError, match="does not fit into memory"):
+            container.read(tmp_path / "f", FORM)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
