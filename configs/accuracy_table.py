@@ -15,40 +15,47 @@ recoveries. A network of the zoo that is not below is measured by its name:
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, settings
 from experiments import zoo
+
+_OF_A_METHOD = {
+    "algo", "quantizable_op_type", "is_full_quantize", "weight_quantize_type", "skip"
+}  # fmt: skip
+_OF_ONE_NETWORK = {"model", "weights", "save_model_path", "progress"}
+
+SETTINGS: settings.Settings = {
+    **{k: v for k, v in common.SETTINGS.items() if k not in _OF_A_METHOD | _OF_ONE_NETWORK},
+    "models": (
+        (
+            "googlenet",
+            "mobilenet_v1",
+            "mobilenet_v2",
+            "resnet50",
+            "resnet101",
+            "vgg16",
+            "vgg19",
+            "efficientnet_lite0",
+            "cifar10_resnet20",
+        ),
+        "networks of experiments/zoo.py",
+    ),
+    "processes": (0, "at once; 0: as many as cores and memory allow"),
+    "memory_gigabytes": (0.0, "for all of them; 0: what is free"),
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg`: "runlocal" for a smoke test."""
     given = common.parse_arg(arg, runlocal=False)
-    config = common.get_config("", runlocal=given.runlocal)
-    for name in ("algo", "quantizable_op_type", "is_full_quantize", "weight_quantize_type", "skip"):
-        del config[name]  # a method's
-    del config.model, config.weights, config.progress
-
-    config.models = (
-        "googlenet",
-        "mobilenet_v1",
-        "mobilenet_v2",
-        "resnet50",
-        "resnet101",
-        "vgg16",
-        "vgg19",
-        "efficientnet_lite0",
-        "cifar10_resnet20",
-    )
+    config = settings.make(SETTINGS)
     # A file for each network; empty: the registry package that carries its weights, if one does.
     config.weights = ConfigDict(dict.fromkeys(zoo.MODELS, ""))
     # Settings of single networks, which go before the others. The data of CIFAR-10 are a package.
     config.per_model = ConfigDict({
         "cifar10_resnet20": {"dataset": "cifar10", "data_dir": "", "tfds": "", "batch_size": 100}
     })  # fmt: skip
-
-    config.processes = 0  # at once; 0: as many as cores and memory allow
-    config.memory_gigabytes = 0.0  # for all of them; 0: what is free
-
     if given.runlocal:
+        common.run_local(config)
         config.models = ("vgg16", "cifar10_resnet20")
         config.weights.cifar10_resnet20 = "random"
         config.per_model = ConfigDict()

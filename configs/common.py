@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from configs import settings
+
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
     """Reads what follows the colon in `--config=configs/NAME.py:key=value,flag`.
@@ -24,48 +26,60 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     return parsed
 
 
+# The settings of `experiments/quant_post.py`.
+SETTINGS: settings.Settings = {
+    "model": ("", "a network of experiments/zoo.py"),
+    "weights": ("", "a weight file; empty: the registry package that carries them"),
+    "dataset": ("foolbox", "images to use without a folder: foolbox (20), cifar10 or noise"),
+    "data_dir": (
+        "",
+        "a folder of images to evaluate on: with labels.csv or PaddlePaddle's val_list.txt, one "
+        "subfolder a class, or ImageNet's own",
+    ),
+    "calib_dir": ("", "another one to calibrate on; empty: data_dir"),
+    "tfds": ("", "or a data set of tensorflow-datasets"),
+    "tfds_dir": ("", "where that was prepared; empty: its default"),
+    "tfds_split": ("validation", "its part to evaluate on"),
+    "tfds_calib_split": ("train", "its part to calibrate on"),
+    "image_size": (0, "0: what the network was trained for"),
+    "num_classes": (0, "likewise"),
+    "calib_samples": (100, "images to calibrate on"),
+    "eval_samples": (0, "images to evaluate on; 0: all"),
+    "batch_size": (10, "images at a time"),
+    "workers": (4, "threads that decode images"),
+    "algo": ("KL", "how thresholds are chosen; this and those below: see jaxquant.quant_post"),
+    "quantizable_op_type": (("conv2d", "depthwise_conv2d", "mul"), "the kinds that become int8"),
+    "is_full_quantize": (False, "all kinds become int8"),
+    "weight_quantize_type": ("channel_wise_abs_max", "or abs_max: one scale for each weight"),
+    "activation_quantize_type": ("asymmetric", "or symmetric"),
+    "recover": (("bias_correction",), "the steps that repair the int8 model"),
+    "skip": ((), "patterns of sites that stay float"),
+    "optimize_for": ("size", "or speed: what int8 makes slower here stays float"),
+    "save_model_path": ("", "where to save the int8 model, a .safetensors file; empty: nowhere"),
+    "progress": (True, "show a progress bar"),
+}
+
+
 def get_config(model: str, dataset: str = "foolbox", runlocal: bool = False) -> ConfigDict:
-    """The settings of `experiments/quant_post.py` for a network of `experiments/zoo.py`.
+    """`SETTINGS` for a network of `experiments/zoo.py`.
 
     Args:
       model: its name.
       dataset: the embedded data, used where neither `data_dir` nor `tfds` is given.
       runlocal: a smoke test: random weights and a few small images of noise, no downloads.
     """
-    config = ConfigDict()
-    config.model = model
-    config.weights = ""  # a weight file; empty: the registry package that carries them
-
-    config.dataset = dataset  # "foolbox" (20 images), "cifar10" or "noise"
-    config.data_dir = ""  # a folder of images with labels.csv, to evaluate on
-    config.calib_dir = ""  # another one to calibrate on; empty: data_dir
-    config.tfds = ""  # or a data set of tensorflow-datasets
-    config.tfds_dir = ""
-    config.tfds_split = "validation"
-    config.tfds_calib_split = "train"
-    config.image_size = 0  # 0: what the network was trained for
-    config.num_classes = 0  # likewise
-    config.calib_samples = 100
-    config.eval_samples = 0  # 0: all
-    config.batch_size = 10
-    config.workers = 4  # threads that decode images
-
-    config.algo = "KL"
-    config.quantizable_op_type = ("conv2d", "depthwise_conv2d", "mul")
-    config.is_full_quantize = False
-    config.weight_quantize_type = "channel_wise_abs_max"
-    config.activation_quantize_type = "asymmetric"
-    config.recover = ("bias_correction",)
-    config.skip = ()
-    config.optimize_for = "size"
-    config.progress = True
-
+    config = settings.make(SETTINGS)
+    config.model, config.dataset = model, dataset
     if runlocal:
-        config.weights = "random"
-        config.dataset = "noise"
-        config.image_size = 32
-        config.calib_samples = 4
-        config.eval_samples = 6
-        config.batch_size = 4
-        config.progress = False
+        config.weights, config.progress = "random", False
+        run_local(config)
     return config
+
+
+def run_local(config: ConfigDict) -> None:
+    """Makes a smoke test of settings: a few small images of noise, no downloads."""
+    config.dataset = "noise"
+    config.image_size = 32
+    config.calib_samples = 4
+    config.eval_samples = 6
+    config.batch_size = 4

@@ -5,58 +5,32 @@ r"""Measures every network under every method, and writes the table of README.
 Networks run side by side, each in a process of its own, as cores and memory allow. What is finished
 is kept in the work folder and not measured again, so an interrupted run goes on where it stopped; a
 change of the library, of the weights or of the images makes new rows. A network without weights has
-a row that says how to get them. The settings are those of `configs/accuracy_table.py`.
+a row that says how to get them. --help lists the settings.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
 
+from configs import accuracy_table as defaults
+from experiments import program
 from experiments.accuracy import markdown, methods, table
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CONFIG = config_flags.DEFINE_config_file(
-    "config", str(CONFIGS / "accuracy_table.py"), "Settings.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", "runs/accuracy_table", "Where finished rows are kept.")
-MODELS = flags.DEFINE_list("models", [], "Networks of the zoo; --config.models if empty.")
-METHODS = flags.DEFINE_list("methods", [], "Methods of the table; all if empty.")
-RECOVER = flags.DEFINE_list(
-    "recover",
-    [],
-    "Recoveries to measure each method with: 'none' or steps joined by '+', such as "
-    "none,bias_correction,equalization+bias_correction; if empty, each method has its own.",
-)
-MARKDOWN = flags.DEFINE_string(
-    "markdown", None, "Markdown file, such as README.md; by default table.md in the work folder."
-)
-JSONL = flags.DEFINE_string(
-    "jsonl", None, "JSON-lines file; by default rows.jsonl in the work folder."
-)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "List what would run, and run nothing.")
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # else: platforms tried
+def main() -> None:
+    given = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # of this process, which only counts and waits
-    workdir = Path(WORKDIR.value)
-    table_file = Path(MARKDOWN.value or workdir / "table.md")
-    rows_file = Path(JSONL.value or workdir / "rows.jsonl")
-    try:
-        markdown.around(table_file)  # before hours of work, not after
-        chosen = methods.with_recovery(methods.choose(METHODS.value), RECOVER.value)
-        plan = table.make_plan(CONFIG.value, MODELS.value, chosen, workdir)
-    except (*table.EXPECTED, ValueError) as error:
-        sys.exit(f"error: {error}")
-    if DRY_RUN.value:
+    workdir = Path(given.workdir)
+    table_file = Path(given.markdown or workdir / "table.md")
+    rows_file = Path(given.jsonl or workdir / "rows.jsonl")
+    markdown.around(table_file)  # before hours of work, not after
+    chosen = methods.with_recovery(methods.choose(given.methods), given.recover)
+    plan = table.make_plan(program.config(), given.models, chosen, workdir)
+    if given.dry_run:
         print(table.describe(plan))
         return
     failures = table.run(plan)
@@ -66,5 +40,25 @@ def main(argv: list[str]) -> None:
         sys.exit(f"failed: {', '.join(failures)}; run again to go on with them")
 
 
+def define_flags() -> None:
+    """Those beside `--config`."""
+    flags.DEFINE_string("workdir", "runs/accuracy_table", "Where finished rows are kept.")
+    flags.DEFINE_list("models", [], "Networks of the zoo; --config.models if empty.")
+    flags.DEFINE_list("methods", [], "Methods of the table; all if empty.")
+    flags.DEFINE_list(
+        "recover",
+        [],
+        "Recoveries to measure each method with: 'none' or steps joined by '+', such as "
+        "none,bias_correction,equalization+bias_correction; if empty, each method has its own.",
+    )
+    flags.DEFINE_string(
+        "markdown", None, "Markdown file, as README.md; by default table.md in the work folder."
+    )
+    flags.DEFINE_string("jsonl", None, "JSON-lines file; by default rows.jsonl in the work folder.")
+    flags.DEFINE_bool("dry_run", False, "List what would run, and run nothing.")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    program.define_config(defaults.SETTINGS, defaults.__file__)
+    define_flags()
+    program.start(main)

@@ -14,10 +14,13 @@ import numpy as np
 from PIL import Image
 
 from experiments import imagenet
+from experiments.errors import ExperimentError
 from experiments.weights import fetch
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 LABELS_FILE = "labels.csv"
+# PaddlePaddle's lists, of a path and a label a line, and the folders that the paths may start in.
+PADDLE_LISTS = {"val_list.txt": "val", "train_list.txt": "train", "test_list.txt": "test"}
 SYNSET = re.compile(r"n\d{8}")  # the name of a class folder of ImageNet
 
 # Data sets of tensorflow-datasets that number a part of the ImageNet classes anew: their labels as
@@ -32,7 +35,7 @@ Record = Mapping[str, np.ndarray]
 Labels = tuple[int, ...] | None
 
 
-class DataError(ValueError):
+class DataError(ExperimentError):
     """A data set that is not there, or not in the form that was asked for."""
 
 
@@ -58,10 +61,12 @@ def from_examples(name: str, examples: list[Example], fingerprint: str = "") -> 
 
 
 def folder(path: str | Path) -> Dataset:
-    """A folder of images with a `labels.csv` of (file, label), or one subfolder a class.
+    """A folder of images with their labels, in one of these forms:
 
-    The classes of subfolders are numbered from 0 in the order of their names, as in ImageNet.  A
-    flat folder of ImageNet's validation images is understood too; see `experiments.imagenet`.
+    - a `labels.csv` with the columns file and label;
+    - PaddlePaddle's: `val_list.txt` with a path and a label a line, beside the folder `val`;
+    - one subfolder a class, numbered from 0 in the order of their names, as in ImageNet;
+    - a flat folder of ImageNet's validation images; see `experiments.imagenet`.
 
     Raises:
       DataError: the folder is none of these, or labels or images are missing.
@@ -73,6 +78,8 @@ def folder(path: str | Path) -> Dataset:
         raise DataError(f"{root}: has the folders train and val; give one of them")
     if (root / LABELS_FILE).is_file():
         pairs = _read_labels(root)
+    elif found := [name for name in PADDLE_LISTS if (root / name).is_file()]:
+        pairs = _read_list(root, root / found[0])
     elif flat := _flat_imagenet(root):
         pairs = flat
     else:
@@ -81,6 +88,12 @@ def folder(path: str | Path) -> Dataset:
             raise DataError(
                 f"{root}: {len(classes)} of the 1000 folders of ImageNet, so their positions are "
                 f"not their labels; add {LABELS_FILE} with the columns file,label"
+            )
+        if len(classes) == 1:
+            raise DataError(
+                f"{root}: one subfolder, {classes[0].name!r}, so every image would have the label "
+                f"0; add {LABELS_FILE} with the columns file,label, or val_list.txt with a path "
+                "and a label a line"
             )
         pairs = [
             (file, label)
@@ -209,10 +222,37 @@ def _read_labels(root: Path) -> list[tuple[Path, int]]:
             pairs = [(root / row["file"], int(row["label"])) for row in rows]
         except (TypeError, ValueError) as error:
             raise DataError(f"{root / LABELS_FILE}, line {rows.line_num}: {error}") from error
+    return _present(root, LABELS_FILE, pairs)
+
+
+def _read_list(root: Path, file: Path) -> list[tuple[Path, int]]:
+    """The images of one of `PADDLE_LISTS`; paths are from its folder or from the one of images."""
+    bases = (root, root / PADDLE_LISTS[file.name])
+    pairs = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            name, label = line.rsplit(maxsplit=1)
+            pairs.append((name, int(label)))
+        except ValueError:
+            raise DataError(
+                f"{file}, line {number}: a path and a label expected, got {line!r}"
+            ) from None
+    found = [next((b / n for b in bases if (b / n).is_file()), bases[0] / n) for n, _ in pairs]
+    return _present(root, file.name, [(path, y) for path, (_, y) in zip(found, pairs)])
+
+
+def _present(root: Path, list_name: str, pairs: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """The pairs of a list whose files are all there.
+
+    Raises:
+      DataError: some are not.
+    """
     missing = [str(path.name) for path, _ in pairs if not path.is_file()]
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} of the {len(pairs)} files in {LABELS_FILE} are missing, "
+            f"{root}: {len(missing)} of the {len(pairs)} files in {list_name} are missing, "
             f"the first of them {missing[0]}"
         )
     return pairs

@@ -7,12 +7,11 @@ model's code, exports it as ONNX and runs that.  Prints the file's size against 
 parameters, the agreement of each with `qapply` on the images, the SQNR of its logits against
 `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
 beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
-differs by a hair.  A runtime that is not installed is left out.  The settings are those of
-`configs/common.py`.
+differs by a hair.  A runtime that is not installed is left out.  --help lists the
+settings.
 """
 
 import importlib.util
-import logging
 import statistics
 import subprocess
 import sys
@@ -24,19 +23,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
 
 import jaxquant
+from configs import common
+from experiments import program
 from experiments.benchmarks.interleave import times_in_turn
 from experiments.evaluate import agreement, sqnr_db
 from experiments.loader import batches
 from experiments.onnx_runtimes import onnxruntime_session, openvino_model
 from experiments.settings import Setup, prepare
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
 
 _LOAD = """
 import sys
@@ -90,13 +88,6 @@ def openvino(path: Path, folder: Path) -> Runtime:
 _ORT_INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat")
 RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 OPTIONS = {"onnxruntime": "onnxruntime", "openvino": "any"}
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    run(CONFIG.value)
 
 
 def run(config: ConfigDict) -> None:
@@ -181,5 +172,5 @@ def _channels_first(images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    program.define_config(common.SETTINGS)
+    program.start(lambda: run(program.config()))

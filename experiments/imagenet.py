@@ -2,6 +2,7 @@
 
 The 1000 classes are numbered in the order of their synsets, such as "n01440764".  A flat `val` has
 its labels in a file: those that are found here are `val.txt` (Caffe: a name and a number a line),
+`val_list.txt` (PaddlePaddle: likewise),
 `LOC_val_solution.csv` (Kaggle: a name and a synset) and
 `imagenet_2012_validation_synset_labels.txt` (TensorFlow: a synset a line, in the order of the
 images), in the folder or one above it.
@@ -56,7 +57,7 @@ def _joined(images: Sequence[Path], file: Path, labels: dict[str, int]) -> list[
 
 def _read_caffe(file: Path) -> dict[str, int]:
     try:
-        pairs = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        pairs = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines() if line.strip()]
         return {Path(name).stem: int(label) for name, label in pairs}
     except ValueError as error:
         raise ValueError(f"{file}: a name and a number expected on each line: {error}") from error
@@ -88,6 +89,7 @@ def _numbered(file: Path, synsets: Sequence[str]) -> dict[str, int]:
 
 LABEL_FILES: dict[str, Callable[[Path], dict[str, int]]] = {
     "val.txt": _read_caffe,
+    "val_list.txt": _read_caffe,
     "LOC_val_solution.csv": _read_kaggle,
     "imagenet_2012_validation_synset_labels.txt": _read_tensorflow,
 }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jaxquant
 from experiments.accuracy.intervals import paired_difference
 from experiments.evaluate import Evaluation, agreement, sqnr_db, topk_accuracy, topk_correct
 from experiments.files import write_text
@@ -93,8 +94,9 @@ def table(title: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(workdir: Path, config: dict[str, Any], result: dict[str, Any], report: Any) -> None:
+def write(workdir: Path, config: dict[str, Any], result: dict[str, Any], qapply: Any) -> None:
     """Writes config.json, metrics.jsonl (one line per measurement) and the library's report."""
+    report = qapply.report()
     metrics = [
         {"measurement": name, **(value if isinstance(value, dict) else {"value": value})}
         for name, value in result.items()
@@ -104,5 +106,4 @@ def write(workdir: Path, config: dict[str, Any], result: dict[str, Any], report:
     write_text(workdir / "report.txt", f"{report}\n")
     details = {"summary": report.summary, "rows": report.rows}
     write_text(workdir / "report.json", json.dumps(details, indent=2, default=float) + "\n")
-    if hasattr(report, "_repr_html_"):
-        write_text(workdir / "report.html", report._repr_html_())
+    jaxquant.report_html(workdir / "report.html", qapply, title=config["model"])

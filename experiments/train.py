@@ -4,22 +4,21 @@ r"""Trains a network of the zoo from scratch.
 
 Writes config.json, metrics.jsonl, checkpoints and, at the end, the weights to the work folder, and
 prints the accuracy on the test images. The same command goes on from the last checkpoint where a
-run was interrupted. The settings are those of `configs/train/common.py`, each to be given as
---config.NAME=VALUE.
+run was interrupted. --help lists the settings, each to be given as --config.NAME=VALUE.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
 
-from experiments.data import DataError
+from configs.train import common
+from experiments import program
 from experiments.files import write_text
 from experiments.training import TrainingError
 from experiments.training.checkpoints import Checkpoints, save_weights
@@ -28,28 +27,13 @@ from experiments.training.loop import Events, Every, fit, stopping
 from experiments.training.monitor import Monitor
 from experiments.training.settings import check, check_resumed
 from experiments.training.step import State
-from experiments.weights.fetch import FetchError
 
 
-def define_flags() -> None:
-    """Only where this file is the program: another one that imports it has flags of its own."""
-    config_flags.DEFINE_config_file("config", None, "Settings.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Where to write; by default runs/train-MODEL.")
-    flags.mark_flag_as_required("config")
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.NAME=")
-    for noisy in ("jax._src.xla_bridge", "absl"):  # platforms tried; each checkpoint's steps
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    config = flags.FLAGS.config
+def main() -> None:
+    config = program.config()
     workdir = Path(flags.FLAGS.workdir or f"runs/train-{config.model}")
-    try:
-        with stopping() as should_stop:
-            result = run(config, workdir, should_stop)
-    except (DataError, FetchError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    with stopping() as should_stop:
+        result = run(config, workdir, should_stop)
     if result is None:
         sys.exit(f"stopped; the same command goes on from the checkpoint in {workdir}/")
     print(f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %\nwritten to {workdir}/")
@@ -70,7 +54,7 @@ def run(
 
     Raises:
       TrainingError: the settings are wrong or differ from those of the run, or it diverged.
-      DataError, FetchError: from the data.
+      ExperimentError: there is no such network or data.
     """
     check(config)
     job = prepare(config)
@@ -130,5 +114,6 @@ def described(job: Job, start: int) -> str:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    program.define_config(common.SETTINGS)
+    flags.DEFINE_string("workdir", None, "Where to write; by default runs/train-MODEL.")
+    program.start(main)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from experiments.errors import SettingsError
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.efficientnet_lite import VARIANTS, EfficientNetLite
 from experiments.models.googlenet import GoogLeNet
@@ -37,11 +38,15 @@ class Entry(NamedTuple):
 
 
 def find(name: str) -> Entry:
-    """The network of that name."""
+    """The network of that name.
+
+    Raises:
+      SettingsError: there is none.
+    """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"there is no model {name!r}{hint}; there are {', '.join(MODELS)}")
+        raise SettingsError(f"there is no model {name!r}{hint}; there are {', '.join(MODELS)}")
     return MODELS[name]
 
 

@@ -2,56 +2,62 @@
 
 from ml_collections import ConfigDict
 
+from configs import settings
 
-def get_config(model: str, **recipe: bool | int | float | str) -> ConfigDict:
-    """The settings of `experiments/train.py` for a network of `experiments/zoo.py`.
+# The settings of `experiments/train.py`.  The defaults are the recipe of ResNet on ImageNet (Goyal
+# et al., arXiv:1706.02677).
+SETTINGS: settings.Settings = {
+    "model": ("", "a network of experiments/zoo.py"),
+    "num_classes": (0, "0: what the network was published for"),
+    "image_size": (0, "likewise"),
+    "dataset": ("", "cifar10 or noise; used where neither data_dir nor tfds is given"),
+    "data_dir": (
+        "",
+        "a folder of images to train on: with labels.csv or PaddlePaddle's train_list.txt, one "
+        "subfolder a class, or ImageNet's own",
+    ),
+    "eval_dir": ("", "and one to evaluate on; empty: data_dir has the folders train and val"),
+    "tfds": ("", "or a data set of tensorflow-datasets"),
+    "tfds_dir": ("", "where that was prepared; empty: its default"),
+    "tfds_split": ("train", "its part to train on"),
+    "tfds_eval_split": ("validation", "its part to evaluate on"),
+    "train_samples": (0, "images to train on; 0: all"),
+    "eval_samples": (0, "images to evaluate on; 0: all"),
+    "augmentation": ("resized_crop", "with a flip; shift: with a flip; none"),
+    "epochs": (90.0, "passes over the images"),
+    "steps": (0, "in place of epochs"),
+    "warmup_epochs": (5.0, "in which the learning rate rises"),
+    "batch_size": (256, "over all devices"),
+    "learning_rate": (0.1, "at this batch size; in proportion for another"),
+    "optimizer": ("sgd", "or rmsprop"),
+    "momentum": (0.9, "of the optimizer"),
+    "nesterov": (True, "momentum by Nesterov's rule"),
+    "weight_decay": (1e-4, "on kernels alone"),
+    "label_smoothing": (0.0, "of the one-hot labels"),
+    "clip_norm": (0.0, "of the gradient; 0: none"),
+    "zero_residuals": (False, "each residual block of a ResNet starts as the identity"),
+    "dtype": ("float32", "or bfloat16, for accelerators; the weights stay float32"),
+    "seed": (0, "of the weights and the order of the images"),
+    "devices": (0, "0: all of this machine"),
+    "workers": (4, "threads that make batches"),
+    "cache_megabytes": (1000, "keep decoded images, if they all fit and are not cut at random"),
+    "log_steps": (100, "steps between two lines of the log"),
+    "checkpoint_steps": (0, "steps between two checkpoints; 0: once an epoch"),
+    "keep": (2, "newest checkpoints to keep"),
+    "eval_epochs": (1.0, "epochs between two evaluations; 0: only at the end"),
+    "progress": (True, "show a progress bar"),
+}
 
-    The defaults are the recipe of ResNet on ImageNet (Goyal et al., arXiv:1706.02677).
+
+def get_config(model: str, **recipe: settings.Value) -> ConfigDict:
+    """`SETTINGS` for a network of `experiments/zoo.py`.
 
     Args:
       model: its name.
       **recipe: settings of the network that differ.
     """
-    config = ConfigDict()
-    config.model = model
-    config.num_classes = 0  # 0: what the network was published for
-    config.image_size = 0  # likewise
-
-    config.dataset = ""  # "cifar10" or "noise"; used where neither data_dir nor tfds is given
-    config.data_dir = ""  # a folder of images to train on: labels.csv or one subfolder a class
-    config.eval_dir = ""  # and one to evaluate on; empty: data_dir has the folders train and val
-    config.tfds = ""  # or a data set of tensorflow-datasets
-    config.tfds_dir = ""
-    config.tfds_split = "train"
-    config.tfds_eval_split = "validation"
-    config.train_samples = 0  # 0: all
-    config.eval_samples = 0  # likewise
-
-    config.augmentation = "resized_crop"  # with a flip; "shift" with a flip; "none"
-    config.epochs = 90.0
-    config.steps = 0  # in place of epochs
-    config.warmup_epochs = 5.0
-    config.batch_size = 256  # over all devices
-    config.learning_rate = 0.1  # at this batch size; in proportion for another
-    config.optimizer = "sgd"  # or "rmsprop"
-    config.momentum = 0.9
-    config.nesterov = True
-    config.weight_decay = 1e-4  # on kernels alone
-    config.label_smoothing = 0.0
-    config.clip_norm = 0.0  # of the gradient; 0: none
-    config.zero_residuals = False  # each residual block of a ResNet starts as the identity
-    config.dtype = "float32"  # or "bfloat16", for accelerators; the weights stay float32
-    config.seed = 0
-
-    config.devices = 0  # 0: all of this machine
-    config.workers = 4  # threads that make batches
-    config.cache_megabytes = 1000  # keep decoded images, if they all fit and are not cut at random
-    config.log_steps = 100
-    config.checkpoint_steps = 0  # 0: once an epoch
-    config.keep = 2  # newest checkpoints
-    config.eval_epochs = 1.0  # 0: only at the end
-    config.progress = True
-    config.update(recipe)
+    config = settings.make(SETTINGS)
+    config.update({"model": model, **recipe})
     return config
 
 

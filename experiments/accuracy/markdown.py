@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments import zoo
 from experiments.accuracy.published import PADDLESLIM, PEERS, Figures, best_of_peers
+from experiments.errors import SettingsError
 from experiments.files import write_text
 
 BEGIN = "<!-- accuracy table: begin -->"
@@ -96,7 +97,7 @@ def around(path: str | Path) -> tuple[str, str]:
         return "", "\n"
     parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", path.read_text(encoding="utf-8"))
     if parts[1::2] != [BEGIN, END]:
-        raise ValueError(f"{path}: the table goes between two lines, {BEGIN} and {END}")
+        raise SettingsError(f"{path}: the table goes between two lines, {BEGIN} and {END}")
     return parts[0], parts[-1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jaxquant
+from experiments.errors import SettingsError
 
 
 class Method(NamedTuple):
@@ -48,14 +49,14 @@ def choose(names: Sequence[str]) -> list[Method]:
     """The methods of these names, in the order of `METHODS`; of no name, all.
 
     Raises:
-      ValueError: there is no method of a name.
+      SettingsError: there is no method of a name.
     """
     known = [method.name for method in METHODS]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"there is no method {name!r}{hint}; there are {', '.join(known)}")
+            raise SettingsError(f"there is no method {name!r}{hint}; there are {', '.join(known)}")
     return [method for method in METHODS if not names or method.name in names]
 
 
@@ -67,7 +68,7 @@ def with_recovery(methods: Sequence[Method], recoveries: Sequence[str]) -> list[
       recoveries: steps of `jaxquant.quant_post`'s `recover` joined by "+", or "none".
 
     Raises:
-      ValueError: there is no step of a name.
+      SettingsError: there is no step of a name.
     """
     if not recoveries:
         return list(methods)
@@ -76,7 +77,7 @@ def with_recovery(methods: Sequence[Method], recoveries: Sequence[str]) -> list[
         if step not in RECOVERY_STEPS:
             near = difflib.get_close_matches(step, RECOVERY_STEPS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
+            raise SettingsError(
                 f"there is no recovery step {step!r}{hint}; there are {', '.join(RECOVERY_STEPS)}, "
                 "joined by '+', and 'none'"
             )
@@ -88,9 +89,11 @@ def with_recovery(methods: Sequence[Method], recoveries: Sequence[str]) -> list[
 
 
 def check(method: Method) -> None:
-    """Raise ValueError where a method has an option that no step takes."""
+    """Raise SettingsError where a method has an option that no step takes."""
     steps = (jaxquant.calibrate, jaxquant.quantize)
     taken = set().union(*(method.options_of(step) for step in steps))
     unknown = sorted(set(method.options) - taken)
     if unknown:
-        raise ValueError(f"method {method.name!r}: no step of jaxquant takes {', '.join(unknown)}")
+        raise SettingsError(
+            f"method {method.name!r}: no step of jaxquant takes {', '.join(unknown)}"
+        )

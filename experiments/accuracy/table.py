@@ -17,13 +17,10 @@ from experiments.accuracy import markdown, methods, parallel, rows
 from experiments.accuracy.measure import measure
 from experiments.accuracy.methods import Method
 from experiments.accuracy.rows import Network, Store
-from experiments.data import DataError
+from experiments.errors import ExperimentError
 from experiments.files import write_text
 from experiments.settings import model_input
-from experiments.weights.fetch import FetchError
-from experiments.weights.tree import WeightsError, template
-
-EXPECTED = (DataError, FetchError, WeightsError)
+from experiments.weights.tree import template
 
 # Peak memory of a process: that of the programs and the library, so many copies of the parameters
 # (float32, int8, constants that were folded), and activations as so many times the images.
@@ -64,8 +61,8 @@ def make_plan(
       workdir: where finished rows are kept.
 
     Raises:
-      WeightsError, FetchError, DataError: given weights or images are not there.
-      ValueError: a network or an option of a method is not known.
+      ExperimentError: given weights or images are not there, or a network or an option of a method
+        is not known.
     """
     for name in names:
         zoo.find(name)
@@ -116,7 +113,7 @@ def run(
         for network in plan.networks
         if network.name in plan.missing
     ]
-    return parallel.run_all(jobs, plan.slots, plan.memory, EXPECTED)
+    return parallel.run_all(jobs, plan.slots, plan.memory, (ExperimentError,))
 
 
 def finish(plan: Plan, failures: dict[str, str], table_file: Path, rows_file: Path) -> str:

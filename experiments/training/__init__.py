@@ -3,6 +3,8 @@
 `B` is the batch, `S` the side of the images, `K` the number of classes.
 """
 
+from experiments.errors import ExperimentError
 
-class TrainingError(ValueError):
+
+class TrainingError(ExperimentError):
     """Settings that cannot be trained with, or a run that cannot go on."""

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, NamedTuple
 
+from experiments.errors import ExperimentError
 from experiments.files import replacing
 
 DOWNLOAD_SECONDS = 900
 
 
-class FetchError(RuntimeError):
+class FetchError(ExperimentError):
     """A package that could not be fetched, or is not what it should be."""
 
 

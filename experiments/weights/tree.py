@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.errors import ExperimentError
+
 Variables = dict[str, Any]
 Arrays = Mapping[str, np.ndarray]
 
 SHOWN = 8  # names that an error message lists before it counts the rest
 
 
-class WeightsError(ValueError):
+class WeightsError(ExperimentError):
     """A weight file that cannot be read or does not fit the model."""
 
 

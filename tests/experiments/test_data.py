@@ -164,3 +164,31 @@ def test_the_embedded_images(tmp_path, monkeypatch):
     assert len(examples) == 20
     assert examples[0][1] == 243
     assert all(min(image.size) >= 512 for image, _ in examples)
+
+
+@pytest.mark.parametrize("prefix", ["val/", ""])
+def test_paddle_lists_are_read(tmp_path, prefix):
+    for i in range(3):
+        save(tmp_path / "val" / f"ILSVRC2012_val_{i} a.JPEG", 0)
+    names = [f"{prefix}ILSVRC2012_val_{i} a.JPEG" for i in range(3)]
+    (tmp_path / "val_list.txt").write_text("".join(f"{n} {65 + i}\n" for i, n in enumerate(names)))
+    # the folder as it is unpacked, and the folder of the images in it
+    for folder in (tmp_path, tmp_path / "val"):
+        labels = [example()[1] for example in data.folder(folder).examples()]
+        assert labels == [65, 66, 67]
+
+
+def test_paddle_lists_that_do_not_fit_are_explained(tmp_path):
+    save(tmp_path / "val" / "x.png", 0)
+    (tmp_path / "val_list.txt").write_text("val/x.png 1\nval/y.png 2\n")
+    with pytest.raises(data.DataError, match=r"1 of the 2 files in val_list\.txt .* y\.png"):
+        data.folder(tmp_path)
+    (tmp_path / "val_list.txt").write_text("val/x.png cat\n")
+    with pytest.raises(data.DataError, match=r"line 1: a path and a label expected"):
+        data.folder(tmp_path)
+
+
+def test_one_subfolder_is_no_labels(tmp_path):
+    save(tmp_path / "val" / "x.png", 0)
+    with pytest.raises(data.DataError, match=r"every image would have the label 0"):
+        data.folder(tmp_path)

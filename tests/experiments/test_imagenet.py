@@ -47,7 +47,8 @@ def test_a_flat_folder_finds_its_labels(tmp_path, written, above):
 
 def test_a_flat_folder_without_labels_says_which_files_it_looks_for(tmp_path):
     folder = flat(tmp_path / "val")
-    with pytest.raises(data.DataError, match=r"5 images .* val\.txt, LOC_val.*labels\.csv"):
+    looked_for = r"5 images .* val\.txt, val_list\.txt, LOC_val.*labels\.csv"
+    with pytest.raises(data.DataError, match=looked_for):
         data.folder(folder)
     (folder / "val.txt").write_text(f"{NAMES[0]}.JPEG 3\n")
     with pytest.raises(data.DataError, match=r"no label for 4 of the 5 images.*_00000002\.JPEG"):

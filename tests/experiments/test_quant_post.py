@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jaxquant
 from configs import common
 from experiments import quant_post, settings, zoo
 from experiments.weights.tree import WeightsError
@@ -18,7 +19,7 @@ REPOSITORY = Path(common.__file__).parent.parent
 CONFIGS = sorted(
     path.stem
     for path in (REPOSITORY / "configs").glob("*.py")
-    if path.stem not in ("__init__", "common", "accuracy_table")
+    if path.stem not in ("__init__", "accuracy_table", "common", "settings")
 )
 
 
@@ -50,6 +51,7 @@ def check_results(workdir: Path, model: str) -> None:
     report = json.loads((workdir / "report.json").read_text())
     assert {row["status"] for row in report["rows"]} <= {"int8", "float"}
     assert (workdir / "report.txt").read_text().strip()
+    assert "<!doctype html>" in (workdir / "report.html").read_text().lower()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_every_config_runs_from_any_folder(name, tmp_path):
     arguments = [
         f"--config={REPOSITORY}/configs/{name}.py:runlocal",
         f"--workdir={tmp_path}/out",
+        f"--config.save_model_path={tmp_path}/models/int8.safetensors",
     ]
     command = [sys.executable, f"{REPOSITORY}/experiments/quant_post.py", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -73,6 +76,8 @@ def test_every_config_runs_from_any_folder(name, tmp_path):
     assert "SQNR of the logits" in done.stdout
     assert "top-1 loss, 95 % interval" in done.stdout
     check_results(tmp_path / "out", model)
+    _, qapply = jaxquant.load_quantized_model(tmp_path / "models" / "int8.safetensors")
+    assert "sites quantized" in repr(qapply)
 
 
 def test_a_model_without_weights_stops_before_any_work():
