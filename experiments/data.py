@@ -16,6 +16,7 @@ from PIL import Image
 from experiments import imagenet
 from experiments.errors import ExperimentError
 from experiments.weights import fetch
+from jaxquant.extras import how_to_install
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 LABELS_FILE = "labels.csv"
@@ -174,7 +175,7 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
         import tensorflow_datasets
     except ImportError as error:
         raise DataError(
-            f"the data set {name!r} needs tensorflow-datasets: pip install 'jaxquant[tfds]'"
+            f"the data set {name!r} needs tensorflow-datasets: {how_to_install('tfds')}"
         ) from error
     title = f"{name}/{split}"
     labels = IMAGENET_LABELS.get(name.split("/")[0].split(":")[0])

@@ -77,7 +77,7 @@ def quant_post(
         that lessens the error at the outputs, tried on samples (Nagel et al., 2019);
         "smoothquant" does so at dots alone, with its paper's exponent (Xiao et al., 2023);
         "adaround" learns for each weight whether to round down or up (Nagel et al., 2020), with
-        optax (`pip install 'jaxquant[recover]'`), in seconds to a minute a site; a site where the
+        optax (the extra "recover"), in seconds to a minute a site; a site where the
         error on held-out samples does not fall keeps nearest rounding;
         "bias_correction" takes away the mean error of each output channel.
         They use up to 64 samples that calibration kept.

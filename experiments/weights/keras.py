@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.weights.tree import CutShortError, WeightsError, shortened
+from jaxquant.extras import how_to_install
 
 # `.weights.h5` of Keras 3 numbers the arrays of a layer; the count tells what they are.
 LAYER_WEIGHTS = {
@@ -69,9 +70,7 @@ def read_h5(path: str | Path) -> dict[str, np.ndarray]:
     try:
         import h5py
     except ImportError as error:
-        raise WeightsError(
-            f"{path}: reading HDF5 needs h5py: pip install 'jaxquant[hdf5]'"
-        ) from error
+        raise WeightsError(f"{path}: reading HDF5 needs h5py: {how_to_install('hdf5')}") from error
     try:
         with h5py.File(path, "r") as file:
             root = file.get("model_weights", file)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from experiments.weights.tree import WeightsError
+from jaxquant.extras import how_to_install
 
 
 def read_orbax(path: str | Path) -> dict[str, np.ndarray]:
@@ -19,7 +20,7 @@ def read_orbax(path: str | Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise WeightsError(
             f"{path}: reading an Orbax checkpoint needs orbax-checkpoint: "
-            "pip install 'jaxquant[experiments]'"
+            f"{how_to_install('experiments')}"
         ) from error
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -62,7 +62,7 @@ def report_html(
       title: the heading.
 
     Raises:
-      ImportError: matplotlib is not installed (`pip install 'jaxquant[plot]'`).
+      ImportError: matplotlib is not installed (the extra "plot").
       ValueError: `path` cannot be written to, or `qapply` has no report.
 
     Example:

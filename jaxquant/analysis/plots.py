@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.analysis.analysis import Analysis, TensorAnalysis
 from jaxquant.calibration.observers import OBSERVERS
 from jaxquant.errors import nearest
+from jaxquant.extras import how_to_install
 
 METHODS = ("KL", "KL:paddle-3.3", "KL:nvidia", "abs_max", "hist", "mse", "emd", "ptf", "auto")
 _INT8, _FLOAT, _BAD, _GREY = "#1f6f8b", "#e08e45", "#b3261e", "#8a8f98"
@@ -191,7 +192,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "pictures are drawn by matplotlib, which is not installed; pip install 'jaxquant[plot]'"
+            f"pictures are drawn by matplotlib, which is not installed: {how_to_install('plot')}"
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
+from jaxquant.extras import how_to_install
+
 T = TypeVar("T")
 
 
@@ -58,8 +60,8 @@ def _find_tqdm() -> Callable[..., Any] | None:
             from tqdm.auto import tqdm
         except ImportError:
             _say_once(
-                "jaxquant: no progress bar, because tqdm is not installed. Install it with "
-                "pip install 'jaxquant[progress]', or pass progress=False."
+                "jaxquant: no progress bar, because tqdm is not installed: "
+                f"{how_to_install('progress')}; or pass progress=False."
             )
             return None
     return tqdm

@@ -119,9 +119,7 @@ def serialize(exported: export.Exported) -> bytes:
 
     Raises:
       ValueError: its inputs or outputs are in a container that jax.export does not know.
-      ImportError: flatbuffers is not installed.
     """
-    _need_flatbuffers()
     try:
         return bytes(exported.serialize(vjp_order=0))
     except ValueError as error:
@@ -137,21 +135,10 @@ def deserialize(contents: bytes) -> export.Exported:
 
     Raises:
       ValueError: the bytes are no exported program, or one that is not portable.
-      ImportError: flatbuffers is not installed.
     """
-    _need_flatbuffers()
     try:
         exported = export.deserialize(bytearray(contents))
         check_portable(exported)
     except Exception as error:  # of flatbuffers, struct, MLIR, by what is wrong with the bytes
         raise ValueError(f"not a program that jax {jax.__version__} reads: {error}") from error
     return exported
-
-
-def _need_flatbuffers() -> None:
-    try:
-        import flatbuffers  # type: ignore[import-untyped]  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'exported programs need flatbuffers: pip install "jaxquant[export]"'
-        ) from error

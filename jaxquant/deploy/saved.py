@@ -113,7 +113,6 @@ def load_quantized_model(
     Raises:
       FileError: a ValueError; the file is refused, and the message says which part and why.
       OSError: it cannot be read.
-      ImportError: flatbuffers is not installed.
 
     Example:
       See `jaxquant.save_quantized_model`.

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.extras import how_to_install
 from jaxquant.graph.primitives import Channels
 from jaxquant.recover.shift import shift_of
 
@@ -84,8 +85,8 @@ def check_optax() -> None:
         import optax  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "recover=('adaround', ...) learns with optax, which is not installed; "
-            "pip install 'jaxquant[recover]'"
+            "recover=('adaround', ...) learns with optax, which is not installed: "
+            f"{how_to_install('recover')}"
         ) from error
 
 

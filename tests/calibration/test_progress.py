@@ -8,6 +8,7 @@ import pytest
 
 from jaxquant.calibration import progress
 from jaxquant.calibration.progress import progress_bar
+from jaxquant.extras import how_to_install
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_without_tqdm_says_so_once_and_goes_on(without_tqdm, capsys):
         assert list(progress_bar(range(3), 3, "calibrate")) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "jaxquant[progress]" in lines[0]
+    assert how_to_install("progress") in lines[0]
 
 
 def test_import_warnings_of_tqdm_are_not_passed_on():

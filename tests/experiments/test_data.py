@@ -1,3 +1,4 @@
+import re
 import sys
 import types
 
@@ -7,6 +8,7 @@ from PIL import Image
 
 from experiments import data, loader
 from experiments.preprocessing import Preprocessing
+from jaxquant.extras import how_to_install
 
 SMALL = Preprocessing(size=4, mean=(0.0,) * 3, std=(1.0,) * 3, resize=4)
 
@@ -105,7 +107,7 @@ def test_a_broken_image_is_named(images):
 
 def test_tfds_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(data.DataError, match=r"pip install 'jaxquant\[tfds\]'"):
+    with pytest.raises(data.DataError, match=re.escape(how_to_install("tfds"))):
         data.tfds("imagenette", "validation")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.extras import how_to_install
+
 Size = int | str  # a string names a size that varies
 
 
@@ -19,7 +21,7 @@ def import_onnx() -> Any:
         importlib.import_module("onnx.helper"), importlib.import_module("onnx.numpy_helper")
         importlib.import_module("onnx.checker")
     except ImportError as error:
-        raise ImportError('export_onnx needs onnx: pip install "jaxquant[onnx]"') from error
+        raise ImportError(f"export_onnx needs onnx: {how_to_install('onnx')}") from error
     return onnx
 
 

@@ -1,6 +1,7 @@
 """Files are written here as TensorFlow.js and Keras write them."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from experiments.weights.keras import read_h5, read_tfjs
 from experiments.weights.tree import WeightsError
+from jaxquant.extras import how_to_install
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_other_json_is_refused(tmp_path, text):
 
 def test_hdf5_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(WeightsError, match=r"pip install 'jaxquant\[hdf5\]'"):
+    with pytest.raises(WeightsError, match=re.escape(how_to_install("hdf5"))):
         read_h5(tmp_path / "m.h5")
 
 
