@@ -3,7 +3,14 @@
 from jaxquant.native.counting import counter, histogram
 from jaxquant.native.differences import differences
 from jaxquant.native.floats import float_depthwise
-from jaxquant.native.library import Availability, available, require, runs_here
+from jaxquant.native.library import (
+    Availability,
+    available,
+    int8_is_faster,
+    require,
+    runs_here,
+    runs_int8_here,
+)
 from jaxquant.native.ops import Call, Requantize, Residual, conv, conv_call, dot
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
@@ -24,10 +31,12 @@ __all__ = [
     "dot",
     "float_depthwise",
     "histogram",
+    "int8_is_faster",
     "kl_thresholds",
     "pack_conv",
     "pack_dot",
     "require",
     "runs_here",
+    "runs_int8_here",
     "sequence",
 ]

@@ -21,6 +21,8 @@ import tempfile
 import jax
 import jaxlib.version
 
+from jaxquant.native.foreign import declare
+
 _SOURCES = pathlib.Path(__file__).parent / "src"
 _MAIN = "handlers.cc"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-w")
@@ -99,9 +101,11 @@ def load(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """
     path = build(flags)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
+        library = ctypes.CDLL(str(path))
+        declare(library)
+    except (OSError, AttributeError) as error:
         raise BuildError(f"{path} does not load: {error}") from None
+    return library
 
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:

@@ -1,21 +1,48 @@
-"""Whether the kernels run here, and their registration with XLA."""
+"""Whether the kernels run here, their registration with XLA, and what they are faster at."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
+import threading
 from typing import NamedTuple
 
 import jax
 
 from jaxquant.native import build
+from jaxquant.native.foreign import (
+    CONV,
+    DIFFERENCES,
+    DOT,
+    FLOAT_DEPTHWISE,
+    HANDLERS,
+    HISTOGRAM,
+    PACK,
+    SEQUENCE,
+)
 
-CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
-SEQUENCE = "jaxquant_sequence"
-HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
-FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
+__all__ = [
+    "CONV",
+    "DIFFERENCES",
+    "DISABLE_VARIABLE",
+    "DOT",
+    "FLOAT_DEPTHWISE",
+    "HISTOGRAM",
+    "PACK",
+    "SEQUENCE",
+    "Availability",
+    "available",
+    "int8_is_faster",
+    "require",
+    "runs_here",
+    "runs_int8_here",
+]
+
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
+# Kernels whose int8 convolutions and dots take longer than XLA's: several times as long on AVX2,
+# AVX-VNNI and AVX-512 without VNNI (experiments/benchmarks/instruction_sets.py).
+_SLOWER_THAN_XLA = ("portable",)
+_LOADING = threading.Lock()  # two threads that ask at once do not load the library twice
 
 
 class Availability(NamedTuple):
@@ -37,20 +64,46 @@ def available() -> Availability:
     """
     if os.environ.get(DISABLE_VARIABLE) == "0":
         return Availability(False, f"{DISABLE_VARIABLE}=0 in the environment")
-    try:
-        library = build.load()
-    except build.BuildError as error:
-        return Availability(False, str(error))
-    for name in (CONV, DOT, SEQUENCE, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE):
-        capsule = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    library.jaxquant_kernels.restype = ctypes.c_char_p
-    return Availability(True, f"{library.jaxquant_kernels().decode()} kernels")
+    with _LOADING:
+        try:
+            library = build.load()
+        except build.BuildError as error:
+            return Availability(False, str(error))
+        for name in HANDLERS:
+            capsule = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+        return Availability(True, f"{instruction_set()} kernels")
+
+
+def instruction_set() -> str:
+    """What the loaded kernels are written for: "AMX", "AVX512-VNNI" or "portable"."""
+    return build.load().jaxquant_kernels().decode()
+
+
+@functools.cache
+def int8_is_faster() -> Availability:
+    """Whether the kernels run here and do int8 convolutions and dots faster than XLA.
+
+    By measurement of whole networks and single layers, for each instruction set; nothing is timed
+    here.  The reason says which kernels, or why XLA is to be preferred.
+    """
+    ok, reason = available()
+    if ok and instruction_set() in _SLOWER_THAN_XLA:
+        return Availability(
+            False,
+            f"faster than the {reason}, all that there are for a processor without AVX512-VNNI",
+        )
+    return Availability(ok, reason)
 
 
 def runs_here() -> bool:
     """True where the kernels run and computations are on the CPU; elsewhere compiles nothing."""
     return jax.default_backend() == "cpu" and available().available
+
+
+def runs_int8_here() -> bool:
+    """True where int8 convolutions and dots are better left to the kernels; as `runs_here`."""
+    return jax.default_backend() == "cpu" and int8_is_faster().available
 
 
 def require() -> None:

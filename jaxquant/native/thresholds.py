@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxquant.native import build, library
-
-_DOUBLES = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")
 
 
 class Weighing(NamedTuple):
@@ -52,10 +49,7 @@ def kl_thresholds(
             f"expected counts [T, N >= 2], limit [T] and levels [T]; got shapes {counts.shape}, "
             f"{limit.shape} and {levels.shape}"
         )
-    search = build.load().jaxquant_kl_thresholds
-    search.argtypes = [_DOUBLES] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_double] * 4 + [_DOUBLES]
-    search.restype = None
     arrays = [np.ascontiguousarray(x, np.float64) for x in (counts, limit, levels)]
     found = np.empty(counts.shape[0])
-    search(*arrays, *counts.shape, *weighing, found)
+    build.load().jaxquant_kl_thresholds(*arrays, *counts.shape, *weighing, found)
     return found

@@ -228,8 +228,8 @@ class Program:
 
 
 def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
-    """A program whose sites each show their result, by the native kernels where they run."""
-    fuse = Fuse.SITES if native.runs_here() else Fuse.NOTHING
+    """A program whose sites each show their result, by the native kernels where they are faster."""
+    fuse = Fuse.SITES if native.runs_int8_here() else Fuse.NOTHING
     return Program(graph, plan, params, fuse)
 
 

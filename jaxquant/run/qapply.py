@@ -6,30 +6,19 @@ import dataclasses
 import functools
 import html
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from jaxquant import native
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
+from jaxquant.run.backend import Backend, check_backend, choose_backend
 from jaxquant.run.fusion import Fuse
 from jaxquant.run.program import Program
 
-BACKENDS = ("auto", "native", "xla")
 _ENTRIES = {"params", "sites", "tensors"}
-
-
-class Backend(NamedTuple):
-    """What runs the convolutions and dots, and why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
 
 
 class QuantizedApply:
@@ -40,7 +29,8 @@ class QuantizedApply:
     shape, so calling it outside `jit` is fine too.
 
     On CPU the convolutions and dots with a weight are native kernels where those can be compiled
-    (`jaxquant.native`), else XLA's; `backend` says which.  An export has XLA's always.
+    and are faster (`jaxquant.native`), else XLA's; `backend` says which, and why.  An export has
+    XLA's always.
 
     Attributes:
       plan: which sites are int8, and with which scales.
@@ -57,10 +47,7 @@ class QuantizedApply:
         inputs: tuple[Any, ...] | None = None,
         backend: str = "auto",
     ):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-        if backend == "native":
-            native.require()
+        check_backend(backend)
         self.plan = plan
         self._backend = backend
         self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
@@ -95,20 +82,13 @@ class QuantizedApply:
 
     @functools.cached_property
     def backend(self) -> Backend:
-        if self._backend == "xla":
-            return Backend("xla", "chosen")
-        if not MODES[self.plan.mode].tensor_scales:
-            return Backend("xla", "the native kernels take scales that are known beforehand")
-        if jax.default_backend() != "cpu":
-            return Backend("xla", f"on {jax.default_backend()}")
-        ok, reason = native.available()
-        return Backend("native" if ok else "xla", reason)
+        return choose_backend(self._backend, self.plan.mode)
 
     def with_backend(self, backend: str) -> QuantizedApply:
         """The same model on another backend.
 
         Args:
-          backend: "native", "xla", or "auto" for native kernels where they run.
+          backend: "native", "xla", or "auto" for native kernels where they run and are faster.
 
         Raises:
           ValueError: there is no such backend.
