@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxquant.calibration.data import iterate
+from jaxquant.calibration.dependence import check_independence
 from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
 from jaxquant.graph.checks import check_no_randomness, check_params, check_weights
 from jaxquant.graph.sites import find_sites
@@ -34,6 +35,7 @@ def quant_dynamic(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
+    allow_batch_dependence: bool = False,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Quantize a float model to int8 with activation scales that are computed in each call.
 
@@ -59,6 +61,7 @@ def quant_dynamic(
       weight_quantize_type: "channel_wise_abs_max" or "abs_max".
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       select: what of an item of `example` is given to `apply_fn`.
+      allow_batch_dependence: as for `jaxquant.quant_post`.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`.
@@ -89,7 +92,7 @@ def quant_dynamic(
         skip_first_last=skip_first_last,
         mode=DYNAMIC,
     )
-    return _quantize(params, apply_fn, _inputs(example, select), config)
+    return _quantize(params, apply_fn, _inputs(example, select), config, allow_batch_dependence)
 
 
 def quant_weights(
@@ -103,6 +106,7 @@ def quant_weights(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
+    allow_batch_dependence: bool = False,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Store the weights of a float model as integers; it goes on computing in its own dtype.
 
@@ -126,6 +130,7 @@ def quant_weights(
         if asked for "conv2d_transpose".
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       select: what of an item of `example` is given to `apply_fn`.
+      allow_batch_dependence: as for `jaxquant.quant_post`.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`; in `qparams["params"]` a weight is
@@ -157,7 +162,7 @@ def quant_weights(
         weight_bits=bits,
         group_size=group_size,
     )
-    return _quantize(params, apply_fn, _inputs(example, select), config)
+    return _quantize(params, apply_fn, _inputs(example, select), config, allow_batch_dependence)
 
 
 def _inputs(example: Any, select: Any) -> tuple[Any, ...]:
@@ -178,12 +183,18 @@ def _has_shapes(tree: Any) -> bool:
 
 
 def _quantize(
-    params: Any, apply_fn: Callable[..., Any], inputs: tuple[Any, ...], config: QuantConfig
+    params: Any,
+    apply_fn: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    config: QuantConfig,
+    allow_batch_dependence: bool,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_params(params)
     graph = trace(apply_fn, params, inputs)
     check_no_randomness(graph)
     check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
+    if not allow_batch_dependence:
+        check_independence(graph, apply_fn, params, inputs)
     plan = make_plan(graph, None, config)
     qparams = quantize_params(graph, plan, params)
     program = program_by_site(graph, plan, params)

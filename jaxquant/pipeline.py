@@ -37,6 +37,7 @@ def quant_post(
     skip_first_last: bool = False,
     optimize_for: str = "size",
     select: Any = None,
+    allow_batch_dependence: bool = False,
     calibration_file: Path | None = None,
     metric: Metric | None = None,
     max_drop: float = MAX_DROP,
@@ -94,6 +95,9 @@ def quant_post(
         the timing: another call may leave other sites in float.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
+      allow_batch_dependence: take a model whose result for a sample depends on the other samples of
+        its batch, or that draws a dropout mask from a fixed key.  Without it such a model is
+        refused: it is in training mode, as a rule.
       calibration_file: where the observations are saved.  Once it is complete, other calls, with
         any `algo`, take them from there and do not read `ds`; see `jaxquant.calibrate`.
       metric: a function of a model, `metric(model) -> number`, higher for a better model, on
@@ -112,7 +116,8 @@ def quant_post(
 
     Raises:
       ValueError: an argument is not valid, `ds` is empty or does not fit `apply_fn`, an activation
-        or weight is not finite, a skip pattern matches nothing, or nothing is there to quantize.
+        or weight is not finite, a skip pattern matches nothing, nothing is there to quantize, or the
+        model is in training mode: a sample's result depends on the others of its batch.
       TypeError: a parameter is not an array.
 
     Example:
@@ -142,7 +147,9 @@ def quant_post(
     goal = make_goal(metric, max_drop, time_budget)
     batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
-    observations = stages.calibrate(params, apply_fn, batches, config, options, calibration_file)
+    observations = stages.calibrate(
+        params, apply_fn, batches, config, options, calibration_file, allow_batch_dependence
+    )
     return stages.quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
 
 
@@ -159,6 +166,7 @@ def calibrate(
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     select: Any = None,
+    allow_batch_dependence: bool = False,
     calibration_file: Path | None = None,
     progress: bool = True,
 ) -> Observations:
@@ -204,7 +212,9 @@ def calibrate(
     )
     batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
-    return stages.calibrate(params, apply_fn, batches, config, options, calibration_file)
+    return stages.calibrate(
+        params, apply_fn, batches, config, options, calibration_file, allow_batch_dependence
+    )
 
 
 def quantize(

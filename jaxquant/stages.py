@@ -69,10 +69,11 @@ def calibrate(
     config: QuantConfig,
     options: dict[str, Any],
     calibration_file: str | os.PathLike[str] | None,
+    allow_batch_dependence: bool = False,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
     check_params(params)
-    sweep = _sweep(params, apply_fn, config, options)
+    sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence)
     with contextlib.closing(batches):  # the progress bar ends before an error is printed
         if calibration_file is None:
             return run_sweep(sweep, batches)
@@ -84,7 +85,7 @@ def load(
 ) -> Observations:
     """What a complete calibration file holds, which must be of this model."""
     check_params(params)
-    sweep = _sweep(params, apply_fn, config, options_of(config))
+    sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
     return load_checked(path, sweep, _own_observer(config))
 
 
@@ -148,11 +149,23 @@ def _build(
 
 
 def _sweep(
-    params: Any, apply_fn: Callable[..., Any], config: QuantConfig, options: dict[str, Any]
+    params: Any,
+    apply_fn: Callable[..., Any],
+    config: QuantConfig,
+    options: dict[str, Any],
+    allow_batch_dependence: bool,
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-    return Sweep(params, apply_fn, tensors_of, _own_observer(config), options, count)
+    return Sweep(
+        params,
+        apply_fn,
+        tensors_of,
+        _own_observer(config),
+        options,
+        count,
+        allow_batch_dependence=allow_batch_dependence,
+    )
 
 
 def _own_observer(config: QuantConfig) -> Observer | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration import histogram
+from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
@@ -60,6 +61,7 @@ class Sweep:
       observer: what keeps statistics of its own beside those that are kept always.
       options: what the observations record of the arguments; see `Origin`.
       count: how tensors are counted.
+      allow_batch_dependence: take a model whose result for a sample depends on its batch.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Sweep:
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
         count: histogram.Counter = histogram.portable_counts,
+        allow_batch_dependence: bool = False,
     ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
@@ -78,6 +81,7 @@ class Sweep:
         self._observer = observer
         self._options = options or {}
         self._count = count
+        self._allow_batch_dependence = allow_batch_dependence
         self._names: tuple[str, ...] = ()
         self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
@@ -164,6 +168,8 @@ class Sweep:
         found = sites.find_sites(graph)
         check_no_randomness(graph)
         check_weights(graph, found, self._params)
+        if not self._allow_batch_dependence:
+            check_independence(graph, self._apply_fn, self._params, inputs)
         tensors = self._tensors_of(graph)
         self._names = tuple(tensors)
         first = next(iter(tensors.values()))

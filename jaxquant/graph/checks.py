@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir, jax_shim
+from jaxquant.graph.masks import DRAWS
 from jaxquant.graph.sites import Site
 from jaxquant.graph.trace import path_name
 
@@ -75,7 +76,7 @@ def check_no_randomness(graph: ir.Graph) -> None:
     """
     leaves = set(graph.leaves)
     for eqn in graph.equations:
-        if eqn.name not in _DRAWS or not all(graph.is_static(x) for x in eqn.inputs):
+        if eqn.name not in DRAWS or not all(graph.is_static(x) for x in eqn.inputs):
             continue
         for var in graph.sources(eqn.outputs[0]):
             if var in leaves:
@@ -86,9 +87,6 @@ def check_no_randomness(graph: ir.Graph) -> None:
                     "the draw belongs to the model, close over the key instead of keeping it "
                     "among the parameters"
                 )
-
-
-_DRAWS = frozenset({"random_bits", "random_gamma", "threefry2x32"})
 
 
 def _weight_sources(graph: ir.Graph, site: Site) -> Sequence[ir.Var]:

@@ -21,6 +21,7 @@ from jaxquant.graph import composites, ir, jax_shim, kinds, primitives
 from jaxquant.graph import trace as tracing
 
 _COLLECTION = "params"
+CONTROL_FLOW = frozenset({"scan", "while", "cond"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,15 @@ def body_graphs(graph: ir.Graph, eqn: ir.Equation) -> list[ir.Graph]:
         tracing.trace_body(graph, eqn, jaxpr, consts, _feeding(eqn, key, jaxpr))
         for key, jaxpr, consts in bodies
     ]
+
+
+def regions(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """A graph and the bodies of its control flow, and theirs."""
+    yield graph
+    for eqn in graph.equations:
+        if eqn.name in CONTROL_FLOW and not (eqn.outputs and graph.static[eqn.outputs[0]]):
+            for body in body_graphs(graph, eqn):
+                yield from regions(body)
 
 
 def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
@@ -197,12 +207,12 @@ def _site(
 
 def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
     paths = {site.weight_path for site in sites if site.weight_path}
-    modules = collections.Counter(_module(path) for path in paths)
+    modules = collections.Counter(module_of(path) for path in paths)
     seen: collections.Counter[str] = collections.Counter()
     named = []
     for site in sites:
         if site.weight_path:
-            base = _module(site.weight_path)
+            base = module_of(site.weight_path)
             if modules[base] > 1:  # several weights in one module: their names tell them apart
                 base = _without_collection(site.weight_path)
         else:
@@ -237,14 +247,14 @@ def _lookup(graph: ir.Graph, eqn: ir.Equation) -> Site:
 def _name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]:
     """Names that the other sites do not have; they share those of a weight that they share."""
     paths = {site.weight_path for site in (*others, *lookups) if site.weight_path}
-    modules = collections.Counter(_module(path) for path in paths)
+    modules = collections.Counter(module_of(path) for path in paths)
     taken = {site.name for site in others}
     named = []
     for site in lookups:
         path = site.weight_path
         base = "/".join(s for s in (site.scope, site.kind) if s)
         if path:
-            base = _module(path) if modules[_module(path)] == 1 else _without_collection(path)
+            base = module_of(path) if modules[module_of(path)] == 1 else _without_collection(path)
         counts = itertools.chain([base], (f"{base}:{count}" for count in itertools.count(1)))
         name = next(name for name in counts if name not in taken)
         taken.add(name)
@@ -257,7 +267,8 @@ def _without_collection(path: str) -> str:
     return tail if head == _COLLECTION and tail else path
 
 
-def _module(path: str) -> str:
+def module_of(path: str) -> str:
+    """The path of the module that a parameter is in, without the collection."""
     path = _without_collection(path)
     return path.rpartition("/")[0] or path
 

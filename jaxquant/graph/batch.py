@@ -1,0 +1,235 @@
+"""Where a model mixes the samples of a batch: statistics over the batch.
+
+A sample runs along the axes whose length grows with the batch size, so the model is traced for two
+batch sizes and both graphs are read side by side; no primitive needs a rule of its own for that.  A
+batch normalization in training mode is then a reduction along such an axis whose result comes back
+to tensors that have the axis.
+
+The first axis of the inputs need not be a batch: it is the height of a single image, the positions
+of a single text, the nodes of a graph.  What such models do with it, a model of independent samples
+does not: convolve, contract or scan along it, or compare each entry with each other.  So where that
+is found nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxquant.graph import ir, jax_shim
+from jaxquant.graph.layer_names import layer_of
+from jaxquant.graph.sites import CONTROL_FLOW, body_graphs, regions
+
+
+class Mixing(NamedTuple):
+    """An operation that makes a sample's result depend on the others of its batch.
+
+    Attributes:
+      layer: how a message names its place, "BatchNorm 'bn1'".
+      sums: True for a sum (or a mean) of floats, False for a largest value, a count, ...
+      outputs: the positions of the model's outputs, flattened, that depend on it and have the axis
+        of the samples, with that axis.
+    """
+
+    layer: str
+    sums: bool
+    outputs: Mapping[int, int]
+
+
+class _Origin(NamedTuple):
+    layer: str
+    sums: bool
+
+
+class _NoBatch(Exception):
+    """The axis is not one of independent samples, or the two graphs differ."""
+
+
+def find_mixing(graph: ir.Graph, doubled: ir.Graph) -> Mixing | None:
+    """The first statistic over the batch that reaches an output of single samples; None without.
+
+    Args:
+      graph: the model, traced for a batch.
+      doubled: the same, traced for twice the batch.
+    """
+    pair = _Pair(graph, doubled, graph.classes)
+    try:
+        reached = _follow(pair, {})
+    except _NoBatch:
+        return None
+    outputs: dict[int, int] = {}
+    origins = []
+    for position, atom in enumerate(graph.outputs):
+        axes = pair.growing(atom, doubled.outputs[position])
+        if isinstance(atom, int) and atom in reached and axes:
+            outputs[position] = axes[0]
+            origins.append(reached[atom])
+    return Mixing(*_foremost(origins), outputs) if outputs else None
+
+
+def may_mix(graph: ir.Graph, size: int) -> bool:
+    """Whether anything is reduced along an axis that could be made of `size` samples.
+
+    Quick, and needs no second trace: of most networks it is False.
+    """
+    return any(
+        length % size == 0 or size % length == 0
+        for region in regions(graph)
+        for eqn in region.equations
+        if not all(region.is_static(x) for x in eqn.inputs)
+        for length in (region.shape(eqn.inputs[0])[k] for k in _reduced(eqn))
+        if length
+    )
+
+
+class _Pair(NamedTuple):
+    """A region in the graphs of both batch sizes; their equations correspond."""
+
+    one: ir.Graph
+    two: ir.Graph
+    classes: Mapping[str, str]  # of the whole model
+
+    def growing(self, atom: ir.Atom, other: ir.Atom) -> tuple[int, ...]:
+        """The axes that grow with the batch."""
+        shapes = self.one.shape(atom), self.two.shape(other)
+        if len(shapes[0]) != len(shapes[1]):
+            raise _NoBatch
+        return tuple(k for k, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
+
+    def equations(self) -> Iterator[tuple[ir.Equation, ir.Equation]]:
+        if [e.name for e in self.one.equations] != [e.name for e in self.two.equations]:
+            raise _NoBatch
+        return zip(self.one.equations, self.two.equations, strict=True)
+
+    def bodies(self, eqn: ir.Equation, other: ir.Equation) -> list[_Pair]:
+        bodies = body_graphs(self.one, eqn), body_graphs(self.two, other)
+        return [_Pair(*both, self.classes) for both in zip(*bodies, strict=True)]
+
+
+def _follow(pair: _Pair, reached: Mapping[ir.Var, _Origin]) -> dict[ir.Var, _Origin]:
+    """The tensors of a region that depend on a statistic over the batch.
+
+    Args:
+      pair: the region.
+      reached: those of its inputs that do.
+    """
+    found = dict(reached)
+    for eqn, other in pair.equations():
+        if not eqn.outputs or pair.one.static[eqn.outputs[0]]:
+            continue
+        axes = [pair.growing(x, y) for x, y in zip(eqn.inputs, other.inputs, strict=True)]
+        if _treats_as_one(pair, eqn, other, axes):
+            raise _NoBatch
+        if eqn.name in CONTROL_FLOW:
+            found.update(_through_bodies(pair, eqn, other, found))
+        else:
+            origins = [found[v] for v in eqn.input_vars if v in found]
+            if axes and {*_reduced(eqn)} & {*axes[0]}:
+                layer = layer_of(pair.one, eqn, pair.classes)
+                origins.append(_Origin(layer, _sums_floats(pair.one, eqn)))
+            if origins:
+                found.update((var, _foremost(origins)) for var in eqn.outputs)
+        if any(len(pair.growing(*vars)) > 1 for vars in zip(eqn.outputs, other.outputs)):
+            raise _NoBatch  # samples against samples: a table of pairs
+    return found
+
+
+def _foremost(origins: Iterable[_Origin]) -> _Origin:
+    """The first sum, which a normalization takes; else the first."""
+    return max(origins, key=lambda origin: origin.sums)
+
+
+def _through_bodies(
+    pair: _Pair, eqn: ir.Equation, other: ir.Equation, found: Mapping[ir.Var, _Origin]
+) -> dict[ir.Var, _Origin]:
+    """The outputs of a control-flow equation that depend on a statistic over the batch."""
+    operands = [found.get(x) if isinstance(x, int) else None for x in eqn.inputs]
+    outputs: dict[ir.Var, _Origin] = {}
+    for body in pair.bodies(eqn, other):
+        feeding = _feeding(eqn, len(body.one.inputs), operands)
+        if feeding is None:
+            continue
+        carries = _carries(eqn, len(body.one.inputs))
+        while True:  # what a step leaves in the carry, the next one reads
+            given = {v: o for v, o in zip(body.one.inputs, feeding, strict=True) if o is not None}
+            inner = _follow(body, given)
+            results = [inner.get(x) if isinstance(x, int) else None for x in body.one.outputs]
+            new = {k: results[out] for k, out in carries.items() if results[out] and not feeding[k]}
+            if not new:
+                break
+            for k, origin in new.items():
+                feeding[k] = origin
+        reached = zip(eqn.outputs, results, strict=True)
+        outputs.update((var, origin) for var, origin in reached if origin is not None)
+    return outputs
+
+
+def _feeding(eqn: ir.Equation, inputs: int, operands: list[Any]) -> list[Any] | None:
+    """Of `operands`, what each input of a body reads first; None for the condition of a loop."""
+    if eqn.name == "cond":
+        return operands[1:]
+    if eqn.name == "while":
+        before = eqn.params["cond_nconsts"]
+        return operands[before:] if inputs == len(operands) - before else None
+    return operands
+
+
+def _carries(eqn: ir.Equation, inputs: int) -> dict[int, int]:
+    """Input of a loop's body -> the output that it reads in the next step."""
+    if eqn.name == "cond":
+        return {}
+    if eqn.name == "while":
+        first, number = eqn.params["body_nconsts"], len(eqn.outputs)
+    else:
+        first, number = jax_shim.scan_counts(eqn.params)
+    return {first + k: k for k in range(number)}
+
+
+def _treats_as_one(
+    pair: _Pair, eqn: ir.Equation, other: ir.Equation, axes: Sequence[Sequence[int]]
+) -> bool:
+    """Whether an operation takes what grows with the batch for parts of one thing.
+
+    It contracts them, slides a window over them, sorts them or goes through them in their order.
+    """
+    if not any(axes):
+        return False
+    params = eqn.params
+    if eqn.name == "dot_general":
+        contracted, _ = params["dimension_numbers"]
+        return any({*own} & {*grow} for own, grow in zip(contracted, axes, strict=True))
+    if eqn.name == "conv_general_dilated":
+        apart = params["feature_group_count"] != other.params["feature_group_count"]
+        return not apart and bool({*axes[0]} - {params["dimension_numbers"].lhs_spec[0]})
+    if eqn.name == "scan":
+        return params["length"] != other.params["length"] and _carry_reads_steps(pair, eqn)
+    if eqn.name.startswith("reduce_window") and "window_dimensions" in params:
+        return any(params["window_dimensions"][k] > 1 for k in axes[0])
+    if eqn.name.startswith("cum"):
+        return params["axis"] in axes[0]
+    return eqn.name == "sort" and params["dimension"] in axes[0]
+
+
+def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
+    """Whether what one step of a scan sees gets to the next one."""
+    (body,) = body_graphs(pair.one, eqn)
+    first, number = jax_shim.scan_counts(eqn.params)
+    carried = [x for x in body.outputs[:number] if isinstance(x, int)]
+    read = {v for e in ir.walk_back(body, carried) for v in e.input_vars} | {*carried}
+    return any(not body.static[v] and v in read for v in body.inputs[first + number :])
+
+
+def _reduced(eqn: ir.Equation) -> Sequence[int]:
+    """The axes that a reduction takes together; () for what is none."""
+    if eqn.name.startswith(("reduce", "arg")) or eqn.name in ("psum", "pmax", "pmin"):
+        axes = eqn.params.get("axes", eqn.params.get("dimensions", ()))
+        return tuple(k for k in axes if isinstance(k, int))  # of a mesh they have names
+    return ()
+
+
+def _sums_floats(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    return eqn.name in ("reduce_sum", "psum") and jnp.issubdtype(
+        graph.dtype(eqn.outputs[0]), jnp.floating
+    )

@@ -1,0 +1,49 @@
+"""How messages name the layer of an operation that has no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxquant.graph import ir
+from jaxquant.graph.primitives import is_elementwise
+from jaxquant.graph.sites import module_of
+
+
+def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> str:
+    """How a message names the layer of an operation without a weight, "BatchNorm 'bn1'".
+
+    By its scope; without one by the first parameter that is applied to what it gives (the scale of
+    a normalization), or by the last one before it.
+    """
+    if eqn.scope:
+        return _spell(eqn.modules[-1] if eqn.modules else "", eqn.scope)
+    behind, seen = [*eqn.outputs], {*eqn.outputs}
+    while behind:
+        for user in graph.consumers.get(behind.pop(0), ()):
+            path = _parameter(graph, user)
+            if path and is_elementwise(user):
+                module = module_of(path)
+                return _spell(classes.get(module, ""), module)
+            if not path:
+                behind += [v for v in user.outputs if v not in seen]
+                seen.update(user.outputs)
+    for before in reversed([*ir.walk_back(graph, eqn.input_vars)]):
+        if path := _parameter(graph, before):
+            return f"the layer behind params[{path!r}]"
+    return "apply_fn"
+
+
+def _parameter(graph: ir.Graph, eqn: ir.Equation) -> str:
+    """The path of a parameter that an equation reads beside an activation; "" without one."""
+    if graph.static[eqn.outputs[0]]:
+        return ""
+    for var in eqn.input_vars:
+        if graph.static[var]:
+            for source in graph.sources(var):
+                if source not in graph.constants:
+                    return graph.paths[source]
+    return ""
+
+
+def _spell(cls: str, name: str) -> str:
+    return f"{cls} {name!r}" if cls else f"the layer of {name!r}"

@@ -1,0 +1,66 @@
+"""Random masks that are the same in every call: dropout that is active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxquant.graph import ir
+from jaxquant.graph.layer_names import layer_of
+from jaxquant.graph.sites import regions
+
+# The primitives that draw random numbers from a key.
+DRAWS = frozenset({"random_bits", "random_gamma", "threefry2x32"})
+
+
+def find_mask(graph: ir.Graph) -> tuple[str, str] | None:
+    """A random mask that is the same in every call, as a fixed key makes it: active dropout.
+
+    Random values that are compared, and whose outcome then chooses among or multiplies activations.
+    Random features and noise are none.
+
+    Returns:
+      Its layer, and the parameter path of the key, "" where it is not among the parameters.
+    """
+    parameters = {graph.paths[var] for var in graph.leaves}
+    for region in regions(graph):
+        drawn: dict[ir.Var, ir.Equation] = {}
+        for eqn in region.equations:
+            origins = [drawn[v] for v in eqn.input_vars if v in drawn]
+            fixed = all(region.is_static(x) for x in eqn.inputs)
+            if fixed and eqn.name in DRAWS:
+                drawn[eqn.outputs[0]] = eqn
+            elif fixed and origins:
+                drawn.update((var, origins[0]) for var in eqn.outputs)
+            elif origins and eqn.name in _APPLIES and _chooses(region, eqn, drawn):
+                sources = [region.paths[v] for v in region.sources(origins[0].outputs[0])]
+                key = next((path for path in sources if path in parameters), "")
+                return layer_of(region, eqn, graph.classes), key
+    return None
+
+
+_APPLIES = frozenset({"select_n", "mul", "and"})
+
+
+def _chooses(graph: ir.Graph, eqn: ir.Equation, drawn: Mapping[ir.Var, Any]) -> bool:
+    """Whether an equation applies drawn truth values to an activation."""
+    applied = eqn.inputs[:1] if eqn.name == "select_n" else eqn.inputs
+    truths = [
+        x for x in applied if isinstance(x, int) and x in drawn and _is_truth(graph, x, drawn)
+    ]
+    return bool(truths) and any(not graph.is_static(x) for x in eqn.inputs)
+
+
+def _is_truth(graph: ir.Graph, var: ir.Var, drawn: Mapping[ir.Var, Any]) -> bool:
+    """True for truth values, also as floats and divided by the share that is kept."""
+    while graph.dtype(var) != jnp.bool_:
+        eqn = graph.producer[var]
+        if eqn.name not in _SCALES:
+            return False
+        var = next(v for v in eqn.input_vars if v in drawn)
+    return True
+
+
+_SCALES = frozenset({"convert_element_type", "broadcast_in_dim", "div", "mul"})
