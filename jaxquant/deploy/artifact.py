@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class Artifact:
 
 
 def make_artifact(
-    qparams: Mapping[str, Any], qapply: Any, shapes: Any = None
+    qparams: Mapping[str, Any], qapply: Any, shapes: Any = None, constraints: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Artifact]:
     """The `qparams` as a plain nested dict of arrays, and what is written beside them.
 
@@ -47,7 +47,7 @@ def make_artifact(
       qparams: the arrays of the int8 model.
       qapply: the function that came with them, from `quant_post`, `quantize` or
         `load_quantized_model`.
-      shapes: see `jaxquant.save_quantized_model`; a loaded model has its own.
+      shapes, constraints: see `jaxquant.save_quantized_model`; a loaded model has its own.
 
     Raises:
       ValueError: they do not belong together, or cannot be exported or saved.
@@ -62,13 +62,13 @@ def make_artifact(
     # Packed weights belong to this machine's kernels.
     plain = tree.unflatten(tree.flatten({k: v for k, v in qparams.items() if k != "packed"}))
     if isinstance(qapply, LoadedApply):
-        if shapes is not None:
+        if shapes is not None or constraints:
             raise ValueError(
                 "a loaded model has the shapes that it was saved with; give shapes where the model "
                 "is quantized and saved"
             )
         return plain, qapply.artifact
-    inputs = programs.symbolic_inputs(_example(qapply), shapes)
+    inputs = programs.symbolic_inputs(_example(qapply), shapes, constraints)
     portable = qapply.with_backend("xla")
     exported = programs.export_program(plain, portable, inputs)
     network, constants = describe(portable.program(*inputs), inputs)

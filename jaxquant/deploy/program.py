@@ -16,7 +16,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # the name of the symbolic dimension
 
 
-def symbolic_inputs(example: tuple[Any, ...], shapes: Any = None) -> tuple[Any, ...]:
+def symbolic_inputs(
+    example: tuple[Any, ...], shapes: Any = None, constraints: Sequence[str] = ()
+) -> tuple[Any, ...]:
     """The inputs of a model, with symbolic dimensions, as shapes and dtypes.
 
     Args:
@@ -24,16 +26,21 @@ def symbolic_inputs(example: tuple[Any, ...], shapes: Any = None) -> tuple[Any, 
       shapes: a string like "b, h, w, 3", or a tuple of one for each input, as
         `jax.export.symbolic_args_specs` takes them.  None makes the first axis of every input
         array the batch.
+      constraints: what is known of the sizes with names, such as "s <= 512".
 
     Raises:
-      ValueError: the first axes of the inputs differ, or `shapes` does not fit the inputs.
+      ValueError: the first axes of the inputs differ, or `shapes` or `constraints` does not fit the
+        inputs.
     """
+    if isinstance(constraints, str):
+        raise ValueError(f"constraints={constraints!r} is a text; give a tuple: ({constraints!r},)")
     if shapes is None:
         shapes = _batched(example)
     try:
-        specs = export.symbolic_args_specs(example, shapes)
+        specs = export.symbolic_args_specs(example, shapes, constraints=tuple(constraints))
     except ValueError as error:
-        raise ValueError(f"shapes={shapes!r} does not fit the model's inputs: {error}") from error
+        given = f"shapes={shapes!r}" + (f", constraints={constraints!r}" if constraints else "")
+        raise ValueError(f"{given} does not fit the model's inputs: {error}") from error
     for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(example), strict=True):
         if len(spec.shape) != len(leaf.shape):
             raise ValueError(
@@ -75,15 +82,44 @@ def export_program(
             raise
         raise ValueError(
             f"the model computes something else for some sizes of {_shapes(inputs)}: {error}\n"
-            "Give shapes=... with numbers in place of the sizes that cannot vary"
+            f"Give shapes=... with numbers in place of the sizes that cannot vary{_advice(error)}"
         ) from error
     check_portable(exported)
     return exported
 
 
 def _is_symbolic_trouble(error: Exception) -> bool:
+    """True for an error that numbers in place of symbols would not give.
+
+    JAX tells of most by their class; a size that it could not decide on stands in others as a
+    minimum or maximum: "incompatible shapes (s, 8), (min(16, s), 8)".
+    """
     names = ("InconclusiveDimensionOperation", "ConcretizationTypeError", "NonConcreteBooleanIndex")
-    return type(error).__name__.startswith(names) or "symbolic" in str(error).lower()
+    text = str(error)
+    return (
+        type(error).__name__.startswith(names)
+        or "symbolic" in text.lower()
+        or _UNDECIDED.search(text) is not None
+    )
+
+
+_COMPARISON = re.compile(r"comparison '(.+?)' (<=|>=|<|>) '(.+?)' is inconclusive")
+_UNDECIDED = re.compile(r"\b(?:min|max)\((\d+), (\w+)\)")  # such as a size cut at that of a table
+
+
+def _advice(error: Exception) -> str:
+    """The constraint that would decide what an error could not, as the end of a sentence."""
+    text = str(error)
+    if found := _COMPARISON.search(text):
+        left, sign, right = found.groups()
+        # jax.export reads <=, >= and == alone.
+        strict = {"<": f"{left} <= {right} - 1", ">": f"{left} >= {right} + 1"}
+        known = strict.get(sign, f"{left} {sign} {right}")
+    elif found := _UNDECIDED.search(text):
+        known = f"{found[2]} <= {found[1]}"
+    else:
+        return ""
+    return f', or say what holds for every size that you serve: constraints=("{known}",), perhaps'
 
 
 def _shapes(inputs: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ def save_quantized_model(
     qapply: Any,
     *,
     shapes: Any = None,
+    constraints: Sequence[str] = (),
 ) -> None:
     """Save an int8 model in one file, from which `load_quantized_model` makes it again.
 
@@ -59,6 +60,9 @@ def save_quantized_model(
       shapes: which sizes of the inputs may vary, as `jax.export.symbolic_args_specs` takes it:
         "b, h, w, 3" for one input, a tuple of such strings for several.  None: the first axis of
         every input array is the batch, all other sizes are those of the calibration data.
+      constraints: what holds for every size with a name, where the model needs it: ("s <= 512",)
+        for a model that reads `positions[:s]` of 512.  `qapply` refuses other sizes.  Written with
+        <=, >= or ==, as `jax.export.symbolic_args_specs` takes them.
 
     Raises:
       ValueError: `qparams` and `qapply` do not belong together, an array or container cannot be
@@ -78,7 +82,7 @@ def save_quantized_model(
       [[1.0, 1.0, 1.0, 1.0]]
       >>> folder.cleanup()
     """
-    plain, artifact = make_artifact(qparams, qapply, shapes)
+    plain, artifact = make_artifact(qparams, qapply, shapes, constraints)
     network = json.dumps(dataclasses.asdict(artifact.network), separators=(",", ":"))
     parts = {
         "plan.json": artifact.plan.to_json().encode(),

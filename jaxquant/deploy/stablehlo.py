@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxquant.deploy.artifact import make_artifact
@@ -16,6 +16,7 @@ def export_stablehlo(
     qapply: Any,
     *,
     shapes: Any = None,
+    constraints: Sequence[str] = (),
 ) -> None:
     """Write the int8 program as portable StableHLO, for CPU, GPU (CUDA) and TPU.
 
@@ -24,7 +25,7 @@ def export_stablehlo(
 
     Args:
       path: of the file to write.
-      qparams, qapply, shapes: as for `jaxquant.save_quantized_model`.
+      qparams, qapply, shapes, constraints: as for `jaxquant.save_quantized_model`.
 
     Raises:
       ValueError, OSError: as `jaxquant.save_quantized_model`.
@@ -44,5 +45,5 @@ def export_stablehlo(
       (3, 4)
       >>> folder.cleanup()
     """
-    _, artifact = make_artifact(qparams, qapply, shapes)
+    _, artifact = make_artifact(qparams, qapply, shapes, constraints)
     atomic.write_file(path, [artifact.program])

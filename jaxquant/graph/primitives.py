@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,18 @@ def is_movement(graph: ir.Graph, eqn: ir.Equation) -> bool:
         return False
     if eqn.name in _REARRANGE or eqn.name in _IDENTITY:
         return True
-    if eqn.name == "broadcast_in_dim":
-        return math.prod(graph.shape(eqn.inputs[0])) == math.prod(graph.shape(eqn.outputs[0]))
-    return False
+    return eqn.name == "broadcast_in_dim" and not _adds_copies(graph, eqn)
+
+
+def _adds_copies(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where a broadcast makes an axis longer or adds one of more than one element.
+
+    Asked axis by axis and not of the numbers of elements: those are equal for an empty batch,
+    whatever happens to the other axes, and sizes may be symbols.
+    """
+    before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
+    kept = dict(zip(eqn.params["broadcast_dimensions"], before, strict=True))
+    return any(size != kept.get(axis, 1) for axis, size in enumerate(after))
 
 
 def is_relu(eqn: ir.Equation) -> bool:
@@ -62,7 +72,7 @@ def varying_axes(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
     if isinstance(atom, ir.Literal):
         return frozenset()
     shape = graph.shape(atom)
-    every = frozenset(d for d, size in enumerate(shape) if size > 1)
+    every = frozenset(d for d, size in enumerate(shape) if size != 1)
     eqn = graph.producer.get(atom)
     if eqn is None:
         return every
@@ -134,10 +144,10 @@ class Channels:
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}
         for old, new in _reshape_groups(before, after):
-            inside = [a for a in old if a in self.axes and before[a] > 1]
+            inside = [a for a in old if a in self.axes]
             if not inside:
                 continue
-            others = [a for a in old if a not in inside and before[a] > 1]
+            others = [a for a in old if a not in inside]
             order = [self.axes.index(a) for a in inside]
             contiguous = order == list(range(order[0], order[0] + len(order)))
             if others or not contiguous:
@@ -150,9 +160,8 @@ class Channels:
             if size == 1:
                 continue
             for axis in axes.get(k, ()):
-                if after[axis] > 1:
-                    sizes.append(after[axis])
-                    found.append(axis)
+                sizes.append(after[axis])
+                found.append(axis)
         if not sizes and self.sizes:  # one channel: any axis of size 1 will do
             return Channels((), ())
         return Channels(tuple(sizes), tuple(found))
@@ -161,25 +170,26 @@ class Channels:
 def _reshape_groups(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the smallest runs of axes with equal products."""
-    groups = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        old: list[int] = []
-        new: list[int] = []
-        left = right = 1
-        while True:
-            if left == right and old and new and left > 0:
-                break
-            if (left <= right and i < len(before)) or j >= len(after):
-                if i >= len(before):
-                    break
-                left *= before[i]
-                old.append(i)
-                i += 1
-            else:
-                right *= after[j]
-                new.append(j)
-                j += 1
-        groups.append((old, new))
-    return groups
+    """Split a reshape into the smallest runs of axes with equal products; axes of 1 are in none.
+
+    The sizes may be symbols, of which nothing but equality is known, and 0: behind an axis of 0
+    the products are counted from the other end.
+    """
+    old = [axis for axis, size in enumerate(before) if size != 1]
+    new = [axis for axis, size in enumerate(after) if size != 1]
+    cuts = [
+        (i, j)
+        for i in range(len(old) + 1)
+        for j in range(len(new) + 1)
+        if _same_product([before[a] for a in old[:i]], [after[a] for a in new[:j]])
+        or _same_product([before[a] for a in old[i:]], [after[a] for a in new[j:]])
+    ]
+    return [
+        (old[start[0] : end[0]], new[start[1] : end[1]]) for start, end in itertools.pairwise(cuts)
+    ]
+
+
+def _same_product(left: Sequence[int], right: Sequence[int]) -> bool:
+    """True where both products are equal, and not 0, which would tell nothing."""
+    product = math.prod(left)
+    return bool(product == math.prod(right)) and product != 0

@@ -1,8 +1,8 @@
 """Graphs with symbolic sizes: the same operations as with numbers.
 
 Where a size is symbolic, `jax.numpy` indexes with a gather of computed indices what it slices
-otherwise: `x[:, 0, ::2]`.  Here such a gather becomes the slice again, so that a model has the same
-sites for every batch size.
+otherwise: `x[:, 0, ::2]`.  Here such a gather becomes a slice, so that a model has the same sites
+for every batch size; in graphs with numbers too, where a model itself gathers by `jnp.arange`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import evaluate, ir
+from jaxquant.graph import evaluate, ir, kinds
 
 
-def has_symbolic_sizes(graph: ir.Graph) -> bool:
-    """True where the size of an input is symbolic."""
-    return any(not isinstance(size, int) for var in graph.inputs for size in graph.shape(var))
+def at_least(size: Any, least: Any) -> bool | None:
+    """Whether a size is at least so large; None where it is a symbol that may be either."""
+    try:
+        return bool(size >= least)
+    except jax.errors.InconclusiveDimensionOperation:
+        return None
 
 
 def restore_slices(graph: ir.Graph) -> ir.Graph:
-    """The graph with a slice, and a squeeze, for every gather that is one."""
+    """The graph with a slice, and a squeeze, for every gather that is one.
+
+    Those of `jax.image.resize` stay: they are gathers whatever the sizes, and a kind of their own.
+    """
     return _Restorer(graph).run()
 
 
@@ -48,7 +54,8 @@ class _Restorer:
     def run(self) -> ir.Graph:
         for eqn in self._graph.equations:
             inputs = tuple(self._atom(x) for x in eqn.inputs)
-            found = _as_slice(self._graph, eqn) if eqn.name == "gather" else None
+            is_index = eqn.name == "gather" and kinds.RESIZE_CALL not in eqn.calls
+            found = _as_slice(self._graph, eqn) if is_index else None
             if found is None:
                 self._add(eqn, eqn.primitive, inputs, eqn.outputs, eqn.params)
             else:
@@ -70,6 +77,10 @@ class _Restorer:
         if whole and not found.dropped:
             self._same[output] = operand
             return
+        squeeze = {"dimensions": found.dropped}
+        if whole:
+            self._add(eqn, jax.lax.squeeze_p, (operand,), (output,), squeeze)
+            return
         target = output
         if found.dropped:
             pairs = zip(found.starts, found.limits, found.strides, strict=True)
@@ -83,7 +94,7 @@ class _Restorer:
         }  # fmt: skip
         self._add(eqn, jax.lax.slice_p, (operand,), (target,), params)
         if found.dropped:
-            self._add(eqn, jax.lax.squeeze_p, (target,), (output,), {"dimensions": found.dropped})
+            self._add(eqn, jax.lax.squeeze_p, (target,), (output,), squeeze)
 
     def _add(
         self,

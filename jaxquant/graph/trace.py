@@ -56,8 +56,9 @@ def trace(
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
-    graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
-    return symbolic.restore_slices(graph) if symbolic.has_symbolic_sizes(graph) else graph
+    return symbolic.restore_slices(
+        builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+    )
 
 
 def trace_body(

@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.graph import symbolic
+
 # XLA's int8 convolution of fewer input channels, or of this few to as few, is slow on CPU.
 _FEW_CHANNELS = 16
 _PADDED_CHANNELS = 32
@@ -161,7 +163,7 @@ def _fully_padded(
 
 def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:
     """Channels last; any number of spatial axes."""
-    if _is_small_depthwise(kernel, window):
+    if _is_small_depthwise(kernel, window) and _is_decided(x, kernel, window):
         return _depthwise_by_taps(_pad(x, window.padding, zero_point), kernel, window)
     if x.ndim > 4:
         return _by_first_axis(x, kernel, window, zero_point)
@@ -213,6 +215,18 @@ def _taps_of(x: jax.Array, axis: int, at: int, size: int, stride: int, dilation:
 def _is_small_depthwise(kernel: jax.Array, window: Window) -> bool:
     taps = math.prod(kernel.shape[:-2])
     return window.groups > 1 and kernel.shape[-2] == 1 and taps <= _MAX_TAPS
+
+
+def _is_decided(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
+    """True where it is known whether the window fits; of sizes with names it may not be."""
+    reaches = [
+        (size - 1) * d + 1 for size, d in zip(kernel.shape[:-2], window.dilation, strict=True)
+    ]
+    padded = [size + sum(p) for size, p in zip(x.shape[1:-1], window.padding, strict=True)]
+    return all(
+        symbolic.at_least(size, reach) is not None
+        for size, reach in zip(padded, reaches, strict=True)
+    )
 
 
 def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

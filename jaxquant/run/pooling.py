@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir, jax_shim, symbolic
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.liveness import read_in_float
 
@@ -82,7 +82,9 @@ def _runs_as_slices(x: jax.Array, params: Mapping[str, Any]) -> bool:
     return (
         math.prod(sizes) <= _MAX_ELEMENTS
         and _has_no_empty_window(params)
-        and all(x.shape[a] + sum(pads[a]) >= sizes[a] for a in _windowed_axes(params))
+        and all(
+            symbolic.at_least(x.shape[a] + sum(pads[a]), sizes[a]) for a in _windowed_axes(params)
+        )
     )
 
 

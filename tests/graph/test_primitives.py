@@ -40,6 +40,7 @@ def test_movements_are_seen_through(fn):
         lambda x: x.sum(0),
         lambda x: jnp.pad(x, 1),
         lambda x: x.astype(jnp.bfloat16),
+        lambda x: jnp.broadcast_to(x[:, :, :1], (2, 3, 4)),
     ],
 )
 def test_what_computes_repeats_or_drops_values_is_no_movement(fn):
@@ -47,6 +48,12 @@ def test_what_computes_repeats_or_drops_values_is_no_movement(fn):
     last = graph.outputs[0]
     assert not primitives.is_movement(graph, graph.producer[last])
     assert primitives.movement_root(graph, last) == last
+
+
+def test_copies_of_nothing_are_copies():
+    """An empty batch has as many elements before as behind."""
+    graph = graph_of(lambda x: jnp.broadcast_to(jnp.tanh(x)[:, None], (0, 5, 4)), (0, 4))
+    assert not primitives.is_movement(graph, graph.producer[graph.outputs[0]])
 
 
 def test_elementwise():
@@ -162,6 +169,33 @@ def test_channels_are_not_given_up_needlessly(shape, axes, fn):
         assert channels is not None
     expected = np.asarray(fn(labels(Channels(tuple(shape[a] for a in axes), axes), shape)))
     np.testing.assert_array_equal(labels(channels, expected.shape), expected)
+
+
+SYMBOLIC = {
+    "split": (("b", 24), (1,), lambda x: x.reshape(x.shape[0], 4, 1, 6), (1, 3)),
+    "merged batch": (("b", "s", 8), (2,), lambda x: x.reshape(-1, 8), (1,)),
+    "split batch": (("2*b", 4, 6), (1, 2), lambda x: x.reshape(-1, 2, 24), (2,)),
+    "both": (("b", 4, 2, 6), (2, 3), lambda x: x.reshape(4 * x.shape[0], 12), (1,)),
+}
+
+
+@pytest.mark.parametrize("size", ["symbol", 0, 1, 3])
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_channels_are_followed_whatever_the_batch(name, size):
+    """Symbols can be compared for equality alone, and an empty batch makes all products equal."""
+    spec, axes, fn, expected = SYMBOLIC[name]
+    scope = jax.export.SymbolicScope()
+    text = ", ".join(map(str, spec))
+    symbols = jax.export.symbolic_shape(text, scope=scope)
+    known = {"b": size, "2*b": 2 * size, "s": 5} if size != "symbol" else {}
+    shape = tuple(known.get(str(d), d) for d in symbols)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    graph = trace(lambda p, x: fn(jnp.tanh(x)), jnp.ones(()), [x])
+    channels = Channels(tuple(shape[a] for a in axes), axes)
+    for eqn in graph.equations[1:]:
+        channels = channels.through(graph, eqn)
+    assert channels is not None
+    assert channels.axes == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jaxquant.graph import evaluate
+from jaxquant.graph import evaluate, symbolic
 from jaxquant.graph.trace import trace
 
 SHAPE = (2, 8, 8, 4)
@@ -24,6 +24,10 @@ INDEXING = {
     "all of it": lambda x: x[:, :8:1],
     "split": lambda x: jnp.split(x, 2, 1)[1],
     "picked": lambda x: x[:, jnp.array([1, 0, 2])],
+    "the one of one": lambda x: x[:, 3:4][:, 0],
+    "taken in a row": lambda x: jnp.take(x, 2 * jnp.arange(3), axis=1),
+    "resized": lambda x: jax.image.resize(x, (x.shape[0], 4, 5, 4), "nearest"),
+    "median": lambda x: jnp.median(x, axis=-1),
 }
 
 
@@ -46,3 +50,11 @@ def test_indexing_is_the_same_operation(name):
 
     exported = export.export(jax.jit(run))(spec)
     np.testing.assert_array_equal(exported.call(x), function(x))
+
+
+def test_a_size_is_compared_as_far_as_it_is_known():
+    (size, _) = export.symbolic_shape("s, t", constraints=("s >= 4",))
+    assert symbolic.at_least(7, 3) is True
+    assert symbolic.at_least(size, 4) is True
+    assert symbolic.at_least(size - 10, size) is False
+    assert symbolic.at_least(size, 5) is None

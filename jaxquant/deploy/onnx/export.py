@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def export_onnx(
     channels_first: bool = False,
     runtime: str = "any",
     shapes: Any = None,
+    constraints: Sequence[str] = (),
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
 
@@ -53,7 +54,7 @@ def export_onnx(
         ones (the same integers plus 128) elsewhere.  "onnxruntime" is what ONNX Runtime runs in
         int8 on CPU: uint8 activations alone, and 1x1 convolutions whose result stays float (before
         a residual addition, say) as MatMulInteger.  Of the others it runs those in float.
-      shapes: see `jaxquant.save_quantized_model`.
+      shapes, constraints: see `jaxquant.save_quantized_model`.
 
     Raises:
       ValueError: the model holds an operation that is not covered (the message names it and its
@@ -79,7 +80,7 @@ def export_onnx(
             f"them; this one is {qapply.plan.mode!r}. Use jaxquant.export_stablehlo"
         )
     builder = Builder(opset)
-    plain, artifact = make_artifact(qparams, qapply, shapes)
+    plain, artifact = make_artifact(qparams, qapply, shapes, constraints)
     arrays = {**tree.flatten(plain), **artifact.constants}
     for_ort = runtime == "onnxruntime"
     quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"], for_ort)
