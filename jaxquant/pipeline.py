@@ -116,8 +116,8 @@ def quant_post(
 
     Raises:
       ValueError: an argument is not valid, `ds` is empty or does not fit `apply_fn`, an activation
-        or weight is not finite, a skip pattern matches nothing, nothing is there to quantize, or the
-        model is in training mode: a sample's result depends on the others of its batch.
+        or weight is not finite, a skip pattern matches nothing, nothing is there to quantize, or
+        the model is in training mode: a sample's result depends on the others of its batch.
       TypeError: a parameter is not an array.
 
     Example:
