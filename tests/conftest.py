@@ -11,9 +11,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+
+# What takes long is compiling, and how long depends on what else the machine does.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Several CPU devices let the sharding tests run anywhere; they cost the other tests nothing.
 NUM_CPU_DEVICES = 8
