@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.calibration.threshold import check_percent
 from jaxquant.errors import nearest
+from jaxquant.graph.kinds import PADDLE_NAMES
 from jaxquant.modes import MODES, STATIC
 
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
@@ -69,8 +70,13 @@ class QuantConfig:
                 )
             object.__setattr__(self, name, tuple(value))
         valid = MODES[self.mode].kinds
-        for kind in self.quantizable_op_type:
+        asked = [
+            PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+            for kind in self.quantizable_op_type
+        ]
+        for kind in asked:
             _check("quantizable_op_type", kind, valid)
+        object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
         if isinstance(self.weight_bits, bool) or self.weight_bits not in WEIGHT_BITS:

@@ -76,6 +76,36 @@ BEHAVIOUR: Mapping[str, str] = {
     "less_than": DECIDE,
 }
 
+# What Paddle calls these kinds in its newer or more special operators.
+PADDLE_NAMES: Mapping[str, str] = {
+    "arg_max": "argmax",
+    "arg_min": "argmax",
+    "bilinear_interp_v2": "bilinear_interp",
+    "conv3d": "conv2d",
+    "conv3d_transpose": "conv2d_transpose",
+    "depthwise_conv2d_transpose": "conv2d_transpose",
+    "expand_v2": "reshape",
+    "fc": "mul",
+    "flatten": "reshape",
+    "flatten2": "reshape",
+    "flatten_contiguous_range": "reshape",
+    "matmul_v2": "matmul",
+    "nearest_interp_v2": "nearest_interp",
+    "pad2d": "pad",
+    "pad3d": "pad",
+    "pool3d": "pool2d",
+    "reduce_mean": "mean",
+    "silu": "swish",
+    "split": "slice",
+    "squeeze2": "squeeze",
+    "stack": "concat",
+    "strided_slice": "slice",
+    "transpose2": "transpose",
+    "trilinear_interp_v2": "trilinear_interp",
+    "unsqueeze": "reshape",
+    "unsqueeze2": "reshape",
+}
+
 # Convolutions and dots, which are always reported; the interpolations are dots with weights that no
 # parameter is in.
 WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
