@@ -169,7 +169,12 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """A data set of tensorflow-datasets that has the features "image" and "label".
 
     It is read through `tfds.data_source`, without TensorFlow, where the data set was prepared in a
-    random-access format, and else as a stream, which needs TensorFlow.
+    random-access format (`tfds build --file_format=array_record`), and else as a stream, which
+    needs TensorFlow.
+
+    Raises:
+      DataError: tensorflow-datasets is missing, has no such data set or split, or TensorFlow is
+        needed and missing.
     """
     try:
         import tensorflow_datasets
@@ -182,10 +187,27 @@ def tfds(name: str, split: str, data_dir: str | None = None) -> Dataset:
     try:
         source = tensorflow_datasets.data_source(name, split=split, data_dir=data_dir)
     except NotImplementedError:  # prepared as a stream of TFRecords
-        stream = tensorflow_datasets.load(name, split=split, data_dir=data_dir)
+        source = None
+    except Exception as error:  # whatever an unknown name, split or folder leads to
+        raise DataError(f"the data set {title}: {_first_lines(error)}") from error
+    if source is None:
+        try:
+            stream = tensorflow_datasets.load(name, split=split, data_dir=data_dir)
+        except ImportError as error:
+            raise DataError(
+                f"the data set {title} was prepared as a stream, which needs TensorFlow: install "
+                "that, or prepare the data set anew with `tfds build --file_format=array_record`"
+            ) from error
         records = lambda: iter(tensorflow_datasets.as_numpy(stream))  # noqa: E731
         return Dataset(title, None, lambda: (_record_example(r, labels) for r in records()))
     return from_examples(title, [_source_example(source, i, labels) for i in range(len(source))])
+
+
+def _first_lines(error: Exception) -> str:
+    """What an error says first, and what it proposes, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    proposed = [line for line in lines[1:] if line.startswith("Did you mean")]
+    return " ".join([*lines[:1], *proposed[:1]]) or type(error).__name__
 
 
 def subset(dataset: Dataset, count: int) -> Dataset:

@@ -1,6 +1,9 @@
 import re
+import subprocess
 import sys
 import types
+import venv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +197,91 @@ def test_one_subfolder_is_no_labels(tmp_path):
     save(tmp_path / "val" / "x.png", 0)
     with pytest.raises(data.DataError, match=r"every image would have the label 0"):
         data.folder(tmp_path)
+
+
+TINY_BUILDER = """
+import io
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image, label = tfds.features.Image(shape=(4, 4, 3)), tfds.features.ClassLabel(num_classes=3)
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict({"image": image, "label": label})
+        )
+
+    def _split_generators(self, manager):
+        return {"train": ((i, {"image": png(i), "label": i % 3}) for i in range(5))}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+"""
+
+READ_TINY = """
+import sys
+from tiny.tiny import Tiny
+
+Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+sys.path.insert(0, sys.argv[2])
+from experiments import data
+
+images = [example() for example in data.tfds("tiny", "train", sys.argv[1]).examples()]
+assert sorted((int(image[0, 0, 0]), y) for image, y in images) == [(i, i % 3) for i in range(5)]
+assert "tensorflow" not in sys.modules
+for name, split in (("imagenettte", "train"), ("tiny", "test")):
+    try:
+        data.tfds(name, split, sys.argv[1])
+    except data.DataError as error:
+        assert len(str(error).splitlines()) == 1 and name in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_tfds_works_as_its_extra_installs_it(tmp_path):
+    """A small set, prepared here, read without TensorFlow in an environment of the extra alone."""
+    repository = Path(data.__file__).parent.parent
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "__init__.py").write_text("")
+    (tmp_path / "tiny" / "tiny.py").write_text(TINY_BUILDER)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "-e", f"{repository}[experiments,tfds]"]
+    subprocess.run(install, check=True)
+    command = [python, "-c", READ_TINY, tmp_path / "prepared", repository]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_data_set_that_tfds_does_not_have_is_one_line(fake_tfds):
+    def unknown(name, split, data_dir):
+        raise ValueError("Dataset imagenettte not found.\n\nDid you mean: imagenette ?\n\nCheck:")
+
+    fake_tfds.data_source = unknown
+    with pytest.raises(data.DataError, match=r"not found\. Did you mean: imagenette \?$"):
+        data.tfds("imagenettte", "train")
+
+
+def test_a_stream_without_tensorflow_says_how_to_prepare_it(fake_tfds):
+    def unprepared(name, split, data_dir):
+        raise NotImplementedError
+
+    def without_tensorflow(name, split, data_dir):
+        raise ImportError("No module named 'tensorflow'")
+
+    fake_tfds.data_source, fake_tfds.load = unprepared, without_tensorflow
+    with pytest.raises(data.DataError, match="file_format=array_record"):
+        data.tfds("mnist", "test")
