@@ -13,6 +13,7 @@ from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
 from jaxquant.graph.checks import check_no_randomness, check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
+from jaxquant.keywords import named
 from jaxquant.modes import DYNAMIC, MODES, WEIGHT_ONLY
 from jaxquant.plan.make import make_plan
 from jaxquant.quantize.weights import quantize_params
@@ -25,6 +26,7 @@ from jaxquant.run.qapply import QuantizedApply
 WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
 
 
+@named
 def quant_dynamic(
     params: Any,
     apply_fn: Callable[..., Any],
@@ -95,6 +97,7 @@ def quant_dynamic(
     return _quantize(params, apply_fn, _inputs(example, select), config, allow_batch_dependence)
 
 
+@named
 def quant_weights(
     params: Any,
     apply_fn: Callable[..., Any],

@@ -12,12 +12,14 @@ from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
 from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig
+from jaxquant.keywords import named
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
 
 Path: TypeAlias = str | os.PathLike[str]
 
 
+@named
 def quant_post(
     params: Any,
     apply_fn: Callable[..., Any],
@@ -153,6 +155,7 @@ def quant_post(
     return stages.quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
 
 
+@named
 def calibrate(
     params: Any,
     apply_fn: Callable[..., Any],
@@ -217,6 +220,7 @@ def calibrate(
     )
 
 
+@named
 def quantize(
     params: Any,
     apply_fn: Callable[..., Any],

@@ -25,11 +25,13 @@ from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_params
 from jaxquant.graph.trace import trace
+from jaxquant.keywords import named
 from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
 from jaxquant.run.program import Program
 
 
+@named
 def analyze(
     params: Any,
     apply_fn: Callable[..., Any],

@@ -23,6 +23,7 @@ from jaxquant.files import atomic, packing, strict_json
 from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import parse_json
+from jaxquant.keywords import named
 from jaxquant.modes import MODES
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
@@ -39,6 +40,7 @@ _MAX_BYTES = {
 }
 
 
+@named
 def save_quantized_model(
     path: str | os.PathLike[str],
     qparams: Mapping[str, Any],
@@ -96,6 +98,7 @@ def save_quantized_model(
     atomic.write_file(path, container.chunks(tensors, artifact.versions, FORMAT))
 
 
+@named
 def load_quantized_model(
     path: str | os.PathLike[str], *, sha256: str | None = None
 ) -> tuple[dict[str, Any], LoadedApply]:

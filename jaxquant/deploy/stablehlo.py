@@ -8,8 +8,10 @@ from typing import Any
 
 from jaxquant.deploy.artifact import make_artifact
 from jaxquant.files import atomic
+from jaxquant.keywords import named
 
 
+@named
 def export_stablehlo(
     path: str | os.PathLike[str],
     qparams: Mapping[str, Any],

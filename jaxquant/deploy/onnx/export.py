@@ -17,6 +17,7 @@ from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.files import atomic
+from jaxquant.keywords import named
 from jaxquant.modes import STATIC
 
 OPSETS = range(13, 24)
@@ -25,6 +26,7 @@ _CHANNELS_FIRST = (0, 3, 1, 2)
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 
+@named
 def export_onnx(
     path: str | os.PathLike[str],
     qparams: Mapping[str, Any],
