@@ -8,7 +8,7 @@ parameters, the agreement of each with `qapply` on the images, the SQNR of its l
 `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
 beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
 differs by a hair.  A runtime that is not installed is left out.  --help lists the
-settings.
+settings; `--processors` is passed on to `jaxquant.export_onnx`.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a clone
@@ -90,7 +91,7 @@ RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 OPTIONS = {"onnxruntime": "onnxruntime", "openvino": "any"}
 
 
-def run(config: ConfigDict) -> None:
+def run(config: ConfigDict, processors: str = "any") -> None:
     setup = prepare(config)
     qparams, qapply = jaxquant.quant_post(
         setup.variables,
@@ -117,9 +118,8 @@ def run(config: ConfigDict) -> None:
                 print(f"{runtime}: not installed")
                 continue
             path = folder / f"{runtime}.onnx"
-            jaxquant.export_onnx(
-                path, qparams, qapply, channels_first=True, runtime=OPTIONS[runtime]
-            )
+            form = {"runtime": OPTIONS[runtime], "processors": processors}
+            jaxquant.export_onnx(path, qparams, qapply, channels_first=True, **form)
             found = make(path, folder)
             got = [found.run(_channels_first(x)) for x in images]
             first = _channels_first(images[0])
@@ -173,4 +173,5 @@ def _channels_first(images: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     program.define_config(common.SETTINGS)
-    program.start(lambda: run(program.config()))
+    flags.DEFINE_string("processors", "any", "Those that the ONNX files are written for.")
+    program.start(lambda: run(program.config(), flags.FLAGS.processors))

@@ -15,7 +15,8 @@ import numpy as np
 from jaxquant._version import __version__
 from jaxquant.deploy import tree
 from jaxquant.deploy.loaded import LoadedApply
-from jaxquant.deploy.onnx.export import OPSETS, RUNTIMES, export_onnx
+from jaxquant.deploy.onnx.export import OPSETS, export_onnx
+from jaxquant.deploy.onnx.target import PROCESSORS, RUNTIMES
 from jaxquant.deploy.saved import FORMAT, load_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.files import safetensors as container
@@ -102,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=RUNTIMES,
         default=RUNTIMES[0],
         help="ONNX: the form that one runtime runs best (default: %(default)s, QDQ throughout)",
+    )
+    convert.add_argument(
+        "--processors",
+        choices=PROCESSORS,
+        default=PROCESSORS[0],
+        help="ONNX: which ones will run it; all but 'any' give int8 weights, faster, and wrong on "
+        "x86 without VNNI (default: %(default)s, exact on all)",
     )
     convert.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -230,6 +238,7 @@ def _convert(options: argparse.Namespace) -> int:
             opset=options.opset,
             channels_first=options.channels_first,
             runtime=options.runtime,
+            processors=options.processors,
         )
     else:
         export_stablehlo(output, qparams, qapply)

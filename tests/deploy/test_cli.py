@@ -62,12 +62,15 @@ def test_convert_to_stablehlo(saved, tmp_path, capsys):
 def test_convert_to_onnx(saved, tmp_path):
     onnx = pytest.importorskip("onnx")
     output = tmp_path / "model.onnx"
-    options = ["--channels-first", "--opset", "18", "--output", str(output)]
+    options = ["--channels-first", "--opset", "18", "--processors", "vnni", "--output", str(output)]
     assert main(["convert", str(saved), "--to", "onnx", *options]) == 0
     model = onnx.load(output)
     assert model.opset_import[0].version == 18
     sizes = model.graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in sizes] == ["batch", 3, 8, 8]
+    types = {array.data_type for array in model.graph.initializer if array.dims}
+    assert onnx.TensorProto.INT8 in types
+    assert onnx.TensorProto.UINT8 not in types
 
 
 def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):

@@ -101,15 +101,17 @@ class Builder:
         self.nodes.append(make(op, list(inputs), names, name=name, **attributes))
         return names
 
-    def constant(self, array: Any, hint: str = "constant") -> str:
-        """An initialiser; equal arrays share one."""
+    def constant(self, array: Any, hint: str = "constant", is_shared: bool = True) -> str:
+        """An initialiser; equal arrays share one, unless this one is not to be shared."""
         array = np.asarray(array)
         key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = self.unique("/".join(part for part in (self.scope, hint) if part))
-            self.arrays[name] = array
+        if is_shared and key in self._constants:
+            return self._constants[key]
+        name = self.unique("/".join(part for part in (self.scope, hint) if part))
+        self.arrays[name] = array
+        if is_shared:
             self._constants[key] = name
-        return self._constants[key]
+        return name
 
     def ints(self, values: Sequence[int]) -> str:
         return self.constant(np.asarray(values, np.int64), "sizes")

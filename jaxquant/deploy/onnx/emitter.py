@@ -23,9 +23,7 @@ class Emitter:
         network: Network,
         arrays: Mapping[str, np.ndarray],
         quantizer: Quantizer,
-        integer_dots: bool = False,
     ) -> None:
-        self.integer_dots = integer_dots
         self.network = network
         self.arrays = arrays
         self.builder: Builder = quantizer.builder

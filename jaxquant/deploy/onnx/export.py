@@ -11,17 +11,17 @@ import numpy as np
 from jaxquant._version import __version__
 from jaxquant.deploy import tree
 from jaxquant.deploy.artifact import make_artifact
-from jaxquant.deploy.network import Network
+from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
 from jaxquant.keywords import named
 from jaxquant.modes import STATIC
 
 OPSETS = range(13, 24)
-RUNTIMES = ("any", "onnxruntime")
 _CHANNELS_FIRST = (0, 3, 1, 2)
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
@@ -35,12 +35,13 @@ def export_onnx(
     opset: int = 17,
     channels_first: bool = False,
     runtime: str = "any",
+    processors: str = "any",
     shapes: Any = None,
     constraints: Sequence[str] = (),
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
 
-    Activations are integers between QuantizeLinear and DequantizeLinear, weights are int8
+    Activations are integers between QuantizeLinear and DequantizeLinear, weights are 8-bit
     initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
     folded into the scales.  An equalized tensor is divided channel by channel before it is
     quantized.  The batch (and what else varies) is a named size.
@@ -56,6 +57,13 @@ def export_onnx(
         ones (the same integers plus 128) elsewhere.  "onnxruntime" is what ONNX Runtime runs in
         int8 on CPU: uint8 activations alone, and 1x1 convolutions whose result stays float (before
         a residual addition, say) as MatMulInteger.  Of the others it runs those in float.
+      processors: which ones will run the file.  x86 without VNNI (AVX2; AVX-512 before 2019) does
+        not sum products of uint8 and int8 exactly, in any runtime: sums of two saturate at 16 bits,
+        and a network's results are wrong.  "any" is exact there too: weights are uint8 with zero
+        point 128, but for depthwise ones, whose products are not summed so, and for those of
+        transposed convolutions, which are float32.  "vnni" (x86 with AVX512-VNNI, AVX-VNNI or AMX),
+        "arm" and "gpu" are for those alone: all weights are int8, which is faster on them, and what
+        TensorRT and the drivers of phones ask for.
       shapes, constraints: see `jaxquant.save_quantized_model`.
 
     Raises:
@@ -74,8 +82,7 @@ def export_onnx(
     """
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r}: one of {', '.join(map(repr, RUNTIMES))}")
+    target = Target(runtime, processors)
     if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
         raise ValueError(
             "ONNX export covers models whose tensors have scales of their own, as quant_post makes "
@@ -84,12 +91,24 @@ def export_onnx(
     builder = Builder(opset)
     plain, artifact = make_artifact(qparams, qapply, shapes, constraints)
     arrays = {**tree.flatten(plain), **artifact.constants}
-    for_ort = runtime == "onnxruntime"
-    quantizer = Quantizer(builder, artifact.plan, plain["tensors"], plain["sites"], for_ort)
-    emitter = Emitter(artifact.network, arrays, quantizer, integer_dots=for_ort)
+    tensors, sites = plain["tensors"], plain["sites"]
+    first_factors = _first_factors(artifact.network)
+    quantizer = Quantizer(builder, artifact.plan, tensors, sites, target, first_factors)
+    emitter = Emitter(artifact.network, arrays, quantizer)
     model = _model(builder, artifact.network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])
+
+
+def _first_factors(network: Network) -> frozenset[str]:
+    """The entries of the tensors that come first in a product of two activations."""
+    return frozenset(
+        network.scales[str(node.operands[0])]
+        for node in network.nodes
+        if isinstance(node, Int8Node)
+        and node.node.op == "dot_general"
+        and not (node.weight or node.computed_weight is not None)
+    )
 
 
 def _model(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.target import Target, WeightForm
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.weights import LARGEST_BIAS
 
@@ -35,7 +36,15 @@ class Weight:
 
 
 class Quantizer:
-    """Emits the quantization of tensors by their entries in `qparams["tensors"]`."""
+    """Emits the quantization of tensors by their entries in `qparams["tensors"]`.
+
+    Args:
+      builder: of the graph.
+      plan: of the model.
+      tensors, sites: what `qparams` holds under these names.
+      target: what runs the file.
+      first_factors: the entries of the activations that other activations are multiplied by.
+    """
 
     def __init__(
         self,
@@ -43,10 +52,12 @@ class Quantizer:
         plan: Plan,
         tensors: Mapping[str, Mapping[str, Any]],
         sites: Mapping[str, Mapping[str, Any]],
-        unsigned: bool = False,
+        target: Target,
+        first_factors: Collection[str] = (),
     ) -> None:
         self.builder = builder
-        self._unsigned = unsigned
+        self.target = target
+        self._first_factors = first_factors if target.first_factor_has_zero_point else ()
         self._tensors = tensors
         self._sites = sites
         self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
@@ -103,26 +114,49 @@ class Quantizer:
         """The integer that stands for zero in the graph.
 
         A tensor with a zero point is uint8, 128 more than in qapply: OpenVINO runs what is never
-        negative in int8 only so.
+        negative in int8 only so.  The first factor of a product of two activations is whichever
+        type does not make its zero point 0, see `jaxquant.deploy.onnx.target`.
         """
         zero_point = self.zero_point(entry)
-        is_unsigned = self._unsigned or zero_point != 0
+        if entry in self._first_factors:
+            is_unsigned = zero_point != np.iinfo(np.int8).min
+        else:
+            is_unsigned = self.target.is_onnxruntime or zero_point != 0
         return np.uint8(zero_point + 128) if is_unsigned else np.int8(zero_point)
 
     def _grid(self, entry: str) -> list[str]:
         scale = self.builder.constant(np.float32(self.scale(entry)), "scale")
         return [scale, self.builder.constant(self.zero(entry), "zero_point")]
 
-    def weight(self, weight: Weight) -> str:
-        """The dequantized weight: an int8 initialiser and its scales."""
-        zero = np.zeros(weight.scale.shape, np.int8)
-        inputs = [
-            self.builder.constant(weight.int8, "weight_int8"),
-            self.builder.constant(weight.scale, "weight_scale"),
-            self.builder.constant(zero, "weight_zero_point"),
-        ]
+    def weight(self, weight: Weight, form: WeightForm) -> str:
+        """The dequantized weight: an initialiser of integers and its scales, or one of floats."""
+        if form is WeightForm.FLOAT:
+            along = [1] * weight.int8.ndim
+            along[weight.axis] = weight.scale.size
+            return self.builder.constant(weight.int8 * weight.scale.reshape(along), "weight")
+        integers, zero_point = self.integers(weight.int8, weight.scale.shape, form)
+        scale = self.builder.constant(weight.scale, "weight_scale")
         axis = {"axis": weight.axis} if weight.scale.ndim else {}
+        inputs = [integers, scale, zero_point]
         return self.builder.node("DequantizeLinear", inputs, "weight", **axis)
+
+    def integers(
+        self, int8: np.ndarray, zero_shape: tuple[int, ...], form: WeightForm
+    ) -> tuple[str, str]:
+        """The initialisers of a weight's integers and of their zero point, of this shape.
+
+        int8 ones are shared with no other node: ONNX Runtime replaces both, once for each node,
+        where the session option session.x64quantprecision makes weights uint8, and fails to load
+        the model where they are replaced already.
+        """
+        is_unsigned = form is WeightForm.UINT8
+        dtype, offset = (np.uint8, 128) if is_unsigned else (np.int8, 0)
+        shifted = (int8.astype(np.int16) + offset).astype(dtype)
+        zero_point = np.full(zero_shape, offset, dtype)
+        return (
+            self.builder.constant(shifted, f"weight_{shifted.dtype}", is_shared=is_unsigned),
+            self.builder.constant(zero_point, "weight_zero_point", is_shared=is_unsigned),
+        )
 
     def bias(self, weight: Weight) -> str | None:
         """The dequantized int32 bias, whose steps are those of the accumulator."""

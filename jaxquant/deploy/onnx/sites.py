@@ -47,10 +47,11 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
         form = contraction.conv_form(site.node, int8.shape)
         stored = form.kernel(int8)
         weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
-        is_dot = e.integer_dots and contraction.is_pointwise(form)
+        is_dot = e.quantizer.target.is_onnxruntime and contraction.is_pointwise(form)
         if is_dot and not e.is_quantized(site.output):
             return _moved(e, site, _integer_dot(e, site, form, weight, entry, shape))
-        names = e.quantizer.weight(weight), e.quantizer.bias(weight)
+        weight_form = e.quantizer.target.conv_weight(form, stored.shape)
+        names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
         value = contraction.conv(e.builder, site.node, form, x, *names, shape)
         return _moved(e, site, value)
     side = 1 - site.weight_position
@@ -59,7 +60,8 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     if dot.batch[0]:
         one = np.ones((), np.float32)
         unscaled = Weight(int8, one, one, None, 0)
-        kernel = Value(e.quantizer.weight(unscaled), int8.shape, straight(int8.ndim))
+        name = e.quantizer.weight(unscaled, e.quantizer.target.dot_weight())
+        kernel = Value(name, int8.shape, straight(int8.ndim))
         values = [x, kernel] if side == 0 else [kernel, x]
         value = contraction.dot(e.builder, dot, values, shape)
         return _finish(e, site, value, multiplier / input_scale, bias)
@@ -67,7 +69,8 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     width = math.prod(int8.shape[axis] for axis in dot.contracted[1 - side])
     matrix = int8.transpose(order).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
-    names = e.quantizer.weight(weight), e.quantizer.bias(weight)
+    weight_form = e.quantizer.target.dot_weight()
+    names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
     return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
 
 
@@ -96,8 +99,9 @@ def _integer_dot(
         ends = [np.iinfo(np.int64).max] * len(strides)
         name = b.node("Slice", [name, *map(b.ints, ([0] * len(strides), ends, axes, strides))])
     matrix = weight.int8.reshape(weight.int8.shape[:2]).T
-    inputs = [name, b.constant(matrix, "weight_int8"), b.constant(e.quantizer.zero(entry))]
-    name = b.node("MatMulInteger", [*inputs, b.constant(np.int8(0))])
+    integers, zero_point = e.quantizer.integers(matrix, (), e.quantizer.target.dot_weight())
+    inputs = [name, integers, b.constant(e.quantizer.zero(entry)), zero_point]
+    name = b.node("MatMulInteger", inputs)
     name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
     name = b.node("Mul", [name, b.constant(weight.steps, "steps")])
     if weight.bias is not None:

@@ -93,7 +93,7 @@ def test_every_convolution_is_int8_in_openvino(model, tmp_path):
     openvino = pytest.importorskip("openvino")
     qparams, qapply, x, expected = model
     path = tmp_path / "m.onnx"
-    jaxquant.export_onnx(path, qparams, qapply, channels_first=True)
+    jaxquant.export_onnx(path, qparams, qapply, channels_first=True, processors="vnni")
     settings = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     (found,) = request.infer([np.asarray(x).transpose(0, 3, 1, 2).copy()]).values()
@@ -104,9 +104,12 @@ def test_every_convolution_is_int8_in_openvino(model, tmp_path):
     assert sqnr(expected, found) > 35
 
 
-def test_weights_are_int8_with_a_scale_for_each_channel_and_biases_int32(model, tmp_path):
+@pytest.mark.parametrize("processors", ["any", "gpu"])
+def test_weights_are_8_bits_with_a_scale_for_each_channel_and_biases_int32(
+    processors, model, tmp_path
+):
     qparams, qapply, _, _ = model
-    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply)
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, processors=processors)
     graph = onnx.load(tmp_path / "m.onnx").graph
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     producers = {node.output[0]: node for node in graph.node}
@@ -114,7 +117,10 @@ def test_weights_are_int8_with_a_scale_for_each_channel_and_biases_int32(model, 
     assert len(convolutions) == 5
     for node in convolutions:
         _, weight, bias = (producers[name] for name in node.input)
-        assert arrays[weight.input[0]].dtype == np.int8
+        is_depthwise = arrays[weight.input[0]].shape[1] == 1
+        is_int8 = processors == "gpu" or is_depthwise
+        assert arrays[weight.input[0]].dtype == (np.int8 if is_int8 else np.uint8)
+        assert (arrays[weight.input[2]] == (0 if is_int8 else 128)).all()
         assert arrays[weight.input[1]].size in arrays[weight.input[0]].shape
         assert arrays[bias.input[0]].dtype == np.int32
 
