@@ -50,8 +50,9 @@ def test_convolutions(name, tmp_path):
     params = {"w": weights(*shape), "b": weights(1 if "OHWI" in str(options) else shape[-1])}
     full = name.startswith("transposed")  # a kind of its own, which the default leaves out
     function = lambda p, x: conv_net(p, x, **options)  # noqa: E731
-    options = {"full": full, "at_least": 60, "processors": "vnni"}  # int8 weights
-    model = agrees(tmp_path, params, function, images(0, IMAGE), **options)
+    model = agrees(
+        tmp_path, params, function, images(0, IMAGE), full=full, at_least=60, processors="vnni"
+    )
     assert ops(model).count("QuantizeLinear") == 1
     int8 = [t for t in model.graph.initializer if t.data_type == 3 and t.dims]
     assert any(int(np.prod(t.dims)) == params["w"].size for t in int8)
