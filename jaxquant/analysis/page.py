@@ -16,6 +16,7 @@ from jaxquant.analysis.analysis import Analysis
 from jaxquant.analysis.next_steps import next_steps
 from jaxquant.analysis.page_style import SCRIPT, STYLE
 from jaxquant.files import atomic
+from jaxquant.graph import kinds
 from jaxquant.report.report import Report, control_lines
 
 _REPORT_COLUMNS = (
@@ -37,8 +38,27 @@ _ANALYSIS_COLUMNS = (
     ("cause", "cause"),
 )
 _SCORE_COLUMNS = (("alone in int8", "alone_drop"), ("float gives", "float_gain"))
+_REPORT_LEGEND = [
+    ("runs in", "int8, or float with the reason in the last column"),
+    ("threshold", "the |x| of the site's input that maps to the largest integer"),
+    ("SQNR dB", "signal to quantization noise at the site's output, all errors before it included"),
+]
+_ANALYSIS_LEGEND = [
+    ("rank", "1 for the site that costs most"),
+    ("own dB", "SQNR where this site alone is quantized"),
+    ("so far dB", "SQNR where it and all before it are"),
+    ("cosine", "of the site's output in float and with this site alone quantized"),
+    ("clipped %", "of the input's values beyond the threshold"),
+    ("dead", "output channels that are always zero"),
+    ("lost", "output channels that int8 turned into zeros"),
+]
+_SCORE_LEGEND = [
+    ("alone in int8", "what the metric loses where this site alone is quantized"),
+    ("float gives", "what it gains where this site alone stays float"),
+]
 _DETAILED = 6  # sites with pictures of their own
-_DPI = 90
+_DPI = 180  # of the pictures, twice that of
+_CSS_DPI = 90  # the page, so that they are sharp on every screen
 
 
 def report_html(
@@ -98,6 +118,7 @@ def _page(report: Report, analysis: Analysis | None, title: str) -> str:
             f"<h2>What to do next</h2><ul>{steps}</ul>",
             _control(report),
             "<h2>Sites</h2><p>Click a column's head to sort by it.</p>",
+            _legend(report, analysis),
             _table(report, analysis),
             _pictures(analysis) if analysis is not None else "",
             f"<footer>jaxquant {html.escape(__version__)}</footer>",
@@ -158,11 +179,25 @@ def _table(report: Report, analysis: Analysis | None) -> str:
     )
 
 
+def _legend(report: Report, analysis: Analysis | None) -> str:
+    """What the kinds and the columns mean."""
+    used = {row["kind"] for row in report.rows}
+    entries = [(kind, text) for kind, text in kinds.MEANINGS.items() if kind in used]
+    entries += _REPORT_LEGEND
+    if analysis is not None:
+        entries += _ANALYSIS_LEGEND + (_SCORE_LEGEND if analysis.has_scores else [])
+    body = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in entries
+    )
+    return f"<details><summary>What the columns mean</summary><dl>{body}</dl></details>"
+
+
 def _cell(value: Any, key: str) -> str:
     if value is None or value == "":
         return '<td data-value=""></td>'
     if isinstance(value, str):
-        return f'<td data-value="{html.escape(value)}">{html.escape(value)}</td>'
+        escaped = html.escape(value)
+        return f'<td title="{escaped}" data-value="{escaped}">{escaped}</td>'
     text = str(value) if isinstance(value, int) else _number(value, key)
     order = value if math.isfinite(value) else math.copysign(1e300, value)
     return f'<td class="number" data-value="{order!r}">{text}</td>'
@@ -206,7 +241,12 @@ def _image(figure: Any, text: str) -> str:
     # Without metadata the same picture has the same bytes.
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+    # A wide picture scrolls on a narrow screen, where it could not be read if it were shrunk.
+    return (
+        f'<div class="figure"><img alt="{html.escape(text)}" '
+        f'width="{round(figure.get_figwidth() * _CSS_DPI)}" '
+        f'src="data:image/png;base64,{data}"></div>'
+    )
 
 
 def _bytes(count: int) -> str:

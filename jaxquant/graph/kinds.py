@@ -76,6 +76,17 @@ BEHAVIOUR: Mapping[str, str] = {
     "less_than": DECIDE,
 }
 
+# What a kind is in JAX's words, where its name does not say it.
+MEANINGS: Mapping[str, str] = {
+    "mul": "a dot with a weight (a Dense layer)",
+    "matmul": "a dot of two activations",
+    "conv2d": "a convolution, of any number of axes",
+    "depthwise_conv2d": "a convolution of each channel by itself",
+    "conv2d_transpose": "a transposed convolution",
+    "lookup_table": "an embedding",
+    "pool2d": "pooling",
+}
+
 # What Paddle calls these kinds in its newer or more special operators.
 PADDLE_NAMES: Mapping[str, str] = {
     "arg_max": "argmax",

@@ -64,6 +64,11 @@ def test_the_page_is_whole_and_loads_nothing(page):
     assert sources
     assert all(source.startswith("data:") for source in sources)
     assert len(re.findall(r"<tr class=", text)) == 5
+    assert "prefers-color-scheme: dark" in text
+    legend = re.search(r"<dl>(.*?)</dl>", text)[1]
+    assert "<dt>mul</dt><dd>a dot with a weight (a Dense layer)</dd>" in legend
+    assert "<dt>own dB</dt>" in legend
+    assert "<dt>conv2d</dt>" not in legend, "no site is one"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
