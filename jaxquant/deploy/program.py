@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import export
 
+from jaxquant.deploy.shapes import input_specs
 from jaxquant.graph import ir, jax_shim
 from jaxquant.run.qapply import QuantizedApply
 
@@ -23,9 +24,8 @@ def symbolic_inputs(
 
     Args:
       example: the inputs that the model was quantized with.
-      shapes: a string like "b, h, w, 3", or a tuple of one for each input, as
-        `jax.export.symbolic_args_specs` takes them.  None makes the first axis of every input
-        array the batch.
+      shapes: a string like "b, h, w, 3" or "1, 224, 224, 3", or a tuple of one for each input,
+        see `input_specs`.  None makes the first axis of every input array the batch.
       constraints: what is known of the sizes with names, such as "s <= 512".
 
     Raises:
@@ -37,17 +37,10 @@ def symbolic_inputs(
     if shapes is None:
         shapes = _batched(example)
     try:
-        specs = export.symbolic_args_specs(example, shapes, constraints=tuple(constraints))
+        return tuple(input_specs(example, shapes, constraints))
     except ValueError as error:
         given = f"shapes={shapes!r}" + (f", constraints={constraints!r}" if constraints else "")
         raise ValueError(f"{given} does not fit the model's inputs: {error}") from error
-    for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(example), strict=True):
-        if len(spec.shape) != len(leaf.shape):
-            raise ValueError(
-                f"shapes={shapes!r} does not fit the model's inputs: {spec.shape} for an array of "
-                f"shape {leaf.shape}"
-            )
-    return tuple(specs)
 
 
 def _batched(example: tuple[Any, ...]) -> Any:
