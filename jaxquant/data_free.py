@@ -21,7 +21,7 @@ from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.program import Program, program_by_site
-from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.qapply import Code, QuantizedApply
 
 WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
 
@@ -204,7 +204,7 @@ def _quantize(
     sqnr, output_sqnr = _measured(program, params, qparams, inputs)
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr, recovery={})
     warn_if_poor(report)
-    return qparams, QuantizedApply(apply_fn, plan, params, report, inputs)
+    return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
 
 
 def _measured(

@@ -31,7 +31,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
-from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.qapply import Code, QuantizedApply
 
 
 def read(
@@ -145,7 +145,7 @@ def _build(
     )
     sqnr, output_sqnr = measure_sqnr(comparison, qparams, examples[:1])
     report = make_report(program, plan, params, qparams, sqnr, output_sqnr, notes)
-    return Built(qparams, QuantizedApply(apply_fn, plan, params, report, examples[0]))
+    return Built(qparams, QuantizedApply(Code(apply_fn, params), plan, report, examples[0]))
 
 
 def _sweep(

@@ -27,7 +27,7 @@ from jaxquant.plan.liveness import is_computed_weight
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.fusion import is_native
-from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.qapply import Code, QuantizedApply
 
 _PATTERN = 4093  # random values that fill an array of any size: neither speed depends on them
 
@@ -186,7 +186,7 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
     )
     plan = make_plan(graph, observations, config)
     qparams = quantize_params(graph, plan, model.params)
-    qapply = QuantizedApply(model.apply_fn, plan, model.params, None, model.inputs)
+    qapply = QuantizedApply(Code(model.apply_fn, model.params), plan, None, model.inputs)
     return qparams, qapply if model.is_native else qapply.with_backend("xla")
 
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxquant._version import __version__
 from jaxquant.deploy import tree
-from jaxquant.deploy.loaded import LoadedApply
 from jaxquant.deploy.onnx.export import OPSETS, export_onnx
 from jaxquant.deploy.onnx.target import PROCESSORS, RUNTIMES
 from jaxquant.deploy.saved import FORMAT, load_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.files import safetensors as container
+from jaxquant.run.qapply import QuantizedApply
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _EXIT_CODES = "exit status: 0 done, 2 a file is refused or cannot be read or written"
@@ -122,9 +122,9 @@ def _command(commands: Any, name: str, run: Any, text: str, epilog: str) -> Any:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    _, _, digest = container.read(options.path, FORMAT)
+    _, metadata, digest = container.read(options.path, FORMAT)
     qparams, qapply = load_quantized_model(options.path, sha256=digest)
-    found = describe(options.path, digest, qparams, qapply)
+    found = describe(options.path, digest, metadata, qparams, qapply)
     if options.json:
         print(json.dumps(found, indent=1))
         return SAME
@@ -138,7 +138,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def describe(
-    path: str, digest: str, qparams: Mapping[str, Any], qapply: LoadedApply
+    path: str,
+    digest: str,
+    metadata: Mapping[str, str],
+    qparams: Mapping[str, Any],
+    qapply: QuantizedApply,
 ) -> dict[str, Any]:
     """A saved model as plain data."""
     arrays = tree.flatten(qparams)
@@ -148,7 +152,7 @@ def describe(
         "bytes": os.path.getsize(path),
         "sha256": digest,
         "format_version": FORMAT.version,
-        "versions": dict(qapply.artifact.versions),
+        "versions": {name: metadata[name] for name in ("jaxquant", "jax") if name in metadata},
         "inputs": list(qapply.input_shapes),
         "summary": report["summary"],
         "sites": report["rows"],
@@ -178,7 +182,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def differences(
-    a: tuple[Mapping[str, Any], LoadedApply], b: tuple[Mapping[str, Any], LoadedApply]
+    a: tuple[Mapping[str, Any], QuantizedApply], b: tuple[Mapping[str, Any], QuantizedApply]
 ) -> dict[str, dict[str, str]]:
     """What differs between two models, by name: sites, tensors (their grids), arrays."""
     plans = a[1].plan, b[1].plan

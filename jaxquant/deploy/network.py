@@ -1,8 +1,6 @@
 """The int8 network as plain data: its operations, int8 forms and epilogues, without JAX.
 
-A saved model keeps it beside the exported program, so that another format can be made of it where
-the model's code is not at hand.  Everything in it is JSON-able; the arrays are in `qparams` and in
-`constants`, by name.
+Exporters read it.  The arrays are in `qparams` and in `constants`, by name.
 """
 
 from __future__ import annotations
@@ -113,26 +111,3 @@ class Network:
     scales: Mapping[str, str]
     leaves: Mapping[str, str]
     constants: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        for var in self._vars():
-            if not 0 <= var < len(self.tensors):
-                raise ValueError(f"the network names tensor {var} of {len(self.tensors)}")
-
-    def _vars(self) -> list[Var]:
-        nodes: list[Node] = [*self.moves]
-        found = [*self.inputs]
-        for node in self.nodes:
-            if isinstance(node, Int8Node):
-                nodes += [node.node, *node.movements]
-                found += [*node.operands, node.output]
-                found += [] if node.computed_weight is None else [node.computed_weight]
-            else:
-                nodes.append(node)
-        atoms: list[Atom] = [*self.outputs]
-        for plain in nodes:
-            atoms += plain.inputs
-            found += plain.outputs
-        for mapping in (self.entries, self.scales, self.leaves, self.constants):
-            found += [int(key) for key in mapping]
-        return found + [x for x in atoms if isinstance(x, int)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import export
 
 from jaxquant.deploy.shapes import input_specs
+from jaxquant.deploy.stored.read import StoredGraph
 from jaxquant.graph import ir, jax_shim
 from jaxquant.run.qapply import QuantizedApply
 
@@ -18,14 +20,15 @@ BATCH = "batch"  # the name of the symbolic dimension
 
 
 def symbolic_inputs(
-    example: tuple[Any, ...], shapes: Any = None, constraints: Sequence[str] = ()
+    qapply: QuantizedApply, shapes: Any = None, constraints: Sequence[str] = ()
 ) -> tuple[Any, ...]:
     """The inputs of a model, with symbolic dimensions, as shapes and dtypes.
 
     Args:
-      example: the inputs that the model was quantized with.
+      qapply: the model.
       shapes: a string like "b, h, w, 3" or "1, 224, 224, 3", or a tuple of one for each input,
-        see `input_specs`.  None makes the first axis of every input array the batch.
+        see `input_specs`.  None makes the first axis of every input array the batch; of a loaded
+        model, what the file says.
       constraints: what is known of the sizes with names, such as "s <= 512".
 
     Raises:
@@ -34,6 +37,11 @@ def symbolic_inputs(
     """
     if isinstance(constraints, str):
         raise ValueError(f"constraints={constraints!r} is a text; give a tuple: ({constraints!r},)")
+    example = qapply.inputs
+    if example is None:
+        raise ValueError("this qapply does not know the shapes of its inputs")
+    if shapes is None and not constraints and isinstance(qapply.source, StoredGraph):
+        return qapply.source.specs()
     if shapes is None:
         shapes = _batched(example)
     try:
@@ -67,9 +75,17 @@ def export_program(
       ValueError: the model cannot be traced for such inputs, or calls code of another library.
     """
     structs = jax.tree.map(ir.struct, qparams)
+    with explained(inputs), jax_shim.without_source_locations():
+        exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
+    check_portable(exported)
+    return exported
+
+
+@contextlib.contextmanager
+def explained(inputs: tuple[Any, ...]) -> Iterator[None]:
+    """An error about sizes that vary becomes a ValueError that says what to do."""
     try:
-        with jax_shim.without_source_locations():
-            exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
+        yield
     except Exception as error:
         if not _is_symbolic_trouble(error):
             raise
@@ -77,8 +93,6 @@ def export_program(
             f"the model computes something else for some sizes of {_shapes(inputs)}: {error}\n"
             f"Give shapes=... with numbers in place of the sizes that cannot vary{_advice(error)}"
         ) from error
-    check_portable(exported)
-    return exported
 
 
 def _is_symbolic_trouble(error: Exception) -> bool:
@@ -157,17 +171,3 @@ def serialize(exported: export.Exported) -> bytes:
             "return tuples, lists and dicts, or register the class with "
             "jax.export.register_pytree_node_serialization"
         ) from error
-
-
-def deserialize(contents: bytes) -> export.Exported:
-    """The exported program; raises ValueError where the bytes are none.
-
-    Raises:
-      ValueError: the bytes are no exported program, or one that is not portable.
-    """
-    try:
-        exported = export.deserialize(bytearray(contents))
-        check_portable(exported)
-    except Exception as error:  # of flatbuffers, struct, MLIR, by what is wrong with the bytes
-        raise ValueError(f"not a program that jax {jax.__version__} reads: {error}") from error
-    return exported

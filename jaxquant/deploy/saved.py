@@ -11,33 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 
-from jaxquant.deploy import program as programs
-from jaxquant.deploy import tree
-from jaxquant.deploy.artifact import Artifact, make_artifact
-from jaxquant.deploy.loaded import LoadedApply
-from jaxquant.deploy.network import Network
+from jaxquant._version import __version__
+from jaxquant.deploy import program, tree
+from jaxquant.deploy.check import check_program
 from jaxquant.deploy.schema import decode
+from jaxquant.deploy.stored.form import StoredForm
+from jaxquant.deploy.stored.read import StoredGraph
+from jaxquant.deploy.stored.write import CONSTANTS, store
 from jaxquant.files import atomic, packing, strict_json
 from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
-from jaxquant.files.strict_json import parse_json
+from jaxquant.files.strict_json import dump_json, parse_json
 from jaxquant.keywords import named
 from jaxquant.modes import MODES
+from jaxquant.plan import layout
+from jaxquant.plan.liveness import live_equations
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
+from jaxquant.run.program import Program
+from jaxquant.run.qapply import QuantizedApply, check_qparams
 
-FORMAT = container.Format("jaxquant", "1", "a model that jaxquant.save_quantized_model wrote")
+FORMAT = container.Format("jaxquant", "2", "a model that jaxquant.save_quantized_model wrote")
 _PARTS = "jaxquant"  # the packed parts are tensors under this name, the constants under their own
-_CONSTANTS = "constants"
-# The parts, and how large they may be when unpacked.
-_MAX_BYTES = {
-    "plan.json": strict_json.MAX_BYTES,
-    "report.json": strict_json.MAX_BYTES,
-    "network.json": strict_json.MAX_BYTES,
-    "program": 2**28,
-}
+_NAMES = ("plan.json", "report.json", "graph.json")
 
 
 @named
@@ -51,9 +48,9 @@ def save_quantized_model(
 ) -> None:
     """Save an int8 model in one file, from which `load_quantized_model` makes it again.
 
-    The file is a safetensors file: the arrays, and the plan, the report, the network and the
-    exported program as bytes.  It is written beside `path` and renamed, so that a crash leaves the
-    old file whole.
+    The file is a safetensors file: the arrays, and the plan, the report and the graph of the model
+    as packed JSON.  It is written beside `path` and renamed, so that a crash leaves the old file
+    whole.
 
     Args:
       path: of the file to write, whatever its name; the folder must be there.
@@ -61,14 +58,15 @@ def save_quantized_model(
       qapply: the function that came with them.
       shapes: which sizes of the inputs may vary, as `jax.export.symbolic_args_specs` takes it:
         "b, h, w, 3" for one input, a tuple of such strings for several.  None: the first axis of
-        every input array is the batch, all other sizes are those of the calibration data.
+        every input array is the batch, all other sizes are those of the calibration data; of a
+        loaded model, what the file says.
       constraints: what holds for every size with a name, where the model needs it: ("s <= 512",)
         for a model that reads `positions[:s]` of 512.  `qapply` refuses other sizes.  Written with
         <=, >= or ==, as `jax.export.symbolic_args_specs` takes them.
 
     Raises:
-      ValueError: `qparams` and `qapply` do not belong together, an array or container cannot be
-        saved, or the model cannot be traced with sizes that vary.
+      ValueError: `qparams` and `qapply` do not belong together, an array, container or operation
+        cannot be saved (the message names it), or the model cannot be traced with sizes that vary.
       OSError: the file cannot be written.
 
     Example:
@@ -84,38 +82,73 @@ def save_quantized_model(
       [[1.0, 1.0, 1.0, 1.0]]
       >>> folder.cleanup()
     """
-    plain, artifact = make_artifact(qparams, qapply, shapes, constraints)
-    network = json.dumps(dataclasses.asdict(artifact.network), separators=(",", ":"))
+    plain = tree.plain(qparams, qapply)
+    stored = _stored(qapply, shapes, constraints)
+    check_program(_example_program(stored, qapply.plan), plain, stored.example)
     parts = {
-        "plan.json": artifact.plan.to_json().encode(),
-        "report.json": artifact.report.to_json().encode(),
-        "network.json": network.encode(),
-        "program": artifact.program,
+        "plan.json": dataclasses.asdict(qapply.plan),
+        "report.json": _plain_report(qapply.report()),
+        "graph.json": dataclasses.asdict(stored.form),
     }
-    tensors = {**tree.flatten(plain), **artifact.constants}
-    for name, contents in parts.items():
-        tensors[f"{_PARTS}/{name}"] = packing.pack(contents)
-    atomic.write_file(path, container.chunks(tensors, artifact.versions, FORMAT))
+    tensors = {**tree.flatten(plain), **stored.arrays}
+    for name, value in parts.items():
+        tensors[f"{_PARTS}/{name}"] = packing.pack(dump_json(value, name))
+    versions = {"jaxquant": __version__, "jax": jax.__version__}
+    atomic.write_file(path, container.chunks(tensors, versions, FORMAT))
+
+
+def _stored(qapply: QuantizedApply, shapes: Any, constraints: Sequence[str]) -> StoredGraph:
+    """The model's graph as it is stored; that of a loaded model is what the file had."""
+    if isinstance(qapply.source, StoredGraph) and shapes is None and not constraints:
+        return qapply.source
+    inputs = program.symbolic_inputs(qapply, shapes, constraints)
+    with program.explained(inputs):
+        graph = qapply.source(inputs)
+    paths = layout.leaf_paths(graph, qapply.source.params)
+    example = qapply.inputs
+    assert example is not None, "symbolic_inputs refuses that"
+    whole = StoredGraph(*store(graph, inputs, example, paths, set(graph.constants)))
+    # An array that only int8 weights were made of is not read any more, and not kept.
+    running = _example_program(whole, qapply.plan)
+    read = set(live_equations(running.graph, running.binding)[1])
+    pairs = zip(graph.constants, running.graph.constants, strict=True)
+    needed = {var for var, known in pairs if known in read}
+    return StoredGraph(*store(graph, inputs, example, paths, needed))
+
+
+def _example_program(stored: StoredGraph, plan: Plan) -> Program:
+    """The program, as XLA runs it, for the inputs that the model was quantized with."""
+    return Program(stored(stored.example), plan, stored.params)
+
+
+def _plain_report(report: Report) -> dict[str, Any]:
+    """A report without what depends on the machine."""
+    data: dict[str, Any] = json.loads(report.to_json())
+    data["summary"].pop("backend", None)
+    return data
 
 
 @named
 def load_quantized_model(
     path: str | os.PathLike[str], *, sha256: str | None = None
-) -> tuple[dict[str, Any], LoadedApply]:
+) -> tuple[dict[str, Any], QuantizedApply]:
     """Load a model that `save_quantized_model` wrote; needs neither its code nor Flax.
 
-    Everything is checked before anything of it runs: the checksums, the structure, and that arrays,
-    plan and program belong together.  The checksums find damage; they do not tell who made the
-    file, so load what you trust, or give the `sha256` that you know.
+    Everything is checked before anything of it runs: sizes before they are unpacked, the checksums,
+    the structure, and that graph, plan and arrays belong together.  The checksums find damage; they
+    do not tell who made the file.  No file makes this function run code; but a model is a program
+    of its author's, and calling one may take any time and memory (`docs/deploying.md`).  Load what
+    you trust, or give the `sha256` that you know.
 
     Args:
       path: of the file.
       sha256: the SHA-256 that the whole file must have, in hexadecimal.
 
     Returns:
-      `(qparams, qapply)`: the arrays on the default device, and a function of them and of the
-      inputs, with any batch size, on CPU, GPU and TPU.  `qapply.plan` and `qapply.report()` are
-      those of the model that was saved.
+      `(qparams, qapply)`: the arrays on the default device, and the `qapply` that was saved: on the
+      same backends, as fast, to be prepared, exported, differentiated and saved again.  Its inputs
+      have the dtypes and shapes of the model that was saved, with any batch size, or what `shapes`
+      let vary.  `qapply.plan` and `qapply.report()` are those of the model that was saved.
 
     Raises:
       FileError: a ValueError; the file is refused, and the message says which part and why.
@@ -128,52 +161,65 @@ def load_quantized_model(
     if sha256 is not None and digest != sha256.lower():
         raise FileError(f"{os.fspath(path)}: its SHA-256 is {digest}, not {sha256}")
     try:
-        return _load(tensors, metadata)
+        return _load(tensors, metadata.get("jax", ""))
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
 
 
 def _load(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> tuple[dict[str, Any], LoadedApply]:
+    tensors: Mapping[str, np.ndarray], made_with: str
+) -> tuple[dict[str, Any], QuantizedApply]:
     packed, constants, arrays = {}, {}, {}
     for name, array in tensors.items():
         root, _, rest = name.partition("/")
         if root == _PARTS:
             packed[rest] = array
-        elif root == _CONSTANTS:
+        elif root == CONSTANTS:
             constants[name] = array
         else:
             arrays[name] = array
-    if set(packed) != set(_MAX_BYTES):
-        raise FileError(f"its parts are {sorted(packed)[:9]}, not {sorted(_MAX_BYTES)}")
-    parts = {name: packing.unpack(packed[name], name, _MAX_BYTES[name]) for name in _MAX_BYTES}
-    plan = _plan(parts["plan.json"])
-    exported = _program(parts["program"])
+    if set(packed) != set(_NAMES):
+        raise FileError(f"its parts are {sorted(packed)[:9]}, not {sorted(_NAMES)}")
+
+    def part(name: str) -> dict[str, Any]:
+        contents = packing.unpack(packed[name], name, strict_json.MAX_BYTES)
+        return parse_json(contents, name.removesuffix(".json"))
+
+    plan = _plan(part("plan.json"))
+    report = _report(part("report.json"))
     qparams = tree.unflatten(arrays)
-    network = _network(parts["network.json"], arrays, constants)
-    artifact = Artifact(
-        plan=plan,
-        report=_report(parts["report.json"]),
-        program=parts["program"],
-        network=network,
-        constants=constants,
-        versions={key: metadata[key] for key in ("jaxquant", "jax") if key in metadata},
-    )
-    _check_arguments(exported, qparams)
-    qapply = LoadedApply(artifact, exported)
     try:
-        qapply.check(qparams)
+        check_qparams(qparams, plan)
     except ValueError as error:
         raise FileError(f"the arrays do not fit the plan: {error}") from None
+    stored = _graph(part("graph.json"), constants, plan, qparams, made_with)
+    qapply = QuantizedApply(stored, plan, report, stored.example)
     return jax.tree.map(jnp.asarray, qparams), qapply
 
 
-def _plan(contents: bytes) -> Plan:
-    data = parse_json(contents, "plan")
+def _graph(
+    data: dict[str, Any],
+    constants: Mapping[str, np.ndarray],
+    plan: Plan,
+    qparams: Mapping[str, Any],
+    made_with: str,
+) -> StoredGraph:
+    try:
+        stored = StoredGraph(decode(StoredForm, data, "graph"), constants)
+        check_program(_example_program(stored, plan), qparams, stored.example)
+    except Exception as error:  # a primitive raises what it likes about what it is given
+        other = f" (it was saved with jax {made_with[:20]}, this is {jax.__version__})"
+        raise FileError(
+            f"the graph is refused: {error}{other if made_with != jax.__version__ else ''}"
+        ) from error
+    return stored
+
+
+def _plan(data: dict[str, Any]) -> Plan:
     if data.get("version") != VERSION:
         raise FileError(
-            f"plan version {data.get('version')!r}; this release of jaxquant reads {VERSION}"
+            f"plan version {str(data.get('version'))[:20]!r}; this release of jaxquant reads "
+            f"{VERSION}"
         )
     try:
         plan = decode(Plan, data, "plan")
@@ -181,58 +227,18 @@ def _plan(contents: bytes) -> Plan:
         raise FileError(f"the plan is damaged: {error}") from None
     if plan.mode not in MODES:
         raise FileError(f"the plan's mode is {plan.mode!r}, not one of {', '.join(MODES)}")
+    if plan.weight_bits not in (4, 8) or (plan.group_size is not None and plan.group_size < 1):
+        raise FileError(f"the plan has {plan.weight_bits} bits in groups of {plan.group_size}")
+    for tensor in plan.tensors:
+        if not (-128 <= tensor.zero_point <= 127 and tensor.scale > 0):
+            raise FileError(f"the plan's grid of tensor {tensor.name!r} is none of int8")
     return plan
 
 
-def _report(contents: bytes) -> Report:
-    data = parse_json(contents, "report")
+def _report(data: dict[str, Any]) -> Report:
     try:
         report = Report(data["rows"], data["tensors"], data["summary"])
         str(report), report.to_json(), report._repr_html_()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"the report is damaged: {error!r}") from None
+    except Exception as error:  # of whatever formats a value that is not what it should be
+        raise FileError(f"the report is damaged: {error!r:.300}") from None
     return report
-
-
-def _network(
-    contents: bytes, arrays: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray]
-) -> Network:
-    data = parse_json(contents, "network")
-    try:
-        network = decode(Network, data, "network")
-    except ValueError as error:
-        raise FileError(f"the network is damaged: {error}") from None
-    missing = set(network.leaves.values()) - set(arrays)
-    missing |= set(network.constants.values()) ^ set(constants)
-    if missing:
-        raise FileError(f"the network and the arrays differ in {sorted(missing)[0]!r}")
-    return network
-
-
-def _program(contents: bytes) -> export.Exported:
-    try:
-        return programs.deserialize(contents)
-    except ValueError as error:
-        raise FileError(f"the program is refused: {error}") from None
-
-
-def _check_arguments(exported: export.Exported, qparams: Mapping[str, Any]) -> None:
-    """Raise FileError where the program takes other arrays than those of the file."""
-    arguments, keywords = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    if keywords or not arguments:
-        raise FileError("the program is refused: it is no function of (qparams, *inputs)")
-    wanted = {
-        jax.tree_util.keystr(path): (aval.shape, aval.dtype)
-        for path, aval in jax.tree_util.tree_flatten_with_path(arguments[0])[0]
-    }
-    found = {
-        jax.tree_util.keystr(path): (leaf.shape, leaf.dtype)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(qparams)[0]
-    }
-    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    if differing:
-        key = differing[0]
-        raise FileError(
-            f"the program takes other arrays than those of the file: qparams{key} is "
-            f"{found.get(key)}, it wants {wanted.get(key)}"
-        )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxquant.deploy.artifact import make_artifact
+from jaxquant.deploy import program, tree
 from jaxquant.files import atomic
 from jaxquant.keywords import named
 
@@ -47,5 +47,7 @@ def export_stablehlo(
       (3, 4)
       >>> folder.cleanup()
     """
-    _, artifact = make_artifact(qparams, qapply, shapes, constraints)
-    atomic.write_file(path, [artifact.program])
+    plain = tree.plain(qparams, qapply)
+    inputs = program.symbolic_inputs(qapply, shapes, constraints)
+    exported = program.export_program(plain, qapply.with_backend("xla"), inputs)
+    atomic.write_file(path, [program.serialize(exported)])

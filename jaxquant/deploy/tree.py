@@ -11,8 +11,26 @@ import numpy as np
 from jaxquant.files import tensor_names
 from jaxquant.files.errors import FileError
 from jaxquant.graph import jax_shim
+from jaxquant.run.qapply import QuantizedApply
 
 ROOTS = ("params", "sites", "tensors")
+
+
+def plain(qparams: Mapping[str, Any], qapply: Any) -> dict[str, Any]:
+    """The `qparams` of a `qapply` as a nested dict of NumPy arrays, as they are saved.
+
+    Raises:
+      ValueError: they do not belong together, or an entry cannot be saved.
+      TypeError: `qapply` is another function.
+    """
+    if not isinstance(qapply, QuantizedApply):
+        raise TypeError(
+            "qapply is what jaxquant.quant_post or load_quantized_model returned, got "
+            f"{type(qapply).__name__}"
+        )
+    qapply.check(qparams)
+    # Packed weights belong to this machine's kernels.
+    return unflatten(flatten({k: v for k, v in qparams.items() if k != "packed"}))
 
 
 def flatten(qparams: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -6,13 +6,16 @@ new JAX release is absorbed here.  Checked on jax 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import dispatch
+from jax._src.export import _export
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
 
@@ -21,6 +24,7 @@ Jaxpr = jex_core.Jaxpr
 JaxprEqn = jex_core.JaxprEqn
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive
+jaxpr_as_fun = jex_core.jaxpr_as_fun
 
 # Calls whose body is evaluated in place: primitive name -> the parameter that holds the body.
 _INLINED_CALLS = {
@@ -271,3 +275,56 @@ def _has_option(name: str, value: Any) -> bool:
     except (RuntimeError, ValueError):
         return False
     return True
+
+
+def container_name(kind: type, auxiliary: Any) -> tuple[str, str]:
+    """The name under which a pytree container is registered with `jax.export`, and its data.
+
+    Raises:
+      ValueError: it is not registered.
+    """
+    if kind not in _export.serialization_registry:
+        raise ValueError(
+            f"the model's inputs or outputs are in a {kind.__name__}, which cannot be saved. Let "
+            "apply_fn take and return tuples, lists and dicts, or register the class with "
+            "jax.export.register_pytree_node_serialization"
+        )
+    name, serialize = _export.serialization_registry[kind]
+    return name, base64.b64encode(bytes(serialize(auxiliary))).decode()
+
+
+def container(name: str, auxiliary: str, children: Sequence[Any]) -> Any:
+    """The container that `container_name` named.
+
+    Raises:
+      ValueError: it is not registered, or its data is damaged.
+    """
+    if name not in _export.deserialization_registry:
+        raise ValueError(
+            f"the model's inputs or outputs are in a {name[:60]!r}, which is not registered here; "
+            "call jax.export.register_pytree_node_serialization before loading"
+        )
+    _, deserialize, from_children = _export.deserialization_registry[name]
+    try:
+        data = deserialize(base64.b64decode(auxiliary, validate=True))
+        return from_children(data, tuple(children))
+    except Exception as error:  # whatever the registered functions raise
+        raise ValueError(f"the container {name[:60]!r} is damaged: {error!r}") from None
+
+
+def key_implementation(dtype: Any) -> str:
+    """The name of the generator that a dtype of PRNG keys belongs to."""
+    return str(dtype._impl.name)
+
+
+def constraints(inputs: Any) -> tuple[str, ...]:
+    """What is assumed of the symbolic sizes in a tree of shapes: "s <= 512", sorted."""
+    sizes = [size for leaf in jax.tree.leaves(inputs) for size in leaf.shape]
+    scopes = {id(s.scope): s.scope for s in sizes if jax.export.is_symbolic_dim(s)}
+    found = {c.debug_str for scope in scopes.values() for c in scope._explicit_constraints}
+    return tuple(sorted(found))
+
+
+def size_dtype() -> Any:
+    """The dtype of a symbolic size as a value."""
+    return jax.dtypes.canonicalize_dtype(np.int64)

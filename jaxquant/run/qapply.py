@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
@@ -21,8 +21,44 @@ from jaxquant.run.program import Program
 _ENTRIES = {"params", "sites", "tensors"}
 
 
+class Source(Protocol):
+    """What a model is: its code, or what a file holds of it.
+
+    Attributes:
+      params: shapes and dtypes of the parameters, before any is quantized.
+    """
+
+    params: Any
+
+    def __call__(self, inputs: Sequence[Any]) -> ir.Graph:
+        """The graph of the float model for inputs of these shapes and dtypes.
+
+        Raises:
+          ValueError: the model does not take such inputs.
+        """
+        ...
+
+    def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
+        """The dtypes and shapes of the inputs, those with which the model was quantized given."""
+        ...
+
+
+class Code:
+    """A model as a function of its parameters and inputs."""
+
+    def __init__(self, apply_fn: Callable[..., Any], params: Any) -> None:
+        self.params = jax.tree.map(ir.struct, params)
+        self._apply_fn = apply_fn
+
+    def __call__(self, inputs: Sequence[Any]) -> ir.Graph:
+        return trace(self._apply_fn, self.params, inputs)
+
+    def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(inputs))
+
+
 class QuantizedApply:
-    """The quantized counterpart of `apply_fn`; made by `jaxquant.quant_post`.
+    """The quantized counterpart of `apply_fn`; made by `quant_post` and `load_quantized_model`.
 
     A pure function: `qapply(qparams, *inputs)` takes any batch size and input shape that gives the
     same sites, and works under `jit`, `vmap` and `shard_map`.  It compiles itself once per input
@@ -33,6 +69,7 @@ class QuantizedApply:
     XLA's always.
 
     Attributes:
+      source: the float model.
       plan: which sites are int8, and with which scales.
       backend: "native" or "xla", with the reason: what runs where this process compiles for CPU.
       inputs: the shapes and dtypes of the inputs that it was quantized with; None if not known.
@@ -40,9 +77,8 @@ class QuantizedApply:
 
     def __init__(
         self,
-        apply_fn: Callable[..., Any],
+        source: Source,
         plan: Plan,
-        params: Any,
         report: Any,
         inputs: tuple[Any, ...] | None = None,
         backend: str = "auto",
@@ -51,8 +87,7 @@ class QuantizedApply:
         self.plan = plan
         self._backend = backend
         self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
-        self._apply_fn = apply_fn
-        self._params = jax.tree.map(ir.struct, params)
+        self.source = source
         self._report = report
         self.__name__ = "qapply"
 
@@ -71,6 +106,11 @@ class QuantizedApply:
         """Raise ValueError where the qparams are of another plan."""
         check_qparams(qparams, self.plan)
 
+    @property
+    def input_shapes(self) -> tuple[str, ...]:
+        """The inputs' dtypes and shapes; those of a loaded model have names for what may vary."""
+        return self.source.input_shapes(self.inputs or ())
+
     def program(self, *inputs: Any) -> Program:
         """The int8 program for inputs of these shapes.
 
@@ -78,7 +118,7 @@ class QuantizedApply:
           ValueError: these shapes give another graph than the one that was quantized.
         """
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
-        return Program(trace(self._apply_fn, self._params, inputs), self.plan, self._params, fuse)
+        return Program(self.source(inputs), self.plan, self.source.params, fuse)
 
     @functools.cached_property
     def backend(self) -> Backend:
@@ -94,18 +134,14 @@ class QuantizedApply:
           ValueError: there is no such backend.
           RuntimeError: the native kernels do not run here.
         """
-        return QuantizedApply(
-            self._apply_fn, self.plan, self._params, self._report, self.inputs, backend
-        )
+        return QuantizedApply(self.source, self.plan, self._report, self.inputs, backend)
 
     def with_summary(self, entries: Mapping[str, Any]) -> QuantizedApply:
         """The same model, with more entries in its report's summary."""
         report = self._report
         if report is not None:
             report = dataclasses.replace(report, summary={**report.summary, **entries})
-        return QuantizedApply(
-            self._apply_fn, self.plan, self._params, report, self.inputs, self._backend
-        )
+        return QuantizedApply(self.source, self.plan, report, self.inputs, self._backend)
 
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.

@@ -19,7 +19,7 @@ from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
 from jaxquant.quantize.weights import quantize_params
-from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.qapply import Code, QuantizedApply
 from tests import networks
 
 
@@ -76,7 +76,7 @@ def quantize(apply_fn, params, *inputs, **config) -> Int8Model:
     bounds = _bounds(graph, observed_tensors(graph, options), params, inputs)
     plan = make_plan(graph, *_observed(graph, inputs, bounds.__getitem__, config))
     qparams = quantize_params(graph, plan, params)
-    return Int8Model(plan, qparams, QuantizedApply(apply_fn, plan, params, None))
+    return Int8Model(plan, qparams, QuantizedApply(Code(apply_fn, params), plan, None))
 
 
 def _bounds(graph: ir.Graph, tensors: dict[str, ir.Var], params, inputs) -> dict[str, float]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant._version import __version__
-from jaxquant.deploy import tree
-from jaxquant.deploy.artifact import make_artifact
+from jaxquant.deploy import program, tree
+from jaxquant.deploy.describe import describe
 from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
@@ -89,13 +89,15 @@ def export_onnx(
             f"them; this one is {qapply.plan.mode!r}. Use jaxquant.export_stablehlo"
         )
     builder = Builder(opset)
-    plain, artifact = make_artifact(qparams, qapply, shapes, constraints)
-    arrays = {**tree.flatten(plain), **artifact.constants}
+    plain = tree.plain(qparams, qapply)
+    inputs = program.symbolic_inputs(qapply, shapes, constraints)
+    with program.explained(inputs):
+        network, constants = describe(qapply.with_backend("xla").program(*inputs), inputs)
+    arrays = {**tree.flatten(plain), **constants}
     tensors, sites = plain["tensors"], plain["sites"]
-    first_factors = _first_factors(artifact.network)
-    quantizer = Quantizer(builder, artifact.plan, tensors, sites, target, first_factors)
-    emitter = Emitter(artifact.network, arrays, quantizer)
-    model = _model(builder, artifact.network, emitter, channels_first)
+    quantizer = Quantizer(builder, qapply.plan, tensors, sites, target, _first_factors(network))
+    emitter = Emitter(network, arrays, quantizer)
+    model = _model(builder, network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])
 

@@ -1,0 +1,108 @@
+"""That the arrays, the plan and the graph of a model belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.files import tensor_names
+from jaxquant.graph import ir
+from jaxquant.modes import MODES
+from jaxquant.plan import layout
+from jaxquant.plan.groups import group_layout
+from jaxquant.run.program import Program
+
+_Struct = tuple[tuple[int, ...] | None, Any]  # shape, None for what the epilogue allows; and dtype
+
+
+def check_program(program: Program, qparams: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
+    """Check the arrays of a program, and run it on their shapes.
+
+    Args:
+      program: for `inputs`, as XLA runs it.
+      qparams: its arrays.
+      inputs: shapes and dtypes.
+
+    Raises:
+      ValueError: an array is missing, too many, or of another shape or dtype, or the program does
+        not run or gives something else than the model.
+    """
+    check_arrays(program, qparams)
+    graph = program.graph
+
+    def run(arrays: Any, *given: Any) -> list[Any]:
+        env = program.run(arrays, jax.tree.leaves(given))
+        return [env.read(x) for x in graph.outputs]
+
+    try:
+        found = jax.eval_shape(run, jax.tree.map(ir.struct, qparams), *inputs)
+    except Exception as error:  # a primitive raises what it likes about its operands
+        raise ValueError(
+            f"the program does not run: {str(error).split(chr(10))[0][:300]}"
+        ) from error
+    wanted = [(graph.shape(x), graph.dtype(x)) for x in graph.outputs]
+    if [(x.shape, x.dtype) for x in found] != wanted:
+        raise ValueError("the program gives something else than the model")
+
+
+def check_arrays(program: Program, qparams: Mapping[str, Any]) -> None:
+    """Check shapes and dtypes: the native kernels read what the program says is there.
+
+    Raises:
+      ValueError: an array is missing, too many, or of another shape or dtype.
+    """
+    wanted = dict(_wanted(program))
+    found = {
+        tuple(str(entry.key) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(qparams)[0]
+    }
+    optional = {path for path in found if path[0] == "sites" and path[2:] == ("bias",)}
+    for path in optional & {(*site[:2], "bias") for site in wanted}:
+        wanted[path] = (None, np.dtype(np.float32))
+    for path in {**wanted, **found}:
+        name = tensor_names.join(path)
+        if path not in found:
+            raise ValueError(f"the array {name!r} is missing")
+        if path not in wanted:
+            raise ValueError(f"the array {name!r} is not one of this model")
+        shape, dtype = wanted[path]
+        leaf = found[path]
+        if leaf.dtype != dtype or (shape is not None and tuple(leaf.shape) != shape):
+            expected = "" if shape is None else str(list(shape))
+            raise ValueError(
+                f"the array {name!r} is {leaf.dtype}{list(leaf.shape)}, not {dtype}{expected}"
+            )
+
+
+def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
+    graph, plan = program.graph, program.plan
+    float32 = np.dtype(np.float32)
+    for var, path in program.float_paths.items():
+        yield ("params", *path), (graph.shape(var), graph.dtype(var))
+    integer = MODES[plan.mode].integer
+    for int8_site in program.binding.sites:
+        site = int8_site.site
+        if integer:
+            yield ("sites", site.name, "multiplier"), (None, float32)
+        if site.name not in program.slots:
+            continue
+        slot = program.slots[site.name]
+        view = layout.weight_view(graph, site, integer)
+        shape = tuple(graph.shape(view.var))
+        if integer:
+            yield ("params", *slot.int8), (shape, np.dtype(np.int8))
+            yield ("params", *slot.scale), (None, float32)
+            continue
+        groups = group_layout(shape, view.channels, plan.group_size)
+        by_group, pairs = list(groups.shape), list(groups.shape)
+        by_group[groups.axis] = groups.groups
+        pairs[groups.axis] = -(-pairs[groups.axis] // 2)
+        stored = (shape, np.int8) if slot.bits == 8 else (tuple(pairs), np.uint8)
+        yield ("params", *slot.int8), (stored[0], np.dtype(stored[1]))
+        yield ("params", *slot.scale), (tuple(by_group), float32)
+    for tensor in plan.tensors:
+        for name in ("scale", "inv_scale"):
+            yield ("tensors", tensor.name, name), (None, float32)

@@ -1,0 +1,181 @@
+"""From a graph to its stored form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.deploy.stored import primitives, values
+from jaxquant.deploy.stored.form import (
+    Atom,
+    Body,
+    Constant,
+    Equation,
+    Leaf,
+    StoredForm,
+    Tensor,
+)
+from jaxquant.deploy.stored.trees import encode_tree
+from jaxquant.graph import flax_tags, ir, jax_shim
+
+CONSTANTS = "constants"  # what the names of constants begin with
+# Where arrays are on devices; a stored graph runs wherever it is loaded.
+_PLACEMENT = frozenset({"sharding", "out_sharding"})
+
+
+def store(
+    graph: ir.Graph,
+    inputs: tuple[Any, ...],
+    example: tuple[Any, ...],
+    paths: Mapping[ir.Var, tuple[str, ...]],
+    needed: Collection[ir.Var],
+) -> tuple[StoredForm, dict[str, np.ndarray]]:
+    """The stored form of a graph, and the arrays that it closed over, by name.
+
+    Args:
+      graph: traced for `inputs`.
+      inputs: shapes and dtypes, with sizes that vary.
+      example: the inputs that the model was quantized with, in the same structure.
+      paths: the keys on the way to every leaf.
+      needed: the constants whose values are kept.
+
+    Raises:
+      ValueError: the graph holds what has no stored form; the message names it.
+    """
+    return _Writer(graph).run(inputs, example, paths, needed)
+
+
+class _Writer:
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._bodies: list[Body] = []
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def run(
+        self,
+        inputs: tuple[Any, ...],
+        example: tuple[Any, ...],
+        paths: Mapping[ir.Var, tuple[str, ...]],
+        needed: Collection[ir.Var],
+    ) -> tuple[StoredForm, dict[str, np.ndarray]]:
+        graph = self._graph
+        number: dict[ir.Var, int] = {}
+        for var in (*graph.leaves, *graph.constants, *graph.inputs):
+            number[var] = len(number)
+
+        def atom(x: ir.Atom) -> Atom:
+            return _scalar(x.value) if isinstance(x, ir.Literal) else number[x]
+
+        equations = []
+        for eqn in graph.equations:
+            equations.append(
+                Equation(
+                    op=eqn.name,
+                    inputs=tuple(atom(x) for x in eqn.inputs),
+                    outputs=len(eqn.outputs),
+                    params=self._params(eqn.name, eqn.params, eqn.scope),
+                    scope=eqn.scope,
+                    calls=eqn.calls,
+                )
+            )
+            for var in eqn.outputs:
+                number[var] = len(number)
+        form = StoredForm(
+            leaves=tuple(Leaf(paths[v], _tensor(graph.avals[v])) for v in graph.leaves),
+            constants=tuple(
+                self._constant(graph.paths[var], value, var in needed)
+                for var, value in graph.constants.items()
+            ),
+            inputs=tuple(_tensor(graph.avals[v]) for v in graph.inputs),
+            input_tree=encode_tree(jax.tree.structure(inputs)),
+            output_tree=encode_tree(graph.out_tree),
+            example=tuple(tuple(ir.struct(x).shape) for x in jax.tree.leaves(example)),
+            constraints=jax_shim.constraints(inputs),
+            equations=tuple(equations),
+            bodies=tuple(self._bodies),
+            outputs=tuple(atom(x) for x in graph.outputs),
+        )
+        return form, self._arrays
+
+    def _constant(self, path: str, value: Any, is_needed: bool) -> Constant:
+        tensor = _tensor(jax.typeof(value))
+        if not is_needed:
+            return Constant(path, tensor, "")
+        name = f"{CONSTANTS}/{len(self._arrays)}"
+        data = jax.random.key_data(value) if jax_shim.is_key_dtype(value.dtype) else value
+        self._arrays[name] = np.asarray(jax.device_get(data))
+        return Constant(path, tensor, name)
+
+    def _params(self, op: str, params: Mapping[str, Any], scope: str) -> dict[str, Any]:
+        if not primitives.is_known(op):
+            raise ValueError(_refusal(op, scope))
+        found = {}
+        for key, value in params.items():
+            try:
+                found[key] = None if key in _PLACEMENT else values.encode(value, self._body)
+            except ValueError as error:
+                raise ValueError(f"{_refusal(op, scope)} Its {key!r}: {error}") from error
+        return found
+
+    def _body(self, jaxpr: Any) -> int:
+        """Store a jaxpr; returns its number."""
+        ((_, inner, consts),) = jax_shim.sub_bodies({"": jaxpr})
+        number: dict[Any, int] = {}
+        for var in (*inner.constvars, *inner.invars):
+            number[var] = len(number)
+
+        def atom(x: Any) -> Atom:
+            if isinstance(x, jax_shim.Literal):
+                return _scalar(np.asarray(x.val, dtype=jax_shim.dtype_of(x)))
+            return number[x]
+
+        equations = []
+        for eqn in inner.eqns:
+            equations.append(self._body_equation(eqn, atom))
+            for var in eqn.outvars:
+                number[var] = len(number)
+        self._bodies.append(
+            Body(
+                constants=tuple(self._constant("", value, True) for value in consts),
+                inputs=len(inner.invars),
+                equations=tuple(equations),
+                outputs=tuple(atom(x) for x in inner.outvars),
+            )
+        )
+        return len(self._bodies) - 1
+
+    def _body_equation(self, eqn: Any, atom: Callable[[Any], Atom]) -> Equation:
+        scope, _ = flax_tags.split_scope(jax_shim.scope_of(eqn))
+        op, called = eqn.primitive.name, jax_shim.inlined_body(eqn)
+        if called is None:
+            params = self._params(op, eqn.params, scope)
+        else:
+            jaxpr, consts = called
+            name = str(eqn.params.get("name", op))
+            body = self._body(jax_shim.ClosedJaxpr(jaxpr, list(consts)))
+            op, params = primitives.CALL, {"name": name, "body": {"body": body}}
+        inputs = tuple(atom(x) for x in eqn.invars)
+        return Equation(op, inputs, len(eqn.outvars), params, scope)
+
+
+def _tensor(aval: Any) -> Tensor:
+    shape = tuple(d if isinstance(d, int) else str(d) for d in aval.shape)
+    return Tensor(shape, values.encode_dtype(aval.dtype))
+
+
+def _scalar(value: np.ndarray) -> Atom:
+    if value.ndim:
+        raise ValueError(f"a number written into the model has the shape {value.shape}")
+    return tuple(values.encode_scalar(value))
+
+
+def _refusal(op: str, scope: str) -> str:
+    where = f" at {scope!r}" if scope else ""
+    return (
+        f"the model cannot be saved: it calls {op!r}{where}, which a file cannot hold (it may run "
+        "other code, or talk to other devices). Keep it out of apply_fn, or export the model with "
+        "jaxquant.export_stablehlo."
+    )
