@@ -11,7 +11,7 @@ fault and answers without some features.  A compiler may crash under it, so comp
 beforehand without the mask, by flags that say the same, in a cache of their own:
 
     export CXX="g++ -mno-avx512f -mno-avxvnni" JAXQUANT_CACHE_DIR=~/kernels-avx2
-    python -m jaxquant.native.build
+    python -c "from jaxquant import native; print(native.available())"
     CPUMASK=avx2 LD_PRELOAD=cpumask.so python -m experiments.benchmarks.instruction_sets
 """
 
@@ -129,6 +129,19 @@ def comparing() -> Timed:
     }
 
 
+def float_depthwise() -> Timed:
+    x = jax.random.normal(jax.random.key(0), (8, 56, 56, 96))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 96))
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=96,
+        )  # fmt: skip
+
+    return in_float(model, kernel, x)
+
+
 class _Last:
     """Channels along the last axis."""
 
@@ -136,19 +149,22 @@ class _Last:
         return jnp.sum(x, axis=range(x.ndim - 1))
 
 
-def float_model(name: str) -> Timed:
-    """The float network as calibration runs it."""
+def float_network(name: str) -> Timed:
     module, size = zoo.build(name), zoo.find(name).preprocessing.size
     x = jnp.zeros((8, size, size, 3))
-    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    graph = trace(module.apply, variables, (x,))
+    return in_float(module.apply, jax.jit(module.init)(jax.random.key(0), x[:1]), x)
 
-    def run(natively: bool, variables: Any, x: jax.Array) -> Any:
-        env = evaluate_float(graph, variables, [x], natively=natively)
+
+def in_float(apply_fn: Callable[..., Any], params: Any, x: jax.Array) -> Timed:
+    """The float model as calibration runs it."""
+    graph = trace(apply_fn, params, (x,))
+
+    def run(natively: bool, params: Any, x: jax.Array) -> Any:
+        env = evaluate_float(graph, params, [x], natively=natively)
         return [env.read(var) for var in graph.output_vars]
 
     return {
-        name: functools.partial(jax.jit(functools.partial(run, natively)), variables, x)
+        name: functools.partial(jax.jit(functools.partial(run, natively)), params, x)
         for name, natively in ((NATIVE, True), (XLA, False))
     }
 
@@ -181,8 +197,9 @@ def main(networks: list[str], batches: list[int], rounds: int) -> None:
     show("histogram", counting(), rounds)
     show("thresholds of 100 tensors", thresholds(), rounds)
     show("differences", comparing(), rounds)
+    show("depthwise 3x3 in float, 56x56x96, batch 8", float_depthwise(), rounds)
     for name in networks:
-        show(f"{name} in float, batch 8", float_model(name), rounds)
+        show(f"{name} in float, batch 8", float_network(name), rounds)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,45 @@
 """Compile the kernels with the machine's own compiler, once, and load them.
 
-The library is kept in a per-user cache under a name that hashes the sources, the compiler, the CPU
-and jaxlib, so that a change of any of them compiles anew.  Needs a C++17 compiler (`$CXX`, else
-`c++`, `g++` or `clang++`); the FFI headers come with jaxlib.
+The library is kept in a per-user cache (`jaxquant.native.cache`) under a name that hashes the
+sources, the compiler, jaxlib and the processor, so that a change of any of them compiles anew: one
+home directory may serve many machines.  Where it cannot be compiled, one that was compiled for a
+lesser processor does.  Needs a C++17 compiler (`$CXX`, else `c++`, `g++` or `clang++`); the FFI
+headers come with jaxlib.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import pathlib
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
-import tempfile
+from typing import NamedTuple
 
 import jax
 import jaxlib.version
 
-from jaxquant.native.foreign import declare
+from jaxquant.native import foreign, processor
+from jaxquant.native.cache import CACHE_VARIABLE, Folder, Sealed, cache_dir, hashed
+from jaxquant.native.errors import BuildError, CompilerTimeout
+
+__all__ = ["CACHE_VARIABLE", "BuildError", "build", "cache_dir", "find_compiler", "load"]
 
 _SOURCES = pathlib.Path(__file__).parent / "src"
-_MAIN = "handlers.cc"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-w")
-_SECONDS = 300
-CACHE_VARIABLE = "JAXQUANT_CACHE_DIR"
-
-
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message says why."""
-
-
-def cache_dir() -> pathlib.Path:
-    """Where compiled kernels are kept: `$JAXQUANT_CACHE_DIR`, else the user's cache directory."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return pathlib.Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "jaxquant"
+_MAIN, _PROCESSOR = "handlers.cc", "processor.cc"
+# Nobody reads the flags of floating-point exceptions: without them choices between two values need
+# no branch, and loops with such become vectors on AVX2.
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno",
+    "-fno-trapping-math", "-w",
+)  # fmt: skip
+_ANY_PROCESSOR = ("-std=c++17", "-O0", "-fPIC", "-shared", "-w")
+_SECONDS = 300.0  # that the compiler may take
 
 
 def find_compiler() -> list[str]:
@@ -49,7 +49,12 @@ def find_compiler() -> list[str]:
       BuildError: there is none.
     """
     if given := os.environ.get("CXX"):
-        return shlex.split(given)
+        try:
+            command = shlex.split(given)
+        except ValueError as error:
+            raise BuildError(f"CXX is {given!r}, which is no command: {error}") from None
+        if command:
+            return command
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return [found]
@@ -66,82 +71,183 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
       The path of the shared library.
 
     Raises:
-      BuildError: there is no compiler, or it failed.
+      BuildError: there is no compiler, or it failed, or no folder to keep the library in.
     """
-    compiler = find_compiler()
-    target = cache_dir() / f"kernels-{_key(compiler, flags)}.so"
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, beside = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    except OSError as error:
-        raise BuildError(f"cannot write to {target.parent}: {error}") from None
-    os.close(handle)
-    command = [*compiler, *_FLAGS, *flags, str(_SOURCES / _MAIN)]
-    command += ["-isystem", jax.ffi.include_dir(), "-o", beside]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        if done.returncode:
-            raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
-        os.replace(beside, target)  # another process may have put the same library there
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(command)} did not run: {error}") from None
-    finally:
-        pathlib.Path(beside).unlink(missing_ok=True)
-    return target
+    return _obtain(flags).path
 
 
 @functools.cache
 def load(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The loaded library, compiled if need be.
+    """The loaded library, compiled if need be, with its functions declared.
 
     Raises:
       BuildError: it cannot be compiled or loaded.
     """
-    path = build(flags)
+    return _obtain(flags).library
+
+
+class _Loaded(NamedTuple):
+    path: pathlib.Path
+    library: ctypes.CDLL
+
+
+def _obtain(flags: tuple[str, ...]) -> _Loaded:
     try:
-        library = ctypes.CDLL(str(path))
-        declare(library)
+        with Folder(cache_dir()) as folder:
+            return _remembering_timeouts(folder, find_compiler(), flags)
+    except OSError as error:  # a full disk, sources that cannot be read, no descriptor left, ...
+        raise BuildError(f"cannot compile the kernels: {error}") from None
+
+
+def _remembering_timeouts(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _Loaded:
+    """A compiler that hangs is not waited for in every process."""
+    note = f"timeout-{_name(command, flags)}"
+    if (reason := folder.failure(note)) is not None:
+        raise BuildError(reason)
+    try:
+        return _from_cache(folder, command, flags)
+    except CompilerTimeout as error:
+        folder.remember_failure(note, str(error))
+        raise
+
+
+def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _Loaded:
+    version = _run([*command, "--version"])
+    present = _processor(folder, command, version)
+    family = f"kernels-{_name(command, flags, version)}"
+    name = f"{family}-{hashed([present.text.encode()], 12)}.so"
+    if (found := folder.find(name)) is not None:
+        return _load(found)
+    with folder.workshop() as workshop:
+        compiling = [*command, *_FLAGS, *flags]
+        try:
+            needs = processor.needed(_run([*compiling, "-dM", "-E", "-x", "c++", os.devnull]))
+            if present.features is not None and (lacks := needs - present.features):
+                raise BuildError(
+                    f"{shlex.join(compiling)} uses {', '.join(sorted(lacks))}, which this "
+                    "processor does not have"
+                )
+            headers = ["-isystem", jax.ffi.include_dir()]
+            output = workshop.path / "library.so"
+            _run([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
+            made = workshop.sealed(output.name, needs)
+        except BuildError:
+            if (found := _for_a_lesser_processor(folder, family, present)) is None:
+                raise
+            return _load(found)
+        loaded = _load(made)  # before it is kept: what does not load is compiled anew next time
+        return loaded._replace(path=workshop.store(made, name).path)
+
+
+def _for_a_lesser_processor(
+    folder: Folder, family: str, present: processor.Processor
+) -> Sealed | None:
+    """Of the libraries that were compiled on other machines one that runs here, the best."""
+    best = None
+    for name in folder.names():
+        if not (name.startswith(family) and name.endswith(".so")):
+            continue
+        if (found := folder.find(name)) is None:
+            continue
+        if present.runs(found.needs) and (best is None or len(found.needs) > len(best.needs)):
+            best, found = found, best
+        if found is not None:
+            os.close(found.descriptor)
+    return best
+
+
+def _processor(folder: Folder, command: list[str], version: str) -> processor.Processor:
+    """What the processor has, by a library of its own."""
+    any_processor = list(_ANY_PROCESSOR)
+    if platform.machine() in ("x86_64", "AMD64"):
+        any_processor.append("-march=x86-64")  # behind what CXX may say
+    source = (_SOURCES / _PROCESSOR).read_bytes()
+    parts = [source, *map(os.fsencode, (*command, *any_processor, version, platform.machine()))]
+    name = f"processor-{hashed(parts, 20)}.so"
+    if (found := folder.find(name)) is not None:
+        return _ask(found)
+    with folder.workshop() as workshop:
+        output = workshop.path / "library.so"
+        compiling = [*command, *any_processor, str(_SOURCES / _PROCESSOR), "-o", str(output)]
+        _run(compiling)
+        made = workshop.sealed(output.name, frozenset())
+        present = _ask(made)
+        workshop.store(made, name)
+        return present
+
+
+def _ask(found: Sealed) -> processor.Processor:
+    try:
+        return processor.ask(_dlopen(found))
     except (OSError, AttributeError) as error:
-        raise BuildError(f"{path} does not load: {error}") from None
-    return library
+        raise BuildError(f"{found.path} does not load: {error}") from None
 
 
-def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(_SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    for text in (
-        *compiler,
-        *_FLAGS,
-        *flags,
-        _version(compiler),
-        _cpu(),
-        jaxlib.version.__version__,
-    ):
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()[:20]
-
-
-def _version(compiler: list[str]) -> str:
+def _load(found: Sealed) -> _Loaded:
     try:
-        return subprocess.run(
-            [*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(compiler)} does not run: {error}") from None
+        library = _dlopen(found)
+        foreign.declare(library)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{found.path} does not load: {error}") from None
+    return _Loaded(found.path, library)
 
 
-def _cpu() -> str:
-    """What `-march=native` depends on."""
+def _dlopen(found: Sealed) -> ctypes.CDLL:
+    """Load the file that was checked, whatever has its name by now.
+
+    The descriptor stays open: a later one of its number would have its name, by which the loader
+    takes a library for one that is loaded already.
+    """
+    descriptor = f"/proc/self/fd/{found.descriptor}"
+    return ctypes.CDLL(descriptor if os.path.exists(descriptor) else str(found.path))
+
+
+def _name(command: list[str], flags: tuple[str, ...], version: str = "") -> str:
+    files = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cc"))
+    parts = [part for path in files for part in (path.name.encode(), path.read_bytes())]
+    texts = (*command, *_FLAGS, *flags, version, platform.machine(), jaxlib.version.__version__)
+    return hashed([*parts, *map(os.fsencode, texts)], 20)
+
+
+def _run(command: list[str]) -> str:
+    """What a compiler prints.
+
+    It reads nothing, and is the leader of a group of processes, so that those that it started end
+    with it.
+
+    Raises:
+      BuildError: it does not run, or fails.
+      CompilerTimeout: it takes too long.
+    """
+    text = shlex.join(command)
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("flags", "Features", "model", "cpu family", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BuildError(f"{text} does not run: {error}") from None
+    try:
+        printed, errors = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        raise CompilerTimeout(f"{text} did not end within {_SECONDS:g} s") from None
+    except BaseException:  # Ctrl-C does not reach another group
+        _end(process)
+        raise
+    if process.returncode:
+        said = errors.decode(errors="replace").strip()[-2000:]
+        raise BuildError(f"{text} failed (exit status {process.returncode}):\n{said}")
+    return printed.decode(errors="replace")
 
 
-if __name__ == "__main__":
-    print(build())
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()

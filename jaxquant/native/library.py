@@ -68,7 +68,9 @@ def available() -> Availability:
         try:
             library = build.load()
         except build.BuildError as error:
-            return Availability(False, str(error))
+            # A path or a compiler may have put bytes into it that cannot be printed.
+            reason = str(error).encode("utf-8", "backslashreplace").decode()
+            return Availability(False, reason)
         for name in HANDLERS:
             capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
