@@ -77,6 +77,8 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
             return source
         operands = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
         scores = [x for x in operands if not _is_mask(graph, x)]
+        if not any(_masks(graph, x) for x in operands if x not in scores):
+            return source
         only_here = all(user.index in members for user in graph.consumers.get(source, ()))
         if len(scores) != 1 or not isinstance(scores[0], int) or not only_here:
             return source
@@ -85,6 +87,11 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
         members.add(eqn.index)
         source = scores[0]
     return source
+
+
+def _masks(graph: ir.Graph, atom: ir.Atom) -> bool:
+    """False for one value at all positions: the epilogue of the product before absorbs it."""
+    return not graph.is_static(atom) or bool(primitives.varying_axes(graph, atom))
 
 
 def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
@@ -103,7 +110,7 @@ def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
     return True
 
 
-_MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice"})
+_MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "slice", "squeeze", "tile", "transpose"})
 _MASK_STEPS = 32  # equations from truth values to a mask, at most
 
 
@@ -161,7 +168,7 @@ def normalisations(graph: ir.Graph) -> frozenset[int]:
 
 
 def _gathers(eqn: ir.Equation) -> bool:
-    return eqn.name.startswith(("reduce_", "cum", "pad", "slice", "concatenate"))
+    return eqn.name.startswith(("reduce_", "cum", "pad", "slice", "concatenate", "stack"))
 
 
 def _bases(graph: ir.Graph, gathering: frozenset[int]) -> tuple[dict[ir.Var, ir.Var], set[ir.Var]]:

@@ -130,6 +130,7 @@ _BY_PRIMITIVE = {
     "mul": "elementwise_mul",
     "div": "elementwise_div",
     "concatenate": "concat",
+    "stack": "concat",
     "argmax": "argmax",
     "argmin": "argmax",
     "eq": "equal",
@@ -147,6 +148,7 @@ _BY_PRIMITIVE = {
     "reshape": "reshape",
     "expand_dims": "reshape",
     "broadcast_in_dim": "reshape",
+    "tile": "reshape",
     "squeeze": "squeeze",
     "slice": "slice",
     "dynamic_slice": "slice",
@@ -178,6 +180,11 @@ def behaviour(kind: str, eqn: ir.Equation) -> str:
     if kind == "pool2d" and not eqn.name.endswith("_sum"):
         return SELECT
     return LOOK_UP if kind == LOOKUP_KIND else BEHAVIOUR[kind]
+
+
+def is_join(eqn: ir.Equation) -> bool:
+    """True for an equation that lays several tensors beside each other: their parts stay apart."""
+    return eqn.name in ("concatenate", "stack")
 
 
 def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:

@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.graph import ir
 
@@ -60,11 +62,50 @@ def is_relu(eqn: ir.Equation) -> bool:
     return eqn.name == "max" and len(literals) == 1 and not literals[0].value.any()
 
 
+def constant_scalar(graph: ir.Graph, atom: ir.Atom) -> float | None:
+    """The one value of a literal or of a constant, which may be cast and broadcast; None of others.
+
+    NaN is none: it is the same as no value.
+    """
+    dtype = graph.dtype(atom)
+    while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
+        if eqn.name not in ("convert_element_type", "broadcast_in_dim", "copy"):
+            return None
+        atom = eqn.inputs[0]
+    value: Any = atom.value if isinstance(atom, ir.Literal) else graph.constants.get(atom)
+    if value is None or np.ndim(value):
+        return None
+    number = float(np.asarray(value).astype(dtype))
+    return None if math.isnan(number) else number
+
+
 def movement_root(graph: ir.Graph, var: ir.Var) -> ir.Var:
     """The tensor that `var` is a rearrangement of: the place to observe and to quantize."""
     while (eqn := graph.producer.get(var)) is not None and is_movement(graph, eqn):
         var = eqn.input_vars[0]
     return var
+
+
+def follow_axes(graph: ir.Graph, eqn: ir.Equation, axes: frozenset[int]) -> frozenset[int]:
+    """Where axes of an operand are in the result of an equation that moves or selects values.
+
+    An axis that a maximum is taken over is gone; of one that a reshape joins with others, all that
+    it becomes counts.
+    """
+    if eqn.name == "transpose":
+        permutation = list(eqn.params["permutation"])
+        return frozenset(permutation.index(axis) for axis in axes)
+    if eqn.name == "broadcast_in_dim":
+        return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in axes)
+    if eqn.name == "reshape":
+        groups = _reshape_groups(graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0]))
+        return frozenset(new for old, all_new in groups if axes & set(old) for new in all_new)
+    if eqn.name in ("squeeze", "reduce_max", "reduce_min"):
+        removed = eqn.params["dimensions" if eqn.name == "squeeze" else "axes"]
+        return frozenset(a - sum(r < a for r in removed) for a in axes if a not in removed)
+    if eqn.name == "stack":
+        return frozenset(axis + (axis >= eqn.params["axis"]) for axis in axes)
+    return axes
 
 
 def varying_axes(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,8 +84,15 @@ def trace_body(
 
 
 def largest(graph: ir.Graph, sources: Sequence[ir.Var]) -> ir.Var:
-    """The source with the most elements; the first of equals."""
-    return max(sources, key=lambda v: (int(np.prod(graph.shape(v))), -v))
+    """The parameter with the most elements, the first of equals; of constants where there is none.
+
+    A constant may have the size of the batch, so that it must not decide beside a parameter.
+    """
+
+    def rank(var: ir.Var) -> tuple[bool, int, int]:
+        return var not in graph.constants, math.prod(graph.shape(var)), -var
+
+    return max(sources, key=rank)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -137,18 +145,12 @@ class _Builder:
         args: Sequence[ir.Atom],
         scope: str,
         calls: tuple[str | int, ...] = (),
-        source: Any = None,
     ) -> list[ir.Atom]:
-        """Add the equations of a jaxpr, those of calls in place of the calls.
-
-        `source` is where the outermost call is: JAX traces the body of a call once, so its
-        equations tell where the first of all calls was.
-        """
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            constant = self.source(var.aval, f"constant_{len(self.constants)}")
-            self.constants[constant] = const
-            env[var] = constant
+            source = self.source(var.aval, f"constant_{len(self.constants)}")
+            self.constants[source] = const
+            env[var] = source
 
         def read(atom: Any) -> ir.Atom:
             if isinstance(atom, jax_shim.Literal):
@@ -158,12 +160,11 @@ class _Builder:
         for eqn in jaxpr.eqns:
             operands = [read(x) for x in eqn.invars]
             inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
-            line = eqn.source_info if source is None else source
             body = jax_shim.inlined_body(eqn)
             if body is not None and not self.keeps(eqn):
                 name = eqn.params.get("name", eqn.primitive.name)
                 inner_calls = (*calls, str(name), len(self.equations))
-                results = self.inline(*body, operands, inner_scope, inner_calls, line)
+                results = self.inline(*body, operands, inner_scope, inner_calls)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
@@ -180,7 +181,6 @@ class _Builder:
                     plain_scope,
                     calls,
                     modules,
-                    line,
                 )
             )
         return [read(x) for x in jaxpr.outvars]

@@ -5,18 +5,22 @@ site needs it; operations that select or move values hand the int8 form through,
 needs it and forwards from where it is, and tie the scales of what they read and give (a union).
 Nothing here looks at data.
 
-The inputs of a concatenation share one scale always: the result has one, and an input that only the
-concatenation reads would gain nothing from another.  Where such an input has a far smaller range
-than its neighbours it loses accuracy; keep the concatenation in float then (`skip`).
+The inputs of a concatenation share one scale: the result has one, and an input that only the
+concatenation reads would gain nothing from another.  One that no int8 site reads behind it stays
+float.  Where an input loses too much on the scale of its neighbours, the plan bars the
+concatenation (`jaxquant.plan.evenness`); what it gives is then int8 for the sites that cannot do
+without, and everything else reads it in float.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph.sites import Site
+from jaxquant.plan.constants import takes_constants
 from jaxquant.plan.select import in_skip_scope
 
 
@@ -84,9 +88,7 @@ class _Search:
 
     def run(self) -> Forms:
         for site in self._sites:
-            behaviour = self._behaviour[site.equation]
-            anchors = (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE)
-            if behaviour in anchors or site.kind == "softmax":
+            if self._is_anchor(site):
                 self._need_operands(site)
         self._cut_elementwise()
         self._spread()
@@ -97,6 +99,49 @@ class _Search:
             frozenset(self._reads_int8()),
             self._groups(),
         )
+
+    def _is_anchor(self, site: Site) -> bool:
+        """True where a site makes its operands int8, whoever reads what it gives."""
+        eqn, behaviour = self._graph.equations[site.equation], self._behaviour[site.equation]
+        if kinds.is_join(eqn):
+            return takes_constants(self._graph, eqn) and self._leads_to_int8(eqn)
+        anchors = (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE)
+        return behaviour in anchors or site.kind == "softmax"
+
+    def _leads_to_int8(self, eqn: ir.Equation) -> bool:
+        """True where an int8 site reads what an equation gives: moved, or as a function of it.
+
+        A concatenation that ends in an output, or in operations that have no int8 form, would be
+        rounded to one scale for nothing.
+        """
+        graph = self._graph
+        stack, seen = list(eqn.outputs), set(eqn.outputs)
+        while stack:
+            var = stack.pop()
+            if var in self._read_by_sites:
+                return True
+            for user in graph.consumers.get(var, ()):
+                moves = self._hands_through(user) or user.name == "convert_element_type"
+                function = self._elementwise and self._bases.get(user.outputs[0]) is not None
+                if user.index not in self._barred and (moves or function):
+                    stack += [v for v in user.outputs if v not in seen]
+                    seen.update(user.outputs)
+        return False
+
+    @functools.cached_property
+    def _read_by_sites(self) -> frozenset[ir.Var]:
+        """The tensors that sites compute on in int8, or decide by."""
+        moving = (kinds.SELECT, kinds.LAYOUT)
+        found: set[ir.Var] = set()
+        for site in self._sites:
+            if self._behaviour[site.equation] not in moving:
+                is_elementwise = site.kind in kinds.ELEMENTWISE_KINDS
+                found.update(self._to_quantize(site) if is_elementwise else site.operands)
+        return frozenset(found)
+
+    @functools.cached_property
+    def _bases(self) -> Mapping[ir.Var, ir.Var]:
+        return composites.elementwise_bases(self._graph)
 
     def _need_operands(self, site: Site) -> None:
         for operand in site.operands:
@@ -123,7 +168,7 @@ class _Search:
             stack.extend(self._moved(eqn))
 
     def _hands_through(self, eqn: ir.Equation) -> bool:
-        if eqn.index in self._barred:
+        if eqn.index in self._barred or not takes_constants(self._graph, eqn):
             return False
         if self._relu and primitives.is_relu(eqn) and self._is_selected(eqn.input_vars[0]):
             return True  # max(q, 0) on the scale that the tensor has
@@ -150,8 +195,7 @@ class _Search:
         What is computed for one such site alone is fused with it: the accumulator of the
         convolution before an addition, say.  Of two accumulators the later one is.
         """
-        graph = self._graph
-        bases = composites.elementwise_bases(graph)
+        bases = self._bases
         for site in self._sites:
             if site.kind not in kinds.ELEMENTWISE_KINDS:
                 continue
@@ -208,6 +252,8 @@ class _Search:
             if self._behaviour.get(eqn.index) != kinds.LAYOUT or eqn.index in self._moves:
                 continue
             operands = self._moved(eqn)
+            if not takes_constants(self._graph, eqn):
+                continue
             if operands and all(v in self._int8 for v in operands):
                 spread.append(eqn)
                 self._int8.update(eqn.outputs)
@@ -243,16 +289,22 @@ class _Search:
     def _may_read_int8(self, eqn: ir.Equation) -> bool:
         """False under the skip scope, and where a value rounded to zero gives infinity."""
         rounded = eqn.name == "div" and any(v in self._int8 for v in _vars(eqn.inputs[1:]))
-        return not rounded and eqn.name not in _SINGULAR and not in_skip_scope(eqn.scope)
+        if rounded or eqn.name in _SINGULAR or in_skip_scope(eqn.scope):
+            return False
+        return not any(self._is_float_join(var) for var in eqn.input_vars)
+
+    def _is_float_join(self, var: ir.Var) -> bool:
+        """True for what a barred concatenation gives: it is there in float, with all its parts."""
+        eqn = self._graph.producer.get(primitives.movement_root(self._graph, var))
+        return eqn is not None and kinds.is_join(eqn) and eqn.index in self._barred
 
     def _elementwise_float(self, named: set[int]) -> list[int]:
         """Elementwise operations of two tensors that were left out of the int8 sites."""
-        bases = composites.elementwise_bases(self._graph)
         return [
             eqn.index
             for eqn in self._graph.equations
             if kinds.kind_of(self._graph, eqn) in kinds.ELEMENTWISE_KINDS
-            and eqn.outputs[0] not in bases
+            and eqn.outputs[0] not in self._bases
             and eqn.index not in named
         ]
 

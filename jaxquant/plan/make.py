@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jaxquant.calibration.observations import Observations, TensorStats, merge
 from jaxquant.calibration.observers import check_thresholds
@@ -15,6 +16,7 @@ from jaxquant.modes import MODES, Mode
 from jaxquant.plan import select
 from jaxquant.plan.bind import group_entries
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
+from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.grid import levels, make_grid
 from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
@@ -35,11 +37,13 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
+    tied: dict[str, ir.Var] = {}
     for choice in (weighted, without_skips, config):
         chosen = select.candidates(graph, found, choice)
-        barred = _barred(select.reported(graph, found, choice), chosen)
-        forms = find_forms(graph, chosen, choice.kinds, barred)
+        forms = _forms(graph, found, chosen, choice)
         entries |= {names[var]: var for var in forms.entries}
+        tied |= tied_tensors(graph, chosen, forms, names)
+    entries |= {name: var for name, var in tied.items() if name not in entries}
     if not entries:
         raise _nothing_left(
             {f"{s.kind}: {select.reason_for_float(graph, s, found, config)}" for s in sites}
@@ -64,11 +68,12 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
     sites = select.reported(graph, found, config)
     check_sites(sites)
     select.check_skip(found, config.skip)
-    chosen = select.candidates(graph, found, config)
-    with_scales = chosen if mode.tensor_scales else ()
-    forms = find_forms(graph, with_scales, config.kinds, _barred(sites, chosen))
     names = tensor_names(graph, found)
-    tensors = _plan_tensors(forms, names, observations, config) if observations else ()
+    if observations is None:
+        draft = _draft(graph, found, names, None, config)
+    else:
+        draft = _with_even_parts(graph, found, names, observations, config)
+    config, chosen, forms = draft.config, draft.chosen, draft.forms
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -85,7 +90,7 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
     plan = Plan(
         sites=tuple(plans),
-        tensors=tensors,
+        tensors=draft.tensors,
         kinds=tuple(sorted(config.kinds)),
         weight_quantize_type=config.weight_quantize_type,
         activation_quantize_type=config.activation_quantize_type,
@@ -98,10 +103,59 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
     return without_ties(graph, plan)
 
 
-def _barred(sites: Sequence[Site], chosen: Sequence[Site]) -> set[int]:
-    """The equations of the reported sites that stay float."""
+class _Draft(NamedTuple):
+    """What a configuration makes int8: the sites, the forms of tensors, their grids."""
+
+    config: QuantConfig
+    chosen: tuple[Site, ...]
+    forms: Forms
+    tensors: tuple[TensorPlan, ...]
+
+
+def _draft(
+    graph: ir.Graph,
+    found: Sequence[Site],
+    names: Mapping[ir.Var, str],
+    observations: Observations | None,
+    config: QuantConfig,
+) -> _Draft:
+    chosen = select.candidates(graph, found, config)
+    with_scales = chosen if MODES[config.mode].tensor_scales else ()
+    forms = _forms(graph, found, with_scales, config)
+    if observations is None:
+        return _Draft(config, chosen, forms, ())
+    constants = constants_in(graph, chosen, forms)
+    tensors = _plan_tensors(forms, names, constants, observations, config)
+    return _Draft(config, chosen, forms, tensors)
+
+
+def _with_even_parts(
+    graph: ir.Graph,
+    found: Sequence[Site],
+    names: Mapping[ir.Var, str],
+    observations: Observations,
+    config: QuantConfig,
+) -> _Draft:
+    """What becomes int8 without the sites that would tie parts of too different a range.
+
+    Each round leaves more sites in float, so there is a last one.
+    """
+    draft, seen = _draft(graph, found, names, observations, config), observations.tensors
+    while uneven := find_uneven(graph, draft.chosen, draft.forms, names, seen, draft.tensors):
+        left = (*draft.config.left_float, *uneven.items())
+        config = dataclasses.replace(draft.config, left_float=left)
+        draft = _draft(graph, found, names, observations, config)
+    return draft
+
+
+def _forms(
+    graph: ir.Graph, found: Sequence[Site], chosen: Sequence[Site], config: QuantConfig
+) -> Forms:
+    """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
-    return {s.equation for s in sites if s.name not in allowed and not s.inside}
+    sites = select.reported(graph, found, config)
+    barred = {s.equation for s in sites if s.name not in allowed and not s.inside}
+    return find_forms(graph, chosen, config.kinds, barred)
 
 
 def _nothing_left(reasons: set[str]) -> ValueError:
@@ -111,8 +165,18 @@ def _nothing_left(reasons: set[str]) -> ValueError:
 
 
 def _plan_tensors(
-    forms: Forms, names: Mapping[ir.Var, str], observations: Observations, config: QuantConfig
+    forms: Forms,
+    names: Mapping[ir.Var, str],
+    constants: Mapping[ir.Var, Sequence[str]],
+    observations: Observations,
+    config: QuantConfig,
 ) -> tuple[TensorPlan, ...]:
+    """The grids of the tensors that are quantized from float.
+
+    Args:
+      constants: the tensor that stands for a group -> the constants that its scale has to hold.
+        They tell of its range alone: how often a constant is there says nothing of the activations.
+    """
     missing = [names[var] for var in forms.entries if names[var] not in observations.tensors]
     if missing:
         raise ValueError(
@@ -120,16 +184,27 @@ def _plan_tensors(
             "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
         )
     groups: dict[str, list[str]] = {}
+    beside: dict[str, list[TensorStats]] = {}
     heads = group_entries(forms)
     for var in forms.entries:
-        groups.setdefault(names[heads[var]], []).append(names[var])
+        group = names[heads[var]]
+        groups.setdefault(group, []).append(names[var])
+        beside[group] = [
+            observations.tensors[name]
+            for name in constants.get(forms.group[var], ())
+            if name in observations.tensors
+        ]
     asymmetric = config.activation_quantize_type == "asymmetric"
     stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
     steps = [levels(s.min, s.max, asymmetric) for s in stats]
     tensors = []
     thresholds = _thresholds(observations, config, groups, stats, steps)
     for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
-        grid = make_grid(threshold, seen.min, seen.max, asymmetric)
+        held = beside[group]
+        threshold = max([threshold, *(constant.abs_max for constant in held)])
+        low = min([seen.min, *(constant.min for constant in held)])
+        high = max([seen.max, *(constant.max for constant in held)])
+        grid = make_grid(threshold, low, high, asymmetric)
         tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
     return tuple(tensors)
 
@@ -173,9 +248,11 @@ def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:
 
 def _unused(graph: ir.Graph, site: Site, forms: Forms) -> str:
     eqn = graph.equations[site.equation]
-    if kinds.behaviour(site.kind, eqn) == kinds.LAYOUT and eqn.index not in forms.moves:
+    if site.inside or eqn.index in forms.moves:
+        return ""
+    if kinds.behaviour(site.kind, eqn) == kinds.LAYOUT:
         return "between float operations"
-    return ""
+    return "no int8 site reads it" if kinds.is_join(eqn) else ""
 
 
 def _site_plan(

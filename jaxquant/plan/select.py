@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jaxquant.config import QuantConfig
 from jaxquant.errors import nearest
-from jaxquant.graph import ir, kinds
+from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
 from jaxquant.modes import MODES
+from jaxquant.plan.constants import has_infinity, takes_constants
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -63,6 +64,12 @@ def in_skip_scope(scope: str) -> bool:
 
 def _unfit(graph: ir.Graph, site: Site) -> str:
     eqn = graph.equations[site.equation]
+    for operand in site.operands:
+        source = graph.producer.get(primitives.movement_root(graph, operand))
+        if source is None or not has_infinity(graph, source):
+            continue
+        if not takes_constants(graph, source):
+            return f"its input holds infinities, which {source.name} puts there"
     if eqn.name not in DOT_EQUATIONS:
         return ""
     for operand in eqn.input_vars:

@@ -42,9 +42,8 @@ _LARGEST_RATIO = 64.0  # beyond which a ratio stays: one more in the sum is so m
 _BITS = 14  # of the multiple that the largest scale is of the unit, less one
 _FEWEST = 2  # units in a multiplier
 
-_SELECTING = frozenset(
-    {"max", "min", "clamp", "neg", "concatenate", "slice", "pad", "reduce_max", "reduce_window_max"}
-)
+_SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
+_SELECTING = frozenset(_SELECTED.split())
 _ADDING = frozenset({"add", "add_any", "sub"})
 
 

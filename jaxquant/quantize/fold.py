@@ -69,13 +69,17 @@ def _without_copies(graph: ir.Graph, var: ir.Var, value: Any) -> Any:
 def channel_vector(
     graph: ir.Graph, step: AffineStep, folded: dict[ir.Var, np.ndarray]
 ) -> np.ndarray:
-    """The operand of an affine step as float64, [] or [C] in the order of the weight's channels."""
+    """The operand of an affine step as float64, [C] in the order of the weight's channels.
+
+    [] where it is a scalar, and where the site has no channels (a product of two activations): of
+    an operand of any rank its one value is left then.
+    """
     operand = step.operand
     assert operand is not None
     value = operand.value if isinstance(operand, ir.Literal) else folded[operand]
     value = np.asarray(value).astype(np.float64)
-    if value.ndim == 0:
-        return value
+    if value.ndim == 0 or not step.channels.sizes:
+        return value.reshape(())
     ascending = sorted(step.channels.axes)
     value = value.reshape([value.shape[a] for a in ascending])  # the other axes have size 1
     value = value.transpose([ascending.index(a) for a in step.channels.axes])

@@ -11,11 +11,8 @@ import dataclasses
 import enum
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
-import numpy as np
-
-from jaxquant.graph import ir
+from jaxquant.graph import ir, primitives
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import is_computed_weight, read_in_float
 
@@ -189,7 +186,7 @@ def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
     """The bounds of `max`, `min` or `clamp` of a tensor with constants; None of anything else."""
     if var not in eqn.input_vars:
         return None
-    values = [None if x == var else _constant(graph, x) for x in eqn.inputs]
+    values = [None if x == var else primitives.constant_scalar(graph, x) for x in eqn.inputs]
     if eqn.name == "max" and len(found := [v for v in values if v is not None]) == 1:
         return found[0], math.inf
     if eqn.name == "min" and len(found := [v for v in values if v is not None]) == 1:
@@ -199,20 +196,6 @@ def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
         if low is not None and high is not None:
             return low, high
     return None
-
-
-def _constant(graph: ir.Graph, atom: ir.Atom) -> float | None:
-    """The value of a literal or of a constant scalar, which may be cast and broadcast."""
-    dtype = graph.dtype(atom)
-    while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
-        if eqn.name not in ("convert_element_type", "broadcast_in_dim", "copy"):
-            return None
-        atom = eqn.inputs[0]
-    value: Any = atom.value if isinstance(atom, ir.Literal) else graph.constants.get(atom)
-    if value is None or np.ndim(value):
-        return None
-    number = float(np.asarray(value).astype(dtype))
-    return None if math.isnan(number) else number
 
 
 def clamp_after(first: Clamp, then: Clamp) -> Clamp:

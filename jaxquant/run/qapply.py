@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
@@ -92,6 +93,8 @@ class QuantizedApply:
         self.__name__ = "qapply"
 
         def int8_model(qparams: Mapping[str, Any], *inputs: Any) -> Any:
+            if (empty := self._of_nothing(inputs)) is not None:
+                return empty
             env = self.program(*inputs).run(qparams, jax.tree.leaves(inputs))
             return evaluate.outputs(env)
 
@@ -119,6 +122,20 @@ class QuantizedApply:
         """
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
         return Program(self.source(inputs), self.plan, self.source.params, fuse)
+
+    def _of_nothing(self, inputs: tuple[Any, ...]) -> Any:
+        """The outputs where all of them are empty, as for a batch of no samples; else None.
+
+        There is nothing to compute then, and the model may well compute something else: JAX leaves
+        out operations that have no element.
+        """
+        if not any(0 in x.shape for x in jax.tree.leaves(inputs)):
+            return None
+        graph = self.source(inputs)
+        if not all(0 in graph.shape(x) for x in graph.outputs):
+            return None
+        empty = [jnp.zeros(graph.shape(x), graph.dtype(x)) for x in graph.outputs]
+        return jax.tree.unflatten(graph.out_tree, empty)
 
     @functools.cached_property
     def backend(self) -> Backend:

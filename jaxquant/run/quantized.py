@@ -94,21 +94,25 @@ class QuantizedTensors:
     def _scale_entry(self, var: ir.Var) -> Mapping[str, jax.Array]:
         return self._tensors[self._binding.scales[var]]
 
+    def _moved(self, atom: ir.Atom, result: ir.Var) -> jax.Array:
+        """An operand of an equation that gives `result` in int8.
+
+        A float that has no int8 form of its own is a constant beside what is moved (a class token,
+        a padding value, the zero of a ReLU), and goes on the grid of the result.  Indices and
+        truth values stay as they are.
+        """
+        if isinstance(atom, int) and atom in self._binding.forms.int8:
+            return self.int8(atom)
+        value = jnp.asarray(self._env.read(atom))
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        return self._quantize(value, result) if is_float else value
+
     def _move(self, eqn: ir.Equation) -> Sequence[jax.Array]:
         """Apply an equation that selects or moves values to int8 values."""
         params = dict(eqn.params)
-        operands = [
-            self.int8(x) if isinstance(x, int) and x in self._binding.forms.int8
-            else self._env.read(x)
-            for x in eqn.inputs
-        ]  # fmt: skip
+        operands = [self._moved(x, eqn.outputs[0]) for x in eqn.inputs]
         if eqn.name == "convert_element_type":
             return operands
-        if eqn.name in ("pad", "max"):  # a padding value, the zero of a ReLU
-            operands = [
-                self._quantize(jnp.asarray(x), eqn.outputs[0]) if x.dtype != jnp.int8 else x
-                for x in operands
-            ]
         if eqn.name == "reduce_window_max":
             return [pooling.max_pool(operands[0], eqn)]
         if eqn.name == "gather":

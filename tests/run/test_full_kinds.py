@@ -74,6 +74,13 @@ MOVES = {
         lambda y: jnp.concatenate([y[:1], y[1:], y], 0),
         lambda q: np.concatenate([q[:1], q[1:], q], 0),
     ),
+    "stack": (
+        "concat",
+        lambda y: jnp.stack([y[:, 1:], y[:, :5]], 3),
+        lambda q: np.stack([q[:, 1:], q[:, :5]], 3),
+    ),
+    "tile": ("reshape", lambda y: jnp.tile(y, (1, 2, 3, 1)), lambda q: np.tile(q, (1, 2, 3, 1))),
+    "repeat": ("reshape", lambda y: jnp.repeat(y, 2, 1), lambda q: np.repeat(q, 2, 1)),
     "transpose": (
         "transpose",
         lambda y: y.transpose(0, 2, 1, 3),
@@ -445,14 +452,14 @@ def alone():
     return np.asarray(x), full.quantize(alone_fn, params, x)(x)
 
 
-@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] in ("pool2d", "concat")])
+@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] == "pool2d"])
 def test_selections_alone(alone, name):
     x, out = alone
     np.testing.assert_array_equal(out[name], MOVES[name][2](quantize(x, 2.0)) * 2.0)
 
 
-@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] not in ("pool2d", "concat")])
-def test_layout_operations_of_a_float_tensor_for_a_float_consumer_stay_float(alone, name):
+@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] != "pool2d"])
+def test_joins_and_layout_operations_of_a_float_tensor_for_a_float_consumer_stay_float(alone, name):
     x, out = alone
     np.testing.assert_array_equal(out[name], MOVES[name][2](x))
 
@@ -484,15 +491,15 @@ def test_softmax_alone(alone):
     np.testing.assert_allclose(out["softmax"], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -1000.0])
-def test_padding_is_rounded_and_saturated_on_the_tensors_grid(value):
+@pytest.mark.parametrize(("value", "scale"), [(0.0, 2.0), (3.0, 2.0), (-1000.0, 8.0)])
+def test_padding_is_rounded_to_the_tensors_grid_which_holds_it(value, scale):
     def apply_fn(p, x):
         return jnp.pad(x, ((0, 0), (1, 1)), constant_values=value) @ p["w"]
 
     params, x = {"w": 127 * jnp.eye(C + 2)}, networks.whole_numbers((3, C)) + 0.375
     model = full.quantize(apply_fn, params, x)
-    padded = np.pad(quantize(x, 2.0), ((0, 0), (1, 1)), constant_values=quantize(value, 2.0))
-    np.testing.assert_array_equal(model(x), 127 * 2.0 * padded)
+    padded = np.pad(quantize(x, scale), ((0, 0), (1, 1)), constant_values=quantize(value, scale))
+    np.testing.assert_array_equal(model(x), 127 * scale * padded)
 
 
 def test_a_padded_max_pool_never_picks_the_padding():

@@ -1,0 +1,294 @@
+"""Which operations stay float because what they tie together differs too much for one scale.
+
+An int8 operation that selects or moves values ties the scales of what it reads and gives.  A part
+with a small range beside one with a large range is then rounded to a few steps, or to zero: scores
+beside boxes in a concatenation, a class token beside the patches, one of the heads that a dense
+layer gives together.  Calibration has seen each part, so the loss is known before anything is
+quantized: the error of a part on the shared scale against that on a scale of its own.
+
+Where a part loses too much, the operation that ties it is left in float, and so is each site that
+would read what is joined on one scale without need (sums, additions, comparisons, products of two
+activations).  Convolutions and dots with a weight that sum over the joined axis stay int8: what
+they read has one scale with and without the concatenation; `recover=("equalization",)` gives their
+input channels scales of their own.  Behind a normalisation nothing is judged: it evens parts out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from jaxquant.calibration.observations import TensorStats
+from jaxquant.graph import composites, ir, kinds, primitives
+from jaxquant.graph.sites import Site
+from jaxquant.plan.constants import constants_of, has_infinity
+from jaxquant.plan.forms import Forms
+from jaxquant.plan.grid import make_grid
+from jaxquant.plan.inputs import input_axes
+from jaxquant.plan.plan import TensorPlan
+
+GOOD_DB = 20.0  # of a part on the scale that it shares: no less is tolerated ...
+GAIN_DB = 6.0  # ... where a scale of its own would give so much more
+_POINTS = 8  # of each bin of a histogram, at which the rounding error is taken
+
+
+def constants_in(graph: ir.Graph, sites: Iterable[Site], forms: Forms) -> dict[ir.Var, list[str]]:
+    """The tensor that stands for a group -> the names of the constants that are on its scale."""
+    found: dict[ir.Var, list[str]] = {}
+    for site in sites:
+        eqn = graph.equations[site.equation]
+        if not site.inside and eqn.index in forms.moves:
+            found.setdefault(forms.group[eqn.outputs[0]], []).extend(constants_of(graph, site))
+    return found
+
+
+def tied_tensors(
+    graph: ir.Graph, sites: Iterable[Site], forms: Forms, names: Mapping[ir.Var, str]
+) -> dict[str, ir.Var]:
+    """What has to be observed to judge the operations that tie scales, by name."""
+    found: dict[str, ir.Var] = {}
+    for site in sites:
+        if not _ties(graph, site, forms):
+            continue
+        eqn = graph.equations[site.equation]
+        found |= constants_of(graph, site)
+        for parts in (site.operands, eqn.outputs):
+            for var, name in _named(graph, site, parts, names).items():
+                source = graph.producer.get(var)
+                if source is None or not has_infinity(graph, source):
+                    found[name] = var
+    return found
+
+
+def _named(
+    graph: ir.Graph, site: Site, tensors: Iterable[ir.Var], names: Mapping[ir.Var, str]
+) -> dict[ir.Var, str]:
+    """The names of the statistics of what a site reads or gives, seen through rearrangements."""
+    found = {}
+    for position, var in enumerate(tensors):
+        root = primitives.movement_root(graph, var)
+        found[root] = names.get(root, f"{site.name}/output_{position}")
+    return found
+
+
+def _ties(graph: ir.Graph, site: Site, forms: Forms) -> bool:
+    """True for a site that hands int8 through and whose parts may differ: no rearrangement."""
+    eqn = graph.equations[site.equation]
+    if site.inside or eqn.index not in forms.moves or has_infinity(graph, eqn):
+        return False
+    return not primitives.is_movement(graph, eqn)
+
+
+def find_uneven(
+    graph: ir.Graph,
+    sites: Sequence[Site],
+    forms: Forms,
+    names: Mapping[ir.Var, str],
+    stats: Mapping[str, TensorStats],
+    tensors: Sequence[TensorPlan],
+) -> dict[str, str]:
+    """The sites that have to stay float, with the reason.
+
+    Args:
+      graph: the traced model.
+      sites: those that run in int8 now.
+      forms: the int8 forms with these sites.
+      names: tensor -> its name in the observations.
+      stats: what calibration saw.
+      tensors: the grids of the entries.
+
+    Returns:
+      Site name -> reason; empty where every part keeps enough of its accuracy.
+    """
+    grids = {tensor.name: tensor for tensor in tensors}
+    groups: dict[ir.Var, TensorPlan] = {}
+    largest: dict[ir.Var, float] = {}
+    for entry in forms.entries:
+        group = forms.group[entry]
+        groups[group] = grids[names[entry]]
+        largest[group] = max(largest.get(group, 0.0), stats[names[entry]].abs_max)
+    for group, beside in constants_in(graph, sites, forms).items():
+        held = [stats[name].abs_max for name in beside if name in stats]
+        largest[group] = max(largest[group], *held, 0.0)
+    readers = _Readers(graph, sites, forms)
+    found: dict[str, str] = {}
+    for site in sites:
+        if not _ties(graph, site, forms):
+            continue
+        eqn = graph.equations[site.equation]
+        constants = constants_of(graph, site)
+        is_join = kinds.is_join(eqn) or bool(constants)
+        read = [*_named(graph, site, site.operands, names).values(), *constants]
+        given = _named(graph, site, eqn.outputs, names).values()
+        whole = {name: stats[name] for name in read if name in stats}
+        parts = whole if is_join else {name: stats[name] for name in given if name in stats}
+        group = forms.group[eqn.outputs[0]]
+        if not (parts and whole) or group not in groups:
+            continue
+        # What the other members of the group do to this tie is another tie's matter.
+        reach = max(part.abs_max for part in whole.values())
+        share = min(1.0, reach / largest[group]) if largest[group] > 0 else 1.0
+        grid = dataclasses.replace(
+            groups[group],
+            threshold=groups[group].threshold * share,
+            scale=groups[group].scale * share,
+        )
+        lost = _worst(parts, grid)
+        if lost is None:
+            continue
+        name, kept = lost
+        reason = (
+            f"its parts differ in range, {parts[name].abs_max:.3g} beside {reach:.3g}: one scale "
+            f"would leave {kept:.0f} dB of {name}"
+        )
+        if not is_join:
+            found[site.name] = reason
+            continue
+        reading = readers.of(eqn, site)
+        if reading is not None:
+            found[site.name] = reason
+            for other in reading:
+                found.setdefault(
+                    other, f"the parts of its input differ in range (see {site.name!r})"
+                )
+    return found
+
+
+def _worst(parts: Mapping[str, TensorStats], grid: TensorPlan) -> tuple[str, float] | None:
+    """The part that keeps least on the grid, with its SQNR in dB; None where all keep enough."""
+    found = None
+    for name, part in parts.items():
+        kept = sqnr_on(part, grid.scale, grid.threshold)
+        if kept >= (GOOD_DB if found is None else found[1]):
+            continue
+        own = make_grid(part.abs_max, part.min, part.max, grid.zero_point != 0)
+        if sqnr_on(part, own.scale, part.abs_max) >= kept + GAIN_DB:
+            found = name, kept
+    return found
+
+
+def sqnr_on(stats: TensorStats, scale: float, threshold: float) -> float:
+    """The SQNR in dB of a tensor that is rounded to multiples of `scale` within `threshold`.
+
+    The values of a bin are spread over it, but for exact zeros: what bin 0 holds in excess of its
+    neighbour has no error.
+
+    Example:
+      >>> counts = np.zeros(2048, np.uint64)
+      >>> counts[1024:2048] = 1  # evenly from 1 to 2
+      >>> round(sqnr_on(TensorStats(counts, 2.0**-10, 1.0, 2.0, 2.0, 1024), 2 / 127, 2.0))
+      51
+    """
+    counts = np.asarray(stats.counts, np.float64).copy()
+    counts[0] = min(counts[0], counts[1])
+    (used,) = np.nonzero(counts)
+    if not used.size:
+        return math.inf
+    points = (np.arange(_POINTS) + 0.5) / _POINTS
+    values = (used[:, None] + points) * stats.bin_width
+    weights = np.repeat(counts[used, None] / _POINTS, _POINTS, axis=1)
+    rounded = np.rint(np.minimum(values, threshold) / scale) * scale
+    noise = float(np.sum(weights * (values - rounded) ** 2))
+    signal = float(np.sum(weights * values**2))
+    return 10 * math.log10(signal / noise) if noise > 0 else math.inf
+
+
+class _Readers:
+    """Who reads what a concatenation gives."""
+
+    def __init__(self, graph: ir.Graph, sites: Sequence[Site], forms: Forms):
+        self._graph = graph
+        self._forms = forms
+        self._sites = {site.equation: site for site in sites if not site.inside}
+        self._softmax = {
+            var: site for site in self._sites.values() if site.kind == "softmax"
+            for var in site.operands
+        }  # fmt: skip
+        self._bases = composites.elementwise_bases(graph)
+        self._normalising = composites.normalisation_members(graph)
+
+    def of(self, eqn: ir.Equation, site: Site) -> set[str] | None:
+        """The sites that shall read the result of a concatenation in float.
+
+        None where nobody would gain by float parts: all that reads them are convolutions and dots
+        which sum over the joined axis, and quantize what they read on one scale anyhow.
+        """
+        found: set[str] = set()
+        gains = self._follow(eqn.outputs[0], _joined_axes(eqn), found)
+        gains |= any(
+            other != eqn.index and self._computes(other)
+            for var in site.operands
+            for other in (user.index for user in self._graph.consumers.get(var, ()))
+        )
+        return found if gains else None
+
+    def _computes(self, index: int) -> bool:
+        """True for a site that reads integers as they are."""
+        site = self._sites.get(index)
+        if site is None:
+            return False
+        behaviour = kinds.behaviour(site.kind, self._graph.equations[index])
+        return behaviour in (kinds.ACCUMULATE, kinds.DECIDE)
+
+    def _follow(self, var: ir.Var, axes: frozenset[int] | None, found: set[str]) -> bool:
+        """Whether something gains by reading a tensor in float; adds the sites that do to `found`.
+
+        Args:
+          var: the tensor.
+          axes: those along which its parts lie; None behind a function of it, whose parts are
+            read by convolutions and dots as they come.
+          found: the names of sites.
+        """
+        graph, gains = self._graph, var in self._graph.output_vars
+        if var in self._softmax:
+            found.add(self._softmax[var].name)
+            gains = True
+        for user in graph.consumers.get(var, ()):
+            gains |= self._reads(user, var, axes, found)
+        return gains
+
+    def _reads(
+        self, user: ir.Equation, var: ir.Var, axes: frozenset[int] | None, found: set[str]
+    ) -> bool:
+        graph, site = self._graph, self._sites.get(user.index)
+        behaviour = kinds.behaviour(site.kind, user) if site is not None else ""
+        if site is not None and behaviour == kinds.ACCUMULATE:
+            stored = site.weight is not None and bool(graph.sources(site.weight))
+            if stored and (axes is None or _sums_over(site, user, axes)):
+                return False
+            found.add(site.name)
+            return True
+        if site is not None and (behaviour == kinds.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS):
+            found.add(site.name)
+            return True
+        if user.index in self._forms.moves:
+            if kinds.kind_of(graph, user) in ("slice", "gather"):
+                return True  # parts come out again, each to be judged by itself
+            moved = None if axes is None else primitives.follow_axes(graph, user, axes)
+            gains = False
+            for output in user.outputs:
+                gains |= self._follow(output, moved, found)
+            if gains and site is not None and behaviour == kinds.SELECT:
+                found.add(site.name)
+            return gains
+        if user.index not in self._normalising and self._bases.get(user.outputs[0]) is not None:
+            self._follow(user.outputs[0], None, found)
+        return True
+
+
+def _joined_axes(eqn: ir.Equation) -> frozenset[int]:
+    """The axes along which a concatenation or a padding lays things beside each other."""
+    if eqn.name == "pad":
+        config = eqn.params["padding_config"]
+        return frozenset(axis for axis, pads in enumerate(config) if any(pads))
+    return frozenset({int(eqn.params["axis" if eqn.name == "stack" else "dimension"])})
+
+
+def _sums_over(site: Site, eqn: ir.Equation, axes: frozenset[int]) -> bool:
+    """True for a convolution or dot whose every output sums over all of these axes of its input."""
+    if eqn.params.get("feature_group_count", 1) != 1:
+        return False
+    return axes <= frozenset(input_axes(site, eqn))
