@@ -19,7 +19,7 @@ from jaxquant.plan.make import make_plan
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report, warn_if_poor
-from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.report.sqnr import Outputs, measure_sqnr
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
 
@@ -201,15 +201,15 @@ def _quantize(
     plan = make_plan(graph, None, config)
     qparams = quantize_params(graph, plan, params)
     program = program_by_site(graph, plan, params)
-    sqnr, output_sqnr = _measured(program, params, qparams, inputs)
-    report = make_report(program, plan, params, qparams, sqnr, output_sqnr, recovery={})
+    sqnr, outputs = _measured(program, params, qparams, inputs)
+    report = make_report(program, plan, params, qparams, sqnr, outputs, recovery={})
     warn_if_poor(report)
     return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
 
 
 def _measured(
     program: Program, params: Any, qparams: Any, inputs: tuple[Any, ...]
-) -> tuple[dict[str, float], float | None]:
+) -> tuple[dict[str, float], Outputs | None]:
     """The SQNR on the example; nothing where it is shapes alone."""
     if _has_shapes(inputs):
         return {}, None

@@ -143,8 +143,8 @@ def _build(
         file=file,
         progress=progress,
     )
-    sqnr, output_sqnr = measure_sqnr(comparison, qparams, examples[:1])
-    report = make_report(program, plan, params, qparams, sqnr, output_sqnr, notes)
+    sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
+    report = make_report(program, plan, params, qparams, sqnr, outputs, notes)
     return Built(qparams, QuantizedApply(Code(apply_fn, params), plan, report, examples[0]))
 
 

@@ -237,7 +237,8 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 def _report(data: dict[str, Any]) -> Report:
     try:
-        report = Report(data["rows"], data["tensors"], data["summary"])
+        outputs = data.get("outputs", ())  # files of earlier releases have none
+        report = Report(data["rows"], data["tensors"], data["summary"], outputs)
         str(report), report.to_json(), report._repr_html_()
     except Exception as error:  # of whatever formats a value that is not what it should be
         raise FileError(f"the report is damaged: {error!r:.300}") from None

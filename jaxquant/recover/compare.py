@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import jax_shim, sites
+from jaxquant.graph import jax_shim, sites, trace
 from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.static_values import static_values
 from jaxquant.plan.bind import Int8Site
 from jaxquant.recover.activation import find_activation
+from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.shift import Powers, Shift, compare_outputs, powers
 from jaxquant.run.program import Program
 
@@ -24,11 +25,13 @@ class Measured(NamedTuple):
       sites: site name -> the powers of its output, behind the affine part of its epilogue and
         before its own shift is taken away.
       outputs: the powers of each float output of the model.
+      columns: of the same, what `jaxquant.recover.columns.measure_columns` gives.
       shifts: name of each int8 site with a weight of its own -> its shift.
     """
 
     sites: dict[str, Powers]
     outputs: list[Powers]
+    columns: list[Columns]
     shifts: dict[str, Shift]
 
 
@@ -54,6 +57,18 @@ class Comparison:
         }
 
     @property
+    def output_names(self) -> list[str]:
+        """The float outputs by their paths in what the model returns; "output" for a bare array."""
+        graph = self._program.graph
+        indexed = jax.tree.unflatten(graph.out_tree, range(len(graph.outputs)))
+        paths = jax.tree_util.tree_flatten_with_path(indexed)[0]
+        return [
+            trace.path_name(path) if path else "output"
+            for (path, _), x in zip(paths, graph.outputs, strict=True)
+            if _is_float(graph.dtype(x))
+        ]
+
+    @property
     def corrected(self) -> Collection[str]:
         """The sites whose bias can take their shift away."""
         return self._activations.keys()
@@ -68,16 +83,17 @@ class Comparison:
             are those that remain.
         """
         found = self._step(self._params, self._known, qparams, jax.tree.leaves(inputs), correct)
-        by_site, by_output, shifts = jax.device_get(found)
+        by_site, by_output, by_column, shifts = jax.device_get(found)
         return Measured(
             {name: Powers(*both) for name, both in by_site.items()},
             [Powers(*both) for both in by_output],
+            [Columns(*each) for each in by_column],
             {name: Shift(*sums) for name, sums in shifts.items()},
         )
 
     def _compare(
         self, params: Any, known: Any, qparams: Any, flat: list[Any], correct: jax.Array
-    ) -> tuple[dict[str, jax.Array], list[jax.Array], dict[str, jax.Array]]:
+    ) -> tuple[dict[str, jax.Array], list[jax.Array], list[jax.Array], dict[str, jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
         graph = self._program.graph
         reference = evaluate_float(graph, params, flat, known=known)
@@ -98,12 +114,13 @@ class Comparison:
         for name, var in self._tensors.items():
             if var is not None and var in quantized and name not in by_site:
                 by_site[name] = powers(reference.read(var), quantized.wide(var))
-        by_output = [
-            powers(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+        both = [
+            (jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
             for x in graph.outputs
             if _is_float(graph.dtype(x))
         ]
-        return by_site, by_output, shifts
+        by_output = [powers(*pair) for pair in both]
+        return by_site, by_output, [measure_columns(*pair) for pair in both], shifts
 
 
 def _is_float(dtype: Any) -> bool:

@@ -18,6 +18,7 @@ from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.report.coverage import tensor_rows
+from jaxquant.report.sqnr import Outputs
 from jaxquant.report.table import html_table, text_table
 from jaxquant.run.program import Program
 
@@ -52,11 +53,14 @@ class Report:
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
         recovery (step -> what it did); with a metric: control, see `jaxquant.analysis.control`.
+      outputs: one dict per float output of the model, on the first calibration batch: name,
+        sqnr_db, worst_column, worst_column_db, lost_columns; see `jaxquant.report.sqnr.Outputs`.
     """
 
     rows: Sequence[Mapping[str, Any]]
     tensors: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    outputs: Sequence[Mapping[str, Any]] = ()
 
     def __str__(self) -> str:
         return f"{text_table(self._cells(), _RIGHT)}\n\n{self._footer()}"
@@ -77,6 +81,7 @@ class Report:
             "summary": _finite(self.summary),
             "rows": [_finite(row) for row in self.rows],
             "tensors": list(self.tensors),
+            "outputs": [_finite(row) for row in self.outputs],
         }
         return json.dumps(plain, indent=1)
 
@@ -103,6 +108,7 @@ class Report:
             lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
         if s["output_sqnr_db"] is not None:
             lines.append(f"Outputs on the first batch: {s['output_sqnr_db']:.1f} dB SQNR.")
+            lines += output_lines(self.outputs)
         lines.append(
             f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
             f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
@@ -116,6 +122,27 @@ class Report:
         if "backend" in s and MODES[s["mode"]].integer:
             lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
         return "\n".join(lines)
+
+
+def output_lines(outputs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The worst of several outputs, and the worst column: sums of squares hide what is small."""
+    lines = []
+    noisy = [row for row in outputs if row["sqnr_db"] is not None]  # None: infinite, of a file
+    if len(outputs) > 1 and noisy:
+        worst = min(noisy, key=lambda row: row["sqnr_db"])
+        lines.append(f"  Worst of {len(outputs)}: {worst['name']}, {worst['sqnr_db']:.1f} dB.")
+    with_columns = [row for row in outputs if row["worst_column_db"] is not None]
+    if with_columns:
+        worst = min(with_columns, key=lambda row: row["worst_column_db"])
+        where = f" of {worst['name']}" if len(outputs) > 1 else ""
+        lines.append(
+            f"  Worst column: {worst['worst_column']}{where}, {worst['worst_column_db']:.1f} dB."
+        )
+    for row in outputs:
+        if lost := row["lost_columns"]:
+            shown = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            lines.append(f"  Lost in {row['name']}, one value in int8: columns {shown}.")
+    return lines
 
 
 def control_lines(control: Mapping[str, Any]) -> list[str]:
@@ -140,7 +167,7 @@ def make_report(
     params: Any,
     qparams: Any,
     sqnr: Mapping[str, float],
-    output_sqnr: float | None,
+    outputs: Outputs | None,
     recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
@@ -175,7 +202,7 @@ def make_report(
         "kinds": by_kind,
         "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
         "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
-        "output_sqnr_db": output_sqnr,
+        "output_sqnr_db": outputs.sqnr_db if outputs else None,
         "bytes_before": tree_bytes(params),
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
@@ -184,7 +211,7 @@ def make_report(
         "group_size": plan.group_size,
         "recovery": dict(recovery),
     }
-    return Report(rows, tensors, summary)
+    return Report(rows, tensors, summary, outputs.rows if outputs else ())
 
 
 def warn_if_poor(report: Report) -> None:

@@ -251,3 +251,59 @@ def test_a_poor_model_warns_with_its_worst_sites():
     with pytest.warns(UserWarning, match=r"only 0\.0 dB .* worst sites are w \(0\.0 dB\)"):
         _, qapply = quantize()
     assert qapply.report().summary["output_sqnr_db"] == pytest.approx(0.0, abs=0.01)
+
+
+def outputs_of(apply_fn, params, x, **options):
+    _, qapply = networks.quantize(params, apply_fn, x, **options)
+    return qapply.report()
+
+
+def test_each_output_has_a_row_with_its_worst_column():
+    w = np.array(networks.images(0, (6, 3)))
+    w[:, 1] = networks.exact_weight((6,), 1)  # its products are exact
+
+    def apply_fn(p, x):
+        return {"a": x @ p["w"], "b": [(x @ p["w"])[:, 0], jnp.argmax(x, -1)]}
+
+    x = networks.whole_numbers((4, 6))
+    report = outputs_of(apply_fn, {"w": jnp.asarray(w)}, x)
+    first, second = report.outputs
+    assert (first["name"], second["name"]) == ("a", "b/0")
+    assert first["worst_column"] in (0, 2)
+    assert first["worst_column_db"] < first["sqnr_db"]
+    assert first["lost_columns"] == second["lost_columns"] == []
+    assert second["worst_column"] is None  # a vector has no columns
+    lines = str(report).splitlines()
+    assert f"  Worst of 2: b/0, {second['sqnr_db']:.1f} dB." in lines or (
+        f"  Worst of 2: a, {first['sqnr_db']:.1f} dB." in lines
+    )
+    worst = f"  Worst column: {first['worst_column']} of a, {first['worst_column_db']:.1f} dB."
+    assert worst in lines
+
+
+def test_a_column_that_is_one_value_in_int8_is_lost_and_named():
+    """Two heads that one int8 tensor holds; the sum over all columns tells nothing."""
+
+    def apply_fn(p, x):
+        return jnp.sin((x @ p["w"]) @ p["eye"]) + x.sum() * 0.0
+
+    w = np.asarray(networks.images(0, (6, 4))) * np.array([1.0, 1.0, 1.0, 1e-4], np.float32)
+    params = {"w": jnp.asarray(w), "eye": jnp.eye(4)}
+    report = outputs_of(apply_fn, params, networks.images(1, (16, 6)))
+    (row,) = report.outputs
+    assert row["lost_columns"] == [3]
+    assert row["worst_column"] == 3
+    assert row["worst_column_db"] == pytest.approx(0.0, abs=0.1)
+    assert row["sqnr_db"] > 30
+    assert "  Lost in output, one value in int8: columns 3." in str(report).splitlines()
+    assert json.loads(report.to_json())["outputs"] == [row]
+
+
+def test_what_a_relu_made_zero_is_not_lost():
+    def apply_fn(p, x):
+        return jax.nn.relu((x @ p["w"]) @ p["eye"])
+
+    w = np.asarray(networks.images(0, (6, 3))) * np.array([1.0, 1.0, 1e-4], np.float32)
+    params = {"w": jnp.asarray(w), "eye": jnp.eye(3)}
+    report = outputs_of(apply_fn, params, networks.images(1, (16, 6)))
+    assert report.outputs[0]["lost_columns"] == []

@@ -1,0 +1,84 @@
+"""The columns of an output, float model against int8 model: a small one may be lost in the sum.
+
+A column is an index of the last axis: a class, a coordinate, a channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Columns(NamedTuple):
+    """Of y and ŷ in each column, float32 [C], over the values where y is finite.
+
+    Attributes:
+      signal, noise: Σ y² and Σ (y - ŷ)²; infinite noise where the int8 model alone is not finite.
+      low, high: the least and the largest y.
+      int8_low, int8_high: likewise of ŷ.
+      zeros: how often y is exactly zero.
+    """
+
+    signal: Any
+    noise: Any
+    low: Any
+    high: Any
+    int8_low: Any
+    int8_high: Any
+    zeros: Any
+
+    @property
+    def sqnr_db(self) -> np.ndarray:
+        """[C]; NaN for a column that is all zero, which has no noise to compare."""
+        signal, noise = (np.asarray(x, np.float64) for x in (self.signal, self.noise))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(signal > 0, 10 * np.log10(signal / noise), np.nan)
+
+    @property
+    def lost(self) -> np.ndarray:
+        """bool [C], True where y varies and never is zero, and ŷ is one value.
+
+        Values behind a ReLU, of which a few may well all be rounded to zero, are no loss.
+        """
+        varies = np.asarray(self.low) < np.asarray(self.high)
+        is_constant = np.asarray(self.int8_low) == np.asarray(self.int8_high)
+        return varies & is_constant & (np.asarray(self.zeros) == 0)
+
+
+def join(a: Columns, b: Columns) -> Columns:
+    """Of two batches together, in NumPy."""
+    return Columns(
+        signal=a.signal + b.signal,
+        noise=a.noise + b.noise,
+        low=np.minimum(a.low, b.low),
+        high=np.maximum(a.high, b.high),
+        int8_low=np.minimum(a.int8_low, b.int8_low),
+        int8_high=np.maximum(a.int8_high, b.int8_high),
+        zeros=a.zeros + b.zeros,
+    )
+
+
+def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
+    """`Columns` [7, C] of two arrays of one shape; C is 0 below rank 2: there are none."""
+    if reference.ndim < 2 or 0 in reference.shape:
+        return jnp.zeros((len(Columns._fields), 0), jnp.float32)
+    y, y_hat = (x.astype(jnp.float32) for x in (reference, quantized))
+    rows = tuple(range(y.ndim - 1))
+    counted = jnp.isfinite(y)
+    noise = jnp.sum(jnp.where(counted, y - y_hat, 0) ** 2, axis=rows)
+    extremes = [
+        function(jnp.where(counted, x, bound), axis=rows)
+        for x in (y, y_hat)
+        for function, bound in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+    ]
+    return jnp.stack(
+        [
+            jnp.sum(jnp.where(counted, y, 0) ** 2, axis=rows),
+            jnp.where(jnp.isnan(noise), jnp.inf, noise),
+            *extremes,
+            jnp.sum(y == 0, axis=rows).astype(jnp.float32),
+        ]
+    )
