@@ -24,6 +24,7 @@ import pathlib
 import secrets
 import shutil
 import stat
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,6 +36,10 @@ _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 _SEAL = ".sha256"
 _MOST_TEXT = 1 << 16  # bytes of a seal or a note
 _FAILURE_SECONDS = 3600.0
+_BUILDING = ".building-"
+_BUILDING_SECONDS = 86400.0  # longer than anything takes to be made
+# In it an ELF file says where its table of sections is, which linkers write at its end.
+_ELF_SECTIONS = struct.Struct("<40xQ10xHH")
 
 
 def cache_dir() -> pathlib.Path:
@@ -143,7 +148,8 @@ class Folder:
 
         A linker makes files as the umask says, which may let others write to them.
         """
-        name = f".building-{secrets.token_hex(8)}"
+        self._sweep()
+        name = f"{_BUILDING}{secrets.token_hex(8)}"
         os.mkdir(name, 0o700, dir_fd=self._descriptor)
         try:
             descriptor = os.open(name, _READ | os.O_DIRECTORY, dir_fd=self._descriptor)
@@ -153,6 +159,15 @@ class Folder:
                 os.close(descriptor)
         finally:
             shutil.rmtree(name, ignore_errors=True, dir_fd=self._descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what processes left that were ended while they made something."""
+        for name in self.names():
+            if name.startswith(_BUILDING):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+                    if time.time() - status.st_mtime > _BUILDING_SECONDS:
+                        shutil.rmtree(name, ignore_errors=True, dir_fd=self._descriptor)
 
     def remember_failure(self, name: str, reason: str) -> None:
         """Note why something failed, for a while."""
@@ -215,6 +230,9 @@ class Workshop:
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
             os.close(descriptor)
             raise BuildError("the compiler left an empty library, though it reported success")
+        if not _is_whole(descriptor, status.st_size):
+            os.close(descriptor)
+            raise BuildError("the compiler left half a library, though it reported success")
         os.fchmod(descriptor, 0o600)
         return Sealed(descriptor, self.path / name, needs)
 
@@ -240,7 +258,8 @@ class Workshop:
         finally:
             os.close(descriptor)
         os.rename(name, name, src_dir_fd=self._descriptor, dst_dir_fd=self._cache)
-        os.fsync(self._cache)
+        with contextlib.suppress(OSError):  # some file systems do not do that to folders
+            os.fsync(self._cache)
 
 
 def _is_there(path: pathlib.Path) -> bool:
@@ -259,6 +278,17 @@ def _not_ours(status: os.stat_result) -> str | None:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"is writable by others (mode {stat.S_IMODE(status.st_mode):o})"
     return None
+
+
+def _is_whole(descriptor: int, size: int) -> bool:
+    """False for an ELF file that was cut off: loading it would end the process."""
+    header = os.pread(descriptor, _ELF_SECTIONS.size, 0)
+    if not header.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, little end first
+        return True  # of another system; or none, which the loader refuses
+    if len(header) < _ELF_SECTIONS.size:
+        return False
+    start, each, count = _ELF_SECTIONS.unpack(header)
+    return size >= start + each * count
 
 
 def _digest(descriptor: int, needs: str) -> str:

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -189,6 +190,8 @@ class TestLibrary:
         ("true", "left no library"),
         (': > "$output"', "empty library"),
         ('mkfifo "$output"', "empty library"),
+        ('head -c 100000 "$made" > "$output"', "half a library"),
+        ('head -c 40 "$made" > "$output"', "half a library"),
         ('echo junk > "$output"', "does not load"),
         ('c++ -shared -fPIC -x c++ /dev/null -o "$output"', "does not load.*jaxquant_"),
         ("printf '\\377\\376' >&2; exit 1", "failed"),
@@ -203,6 +206,17 @@ def test_a_compiler_that_gives_nothing_of_use(
     with pytest.raises(BuildError, match=reason):
         build.build()
     assert not [path for path in folder.iterdir() if not path.name.startswith("processor-")]
+
+
+def test_what_ended_processes_left_is_removed(folder: pathlib.Path):
+    with cache.Folder(folder) as opened:
+        for name, age in ((".building-old", 2 * 86400), (".building-new", 60)):
+            (folder / name).mkdir()
+            (folder / name / "library.so").write_bytes(b"half")
+            os.utime(folder / name, (time.time() - age,) * 2)
+        with opened.workshop():
+            pass
+    assert [path.name for path in folder.iterdir()] == [".building-new"]
 
 
 class TestWhere:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 
 import jax
@@ -39,8 +39,8 @@ def functions() -> dict[str, Callable[[], object]]:
     y = jnp.asarray(rng.normal(size=(2, 9, 9, 20)), jnp.float32)
     window = jnp.asarray(rng.normal(size=(3, 3, 1, 20)), jnp.float32)
     out = native.Requantize(8.0, 3)
-    counts = rng.poisson(3, (8, 200)).astype(np.float64)
-    limit, levels = np.full(8, 200.0), np.full(8, 127.0)
+    counts = rng.poisson(3, (2, 100)).astype(np.float64)
+    limit, levels = np.full(2, 100.0), np.full(2, 127.0)
     weighing = native.Weighing(16.0, 1e-9, 1e-9, 1e-12)
 
     @jax.jit
@@ -66,22 +66,33 @@ def functions() -> dict[str, Callable[[], object]]:
     }
 
 
+def call_in_threads(called: Mapping[str, Callable[[], object]], calls: int) -> None:
+    """So many calls in all, whose results are compared."""
+    expected = {name: jax.device_get(call()) for name, call in called.items()}
+
+    def work(seed: int) -> None:
+        for name in random.Random(seed).choices(list(called), k=calls // THREADS):
+            found = jax.device_get(called[name]())
+            jax.tree.map(np.testing.assert_array_equal, found, expected[name])
+
+    with futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(work, range(THREADS)))
+
+
 @pytest.mark.usefixtures("_threads_take_turns")
 @pytest.mark.parametrize("calls", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_threads_call_every_function_at_once(calls: int):
     called = functions()
     assert set(called) == {*foreign.HANDLERS, *foreign.SIGNATURES}
-    expected = {name: jax.device_get(call()) for name, call in called.items()}
+    call_in_threads(called, calls)
 
-    def work(seed: int) -> None:
-        names = random.Random(seed).choices(list(called), k=calls // THREADS)
-        for name in names:
-            jax.tree.map(
-                np.testing.assert_array_equal, jax.device_get(called[name]()), expected[name]
-            )
 
-    with futures.ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(work, range(THREADS)))
+@pytest.mark.usefixtures("_threads_take_turns")
+@pytest.mark.parametrize("name", foreign.SIGNATURES)
+@pytest.mark.parametrize("calls", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_threads_call_one_function_at_once(name: str, calls: int):
+    """Where they do nothing else they meet in it more often."""
+    call_in_threads({name: functions()[name]}, calls)
 
 
 @pytest.mark.usefixtures("_threads_take_turns")
