@@ -88,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the file to write; default: PATH with another suffix",
     )
     convert.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="SHAPE",
+        help="the sizes of each input, with names for those that vary: 'b, 224, 224, 3', or "
+        "'1, 224, 224, 3' for one image at a time; default: as the model was saved",
+    )
+    convert.add_argument(
+        "--constraints",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="what holds for the sizes with names: 's <= 512'",
+    )
+    convert.add_argument(
         "--opset",
         type=int,
         default=17,
@@ -234,6 +249,9 @@ def _convert(options: argparse.Namespace) -> int:
     if os.path.abspath(output) == os.path.abspath(options.path):
         raise ValueError(f"{output} is the model itself; give another --output")
     qparams, qapply = load_quantized_model(options.path)
+    # One text is for all inputs, several are for one each.
+    shapes = tuple(options.shapes) if len(options.shapes) > 1 else next(iter(options.shapes), None)
+    sizes: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
     if options.to == "onnx":
         export_onnx(
             output,
@@ -243,9 +261,10 @@ def _convert(options: argparse.Namespace) -> int:
             channels_first=options.channels_first,
             runtime=options.runtime,
             processors=options.processors,
+            **sizes,
         )
     else:
-        export_stablehlo(output, qparams, qapply)
+        export_stablehlo(output, qparams, qapply, **sizes)
     size = os.path.getsize(output)
     if options.json:
         print(json.dumps({"output": output, "format": options.to, "bytes": size}))

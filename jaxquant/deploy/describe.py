@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Tensor
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Scalar, Tensor
 from jaxquant.files import tensor_names
-from jaxquant.graph import evaluate, ir, trace
+from jaxquant.graph import evaluate, ir, jax_shim, sites, trace
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.liveness import is_computed_weight
@@ -32,6 +32,9 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
+_WITH_BODIES = frozenset({"scan", "while", "cond"})
+
+
 class _Describer:
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -48,7 +51,7 @@ class _Describer:
         self, input_names: tuple[str, ...], output_names: tuple[str, ...]
     ) -> tuple[Network, dict[str, np.ndarray]]:
         graph, binding, forms = self._graph, self._program.binding, self._program.binding.forms
-        sites = {graph.producer[s.epilogue.output].index: s for s in binding.sites}
+        by_index = {graph.producer[s.epilogue.output].index: s for s in binding.sites}
         inputs = tuple(self._number(var) for var in graph.inputs)
         moves = []
         for index in sorted(forms.moves):
@@ -56,8 +59,8 @@ class _Describer:
             self._need_static(eqn.inputs)
             moves.append(self._node(eqn))
         for eqn in self._program.equations:
-            if eqn.index in sites:
-                self._nodes.append(self._site(sites[eqn.index]))
+            if eqn.index in by_index:
+                self._nodes.append(self._site(by_index[eqn.index]))
             elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
                 selects = eqn.index in binding.selects
                 if not selects:
@@ -99,6 +102,34 @@ class _Describer:
             scope=eqn.scope,
             reads_int8=reads_int8,
             selects=selects,
+            bodies=self._bodies(eqn),
+            source=jax_shim.line_of(eqn.source_info),
+        )
+
+    def _bodies(self, eqn: ir.Equation) -> tuple[Body, ...]:
+        """The bodies of a loop or a choice; of what else holds programs, none."""
+        if eqn.name not in _WITH_BODIES:
+            return ()
+        keys = [key for key, _, _ in jax_shim.sub_bodies(dict(eqn.params))]
+        return tuple(
+            self._body(key, graph)
+            for key, graph in zip(keys, sites.body_graphs(self._graph, eqn), strict=True)
+        )
+
+    def _body(self, key: str, graph: ir.Graph) -> Body:
+        """A body; its tensors get numbers of this network."""
+        inner = _Describer(self._program)
+        inner._graph, inner._tensors = graph, self._tensors
+        inner._constants, inner._arrays = self._constants, self._arrays
+        for var, value in graph.constants.items():
+            name = f"constants/{len(self._arrays)}"
+            self._constants[str(inner._number(var))] = name
+            self._arrays[name] = np.asarray(jax.device_get(value))
+        return Body(
+            key,
+            tuple(inner._number(var) for var in graph.inputs),
+            tuple(inner._node(eqn) for eqn in graph.equations),
+            tuple(inner._atom(atom) for atom in graph.outputs),
         )
 
     def _site(self, int8_site: Int8Site) -> Int8Node:

@@ -41,7 +41,8 @@ class Node:
     """One operation, by the name and the parameters of its JAX primitive.
 
     `reads_int8` tells that operands with an int8 form are read dequantized; `selects` that the
-    result is int8 and this is its dequantized value.
+    result is int8 and this is its dequantized value.  `bodies` are those of a loop or a choice.
+    `source` is where the model says so, as "file.py:12"; "" where that is not known.
     """
 
     op: str
@@ -51,6 +52,25 @@ class Node:
     scope: str
     reads_int8: bool = False
     selects: bool = False
+    bodies: tuple[Body, ...] = ()
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """What a loop repeats, or a branch: a graph of its own, over the tensors of the network.
+
+    Attributes:
+      key: the parameter of the JAX primitive that it is, such as "cond_jaxpr".
+      inputs: what the operation sets before the nodes run.
+      nodes: its operations, in order, on floats.
+      outputs: what it gives.
+    """
+
+    key: str
+    inputs: tuple[Var, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Atom, ...]
 
 
 @dataclasses.dataclass(frozen=True)

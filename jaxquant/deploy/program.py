@@ -83,10 +83,14 @@ def export_program(
 
 @contextlib.contextmanager
 def explained(inputs: tuple[Any, ...]) -> Iterator[None]:
-    """An error about sizes that vary becomes a ValueError that says what to do."""
+    """An error about the inputs' sizes becomes a ValueError that says what to do."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, TypeError) and not _is_symbolic_trouble(error):
+            raise ValueError(
+                f"the model takes no inputs of {_shapes(inputs)}, as shapes=... says: {error}"
+            ) from error
         if not _is_symbolic_trouble(error):
             raise
         raise ValueError(

@@ -34,16 +34,31 @@ def input_specs(example: tuple[Any, ...], shapes: Any, constraints: Sequence[str
     if isinstance(shapes, list):  # as jax.export takes it
         shapes = tuple(shapes)
     leaves, structure = jax.tree.flatten(example)
-    spread = jax.tree.broadcast(shapes, example, is_leaf=_is_none)
-    texts = jax.tree.leaves(spread, is_leaf=_is_none)
+    texts = _texts(shapes, example)
     likes = [_like(text, ir.struct(leaf)) for text, leaf in zip(texts, leaves, strict=True)]
     return export.symbolic_args_specs(
         jax.tree.unflatten(structure, likes), shapes, constraints=tuple(constraints)
     )
 
 
-def _is_none(node: Any) -> bool:
-    return node is None
+def _texts(shapes: Any, example: tuple[Any, ...]) -> list[str | None]:
+    """The text for each array among the inputs."""
+
+    def is_none(node: Any) -> bool:
+        return node is None
+
+    try:
+        spread = jax.tree.broadcast(shapes, example, is_leaf=is_none)
+    except ValueError:
+        texts = []
+    else:
+        texts = jax.tree.leaves(spread, is_leaf=is_none)
+    if not texts or not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"the model has {len(example)} inputs; shapes are a text, such as '1, 224, 224, 3', or "
+            "a tuple of one for each input"
+        )
+    return texts
 
 
 def _like(text: str | None, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -55,6 +70,8 @@ def _like(text: str | None, struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruc
         parts[-1:] = ["_"] * (len(struct.shape) - len(parts) + 1)
     if len(parts) != len(struct.shape):
         raise ValueError(f"{text!r} gives {len(parts)} sizes for an array of shape {struct.shape}")
+    if any(part.startswith("-") for part in parts):
+        raise ValueError(f"{text!r} has a size below 0; one that varies has a name, such as 'b'")
     sizes = [
         int(part) if part.isascii() and part.isdigit() else size
         for part, size in zip(parts, struct.shape, strict=True)

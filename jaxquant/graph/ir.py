@@ -38,7 +38,7 @@ class Equation:
     `scope` is the joined name stack: the Flax module path and any `jax.named_scope`; `calls` are
     the names of the jit-compiled functions that the equation was inlined from, outermost first,
     with a number that tells their calls apart; `modules` are the classes of the Flax modules that
-    it is in, outermost first.
+    it is in, outermost first; `source_info` is JAX's, of the line that it comes from.
     """
 
     index: int
@@ -49,6 +49,7 @@ class Equation:
     scope: str
     calls: tuple[str | int, ...] = ()
     modules: tuple[str, ...] = ()
+    source_info: Any = None
 
     @property
     def name(self) -> str:

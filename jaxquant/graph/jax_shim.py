@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import dispatch
+from jax._src import dispatch, source_info_util
 from jax._src.export import _export
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
@@ -82,6 +83,16 @@ def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 def scope_of(eqn: JaxprEqn) -> str:
     """The name stack of an equation (relative to the call that holds it), joined with '/'."""
     return str(eqn.source_info.name_stack)
+
+
+def line_of(source_info: Any) -> str:
+    """The line of the user's code that an equation comes from, as "file.py:12"; "" if not known."""
+    summary = "" if source_info is None else source_info_util.summarize(source_info)
+    found = _LINE.search(summary)
+    return f"{found[1]}:{found[2]}" if found else ""
+
+
+_LINE = re.compile(r"([^/\\]+?):(\d+)(?::\d+)? \(")  # of "/folder/file.py:12:4 (function)"
 
 
 def dtype_of(literal: Literal) -> Any:

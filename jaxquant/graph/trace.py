@@ -145,12 +145,18 @@ class _Builder:
         args: Sequence[ir.Atom],
         scope: str,
         calls: tuple[str | int, ...] = (),
+        source: Any = None,
     ) -> list[ir.Atom]:
+        """Add the equations of a jaxpr, those of calls in place of the calls.
+
+        `source` is where the outermost call is: JAX traces the body of a call once, so its
+        equations tell where the first of all calls was.
+        """
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            source = self.source(var.aval, f"constant_{len(self.constants)}")
-            self.constants[source] = const
-            env[var] = source
+            constant = self.source(var.aval, f"constant_{len(self.constants)}")
+            self.constants[constant] = const
+            env[var] = constant
 
         def read(atom: Any) -> ir.Atom:
             if isinstance(atom, jax_shim.Literal):
@@ -160,11 +166,12 @@ class _Builder:
         for eqn in jaxpr.eqns:
             operands = [read(x) for x in eqn.invars]
             inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
+            line = eqn.source_info if source is None else source
             body = jax_shim.inlined_body(eqn)
             if body is not None and not self.keeps(eqn):
                 name = eqn.params.get("name", eqn.primitive.name)
                 inner_calls = (*calls, str(name), len(self.equations))
-                results = self.inline(*body, operands, inner_scope, inner_calls)
+                results = self.inline(*body, operands, inner_scope, inner_calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
@@ -181,6 +188,7 @@ class _Builder:
                     plain_scope,
                     calls,
                     modules,
+                    line,
                 )
             )
         return [read(x) for x in jaxpr.outvars]

@@ -73,6 +73,29 @@ def test_convert_to_onnx(saved, tmp_path):
     assert onnx.TensorProto.UINT8 not in types
 
 
+@pytest.mark.parametrize(("shape", "batch"), [("1, 8, 8, 3", 1), ("n, 8, 8, 3", "n")])
+@pytest.mark.parametrize("to", ["onnx", "stablehlo"])
+def test_convert_for_other_shapes_than_the_model_was_saved_for(to, shape, batch, saved, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    output = tmp_path / "model"
+    assert main(["convert", str(saved), "--to", to, "--shapes", shape, "-o", str(output)]) == 0
+    if to == "onnx":
+        size = onnx.load(output).graph.input[0].type.tensor_type.shape.dim[0]
+        assert (size.dim_param or size.dim_value) == batch
+    else:
+        exported = jax.export.deserialize(bytearray(output.read_bytes()))
+        assert str(exported.in_avals[-1].shape[0]) == str(batch)
+
+
+def test_shapes_that_the_model_does_not_take_are_refused(saved, tmp_path, capsys):
+    convert = ["convert", str(saved), "--to", "stablehlo", "-o", str(tmp_path / "m"), "--shapes"]
+    assert main([*convert, "1, 8, 8"]) == 2
+    assert "gives 3 sizes for an array of shape (4, 8, 8, 3)" in capsys.readouterr().err
+    assert main([*convert, "1, 8, 8, 5"]) == 2
+    assert "the size 5 is not 3" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
 def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
     (tmp_path / "bad").write_bytes(saved.read_bytes()[:-1])
     for arguments in (

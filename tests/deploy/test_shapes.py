@@ -44,6 +44,17 @@ def test_another_number_of_axes_is_an_error(text):
         input_specs(EXAMPLE, text)
 
 
+@pytest.mark.parametrize("shapes", [("a, 4, 2", "b, 4, 2"), (1, 4, 2), [1, 4, 2], {"x": "1"}, 1])
+def test_what_is_no_text_for_each_input_is_an_error(shapes):
+    with pytest.raises(ValueError, match=r"the model has 1 inputs; shapes are a text"):
+        input_specs(EXAMPLE, shapes)
+
+
+def test_a_size_that_varies_is_no_negative_number():
+    with pytest.raises(ValueError, match="below 0; one that varies has a name"):
+        input_specs(EXAMPLE, "-1, 4, 2")
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_model_is_exported_for_another_batch_than_it_was_quantized_with(batch, tmp_path):
     qparams, qapply = small()

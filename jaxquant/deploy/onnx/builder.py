@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxquant.deploy.onnx import whole_numbers
+from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.extras import how_to_install
 
 Size = int | str  # a string names a size that varies
@@ -23,10 +26,6 @@ def import_onnx() -> Any:
     except ImportError as error:
         raise ImportError(f"export_onnx needs onnx: {how_to_install('onnx')}") from error
     return onnx
-
-
-class NotCovered(Exception):
-    """An operation, or a form of it, that the export does not cover; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,7 @@ class Builder:
         self.nodes: list[Any] = []
         self.arrays: dict[str, np.ndarray] = {}  # the initialisers
         self._constants: dict[Any, str] = {}
+        self.read: set[str] = set()  # the names that some node reads
         self._names: set[str] = set()
         self._sizes: dict[str, tuple[str, int]] = {}
         self.scope = ""
@@ -97,9 +97,22 @@ class Builder:
         name = self.unique("/".join(part for part in (self.scope, hint or op) if part))
         ends = [f":{k}" if outputs > 1 else ":out" for k in range(outputs)]
         names = [self.unique(name + end) for end in ends]
+        self.read.update(inputs)
         make = self.onnx.helper.make_node
         self.nodes.append(make(op, list(inputs), names, name=name, **attributes))
         return names
+
+    @contextlib.contextmanager
+    def subgraph(self) -> Iterator[list[Any]]:
+        """What is added inside goes into the list of nodes that it gives: the body of a loop.
+
+        A body may read whatever was added before, and initialisers.
+        """
+        outer, self.nodes = self.nodes, []
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = outer
 
     def constant(self, array: Any, hint: str = "constant", is_shared: bool = True) -> str:
         """An initialiser; equal arrays share one, unless this one is not to be shared."""
@@ -127,10 +140,11 @@ class Builder:
         varying = [size for size in sizes if isinstance(size, str)]
         if len(varying) <= 1 and (may_infer or not varying) and 0 not in sizes:
             return self.ints([-1 if isinstance(size, str) else size for size in sizes])
-        parts = [self._size(size) if isinstance(size, str) else self.ints([size]) for size in sizes]
+        parts = [whole_numbers.name_of(self, whole_numbers.of_size(self, size)) for size in sizes]
         return self.node("Concat", parts, "shape", axis=0)
 
-    def _size(self, size: str) -> str:
+    def named_size(self, size: str) -> str:
+        """A size that varies, of its name: int64 [1]."""
         if size not in self._sizes:
             raise NotCovered(f"the size {size!r}, which no input has")
         name, axis = self._sizes[size]

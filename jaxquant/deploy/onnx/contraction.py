@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.network import Node
-from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.errors import NotCovered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,16 @@ class ConvForm:
     def kernel(self, array: np.ndarray) -> np.ndarray:
         """The ONNX kernel from the JAX kernel."""
         return np.flip(array.transpose(self.kernel_order), self.flipped)
+
+
+def flipped_kernel(b: Builder, form: ConvForm, kernel: Value) -> str:
+    """The ONNX kernel of a convolution whose kernel runs backwards; it may be computed."""
+    kernel = b.ordered(kernel, form.kernel_order)
+    if kernel.name in b.arrays:
+        return b.constant(np.flip(b.arrays[kernel.name], form.flipped))
+    count = len(form.flipped)
+    bounds = ([-1] * count, [-(2**31)] * count, form.flipped, [-1] * count)
+    return b.node("Slice", [kernel.name, *map(b.ints, bounds)])
 
 
 def is_pointwise(form: ConvForm) -> bool:

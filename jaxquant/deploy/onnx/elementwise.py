@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.network import Node
-from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value
+from jaxquant.deploy.onnx.builder import Builder, Size, Value
+from jaxquant.deploy.onnx.errors import NotCovered
 
 _DIRECT = {
     "abs": "Abs",
@@ -93,8 +94,6 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
         raise NotCovered(f"the operation {node.op!r}")
     if node.op in _ON_TRUTH_VALUES and dtypes[0] != "bool":
         raise NotCovered(f"the operation {node.op!r} on {dtypes[0]}")
-    if node.op == "div" and dtypes[0].startswith(("int", "uint")):
-        raise NotCovered("the division of integers")
     return apply(builder, _DIRECT[node.op], values)
 
 
@@ -164,9 +163,15 @@ def _erfc(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Valu
 
 
 def _round(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    if "EVEN" not in str(node.params.get("rounding_method")):
-        raise NotCovered("rounding halves away from zero")
-    return apply(b, "Round", x)
+    if "EVEN" in str(node.params.get("rounding_method")):
+        return apply(b, "Round", x)
+    # Halves away from zero.  Not floor(|x| + 1/2), which is 1 for the largest float below 1/2.
+    size = apply(b, "Abs", x)
+    below = apply(b, "Floor", [size])
+    rest = apply(b, "Sub", [size, below])
+    up = apply(b, "GreaterOrEqual", [rest, scalar(b, 0.5)])
+    rounded = apply(b, "Where", [up, apply(b, "Add", [below, scalar(b, 1)]), below])
+    return apply(b, "Mul", [apply(b, "Sign", x), rounded])
 
 
 def _ne(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
@@ -185,6 +190,9 @@ def _rem(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value
 def _select(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     if len(x) != 3 or dtypes[0] != "bool":
         raise NotCovered("a choice between other than two cases")
+    if dtypes[1] == "bool":  # which runtimes' Where does not take
+        chosen = apply(b, "And", [x[0], x[2]])
+        return apply(b, "Or", [chosen, apply(b, "And", [apply(b, "Not", [x[0]]), x[1]])])
     return apply(b, "Where", [x[0], x[2], x[1]])
 
 

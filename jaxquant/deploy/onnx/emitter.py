@@ -9,10 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Var
-from jaxquant.deploy.onnx import contraction, elementwise, reduction, shaping
-from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx import (
+    contraction,
+    control_flow,
+    elementwise,
+    indexing,
+    ordering,
+    reduction,
+    shaping,
+)
+from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.sites import emit_site
+
+_WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 
 
 class Emitter:
@@ -34,7 +45,10 @@ class Emitter:
         self._moves = {var: node for node in network.moves for var in node.outputs}
         self._readers: dict[Var, list[Node | Int8Node]] = {}
         self._layouts: dict[Var, Sequence[int]] = {}
+        self._makers: dict[Var, Node | Int8Node] = {}
         for node in network.nodes:
+            ends = (node.output,) if isinstance(node, Int8Node) else node.outputs
+            self._makers.update(dict.fromkeys(ends, node))
             inputs = node.operands if isinstance(node, Int8Node) else node.inputs
             for atom in inputs:
                 if isinstance(atom, int):
@@ -60,8 +74,37 @@ class Emitter:
                 for var in node.outputs:
                     self._floats[var] = self.dequantized(var)
             else:
-                with self._at(node.scope, f"the operation {node.op!r} in {node.scope!r}"):
-                    self._float_node(node)
+                self.emit(node)
+
+    def emit(self, node: Node) -> None:
+        """Emit an operation on floats; of the network, or of the body of a loop."""
+        with self._at(node.scope, self._place(node)):
+            self._float_node(node)
+
+    def _place(self, node: Node) -> str:
+        """Where an operation is, for an error: its scope, its line, the parameters around it."""
+        where = f"the operation {node.op!r}" + (f" in {node.scope!r}" if node.scope else "")
+        if node.source:
+            where += f", {node.source}"
+        near = self._nearest(node)
+        return where + (f", behind {near}" if near else "")
+
+    def _nearest(self, node: Node) -> str:
+        """The site or parameter that an operation reads, perhaps through others; "" if none."""
+        queue, seen = [x for x in node.inputs if isinstance(x, int)], set[Var]()
+        while queue:
+            var = queue.pop(0)
+            if var in seen:
+                continue
+            seen.add(var)
+            if str(var) in self.network.leaves:
+                return f"parameter {self.network.leaves[str(var)]!r}"
+            maker = self._makers.get(var)
+            if isinstance(maker, Int8Node):
+                return f"site {maker.name!r}"
+            if maker is not None:
+                queue += [x for x in maker.inputs if isinstance(x, int)]
+        return ""
 
     def value(self, atom: Atom) -> Value:
         """The float (or whole-number) value of a tensor."""
@@ -141,7 +184,9 @@ class Emitter:
 
     def _move(self, node: Node) -> None:
         """An operation that hands int8 values on: its result has the scale of its operands."""
-        with self._at(node.scope, f"the operation {node.op!r} in {node.scope!r}"):
+        with self._at(node.scope, self._place(node)):
+            if node.op == "gather":  # int8 has no NaN: qapply fills with what stands for zero
+                node = dataclasses.replace(node, params={**node.params, "fill_value": 0.0})
             values = [
                 self.dequantized(x) if isinstance(x, int) and str(x) in self.network.scales
                 else self.value(x)
@@ -194,8 +239,12 @@ class Emitter:
             return [self._dot(node, values, shapes[0])]
         if node.op == "conv_general_dilated":
             return [self._conv(node, values, shapes[0])]
-        if node.op == "split":
-            return shaping.split(self.builder, node, self._copied(node, values)[0], shapes)
+        if node.op in control_flow.OPERATIONS:
+            return control_flow.emit(self, node, self._copied(node, values))
+        if node.op in _WITH_DTYPES:
+            dtypes = [elementwise.onnx_dtype(self.dtype(x)) for x in node.inputs]
+            copied = self._copied(node, values)
+            return _WITH_DTYPES[node.op](self.builder, node, copied, shapes, dtypes)
         if node.op == "optimization_barrier":
             return list(values)
         if len(node.outputs) != 1:
@@ -208,7 +257,8 @@ class Emitter:
                 values = self._copied(node, values)
             return shaping.TABLE[node.op](self.builder, node, list(values), shape)
         if node.op in reduction.OPERATIONS:
-            return reduction.emit(self.builder, node, self._copied(node, values)[0], shape)
+            dtype = elementwise.onnx_dtype(self.dtype(node.inputs[0]))
+            return reduction.emit(self.builder, node, self._copied(node, values)[0], shape, dtype)
         scaled = _scaled(node, values)
         if scaled is not None:
             return scaled
@@ -232,10 +282,7 @@ class Emitter:
         x, kernel = self._copied(node, values)
         form = contraction.conv_form(node, [int(size) for size in kernel.shape])
         if form.flipped:
-            if kernel.name not in self.builder.arrays:
-                raise NotCovered("a transposed convolution whose kernel is computed")
-            array = self.builder.arrays[kernel.name]
-            name = self.builder.constant(form.kernel(array))
+            name = contraction.flipped_kernel(self.builder, form, kernel)
         else:
             name = self.builder.ordered(kernel, form.kernel_order).name
         return contraction.conv(self.builder, node, form, x, name, None, shape)

@@ -135,15 +135,15 @@ def _model(
             value = emitter.full(value, atom)
         value = builder.ordered(value, _order(value.rank, channels_first))
         output = builder.unique(name)
+        builder.read.add(value.name)
         builder.nodes.append(
             onnx.helper.make_node("Identity", [value.name], [output], name=f"{name}/Identity")
         )
         outputs.append(_info(onnx, Value(output, value.shape, value.order), dtype))
-    used = {name for node in builder.nodes for name in node.input}
     initializers = [
         onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         for name, array in builder.arrays.items()
-        if name in used
+        if name in builder.read
     ]
     if sum(array.nbytes for array in builder.arrays.values()) > _MAX_BYTES:
         raise ValueError("the model is larger than the 2 GiB of one ONNX file")

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise
-from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value
+from jaxquant.deploy.onnx.builder import Builder, Size, Value
+from jaxquant.deploy.onnx.errors import NotCovered
 
 _REDUCTIONS = {
     "reduce_max": "ReduceMax",
@@ -18,18 +19,28 @@ _REDUCTIONS = {
     "reduce_prod": "ReduceProd",
     "reduce_sum": "ReduceSum",
 }
+# Of truth values, as whole numbers.
+_LOGICAL = {"reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}
 _INDICES = {"argmax": "ArgMax", "argmin": "ArgMin"}
 _AXES_AS_INPUT = {"ReduceSum": 13, "ReduceMax": 18, "ReduceMin": 18, "ReduceProd": 18}
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
-OPERATIONS = frozenset((*_REDUCTIONS, *_INDICES, *_WINDOWS, "cumsum"))
+# What ONNX has no operator for: the operator of two elements, and what it leaves as they are.
+_CUMULATIVE = {"cummax": ("Max", -np.inf), "cummin": ("Min", np.inf), "cumprod": ("Mul", 1.0)}
+OPERATIONS = frozenset((*_REDUCTIONS, *_LOGICAL, *_INDICES, *_WINDOWS, *_CUMULATIVE, "cumsum"))
 
 
-def emit(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
-    """The result of a reduction; `shape` is that of the result."""
+def emit(
+    b: Builder, node: Node, value: Value, shape: tuple[Size, ...], dtype: str = "float32"
+) -> Value:
+    """The result of a reduction; `shape` is that of the result, `dtype` that of the operand."""
     if node.op in _WINDOWS:
         return _window(b, node, value, shape)
     if node.op in _INDICES:
         return _index(b, node, value, shape)
+    if node.op in _CUMULATIVE:
+        if dtype != "float32":
+            raise NotCovered(f"the operation {node.op!r} on {dtype}")
+        return _cumulative(b, node, value)
     if node.op == "cumsum":
         value = b.plain(value)
         axis = b.constant(np.int64(value.axis(node.params["axis"])))
@@ -37,6 +48,25 @@ def emit(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value
         name = b.node("CumSum", [value.name, axis], reverse=reverse)
         return dataclasses.replace(value, name=name)
     return _reduce(b, node, value, shape)
+
+
+def _cumulative(b: Builder, node: Node, value: Value) -> Value:
+    """Over 2, 4, 8, ... elements: each round meets what it has with itself, so far moved on."""
+    op, neutral = _CUMULATIVE[node.op]
+    value, axis = b.plain(value), node.params["axis"]
+    size, at = value.shape[axis], value.axis(axis)
+    if not isinstance(size, int):
+        raise NotCovered(f"the operation {node.op!r} along an axis whose size varies")
+    name, reverse, reach = value.name, bool(node.params.get("reverse")), 1
+    fill = b.constant(np.float32(neutral), "neutral")
+    while reach < size:
+        pads = [0] * (2 * value.rank)
+        pads[at + (value.rank if reverse else 0)] = reach
+        moved = b.node("Pad", [name, b.ints(pads), fill], mode="constant")
+        ends = ([reach], [reach + size]) if reverse else ([0], [size])
+        moved = b.node("Slice", [moved, *map(b.ints, (*ends, [at]))])
+        name, reach = b.node(op, [name, moved]), 2 * reach
+    return dataclasses.replace(value, name=name)
 
 
 def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
@@ -51,7 +81,13 @@ def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Va
         factor = value.factor * math.prod(size for size in sizes if isinstance(size, int))
         return Value(name, shape, order, factor)
     value = b.plain(value)
-    name = _along(b, _REDUCTIONS[node.op], value.name, [value.axis(axis) for axis in axes])
+    physical = [value.axis(axis) for axis in axes]
+    if node.op in _LOGICAL:
+        name = b.node("Cast", [value.name], to=elementwise.ONNX_TYPES["int32"])
+        name = _along(b, _LOGICAL[node.op], name, physical)
+        name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["bool"])
+    else:
+        name = _along(b, _REDUCTIONS[node.op], value.name, physical)
     return Value(name, shape, order)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import numpy as np
 
 from jaxquant.deploy.network import Node
-from jaxquant.deploy.onnx.builder import Builder, NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx import whole_numbers
+from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.elementwise import cast, onnx_dtype
+from jaxquant.deploy.onnx.errors import NotCovered
 
 Emit = Callable[[Builder, Node, list[Value], tuple[Size, ...]], Value]
 
@@ -69,18 +73,24 @@ def _slice(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> V
 
 
 def sliced(
-    b: Builder, value: Value, cuts: Sequence[tuple[int, Any, Any, int]], shape: tuple[Size, ...]
+    b: Builder, value: Value, cuts: Sequence[tuple[int, Size, Size, int]], shape: tuple[Size, ...]
 ) -> Value:
     """Slice (axis, start, end, step) of logical axes."""
     if not cuts:
         return value
-    if any(not isinstance(number, int) for cut in cuts for number in cut):
-        raise NotCovered("a slice along an axis whose size varies")
     value = b.plain(value)
     axes = b.ints([value.axis(axis) for axis, *_ in cuts])
-    starts, ends, steps = (b.ints([cut[k] for cut in cuts]) for k in (1, 2, 3))
+    starts, ends, steps = (_numbers(b, [cut[k] for cut in cuts]) for k in (1, 2, 3))
     name = b.node("Slice", [value.name, starts, ends, axes, steps])
     return dataclasses.replace(value, name=name, shape=shape)
+
+
+def _numbers(b: Builder, numbers: Sequence[Size]) -> str:
+    """Numbers, of which some are sizes that vary, as one tensor."""
+    if not any(isinstance(number, str) for number in numbers):
+        return b.ints([int(number) for number in numbers])
+    names = [whole_numbers.name_of(b, whole_numbers.of_size(b, number)) for number in numbers]
+    return b.node("Concat", names, axis=0)
 
 
 def _rev(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
@@ -93,6 +103,8 @@ def _pad(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Val
     config = [tuple(pads) for pads in node.params["padding_config"]]
     if any(interior for _, _, interior in config):
         raise NotCovered("padding between the elements")
+    if any(isinstance(number, str) for pads in config for number in pads):
+        raise NotCovered("padding that depends on a size that varies")
     low = [max(config[axis][0], 0) for axis in value.order]
     high = [max(config[axis][1], 0) for axis in value.order]
     if any(low) or any(high):
@@ -117,44 +129,69 @@ def _concatenate(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]
     return Value(name, shape, leader.order)
 
 
-def _gather(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
-    """Rows of a table: the first axis by an index, the other axes whole."""
-    table, indices = (b.ordered(v, straight(v.rank)) for v in x)
-    numbers, sizes = node.params["dimension_numbers"], list(node.params["slice_sizes"])
-    offsets = list(range(len(shape) - table.rank + 1, len(shape)))
-    fits = (
-        isinstance(numbers, dict)
-        and list(numbers["collapsed_slice_dims"]) == [0]
-        and list(numbers["start_index_map"]) == [0]
-        and list(numbers["offset_dims"]) == offsets
-        and sizes == [1, *table.shape[1:]]
-    )
-    if not fits:
-        raise NotCovered("a gather other than of rows")
-    picked = b.reshaped(indices, indices.shape[:-1])
-    name = b.node("Gather", [table.name, picked.name], axis=0)
-    return Value(name, shape, straight(len(shape)))
+def _tile(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    value = b.plain(x[0])
+    repeats = [node.params["reps"][axis] for axis in value.order]
+    name = b.node("Tile", [value.name, _numbers(b, repeats)])
+    return dataclasses.replace(value, name=name, shape=shape)
+
+
+def _stack(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    """A new axis, physically where it is logically if the operands' axes are in order."""
+    leader, new = x[0], node.params["axis"]
+    order = tuple(axis + (axis >= new) for axis in leader.order)
+    at = new if leader.order == straight(leader.rank) else len(order)
+    names = [
+        b.node("Unsqueeze", [b.ordered(value, leader.order).name, b.ints([at])]) for value in x
+    ]
+    return Value(b.node("Concat", names, axis=at), shape, (*order[:at], new, *order[at:]))
+
+
+def _iota(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    axis = node.params["dimension"]
+    sizes: list[Size] = [1] * len(shape)
+    sizes[axis] = shape[axis]
+    number = whole_numbers.counted(b, shape[axis])
+    number = whole_numbers.reshaped(b, number, sizes)
+    value = Value(whole_numbers.name_of(b, number), tuple(sizes), straight(len(shape)))
+    return cast(b, value, onnx_dtype(str(node.params["dtype"])))
+
+
+def _size_as_value(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    """A size of the model as a number: what `x.shape[0] * y` reads."""
+    number = whole_numbers.of_size(b, node.params["dim"])
+    name = b.node("Reshape", [whole_numbers.name_of(b, number), b.ints([])])
+    return cast(b, Value(name, (), ()), "int32")
 
 
 TABLE: dict[str, Emit] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
+    "dim_as_value": _size_as_value,
     "expand_dims": _reshape,
-    "gather": _gather,
+    "iota": _iota,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _rev,
     "slice": _slice,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "transpose": _transpose,
 }
 # These take an operand whose broadcast is put off; the others get the copies.
 LAZY = frozenset({"broadcast_in_dim", "squeeze", "transpose", "concatenate"})
 
 
-def split(b: Builder, node: Node, value: Value, shapes: Sequence[tuple[Size, ...]]) -> list[Value]:
+def _split(
+    b: Builder,
+    node: Node,
+    x: list[Value],
+    shapes: Sequence[tuple[Size, ...]],
+    dtypes: Sequence[str],
+) -> list[Value]:
     """Several slices along one axis."""
-    value = b.plain(value)
+    value = b.plain(x[0])
     axis = value.axis(node.params["axis"])
     sizes = b.ints(node.params["sizes"])
     names = b.split_node("Split", [value.name, sizes], len(shapes), axis=axis)
@@ -162,3 +199,27 @@ def split(b: Builder, node: Node, value: Value, shapes: Sequence[tuple[Size, ...
         dataclasses.replace(value, name=name, shape=shape)
         for name, shape in zip(names, shapes, strict=True)
     ]
+
+
+def _unstack(
+    b: Builder,
+    node: Node,
+    x: list[Value],
+    shapes: Sequence[tuple[Size, ...]],
+    dtypes: Sequence[str],
+) -> list[Value]:
+    value, axis = b.plain(x[0]), node.params["axis"]
+    order = tuple(a - (a > axis) for a in value.order if a != axis)
+    along = value.axis(axis)
+    return [
+        Value(
+            b.node("Gather", [value.name, b.constant(np.int64(k), "index")], axis=along),
+            shape,
+            order,
+        )
+        for k, shape in enumerate(shapes)
+    ]
+
+
+# Of several results.
+SEVERAL = {"split": _split, "unstack": _unstack}

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import contraction, elementwise, reduction
-from jaxquant.deploy.onnx.builder import NotCovered, Size, Value, straight
+from jaxquant.deploy.onnx.builder import Size, Value, straight
+from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.quantization import Weight, make_weight
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from tests.networks import quantize
+from tests.networks import images, quantize
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -59,6 +59,23 @@ def agrees(tmp_path, params, apply_fn, *inputs, full=False, at_least=45.0, **opt
             wrong[jax.tree_util.keystr(where)] = ratio
     assert not wrong
     return onnx.load(path)
+
+
+def weights(*shape, seed=7):
+    return images(seed, shape) * 0.4
+
+
+def behind_dot(functions, follow=True):
+    """Every function of the result of a dot, with another dot behind it."""
+
+    def apply_fn(p, x):
+        y = x @ p["a"]
+        results = {name: function(y) for name, function in functions.items()}
+        if not follow:
+            return results
+        return {name: z @ p["b"][: z.shape[-1]] for name, z in results.items()}
+
+    return apply_fn
 
 
 def ops(model) -> list[str]:

@@ -1,5 +1,8 @@
 """Every operation that the export covers, in ONNX Runtime against qapply."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +10,11 @@ import pytest
 from jax import lax
 
 import jaxquant
-from tests.deploy.onnx.runtime import agrees, ops, run, sqnr
+from tests.deploy.onnx.runtime import agrees, behind_dot, ops, run, sqnr, weights
 from tests.networks import images, quantize, whole_numbers
 
 IMAGE = (3, 8, 8, 4)
 BOTH = pytest.mark.parametrize("full", [False, True])
-
-
-def weights(*shape, seed=7):
-    return images(seed, shape) * 0.4
 
 
 def conv_net(p, x, strides=(1, 1), padding="SAME", **options):
@@ -84,6 +83,25 @@ def test_convolutions_that_stay_float(tmp_path):
     agrees(tmp_path, params, apply_fn, images(0, IMAGE))
 
 
+def test_transposed_convolutions_whose_kernel_is_computed(tmp_path):
+    """A kernel of parameters that is normalised, and one of the inputs."""
+
+    def transposed(x, kernel):
+        return lax.conv_transpose(x, kernel, (2, 2), "SAME")
+
+    def apply_fn(p, x):
+        norm = jnp.sqrt(1e-6 + (p["k"] ** 2).sum((0, 1, 2)))
+        factor = jnp.tanh((x @ p["w"]).mean((0, 1, 2)))
+        return transposed(x, p["k"] / norm), transposed(x, p["k"] * factor)
+
+    params = {"w": weights(4, 5), "k": images(1, (3, 3, 4, 5))}
+    qparams, qapply = quantize(params, apply_fn, images(0, IMAGE))
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply)
+    expected = qapply(qparams, images(0, IMAGE))
+    for a, b in zip(expected, run(tmp_path / "m.onnx", images(0, IMAGE)), strict=True):
+        assert sqnr(a, b) > 60
+
+
 def test_a_batchnorm_with_negative_and_zero_scales(tmp_path):
     params = {"w": weights(3, 3, 4, 6), "b": weights(6)}
     params["scale"] = jnp.array([1.0, -2.0, 0.0, 1e-3, -1e-12, 5.0])
@@ -120,19 +138,6 @@ def test_attention(full, tmp_path):
 
     params = {name: weights(8, 2, 4, seed=ord(name)) for name in "qkv"} | {"o": weights(2, 4, 8)}
     agrees(tmp_path, params, apply_fn, images(0, (3, 6, 8)), full=full, at_least=35)
-
-
-def behind_dot(functions, follow=True):
-    """Every function of the result of a dot, with another dot behind it."""
-
-    def apply_fn(p, x):
-        y = x @ p["a"]
-        results = {name: function(y) for name, function in functions.items()}
-        if not follow:
-            return results
-        return {name: z @ p["b"][: z.shape[-1]] for name, z in results.items()}
-
-    return apply_fn
 
 
 def pool(x, start, function, window, strides, padding="VALID"):
@@ -211,6 +216,8 @@ TRUTHS = {
     "argmin of an axis": lambda x: jnp.argmin(x, 1),
     "comparisons": lambda x: (x > 0) & ~(x[:, ::-1] <= 0.5) | (x == 0.25),
     "counts": lambda x: (x > 0).astype(jnp.int32).sum((1, 2)),
+    "round away": lambda x: lax.round(x / 4, lax.RoundingMethod.AWAY_FROM_ZERO),
+    "divided whole numbers": lambda x: lax.div(x.astype(jnp.int32), 7) + (x // 8).astype(jnp.int32),
     "round, floor, sign": lambda x: jnp.round(x / 4) + jnp.floor(x) + jnp.sign(x) + jnp.ceil(x),
 }
 
@@ -263,12 +270,12 @@ def test_several_sizes_that_vary(tmp_path):
 @pytest.mark.parametrize(
     ("function", "named"),
     [
-        (lambda x: jnp.sort(x, -1), "'sort'"),
-        (lambda x: lax.scan(lambda c, y: (c + y, c), x[:, 0], x.swapaxes(0, 1))[0], "'scan'"),
+        (lambda x: lax.lgamma(x), "'lgamma'"),
+        (lambda x: lax.cumlogsumexp(x, 1), "'cumlogsumexp'"),
         (lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0))), "between the elements"),
     ],
 )
-def test_an_operation_that_is_not_covered_is_named_with_its_place(function, named, tmp_path):
+def test_an_operation_that_is_not_covered_is_named_with_its_scope(function, named, tmp_path):
     params = {"w": weights(4, 4)}
 
     def apply_fn(p, x):
@@ -280,6 +287,28 @@ def test_an_operation_that_is_not_covered_is_named_with_its_place(function, name
     with pytest.raises(ValueError, match=rf"does not cover .*{named}.*block7"):
         jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply)
     assert not (tmp_path / "m.onnx").exists()
+
+
+def _unknown(x):
+    return lax.digamma(x + 20)  # this line is in the error
+
+
+def test_without_scopes_an_error_names_line_and_site(tmp_path):
+    """In a plain function nothing has a name but its parameters."""
+
+    def apply_fn(p, x):
+        return _unknown(jax.nn.relu(x @ p["first"])) @ p["last"]
+
+    params = {"first": weights(4, 6), "last": weights(6, 4)}
+    qparams, qapply = quantize(params, apply_fn, images(0, (3, 4)))
+    lines = inspect.getsourcelines(_unknown)
+    where = f"test_operations.py:{lines[1] + 1}, behind site 'first'"
+    with pytest.raises(ValueError, match=rf"'digamma'.*{re.escape(where)}"):
+        jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply)
+    path = tmp_path / "model"
+    jaxquant.save_quantized_model(path, qparams, qapply)
+    with pytest.raises(ValueError, match=r"'digamma'.*behind site 'first'"):
+        jaxquant.export_onnx(tmp_path / "m.onnx", *jaxquant.load_quantized_model(path))
 
 
 @pytest.mark.parametrize("opset", [13, 18, 23])

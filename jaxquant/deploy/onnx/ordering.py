@@ -1,0 +1,68 @@
+"""Primitives that put in order: sort and top_k, both TopK, whose ties keep their order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxquant.deploy.network import Node
+from jaxquant.deploy.onnx import elementwise
+from jaxquant.deploy.onnx import whole_numbers as whole
+from jaxquant.deploy.onnx.builder import Builder, Value
+from jaxquant.deploy.onnx.indexing import Emit, Shapes
+
+_SORTED = ("float32", "int32", "int64")  # what runtimes sort
+
+
+def _sort(
+    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+) -> list[Value]:
+    """Sort all operands along an axis by the first `num_keys` of them, the first counting most.
+
+    TopK keeps equals in order, so sorting by the last key first, then by the one before, ...,
+    gives that.
+    """
+    axis, keys = node.params["dimension"], node.params["num_keys"]
+    order = x[0].order
+    names = [b.ordered(value, order).name for value in x]
+    along, size = x[0].axis(axis), whole.name_of(b, whole.of_size(b, x[0].shape[axis]))
+    if len(x) == 1 and dtypes[0] in _SORTED:
+        sorted_, _ = b.split_node("TopK", [names[0], size], 2, axis=along, largest=0)
+        return [Value(sorted_, shapes[0], order)]
+    permutation = ""
+    for name, dtype in reversed(list(zip(names[:keys], dtypes, strict=False))):
+        key = (
+            name if dtype in _SORTED else b.node("Cast", [name], to=elementwise.ONNX_TYPES["int32"])
+        )
+        if permutation:
+            key = b.node("GatherElements", [key, permutation], axis=along)
+        _, found = b.split_node("TopK", [key, size], 2, axis=along, largest=0)
+        if permutation:
+            found = b.node("GatherElements", [permutation, found], axis=along)
+        permutation = found
+    return [
+        Value(b.node("GatherElements", [name, permutation], axis=along), shape, order)
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+
+
+def _top_k(
+    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+) -> list[Value]:
+    value = b.plain(x[0])
+    axis = node.params.get("axis", value.rank - 1)
+    name = value.name
+    if dtypes[0] not in _SORTED:
+        name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["int32"])
+    inputs = [name, b.ints([node.params["k"]])]
+    values, indices = b.split_node("TopK", inputs, 2, axis=value.axis(axis), largest=1)
+    if dtypes[0] not in _SORTED:
+        values = b.node("Cast", [values], to=elementwise.ONNX_TYPES[dtypes[0]])
+    indices = b.node("Cast", [indices], to=elementwise.ONNX_TYPES["int32"])
+    return [
+        dataclasses.replace(value, name=name, shape=shape)
+        for name, shape in zip((values, indices), shapes, strict=True)
+    ]
+
+
+TABLE: dict[str, Emit] = {"sort": _sort, "top_k": _top_k}

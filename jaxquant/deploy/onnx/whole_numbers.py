@@ -1,0 +1,166 @@
+"""Whole numbers that steer operations: indices and sizes, known when the model is exported or not.
+
+What is known is computed here, in NumPy; what depends on the inputs, or on sizes that vary, becomes
+nodes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxquant.deploy.onnx.errors import NotCovered
+
+if TYPE_CHECKING:
+    from jaxquant.deploy.onnx.builder import Builder, Size
+
+Whole = np.ndarray | str  # known, or the name of an int64 tensor of the graph
+
+
+def name_of(b: Builder, number: Whole) -> str:
+    return number if isinstance(number, str) else b.constant(number.astype(np.int64), "whole")
+
+
+def of_size(b: Builder, size: Size) -> Whole:
+    """A size, which may be an expression of sizes that vary; int64 [1].
+
+    Raises:
+      NotCovered: the expression holds a name that no input has, or a function that is not known.
+    """
+    if isinstance(size, int):
+        return np.array([size])
+    # JAX writes a power with ^, which Python reads as another operator.
+    tree = ast.parse(size.replace("^", "**").strip(), mode="eval").body
+    return _evaluate(b, tree, size)
+
+
+def _evaluate(b: Builder, tree: ast.expr, text: str) -> Whole:
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+        return np.array([tree.value])
+    if isinstance(tree, ast.Name):
+        return b.named_size(tree.id)
+    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
+        return multiply(b, np.array([-1]), _evaluate(b, tree.operand, text))
+    if isinstance(tree, ast.BinOp):
+        left, right = (_evaluate(b, side, text) for side in (tree.left, tree.right))
+        if isinstance(tree.op, ast.Pow) and isinstance(right, np.ndarray):
+            power: Whole = np.array([1])
+            for _ in range(int(right[0])):
+                power = multiply(b, power, left)
+            return power
+        for kind, function in _OPERATORS.items():
+            if isinstance(tree.op, kind):
+                return function(b, left, right)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+        function_of = _FUNCTIONS.get(tree.func.id)
+        if function_of is not None and len(tree.args) == 2:
+            return function_of(b, *(_evaluate(b, argument, text) for argument in tree.args))
+    raise NotCovered(f"the size {text!r}")
+
+
+def add(b: Builder, left: Whole, right: Whole) -> Whole:
+    return _apply(b, "Add", np.add, left, right)
+
+
+def subtract(b: Builder, left: Whole, right: Whole) -> Whole:
+    return _apply(b, "Sub", np.subtract, left, right)
+
+
+def multiply(b: Builder, left: Whole, right: Whole) -> Whole:
+    return _apply(b, "Mul", np.multiply, left, right)
+
+
+def smaller(b: Builder, left: Whole, right: Whole) -> Whole:
+    return _apply(b, "Min", np.minimum, left, right)
+
+
+def larger(b: Builder, left: Whole, right: Whole) -> Whole:
+    return _apply(b, "Max", np.maximum, left, right)
+
+
+def modulo(b: Builder, left: Whole, right: Whole) -> Whole:
+    """With the sign of the divisor, as in Python."""
+    return _apply(b, "Mod", np.mod, left, right)
+
+
+def floor_divide(b: Builder, left: Whole, right: Whole) -> Whole:
+    """Rounded down, where ONNX's division of whole numbers rounds towards zero."""
+    multiple = subtract(b, left, modulo(b, left, right))
+    return _apply(b, "Div", np.floor_divide, multiple, right)
+
+
+def clipped(b: Builder, number: Whole, last: Whole) -> Whole:
+    """Between 0 and `last`."""
+    return larger(b, smaller(b, number, last), np.array([0]))
+
+
+def reshaped(b: Builder, number: Whole, sizes: Sequence[Size]) -> Whole:
+    if isinstance(number, np.ndarray):
+        return number.reshape([-1 if isinstance(size, str) else size for size in sizes])
+    return b.node("Reshape", [number, b.shape(sizes)])
+
+
+def counted(b: Builder, size: Size) -> Whole:
+    """0, 1, 2, ... below a size: [size]."""
+    number = of_size(b, size)
+    if isinstance(number, np.ndarray):
+        return np.arange(int(number[0]))
+    limit = b.node("Reshape", [number, b.constant(np.zeros(0, np.int64), "scalar")])
+    start, step = (b.constant(np.int64(k), "whole") for k in (0, 1))
+    return b.node("Range", [start, limit, step])
+
+
+def stacked(b: Builder, parts: Sequence[Whole], sizes: Sequence[Size]) -> Whole:
+    """[*sizes, parts]: each part, which broadcasts against `sizes`, a column of the last axis."""
+    if all(isinstance(part, np.ndarray) for part in parts) and not any(
+        isinstance(size, str) for size in sizes
+    ):
+        shape = [int(size) for size in sizes]
+        return np.stack([np.broadcast_to(part, shape) for part in parts], axis=-1)
+    wanted = b.shape(sizes, may_infer=False)
+    columns = []
+    for part in parts:
+        name = b.node("Expand", [name_of(b, part), wanted])
+        columns.append(b.node("Unsqueeze", [name, b.ints([len(sizes)])]))
+    return columns[0] if len(columns) == 1 else b.node("Concat", columns, axis=-1)
+
+
+def within(b: Builder, number: Whole, last: Whole) -> np.ndarray | str:
+    """Where a number is between 0 and `last`: truth values."""
+    if isinstance(number, np.ndarray) and isinstance(last, np.ndarray):
+        return (number >= 0) & (number <= last)
+    low = b.node("GreaterOrEqual", [name_of(b, number), b.constant(np.int64(0), "whole")])
+    high = b.node("LessOrEqual", [name_of(b, number), name_of(b, last)])
+    return b.node("And", [low, high])
+
+
+def both(b: Builder, left: np.ndarray | str, right: np.ndarray | str) -> np.ndarray | str:
+    """Where both truth values are true."""
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return left & right
+    names = [side if isinstance(side, str) else b.constant(side) for side in (left, right)]
+    return b.node("And", names)
+
+
+def _apply(
+    b: Builder, op: str, function: Callable[..., np.ndarray], left: Whole, right: Whole
+) -> Whole:
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return np.asarray(function(left, right))
+    return b.node(op, [name_of(b, left), name_of(b, right)])
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Builder, Whole, Whole], Whole]] = {
+    ast.Add: add,
+    ast.Sub: subtract,
+    ast.Mult: multiply,
+}
+_FUNCTIONS: dict[str, Callable[[Builder, Whole, Whole], Whole]] = {
+    "floordiv": floor_divide,
+    "max": larger,
+    "min": smaller,
+    "mod": modulo,
+}
