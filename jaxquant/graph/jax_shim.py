@@ -51,6 +51,11 @@ def inlined_body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     return _open(eqn.params[key])
 
 
+def inlined_calls() -> frozenset[str]:
+    """The names of the primitives whose bodies are evaluated in place."""
+    return frozenset(_INLINED_CALLS)
+
+
 def has_custom_derivative(eqn: JaxprEqn) -> bool:
     """True for the call of a function with its own derivative rule."""
     return eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call"))

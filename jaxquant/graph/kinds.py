@@ -123,6 +123,45 @@ WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
 DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
 LOOKUP_KIND = "lookup_table"
 
+# What else multiplies, or may: primitives without an int8 form, each a kind of its own.  They are
+# reported as the convolutions and dots are, with what is said here, so that no multiplication is
+# out of sight.  What multiplies elementwise is not among them, nor what holds a body that is
+# searched (scan, while, cond, shard_map, ...).
+PRODUCTS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_dot_general",
+         "coo_matmat", "coo_matvec", "coo_spmm", "coo_spmv", "csr_matmat", "csr_matvec",
+         "csr_spmm", "csr_spmv", "spsolve"),
+        "a product of sparse matrices has no int8 form",
+    ),
+    **dict.fromkeys(
+        ("cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg",
+         "householder_product", "lu", "ormqr", "qr", "schur", "svd", "symmetric_product",
+         "triangular_solve", "tridiagonal", "tridiagonal_solve"),
+        "linear algebra has no int8 form",
+    ),
+    **dict.fromkeys(
+        ("buffer_callback", "call_exported", "call_hi_primitive", "call_hi_primitive_linearized",
+         "cudnn_fusion", "ffi_call", "fused_call", "io_callback", "mosaic_gpu_p", "mpmd_map",
+         "pallas_call", "core_map", "pure_callback", "tpu_custom_call"),
+        "what it runs is not known here",
+    ),
+    **dict.fromkeys(
+        ("dot_product_attention_bwd", "dot_product_attention_bwd_wrapper",
+         "dot_product_attention_fp8_bwd", "dot_product_attention_fp8_bwd_wrapper",
+         "dot_product_attention_fp8_fwd", "dot_product_attention_fp8_fwd_wrapper",
+         "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
+        "a fused attention of cuDNN has no int8 form",
+    ),
+    **dict.fromkeys(("rnn_fwd", "rnn_bwd"), "a recurrent layer of cuDNN has no int8 form"),
+    **dict.fromkeys(
+        ("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper"),
+        "a dot with scales of its own has no int8 form",
+    ),
+    "fft": "a Fourier transform has no int8 form",
+    "ragged_dot_general": "a ragged dot has no int8 form",
+}  # fmt: skip
+
 _BY_PRIMITIVE = {
     "add": "elementwise_add",
     "add_any": "elementwise_add",
@@ -158,6 +197,12 @@ _BY_PRIMITIVE = {
     "gather": "gather",
 }
 
+
+def by_primitive() -> frozenset[str]:
+    """The primitives, by name, that have a kind whatever their operands are."""
+    return frozenset((*_BY_PRIMITIVE, "reduce_sum"))
+
+
 RESIZE_CALL = "_resize"  # the name of the call that jax.image.resize makes
 
 
@@ -167,6 +212,8 @@ def kind_of(graph: ir.Graph, eqn: ir.Equation) -> str:
         return _conv_kind(eqn, graph.shape(eqn.inputs[1]))
     if eqn.name == "dot_general":
         return _dot_kind(graph, eqn)
+    if eqn.name in PRODUCTS:
+        return eqn.name
     if eqn.name == "reduce_sum":
         rank, axes = len(graph.shape(eqn.inputs[0])), eqn.params["axes"]
         return "pool2d" if rank >= 4 and len(axes) == rank - 2 else "mean"

@@ -30,6 +30,7 @@ _ROUNDING = frozenset({"reduce_precision"})
 # The output holds the input's elements, each once, in another arrangement.
 _REARRANGE = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "rev"})
 _IDENTITY = frozenset({"copy", "copy_p", "stop_gradient"})
+MOVEMENTS = _REARRANGE | _IDENTITY
 
 
 def is_elementwise(eqn: ir.Equation) -> bool:
@@ -40,7 +41,7 @@ def is_movement(graph: ir.Graph, eqn: ir.Equation) -> bool:
     """True where the output is a rearrangement of the only operand: no arithmetic, no new value."""
     if len(eqn.inputs) != 1 or not isinstance(eqn.inputs[0], int):
         return False
-    if eqn.name in _REARRANGE or eqn.name in _IDENTITY:
+    if eqn.name in MOVEMENTS:
         return True
     return eqn.name == "broadcast_in_dim" and not _adds_copies(graph, eqn)
 

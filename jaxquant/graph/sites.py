@@ -190,6 +190,10 @@ def _site(
             weight = found
             sources = graph.sources(found)
             path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+    elif kind in kinds.PRODUCTS:  # named after a parameter too, though none of it is stored
+        static_vars = [v for v in eqn.input_vars if graph.static[v]]
+        sources = [source for v in static_vars for source in graph.sources(v)]
+        path = graph.paths[tracing.largest(graph, sources)] if sources else ""
     return Site(
         name="",
         kind=kind,

@@ -26,7 +26,7 @@ def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tup
     return tuple(
         site
         for site in found
-        if site.kind in (*kinds.DOT_KINDS, kinds.LOOKUP_KIND)
+        if site.kind in (*kinds.DOT_KINDS, *kinds.PRODUCTS, kinds.LOOKUP_KIND)
         or (site.kind in config.kinds and not site.inside)
     )
 
@@ -52,6 +52,8 @@ def reason_for_float(
         return "first or last layer (skip_first_last)"
     if site.inside:
         return f"inside {'/'.join(site.inside)}: control flow runs in float"
+    if site.kind in kinds.PRODUCTS:
+        return kinds.PRODUCTS[site.kind]
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)

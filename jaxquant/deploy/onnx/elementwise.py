@@ -97,10 +97,6 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
     return apply(builder, _DIRECT[node.op], values)
 
 
-def is_covered(op: str) -> bool:
-    return op in _DIRECT or op in _COMPOSED
-
-
 Compose = Callable[[Builder, Node, list[Value], Sequence[str]], Value]
 
 
@@ -236,3 +232,4 @@ _COMPOSED: dict[str, Compose] = {
     "square": _square,
     "stop_gradient": _identity,
 }
+OPERATIONS = frozenset((*_DIRECT, *_COMPOSED))

@@ -26,6 +26,13 @@ from jaxquant.deploy.onnx.sites import emit_site
 _WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 
 
+def covered() -> frozenset[str]:
+    """The primitives that an export may hold, by name; of some, not every form."""
+    names = {"conv_general_dilated", "dot_general", "optimization_barrier"}
+    names |= {*_WITH_DTYPES, *control_flow.OPERATIONS, *reduction.OPERATIONS, *shaping.TABLE}
+    return frozenset(names | elementwise.OPERATIONS)
+
+
 class Emitter:
     """The float values and the int8 forms of a network's tensors, emitted once each."""
 
