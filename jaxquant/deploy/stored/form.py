@@ -76,7 +76,7 @@ class StoredForm:
       inputs: the flattened inputs.
       input_tree, output_tree: their structures, as `trees.encode_tree` gives them; that of the
         inputs is of the tuple of arguments behind the parameters.
-      example: the shapes of the inputs that the model was quantized with.
+      example: shapes of inputs that it takes; where sizes vary, those of the calibration data.
       constraints: what was assumed of the sizes that vary, such as "s <= 512".
       equations: in order.
       bodies: of control flow.

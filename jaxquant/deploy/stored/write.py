@@ -92,7 +92,12 @@ class _Writer:
             inputs=tuple(_tensor(graph.avals[v]) for v in graph.inputs),
             input_tree=encode_tree(jax.tree.structure(inputs)),
             output_tree=encode_tree(graph.out_tree),
-            example=tuple(tuple(ir.struct(x).shape) for x in jax.tree.leaves(example)),
+            example=tuple(
+                _example(spec.shape, ir.struct(leaf).shape)
+                for spec, leaf in zip(
+                    jax.tree.leaves(inputs), jax.tree.leaves(example), strict=True
+                )
+            ),
             constraints=jax_shim.constraints(inputs),
             equations=tuple(equations),
             bodies=tuple(self._bodies),
@@ -159,6 +164,11 @@ class _Writer:
             op, params = primitives.CALL, {"name": name, "body": {"body": body}}
         inputs = tuple(atom(x) for x in eqn.invars)
         return Equation(op, inputs, len(eqn.outvars), params, scope)
+
+
+def _example(spec: tuple[Any, ...], given: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that the model takes: sizes that vary as they were, others as they have to be."""
+    return tuple(d if isinstance(d, int) else size for d, size in zip(spec, given, strict=True))
 
 
 def _tensor(aval: Any) -> Tensor:
