@@ -1,13 +1,14 @@
 """Reads Keras weights, from TensorFlow.js folders and from HDF5, as "layer/weight" names."""
 
-import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.weights import limits
 from experiments.weights.tree import CutShortError, WeightsError, shortened
 from jaxquant.extras import how_to_install
 
@@ -33,25 +34,27 @@ def read_tfjs(path: str | Path) -> dict[str, np.ndarray]:
         weights concerned.
     """
     path = Path(path)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))["weightsManifest"]
-        groups = [(group["paths"], group["weights"]) for group in manifest]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: not a TensorFlow.js model with a weightsManifest") from error
-    arrays: dict[str, np.ndarray] = {}
-    missing: list[str] = []
-    for files, weights in groups:
-        contents = b"".join(_read_shard(path.parent, name) for name in files)
-        position = 0
-        for weight in weights:
-            dtype, size = _stored(path, weight)
-            end = position + dtype.itemsize * size
-            if end > len(contents):
-                missing.append(weight["name"])
-            else:
-                flat = np.frombuffer(contents, dtype, size, position)
-                arrays[weight["name"]] = _restored(flat, weight).reshape(weight["shape"])
-            position = end
+    with limits.refusing(path, "not a TensorFlow.js model with a weightsManifest"):
+        manifest = limits.parse_json(limits.read_bytes(path))["weightsManifest"]
+        arrays: dict[str, np.ndarray] = {}
+        missing: list[str] = []
+        room = limits.MAX_BYTES
+        for group in manifest:
+            contents = b"".join(_read_shard(path.parent, name) for name in group["paths"])
+            room -= len(contents)
+            if room < 0:
+                raise WeightsError(f"its binary files have more than {limits.MAX_BYTES} bytes")
+            position = 0
+            for weight in group["weights"]:
+                dtype, shape = _stored(path, weight)
+                size = math.prod(shape)
+                end = position + dtype.itemsize * size
+                if end > len(contents):
+                    missing.append(weight["name"])
+                else:
+                    flat = np.frombuffer(contents, dtype, size, position)
+                    arrays[weight["name"]] = _restored(flat, weight).reshape(shape)
+                position = end
     if missing:
         raise WeightsError(
             f"{path}: binary files are missing or cut short; without {len(missing)} weights:\n  "
@@ -72,21 +75,37 @@ def read_h5(path: str | Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise WeightsError(f"{path}: reading HDF5 needs h5py: {how_to_install('hdf5')}") from error
     try:
-        with h5py.File(path, "r") as file:
+        with (
+            limits.refusing(Path(path), "not an HDF5 file, or damaged"),
+            h5py.File(path, "r") as file,
+        ):
             root = file.get("model_weights", file)
-            datasets: dict[str, h5py.Dataset] = {}
+            datasets: dict[str, Any] = {}
             root.visititems(
                 lambda name, item: (
                     datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None
                 )
             )
+            _check_datasets(datasets)
             if "layers" in root and "layer_names" not in root.attrs:
                 return _keras3(Path(path), datasets)
             return {_legacy_name(name): np.asarray(item) for name, item in datasets.items()}
-    except OSError as error:
+    except WeightsError as error:
         if "truncated" in str(error):  # HDF5 then reads nothing of it
             raise CutShortError(f"{path}: cut short: {error}", {}) from error
-        raise WeightsError(f"{path}: not an HDF5 file, or damaged: {error}") from error
+        raise
+
+
+def _check_datasets(datasets: Mapping[str, Any]) -> None:
+    """Raise WeightsError where arrays are too large, or are kept in other files.
+
+    What HDF5 fills in or unpacks takes no room in the file.
+    """
+    outside = [name for name, item in datasets.items() if item.external or item.is_virtual]
+    if outside:
+        raise WeightsError(f"arrays of other files: {shortened(outside)}")
+    if sum(item.size * item.dtype.itemsize for item in datasets.values()) > limits.MAX_BYTES:
+        raise WeightsError(f"its arrays take more than {limits.MAX_BYTES} bytes")
 
 
 def _legacy_name(name: str) -> str:
@@ -122,15 +141,16 @@ def _read_shard(folder: Path, name: str) -> bytes:
     if Path(name).name != name:
         raise WeightsError(f"{folder}: the manifest's path {name!r} leads out of its folder")
     path = folder / name
-    return path.read_bytes() if path.is_file() else b""
+    return limits.read_bytes(path) if path.is_file() else b""
 
 
-def _stored(path: Path, weight: dict[str, Any]) -> tuple[np.dtype, int]:
-    """Element type and count of a weight in the binary file."""
+def _stored(path: Path, weight: dict[str, Any]) -> tuple[np.dtype, tuple[int, ...]]:
+    """Element type and shape of a weight in the binary file."""
     name = weight.get("quantization", weight)["dtype"]
     if name not in ("float32", "float16", "uint8", "uint16", "int32", "bool"):
         raise WeightsError(f"{path}: {weight['name']} has the dtype {name!r}, which is not known")
-    return np.dtype(name).newbyteorder("<"), math.prod(weight["shape"])
+    dtype = np.dtype(name).newbyteorder("<")
+    return dtype, limits.checked_shape(weight["shape"], np.dtype(np.float64))
 
 
 def _restored(flat: np.ndarray, weight: dict[str, Any]) -> np.ndarray:

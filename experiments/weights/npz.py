@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from experiments.weights import limits
 from experiments.weights.tree import CutShortError, WeightsError
 
 HEADER = struct.Struct("<4s5H3I2H")  # of a file in a zip archive, before its name
@@ -26,20 +29,49 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
       WeightsError: it is no such archive.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        contents = path.read_bytes()
-        if contents.startswith(SIGNATURE) and not zipfile.is_zipfile(path):
-            raise CutShortError(f"{path}: cut short", _whole_arrays(contents)) from error
-        raise WeightsError(f"{path}: not an .npz archive, or damaged: {error}") from error
+    with limits.refusing(path, "not an .npz archive, or damaged"):
+        contents = limits.read_bytes(path)
+        if contents.startswith(SIGNATURE) and not zipfile.is_zipfile(io.BytesIO(contents)):
+            raise CutShortError("cut short", _whole_arrays(contents))
+        with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if sum(info.file_size for info in members.values()) > limits.MAX_BYTES:
+                raise WeightsError(f"its arrays take more than {limits.MAX_BYTES} bytes")
+            arrays = {}
+            for name, info in members.items():
+                with archive.open(info) as member:
+                    arrays[name.removesuffix(".npy")] = _read_array(member, info.file_size)
+            return arrays
+
+
+def _read_array(file: IO[bytes], size: int) -> np.ndarray:
+    """The array of an `.npy` file of so many bytes, which its header must fit."""
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, is_fortran, dtype = read_header[version](file)
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise WeightsError(f"an array of {dtype}: objects are pickles, which are not read")
+    shape = limits.checked_shape(shape, dtype)
+    count = math.prod(shape)
+    if count * dtype.itemsize > size:
+        raise WeightsError(f"an array of shape {shape} in {size} bytes")
+    data = file.read(count * dtype.itemsize)
+    flat = np.frombuffer(data, dtype, count)
+    return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _whole_arrays(contents: bytes) -> dict[str, np.ndarray]:
-    arrays = {}
-    with contextlib.suppress(ValueError, struct.error, zlib.error):  # what is there may be damaged
+    arrays: dict[str, np.ndarray] = {}
+    room = limits.MAX_BYTES
+    # What is there may be damaged.
+    with contextlib.suppress(ValueError, LookupError, struct.error, zlib.error, EOFError):
         for name, array in _walk(contents):
+            room -= array.nbytes
+            if room < 0:
+                break
             arrays[name] = array
     return arrays
 
@@ -61,6 +93,6 @@ def _walk(contents: bytes) -> Iterator[tuple[str, np.ndarray]]:
         data = contents[start:position]
         if len(data) < stored or not stored:
             return
-        data = zlib.decompress(data, -zlib.MAX_WBITS) if method == DEFLATED else data
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        yield name.removesuffix(".npy"), array
+        if method == DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limits.MAX_BYTES)
+        yield name.removesuffix(".npy"), _read_array(io.BytesIO(data), len(data))

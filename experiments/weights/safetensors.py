@@ -1,13 +1,14 @@
 """Reads `.safetensors`: a length, a JSON header, then the arrays, little-endian."""
 
-import json
 import math
+import operator
 import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from experiments.weights import limits
 from experiments.weights.tree import WeightsError, shortened
 
 DTYPES = {
@@ -30,27 +31,26 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       WeightsError: it is not such a file, or is cut short (naming what it lacks).
     """
-    contents = Path(path).read_bytes()
-    try:
+    path = Path(path)
+    with limits.refusing(path, "not a .safetensors file, cut short or damaged"):
+        contents = limits.read_bytes(path)
         (length,) = struct.unpack_from("<Q", contents)
-        header = json.loads(contents[8 : 8 + length])
+        header = limits.parse_json(contents[8 : 8 + length])
         header.pop("__metadata__", None)
-        places = {
-            name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: not a .safetensors file, or cut short: {error!r}") from error
-    data = memoryview(contents)[8 + length :]
-    arrays, missing = {}, []
-    for name, (dtype, shape, start, end) in places.items():
-        if not 0 <= start <= end <= len(data) or end - start != dtype.itemsize * math.prod(shape):
-            missing.append(name)
-        else:
-            arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape)
+        data = memoryview(contents)[8 + length :]
+        arrays, missing = {}, []
+        for name, entry in header.items():
+            dtype = DTYPES[entry["dtype"]]
+            shape = limits.checked_shape(entry["shape"], dtype)
+            start, end = (operator.index(offset) for offset in entry["data_offsets"])
+            whole = end - start == dtype.itemsize * math.prod(shape)
+            if not (0 <= start <= end <= len(data) and whole):
+                missing.append(name)
+            else:
+                arrays[name] = np.frombuffer(data[start:end], dtype).reshape(shape)
     if missing:
         raise WeightsError(
-            f"{path}: cut short: {len(missing)} of {len(places)} parameters are missing:\n  "
+            f"{path}: cut short: {len(missing)} of {len(header)} parameters are missing:\n  "
             + "\n  ".join(shortened(missing))
         )
     return arrays

@@ -201,3 +201,48 @@ def test_other_files_are_refused(tmp_path, contents):
     (tmp_path / "m.pth").write_bytes(contents)
     with pytest.raises(WeightsError, match=r"m\.pth"):
         read_pth(tmp_path / "m.pth")
+
+
+def write_parts(path: Path, payload: bytes, data: bytes, method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("model/data.pkl", payload)
+        archive.writestr("model/data/0", data)
+
+
+@pytest.mark.usefixtures("fake_torch")
+@pytest.mark.parametrize(
+    ("shape", "strides", "message"),
+    [
+        ((1000, 1000), (0, 0), "repeats the 24 elements"),
+        ((2**40,), (0,), "tensor in the pickle is damaged"),
+        ((5, 5), (1, 1), "repeats the 24 elements"),
+        ((2**31, 2**31, 0), (0, 0, 0), "too large"),
+        ((2, 3), (1,), "2 axes and 1 strides"),
+        ((2,), (-1,), "reaches outside"),
+    ],
+)
+def test_a_view_has_no_more_elements_than_its_storage(tmp_path, shape, strides, message):
+    state, (tensor,) = fake({"fc.weight": np.zeros((4, 6), np.float32)})
+    array = tensor.array
+
+    class Lying:
+        itemsize, dtype, size = 4, array.dtype, array.size
+
+    Lying.shape, Lying.strides = shape, tuple(4 * stride for stride in strides)
+    tensor.array = Lying
+    write_parts(tmp_path / "m.pth", pickled(state), array.tobytes())
+    with pytest.raises(WeightsError, match=message):
+        read_pth(tmp_path / "m.pth")
+
+
+@pytest.mark.usefixtures("fake_torch")
+def test_what_unpacks_to_more_than_the_file_is_refused(tmp_path):
+    """Three GiB of zeros take three MB when they are compressed."""
+    array = np.zeros(2**20, np.float32)
+    state, _ = fake({"w": array})
+    write_parts(tmp_path / "m.pth", pickled(state), array.tobytes(), zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match="compressed"):
+        read_pth(tmp_path / "m.pth")
+    write_parts(tmp_path / "n.pth", pickled(state), array.tobytes()[:1000])
+    with pytest.raises(WeightsError, match="its tensors take 4194304 bytes"):
+        read_pth(tmp_path / "n.pth")
