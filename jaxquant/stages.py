@@ -31,6 +31,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report, warn_if_poor
 from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
 
 
@@ -145,7 +146,10 @@ def _build(
     )
     sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
     report = make_report(program, plan, params, qparams, sqnr, outputs, notes)
-    return Built(qparams, QuantizedApply(Code(apply_fn, params), plan, report, examples[0]))
+    ranges = ranges_of(examples)
+    source = Code(apply_fn, params)
+    qapply = QuantizedApply(source, plan, report, examples[0], ranges=ranges)
+    return Built(qparams, qapply)
 
 
 def _sweep(

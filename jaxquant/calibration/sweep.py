@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration import histogram
+from jaxquant.calibration.alive import Alive
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
@@ -33,8 +34,8 @@ def run_sweep(sweep: Sweep, batches: Iterable[tuple[Any, ...]]) -> Observations:
     """Run the float model over `batches`, tuples of the inputs after the parameters.
 
     Raises:
-      ValueError: a batch does not fit the model or gives another graph, or an activation is NaN
-        or infinite.
+      ValueError: a batch does not fit the model or gives another graph, an activation is NaN or
+        infinite, or all batches hold one value.
     """
     for inputs in batches:
         sweep.add(inputs)
@@ -89,6 +90,7 @@ class Sweep:
         self._step = jax.jit(self._observe, donate_argnums=0, compiler_options=quick)
         self._origin: Origin | None = None
         self._done = _Done((), ())
+        self._alive = Alive()
         self._bad: Any = None  # of the previous batch: reading it does not hold up this one
 
     @property
@@ -102,6 +104,7 @@ class Sweep:
 
     def add(self, inputs: tuple[Any, ...]) -> None:
         _check_addressable(inputs)
+        self._alive.see(inputs)
         if not self._done.batches:
             self.start(inputs)
         done, known = self._done, self._known_of(inputs)
@@ -120,6 +123,7 @@ class Sweep:
 
     def finish(self) -> Observations:
         self._check_finite()
+        self._alive.check()
         observations = self.observations()
         unseen = [name for name, stats in observations.tensors.items() if stats.count == 0]
         if unseen:
@@ -180,6 +184,7 @@ class Sweep:
 
     def restore(self, seen: Observations) -> None:
         """Go on, after `start`, from what `observations` gave, of the same tensors and observer."""
+        self._alive.resume(seen.examples, seen.batches)
         stats = [seen.tensors[name] for name in self._names]
         state = [
             histogram.from_numpy(s.counts, s.bin_width, s.min, s.max, s.abs_max) for s in stats

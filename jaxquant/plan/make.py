@@ -194,6 +194,7 @@ def _plan_tensors(
             for name in constants.get(forms.group[var], ())
             if name in observations.tensors
         ]
+    _check_alive([observations.tensors[names[var]] for var in forms.entries])
     asymmetric = config.activation_quantize_type == "asymmetric"
     stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
     steps = [levels(s.min, s.max, asymmetric) for s in stats]
@@ -207,6 +208,16 @@ def _plan_tensors(
         grid = make_grid(threshold, low, high, asymmetric)
         tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
     return tuple(tensors)
+
+
+def _check_alive(stats: Sequence[TensorStats]) -> None:
+    """Raise ValueError where calibration saw zeros alone; a tensor or two may be zero."""
+    if stats and not any(seen.abs_max for seen in stats):
+        raise ValueError(
+            "every tensor that was calibrated was all zero: ds holds no data, as a loader that "
+            "fails silently gives it. Look at a batch, and calibrate on samples as the model will "
+            "be served"
+        )
 
 
 def _thresholds(

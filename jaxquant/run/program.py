@@ -19,7 +19,7 @@ from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
-from jaxquant.run import dynamic, int8, weight_only
+from jaxquant.run import dynamic, int8, nonfinite, weight_only
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
@@ -47,6 +47,7 @@ class Program:
         self.equations = live_equations(graph, self.binding)[0]
         leaves = float_leaves(graph, self.binding)
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
+        self._unsafe = nonfinite.unsafe_tensors(graph, self.binding)
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
@@ -79,15 +80,30 @@ class Program:
             where chains are fused.
         """
         assert correct is None or self._fuse is not Fuse.CHAINS, "a chain goes on behind its site"
+        return self._run(qparams, inputs, correct)[0]
+
+    def outputs(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+        """The model's outputs, in their own pytree; NaN where floats were that int8 cannot hold."""
+        env, quantized = self._run(qparams, inputs, None)
+        return nonfinite.with_marks(evaluate.outputs(env), quantized.marks)
+
+    def _run(
+        self,
+        qparams: Mapping[str, Any],
+        inputs: Sequence[Any],
+        correct: Callable[[Int8Site, jax.Array], jax.Array] | None,
+    ) -> tuple[evaluate.Environment, QuantizedTensors]:
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
         }
         env = evaluate.Environment(self.graph, leaves, inputs)
-        quantized = QuantizedTensors(env, self.binding, qparams["tensors"], self.early)
+        quantized = QuantizedTensors(
+            env, self.binding, qparams["tensors"], self.early, self._unsafe
+        )
 
         ahead: Results = {}
         rule = functools.partial(self.apply, qparams, env, quantized, ahead=ahead, correct=correct)
-        return evaluate.run(env, self.equations, rule)
+        return evaluate.run(env, self.equations, rule), quantized
 
     def apply(
         self,

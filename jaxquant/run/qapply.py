@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import evaluate, ir
+from jaxquant.graph import ir
 from jaxquant.graph.trace import trace
 from jaxquant.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run.backend import Backend, check_backend, choose_backend
 from jaxquant.run.fusion import Fuse
+from jaxquant.run.inputs import Ranges, check_kinds, find_strange, has_values
+from jaxquant.run.pickling import NotPickled
 from jaxquant.run.program import Program
 
 _ENTRIES = {"params", "sites", "tensors"}
@@ -58,7 +61,7 @@ class Code:
         return tuple(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(inputs))
 
 
-class QuantizedApply:
+class QuantizedApply(NotPickled):
     """The quantized counterpart of `apply_fn`; made by `quant_post` and `load_quantized_model`.
 
     A pure function: `qapply(qparams, *inputs)` takes any batch size and input shape that gives the
@@ -83,31 +86,76 @@ class QuantizedApply:
         report: Any,
         inputs: tuple[Any, ...] | None = None,
         backend: str = "auto",
+        ranges: Ranges | None = None,
     ):
         check_backend(backend)
         self.plan = plan
         self._backend = backend
         self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
         self.source = source
+        self._ranges = ranges
+        self._looked = not any(ranges or ())
         self._report = report
         self.__name__ = "qapply"
 
         def int8_model(qparams: Mapping[str, Any], *inputs: Any) -> Any:
             if (empty := self._of_nothing(inputs)) is not None:
                 return empty
-            env = self.program(*inputs).run(qparams, jax.tree.leaves(inputs))
-            return evaluate.outputs(env)
+            return self.program(*inputs).outputs(qparams, jax.tree.leaves(inputs))
 
         self._jitted = jax.jit(int8_model)
 
     def __call__(self, qparams: Mapping[str, Any], *inputs: Any) -> Any:
-        """The model's outputs for `inputs`, which are those of `apply_fn` after its params."""
-        self.check(qparams)
+        """The model's outputs for `inputs`, which are those of `apply_fn` after its params.
+
+        Raises:
+          ValueError: the qparams are of another model; the inputs are of another kind of dtype than
+            in calibration (floats for integers), or give another graph.
+
+        Warns:
+          UserWarning: in the first call outside `jit`, the inputs are far outside the range that
+            calibration saw; see `check`.
+        """
+        check_qparams(qparams, self.plan)
+        if not self._looked:
+            self._look(inputs)
         return self._jitted(qparams, *inputs)
 
-    def check(self, qparams: Mapping[str, Any]) -> None:
-        """Raise ValueError where the qparams are of another plan."""
+    def check(self, qparams: Mapping[str, Any], *inputs: Any) -> None:
+        """Raise ValueError where the qparams, or the inputs, are not what this model takes.
+
+        Args:
+          qparams: the arrays of the model.
+          inputs: a batch as the model will be served, or none.  Its dtypes are compared with those
+            of calibration, and its values: other preprocessing than in calibration is silent
+            otherwise, since what is beyond a threshold saturates, and what is far below rounds to
+            zero.
+
+        Raises:
+          ValueError: the qparams are of another model; an input is of another kind of dtype; its
+            values reach further beyond the calibrated ones than these do from each other, or use
+            less than a 32nd of them.  The message has both ranges.
+        """
         check_qparams(qparams, self.plan)
+        if not inputs:
+            return
+        self._check_kinds(inputs)
+        strange = find_strange(self._ranges or (), inputs)
+        if strange:
+            raise ValueError(_strange(strange))
+
+    def _check_kinds(self, inputs: tuple[Any, ...]) -> None:
+        if self.inputs is not None and MODES[self.plan.mode].tensor_scales:
+            check_kinds(self.inputs, inputs)
+
+    def _look(self, inputs: tuple[Any, ...]) -> None:
+        """Compare the values of the first inputs that have any with the calibrated ones."""
+        if not has_values(inputs):
+            return
+        self._looked = True
+        strange = find_strange(self._ranges or (), inputs)
+        if strange:
+            warnings.warn(_strange(strange), stacklevel=3)
 
     @property
     def input_shapes(self) -> tuple[str, ...]:
@@ -118,8 +166,10 @@ class QuantizedApply:
         """The int8 program for inputs of these shapes.
 
         Raises:
-          ValueError: these shapes give another graph than the one that was quantized.
+          ValueError: these shapes give another graph than the one that was quantized, or an input
+            is of another kind of dtype.
         """
+        self._check_kinds(inputs)
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
         return Program(self.source(inputs), self.plan, self.source.params, fuse)
 
@@ -151,14 +201,18 @@ class QuantizedApply:
           ValueError: there is no such backend.
           RuntimeError: the native kernels do not run here.
         """
-        return QuantizedApply(self.source, self.plan, self._report, self.inputs, backend)
+        return QuantizedApply(
+            self.source, self.plan, self._report, self.inputs, backend, self._ranges
+        )
 
     def with_summary(self, entries: Mapping[str, Any]) -> QuantizedApply:
         """The same model, with more entries in its report's summary."""
         report = self._report
         if report is not None:
             report = dataclasses.replace(report, summary={**report.summary, **entries})
-        return QuantizedApply(self.source, self.plan, report, self.inputs, self._backend)
+        return QuantizedApply(
+            self.source, self.plan, report, self.inputs, self._backend, self._ranges
+        )
 
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.
@@ -197,6 +251,13 @@ class QuantizedApply:
             return None
         summary = {**self._report.summary, "backend": str(self.backend)}
         return dataclasses.replace(self._report, summary=summary)
+
+
+def _strange(difference: str) -> str:
+    return (
+        f"the inputs are far from those of calibration: {difference}. Preprocess them as in "
+        "calibration, or calibrate with such data"
+    )
 
 
 def describe_plan(plan: Plan) -> str:

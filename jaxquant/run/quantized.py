@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.plan.bind import Binding
-from jaxquant.run import int8, pooling
+from jaxquant.run import int8, nonfinite, pooling
 
 
 class QuantizedTensors:
@@ -18,6 +18,9 @@ class QuantizedTensors:
 
     It is a `Reader` too: of a tensor with an int8 form it gives the dequantized value, so that an
     equation that reads through it does not need the float tensor.
+
+    Attributes:
+      marks: what `jaxquant.run.nonfinite` marked, of the tensors `unsafe` that were quantized.
     """
 
     def __init__(
@@ -26,12 +29,15 @@ class QuantizedTensors:
         binding: Binding,
         tensors: Mapping[str, Any],
         early: Mapping[ir.Var, ir.Equation],
+        unsafe: Collection[ir.Var] = (),
     ) -> None:
         self.graph = env.graph
         self._env = env
         self._binding = binding
         self._tensors = tensors
         self._early = early
+        self._unsafe = unsafe
+        self.marks: list[jax.Array] = []
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
 
@@ -41,7 +47,7 @@ class QuantizedTensors:
             if var in self._early:
                 self._values[var] = pooling.max_pool(self._pooled(var), self._early[var])
             elif var in self._binding.names:
-                self._values[var] = self._quantize(self._env.wide(var), var)
+                self._values[var] = self._quantize(self._float(var), var)
             else:
                 eqn = self.graph.producer[var]
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
@@ -84,8 +90,15 @@ class QuantizedTensors:
     def _pooled(self, var: ir.Var) -> jax.Array:
         """What an early max pool reads to give `var`, on the scale of `var`."""
         if var not in self._to_pool:
-            return self._quantize(self._env.wide(self._early[var].inputs[0]), var)
+            return self._quantize(self._float(self._early[var].input_vars[0]), var)
         return self._to_pool[var]
+
+    def _float(self, var: ir.Var) -> jax.Array:
+        """A float that is to be quantized; its NaN and infinities are marked."""
+        value: jax.Array = self._env.wide(var)
+        if var in self._unsafe:
+            self.marks.append(nonfinite.mark(value))
+        return value
 
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
         """A float on the grid of a tensor."""

@@ -255,6 +255,7 @@ def test_other_layouts_and_axes_run_natively(form: str):
     qparams, qapply = jaxquant.quant_post(
         params, net, [x], algo="abs_max", progress=False, recover=(),
         quantizable_op_type=("conv2d", "depthwise_conv2d", "conv2d_transpose"),
+        allow_batch_dependence=True,
     )  # fmt: skip
     native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
     assert len(chains(qapply, x)) == 1

@@ -1,0 +1,117 @@
+"""NaN and infinity in the inputs come out, as they do of the float model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxquant
+from tests import networks
+from tests.plan.full import quantize as quantize_full
+
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "k": jax.random.normal(KEYS[0], (3, 3, 3, 4)),
+    "w": jax.random.normal(KEYS[1], (4, 4)),
+    "v": jax.random.normal(KEYS[2], (4, 2)),
+}
+IMAGES = jax.random.normal(KEYS[3], (3, 8, 8, 3))
+ROWS = IMAGES[:, 0, :4, 0]
+
+
+def convolve(p, x):
+    y = lax.conv_general_dilated(
+        x, p["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jax.nn.relu(jax.nn.relu(y).mean((1, 2)) @ p["w"]) @ p["v"]
+
+
+def pooled(p, x):
+    return convolve(p, lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"))
+
+
+@pytest.mark.parametrize("backend", ["xla", "native"])
+@pytest.mark.parametrize("apply_fn", [convolve, pooled])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_the_bad_sample_alone_gives_nan(apply_fn, backend, bad):
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, IMAGES)
+    qapply = qapply.with_backend(backend)
+    good = qapply(qparams, IMAGES)
+    # All of a pool's window, so that its largest value is minus infinity too.
+    got = qapply(qparams, IMAGES.at[1, 2:4, 4:6, 1].set(bad))
+    assert np.isnan(got[1]).all()
+    np.testing.assert_array_equal(got[::2], good[::2])
+
+
+def test_one_sample_without_a_batch():
+    def apply_fn(p, x):
+        return x @ p["w"]
+
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, ROWS[0])
+    assert np.isnan(qapply(qparams, ROWS[0].at[2].set(jnp.nan))).all()
+    assert np.isfinite(qapply(qparams, ROWS[0])).all()
+
+
+def test_full_quantization():
+    def apply_fn(p, x):
+        return (jax.nn.softmax(x @ p["w"]) + x) @ p["v"]
+
+    model = quantize_full(apply_fn, PARAMS, ROWS)
+    got = model.qapply(model.qparams, ROWS.at[1, 0].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
+
+
+def test_what_the_model_makes_itself():
+    def apply_fn(p, x):
+        return jnp.log(x) @ p["v"]
+
+    x = jnp.abs(ROWS) + 0.5
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, x)
+    got = qapply(qparams, x.at[2, 0].set(-0.1))
+    np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, False, True])
+
+
+def test_an_index_out_of_range():
+    def apply_fn(p, ids):
+        return jnp.take(p["w"], ids, axis=0, mode="fill") @ p["v"]
+
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, jnp.array([0, 1, 2]))
+    np.testing.assert_array_equal(
+        np.isnan(qapply(qparams, jnp.array([0, 7, 2])))[:, 0], [False, True, False]
+    )
+
+
+def test_under_jit_and_vmap_and_in_half_precision():
+    def apply_fn(p, x):
+        return x @ p["w"].astype(x.dtype)
+
+    x = ROWS.astype(jnp.bfloat16)
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, x)
+    bad = x.at[0, 0].set(jnp.nan)
+    for call in (jax.jit(qapply), jax.vmap(qapply, (None, 0))):
+        got = call(qparams, bad)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32))[:, 0], [True, False, False])
+
+
+def test_integers_and_masks_are_let_through():
+    def apply_fn(p, x, mask):
+        scores = x @ p["w"] + mask
+        return {"best": scores.argmax(-1), "chances": jax.nn.softmax(scores) @ p["v"]}
+
+    mask = jnp.zeros((3, 4)).at[:, 0].set(-jnp.inf)
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, ROWS, mask)
+    got = qapply(qparams, ROWS, mask)
+    assert np.isfinite(got["chances"]).all()
+    got = qapply(qparams, ROWS.at[1, 0].set(jnp.nan), mask)
+    np.testing.assert_array_equal(np.isnan(got["chances"])[:, 0], [False, True, False])
+    assert got["best"].dtype == jnp.int32
+
+
+def test_a_saved_model(tmp_path):
+    qparams, qapply = networks.quantize(PARAMS, convolve, IMAGES)
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    qparams, qapply = jaxquant.load_quantized_model(tmp_path / "model")
+    got = qapply(qparams, IMAGES.at[1, 0, 0, 0].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
