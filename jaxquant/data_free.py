@@ -10,6 +10,7 @@ import jax
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
+from jaxquant.graph.batch_sizes import with_batch_sizes
 from jaxquant.graph.checks import check_no_randomness, check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
@@ -193,7 +194,7 @@ def _quantize(
     allow_batch_dependence: bool,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_params(params)
-    graph = trace(apply_fn, params, inputs)
+    graph = with_batch_sizes(trace(apply_fn, params, inputs), apply_fn, params, inputs)
     check_no_randomness(graph)
     check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
     if not allow_batch_dependence:

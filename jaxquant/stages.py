@@ -23,6 +23,7 @@ from jaxquant.calibration.resume import load_checked, sweep_with_file
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir
+from jaxquant.graph.batch_sizes import with_batch_sizes
 from jaxquant.graph.checks import check_params, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
@@ -102,6 +103,7 @@ def quantize(
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
     check_params(params)
     graph = trace(apply_fn, params, observations.examples[0])
+    graph = with_batch_sizes(graph, apply_fn, params, observations.examples[0])
     check_weights(graph, find_sites(graph), params)
     if config.optimize_for == "speed":
         slow = slower_in_int8(graph, observations, config, progress)

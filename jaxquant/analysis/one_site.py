@@ -23,7 +23,6 @@ from jaxquant.graph import ir, jax_shim, kinds, primitives
 from jaxquant.graph.sites import Site
 from jaxquant.graph.trace import trace
 from jaxquant.plan.bind import Binding, Int8Site
-from jaxquant.plan.liveness import is_computed_weight
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.fusion import is_native
@@ -112,7 +111,7 @@ def key(graph: ir.Graph, site: Site, around: Surroundings) -> tuple[Any, ...]:
     eqn = graph.equations[site.equation]
     operands = tuple((graph.shape(x), str(graph.dtype(x)), graph.is_static(x)) for x in eqn.inputs)
     params = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
-    stored = not is_computed_weight(graph, site.weight)
+    stored = not site.computes_weight
     return (eqn.name, params, operands, stored, around)
 
 
@@ -121,7 +120,7 @@ def one_site(
 ) -> OneSite:
     """A site as a model, with random values."""
     eqn, weight = graph.equations[site.equation], site.weight
-    stored = weight is not None and not is_computed_weight(graph, weight)
+    stored = site.stored_weight is not None
     activations = tuple(dict.fromkeys(site.operands))
 
     def apply_fn(params: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:

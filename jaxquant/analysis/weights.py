@@ -14,6 +14,7 @@ from jaxquant.plan import layout
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.quantize.fold import fold
+from jaxquant.quantize.weights import once
 from jaxquant.report.sqnr import decibel
 from jaxquant.run.program import Program
 
@@ -43,7 +44,7 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
     found = {}
     for name, site in sites.items():
         assert site.weight is not None
-        weight = np.asarray(weights[site.weight]).astype(np.float64)
+        weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
         found[name] = _ranges(program, site, weight, qparams)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 
 from jaxquant.graph import ir, jax_shim
 from jaxquant.graph.batch import Mixing, find_mixing, may_mix
+from jaxquant.graph.batch_sizes import batch_size, trace_for
 from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.masks import find_mask
-from jaxquant.graph.trace import trace
 
 _TOLERANCE = 1e-3  # of the largest |output|; one program on one sample twice differs by nothing
 _ADVICE = (
@@ -47,10 +46,10 @@ def check_independence(
             f"{layer} drops activations by a random mask that is drawn from {source}: dropout is "
             f"active, with one mask for every call. {_ADVICE.format(linen='deterministic=True')}"
         )
-    size = _batch_size(inputs)
+    size = batch_size(inputs)
     if not size or not may_mix(graph, size):
         return
-    doubled = _traced_for_two(apply_fn, params, inputs, size)
+    doubled = trace_for(apply_fn, params, inputs, 2 * size)
     mixing = None if doubled is None else find_mixing(graph, doubled)
     if mixing is None or doubled is None or not _confirms(doubled, params, inputs, size, mixing):
         return
@@ -59,27 +58,6 @@ def check_independence(
         "statistics over the batch, as a BatchNorm in training mode does. "
         + _ADVICE.format(linen="use_running_average=True")
     )
-
-
-def _traced_for_two(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], size: int
-) -> ir.Graph | None:
-    """The graph for twice the batch; None where the model takes none."""
-    structs = jax.tree.map(ir.struct, inputs)
-    twice = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((2 * size, *x.shape[1:]), x.dtype) if _has(x, size) else x,
-        structs,
-    )
-    try:
-        return trace(apply_fn, params, twice)
-    except Exception:  # whatever the model says of another batch size
-        return None
-
-
-def _batch_size(inputs: Any) -> int | None:
-    """The length of the first axis that most inputs share."""
-    lengths = [x.shape[0] for x in jax.tree.leaves(inputs) if x.shape]
-    return collections.Counter(lengths).most_common(1)[0][0] if lengths else None
 
 
 def _has(x: Any, size: int) -> bool:

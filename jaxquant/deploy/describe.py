@@ -14,7 +14,6 @@ from jaxquant.files import tensor_names
 from jaxquant.graph import evaluate, ir, jax_shim, sites, trace
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
-from jaxquant.plan.liveness import is_computed_weight
 from jaxquant.run.program import Program
 
 MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
@@ -139,7 +138,7 @@ class _Describer:
         axes: tuple[int, ...] = ()
         if site.weight is not None:
             axes = channel_axes(graph, site, eqn)
-            if is_computed_weight(graph, site.weight):
+            if site.computes_weight:
                 self._need_static((site.weight,))
                 computed = self._number(site.weight)
             else:

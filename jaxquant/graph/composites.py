@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, primitives
+from jaxquant.graph import copies, ir, primitives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
 
 def _masks(graph: ir.Graph, atom: ir.Atom) -> bool:
     """False for one value at all positions: the epilogue of the product before absorbs it."""
-    return not graph.is_static(atom) or bool(primitives.varying_axes(graph, atom))
+    return not graph.is_static(atom) or bool(copies.varying_axes(graph, atom))
 
 
 def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:

@@ -68,6 +68,8 @@ class Graph:
     that the function closed over; `paths` names leaves and constants; `classes`
     holds the class of every nnx module by its path.  `differentiable` tells that
     calls with their own derivative rule were kept, so that the graph can be differentiated.
+    `sized_by_batch` are static operands of sites whose shape follows the batch in another way than
+    by copies of one sample; `jaxquant.graph.batch_sizes` finds them, a plan remembers them.
     """
 
     avals: tuple[Any, ...]
@@ -81,6 +83,7 @@ class Graph:
     out_tree: Any = None
     classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     differentiable: bool = False
+    sized_by_batch: frozenset[Var] = frozenset()
 
     @functools.cached_property
     def producer(self) -> dict[Var, Equation]:
@@ -151,7 +154,7 @@ class Graph:
         """A digest of how a static tensor is computed from parameters, named by their paths.
 
         Equal in graphs that were traced for other input shapes unless the values depend on them:
-        the size to which something is broadcast does not count.
+        the size to which something is broadcast does not count, nor do the sizes of whole axes.
         """
         if isinstance(atom, Literal):
             return _digest("literal", atom.value.dtype.name, atom.value.tobytes().hex())
@@ -163,16 +166,44 @@ class Graph:
         for eqn in self.equations:
             if not eqn.outputs or not self.static[eqn.outputs[0]]:
                 continue
-            params = {k: str(v) for k, v in sorted(eqn.params.items())}
-            if eqn.name == "broadcast_in_dim":
-                del params["shape"]
             inputs = [
                 self.fingerprint(x) if isinstance(x, Literal) else found.get(x, "")
                 for x in eqn.inputs
             ]
+            if self._only_copies(eqn):
+                found[eqn.outputs[0]] = inputs[0]
+                continue
+            params = str(self._params_without_sizes(eqn))
             for position, var in enumerate(eqn.outputs):
-                found[var] = _digest(eqn.name, str(params), *inputs, str(position))
+                found[var] = _digest(eqn.name, params, *inputs, str(position))
         return found
+
+    def _only_copies(self, eqn: Equation) -> bool:
+        """True where axes of size 1 become longer, and nothing else happens.
+
+        JAX leaves some such equations out where the axes stay as they are, for a batch of one.
+        """
+        if not eqn.input_vars or len(eqn.outputs) != 1:
+            return False
+        before, after = self.shape(eqn.inputs[0]), self.shape(eqn.outputs[0])
+        if len(before) != len(after):
+            return False
+        if eqn.name == "broadcast_in_dim":
+            return tuple(eqn.params["broadcast_dimensions"]) == tuple(range(len(after)))
+        copied = all(a == b or a == 1 for a, b in zip(before, after, strict=True))
+        return eqn.name == "tile" and copied
+
+    def _params_without_sizes(self, eqn: Equation) -> dict[str, str]:
+        """The parameters, but for the sizes that whole axes have."""
+        params = dict(eqn.params)
+        for name in ("shape", "new_sizes"):  # broadcasts, reshapes
+            params.pop(name, None)
+        shape = self.shape(eqn.inputs[0]) if eqn.inputs else ()
+        for name in ("limit_indices", "slice_sizes"):
+            if name in params:
+                sizes = zip(params[name], shape, strict=True)
+                params[name] = tuple(None if size == whole else size for size, whole in sizes)
+        return {k: str(v) for k, v in sorted(params.items())}
 
     def expression(self, var: Var) -> Any:
         """A hashable that is equal for static tensors computed in the same way."""

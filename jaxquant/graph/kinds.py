@@ -234,6 +234,11 @@ def is_join(eqn: ir.Equation) -> bool:
     return eqn.name in ("concatenate", "stack")
 
 
+def is_layout(kind: str) -> bool:
+    """True for a kind that only rearranges, copies or picks values."""
+    return BEHAVIOUR.get(kind) == LAYOUT
+
+
 def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
     """True where whole rows of a static float matrix are gathered by index: an embedding."""
     if eqn.name != "gather" or not graph.is_static(eqn.inputs[0]) or len(eqn.inputs) != 2:

@@ -99,7 +99,7 @@ def follow_axes(graph: ir.Graph, eqn: ir.Equation, axes: frozenset[int]) -> froz
     if eqn.name == "broadcast_in_dim":
         return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in axes)
     if eqn.name == "reshape":
-        groups = _reshape_groups(graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0]))
+        groups = reshape_groups(graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0]))
         return frozenset(new for old, all_new in groups if axes & set(old) for new in all_new)
     if eqn.name in ("squeeze", "reduce_max", "reduce_min"):
         removed = eqn.params["dimensions" if eqn.name == "squeeze" else "axes"]
@@ -107,33 +107,6 @@ def follow_axes(graph: ir.Graph, eqn: ir.Equation, axes: frozenset[int]) -> froz
     if eqn.name == "stack":
         return frozenset(axis + (axis >= eqn.params["axis"]) for axis in axes)
     return axes
-
-
-def varying_axes(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
-    """The axes of a static tensor along which its values may differ (others hold copies)."""
-    if isinstance(atom, ir.Literal):
-        return frozenset()
-    shape = graph.shape(atom)
-    every = frozenset(d for d, size in enumerate(shape) if size != 1)
-    eqn = graph.producer.get(atom)
-    if eqn is None:
-        return every
-    if eqn.name == "broadcast_in_dim":
-        if not eqn.input_vars:
-            return frozenset()
-        axes = varying_axes(graph, eqn.inputs[0])
-        return frozenset(eqn.params["broadcast_dimensions"][d] for d in axes)
-    if is_elementwise(eqn):
-        found: set[int] = set()
-        for operand in eqn.inputs:
-            if graph.shape(operand):  # a scalar operand varies along nothing
-                found |= varying_axes(graph, operand)
-        return frozenset(found) & every
-    if eqn.name == "transpose":
-        axes = varying_axes(graph, eqn.inputs[0])
-        permutation = eqn.params["permutation"]
-        return frozenset(d for d, source in enumerate(permutation) if source in axes)
-    return every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +158,7 @@ class Channels:
 
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}
-        for old, new in _reshape_groups(before, after):
+        for old, new in reshape_groups(before, after):
             inside = [a for a in old if a in self.axes]
             if not inside:
                 continue
@@ -209,7 +182,7 @@ class Channels:
         return Channels(tuple(sizes), tuple(found))
 
 
-def _reshape_groups(
+def reshape_groups(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest runs of axes with equal products; axes of 1 are in none.

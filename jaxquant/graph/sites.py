@@ -41,6 +41,9 @@ class Site:
         flow.
       weight: the static operand of a convolution or dot; None where it has none.
       weight_position: 0 or 1, the weight's place among the operands.
+      computes_weight: whether the program computes the weight, so that it is not stored: no
+        parameter is in it (the weights of an interpolation), or its shape follows the batch, see
+        `jaxquant.graph.batch_sizes`.
       inside: the control-flow primitives that hold the site, outermost first; () at the top level.
     """
 
@@ -54,12 +57,18 @@ class Site:
     operands: tuple[ir.Var, ...] = ()
     weight: ir.Var | None = None
     weight_position: int = 1
+    computes_weight: bool = False
     inside: tuple[str, ...] = ()
 
     @property
     def equation(self) -> int:
         """The index of its equation in the (top-level or body) graph that holds it."""
         return self.location[-1]
+
+    @property
+    def stored_weight(self) -> ir.Var | None:
+        """The weight, where it is stored."""
+        return None if self.computes_weight else self.weight
 
 
 def find_sites(graph: ir.Graph, lookups: bool = False) -> tuple[Site, ...]:
@@ -180,7 +189,7 @@ def _site(
     inside: tuple[str, ...],
     holder: tuple[int, ...],
 ) -> Site:
-    position, weight, path = 1, None, ""
+    position, weight, path, computes = 1, None, "", False
     if eqn.name in DOT_EQUATIONS:
         static = [graph.is_static(x) for x in eqn.inputs]
         if eqn.name == "dot_general" and static[0]:
@@ -190,6 +199,7 @@ def _site(
             weight = found
             sources = graph.sources(found)
             path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+            computes = not sources or found in graph.sized_by_batch
     elif kind in kinds.PRODUCTS:  # named after a parameter too, though none of it is stored
         static_vars = [v for v in eqn.input_vars if graph.static[v]]
         sources = [source for v in static_vars for source in graph.sources(v)]
@@ -205,6 +215,7 @@ def _site(
         operands=operands,
         weight=weight,
         weight_position=position,
+        computes_weight=computes,
         inside=inside,
     )
 
@@ -282,16 +293,23 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
 
     Rearrangements (reshape, transpose, ...) are seen through, so that all readers of one tensor
     share its name.  The second operand of a site gives `.../input_1`.  Convolutions and dots
-    name before other sites.
+    name before other sites, and rearrangements last: which of these there are may depend on the
+    batch (`jnp.matmul` of a batch of one drops its axis).
     """
     named: dict[ir.Var, str] = {}
-    for site in sorted(sites, key=lambda site: site.kind not in kinds.DOT_KINDS):
+    for site in sorted(sites, key=_naming_rank):
         for number, operand in enumerate(site.operands):
             name = f"{site.name}/input" + (f"_{number}" if number else "")
             root = primitives.movement_root(graph, operand)
             named.setdefault(root, name)
             named.setdefault(operand, f"{name}:moved")  # where the rearrangement is kept in float
     return named
+
+
+def _naming_rank(site: Site) -> int:
+    if site.kind in kinds.DOT_KINDS:
+        return 0
+    return 2 if kinds.is_layout(site.kind) else 1
 
 
 def matches(site: Site, pattern: str) -> bool:

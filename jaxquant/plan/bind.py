@@ -10,7 +10,7 @@ from jaxquant.graph.sites import Site, find_sites, tensor_names
 from jaxquant.modes import MODES
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
-from jaxquant.plan.plan import INT8, Plan
+from jaxquant.plan.plan import INT8, Plan, SitePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,16 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
       ValueError: the graph has other sites or int8 tensors than the plan.
     """
     mode = MODES[plan.mode]
-    found = find_sites(graph, lookups=mode.lookups)
     planned = {site.name: site for site in plan.sites}
+    found = [_as_planned(site, planned) for site in find_sites(graph, lookups=mode.lookups)]
     here = {site.name: site for site in found}
-    differing = [n for n, p in planned.items() if n not in here or here[n].kind != p.kind]
+    differing = [
+        name
+        for name, plan_of_site in planned.items()
+        # Which rearrangements there are may depend on the batch; the int8 tensors are compared.
+        if not kinds.is_layout(plan_of_site.kind)
+        and (name not in here or not _is_kind(here[name], plan_of_site))
+    ]
     dots = [site for site in found if site.kind in kinds.DOT_KINDS]
     differing += [site.name for site in dots if site.name not in planned]
     if differing:
@@ -97,6 +103,24 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         {var: zero_points[name] for var, name in scales.items()},
         frozenset(var for var, name in scales.items() if name in equalized),
     )
+
+
+def _is_kind(site: Site, planned: SitePlan) -> bool:
+    """True for a site of the planned kind.
+
+    `jax.vmap` of a convolution with its kernel makes a group of each sample, whose number tells
+    what kind of convolution it is.
+    """
+    convolutions = {"conv2d", "depthwise_conv2d"}
+    alike = planned.computes_weight and {site.kind, planned.kind} <= convolutions
+    return alike or site.kind == planned.kind
+
+
+def _as_planned(site: Site, planned: Mapping[str, SitePlan]) -> Site:
+    """The site, its weight stored or computed as it is in the plan: one trace does not tell."""
+    if site.name not in planned or site.weight is None:
+        return site
+    return dataclasses.replace(site, computes_weight=planned[site.name].computes_weight)
 
 
 def _other_graph(names: Sequence[str] | set[str]) -> ValueError:

@@ -12,7 +12,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, primitives
+from jaxquant.graph import copies, ir, primitives
 from jaxquant.graph.primitives import Channels
 from jaxquant.graph.sites import DOT_EQUATIONS, Site
 
@@ -68,7 +68,7 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
     current = site.output
     if eqn.name not in DOT_EQUATIONS:  # what a sum is divided by depends on the input shape
         return Epilogue((), (), current, Channels((), ()), _activation(graph, current))
-    stored = site.weight is not None and bool(graph.sources(site.weight))
+    stored = site.stored_weight is not None
     channels = output_channels(graph, site, eqn) if stored else Channels((), ())
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
@@ -97,15 +97,29 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
 
 
 def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
-    """How the site's weight and the operands of its epilogue are computed from the parameters."""
-    stored = site.weight is not None and bool(graph.sources(site.weight))
-    atoms: list[ir.Atom | None] = [site.weight if stored else None]
+    """How the site's weight and the operands of its epilogue are computed from the parameters.
+
+    With the shape of the weight that is stored: one that follows the input in another way than by
+    the batch is of another graph.
+    """
+    shape = "none" if site.stored_weight is None else str(stored_shape(graph, site))
+    atoms: list[ir.Atom | None] = [site.stored_weight]
     atoms += [step.operand for step in epilogue.steps]
-    return "-".join(graph.fingerprint(a) if a is not None else "none" for a in atoms)
+    return "-".join([shape, *(graph.fingerprint(a) if a is not None else "none" for a in atoms)])
+
+
+def stored_shape(graph: ir.Graph, site: Site) -> tuple[int, ...]:
+    """The shape of a site's stored weight: that of the operand, size 1 where it is shared."""
+    assert site.weight is not None
+    shared = copies.shared_axes(graph, site)
+    return tuple(1 if d in shared else n for d, n in enumerate(graph.shape(site.weight)))
 
 
 def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
-    """Where the weight's output channels are in the site's own output."""
+    """Where the weight's output channels are in the site's own output.
+
+    Axes that share a stored weight are no channels.
+    """
     weight_shape = graph.shape(eqn.inputs[site.weight_position])
     if eqn.name == "conv_general_dilated":
         spec = eqn.params["dimension_numbers"]
@@ -117,7 +131,10 @@ def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
     lhs_free = len(graph.shape(eqn.inputs[0])) - len(lhs_contract) - len(lhs_batch)
     first_free = len(batch) + (0 if site.weight_position == 0 else lhs_free)
     sizes, axes = [], []
+    shared = copies.shared_axes(graph, site) if site.stored_weight is not None else ()
     for axis in channel_axes(graph, site, eqn):
+        if axis in shared:
+            continue
         sizes.append(weight_shape[axis])
         if axis in batch:
             axes.append(list(batch).index(axis))
@@ -168,7 +185,7 @@ def _affine_step(
         return None
     if eqn.name == "div" and operand is left:
         return None
-    if not primitives.varying_axes(graph, operand) <= frozenset(channels.axes):
+    if not copies.varying_axes(graph, operand) <= frozenset(channels.axes):
         return None
     op = {"add_any": "add", "sub": "sub" if operand is right else "rsub"}.get(eqn.name, eqn.name)
     return AffineStep(op, operand, channels, rank)

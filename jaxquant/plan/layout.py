@@ -28,12 +28,11 @@ from typing import Any
 
 import jax
 
-from jaxquant.graph import ir, trace
+from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
 from jaxquant.plan.bind import Int8Site
-from jaxquant.plan.epilogue import channel_axes
-from jaxquant.plan.liveness import is_computed_weight
+from jaxquant.plan.epilogue import channel_axes, stored_shape
 from jaxquant.plan.plan import Plan
 
 
@@ -61,30 +60,48 @@ class WeightSlot:
 
 @dataclasses.dataclass(frozen=True)
 class WeightView:
-    """The tensor that is stored for a site: `weight = var.transpose(permutation)`.
+    """The tensor that is stored for a site, and how the site's weight is made of it.
 
-    `channels` are the axes of `var` that run along output channels.
+    Attributes:
+      var: the tensor; what is stored has size 1 along axes that hold copies.
+      shape: of what is stored.
+      channels: the axes of `var` that run along output channels.
+      movements: the equations from `var` to the weight, in order: transposes and broadcasts.
     """
 
     var: ir.Var
+    shape: tuple[int, ...]
     channels: tuple[int, ...]
-    permutation: tuple[int, ...]
+    movements: tuple[ir.Equation, ...]
 
 
 def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     """What is stored for a site.
 
     An integer operation takes its weight as it is stored.  Where weights are dequantized in the
-    call, what is stored is seen through transposes, so that an embedding that is transposed for
-    the output layer is stored once.
+    call, what is stored is seen through transposes and broadcasts, so that an embedding that is
+    transposed for the output layer is stored once.  Of an embedding, rows are looked up in what is
+    stored.
     """
     assert site.weight is not None
-    axes = channel_axes(graph, site, graph.equations[site.equation])
-    var, permutation = site.weight, tuple(range(len(graph.shape(site.weight))))
-    while not integer and (eqn := graph.producer.get(var)) is not None and eqn.name == "transpose":
-        var, order = eqn.input_vars[0], eqn.params["permutation"]
-        permutation = tuple(order[a] for a in permutation)
-    return WeightView(var, tuple(sorted(permutation[a] for a in axes)), permutation)
+    own = graph.equations[site.equation]
+    var, channels = site.weight, channel_axes(graph, site, own)
+    if integer:
+        return WeightView(var, stored_shape(graph, site), channels, ())
+    movements: list[ir.Equation] = []
+    while own.name != "gather" and (eqn := graph.producer.get(var)) is not None:
+        if eqn.name == "transpose":
+            source = tuple(eqn.params["permutation"])
+            channels = tuple(sorted(source[a] for a in channels))
+        elif eqn.name == "broadcast_in_dim" and len(eqn.input_vars) == 1:
+            placed = tuple(eqn.params["broadcast_dimensions"])
+            channels = tuple(placed.index(a) for a in channels if a in placed)
+        else:
+            break
+        movements.insert(0, eqn)
+        var = eqn.input_vars[0]
+    shape = graph.shape(var) if own.name == "gather" else copies.shape_without_copies(graph, var)
+    return WeightView(var, shape, channels, tuple(movements))
 
 
 def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
@@ -106,12 +123,13 @@ def weight_slots(
     found = {}
     for int8_site in sites:
         site = int8_site.site
-        if site.weight is None or is_computed_weight(graph, site.weight):
+        weight = site.stored_weight
+        if weight is None:
             continue
         view = weight_view(graph, site, integer)
         key = (graph.expression(view.var), view.channels)
         if key not in slots:
-            source = trace.largest(graph, graph.sources(site.weight))
+            source = trace.largest(graph, graph.sources(weight))
             path = paths.get(source, (graph.paths[source],))
             slots[key] = WeightSlot(path, views.get(path, 0), plan.weight_bits)
             views[path] = views.get(path, 0) + 1

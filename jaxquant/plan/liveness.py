@@ -64,22 +64,14 @@ class _Demand:
             own = self._graph.equations[site.equation]
             read = [v for v in own.input_vars if v != site.weight]  # an embedding's indices too
             self._stack += [(v, v in forms.int8) for v in read]
-            if is_computed_weight(self._graph, site.weight):
-                self._stack.append((site.weight, False))  # type: ignore[arg-type]
+            if site.computes_weight and site.weight is not None:
+                self._stack.append((site.weight, False))
         elif eqn.index in self._binding.selects:
             self._stack.append((var, True))
         elif eqn.index in forms.reads_int8:
             self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
         else:
             self._stack += [(v, False) for v in eqn.input_vars]
-
-
-def is_computed_weight(graph: ir.Graph, weight: ir.Var | None) -> bool:
-    """True for a weight that no parameter is in (of an interpolation, say).
-
-    It may depend on the input shape, so it is not stored but quantized in the program.
-    """
-    return weight is not None and not graph.sources(weight)
 
 
 def read_in_float(
@@ -91,9 +83,9 @@ def read_in_float(
     found = set(graph.output_vars)
     for eqn in live:
         if eqn.outputs[0] in ends:
-            weight = ends[eqn.outputs[0]].site.weight
-            if weight is not None and is_computed_weight(graph, weight):
-                found.add(weight)
+            site = ends[eqn.outputs[0]].site
+            if site.computes_weight and site.weight is not None:
+                found.add(site.weight)
         elif eqn.index in binding.selects:
             continue
         elif eqn.index in forms.reads_int8:

@@ -296,4 +296,5 @@ def _site_plan(
         affine=affine,
         activation=activation,
         fingerprint=digest,
+        computes_weight=site.computes_weight,
     )

@@ -36,7 +36,7 @@ class SitePlan:
 
     `affine` are the operations that the multiplier and bias absorb, `activation` the elementwise
     ones behind them; `fingerprint` is of how the weight and the affine operands are computed,
-    "" for a site that does not accumulate.
+    "" for a site that does not accumulate; `computes_weight`: see `jaxquant.graph.sites.Site`.
     """
 
     name: str
@@ -49,6 +49,7 @@ class SitePlan:
     affine: tuple[str, ...]
     activation: tuple[str, ...]
     fingerprint: str
+    computes_weight: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

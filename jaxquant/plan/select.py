@@ -91,6 +91,8 @@ def _weightless(graph: ir.Graph, site: Site) -> str:
     """Why a site has no weight that can be stored as integers; "" where it has one."""
     if site.weight is None:
         return "its weight depends on the inputs"
+    if site.weight in graph.sized_by_batch:
+        return "its weight is made to the size of the batch"
     if not graph.sources(site.weight):
         return "its weight is computed from no parameter"
     if not jnp.issubdtype(graph.dtype(site.weight), jnp.floating):

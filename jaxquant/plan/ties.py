@@ -31,7 +31,6 @@ import numpy as np
 
 from jaxquant.graph import ir, primitives
 from jaxquant.plan.bind import Binding, bind
-from jaxquant.plan.liveness import is_computed_weight
 from jaxquant.plan.plan import Plan, TensorPlan
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
@@ -104,7 +103,7 @@ def find_targets(graph: ir.Graph, binding: Binding, plan: Plan) -> dict[str, Tar
     targets = {}
     for int8_site in binding.sites:
         site, found = int8_site.site, sums.get(int8_site.epilogue.output)
-        if found is None or site.weight is None or is_computed_weight(graph, site.weight):
+        if found is None or site.stored_weight is None:
             continue
         if not equalized.isdisjoint(found.together):
             continue

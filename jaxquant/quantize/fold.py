@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.primitives import varying_axes
+from jaxquant.graph.copies import without_copies
 from jaxquant.graph.static_values import static_values
 from jaxquant.plan.epilogue import AffineStep
 
@@ -37,7 +37,7 @@ def fold(
 
     return (
         {var: whole(var) for var in weights},
-        {v: found[v] if v in spread else _without_copies(graph, v, whole(v)) for v in operands},
+        {v: found[v] if v in spread else without_copies(graph, v, whole(v)) for v in operands},
     )
 
 
@@ -56,14 +56,9 @@ def _compiled(
     def run(leaves: Mapping[ir.Var, Any]) -> dict[ir.Var, Any]:
         env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), equations=needed)
         values = {var: env.read(var) for var in wanted}
-        return {v: _without_copies(graph, v, x) if v in spread else x for v, x in values.items()}
+        return {v: without_copies(graph, v, x) if v in spread else x for v, x in values.items()}
 
     return jax.device_get(run(leaves))
-
-
-def _without_copies(graph: ir.Graph, var: ir.Var, value: Any) -> Any:
-    axes = varying_axes(graph, var)
-    return value[tuple(slice(None) if d in axes else slice(0, 1) for d in range(value.ndim))]
 
 
 def channel_vector(

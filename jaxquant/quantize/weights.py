@@ -20,7 +20,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
 from jaxquant.plan import layout, ties
 from jaxquant.plan.bind import Binding, Int8Site, bind
-from jaxquant.plan.epilogue import channel_axes
+from jaxquant.plan.epilogue import channel_axes, stored_shape
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.liveness import float_leaves
@@ -63,7 +63,8 @@ def quantize_params(
             assert site.weight is not None
             axes = channel_axes(graph, site, graph.equations[site.equation])
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
-            weight = equalized(graph, binding, site, weights[site.weight], equalization)
+            weight = once(graph, site, weights[site.weight])
+            weight = equalized(graph, binding, site, weight, equalization)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
@@ -86,6 +87,11 @@ def quantize_params(
             "inv_scale": np.float32(1.0 / scale),
         }
     return jax.device_put(qparams)
+
+
+def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
+    """A site's weight, with size 1 along the axes that share it: as it is stored."""
+    return weight[tuple(slice(0, size) for size in stored_shape(graph, site))]
 
 
 def equalized(
@@ -298,8 +304,8 @@ def _put_grouped_weights(
     }
     weights, _ = fold(graph, params, [view.var for view in views.values()], [])
     for slot, view in views.items():
-        weight = weights[view.var]
-        groups = group_layout(weight.shape, view.channels, plan.group_size)
+        weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
+        groups = group_layout(view.shape, view.channels, plan.group_size)
         integers, scale = quantize_groups(weight, groups, plan.weight_bits)
         layout.put(tree, slot.int8, integers)
         layout.put(tree, slot.scale, scale.astype(np.float32))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.primitives import varying_axes
+from jaxquant.graph.copies import varying_axes
 from jaxquant.plan.epilogue import activation_equations
 from jaxquant.run.fusion import NO_CLAMP, Clamp, clamp_after, clamp_of
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from jaxquant.graph import ir, primitives
 from jaxquant.plan.bind import Binding, Int8Site
-from jaxquant.plan.liveness import is_computed_weight, read_in_float
+from jaxquant.plan.liveness import read_in_float
 
 Clamp = tuple[float, float]
 NO_CLAMP: Clamp = (-math.inf, math.inf)
@@ -104,7 +104,8 @@ def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
     with a stored weight.
     """
     site, epilogue = int8_site.site, int8_site.epilogue
-    if site.weight is None or is_computed_weight(graph, site.weight) or epilogue.movements:
+    weight = site.stored_weight
+    if weight is None or epilogue.movements:
         return False
     if len(site.operands) != 1 or site.weight_position != 1:
         return False
@@ -115,7 +116,7 @@ def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
         given = tuple(
             tuple(tuple(axes) for axes in pair) for pair in eqn.params["dimension_numbers"]
         )
-        is_matrix = given == contract and len(graph.shape(site.weight)) == 2
+        is_matrix = given == contract and len(graph.shape(weight)) == 2
         return is_matrix and epilogue.channels.axes in ((rank - 1,), ())
     if eqn.name != "conv_general_dilated" or rank not in (3, 4):
         return False

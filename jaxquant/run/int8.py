@@ -36,7 +36,7 @@ def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, 
     """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
     weight = weight.astype(jnp.float32)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True)
+    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
     scale = jnp.where(threshold > 0, threshold, jnp.float32(127)) / jnp.float32(127)
     return quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
 
@@ -52,12 +52,13 @@ def accumulate(
 ) -> jax.Array:
     """A convolution or dot of a tensor with a weight, to int32.
 
+    A weight that the batch axes of a dot share has size 1 there.
     The sum keeps `zero_point * sum(weight)`, which the site's bias takes away; what pads the input
     adds to it too.
     """
     if eqn.name == "conv_general_dilated":
         return conv(operands[0], operands[1], eqn.params, zero_points[0])
-    return dot((operands[0], operands[1]), eqn.params)
+    return dot_with_shared((operands[0], operands[1]), eqn.params)
 
 
 def combine(
@@ -88,6 +89,47 @@ def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax
         lax.pad(x, jnp.int8(0), pads), w, numbers, preferred_element_type=jnp.int32
     )
     return lax.slice_in_dim(result, 0, 1, axis=0)
+
+
+def dot_with_shared(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:
+    """`dot`, where an operand may have size 1 along batch axes that the other has longer.
+
+    It stands for copies.  Such an axis is one more free axis of the other operand, so that there
+    are fewer and larger products, and no copies.
+    """
+    (contract, batch) = params["dimension_numbers"]
+    shared = [
+        n
+        for n, (left, right) in enumerate(zip(*batch, strict=True))
+        if operands[0].shape[left] != operands[1].shape[right]
+    ]
+    if not shared:
+        return dot(operands, params)
+    side = int(operands[1].shape[batch[1][shared[0]]] == 1)  # of the weight
+    gone = [batch[side][n] for n in shared]
+    weight = lax.squeeze(operands[side], gone)
+
+    def moved(axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(a - sum(g < a for g in gone) for a in axes)
+
+    kept = [[axes[n] for n in range(len(axes)) if n not in shared] for axes in batch]
+    pairs = [(tuple(contract[k]), tuple(kept[k])) for k in (0, 1)]
+    pairs[side] = (moved(contract[side]), moved(kept[side]))
+    x = operands[1 - side]
+    both = (x, weight) if side else (weight, x)
+    numbers = ((pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1]))
+    result = dot(both, {**params, "dimension_numbers": numbers})
+    # The result's axes, by what they were: the batch axes left, those of each operand.
+    free = [a for a in range(x.ndim) if a not in (*contract[1 - side], *kept[1 - side])]
+    own = [("free", a) for a in range(operands[side].ndim)
+           if a not in (*contract[side], *batch[side])]  # fmt: skip
+    theirs = [("batch", batch[1 - side].index(a)) if a in batch[1 - side] else ("other", a)
+              for a in free]  # fmt: skip
+    axes = [("batch", n) for n in range(len(batch[0])) if n not in shared]
+    axes += [*theirs, *own] if side else [*own, *theirs]
+    wanted = [("batch", n) for n in range(len(batch[0]))]
+    rest = [axis for axis in axes if axis[0] != "batch"]
+    return result.transpose([axes.index(axis) for axis in (*wanted, *rest)])
 
 
 def dot_of_tensors(

@@ -220,7 +220,7 @@ class Program:
     ) -> jax.Array:
         """A site that computes in the model's dtype on a weight stored as integers."""
         view = layout.weight_view(self.graph, site, integer=False)
-        groups = group_layout(self.graph.shape(view.var), view.channels, self.plan.group_size)
+        groups = group_layout(view.shape, view.channels, self.plan.group_size)
         slot = self.slots[site.name]
         arrays = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
         eqn = self.graph.equations[site.equation]

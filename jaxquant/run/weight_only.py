@@ -71,7 +71,10 @@ def apply(
         return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
     weight = dequantize_weight(stored).astype(dtype)
-    operands.insert(site.weight_position, weight.transpose(view.permutation))
+    weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
+    for movement in view.movements:
+        (weight,) = jax_shim.bind(movement.primitive, [weight], dict(movement.params))
+    operands.insert(site.weight_position, weight)
     (value,) = jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
     return value
 

@@ -65,23 +65,6 @@ def test_elementwise():
     assert not any(primitives.is_elementwise(eqn) for eqn in graph.equations)
 
 
-@pytest.mark.parametrize(
-    ("fn", "axes"),
-    [
-        (lambda w: w, {0, 1}),
-        (lambda w: jnp.broadcast_to(w[None], (5, 2, 3)), {1, 2}),
-        (lambda w: jnp.broadcast_to(w[:, None, :], (2, 5, 3)).transpose(2, 1, 0), {0, 2}),
-        (lambda w: jnp.broadcast_to(w[None], (5, 2, 3)) * 2 + 1, {1, 2}),
-        (lambda w: jnp.full((5, 3), 2.0), set()),
-        (lambda w: jnp.broadcast_to(w[:1], (2, 3)), {1}),
-        (lambda w: w[:, :1] + jnp.zeros((2, 3)), {0}),
-    ],
-)
-def test_the_axes_along_which_a_parameter_varies(fn, axes):
-    graph = trace(lambda p, x: fn(p), jnp.ones((2, 3)), [jnp.ones(())])
-    assert primitives.varying_axes(graph, graph.outputs[0]) == axes
-
-
 def labels(channels: Channels, shape) -> np.ndarray:
     """The channel number of every element, by the definition of `Channels`."""
     index = np.zeros(shape, int)

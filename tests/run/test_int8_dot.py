@@ -48,6 +48,24 @@ def dots(draw: st.DrawFn, min_size: int = 0) -> tuple[tuple[int, ...], tuple[int
 
 
 @settings
+@hypothesis.given(dots(min_size=1), st.data())
+def test_a_dot_with_a_weight_that_batch_axes_share_equals_the_reference(case, data):
+    lhs_shape, rhs_shape, numbers = case
+    shapes = [list(lhs_shape), list(rhs_shape)]
+    side = data.draw(st.integers(0, 1))
+    for axis in numbers[1][side]:
+        if data.draw(st.booleans()):
+            shapes[side][axis] = 1
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-127, 127, shape, np.int8, endpoint=True) for shape in shapes)
+    got = compile_fast(lambda x, w: int8.dot_with_shared((x, w), {"dimension_numbers": numbers}))(
+        x, w
+    )
+    whole = np.broadcast_to(x, lhs_shape), np.broadcast_to(w, rhs_shape)
+    np.testing.assert_array_equal(np.asarray(got), reference.dot_general(*whole, numbers))
+
+
+@settings
 @hypothesis.given(dots(), st.integers(0, 9))
 def test_dot_equals_the_reference(case, seed):
     lhs_shape, rhs_shape, numbers = case

@@ -1,0 +1,103 @@
+"""Which weights a model makes to the size of the batch.
+
+A learned query that is broadcast along the batch (Perceiver, DETR, SigLIP's pooling head) is
+static, as a weight is, but its shape belongs to the batch that was traced.  Where it only holds
+copies along those axes, it is stored once (`jaxquant.graph.copies`).  Where the batch is mixed with
+other axes (queries [B * Q, D], the merged heads [B * H, Q, D]) nothing of it can be stored: the
+program computes it for the batch at hand.
+
+One trace does not show this: with a batch of one, a broadcast along it leaves no equation, and
+`jnp.matmul` drops the axis.  So models with such operands are traced again, with a batch of one and
+with twice the batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxquant.graph import copies, ir
+from jaxquant.graph.sites import Site, find_sites
+from jaxquant.graph.trace import trace
+
+
+def with_batch_sizes(
+    graph: ir.Graph, apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
+) -> ir.Graph:
+    """The graph with `sized_by_batch` found.
+
+    Args:
+      graph: the trace of `apply_fn(params, *inputs)`.
+      apply_fn, params, inputs: what it was traced from; arrays or `ShapeDtypeStruct`s.
+
+    A model that takes no other batch has no such operand.
+    """
+    suspects = [site for site in find_sites(graph, lookups=True) if _may_follow(graph, site)]
+    found: set[ir.Var] = set()
+    size = batch_size(inputs)
+    for other_size in (1, 2 * size or 2) if suspects and size is not None else ():
+        other = trace_for(apply_fn, params, inputs, other_size) if other_size != size else None
+        if other is None:
+            continue
+        there = {site.name: site for site in find_sites(other, lookups=True)}
+        found |= {
+            site.weight
+            for site in suspects
+            if site.weight is not None
+            and site.name in there
+            and _is_sized_by_batch(graph, site, other, there[site.name])
+        }
+    return dataclasses.replace(graph, sized_by_batch=frozenset(found))
+
+
+def _may_follow(graph: ir.Graph, site: Site) -> bool:
+    """False for a parameter, or its transpose, in a dot without batch axes: the common layer."""
+    if site.weight is None or not graph.sources(site.weight):
+        return False
+    eqn = graph.equations[site.equation]
+    has_batch_axes = eqn.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+    var = site.weight
+    while (made := graph.producer.get(var)) is not None and made.name == "transpose":
+        var = made.input_vars[0]
+    return has_batch_axes or var not in graph.paths
+
+
+def _is_sized_by_batch(graph: ir.Graph, site: Site, other: ir.Graph, twin: Site) -> bool:
+    """True where the operation differs, or the weight, but not by copies along batch axes."""
+    if twin.weight is None or site.weight is None:
+        return True
+    here, there = graph.shape(site.weight), other.shape(twin.weight)
+    own, others = graph.equations[site.equation], other.equations[twin.equation]
+    numbers = "dimension_numbers"
+    if own.name != others.name or str(own.params[numbers]) != str(others.params[numbers]):
+        return True
+    differing = {d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b}
+    shared = {*copies.shared_axes(graph, site)} & {*copies.shared_axes(other, twin)}
+    return not differing <= shared
+
+
+def batch_size(inputs: Any) -> int | None:
+    """The length of the first axis that most inputs share."""
+    structs = map(ir.struct, jax.tree.leaves(inputs))
+    lengths = [x.shape[0] for x in structs if x.shape]
+    return collections.Counter(lengths).most_common(1)[0][0] if lengths else None
+
+
+def trace_for(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], size: int
+) -> ir.Graph | None:
+    """The graph for another batch size; None where the model takes no such batch."""
+    present = batch_size(inputs)
+
+    def resized(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_batch = x.shape and x.shape[0] == present
+        return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if is_batch else x
+
+    try:
+        return trace(apply_fn, params, jax.tree.map(resized, jax.tree.map(ir.struct, inputs)))
+    except Exception:  # whatever the model says of another batch size
+        return None
