@@ -115,7 +115,8 @@ def quant_weights(
     """Store the weights of a float model as integers; it goes on computing in its own dtype.
 
     A quarter or an eighth of the memory of float32, for models whose weights are the most of it.
-    Each weight is dequantized in the call, in float32 and then to the dtype of the operation.
+    Each weight is dequantized in the call, in float32 and then to the dtype of the operation; on
+    one CPU device that of a dot a few rows at a time, so that memory holds the integers alone.
 
     Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127 or / 7.  With a
     `group_size` that many neighbours share a scale: along the axes of the weight that are summed

@@ -37,6 +37,10 @@ class GroupLayout:
     def groups(self) -> int:
         return -(-self.shape[self.axis] // self.size)
 
+    def as_matrix(self, shape: tuple[int, int]) -> GroupLayout:
+        """The same groups of the same elements as a matrix, K its first axis or its last."""
+        return GroupLayout((0, 1), shape, shape, min(self.axis, 1), self.size)
+
     @property
     def inverse(self) -> tuple[int, ...]:
         """The permutation back to the weight's own order of axes."""

@@ -176,7 +176,8 @@ def make_report(
     rows = []
     for site in plan.sites:
         row: dict[str, Any] = dataclasses.asdict(site)
-        del row["affine"], row["activation"], row["fingerprint"]
+        for key in ("affine", "activation", "fingerprint", "computes_weight"):
+            del row[key]
         row["inputs"], row["epilogue"] = list(site.inputs), list(site.affine + site.activation)
         row["threshold"] = thresholds[site.inputs[0]] if site.inputs else None
         row["weight_scale_min"] = row["weight_scale_max"] = None

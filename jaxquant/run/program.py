@@ -20,6 +20,7 @@ from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
 from jaxquant.run import dynamic, int8, nonfinite, weight_only
+from jaxquant.run.dequantize import StoredWeight
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
@@ -224,7 +225,7 @@ class Program:
         slot = self.slots[site.name]
         arrays = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
         eqn = self.graph.equations[site.equation]
-        weight = weight_only.StoredWeight(arrays[0], arrays[1], groups, slot.bits)
+        weight = StoredWeight(arrays[0], arrays[1], groups, slot.bits)
         return weight_only.apply(env, eqn, site, view, weight)
 
     def _with_computed_weight(

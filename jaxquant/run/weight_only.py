@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, jax_shim
 from jaxquant.graph.sites import Site
-from jaxquant.plan.groups import GroupLayout
 from jaxquant.plan.layout import WeightView
-
-
-class StoredWeight(NamedTuple):
-    """What `jaxquant.quantize.groups.quantize_groups` returned, the scales as float32, and took."""
-
-    integers: jax.Array
-    scale: jax.Array
-    layout: GroupLayout
-    bits: int
-
-
-def dequantize_weight(weight: StoredWeight) -> jax.Array:
-    """The weight as float32, in its own shape."""
-    integers, scale, layout, bits = weight
-    if bits == 8:
-        integers = integers.transpose(layout.order).reshape(layout.shape)
-    length = layout.shape[layout.axis]
-    value = dequantize_groups(integers, scale, layout.axis, length, layout.size, bits)
-    return value.reshape(layout.permuted).transpose(layout.inverse)
-
-
-def dequantize_groups(
-    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, bits: int
-) -> jax.Array:
-    """Integers [..., K or K/2, ...] times their scales [..., K/size, ...] along `axis`: float32.
-
-    Args:
-      integers: int8, or uint8 that holds two 4-bit integers each.
-      scale: float32.
-      axis: where the groups are.
-      length: K.
-      size: the group size.
-      bits: 8 or 4.
-    """
-    if bits == 4:
-        integers = _unpack(integers, axis)
-    value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
-    return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
+from jaxquant.run import blocks
+from jaxquant.run.dequantize import StoredWeight, dequantize_groups, dequantize_weight
 
 
 def apply(
@@ -70,6 +34,10 @@ def apply(
     if eqn.name == "gather":
         return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
+    if (order := _as_matrix(eqn, site, view, stored)) is not None:
+        return _by_blocks(eqn, site, operands[0], stored, order).astype(
+            env.graph.dtype(eqn.outputs[0])
+        )
     weight = dequantize_weight(stored).astype(dtype)
     weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
     for movement in view.movements:
@@ -77,6 +45,69 @@ def apply(
     operands.insert(site.weight_position, weight)
     (value,) = jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
     return value
+
+
+def _as_matrix(
+    eqn: ir.Equation, site: Site, view: WeightView, stored: StoredWeight
+) -> tuple[int, ...] | None:
+    """Where the weight's axes are in what is stored, if that is a matrix; None otherwise.
+
+    Its summed axes are the first or the last, and it has others than those.
+    """
+    layout = stored.layout
+    if eqn.name != "dot_general" or any(m.name != "transpose" for m in view.movements):
+        return None
+    if eqn.params["dimension_numbers"][1][0] or layout.order != tuple(range(len(layout.order))):
+        return None
+    order = layout.order
+    for movement in view.movements:
+        order = tuple(order[a] for a in movement.params["permutation"])
+    summed = len(eqn.params["dimension_numbers"][0][0])
+    is_first = layout.axis == 0
+    is_last = layout.axis == len(layout.shape) - 1
+    is_whole = summed in (0, len(order)) or not (is_first or is_last)
+    return None if is_whole or 0 in layout.shape else order
+
+
+def _by_blocks(
+    eqn: ir.Equation, site: Site, x: jax.Array, stored: StoredWeight, order: Sequence[int]
+) -> jax.Array:
+    """A dot with a stored matrix, as float32.
+
+    Args:
+      eqn, site: the dot; it has no batch axes.
+      x: its other operand.
+      stored: the weight.
+      order: the stored axis that each axis of the weight is.
+    """
+    side = site.weight_position
+    contract = eqn.params["dimension_numbers"][0]
+    pairs = sorted(zip((order[a] for a in contract[side]), contract[1 - side], strict=True))
+    free = [a for a in range(x.ndim) if a not in contract[1 - side]]
+    own = [a for a in range(len(order)) if a not in contract[side]]  # of the weight
+    layout = stored.layout
+    rows = x.transpose([*free, *(a for _, a in pairs)])
+    rows = rows.reshape(math.prod(x.shape[a] for a in free), layout.shape[layout.axis])
+    # As a matrix [K, N] or [N, K]: the axes of channels are neighbours too.
+    length = layout.shape[layout.axis]
+    others = math.prod(layout.permuted[order[a]] for a in own)
+    shape = (length, others) if layout.axis == 0 else (others, length)
+    scale_shape = tuple(layout.groups if n == int(layout.axis != 0) else others for n in (0, 1))
+    packed = -(-length // 2) if stored.bits == 4 else length
+    stored_shape = tuple(packed if n == int(layout.axis != 0) else others for n in (0, 1))
+    matrix = stored._replace(
+        integers=stored.integers.reshape(stored_shape),
+        scale=stored.scale.reshape(scale_shape),
+        layout=layout.as_matrix(shape),
+    )
+    value = blocks.product(rows, matrix, eqn.params["precision"])
+    ascending = sorted(own, key=lambda a: order[a])
+    value = value.reshape(
+        [*(x.shape[a] for a in free), *(layout.permuted[order[a]] for a in ascending)]
+    )
+    places = [len(free) + ascending.index(a) for a in own]
+    rest = list(range(len(free)))
+    return value.transpose([*rest, *places] if side else [*places, *rest])
 
 
 def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.Array:
@@ -97,23 +128,3 @@ def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.
     axis, layout = scale.ndim - 1, stored.layout
     length = layout.shape[layout.axis]
     return dequantize_groups(integers, scale, axis, length, layout.size, stored.bits)
-
-
-def _unpack(packed: jax.Array, axis: int) -> jax.Array:
-    """Both halves of every byte, neighbours along `axis`: int8 [..., 2 K, ...].
-
-    Shifts by a vector, and no concatenation, so that XLA fuses it with what follows.
-    """
-    shifts = jnp.array([4, 0], jnp.int8).reshape([2, *[1] * (packed.ndim - axis - 1)])
-    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
-    both = (jnp.expand_dims(signed, axis + 1) << shifts) >> jnp.int8(4)  # the sign comes along
-    shape = list(packed.shape)
-    shape[axis] *= 2
-    return both.reshape(shape)
-
-
-def _repeat(x: jax.Array, axis: int, times: int) -> jax.Array:
-    """Each element along `axis` so many times."""
-    shape = [*x.shape[: axis + 1], times, *x.shape[axis + 1 :]]
-    spread = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
-    return spread.reshape([*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :]])

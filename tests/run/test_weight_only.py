@@ -117,7 +117,45 @@ def test_what_runs_on_the_weight_is_float():
     """No integer reaches a dot: the weight is what is stored, the operation is the model's."""
     params, x = {"w": networks.images(0, (9, 4))}, networks.images(1, (3, 9))
     qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, bits=4)
-    text = str(jax.make_jaxpr(qapply)(qparams, x))
-    assert "dot_general" in text
-    assert "i32[3,4] = dot_general" not in text
-    assert "f32[3,4] = dot_general" in text
+    lines = jax.jit(qapply).lower(qparams, x).as_text().splitlines()
+    dots = [line for line in lines if "dot_general" in line]
+    assert dots
+    assert all("f32" in dot and "i8" not in dot and "i32>" not in dot for dot in dots)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 70])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(8, None), (4, None), (8, 8), (4, 7), (4, 32), (8, 113), (4, 300)]
+)
+def test_blocks_of_a_weight_give_what_all_of_it_gives(bits, group_size, samples):
+    """Both orders of a matrix, with a rest behind the last whole block, against the definition."""
+    params = {"w": networks.images(0, (533, 37)), "t": networks.images(3, (301, 533))}
+    x = networks.images(2, (samples, 533))
+    models = {"w": lambda p, x: x @ p["w"], "t": lambda p, x: x @ p["t"].T}
+    for name, (model, channel) in {"w": (models["w"], 1), "t": (models["t"], 0)}.items():
+        qparams, qapply = jaxquant.quant_weights(
+            {name: params[name]}, model, jax.ShapeDtypeStruct(x.shape, x.dtype),
+            bits=bits, group_size=group_size,
+        )  # fmt: skip
+        fake = fake_groups(params[name], (channel,), group_size, bits)
+        expected = np.asarray(x, np.float64) @ (fake if name == "w" else fake.T)
+        np.testing.assert_allclose(qapply(qparams, x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("model", [lambda p, x: x @ p, lambda p, x: x @ p.T], ids=["w", "w.T"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_is_not_dequantized_whole(model, bits):
+    params, x = networks.images(0, (1024, 1024)), networks.images(1, (1, 1024))
+    qparams, qapply = jaxquant.quant_weights(params, model, x, bits=bits)
+    memory = jax.jit(qapply).lower(qparams, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < params.nbytes / 8
+
+
+def test_the_rows_of_a_transposed_table_are_looked_up():
+    params, ids = networks.images(0, (3, 5)), jnp.array([4, 0])
+    qparams, qapply = jaxquant.quant_weights(
+        params, lambda p, i: jnp.take(p.T, i, axis=0) @ p, ids, group_size=2
+    )
+    expected = fake_groups(params.T, (0,), 2, 8)[np.asarray(ids)]
+    expected = expected @ fake_groups(params, (1,), 2, 8)
+    np.testing.assert_allclose(qapply(qparams, ids), expected, rtol=1e-5)

@@ -1,0 +1,68 @@
+"""Floats from weights that are stored as integers with a scale for each group of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.plan.groups import GroupLayout
+
+
+class StoredWeight(NamedTuple):
+    """What `jaxquant.quantize.groups.quantize_groups` returned, the scales as float32, and took."""
+
+    integers: jax.Array
+    scale: jax.Array
+    layout: GroupLayout
+    bits: int
+
+
+def dequantize_weight(weight: StoredWeight) -> jax.Array:
+    """The weight as float32, in its own shape."""
+    integers, scale, layout, bits = weight
+    if bits == 8:
+        integers = integers.transpose(layout.order).reshape(layout.shape)
+    length = layout.shape[layout.axis]
+    value = dequantize_groups(integers, scale, layout.axis, length, layout.size, bits)
+    return value.reshape(layout.permuted).transpose(layout.inverse)
+
+
+def dequantize_groups(
+    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, bits: int
+) -> jax.Array:
+    """Integers [..., K or K/2, ...] times their scales [..., K/size, ...] along `axis`: float32.
+
+    Args:
+      integers: int8, or uint8 that holds two 4-bit integers each.
+      scale: float32.
+      axis: where the groups are.
+      length: K.
+      size: the group size.
+      bits: 8 or 4.
+    """
+    if bits == 4:
+        integers = _unpack(integers, axis)
+    value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
+    return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
+
+
+def _unpack(packed: jax.Array, axis: int) -> jax.Array:
+    """Both halves of every byte, neighbours along `axis`: int8 [..., 2 K, ...].
+
+    Shifts by a vector, and no concatenation, so that XLA fuses it with what follows.
+    """
+    shifts = jnp.array([4, 0], jnp.int8).reshape([2, *[1] * (packed.ndim - axis - 1)])
+    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    both = (jnp.expand_dims(signed, axis + 1) << shifts) >> jnp.int8(4)  # the sign comes along
+    shape = list(packed.shape)
+    shape[axis] *= 2
+    return both.reshape(shape)
+
+
+def _repeat(x: jax.Array, axis: int, times: int) -> jax.Array:
+    """Each element along `axis` so many times."""
+    shape = [*x.shape[: axis + 1], times, *x.shape[axis + 1 :]]
+    spread = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    return spread.reshape([*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :]])
