@@ -7,6 +7,8 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.plan.groups import group_layout
+from jaxquant.quantize.groups import quantize_groups, unpack
 from tests import networks
 from tests.quantize.test_groups import fake_groups
 
@@ -123,6 +125,17 @@ def test_what_runs_on_the_weight_is_float():
     assert all("f32" in dot and "i8" not in dot and "i32>" not in dot for dot in dots)
 
 
+def stood_for(weight, channel, group_size, bits):
+    """What the integers of a matrix and their float32 scales stand for, in float64."""
+    layout = group_layout(weight.shape, (channel,), group_size)
+    integers, scale = quantize_groups(weight, layout, bits)
+    axis, length = layout.axis, layout.shape[layout.axis]
+    if bits == 4:
+        integers = unpack(integers, axis, length)
+    spread = np.repeat(scale.astype(np.float32), layout.size, axis=axis)
+    return integers * np.take(spread, range(length), axis=axis).astype(np.float64)
+
+
 @pytest.mark.parametrize("samples", [1, 3, 70])
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(8, None), (4, None), (8, 8), (4, 7), (4, 32), (8, 113), (4, 300)]
@@ -137,7 +150,7 @@ def test_blocks_of_a_weight_give_what_all_of_it_gives(bits, group_size, samples)
             {name: params[name]}, model, jax.ShapeDtypeStruct(x.shape, x.dtype),
             bits=bits, group_size=group_size,
         )  # fmt: skip
-        fake = fake_groups(params[name], (channel,), group_size, bits)
+        fake = stood_for(params[name], channel, group_size, bits)
         expected = np.asarray(x, np.float64) @ (fake if name == "w" else fake.T)
         np.testing.assert_allclose(qapply(qparams, x), expected, rtol=1e-4, atol=1e-3)
 
