@@ -185,3 +185,12 @@ def test_report_says_which_weight_is_made_for_the_batch():
     _, qapply = quantize(MODELS["merged"][0], "weights", 2)
     reasons = [row["reason"] for row in qapply.report().rows]
     assert "its weight is made to the size of the batch" in reasons
+
+
+@pytest.mark.parametrize("name", ["broadcast", "merged"])
+def test_a_saved_model_serves_any_batch(name, tmp_path):
+    qparams, qapply = quantize(MODELS[name][0], "static", 4)
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    loaded, apply_loaded = jaxquant.load_quantized_model(tmp_path / "model")
+    for batch in (1, 3):
+        np.testing.assert_array_equal(apply_loaded(loaded, X[:batch]), qapply(qparams, X[:batch]))

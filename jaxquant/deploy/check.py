@@ -91,7 +91,7 @@ def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
             continue
         slot = program.slots[site.name]
         view = layout.weight_view(graph, site, integer)
-        shape = tuple(graph.shape(view.var))
+        shape = tuple(view.shape)
         if integer:
             yield ("params", *slot.int8), (shape, np.dtype(np.int8))
             yield ("params", *slot.scale), (None, float32)
