@@ -84,8 +84,9 @@ def quant_post(
         error on held-out samples does not fall keeps nearest rounding;
         "bias_correction" takes away the mean error of each output channel.
         They use up to 64 samples that calibration kept.
-      recovery_file: an .npz file where "adaround" keeps the sites that are done, so that a call
-        with the same data goes on after an interruption; None for nowhere.
+      recovery_file: a file (safetensors, sealed as calibration files are) where "adaround" keeps
+        the sites that are done, so that a call with the same model, parameters and data goes on
+        after an interruption; one of others is refused.  None for nowhere.
       skip: patterns of sites that stay float: globs on site names, parameter paths or scopes
         ("block1/*"), kinds ("kind:softmax"), Flax module classes ("module:SelfAttention").  So
         does everything under `jax.named_scope("skip_quant")`.

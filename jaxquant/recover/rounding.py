@@ -34,7 +34,7 @@ from jaxquant.quantize.weights import (
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
-from jaxquant.recover.roundings import Rounding, Roundings, digest
+from jaxquant.recover.roundings import Rounding, Roundings, digest, make_source
 from jaxquant.recover.walk import Walk
 
 POSITIONS = 4096  # of a site's output, at most
@@ -71,7 +71,8 @@ def learn_roundings(
       equalization: what `qparams` were made with.
       correct: take the mean error of every channel away on the way, as bias correction does.
       only: the sites to learn; None for all.
-      file: keeps the sites that are done; a later call with the same data goes on from there.
+      file: keeps the sites that are done; a later call with the same model, parameters and samples
+        goes on from there.
       progress: show a progress bar.
 
     Returns:
@@ -79,11 +80,11 @@ def learn_roundings(
 
     Raises:
       ImportError: optax is not installed.
-      ValueError: `file` holds something else.
+      FileError: `file` is damaged, or of another model, other parameters or other samples.
     """
     adaround.check_optax()
-    roundings = Roundings(file)
     inputs, program = _joined(apply_fn, plan, params, examples)
+    roundings = Roundings(file, lambda: make_source(program.graph, params, examples))
     with contextlib.closing(_ticks(len(program.slots), progress)) as ticks:
         chosen = program.slots if only is None else only
         learner = _Learner(

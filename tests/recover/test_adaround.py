@@ -16,7 +16,6 @@ from jaxquant.graph import evaluate
 from jaxquant.graph.trace import trace
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import RowFunction, find_activation
-from jaxquant.recover.roundings import Rounding, Roundings, digest
 
 OPTIONS: dict[str, Any] = {"algo": "abs_max", "progress": False}
 
@@ -239,7 +238,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     def apply_fn(p: Any, x: Any) -> Any:
         return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
 
-    x, path = correlated((64, 8)), tmp_path / "new" / "roundings.npz"
+    x, path = correlated((64, 8)), tmp_path / "new" / "roundings.safetensors"
     options = {**OPTIONS, "recover": ("adaround", "bias_correction")}
     whole, _ = jaxquant.quant_post(params, apply_fn, [x], **options)
     learn, calls = adaround.learn, []
@@ -253,37 +252,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(adaround, "learn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         jaxquant.quant_post(params, apply_fn, [x], recovery_file=path, **options)
-    assert [p.name for p in path.parent.iterdir()] == ["roundings.npz"]
+    assert [p.name for p in path.parent.iterdir()] == ["roundings.safetensors"]
     resumed, _ = jaxquant.quant_post(params, apply_fn, [x], recovery_file=path, **options)
     assert len(calls) == 4  # the third site alone
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-
-
-def test_a_rounding_of_other_data_is_not_taken(tmp_path):
-    path = tmp_path / "file.npz"
-    up = np.random.default_rng(0).random((1, 5, 3)) > 0.5
-    known, other = digest(np.zeros(3)), digest(np.zeros(4))
-    Roundings(path).put("file", known, Rounding(up, 2.0, 1.0))
-    Roundings(path).put("b", known, Rounding(~up, 3.0, 4.0))
-    found = Roundings(path).get("b", known, up.shape)
-    assert found is not None
-    np.testing.assert_array_equal(found.up, ~up)
-    assert found[1:] == (3.0, 4.0)
-    kept = Roundings(path).get("file", known, up.shape)
-    assert kept is None or (kept.up == up).all()
-    assert Roundings(path).get("b", other, up.shape) is None
-    assert Roundings(path).get("c", known, up.shape) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"not a file of arrays", b"PK\x03\x04cut short"])
-def test_a_file_of_something_else_is_refused(tmp_path, content: bytes):
-    path = tmp_path / "other.npz"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"recovery_file='.*other.npz' is not a file of learned"):
-        Roundings(path)
-    np.savez(path.with_name("arrays.npz"), a=np.zeros(3))
-    with pytest.raises(ValueError, match=r"arrays.npz' is not a file of learned roundings"):
-        Roundings(path.with_name("arrays.npz"))
 
 
 def test_without_optax_the_error_names_the_extra(monkeypatch):
