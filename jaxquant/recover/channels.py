@@ -87,9 +87,15 @@ def _seen(x: jax.Array, target: Target, index: Sequence[np.ndarray]) -> Seen:
 def reach(peaks: np.ndarray) -> np.ndarray:
     """How far each channel may go in samples that calibration did not see.
 
-    The tail above the largest few of N peaks falls like a power of the size, whose exponent 1/t is
-    estimated from them (Hill, 1975): t = mean log(peak_i / peak_{k+1}), i = 1...k.  One sample in
-    1/p exceeds peak_1 * (1 / (N p)) ** t.
+    Above the largest few of N peaks, x_0 = peak_{k+1}, the tail of a channel is
+
+        x(p) = x_0 (1 + t ((k / (N p))^g - 1) / g)        where one sample in 1 / p exceeds x(p),
+
+    with t the mean of log(peak_i / x_0), i = 1...k, of the channel itself (Hill, 1975), and the
+    tail index g of all channels together, since a few peaks tell next to nothing of it: the moment
+    estimator of Dekkers, Einmahl and de Haan, 1989, whose bias for a small k is taken away.  With
+    Hill's estimate for both the normal tail of 64 samples seems to reach 3 times as far as it does,
+    behind a ReLU 7 times.
 
     Args:
       peaks: [N, I], the largest size of each sample's channels.
@@ -104,6 +110,30 @@ def reach(peaks: np.ndarray) -> np.ndarray:
         return np.full(peaks.shape[1], np.inf)
     top = -np.sort(-np.asarray(peaks, np.float64), axis=0)[: known + 1]
     least = np.where(top[known] > 0, top[known], 1.0)
-    tail = np.mean(np.log(np.maximum(top[:known], least) / least), axis=0)
-    further = np.maximum((1 / (samples * _RARE)) ** tail, HEADROOM)
-    return np.where(top[known] > 0, top[0] * further, np.inf)
+    logs = np.log(np.maximum(top[:known], least) / least)
+    mean, square = logs.mean(axis=0), np.square(logs).mean(axis=0)
+    rarer = known / (samples * _RARE)
+    further = 1 + mean * _box_cox(rarer, _tail_index(mean, square, known))
+    reached = np.maximum(least * further, top[0] * HEADROOM)
+    return np.where(top[known] > 0, reached, np.inf)
+
+
+def _tail_index(mean: np.ndarray, square: np.ndarray, count: int) -> float:
+    """The tail index g of some channels, 0 at least: no tail is taken to end.
+
+    Args:
+      mean, square: [I], of the logarithms of the `count` largest peaks over the next one.
+      count: k.
+    """
+    tells = mean > 0
+    if not tells.any():
+        return 0.0
+    # Of exponential logarithms, those of a power law, it is 2 k / (k + 1) in the mean
+    spread = np.mean(square[tells] / mean[tells] ** 2) * (count + 1) / count
+    bend = 1 - 0.5 / (1 - 1 / spread) if spread > 1 else -np.inf
+    return float(max(mean[tells].mean() + min(bend, 0.0), 0.0))
+
+
+def _box_cox(ratio: float, power: float) -> float:
+    """(ratio ** power - 1) / power, and its limit, the logarithm."""
+    return float(np.log(ratio)) if power < 1e-6 else (ratio**power - 1) / power

@@ -18,22 +18,28 @@ No channel's step is larger than the tensor's was (e <= 1): what a channel of sm
 a coarse grid is alike at all positions of an image, so that no later mean takes it away, and the
 error at the site does not tell (EfficientNet-Lite0 lost 0.7 dB by one such tensor).
 
-The grid of the tensor stays that of the plan, and r is not what calibration showed of a channel but
-how far its tail may go (`jaxquant.recover.channels.reach`), the tensor's own range at most: images
-that calibration did not see exceed a channel's largest value often, the tensor's seldom.
+r is not what calibration showed of a channel but how far its tail may go
+(`jaxquant.recover.channels.reach`), the tensor's own range at most: images that calibration did not
+see exceed a channel's largest value often, the tensor's seldom.
+
+Zero points are chosen after dividing.  Where one channel is far larger than the others, the plan's
+grid knows no other: behind a GELU, whose least value is -0.17, a channel of 90 leaves no step below
+zero, whatever the others are divided by.  The zero points of the divided channels are tried beside
+the plan's (`candidate_grids`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
+from jaxquant.plan.grid import Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan, TensorPlan
 from jaxquant.quantize.fold import fold
@@ -48,7 +54,20 @@ ALPHAS: Mapping[str, tuple[float, ...]] = {
     "smoothquant": (0.5,),
 }
 _WORTH = 0.9  # an equalization is worth it where the error falls to this part
-_SMALLEST = 1 / 64  # of the tensor's range: the least range of a channel
+_SMALLEST = 1 / 64  # of the middle channel's range: the least range of a channel
+
+
+class Divided(NamedTuple):
+    """How a tensor is quantized after dividing.
+
+    Attributes:
+      factors: float64 of the tensor's rank, of size 1 but along its input channels: what the
+        channels are divided by.
+      grid: what the divided tensor is quantized on.
+    """
+
+    factors: np.ndarray
+    grid: Grid
 
 
 def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
@@ -93,8 +112,8 @@ def equalize(
     examples: Sequence[tuple[Any, ...]],
     steps: Sequence[str],
     only: Collection[str] | None = None,
-) -> Equalization:
-    """The equalization of every tensor that gains by one.
+) -> tuple[Plan, Equalization]:
+    """Divide every tensor that gains by it.
 
     Args:
       program, plan: of the int8 model.
@@ -105,7 +124,8 @@ def equalize(
       only: the sites whose inputs may be equalized; None for all.
 
     Returns:
-      Tensor name -> float64 array of the tensor's rank, of size 1 but along its input channels.
+      The plan with the grids of the divided tensors and the axes along which their scales vary; and
+      tensor name -> what its channels are divided by, see `Divided`.
     """
     graph = program.graph
     targets = find_targets(program, steps)
@@ -116,14 +136,15 @@ def equalize(
             if all(product.site.name in only for product in target.readers)
         }
         if not targets:
-            return {}
+            return plan, {}
     alphas = ALPHAS["equalization" if "equalization" in steps else "smoothquant"]
     planned = {tensor.name: tensor for tensor in plan.tensors}
     seen = watch(graph, params, examples, targets)
     products = [product for target in targets.values() for product in target.readers]
     stored = [p.site.weight for p in products if p.site.weight is not None]
     weights = fold(graph, params, stored, [])[0]
-    found = {}
+    asymmetric = plan.activation_quantize_type == "asymmetric"
+    found: dict[str, Divided] = {}
     for name, target in targets.items():
         readers = []
         for product, rows in zip(target.readers, seen[name].rows, strict=True):
@@ -137,25 +158,24 @@ def equalize(
                 centred="bias_correction" in plan.recover,
             )
             readers.append(_Reader(target, product, trial))
-        factors = _choose(planned[name], seen[name], readers, alphas)
-        if factors is not None:
-            found[name] = factors.reshape(target.sizes)
-    return found
+        best = _choose(planned[name], seen[name], readers, alphas, asymmetric)
+        if best is not None:
+            found[name] = best._replace(factors=best.factors.reshape(target.sizes))
+    tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
+    return (
+        dataclasses.replace(plan, tensors=tuple(tensors)),
+        {name: divided.factors for name, divided in found.items()},
+    )
 
 
-def with_channels(plan: Plan, equalization: Equalization) -> Plan:
-    """The plan that tells the axes along which scales vary."""
-    tensors = [
-        dataclasses.replace(t, channels=_varying(equalization[t.name].shape))
-        if t.name in equalization
-        else t
-        for t in plan.tensors
-    ]
-    return dataclasses.replace(plan, tensors=tuple(tensors))
-
-
-def _varying(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(axis for axis, size in enumerate(shape) if size > 1)
+def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
+    """The plan of a tensor that is divided; one whose grid stays keeps its threshold."""
+    grid, shape = divided.grid, divided.factors.shape
+    threshold = tensor.threshold
+    if grid != (tensor.scale, tensor.zero_point):
+        threshold = grid.scale * max(128 + grid.zero_point, 127 - grid.zero_point)
+    channels = tuple(axis for axis, size in enumerate(shape) if size > 1)
+    return dataclasses.replace(tensor, threshold=threshold, channels=channels, **grid._asdict())
 
 
 class _Reader:
@@ -190,23 +210,77 @@ def _gains(
 
 
 def _choose(
-    tensor: TensorPlan, seen: Seen, readers: Sequence[_Reader], alphas: Sequence[float]
-) -> np.ndarray | None:
-    """The factors [I] of least error; None where none is better than none."""
-    step, zero = tensor.scale, tensor.zero_point
-    grid = InputGrid(step, -128.0 - zero, 127.0 - zero)
-    shown = np.maximum(
-        seen.high / (step * grid.highest) if grid.highest > 0 else 0.0,
-        seen.low / (step * grid.lowest) if grid.lowest < 0 else 0.0,
-    )
-    ranges = np.clip(reach(shown), _SMALLEST, 1.0)
-    largest = np.max([reader.largest(len(ranges)) for reader in readers], axis=0)
+    tensor: TensorPlan,
+    seen: Seen,
+    readers: Sequence[_Reader],
+    alphas: Sequence[float],
+    asymmetric: bool,
+) -> Divided | None:
+    """The factors [I] and the grid of least error; None where none is better than none.
+
+    Args:
+      tensor: its plan.
+      seen: what the float model showed of it.
+      readers: the sites behind it.
+      alphas: the exponents to try.
+      asymmetric: other zero points than the plan's may be tried.
+    """
+    own = Grid(tensor.scale, tensor.zero_point)
+    least = _WORTH * sum(reader.error(_input_grid(own), None) for reader in readers)
+    largest = np.max([reader.largest(seen.high.shape[1]) for reader in readers], axis=0)
     largest = np.where(largest > 0, largest, largest.max(initial=0.0) or 1.0)
-    best, least = None, _WORTH * sum(reader.error(grid, None) for reader in readers)
-    for alpha in alphas:
-        factors = ranges**alpha / largest ** (1 - alpha)
-        factors = factors * np.max(ranges / factors)  # no channel beyond the grid
-        factors = np.minimum(factors, 1.0)
-        if (found := sum(reader.error(grid, factors) for reader in readers)) < least:
-            best, least = factors, found
+    best = None
+    for grid in candidate_grids(own, seen) if asymmetric else [own]:
+        inputs = _input_grid(grid)
+        ranges = _ranges(inputs, seen)
+        # A step is no larger than the tensor's was, unless the channel reaches further on this side
+        most = np.maximum(ranges, own.scale / grid.scale)
+        for alpha in alphas:
+            factors = ranges**alpha / largest ** (1 - alpha)
+            factors = factors * np.max(ranges / factors)  # no channel beyond the grid
+            factors = np.minimum(factors, most)
+            if (found := sum(reader.error(inputs, factors) for reader in readers)) < least:
+                best, least = Divided(factors, grid), found
     return best
+
+
+def _input_grid(grid: Grid) -> InputGrid:
+    return InputGrid(grid.scale, -128.0 - grid.zero_point, 127.0 - grid.zero_point)
+
+
+def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
+    """The tensor's own grid, and those with the zero points that fit its divided channels.
+
+    Each channel divided by its width lies in [-r, 1 - r].  One zero point covers all channels, as
+    far as they reach to either side; another is that of the middle channel, for where one that is
+    unlike the others (all negative beside a GELU's) would cost them half of their steps.  The scale
+    is the one with which the tensor's own range is covered, on the side where that takes more.
+    """
+    low, high = -seen.low.min(axis=0), seen.high.max(axis=0)
+    width = low + high
+    below = (low / np.where(width > 0, width, 1.0))[width > 0].astype(np.float64)
+    if not below.size:
+        return [own]
+    middle = float(np.median(below))
+    ends = {(float(below.max()), 1 - float(below.min())), (middle, 1 - middle)}
+    points = {make_grid(max(end), -end[0], end[1]).zero_point for end in ends} - {own.zero_point}
+    there = _input_grid(own)
+    grids = [own]
+    for zero_point in sorted(points):
+        here = _input_grid(Grid(own.scale, zero_point))
+        wider = max(
+            there.highest / here.highest if here.highest > 0 else 0.0,
+            there.lowest / here.lowest if here.lowest < 0 else 0.0,
+        )
+        grids.append(Grid(own.scale * wider, zero_point))
+    return grids
+
+
+def _ranges(grid: InputGrid, seen: Seen) -> np.ndarray:
+    """[I], how much of a grid each channel may take up."""
+    shown = np.maximum(
+        seen.high / (grid.step * grid.highest) if grid.highest > 0 else 0.0,
+        seen.low / (grid.step * grid.lowest) if grid.lowest < 0 else 0.0,
+    )
+    ranges = np.minimum(reach(shown), 1.0)
+    return np.maximum(ranges, _SMALLEST * np.median(ranges))

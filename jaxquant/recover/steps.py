@@ -12,7 +12,7 @@ from jaxquant.quantize.weights import Equalization, quantize_params
 from jaxquant.recover.adaround import check_optax
 from jaxquant.recover.bias_correction import correct_biases
 from jaxquant.recover.compare import Comparison
-from jaxquant.recover.equalization import equalize, find_targets, with_channels
+from jaxquant.recover.equalization import equalize, find_targets
 from jaxquant.recover.rounding import learn_roundings
 from jaxquant.run.program import Program, program_by_site
 
@@ -61,11 +61,12 @@ def quantize_and_recover(
     program = program_by_site(graph, plan, params)
     qparams = quantize_params(graph, plan, params)
     if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
-        equalization = equalize(program, plan, params, qparams, examples, chosen, only)
         targets = len(find_targets(program, chosen))
+        plan, equalization = equalize(program, plan, params, qparams, examples, chosen, only)
+        if equalization:  # other zero points and scales along channels
+            program = program_by_site(graph, plan, params)
+            qparams = quantize_params(graph, plan, params, equalization)
         notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors"
-        plan = with_channels(plan, equalization)
-        qparams = quantize_params(graph, plan, params, equalization)
     if "adaround" in plan.recover:
         qparams, outcomes = learn_roundings(
             apply_fn,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from jaxquant.recover.channels import HEADROOM, reach
 
@@ -18,6 +19,16 @@ def test_the_tail_of_a_power_law_is_found():
     peaks = (1 - rng.random((64, 2000))) ** (-1 / 4)
     found = np.median(reach(peaks))
     assert 0.6 < found / 10 ** (5 / 4) < 1.6
+
+
+@pytest.mark.parametrize("samples", [64, 1024])
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_a_normal_tail_is_not_taken_for_a_power_law(samples: int, one_sided: bool):
+    """Nearly all lie within 4.4 deviations; each channel gets about that, and no bit more."""
+    x = np.random.default_rng(0).normal(size=(samples, 128))
+    found = reach(np.maximum(x, 0) if one_sided else np.abs(x))
+    assert np.quantile(found, 0.05) > 3.7
+    assert np.quantile(found, 0.95) < 2 * 4.4 * 1.1
 
 
 def test_a_channel_seen_in_a_few_samples_alone_is_not_known():

@@ -13,8 +13,11 @@ from jax import lax
 import jaxquant
 from jaxquant import native
 from jaxquant.graph.trace import trace
+from jaxquant.plan.grid import Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan
+from jaxquant.recover.channels import Seen
+from jaxquant.recover.equalization import candidate_grids
 from tests import reference
 
 EQUALIZE = ("equalization",)
@@ -187,6 +190,82 @@ def test_the_gain_passes_any_activation_and_batch_norm():
         found[recover] = sqnr(want, qapply(qparams, x[64:]))
     assert found[EQUALIZE] > found[()] + 3
     assert found[("bias_correction", *EQUALIZE)] > found[("bias_correction",)] + 3
+
+
+BEHIND = {
+    "gelu": jax.nn.gelu,
+    "exact gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "leaky": jax.nn.leaky_relu,
+    "mish": jax.nn.mish,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "outliers", "step"),
+    [
+        ("gelu", {7: 30.0}, "smoothquant"),
+        ("gelu", {3: 30.0, 7: 200.0, 20: 1000.0, 50: -30.0}, "equalization"),
+        ("elu", {7: 1000.0}, "equalization"),
+        *(pytest.param(name, {7: 200.0}, "equalization", marks=pytest.mark.slow)
+          for name in ("exact gelu", "silu", "leaky", "mish")),
+    ],
+)  # fmt: skip
+def test_outliers_behind_an_activation_cost_little(name, outliers, step):
+    """Close to the network whose outliers are divided by hand, which is what a step each does."""
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(64, 128)) / 8, "b": rng.normal(size=(128, 32)) / 11}
+    x = rng.normal(size=(256, 64)).astype(np.float32)
+    function, found = BEHIND[name], []
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        return function(x @ p["a"]) @ p["b"]
+
+    for recover in ((), (step,)):
+        arrays = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+        qparams, qapply = quantize(arrays, apply_fn, x[:128], recover=(*recover, "bias_correction"))
+        found.append(sqnr(apply_fn(arrays, x[128:]), qapply(qparams, x[128:])))
+        for channel, factor in outliers.items():
+            params["a"][:, channel] *= factor
+            params["b"][channel] /= factor
+    by_hand, with_step = found
+    assert with_step > by_hand - 4
+    tensor = next(t for t in qapply.plan.tensors if t.name == "b/input")
+    assert tensor.channels == (1,)
+    assert tensor.threshold == pytest.approx(
+        tensor.scale * max(128 + tensor.zero_point, 127 - tensor.zero_point)
+    )
+
+
+def test_outliers_behind_an_activation_of_a_convolution_cost_little():
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(3, 3, 4, 32)) / 6, "b": rng.normal(size=(3, 3, 32, 16)) / 17}
+    params["a"][..., 7] *= 100
+    params["b"][:, :, 7] /= 100
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    x = rng.normal(size=(16, 8, 8, 4)).astype(np.float32)
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        return conv(jax.nn.silu(conv(x, p["a"])), p["b"])
+
+    qparams, qapply = quantize(arrays, apply_fn, x[:8])
+    assert sqnr(apply_fn(arrays, x[8:]), qapply(qparams, x[8:])) > 30
+
+
+def test_zero_points_of_the_divided_channels_are_tried():
+    """A channel of a GELU's ends that is 100 times larger, and one that is never positive."""
+    low, high = np.full((2, 9), -0.17, np.float32), np.full((2, 9), 3.0, np.float32)
+    high[:, 4] *= 100
+    own = Grid(300.17 / 255, -128)
+    covering = make_grid(3.0, -0.17, 3.0).zero_point
+    assert candidate_grids(own, Seen(low, high, ()))[1:] == [Grid(own.scale * 255 / 244, covering)]
+    low[:, 5], high[:, 5] = -300, 0
+    both = candidate_grids(Grid(300 / 127, 0), Seen(low, high, ()))
+    assert [grid.zero_point for grid in both] == [0, covering]
+    assert both[1].scale == 300 / 127 * 128 / 11  # the channel reaches -300 with 11 steps
+    zero = np.zeros((2, 3), np.float32)
+    assert candidate_grids(own, Seen(zero, zero, ())) == [own]
 
 
 def test_values_beyond_those_of_calibration_are_kept():
