@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
@@ -19,7 +20,7 @@ from jaxquant.modes import DYNAMIC, MODES, WEIGHT_ONLY
 from jaxquant.plan.make import make_plan
 from jaxquant.quantize.weights import quantize_params
 from jaxquant.recover.compare import Comparison
-from jaxquant.report.report import make_report, warn_if_poor
+from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import Outputs, measure_sqnr
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
@@ -205,7 +206,7 @@ def _quantize(
     program = program_by_site(graph, plan, params)
     sqnr, outputs = _measured(program, params, qparams, inputs)
     report = make_report(program, plan, params, qparams, sqnr, outputs, recovery={})
-    warn_if_poor(report)
+    warn_if_poor(params, apply_fn, qparams, plan, report, inputs)
     return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
 
 

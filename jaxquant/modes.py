@@ -20,7 +20,7 @@ class Mode:
         compute in the model's dtype on a weight that is dequantized in the call.
       lookups: embeddings (rows looked up in a weight) are sites too.
       label: what the report calls a quantized site; `{bits}` are those of the weights.
-      advice: what may help where the accuracy is poor.
+      advice: what may help where the accuracy is poor; `{skip}` are the sites that it is lost at.
     """
 
     kinds: tuple[str, ...]
@@ -38,7 +38,7 @@ MODES = {
         integer=True,
         lookups=False,
         label="int8",
-        advice="another algo or skip=(...) on those sites may help",
+        advice="another algo or skip={skip} may help",
     ),
     DYNAMIC: Mode(
         kinds=kinds.DOT_KINDS,
@@ -46,7 +46,7 @@ MODES = {
         integer=True,
         lookups=False,
         label="int8 (dynamic)",
-        advice="skip=(...) on those sites or jaxquant.quant_weights may help",
+        advice="skip={skip} or jaxquant.quant_weights may help",
     ),
     WEIGHT_ONLY: Mode(
         kinds=(*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND),
@@ -54,6 +54,6 @@ MODES = {
         integer=False,
         lookups=True,
         label="int{bits} weights",
-        advice="a smaller group_size, bits=8 or skip=(...) on those sites may help",
+        advice="a smaller group_size, bits=8 or skip={skip} may help",
     ),
 }

@@ -13,6 +13,7 @@ from jaxquant import native
 from jaxquant.analysis.choice import Choice, make_chosen_plan
 from jaxquant.analysis.control import Built, control
 from jaxquant.analysis.goal import Goal
+from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.analysis.speed import slower_in_int8
 from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
@@ -30,7 +31,7 @@ from jaxquant.graph.trace import trace
 from jaxquant.plan.make import observed_tensors
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.steps import quantize_and_recover
-from jaxquant.report.report import make_report, warn_if_poor
+from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
@@ -121,7 +122,8 @@ def quantize(
         qparams, qapply = control(
             params, apply_fn, observations, config, plan_of, build, goal, progress
         )
-    warn_if_poor(qapply.report())
+    inputs = observations.examples[0]
+    warn_if_poor(params, apply_fn, qparams, qapply.plan, qapply.report(), inputs)
     return qparams, qapply
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import html
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,6 @@ _COLUMNS = (
     ("SQNR dB", "sqnr_db"),
     ("epilogue / reason", "note"),
 )
-POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
 _SHOWN_TENSORS = 6  # of the float ones, in the text
 _RIGHT = [key in ("threshold", "weight_scale", "sqnr_db") for _, key in _COLUMNS]
 
@@ -213,22 +211,6 @@ def make_report(
         "recovery": dict(recovery),
     }
     return Report(rows, tensors, summary, outputs.rows if outputs else ())
-
-
-def warn_if_poor(report: Report) -> None:
-    """Warn where the int8 model is far from the float model, with the sites to look at."""
-    sqnr = report.summary["output_sqnr_db"]
-    if sqnr is None or sqnr >= POOR_SQNR:
-        return
-    rows = [row for row in report.rows if row["status"] == INT8 and row["sqnr_db"] is not None]
-    worst = sorted(rows, key=lambda row: row["sqnr_db"])[:3]
-    named = ", ".join(f"{row['name']} ({row['sqnr_db']:.1f} dB)" for row in worst)
-    warnings.warn(
-        f"the quantized model's outputs have an SQNR of only {sqnr:.1f} dB on the first batch; "
-        f"the worst sites are {named}. See qapply.report(); "
-        f"{MODES[report.summary['mode']].advice}",
-        stacklevel=4,
-    )
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""The warning of an int8 model that is far from the float model: where its outputs are lost.
+
+A site's SQNR with both models run whole is no better than that of what it reads, so the sites
+behind a bad one look bad too, and the last ones worst.  What tells is where it falls along the
+network, and what a site does by itself, behind the float model.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxquant.analysis.advice import GOOD_DB
+from jaxquant.analysis.sweep import sweep
+from jaxquant.graph import ir
+from jaxquant.graph.sites import find_sites
+from jaxquant.graph.trace import trace
+from jaxquant.modes import MODES
+from jaxquant.plan.bind import bind
+from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.plan.plan import INT8, Plan
+from jaxquant.report.report import Report
+
+POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
+OUTPUTS = "the outputs"
+_CLEAN = 40.0  # dB: more than int8 has, so that a fall from there is no loss
+_LEAST = 3.0  # dB of a fall that is named beside the largest
+_NAMED = 3
+
+
+class Fall(NamedTuple):
+    """Where the SQNR falls, from `before`, of what a site reads, to `after`, of its output; in dB.
+
+    `before` is infinite behind the model's inputs.  `feeding` are the nearest sites before it.
+    `name` is `OUTPUTS` for what follows the last sites.
+    """
+
+    name: str
+    before: float
+    after: float
+    feeding: tuple[str, ...]
+
+    @property
+    def size(self) -> float:
+        """In dB, as far as it is a loss."""
+        return min(self.before, _CLEAN) - min(self.after, _CLEAN)
+
+
+def warn_if_poor(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    qparams: Any,
+    plan: Plan,
+    report: Report,
+    inputs: tuple[Any, ...],
+) -> None:
+    """Warn where the int8 model is far from the float model, with the sites to look at.
+
+    Args:
+      params, apply_fn: the float model.
+      qparams, plan: the int8 model.
+      report: of it, on `inputs`.
+      inputs: the first calibration batch.
+    """
+    output = report.summary["output_sqnr_db"]
+    if output is None or output >= POOR_SQNR:
+        return
+    sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
+    found = falls(trace(apply_fn, params, inputs), plan, sqnr, output)
+    shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
+    own = {
+        name: moments.sqnr_db
+        for name, moments in sweep(params, apply_fn, qparams, plan, [inputs]).own.items()
+    }
+    at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
+    warnings.warn(
+        f"the quantized model's outputs have an SQNR of only {output:.1f} dB on the first batch. "
+        f"Along the network it falls most at {at}. See qapply.report(); "
+        f"{_advice(shown, own, report)}",
+        stacklevel=5,  # the caller of the public function, behind its check of keywords
+    )
+
+
+def falls(graph: ir.Graph, plan: Plan, sqnr: Mapping[str, float], output: float) -> list[Fall]:
+    """Where the SQNR falls along the network, the largest fall first.
+
+    Args:
+      graph: of the float model.
+      plan: of the int8 model.
+      sqnr: site -> that of its output in dB, both models run whole.
+      output: that of the model's outputs.
+    """
+    ends = {s.site.name: s.epilogue.output for s in bind(graph, plan).sites}
+    sites = [s for s in find_sites(graph, lookups=MODES[plan.mode].lookups) if s.name in sqnr]
+    names = {ends.get(s.name, s.output): s.name for s in sites}
+    found = []
+    for site in sites:
+        feeding = _nearest(graph, site.operands, names)
+        before = min((sqnr[name] for name in feeding), default=math.inf)
+        found.append(Fall(site.name, before, sqnr[site.name], feeding))
+    outputs = [x for x in graph.outputs if isinstance(x, int)]
+    feeding = _nearest(graph, outputs, names)
+    before = min((sqnr[name] for name in feeding), default=math.inf)
+    found.append(Fall(OUTPUTS, before, output, feeding))
+    return sorted(found, key=lambda fall: -fall.size)
+
+
+def _nearest(
+    graph: ir.Graph, start: Sequence[ir.Var], names: Mapping[ir.Var | None, str]
+) -> tuple[str, ...]:
+    """The sites whose outputs some tensors are computed from, with no other in between."""
+    found: dict[str, None] = {}
+    stack, seen = list(start), set(start)
+    while stack:
+        var = stack.pop()
+        if var in names:
+            found[names[var]] = None
+        elif var in graph.producer:
+            reads = [v for v in graph.producer[var].input_vars if v not in seen]
+            stack += reads
+            seen.update(reads)
+    return tuple(found)
+
+
+def _spell(fall: Fall, own: float | None) -> str:
+    start = "" if math.isinf(fall.before) else f"from {fall.before:.1f} "
+    alone = "" if own is None else f", {own:.1f} dB by its own error alone"
+    return f"{fall.name} ({start}to {fall.after:.1f} dB{alone})"
+
+
+def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> str:
+    """What may help: at the sites that are bad by themselves, else before the largest fall."""
+    rows = {row["name"]: row for row in report.rows}
+    tiny = [name for name in rows if _is_below_float32(rows[name])]
+    if tiny:
+        return (
+            f"one step of the sums of {', '.join(tiny[:_NAMED])} is worth less than "
+            f"{SMALLEST_SCALE:.2g}, the least float32 that programs compute with: scale the input "
+            "or the weight"
+        )
+    bad = [fall.name for fall in shown if own.get(fall.name, math.inf) < GOOD_DB]
+    advice = MODES[report.summary["mode"]].advice
+    if bad:
+        return advice.format(skip=tuple(bad))
+    before = tuple(n for n in shown[0].feeding if rows[n]["status"] == INT8) or (shown[0].name,)
+    return "the error of what it reads is small and grows there: " + advice.format(skip=before)
+
+
+def _is_below_float32(row: Mapping[str, Any]) -> bool:
+    """True for a site whose multipliers are taken for zero."""
+    if not row["threshold"] or not row["weight_scale_max"]:
+        return False
+    return bool(row["threshold"] / 127 * row["weight_scale_max"] < SMALLEST_SCALE)
