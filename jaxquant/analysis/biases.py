@@ -83,4 +83,4 @@ def shift_at(
     activation = find_activation(reference.graph, epilogue.output)
     compared = compare_outputs(epilogue, activation, reference, value)
     corrected = value + epilogue.channels.spread(compared.mean, value.ndim)
-    return Shift(*compared.shift), corrected
+    return Shift.of(compared.shift, compared.powers[2]), corrected

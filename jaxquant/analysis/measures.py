@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.recover.shift import unit_of
 from jaxquant.report.sqnr import decibel
 
 _LEAST_DB, _MOST_DB = -20.0, 100.0  # what one sample counts for
@@ -18,7 +19,8 @@ class Moments(NamedTuple):
     """Of a float tensor y and its int8 counterpart ŷ, over the elements where y is finite.
 
     Σ y², Σ (y - ŷ)², Σ ŷ², Σ y ŷ; and of the samples (entries of the first axis) that are not all
-    zero: the sum of each one's own SQNR in dB, within [-20, 100], and their number.
+    zero: the sum of each one's own SQNR in dB, within [-20, 100], and their number.  The first four
+    are of y / `unit` and ŷ / `unit`.
     """
 
     signal: Any
@@ -27,6 +29,15 @@ class Moments(NamedTuple):
     product: Any
     decibels: Any
     samples: Any
+    unit: Any = 1.0
+
+    def widened(self) -> Moments:
+        """With a unit of 1, in float64: the squares of any float32."""
+        square = float(self.unit) ** 2
+        powers = (float(x) * square for x in (self.signal, self.noise, self.power, self.product))
+        signal, noise, power, product = powers
+        counts = float(self.decibels), float(self.samples)
+        return Moments(signal, noise, power, product, *counts)
 
     @property
     def sqnr_db(self) -> float:
@@ -73,8 +84,8 @@ class Ends(NamedTuple):
 class Clipping(NamedTuple):
     """A tensor on its grid.
 
-    Its moments; how many values are clipped, of how many; how much of the noise they are; and the
-    extremes of the values.
+    Its moments; how many values are clipped, of how many; how much of the noise they are, in the
+    moments' unit; and the extremes of the values.
     """
 
     moments: Moments
@@ -84,10 +95,28 @@ class Clipping(NamedTuple):
     low: Any
     high: Any
 
+    def widened(self) -> Clipping:
+        """With a unit of 1, in float64."""
+        noise = float(self.clipped_noise) * float(self.moments.unit) ** 2
+        return self._replace(moments=self.moments.widened(), clipped_noise=noise)
+
+
+def widened(tree: Any) -> Any:
+    """A pytree of NumPy arrays in float64, its moments with a unit of 1."""
+
+    def wide(leaf: Any) -> Any:
+        if isinstance(leaf, Moments | Clipping):
+            return leaf.widened()
+        return np.asarray(leaf, np.float64)
+
+    return jax.tree.map(wide, tree, is_leaf=lambda x: isinstance(x, Moments | Clipping))
+
 
 def moments(y: jax.Array, other: jax.Array) -> Moments:
     """Of one batch; float32 scalars.  Infinite noise where ŷ alone is not finite."""
     y, other = y.astype(jnp.float32), other.astype(jnp.float32)
+    unit = unit_of(y, other)
+    y, other = y * (1 / unit), other * (1 / unit)
     counted = jnp.isfinite(y)
     lost = jnp.any(counted & ~jnp.isfinite(other))
     y = jnp.where(counted, y, 0)
@@ -105,12 +134,13 @@ def moments(y: jax.Array, other: jax.Array) -> Moments:
         product=jnp.sum(y * other),
         decibels=jnp.sum(jnp.where(used, jnp.where(lost, _LEAST_DB, decibels), 0)),
         samples=jnp.sum(used).astype(jnp.float32),
+        unit=unit,
     )
 
 
 def add(a: Moments, b: Moments) -> Moments:
-    """Of two batches together."""
-    return Moments(*(x + y for x, y in zip(a, b, strict=True)))
+    """Of two batches together, both with a unit of 1."""
+    return Moments(*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)))
 
 
 def join(a: Ends, b: Ends) -> Ends:

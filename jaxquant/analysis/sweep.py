@@ -57,7 +57,7 @@ class _Batch(NamedTuple):
     own: dict[str, Moments]
     accumulated: dict[str, Moments]
     ends: dict[str, Ends]
-    outputs: Moments | None
+    outputs: list[Moments]
     tensors: dict[str, Clipping]
     bad: dict[str, jax.Array]
 
@@ -99,7 +99,7 @@ def sweep(
             program = program_by_site(trace(apply_fn, params, inputs), plan, params)
             plain = without_correction(program, params, qparams)
         found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
-        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        found = measures.widened(found)
         _check_finite(found, index)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)
@@ -118,7 +118,7 @@ def sweep(
         stats={
             name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats)) for k, name in enumerate(names)
         },
-        outputs=total.outputs,
+        outputs=functools.reduce(measures.add, total.outputs) if total.outputs else None,
         batches=len(ranges),
     )
 
@@ -156,8 +156,7 @@ def _measure(
         for x in graph.outputs
         if jnp.issubdtype(graph.dtype(x), jnp.floating)
     ]
-    joined = functools.reduce(measures.add, outputs) if outputs else None
-    return (own, accumulated, ends, joined), reference
+    return (own, accumulated, ends, outputs), reference
 
 
 def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment) -> Ends:
@@ -189,11 +188,13 @@ def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Enviro
     rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
     place = x * readers.inv_scale(var) + jnp.float32(zero_point)
     outside = (place > 127.5) | (place < -128.5)
+    moments = measures.moments(x, rounded)
+    off = (x - rounded) * (1 / moments.unit)
     return Clipping(
-        moments=measures.moments(x, rounded),
+        moments=moments,
         clipped=jnp.sum(outside.astype(jnp.float32)),
         count=jnp.float32(x.size),
-        clipped_noise=jnp.sum(jnp.where(outside, (x - rounded) ** 2, 0)),
+        clipped_noise=jnp.sum(jnp.where(outside, off**2, 0)),
         low=jnp.min(x, initial=jnp.inf),
         high=jnp.max(x, initial=-jnp.inf),
     )
@@ -214,9 +215,7 @@ def _joined(a: _Batch, b: _Batch) -> _Batch:
         )
         for name, x in a.tensors.items()
     }
-    outputs = None
-    if a.outputs is not None and b.outputs is not None:
-        outputs = measures.add(a.outputs, b.outputs)
+    outputs = [measures.add(x, y) for x, y in zip(a.outputs, b.outputs, strict=True)]
     return _Batch(
         moments(a.own, b.own),
         moments(a.accumulated, b.accumulated),

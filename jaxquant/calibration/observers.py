@@ -100,9 +100,9 @@ def _stacked(stats: Sequence[TensorStats]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 class _Peaks(NamedTuple):
-    """The sum of the largest |x| of every sample, and the number of samples."""
+    """The mean of the largest |x| of every sample, which does not overflow; how many samples."""
 
-    total: jax.Array
+    mean: jax.Array
     samples: jax.Array
 
 
@@ -113,11 +113,13 @@ def _no_peaks() -> _Peaks:
 def _add_peaks(state: _Peaks, x: jax.Array) -> _Peaks:
     rows = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1).astype(jnp.float32)
     peaks = jnp.max(jnp.abs(rows), axis=1, initial=0.0)
-    return _Peaks(state.total + jnp.sum(peaks), state.samples + jnp.float32(len(rows)))
+    samples = state.samples + jnp.float32(len(rows))
+    moved = jnp.sum((peaks - state.mean) / jnp.maximum(samples, 1))
+    return _Peaks(state.mean + moved, samples)
 
 
 def _mean_peak(states: Sequence[_Peaks], levels: Sequence[int]) -> list[float]:
-    return [float(s.total) / max(float(s.samples), 1.0) for s in states]
+    return [float(s.mean) for s in states]
 
 
 ABS_MAX = histogram_observer(_abs_max)

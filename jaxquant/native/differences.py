@@ -19,8 +19,9 @@ class Differences(NamedTuple):
     Attributes:
       sums: float32 [3, C], Σ w d, Σ w d² and Σ w, without the values where d or w is not finite.
       mean: float32 [C], as `jaxquant.recover.shift.Shift.mean` of the sums.
-      powers: float32 [2], Σ y² and Σ d² over all where y is finite; the second is infinite where d
-        is not.
+      powers: float32 [3], Σ y² and Σ d² over all where y is finite, the second infinite where d is
+        not; and the unit, a power of two, in which y and d are measured in all sums: 1 as a rule,
+        else what keeps the squares of very large or very small values within float32.
     """
 
     sums: jax.Array
@@ -55,5 +56,5 @@ def differences(
 
 def output_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """Of `differences`."""
-    shapes = (3, channels), (channels,), (2,)
+    shapes = (3, channels), (channels,), (3,)
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

@@ -1,7 +1,8 @@
 """Weights as integers of 8 or 4 bits with a scale for each group of them.
 
 Symmetric: [-127, 127] or [-7, 7], scale = the largest |w| of the group over 127 or 7, round half to
-even.  A group that is all zero has scale 1.  Two 4-bit integers share a byte: JAX keeps `jnp.int4`
+even.  A group that is all zero has scale 1, and no scale is below the least float32 that programs
+compute with.  Two 4-bit integers share a byte: JAX keeps `jnp.int4`
 in a byte each on CPU and in files.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import GroupLayout
 
 _LARGEST = {8: 127, 4: 7}
@@ -43,7 +45,7 @@ def quantize_groups(
     padded = padded.reshape(*rows.shape[:-1], groups, size)
     largest = _LARGEST[bits]
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
-    scale = np.where(threshold > 0, threshold, largest) / largest
+    scale = np.where(threshold > 0, np.maximum(threshold / largest, SMALLEST_SCALE), 1.0)
     integers = np.clip(np.rint(padded / scale[..., None]), -largest, largest).astype(np.int8)
     integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
     integers = np.moveaxis(integers, -1, layout.axis)

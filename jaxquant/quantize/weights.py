@@ -2,8 +2,9 @@
 
 Weights are symmetric int8: [-127, 127], scale = threshold / 127, round half to even.  The threshold
 is the largest |w| of a channel, or of the weight; a little more where that keeps the site's sums
-away from ties (`jaxquant.plan.ties`).  A channel that is all zero has scale 1.  The arithmetic is
-float64 on the host; the results are float32.
+away from ties (`jaxquant.plan.ties`).  A channel that is all zero has scale 1, and no scale is
+below the least float32 that programs compute with: XLA takes smaller ones for zero.  The arithmetic
+is float64 on the host; the results are float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxquant.modes import MODES
 from jaxquant.plan import layout, ties
 from jaxquant.plan.bind import Binding, Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes, stored_shape
+from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.liveness import float_leaves
@@ -153,7 +155,7 @@ def quantize_weight(
     weight = np.asarray(weight).astype(np.float64)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
     threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
-    scale = np.where(threshold > 0, threshold, 127.0) / 127.0
+    scale = np.where(threshold > 0, np.maximum(threshold / 127.0, SMALLEST_SCALE), 1.0)
     if growth is not None:
         scale = scale * growth.reshape(scale.shape)
     int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
@@ -217,9 +219,17 @@ def epilogue_arrays(
       ValueError: the chain's parameters are not finite.
     """
     multiplier, bias = _compose(graph, int8_site, operands, scale, offset)
-    arrays = {"multiplier": multiplier.astype(np.float32)}
-    if bias is not None:
-        arrays["bias"] = bias.astype(np.float32)
+    with np.errstate(over="ignore"):
+        arrays = {"multiplier": multiplier.astype(np.float32)}
+        if bias is not None:
+            arrays["bias"] = bias.astype(np.float32)
+    if np.isfinite(multiplier).all() and not np.isfinite(arrays["multiplier"]).all():
+        raise ValueError(
+            f"site {int8_site.site.name!r}: one step of its sums, the product of the steps of what "
+            f"it multiplies, is {np.abs(multiplier).max():.3g}, which is beyond float32 "
+            f"({np.finfo(np.float32).max:.3g}); scale its input or its weight, or leave it in "
+            "float (skip)"
+        )
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(
             f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "

@@ -17,6 +17,7 @@ once, so a step costs no convolution, and steps are fewer (500 instead of 10 000
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ import numpy as np
 
 from jaxquant.extras import how_to_install
 from jaxquant.graph.primitives import Channels
-from jaxquant.recover.shift import shift_of
+from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.recover.shift import shift_of, unit_of
 
 STEPS = 500
 SECONDS = 60.0  # a site; what is learned by then is hardened
@@ -102,7 +104,8 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     nearest = problem.nearest
     start, base = errors(train, nearest), errors(test, nearest)
     free = (problem.part > 0) & (problem.part < 1)
-    if start == 0 or not free.any():
+    size = math.sqrt(start / len(train.inputs))  # of an error: the losses are in units of it
+    if size < SMALLEST_SCALE or not free.any():
         return Learned(nearest, base, base)
     bias = train.bias + shift(train, nearest)
     run = _runner(problem.activation)
@@ -110,7 +113,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
         state = _start(problem)
     arrays = (train.inputs, train.wanted, problem.down, free, problem.multiplier, bias)
     data = tuple(map(jnp.asarray, arrays))
-    scale = jnp.float32(len(train.inputs) / start)
+    scale = jnp.float32(1 / size)
     key, began = jax.random.key(seed), time.monotonic()
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
@@ -133,7 +136,8 @@ def shift(problem: Problem, up: np.ndarray) -> np.ndarray:
     y, wanted = _outputs(problem, up), jnp.asarray(problem.wanted)
     gain = problem.activation(wanted) - problem.activation(y)
     channels = Channels((y.shape[1],), (1,))
-    return np.asarray(shift_of(wanted - y, gain, channels).mean())
+    unit = unit_of(wanted, y)
+    return np.asarray(shift_of((wanted - y) / unit, gain / unit, channels, unit).mean())
 
 
 def errors(problem: Problem, up: np.ndarray, off: np.ndarray | None = None) -> float:
@@ -193,7 +197,7 @@ def _runner(activation: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
         h = soft(v)
         y = _product(inputs[rows], down + jnp.where(free, h, (v >= 0).astype(v.dtype)))
         off = activation(wanted[rows]) - activation(y * multiplier + bias)
-        error = jnp.sum(off**2) * scale / jnp.float32(len(rows))
+        error = jnp.sum((off * scale) ** 2) / jnp.float32(len(rows))
         late = (at - jnp.float32(WARM_UP)) / jnp.float32(1 - WARM_UP)
         beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - jnp.clip(late, 0, 1))
         away = jnp.clip(jnp.abs(2 * h - 1), 1e-6, 1)

@@ -39,16 +39,17 @@ def correct_biases(
 
 def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
     """`qparams` with the mean of each site's shift, over all batches, added to its bias."""
-    total: Any = None
+    total: dict[str, np.ndarray] = {}
     for shifts in batches:  # in NumPy: nothing to compile
-        found = jax.device_get(shifts)
-        total = found if total is None else jax.tree.map(np.add, total, found)
+        for name, shift in jax.device_get(dict(shifts)).items():
+            total[name] = total.get(name, 0.0) + shift.sums()
     if not total:
         return qparams
     sites = dict(qparams["sites"])
-    for name, shift in total.items():
+    for name, sums in total.items():
         arrays = sites[name]
-        bias = np.asarray(arrays["bias"]) + shift.mean().reshape(arrays["bias"].shape)
+        mean = Shift(*sums).mean().reshape(arrays["bias"].shape)
+        bias = np.asarray(arrays["bias"], np.float64) + mean
         whole = whole_steps(bias, np.asarray(arrays["multiplier"]))
         sites[name] = {**arrays, "bias": jax.device_put(whole)}
     return {**qparams, "sites": sites}

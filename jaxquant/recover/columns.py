@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.recover.shift import unit_of
+
 
 class Columns(NamedTuple):
-    """Of y and ŷ in each column, float32 [C], over the values where y is finite.
+    """Of y and ŷ in each column, float64 [C], over the values where y is finite.
 
     Attributes:
       signal, noise: Σ y² and Σ (y - ŷ)²; infinite noise where the int8 model alone is not finite.
@@ -29,6 +31,14 @@ class Columns(NamedTuple):
     int8_low: Any
     int8_high: Any
     zeros: Any
+
+    @staticmethod
+    def of(array: np.ndarray) -> Columns:
+        """From what `measure_columns` gives, in float64, which holds the squares of any float32."""
+        signal, noise, *others, unit = np.asarray(array, np.float64)
+        low, high, int8_low, int8_high, zeros = others
+        square = unit**2
+        return Columns(signal * square, noise * square, low, high, int8_low, int8_high, zeros)
 
     @property
     def sqnr_db(self) -> np.ndarray:
@@ -62,13 +72,18 @@ def join(a: Columns, b: Columns) -> Columns:
 
 
 def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
-    """`Columns` [7, C] of two arrays of one shape; C is 0 below rank 2: there are none."""
+    """What `Columns.of` takes, float32 [8, C], of two arrays of one shape.
+
+    C is 0 below rank 2: there are none.  Signal and noise are in units, which come last.
+    """
     if reference.ndim < 2 or 0 in reference.shape:
-        return jnp.zeros((len(Columns._fields), 0), jnp.float32)
+        return jnp.zeros((len(Columns._fields) + 1, 0), jnp.float32)
     y, y_hat = (x.astype(jnp.float32) for x in (reference, quantized))
     rows = tuple(range(y.ndim - 1))
     counted = jnp.isfinite(y)
-    noise = jnp.sum(jnp.where(counted, y - y_hat, 0) ** 2, axis=rows)
+    unit = unit_of(y, y_hat, axis=rows)
+    scaled, scaled_hat = (x * (1 / unit) for x in (y, y_hat))
+    noise = jnp.sum(jnp.where(counted, scaled - scaled_hat, 0) ** 2, axis=rows)
     extremes = [
         function(jnp.where(counted, x, bound), axis=rows)
         for x in (y, y_hat)
@@ -76,9 +91,10 @@ def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
     ]
     return jnp.stack(
         [
-            jnp.sum(jnp.where(counted, y, 0) ** 2, axis=rows),
+            jnp.sum(jnp.where(counted, scaled, 0) ** 2, axis=rows),
             jnp.where(jnp.isnan(noise), jnp.inf, noise),
             *extremes,
             jnp.sum(y == 0, axis=rows).astype(jnp.float32),
+            unit,
         ]
     )

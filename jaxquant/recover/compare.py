@@ -85,10 +85,10 @@ class Comparison:
         found = self._step(self._params, self._known, qparams, jax.tree.leaves(inputs), correct)
         by_site, by_output, by_column, shifts = jax.device_get(found)
         return Measured(
-            {name: Powers(*both) for name, both in by_site.items()},
-            [Powers(*both) for both in by_output],
-            [Columns(*each) for each in by_column],
-            {name: Shift(*sums) for name, sums in shifts.items()},
+            {name: Powers.of(powers) for name, powers in by_site.items()},
+            [Powers.of(powers) for powers in by_output],
+            [Columns.of(each) for each in by_column],
+            {name: Shift.of(sums, by_site[name][2]) for name, sums in shifts.items()},
         )
 
     def _compare(

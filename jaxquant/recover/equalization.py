@@ -39,7 +39,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.grid import Grid, make_grid
+from jaxquant.plan.grid import SMALLEST_SCALE, Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan, TensorPlan
 from jaxquant.quantize.fold import fold
@@ -238,7 +238,7 @@ def _choose(
         for alpha in alphas:
             factors = ranges**alpha / largest ** (1 - alpha)
             factors = factors * np.max(ranges / factors)  # no channel beyond the grid
-            factors = np.minimum(factors, most)
+            factors = np.clip(factors, SMALLEST_SCALE / grid.scale, most)
             if (found := sum(reader.error(inputs, factors) for reader in readers)) < least:
                 best, least = Divided(factors, grid), found
     return best

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant import native
 from jaxquant.graph import evaluate, jax_shim
@@ -18,22 +20,41 @@ from jaxquant.run.fusion import NO_CLAMP, Clamp
 
 
 class Powers(NamedTuple):
-    """Σ y² and Σ (y - ŷ)², float32 []; infinite noise where the int8 model alone is not finite."""
+    """Σ y² and Σ (y - ŷ)²; infinite noise where the int8 model alone is not finite."""
 
-    signal: jax.Array
-    noise: jax.Array
+    signal: float
+    noise: float
+
+    @staticmethod
+    def of(array: np.ndarray) -> Powers:
+        """From what `powers` gives, in float64, which holds the squares of any float32."""
+        signal, noise, unit = np.asarray(array, np.float64).tolist()
+        return Powers(signal * unit**2, noise * unit**2)
 
 
 class Shift(NamedTuple):
-    """How far a site's channels are off, float32 [C] each, of JAX or of NumPy.
+    """How far a site's channels are off, [C] each, of JAX or of NumPy.
 
     With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
     values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ), Σ w (y - ŷ)² and Σ w.
+    `unit` [] is what y - ŷ is measured in.
     """
 
     difference: Any
     square: Any
     weight: Any
+    unit: Any = 1.0
+
+    @staticmethod
+    def of(sums: Any, unit: Any) -> Shift:
+        """From the first three as one array, [3, C]."""
+        return Shift(sums[0], sums[1], sums[2], unit)
+
+    def sums(self) -> np.ndarray:
+        """float64 [3, C], the first three with a unit of 1."""
+        unit = np.float64(self.unit)
+        factors = np.array([[unit], [unit**2], [1.0]])
+        return np.asarray([self.difference, self.square, self.weight], np.float64) * factors
 
     def mean(self) -> Any:
         """The weighted mean of y - ŷ, shrunk by what it may owe to chance; 0 where nothing counts.
@@ -48,11 +69,14 @@ class Shift(NamedTuple):
         power = mean**2
         variance = xp.maximum(xp.where(known, self.square, 0) / count - power, 0)
         off = power > 0
-        return mean * power / xp.where(off, power + variance / (count - 1), 1)
+        kept = power / xp.where(off, power + variance / (count - 1), 1)
+        return mean * kept * self.unit
 
 
 class Compared(NamedTuple):
-    """What is known of one site: a `Shift` [3, C], its mean [C] and the `Powers` [2], as arrays."""
+    """What is known of one site, as arrays: the first three of a `Shift`, [3, C], its mean [C], and
+    what `powers` gives, [3], with the unit of the shift too.
+    """
 
     shift: jax.Array
     mean: jax.Array
@@ -80,8 +104,10 @@ def compare_outputs(
 
     def portable(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
         gain = given[0] if given else jnp.clip(wanted, *bounds) - jnp.clip(value, *bounds)
-        shift = shift_of(wanted - value, gain, channels)
-        return jnp.stack(shift), shift.mean(), _powers(wanted, value)
+        unit = unit_of(wanted, value)
+        wanted, value, gain = (x * (1 / unit) for x in (wanted, value, gain))
+        shift = shift_of(wanted - value, gain, channels, unit)
+        return jnp.stack(shift[:3]), shift.mean(), _powers(wanted, value, unit)
 
     if channels.axes != (value.ndim - 1,):
         return Compared(*portable(*operands))
@@ -89,14 +115,19 @@ def compare_outputs(
 
 
 def powers(reference: Any, quantized: Any) -> jax.Array:
-    """`Powers` [2], over the elements where y is finite."""
+    """`Powers` over the elements where y is finite, float32 [3]: in a unit, and the unit."""
     operands = [x.astype(jnp.float32) for x in (reference, quantized)]
+
+    def scaled(reference: jax.Array, quantized: jax.Array) -> jax.Array:
+        unit = unit_of(reference, quantized)
+        return _powers(reference * (1 / unit), quantized * (1 / unit), unit)
+
     if not operands[0].ndim:
-        return _powers(*operands)
+        return scaled(*operands)
 
     def portable(reference: jax.Array, quantized: jax.Array) -> Sequence[jax.Array]:
         unread = [jnp.zeros(s.shape) for s in output_types(reference.shape[-1])[:2]]
-        return *unread, _powers(reference, quantized)
+        return *unread, scaled(reference, quantized)
 
     return _choose(portable, NO_CLAMP, operands)[2]
 
@@ -121,17 +152,36 @@ def _choose(
     return jax_shim.choose_on_one_cpu(natively, portable, outputs, operands)
 
 
-def shift_of(off: jax.Array, gain: jax.Array, channels: Channels) -> Shift:
-    """From y - ŷ and f(y) - f(ŷ); values that are not finite are left out."""
+def shift_of(
+    off: jax.Array, gain: jax.Array, channels: Channels, unit: jax.Array | float = 1.0
+) -> Shift:
+    """From y - ŷ and f(y) - f(ŷ), both in a unit; values that are not finite are left out."""
     slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
     usable = jnp.isfinite(off) & jnp.isfinite(slope)
     weight = jnp.where(usable, jnp.clip(slope, 0, 1), 0)
     off = jnp.where(usable, off, 0)
-    return Shift(*(channels.sums(weight * power) for power in (off, off**2, jnp.ones_like(off))))
+    difference, square = channels.sums(weight * off), channels.sums(weight * off**2)
+    return Shift(difference, square, channels.sums(weight), unit)
 
 
-def _powers(reference: jax.Array, quantized: jax.Array) -> jax.Array:
+def unit_of(*arrays: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """A power of two in which the squares of all that is finite in some tensors are floats.
+
+    Of each index beside `axis`; for None one of all.
+
+    1 where the largest magnitude is within [2**-40, 2**40] anyway, so that ordinary tensors are
+    measured as they are; else the largest power of two not above it whose inverse is a float too.
+    """
+    finite = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in arrays]
+    largest = functools.reduce(jnp.maximum, [jnp.max(x, axis=axis, initial=0) for x in finite])
+    biased = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    power = jax.lax.bitcast_convert_type(jnp.clip(biased, 1, 253) << 23, jnp.float32)
+    ordinary = (largest == 0) | ((biased >= 127 - 40) & (biased < 127 + 40))
+    return jnp.where(ordinary, jnp.float32(1), power)
+
+
+def _powers(reference: jax.Array, quantized: jax.Array, unit: jax.Array) -> jax.Array:
     compared = jnp.isfinite(reference)
     noise = jnp.sum(jnp.where(compared, reference - quantized, 0) ** 2)
     signal = jnp.sum(jnp.where(compared, reference, 0) ** 2)
-    return jnp.stack([signal, jnp.where(jnp.isnan(noise), jnp.inf, noise)])
+    return jnp.stack([signal, jnp.where(jnp.isnan(noise), jnp.inf, noise), unit])

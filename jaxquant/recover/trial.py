@@ -57,8 +57,8 @@ class Trial:
         worth = (grid.step * scale * self.gains[:, None, :]).astype(np.float32)  # [G, 1, O]
         off = self._wanted - _product(integers, int8) * worth
         if self.centred:
-            off = off - off.mean(axis=1, keepdims=True)
-        return float(np.sum(np.square(off), dtype=np.float64))
+            off = off - off.mean(axis=1, keepdims=True, dtype=np.float64)
+        return float(np.sum(np.square(off, dtype=np.float64)))  # of any float32
 
     @functools.cached_property
     def _wanted(self) -> np.ndarray:

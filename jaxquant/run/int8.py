@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.graph import ir, jax_shim
+from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run.conv import conv
 
 
@@ -37,7 +38,8 @@ def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, 
     weight = weight.astype(jnp.float32)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
     threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
-    scale = jnp.where(threshold > 0, threshold, jnp.float32(127)) / jnp.float32(127)
+    smallest = jnp.float32(SMALLEST_SCALE)  # of which the inverse is a float
+    scale = jnp.where(threshold > 0, jnp.maximum(threshold / jnp.float32(127), smallest), 1)
     return quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
 
 

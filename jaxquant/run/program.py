@@ -212,9 +212,7 @@ class Program:
             if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
                 operands, zero_points = operands * 2, zero_points * 2
             value = int8.combine(eqn, operands, zero_points).astype(jnp.float32)
-        for scale in scales:
-            value = value * scale
-        return epilogue(int8_site, value, qparams["sites"][site.name])
+        return epilogue(int8_site, value, qparams["sites"][site.name], scales)
 
     def _on_dequantized_weight(
         self, site: Site, qparams: Mapping[str, Any], env: evaluate.Environment
@@ -250,12 +248,32 @@ def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
     return Program(graph, plan, params, fuse)
 
 
-def epilogue(site: Int8Site, value: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
-    """The output of a site from its accumulator as float32."""
+def epilogue(
+    site: Int8Site,
+    value: jax.Array,
+    arrays: Mapping[str, jax.Array],
+    scales: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """The output of a site from its accumulator as float32.
+
+    Args:
+      site: the site.
+      value: its accumulator.
+      arrays: its multiplier and bias.
+      scales: of operands that are scaled in the call; they broadcast to `value`.
+    """
+    channels = site.epilogue.channels
+    # Scales come together first: where the output is a float, what one step of it is worth is one,
+    # while the sum times one of them alone may be beyond (a row of 1e36 on weights of 1e-30).
+    worth = functools.reduce(jnp.multiply, scales) if scales else None
+    if worth is not None and site.epilogue.movements:
+        worth = jnp.broadcast_to(worth, value.shape)
     for eqn in site.epilogue.movements:
         (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
-    channels = site.epilogue.channels
-    value = value * channels.spread(arrays["multiplier"], value.ndim)
+        if worth is not None:
+            (worth,) = jax_shim.bind(eqn.primitive, [worth], dict(eqn.params))
+    multiplier = channels.spread(arrays["multiplier"], value.ndim)
+    value = value * (multiplier if worth is None else worth * multiplier)
     if "bias" in arrays:
         value = value + channels.spread(arrays["bias"], value.ndim)
     return value

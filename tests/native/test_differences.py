@@ -60,7 +60,8 @@ def test_sums_are_those_of_numpy(shape: tuple[int, ...], clamp: tuple[float, flo
     scale = 1e-5 * max(1, math.prod(shape[:-1]))
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=scale)
     np.testing.assert_allclose(mean, shift.Shift(*want).mean(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(powers, want_powers, rtol=1e-5)
+    np.testing.assert_allclose(powers[:2], want_powers, rtol=1e-5)
+    assert powers[2] == 1
     assert np.asarray(given).tobytes() == np.asarray(sums).tobytes()
 
 
@@ -74,7 +75,7 @@ def test_values_that_are_not_finite_are_left_out(bad: float, clamp: tuple[float,
     sums, _, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
     want, want_powers = reference(y, y_hat, gain)
     np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(powers, want_powers, rtol=1e-5)
+    np.testing.assert_allclose(powers[:2], want_powers, rtol=1e-5)
     y_hat[30, 30] = bad  # the int8 model alone
     _, _, powers = native.differences(jnp.asarray(y), jnp.asarray(y_hat), clamp)
     assert powers[1] == np.inf
@@ -90,7 +91,28 @@ def test_sums_of_several_tasks(shape: tuple[int, ...]):
     off = y.astype(np.float64) - y_hat
     want = [off.sum(0), (off**2).sum(0), (off != 0).sum(0)]
     np.testing.assert_array_equal(sums, want)
-    np.testing.assert_array_equal(powers, [(y.astype(np.float64) ** 2).sum(), (off**2).sum()])
+    np.testing.assert_array_equal(powers, [(y.astype(np.float64) ** 2).sum(), (off**2).sum(), 1])
+
+
+@pytest.mark.parametrize("form", ["native", "portable"])
+@pytest.mark.parametrize("activation", [lambda y: y, jax.nn.relu, jax.nn.leaky_relu])
+@pytest.mark.parametrize("size", [1e-33, 1e-13, 1e13, 1e37])
+def test_squares_beyond_float32(size: float, activation, form: str, monkeypatch):
+    """The sums of tensors of any size are those of ordinary ones, in a unit."""
+    if form == "portable":
+        monkeypatch.setattr(native, "runs_here", lambda: False)
+    y, y_hat = pair((500, 10))
+    size = 2.0 ** round(math.log2(size))
+    run = compare(activation)
+    want_sums, want_mean, want_powers = run(y, y_hat)
+    sums, mean, powers = run(y * np.float32(size), y_hat * np.float32(size))
+    found = shift.Shift(*sums, unit=powers[2])
+    want = shift.Shift(*want_sums).sums() * np.array([[size], [size**2], [1]])
+    np.testing.assert_allclose(found.sums(), want, rtol=2e-4, atol=np.abs(want).max() * 1e-6)
+    np.testing.assert_allclose(mean, np.float64(want_mean) * size, rtol=1e-3, atol=1.2e-38)
+    np.testing.assert_allclose(
+        shift.Powers.of(powers), np.float64(want_powers[:2]) * size**2, rtol=1e-5
+    )
 
 
 def test_what_does_not_fit_is_refused():
@@ -144,7 +166,8 @@ def test_powers_by_both_forms(shape, dtype, bad, monkeypatch):
     natively = jax.jit(shift.powers)(y, y_hat)
     monkeypatch.setattr(native, "runs_here", lambda: False)
     portable = jax.jit(lambda *xs: shift.powers(*xs))(y, y_hat)
-    np.testing.assert_allclose(natively, portable, rtol=1e-5)
+    both = (shift.Powers.of(x) for x in (natively, portable))
+    np.testing.assert_allclose(*both, rtol=1e-5)
 
 
 def test_a_sharded_tensor_is_compared_where_its_parts_are():

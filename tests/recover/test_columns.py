@@ -8,7 +8,7 @@ from jaxquant.recover.columns import Columns, join, measure_columns
 
 
 def columns(y, y_hat) -> Columns:
-    return Columns(*np.asarray(measure_columns(jnp.asarray(y), jnp.asarray(y_hat))))
+    return Columns.of(np.asarray(measure_columns(jnp.asarray(y), jnp.asarray(y_hat))))
 
 
 Y = np.array([[1.0, 0.1, 0.0, 0.0], [-1.0, 0.2, 3.0, 0.0]], np.float32)
@@ -20,6 +20,15 @@ def test_signal_and_noise_of_each_column():
     np.testing.assert_allclose(found.signal, [2.0, 0.05, 9.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(found.noise, [0.01, 0.05, 9.0, 0.0], rtol=1e-5)
     np.testing.assert_allclose(found.sqnr_db, [10 * np.log10(200), 0, 0, np.nan], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_columns_of_any_size(size: float):
+    sizes = np.array([1, size, 1, size], np.float32)
+    want = columns(Y, Y_HAT)
+    found = columns(Y * sizes, Y_HAT * sizes)
+    np.testing.assert_allclose(found.signal, want.signal * np.float64(sizes) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(found.sqnr_db, want.sqnr_db, atol=1e-4)
 
 
 def test_a_lost_column_varies_without_a_zero_and_is_one_value_in_int8():

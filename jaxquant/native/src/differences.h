@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -12,13 +14,15 @@
 namespace jaxquant {
 
 // Two tensors [rows, channels], y and ŷ, and f(y) - f(ŷ) of an activation f: given as `gain`, or
-// where that is null of the clamp to [low, high].
+// where that is null of the clamp to [low, high].  All are multiplied by `scale`, a power of two, as
+// they are read.
 struct Compared {
   const float* y;
   const float* y_hat;
   const float* gain;
   float low, high;
   int64_t rows, channels;
+  float scale = 1.0f;
 };
 
 // Of a channel Σ w d, Σ w d², Σ w, Σ y² and Σ d², with d = y - ŷ and w = (f(y) - f(ŷ)) / d in
@@ -29,7 +33,7 @@ constexpr int64_t kSums = 5;
 template <bool kGiven>
 inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums) {
   const int64_t n = t.channels;
-  const float low = t.low, high = t.high;
+  const float low = t.low * t.scale, high = t.high * t.scale, scale = t.scale;
   const float infinity = std::numeric_limits<float>::infinity();
   float *wd = sums, *wdd = sums + n, *ws = sums + 2 * n, *yy = sums + 3 * n, *dd = sums + 4 * n;
   for (int64_t row = first; row < first + rows; ++row) {
@@ -37,10 +41,10 @@ inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums
     const float* gain = kGiven ? t.gain + row * n : nullptr;
 #pragma GCC ivdep
     for (int64_t c = 0; c < n; ++c) {
-      const float a = y[c], b = y_hat[c], d = a - b;
+      const float a = y[c] * scale, b = y_hat[c] * scale, d = a - b;
       float g;
       if constexpr (kGiven) {
-        g = gain[c];
+        g = gain[c] * scale;
       } else {
         const float fa = a < low ? low : a, fb = b < low ? low : b;
         g = (fa > high ? high : fa) - (fb > high ? high : fb);
@@ -66,14 +70,11 @@ inline double shrunk_mean(double wd, double wdd, double w) {
   if (!(w > 1.0)) return 0.0;  // one value tells nothing of chance
   const double mean = wd / w, power = mean * mean;
   const double chance = std::max(wdd / w - power, 0.0) / (w - 1.0);
-  return power > 0.0 ? mean * power / (power + chance) : 0.0;
+  return power > 0.0 ? mean * (power / (power + chance)) : 0.0;
 }
 
-// `sums` [3, channels], the first three; `mean` [channels], of them; and `powers` [2], the last two
-// over all channels, the second infinite where ŷ alone is not finite.  The same bits with any number
-// of threads.
-inline void differences(Threads& threads, const Compared& t, float* sums, float* mean,
-                        float* powers) {
+// The five sums [kSums, channels].  The same bits with any number of threads.
+inline std::vector<double> sum_all(Threads& threads, const Compared& t) {
   constexpr int64_t kValues = 1 << 16;  // a task
   constexpr int64_t kRows = 32;         // that are added in single precision
   constexpr int64_t kTasks = 64;        // at most, for the memory that their sums take
@@ -96,12 +97,54 @@ inline void differences(Threads& threads, const Compared& t, float* sums, float*
   std::vector<double> total(kSums * n, 0.0);
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t i = 0; i < kSums * n; ++i) total[i] += partial[task * kSums * n + i];
-  for (int64_t i = 0; i < 3 * n; ++i) sums[i] = float(total[i]);
-  for (int64_t c = 0; c < n; ++c) mean[c] = float(shrunk_mean(total[c], total[n + c], total[2 * n + c]));
+  return total;
+}
+
+// Of the sums of one tensor Σ y² and Σ d² over all channels.
+inline std::pair<double, double> powers_of(const std::vector<double>& sums, int64_t channels) {
   double signal = 0.0, noise = 0.0;
-  for (int64_t c = 0; c < n; ++c) signal += total[3 * n + c], noise += total[4 * n + c];
+  for (int64_t c = 0; c < channels; ++c)
+    signal += sums[3 * channels + c], noise += sums[4 * channels + c];
+  return {signal, noise};
+}
+
+// The power of two not above the largest |y| or |ŷ| that is finite, such that its inverse is a
+// float too; 1 where all are zero.
+inline float unit_of(const Compared& t) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < t.rows * t.channels; ++i)
+    for (const float x : {std::fabs(t.y[i]), std::fabs(t.y_hat[i])})
+      if (x < std::numeric_limits<float>::infinity()) largest = std::max(largest, x);
+  if (largest == 0.0f) return 1.0f;
+  int exponent;
+  std::frexp(largest, &exponent);
+  return std::ldexp(1.0f, std::clamp(exponent - 1, -126, 126));
+}
+
+// `sums` [3, channels], the first three, in units of powers[2]; `mean` [channels], of them; and
+// `powers` [3]: the last two over all channels, the second infinite where ŷ alone is not finite, and
+// the unit.  That is 1 as a rule, and a power of two where squares of what is compared would not be
+// floats: very large or very small tensors are read again.
+inline void differences(Threads& threads, Compared t, float* sums, float* mean, float* powers) {
+  constexpr double kLeast = 0x1p-80, kMost = 0x1p+90;  // of Σ y² + Σ d²
+  const int64_t n = t.channels;
+  float unit = 1.0f;
+  std::vector<double> total = sum_all(threads, t);
+  auto [signal, noise] = powers_of(total, n);
+  if (!(signal + noise >= kLeast && signal + noise <= kMost)) {
+    unit = unit_of(t);
+    if (unit != 1.0f) {
+      t.scale = 1.0f / unit;
+      total = sum_all(threads, t);
+      std::tie(signal, noise) = powers_of(total, n);
+    }
+  }
+  for (int64_t i = 0; i < 3 * n; ++i) sums[i] = float(total[i]);
+  for (int64_t c = 0; c < n; ++c)
+    mean[c] = float(unit * shrunk_mean(total[c], total[n + c], total[2 * n + c]));
   powers[0] = float(signal);
   powers[1] = std::isnan(noise) ? std::numeric_limits<float>::infinity() : float(noise);
+  powers[2] = unit;
 }
 
 }  // namespace jaxquant

@@ -54,7 +54,7 @@ ffi::Error differences_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> y,
                                ffi::Result<ffi::Buffer<ffi::F32>> powers, Floats clamp) {
   const int64_t size = int64_t(y.element_count());
   const int64_t channels = int64_t(mean->element_count());
-  if (clamp.size() != 2 || powers->element_count() != 2 ||
+  if (clamp.size() != 2 || powers->element_count() != 3 ||
       int64_t(sums->element_count()) != 3 * channels)
     return invalid("wrong shapes");
   if (int64_t(y_hat.element_count()) != size || size % std::max<int64_t>(1, channels))
