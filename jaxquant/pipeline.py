@@ -256,8 +256,8 @@ def quantize(
 
     Raises:
       ValueError: an option is not valid, a skip pattern matches nothing, no site is left, or the
-        observations are of another function or lack a tensor that these options need, or the
-        calibration file is refused.
+        observations are of another function or other parameters or lack a tensor that these
+        options need, or the calibration file is refused.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant
@@ -281,4 +281,6 @@ def quantize(
     )
     if not isinstance(observations, Observations):
         observations = stages.load(observations, params, apply_fn, config)
+    else:
+        stages.check_given(observations, params, apply_fn, config)
     return stages.quantize(params, apply_fn, observations, config, recovery_file, progress)

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Generator
 from typing import Any
 
+import jax
+
 from jaxquant import native
 from jaxquant.analysis.choice import Choice, make_chosen_plan
 from jaxquant.analysis.control import Built, control
@@ -17,10 +19,17 @@ from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.analysis.speed import slower_in_int8
 from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
+from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.processes import check_alike
 from jaxquant.calibration.progress import progress_bar
-from jaxquant.calibration.resume import load_checked, sweep_with_file
+from jaxquant.calibration.resume import (
+    check_observed,
+    is_complete,
+    load_checked,
+    sweep_with_file,
+)
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.config import QuantConfig
 from jaxquant.graph import ir
@@ -78,6 +87,8 @@ def calibrate(
     check_params(params)
     sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence)
     with contextlib.closing(batches):  # the progress bar ends before an error is printed
+        if jax.process_count() > 1:
+            check_alike(params_digests(params), is_complete(calibration_file))
         if calibration_file is None:
             return run_sweep(sweep, batches)
         return sweep_with_file(calibration_file, sweep, batches, _own_observer(config))
@@ -90,6 +101,15 @@ def load(
     check_params(params)
     sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
     return load_checked(path, sweep, _own_observer(config))
+
+
+def check_given(
+    observations: Observations, params: Any, apply_fn: Callable[..., Any], config: QuantConfig
+) -> None:
+    """Raise ValueError where observations in memory are of another model or other parameters."""
+    check_params(params)
+    sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
+    check_observed(observations, sweep)
 
 
 def quantize(

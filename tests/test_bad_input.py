@@ -367,3 +367,34 @@ def test_quantize_with_the_observations_of_another_model():
     observations = networks.observe({"w": jnp.eye(4)}, lambda p, x: x @ p["w"], X)
     with pytest.raises(ValueError, match="the observations hold nothing on 'fc/input'"):
         jaxquant.quantize(PARAMS, mlp, observations, algo="abs_max")
+
+
+@pytest.mark.parametrize("change", ["params", "apply_fn"])
+def test_quantize_with_other_parameters_than_those_calibrated(change):
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    observations = jaxquant.calibrate(PARAMS, mlp, [x], progress=False)
+    params, apply_fn, match = PARAMS, mlp, "apply_fn computes something else"
+    if change == "params":
+        params = PARAMS | {"head": {"w": jnp.zeros((4, 2))}}
+        match = r"params\['head/w'\] is float32\[4,2\], in calibration .* with other values"
+    else:
+        apply_fn = lambda p, x: mlp(p, jnp.tanh(x))  # noqa: E731
+    with pytest.raises(ValueError, match=match):
+        jaxquant.quantize(params, apply_fn, observations, progress=False)
+
+
+@pytest.mark.parametrize("error", [KeyError("the wrong rng"), ValueError("no PRNG here")])
+def test_an_error_that_speaks_of_rng_is_not_a_missing_key(error):
+    def apply_fn(p, x):
+        raise error
+
+    with pytest.raises(type(error), match=r"the wrong rng|no PRNG here"):
+        quant_post(apply_fn=apply_fn)
+
+
+@pytest.mark.parametrize("name", ["cache", "intermediates", "batch_stats"])
+def test_a_plain_function_may_return_whatever_it_wants(name):
+    qparams, qapply = networks.quantize(PARAMS, lambda p, x: (mlp(p, x), {name: x * 2}), X)
+    logits, others = qapply(qparams, X)
+    assert logits.shape == (3, 2)
+    np.testing.assert_array_equal(others[name], 2 * X)

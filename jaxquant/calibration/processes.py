@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.calibration.observations import Observations, TensorStats, merge
+from jaxquant.calibration.observations import Observations, Origin, TensorStats, merge
+from jaxquant.graph import jax_shim
 
 
 def reduce_processes(observations: Observations) -> Observations:
@@ -21,6 +23,7 @@ def reduce_processes(observations: Observations) -> Observations:
     are those of process 0.  With one process the observations are returned as they are.
 
     Raises:
+      RuntimeError: a process does not come to the end of its sweep; the message says which.
       ValueError: the processes calibrate different models, or an observer of its own keeps states,
         which nothing tells how to merge.
     """
@@ -31,6 +34,7 @@ def reduce_processes(observations: Observations) -> Observations:
             "an algo that keeps statistics of its own ('avg', an Observer with its own update) "
             "cannot be reduced across processes; calibrate with another one, or in one process"
         )
+    _meet("end its sweep")
     names = list(observations.tensors)
     _check_same(names)
     stats = [observations.tensors[name] for name in names]
@@ -44,6 +48,7 @@ def reduce_processes(observations: Observations) -> Observations:
         batches=batches,
         samples=samples,
         examples=_examples_of_first(observations.examples),
+        origin=_origin_of_first(observations.origin),
     )
 
 
@@ -85,12 +90,86 @@ def _whole(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _check_same(names: Sequence[str]) -> None:
-    digest = np.frombuffer(hashlib.sha256("\n".join(names).encode()).digest(), np.uint8)
-    every = _gather({"digest": digest.astype(np.int32)})["digest"]
-    if (every != every[0]).any():
+    differing = _differing("\n".join(names))
+    if differing:
         raise ValueError(
-            "the processes calibrate different models: every process gives the same params and "
-            "apply_fn, and its own part of the data in batches of any size"
+            f"the processes calibrate different models: {_spell(differing)} observe other tensors "
+            "than process 0. Every process gives the same params and apply_fn, and its own part of "
+            "the data in batches of any size"
+        )
+
+
+def check_alike(params: Mapping[str, str], complete: bool) -> None:
+    """Raise where the processes begin with different things; nothing with one process.
+
+    Args:
+      params: path -> digest of each parameter.
+      complete: whether this process has a calibration file of a sweep that is done.
+
+    Raises:
+      RuntimeError: a process does not come.
+      ValueError: the parameters differ, or some processes have a complete file and some have none;
+        the message says which.
+    """
+    if jax.process_count() == 1:
+        return
+    _meet("begin to calibrate")
+    done = _gather({"done": np.array([complete], np.int32)})["done"][:, 0]
+    if done.any() and not done.all():
+        raise ValueError(
+            f"the calibration files of {_spell(np.flatnonzero(done))} are complete, those of "
+            f"{_spell(np.flatnonzero(done == 0))} are missing or not complete. A complete file "
+            "holds what all processes saw: copy it to every process, or delete it to calibrate anew"
+        )
+    if others := _differing("\n".join(params)):
+        raise ValueError(
+            f"the processes have different parameters: those of {_spell(others)} have other paths "
+            "than those of process 0. Every process gives the same params"
+        )
+    digests = [_digest(text) for text in params.values()]
+    every = _gather({"digests": np.stack(digests)})["digests"]  # [processes, parameters, bytes]
+    unlike = (every != every[0]).any(axis=2)
+    if unlike.any():
+        first = int(np.flatnonzero(unlike.any(axis=0))[0])
+        raise ValueError(
+            f"the processes have different parameters: params[{list(params)[first]!r}] of "
+            f"{_spell(np.flatnonzero(unlike[:, first]))} is not that of process 0. Every process "
+            "gives the same params: load them from one file, or seed their initialization alike"
+        )
+
+
+def _differing(text: str) -> list[int]:
+    """The processes whose text is not that of process 0."""
+    every = _gather({"digest": _digest(text)})["digest"]
+    return [int(k) for k in np.flatnonzero((every != every[0]).any(axis=1))]
+
+
+def _digest(text: str) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.int32)
+
+
+def _spell(processes: Iterable[int]) -> str:
+    found = [str(k) for k in processes]
+    return f"process{'es' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+_PATIENCE = 600.0  # seconds in which every process has to come to a meeting
+_meetings = itertools.count()
+
+
+def _meet(what: str) -> None:
+    """Wait for all processes before they exchange anything.
+
+    What moves arrays between them says of one that is lost no more than "context initialization
+    failed".
+    """
+    name = f"jaxquant/{next(_meetings)}"
+    missing = jax_shim.missing_processes(name, _PATIENCE)
+    if missing:
+        raise RuntimeError(
+            f"{_spell(missing)} of {jax.process_count()} did not {what} within {_PATIENCE:g} "
+            "seconds: it has ended, or still reads its data; its own output says why. All "
+            "processes call calibrate or quant_post, as often as each other"
         )
 
 
@@ -100,6 +179,15 @@ def _gather(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     gathered: dict[str, Any] = multihost_utils.process_allgather(arrays)
     return {name: np.asarray(value) for name, value in gathered.items()}
+
+
+def _origin_of_first(origin: Origin | None) -> Origin | None:
+    """With process 0's model, which is traced in the shapes of its first batch."""
+    if origin is None:
+        return None
+    digest = np.frombuffer(bytes.fromhex(origin.model), np.uint8).astype(np.int32)
+    first = _gather({"model": digest})["model"][0]
+    return dataclasses.replace(origin, model=bytes(first.astype(np.uint8)).hex())
 
 
 def _examples_of_first(examples: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...]:

@@ -71,6 +71,32 @@ def load_checked(
     return seen
 
 
+def is_complete(path: str | os.PathLike[str] | None) -> bool:
+    """True for a calibration file of a sweep that is done.
+
+    Raises:
+      FileError: the file is damaged.
+    """
+    if path is None or not os.path.exists(path):
+        return False
+    return observations_file.read(path).digests is None
+
+
+def check_observed(observations: Observations, sweep: Sweep) -> None:
+    """Raise ValueError where observations are of another model or of other parameters.
+
+    `sweep` is started.  Observations that were put together by hand have no origin to compare.
+    """
+    if observations.origin is None:
+        return
+    here, _ = sweep.start(observations.examples[0])
+    if other := _other_model(observations.origin, here, "in calibration"):
+        raise ValueError(
+            f"the observations are of another model or other parameters: {_first(other)}. "
+            "Calibrate the model that is quantized"
+        )
+
+
 def check_saved(
     path: str | os.PathLike[str],
     saved: Saved,
@@ -164,9 +190,9 @@ def _skip(
             )
 
 
-def _other_model(saved: Origin, here: Origin) -> list[str]:
+def _other_model(saved: Origin, here: Origin, there: str = "in the file") -> list[str]:
     changed = [
-        f"params[{name!r}] is {_spell_leaf(here.params, name)}, in the file "
+        f"params[{name!r}] is {_spell_leaf(here.params, name)}, {there} "
         f"{_spell_leaf(saved.params, name)}"
         + (", with other values" if _same_shape(saved.params, here.params, name) else "")
         for name in {**saved.params, **here.params}
@@ -221,8 +247,12 @@ def _same_shape(saved: Mapping[str, str], here: Mapping[str, str], name: str) ->
 
 
 def _refusal(path: str | os.PathLike[str], what: str, problems: Sequence[str]) -> FileError:
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     return FileError(
-        f"{os.fspath(path)} is of {what}: {'; '.join(problems[:3])}{more}. Give another "
+        f"{os.fspath(path)} is of {what}: {_first(problems)}. Give another "
         "calibration_file, or delete this one to calibrate anew"
     )
+
+
+def _first(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

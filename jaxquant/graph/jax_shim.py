@@ -10,12 +10,13 @@ import base64
 import contextlib
 import functools
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import dispatch, source_info_util
+from jax._src import dispatch, distributed, source_info_util
 from jax._src.export import _export
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
@@ -270,6 +271,27 @@ def without_source_locations() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, known)
+
+
+def missing_processes(name: str, seconds: float) -> list[int]:
+    """Wait until every process has come here; returns those that did not within `seconds`.
+
+    Args:
+      name: the same in every process, and another for each meeting.
+      seconds: how long to wait for all of them together.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return []
+    client.key_value_set(f"{name}/{jax.process_index()}", "here")
+    end, missing = time.monotonic() + seconds, []
+    for index in range(jax.process_count()):
+        left = max(1, int(1000 * (end - time.monotonic())))
+        try:
+            client.blocking_key_value_get(f"{name}/{index}", left)
+        except RuntimeError:  # JaxRuntimeError: DEADLINE_EXCEEDED
+            missing.append(index)
+    return missing
 
 
 @functools.cache

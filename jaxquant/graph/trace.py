@@ -229,9 +229,11 @@ def _holds_site(eqn: Any) -> bool:
 
 def _hint(error: Exception) -> str | None:
     """What to do about an error that Flax raised inside `apply_fn`, or None if it is not known."""
+    if type(error).__module__.partition(".")[0] != "flax":
+        return None
     name = type(error).__name__
     text = str(error).split("\n")[0][:300]
-    if name in ("InvalidRngError", "NeedsRngError") or "PRNG" in text or "rng" in text.lower():
+    if name == "InvalidRngError":
         return (
             f"apply_fn needs a PRNG key ({text}). Quantization runs the model in inference mode: "
             "pass a deterministic function, e.g. "
@@ -245,21 +247,18 @@ def _hint(error: Exception) -> str | None:
     return None
 
 
-# Variable collections that Flax modules update during a call.
-_MUTABLE_COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations"})
+# The variable collection that training updates.  Others are results of a call like any other:
+# caches of a decoder, intermediates.
+_STATISTICS = "batch_stats"
 
 
 def _refuse_updates(params: Any, out_shape: Any) -> None:
-    """Raise where the output is `(result, updated collections)`, as `mutable=` makes it."""
+    """Raise where the output is `(result, updated statistics)`, as `mutable=` makes it."""
     if not (isinstance(out_shape, tuple) and len(out_shape) == 2):
         return
-    state = out_shape[1]
-    if not hasattr(state, "keys"):
-        return
-    collections = sorted(str(k) for k in state if str(k) in _MUTABLE_COLLECTIONS)
-    if collections:
+    if all(isinstance(x, Mapping) and _STATISTICS in x for x in (params, out_shape[1])):
         raise ValueError(
-            f"apply_fn returns updated variables ({', '.join(collections)}) beside its result. "
+            f"apply_fn returns updated variables ({_STATISTICS}) beside its result. "
             "Pass the model in inference mode and return the result alone: "
             "`lambda p, x: model.apply(p, x, train=False)`, without `mutable=`"
         )

@@ -94,25 +94,30 @@ def parts(index: int) -> list[np.ndarray]:
     return [SAMPLES[:16], SAMPLES[16:32]] if index == 0 else [SAMPLES[32:44], SAMPLES[44:]]
 
 
-@pytest.mark.optimized  # as the other processes are
-def test_two_processes_give_what_one_does(tmp_path):
+def run_processes(code: str, arguments) -> None:
+    """Run `code` in processes that find each other, each with an argument of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    outputs = [tmp_path / f"plan{index}" for index in range(PROCESSES)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("XLA_FLAGS", None)
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(port), str(PROCESSES), str(index), str(out)],
+            [sys.executable, "-c", code, str(port), str(len(arguments)), str(index), str(argument)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index, out in enumerate(outputs)
+        for index, argument in enumerate(arguments)
     ]
     errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
+    assert [worker.returncode for worker in workers] == [0] * len(workers), errors
+
+
+@pytest.mark.optimized  # as the other processes are
+def test_two_processes_give_what_one_does(tmp_path):
+    outputs = [tmp_path / f"plan{index}" for index in range(PROCESSES)]
+    run_processes(WORKER, outputs)
     observations = jaxquant.calibrate(
         networks.plain_params(),
         networks.plain_net,
@@ -129,3 +134,45 @@ def test_two_processes_give_what_one_does(tmp_path):
     assert jnp.isfinite(results[0]).all()
     # One process keeps examples of all the data, two those of the first alone.
     np.testing.assert_allclose(results[0], qapply(qparams, SAMPLES[:4]), atol=0.05)
+
+
+DIFFERING = """
+import os, sys, time
+import jax, numpy as np
+port, count, index, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(f"localhost:{port}", count, index)
+import jaxquant
+from jaxquant.calibration import processes
+from tests import networks
+from tests.calibration.test_devices import parts
+
+def message(params, file=None):
+    try:
+        jaxquant.calibrate(
+            params, networks.plain_net, parts(index), calibration_file=file, progress=False)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+params = networks.plain_params()
+others = jax.tree.map(lambda x: x * 2, params) if index else params
+assert "] of process 1 is not that of process 0" in message(others)
+assert message(params, file) == ""
+if index:
+    os.remove(file)
+found = message(params, file)
+assert "process 0 are complete, those of process 1 are missing" in found, found
+if index == 0:
+    processes._PATIENCE = 2.0
+    found = message(params)
+    assert "process 1 of 2 did not begin to calibrate within 2 seconds" in found, found
+    open(file + ".done", "w").close()
+while not os.path.exists(os.path.join(os.path.dirname(file), "seen0.done")):
+    time.sleep(0.1)
+os._exit(0)  # without the farewell that waits for the other
+"""
+
+
+def test_processes_that_differ_are_named(tmp_path):
+    run_processes(DIFFERING, [tmp_path / f"seen{index}" for index in range(PROCESSES)])
