@@ -3,7 +3,9 @@
     python -m experiments.benchmarks.onnx_files any.onnx vnni.onnx
 
 Of `jaxquant.export_onnx(..., processors=)`, for example.  Inputs are noise; a size with a name is
-`--batch`.  To see what another x86 processor does with the files, hide this one's features:
+`--batch`.  What is printed is the least processor time, of all threads: other work on the cores
+changes it little, where `taskset -c 0` leaves one thread.  To see what another x86 processor does
+with the files, hide this one's features:
 
     gcc -shared -fPIC tests/hide_cpu_features.c -o hide.so
     HIDE_CPU_FEATURES=vnni,avx512 LD_PRELOAD=./hide.so python -m experiments.benchmarks.onnx_files …
@@ -64,13 +66,13 @@ RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
 
 
 def least_in_turn(programs: dict[str, Program], rounds: int) -> dict[str, float]:
-    """The least seconds of each program: what other work on the cores took from it the least."""
+    """The least processor time of each program, in seconds."""
     least = dict.fromkeys(programs, np.inf)
     for _ in range(rounds):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             program()
-            least[name] = min(least[name], time.perf_counter() - start)
+            least[name] = min(least[name], time.process_time() - start)
     return least
 
 
