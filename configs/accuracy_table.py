@@ -5,7 +5,7 @@ labels.csv, and on the 10,000 test images of CIFAR-10 (downloads, once):
 
   python experiments/accuracy_table.py --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES \
     --config.weights.googlenet=FILE --config.weights.mobilenet_v2=FILE \
-    --config.weights.cifar10_resnet20=FILE --markdown=README.md
+    --config.weights.cifar10_resnet20=FILE --markdown=docs/results.md
 
 --methods and --models choose some of them, --dry_run lists what would run, and
 --recover=none,bias_correction,equalization+bias_correction measures each method with each of these

@@ -1,4 +1,4 @@
-r"""Measures every network under every method, and writes the table of README.
+r"""Measures every network under every method, and writes the table of docs/results.md.
 
   python experiments/accuracy_table.py --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
 
@@ -52,7 +52,9 @@ def define_flags() -> None:
         "none,bias_correction,equalization+bias_correction; if empty, each method has its own.",
     )
     flags.DEFINE_string(
-        "markdown", None, "Markdown file, as README.md; by default table.md in the work folder."
+        "markdown",
+        None,
+        "Markdown file, as docs/results.md; by default table.md in the work folder.",
     )
     flags.DEFINE_string("jsonl", None, "JSON-lines file; by default rows.jsonl in the work folder.")
     flags.DEFINE_bool("dry_run", False, "List what would run, and run nothing.")
