@@ -38,7 +38,7 @@ _MOST_TEXT = 1 << 16  # bytes of a seal or a note
 _FAILURE_SECONDS = 3600.0
 _BUILDING = ".building-"
 _BUILDING_SECONDS = 86400.0  # longer than anything takes to be made
-# In it an ELF file says where its table of sections is, which linkers write at its end.
+# Of the header of an ELF file: where its table of sections is, which linkers put at the end.
 _ELF_SECTIONS = struct.Struct("<40xQ10xHH")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from jaxquant.run.conv import ChannelsLast, is_undilated, undilated
 from jaxquant.run.fusion import NO_CLAMP, Chain
 from jaxquant.run.quantized import QuantizedTensors
 
+# Outputs of a channel from which on packing the weight in a call, for the native kernels, takes no
+# longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
+# and the native ones (two cores, AVX512-VNNI), and longer from 32 rows on.
+_ROWS_WORTH_PACKING = 32
+
 
 class FusedCall:
     """The call of one chain.
@@ -28,6 +34,7 @@ class FusedCall:
     Attributes:
       chain: what it stands for.
       outputs: shape and dtype of its results: float32, int8, or both in this order.
+      is_worth_packing: whether the native kernels are faster though they have to pack the weight.
     """
 
     def __init__(self, graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]):
@@ -47,9 +54,23 @@ class FusedCall:
         dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * (chain.grid is not None)
         shape = graph.shape(chain.output)
         self.outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
+        self.is_worth_packing = self._rows(shape) >= _ROWS_WORTH_PACKING
 
-    def __call__(self, operands: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-        """The float32 and the int8 output; None for one that nobody reads."""
+    def _rows(self, shape: Sequence[Any]) -> float:
+        """How many outputs a channel has."""
+        if not all(isinstance(size, int) for size in shape):
+            return math.inf  # a size that varies: a batch, which may be of any size
+        is_dot, numbers = self._layout is None, self._eqn.params["dimension_numbers"]
+        outputs = self._weight_shape[1 if is_dot else numbers.rhs_spec[0]]
+        return math.prod(shape) / max(outputs, 1)
+
+    def __call__(self, operands: Mapping[str, jax.Array], natively: bool = True) -> tuple[Any, Any]:
+        """The float32 and the int8 output; None for one that nobody reads.
+
+        `natively`: by the kernels where this is compiled for CPU; else as XLA lowers it.
+        """
+        if not natively:
+            return self.by_form(self.portable(operands))
         names = tuple(operands)
 
         def named(run: Any) -> Any:

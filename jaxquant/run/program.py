@@ -36,9 +36,18 @@ class Program:
       plan: which sites are int8.
       params: the parameters or their shapes.
       fuse: what the native kernels take over.
+      packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
+        weight first.
     """
 
-    def __init__(self, graph: ir.Graph, plan: Plan, params: Any, fuse: Fuse = Fuse.NOTHING):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        plan: Plan,
+        params: Any,
+        fuse: Fuse = Fuse.NOTHING,
+        packs_all: bool = True,
+    ):
         self.graph = graph
         self.plan = plan
         self.mode = MODES[plan.mode]
@@ -55,6 +64,7 @@ class Program:
         if not self.mode.tensor_scales:
             fuse = Fuse.NOTHING
         self._fuse = fuse
+        self._packs_all = packs_all
         self.early = find_early_pools(graph, self.binding, self.equations)
         pools = {eqn.index for eqn in self.early.values()}
         running = [eqn for eqn in self.equations if eqn.index not in pools]
@@ -165,14 +175,23 @@ class Program:
                 each.operands(qparams, self._slot(each), quantized, links)
                 for each, links in zip(sequence.calls, sequence.members.links, strict=True)
             ]
-            ahead.update(sequence(operands))
+            ahead.update(sequence(operands, self._natively(sequence, operands)))
         if index in ahead:
             value, as_int8 = ahead[index]
         else:
-            value, as_int8 = call(call.operands(qparams, self._slot(call), quantized))
+            given = call.operands(qparams, self._slot(call), quantized)
+            value, as_int8 = call(given, self._natively(call, [given]))
         if as_int8 is not None and call.chain.grid is not None:
             quantized.put(call.chain.output, as_int8, call.chain.grid)
         return value
+
+    def _natively(
+        self, call: FusedCall | FusedSequence, operands: Sequence[Mapping[str, Any]]
+    ) -> bool:
+        """Whether the kernels are to run a call whose weights are packed, or have to be for it."""
+        if self._packs_all or call.is_worth_packing:
+            return True
+        return all("packed" in each for each in operands)
 
     def _slot(self, call: FusedCall) -> layout.WeightSlot:
         return self.slots[call.chain.site.site.name]

@@ -171,7 +171,9 @@ class QuantizedApply(NotPickled):
         """
         self._check_kinds(inputs)
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
-        return Program(self.source(inputs), self.plan, self.source.params, fuse)
+        # Chosen, the kernels run all that they can; else what they are faster at.
+        packs_all = self._backend == "native"
+        return Program(self.source(inputs), self.plan, self.source.params, fuse, packs_all)
 
     def _of_nothing(self, inputs: tuple[Any, ...]) -> Any:
         """The outputs where all of them are empty, as for a batch of no samples; else None.
@@ -217,8 +219,8 @@ class QuantizedApply(NotPickled):
     def prepare(self, qparams: Mapping[str, Any], *inputs: Any) -> dict[str, Any]:
         """`qparams` with the weights packed for the native kernels as well.
 
-        `qapply` takes either; without packed weights it packs them in every call.  They serve any
-        batch and image size.
+        `qapply` takes either; without packed weights it packs them in every call, or leaves a dot
+        of a few rows to XLA.  They serve any batch and image size.
 
         Args:
           qparams: the arrays of the model.

@@ -143,6 +143,11 @@ class FusedSequence:
         ]
         self._outputs = [self.calls[position].outputs[k] for position, k in self._results]
 
+    @property
+    def is_worth_packing(self) -> bool:
+        """As of its calls: of one of them."""
+        return any(call.is_worth_packing for call in self.calls)
+
     def _is_read_outside(self, graph: ir.Graph, position: int) -> bool:
         output = self.calls[position].chain.output
         readers = {eqn.index for eqn in graph.consumers.get(output, ())}
@@ -154,11 +159,14 @@ class FusedSequence:
                 inside.update(call.chain.members)
         return output in graph.output_vars or not readers <= inside
 
-    def __call__(self, operands: Sequence[Mapping[str, jax.Array]]) -> Results:
+    def __call__(
+        self, operands: Sequence[Mapping[str, jax.Array]], natively: bool = True
+    ) -> Results:
         """The float32 and the int8 result of every call by its name; None for what stays inside.
 
         Args:
           operands: of every call, without what is linked.
+          natively: as of `FusedCall`.
         """
         names = [tuple(each) for each in operands]
 
@@ -170,8 +178,9 @@ class FusedSequence:
             return on_arrays
 
         arrays = [value for each in operands for value in each.values()]
+        chosen = self._native if natively else self._portable
         given = jax_shim.choose_by_platform(
-            named(self._native), named(self._portable), self._outputs, arrays
+            named(chosen), named(self._portable), self._outputs, arrays
         )
         by_call: dict[int, list[Any]] = {}
         for (position, _), value in zip(self._results, given, strict=True):

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant import native
 from jaxquant.graph import evaluate
 from jaxquant.graph.trace import trace
 from jaxquant.run.fusion import Fuse, find_chains
@@ -204,6 +205,39 @@ def test_backends():
     assert qapply.report().summary["backend"] == str(qapply.backend)
     with pytest.raises(ValueError, match="backend 'onednn'; choose one of auto, native, xla"):
         qapply.with_backend("onednn")
+
+
+def _dots(p, x):
+    return jax.nn.relu(x @ p["up"]) @ p["down"]
+
+
+def _convs(p, x):
+    y = jax.nn.relu(lax.conv_general_dilated(x, p["up"], (1, 1), "SAME", dimension_numbers=NHWC))
+    return lax.conv_general_dilated(y, p["down"], (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+@pytest.mark.skipif(not native.int8_is_faster().available, reason=native.int8_is_faster().reason)
+@pytest.mark.parametrize(
+    ("apply_fn", "lead", "window", "kernel"),
+    [(_dots, (1,), (), "jaxquant_dot"), (_dots, (2, 5), (), "jaxquant_dot"),
+     (_convs, (3, 1, 1), (1, 1), "jaxquant_sequence")],
+)  # fmt: skip
+def test_a_weight_is_not_packed_for_a_few_rows(apply_fn, lead, window, kernel, rng):
+    """That takes longer than XLA's product; packed beforehand, or for many rows, it does not."""
+    shapes = {"up": (*window, 24, 40), "down": (*window, 40, 8)}
+    params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(*lead, 24)), jnp.float32)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], recover=(), progress=False)
+
+    def is_native(qapply, qparams, x) -> bool:
+        return kernel in jax.jit(qapply).lower(qparams, x).as_text()
+
+    assert not is_native(qapply, qparams, x)
+    assert is_native(qapply, qapply.prepare(qparams), x)
+    assert is_native(qapply, qparams, jnp.tile(x, (32, *(1,) * len(lead))))
+    assert is_native(qapply.with_backend("native"), qparams, x)
+    natively = qapply(qapply.prepare(qparams), x)
+    np.testing.assert_allclose(qapply(qparams, x), natively, rtol=1e-6)
 
 
 def test_native_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch):
