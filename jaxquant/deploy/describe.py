@@ -93,11 +93,15 @@ class _Describer:
         return _scalar(atom.value) if isinstance(atom, ir.Literal) else self._number(atom)
 
     def _node(self, eqn: ir.Equation, reads_int8: bool = False, selects: bool = False) -> Node:
+        params = dict(eqn.params)
+        if eqn.name == "scan":  # of which each JAX keeps another account
+            consts, carry = jax_shim.scan_counts(eqn.params)
+            params |= {"num_consts": consts, "num_carry": carry}
         return Node(
             op=eqn.name,
             inputs=tuple(self._atom(x) for x in eqn.inputs),
             outputs=tuple(self._number(v) for v in eqn.outputs),
-            params={key: _plain(value) for key, value in eqn.params.items()},
+            params={key: _plain(value) for key, value in params.items()},
             scope=eqn.scope,
             reads_int8=reads_int8,
             selects=selects,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,6 +61,9 @@ class Value:
         return self.order.index(logical)
 
 
+_MULTIPLE = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
+
+
 def straight(rank: int) -> tuple[int, ...]:
     return tuple(range(rank))
 
@@ -75,7 +79,7 @@ class Builder:
         self._constants: dict[Any, str] = {}
         self.read: set[str] = set()  # the names that some node reads
         self._names: set[str] = set()
-        self._sizes: dict[str, tuple[str, int]] = {}
+        self._sizes: dict[str, tuple[str, int, int]] = {}  # name -> input, axis, what divides it
         self.scope = ""
 
     def unique(self, name: str) -> str:
@@ -130,10 +134,14 @@ class Builder:
         return self.constant(np.asarray(values, np.int64), "sizes")
 
     def name_sizes(self, name: str, sizes: Sequence[Size]) -> None:
-        """Tell where the sizes that vary can be read from: the axes of this input."""
+        """Tell where the sizes that vary can be read from: the axes of this input.
+
+        An axis of "2*h" tells h too.
+        """
         for axis, size in enumerate(sizes):
-            if isinstance(size, str):
-                self._sizes.setdefault(size, (name, axis))
+            found = _MULTIPLE.fullmatch(size) if isinstance(size, str) else None
+            if found is not None:
+                self._sizes.setdefault(found[2], (name, axis, int(found[1] or 1)))
 
     def shape(self, sizes: Sequence[Size], may_infer: bool = True) -> str:
         """A shape as a tensor; with `may_infer`, one size that varies is left to Reshape as -1."""
@@ -147,9 +155,12 @@ class Builder:
         """A size that varies, of its name: int64 [1]."""
         if size not in self._sizes:
             raise NotCovered(f"the size {size!r}, which no input has")
-        name, axis = self._sizes[size]
+        name, axis, divisor = self._sizes[size]
         shape = self.node("Shape", [name], "shape")
-        return self.node("Gather", [shape, self.ints([axis])], "size", axis=0)
+        number = self.node("Gather", [shape, self.ints([axis])], "size", axis=0)
+        if divisor == 1:
+            return number
+        return self.node("Div", [number, self.ints([divisor])], "size")
 
     # Values
 

@@ -199,5 +199,5 @@ def _product(sizes: Sequence[Size]) -> Size:
     if len(varying) == 1 and len(sizes) == 1:
         return varying[0]
     if varying:
-        return "*".join(map(str, sizes))
+        return "*".join(f"({size})" for size in sizes)
     return math.prod(int(size) for size in sizes)

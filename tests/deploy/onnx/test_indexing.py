@@ -148,6 +148,24 @@ def test_sizes_that_are_computed_of_others(tmp_path):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_sizes_of_which_inputs_have_multiples_and_sums(tmp_path):
+    """Free axes of both sides of a dot, and an axis that is one longer than another."""
+
+    def apply_fn(p, x):
+        y = jnp.concatenate([x[:, :1], x], 1) @ p["w"]
+        return jnp.einsum("blhc,bmhc->blmh", *[y.reshape(*y.shape[:2], 2, 2)] * 2).sum(2)
+
+    qparams, qapply = quantize({"w": weights(4, 4)}, apply_fn, images(0, (2, 6, 4)))
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, shapes="b, 2*s, 4")
+    x = images(1, (3, 4, 4))
+    np.testing.assert_allclose(qapply(qparams, x), run(tmp_path / "m.onnx", x)[0], atol=1e-4)
+    pairs = lambda p, x: jnp.einsum("bihc,bjhc->bij", x @ p["w"], x @ p["w"])  # noqa: E731
+    qparams, qapply = quantize({"w": weights(4, 4)}, pairs, images(0, (2, 3, 2, 4)))
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, shapes="b, s, t, 4")
+    x = images(1, (3, 5, 2, 4))
+    np.testing.assert_allclose(qapply(qparams, x), run(tmp_path / "m.onnx", x)[0], atol=1e-4)
+
+
 def test_a_scatter_before_the_opset_that_has_it_is_an_error(tmp_path):
     def apply_fn(p, x):
         return (x @ p["w"]).at[:, jnp.array([0, 0])].add(1.0)
