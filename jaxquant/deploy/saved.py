@@ -83,7 +83,7 @@ def save_quantized_model(
       >>> folder.cleanup()
     """
     plain = tree.plain(qparams, qapply)
-    stored = _stored(qapply, shapes, constraints)
+    stored = make_stored(qapply, shapes, constraints)
     check_program(_example_program(stored, qapply.plan), plain, stored.example)
     parts = {
         "plan.json": dataclasses.asdict(qapply.plan),
@@ -97,8 +97,17 @@ def save_quantized_model(
     atomic.write_file(path, container.chunks(tensors, versions, FORMAT))
 
 
-def _stored(qapply: QuantizedApply, shapes: Any, constraints: Sequence[str]) -> StoredGraph:
-    """The model's graph as it is stored; that of a loaded model is what the file had."""
+def make_stored(
+    qapply: QuantizedApply, shapes: Any = None, constraints: Sequence[str] = ()
+) -> StoredGraph:
+    """The model's graph as it is stored; that of a loaded model is what the file had.
+
+    Args:
+      qapply, shapes, constraints: as for `save_quantized_model`.
+
+    Raises:
+      ValueError: as `save_quantized_model`.
+    """
     if isinstance(qapply.source, StoredGraph) and shapes is None and not constraints:
         return qapply.source
     inputs = program.symbolic_inputs(qapply, shapes, constraints)

@@ -17,7 +17,8 @@ from jaxquant.deploy.stored.form import Atom, Body, Equation, StoredForm
 from jaxquant.graph import ir, jax_shim
 
 MAX_ELEMENTS = 2**40  # of a tensor: XLA multiplies sizes without looking at overflows
-_MAX_STEPS = 2**17  # equations of a graph, those of bodies each time that they are read
+_MAX_STEPS = 2**16  # equations of a graph and of the bodies that it reads
+_STEPS_OF_A_BODY = 16  # what reading one takes beside its equations
 _MAX_DEPTH = 16  # of bodies in each other
 _MAX_UNROLL = 2**10
 
@@ -57,6 +58,7 @@ class Replay:
         self.outputs: list[ir.Atom] = []
         self._atoms: list[ir.Atom] = []  # by the number that a tensor has in the form
         self._values: list[Any] = []  # likewise
+        self._bodies: dict[Any, Any] = {}  # those that were read, by number and operands
         self._sizes: set[int] = set()  # likewise: those that are made of sizes alone, and numbers
 
     def run(self, leaves: Sequence[Any], constants: Sequence[Any], inputs: Sequence[Any]) -> None:
@@ -136,9 +138,7 @@ class Replay:
         return self._values[atom]
 
     def _bind(self, equation: Equation, operands: Sequence[Any], params: Any) -> list[Any]:
-        self._steps += 1
-        if self._steps > _MAX_STEPS:
-            raise ValueError(f"more than {_MAX_STEPS} equations")
+        self._count(1)
         results = jax_shim.bind(primitives.primitive(equation.op), operands, dict(params))
         return _checked_results(equation, results)
 
@@ -171,8 +171,19 @@ class Replay:
         given = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _fed(equation, key, avals)]
         if len(given) != body.inputs:
             raise ValueError(f"a body takes {body.inputs} operands, not {len(given)}")
-        closed = jax.make_jaxpr(functools.partial(self._run_body, body, number, depth + 1))(*given)
+        # Bodies that read the one before them twice would be as many as powers of two.
+        known = (number, tuple((x.shape, x.dtype) for x in given))
+        if known not in self._bodies:
+            self._count(_STEPS_OF_A_BODY)
+            run = functools.partial(self._run_body, body, number, depth + 1)
+            self._bodies[known] = jax.make_jaxpr(run)(*given)
+        closed = self._bodies[known]
         return closed.jaxpr if key == "update_jaxpr" else closed
+
+    def _count(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > _MAX_STEPS:
+            raise ValueError(f"it has more than {_MAX_STEPS} equations, those of bodies included")
 
     def _run_body(self, body: Body, number: int, depth: int, *inputs: Any) -> list[Any]:
         found = [self._closed_over[constant.array] for constant in body.constants]

@@ -64,7 +64,8 @@ def decode_dtype(text: str) -> Any:
         dtype = jnp.dtype(text)
     except TypeError as error:
         raise ValueError(f"{text[:40]!r} is no dtype") from error
-    if str(dtype) != text or (dtype.kind in "OSUMmVT" and dtype not in _EXTENDED):
+    is_number = dtype.kind in "biufc" or dtype in _EXTENDED
+    if str(dtype) != text or not is_number or not dtype.isnative:
         raise ValueError(f"{text[:40]!r} is no dtype of numbers")
     return dtype
 
@@ -147,7 +148,7 @@ def encode(value: Any, body: Callable[[Any], int]) -> Any:
         return {"enum": [type(value).__name__, value.name]}
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return [encode(item, body) for item in value]
-    if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0:
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0:
         return {"scalar": encode_scalar(value)}
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return {"dtype": encode_dtype(value)}
