@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
-from jaxquant.calibration.threshold import check_percent
 from jaxquant.errors import nearest
 from jaxquant.graph.kinds import PADDLE_NAMES
 from jaxquant.modes import MODES, STATIC
@@ -61,7 +62,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.algo, Observer):
             _check("algo", self.algo, OBSERVERS)
-        check_percent(self.hist_percent)
+        _check_percent(self.hist_percent)
         for name in ("quantizable_op_type", "skip", "recover"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
@@ -79,7 +80,7 @@ class QuantConfig:
         object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
-        if isinstance(self.weight_bits, bool) or self.weight_bits not in WEIGHT_BITS:
+        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
             raise ValueError(f"bits is 8 or 4, got {self.weight_bits!r}")
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -93,11 +94,35 @@ class QuantConfig:
         for step in self.recover:
             _check("recover", step, RECOVERY_STEPS)
         for name in ("is_full_quantize", "skip_first_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is True or False, got {getattr(self, name)!r}")
+            check_flag(name, getattr(self, name))
         for pattern in self.skip:
-            if not isinstance(pattern, str) or not pattern:
-                raise ValueError(f"skip holds glob patterns on site names, got {pattern!r}")
+            if not isinstance(pattern, str) or pattern in ("", "kind:", "module:"):
+                raise ValueError(
+                    f"skip holds glob patterns on site names, and 'kind:' or 'module:' with one "
+                    f"behind it; got {pattern!r}"
+                )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError where an argument is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is True or False, got {value!r}")
+
+
+def check_path(name: str, path: object) -> None:
+    """Raise where the path of a file is no path; None is for no file."""
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} is the path of a file or None, got {path!r}")
+    if path is not None and not os.fspath(path):
+        raise ValueError(f"{name} is empty: give the path of a file, or None for no file")
+
+
+def _check_percent(value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value <= 1:
+        return
+    hint = f"; {value!r} % is {value / 100:.6g}" if is_number and 1 < value <= 100 else ""
+    raise ValueError(f"hist_percent is a fraction in (0, 1], such as 0.99999; got {value!r}{hint}")
 
 
 def _check(argument: str, value: object, valid: Iterable[str]) -> None:

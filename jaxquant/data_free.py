@@ -10,9 +10,9 @@ import jax
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
-from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig
+from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.graph.batch_sizes import with_batch_sizes
-from jaxquant.graph.checks import check_no_randomness, check_params, check_weights
+from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.keywords import named
@@ -195,7 +195,8 @@ def _quantize(
     config: QuantConfig,
     allow_batch_dependence: bool,
 ) -> tuple[dict[str, Any], QuantizedApply]:
-    check_params(params)
+    check_flag("allow_batch_dependence", allow_batch_dependence)
+    check_model(params, apply_fn)
     graph = with_batch_sizes(trace(apply_fn, params, inputs), apply_fn, params, inputs)
     check_no_randomness(graph)
     check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)

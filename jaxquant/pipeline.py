@@ -11,7 +11,7 @@ from jaxquant.analysis.goal import MAX_DROP, make_goal
 from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
-from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig
+from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig, check_flag
 from jaxquant.keywords import named
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
@@ -147,6 +147,8 @@ def quant_post(
         optimize_for=optimize_for,
     )
     check_steps(config.recover)
+    stages.check_files(config, calibration_file, recovery_file)
+    check_flag("allow_batch_dependence", allow_batch_dependence)
     goal = make_goal(metric, max_drop, time_budget)
     batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
@@ -214,6 +216,8 @@ def calibrate(
         skip=skip,
         skip_first_last=skip_first_last,
     )
+    stages.check_files(config, calibration_file, None)
+    check_flag("allow_batch_dependence", allow_batch_dependence)
     batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
     return stages.calibrate(
@@ -279,6 +283,13 @@ def quantize(
         skip_first_last=skip_first_last,
         optimize_for=optimize_for,
     )
+    check_flag("progress", progress)
+    stages.check_files(config, None, recovery_file)
+    if not isinstance(observations, Observations | str | os.PathLike):
+        raise TypeError(
+            "observations is what jaxquant.calibrate returned, or the path of a calibration file; "
+            f"got {type(observations).__name__}"
+        )
     if not isinstance(observations, Observations):
         observations = stages.load(observations, params, apply_fn, config)
     else:

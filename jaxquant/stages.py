@@ -31,10 +31,10 @@ from jaxquant.calibration.resume import (
     sweep_with_file,
 )
 from jaxquant.calibration.sweep import Sweep, run_sweep
-from jaxquant.config import QuantConfig
+from jaxquant.config import QuantConfig, check_flag, check_path
 from jaxquant.graph import ir
 from jaxquant.graph.batch_sizes import with_batch_sizes
-from jaxquant.graph.checks import check_params, check_weights
+from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.plan.make import observed_tensors
@@ -50,9 +50,21 @@ def read(
     ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
 ) -> Generator[tuple[Any, ...], None, None]:
     """The batches of a data set, under a progress bar."""
+    check_flag("progress", progress)
     batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
     total = num_batches(ds, batch_size, batch_nums, select=select)
     return progress_bar(batches, total, "calibrate", progress)
+
+
+def check_files(config: QuantConfig, calibration_file: Any, recovery_file: Any) -> None:
+    """Raise where the path of a file is no path, or nothing would be kept in it."""
+    check_path("calibration_file", calibration_file)
+    check_path("recovery_file", recovery_file)
+    if recovery_file is not None and "adaround" not in config.recover:
+        raise ValueError(
+            "recovery_file keeps what the step 'adaround' learned, and recover="
+            f"{config.recover!r} has no such step; leave recovery_file out, or add the step"
+        )
 
 
 def options_of(
@@ -84,7 +96,7 @@ def calibrate(
     allow_batch_dependence: bool = False,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
-    check_params(params)
+    check_model(params, apply_fn)
     sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence)
     with contextlib.closing(batches):  # the progress bar ends before an error is printed
         if jax.process_count() > 1:
@@ -98,7 +110,7 @@ def load(
     path: str | os.PathLike[str], params: Any, apply_fn: Callable[..., Any], config: QuantConfig
 ) -> Observations:
     """What a complete calibration file holds, which must be of this model."""
-    check_params(params)
+    check_model(params, apply_fn)
     sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
     return load_checked(path, sweep, _own_observer(config))
 
@@ -107,7 +119,7 @@ def check_given(
     observations: Observations, params: Any, apply_fn: Callable[..., Any], config: QuantConfig
 ) -> None:
     """Raise ValueError where observations in memory are of another model or other parameters."""
-    check_params(params)
+    check_model(params, apply_fn)
     sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
     check_observed(observations, sweep)
 
@@ -122,7 +134,7 @@ def quantize(
     goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
-    check_params(params)
+    check_model(params, apply_fn)
     graph = trace(apply_fn, params, observations.examples[0])
     graph = with_batch_sizes(graph, apply_fn, params, observations.examples[0])
     check_weights(graph, find_sites(graph), params)

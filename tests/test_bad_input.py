@@ -1,5 +1,7 @@
 """Each bad input is a clear error at the call: it names the site, batch or argument."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,15 +36,21 @@ def quant_post(params=PARAMS, apply_fn=mlp, ds=(X,), **kwargs):
         ({"algo": "absmax"}, "algo: 'absmax' is not known; nearest: abs_max"),
         ({"algo": "zzz"}, "algo: 'zzz' is not known; valid: KL, KL:paddle-3.3"),
         ({"algo": None}, "algo: None is not known"),
-        ({"quantizable_op_type": ("conv3d",)}, "'conv3d' is not known; nearest: conv2d"),
+        ({"quantizable_op_type": ("conv4d",)}, "'conv4d' is not known; nearest: conv2d"),
         ({"quantizable_op_type": ("mul", "depthwise_conv")}, "nearest: depthwise_conv2d"),
         ({"quantizable_op_type": ()}, "quantizable_op_type is empty; choose from conv2d"),
         ({"weight_quantize_type": "absmax"}, "weight_quantize_type: 'absmax' .*nearest: abs_max"),
         ({"weight_quantize_type": "channel_wise"}, "nearest: channel_wise_abs_max"),
         ({"optimize_for": "sped"}, "optimize_for: 'sped' is not known; nearest: speed"),
         ({"optimize_for": None}, "optimize_for: None is not known; valid: size, speed"),
-        ({"skip": ("",)}, "skip holds glob patterns on site names, got ''"),
-        ({"skip": (3,)}, "skip holds glob patterns on site names, got 3"),
+        ({"skip": ("",)}, "skip holds glob patterns on site names, .*got ''"),
+        ({"skip": (3,)}, "skip holds glob patterns on site names, .*got 3"),
+        ({"skip": ("module:",)}, "'module:' with one behind it; got 'module:'"),
+        ({"hist_percent": 99.99}, r"hist_percent is a fraction .*got 99.99; 99.99 % is 0.9999"),
+        ({"hist_percent": None}, "hist_percent is a fraction .* got None"),
+        ({"calibration_file": ""}, "calibration_file is empty: give the path of a file, or None"),
+        ({"recovery_file": "x.npz"}, "recovery_file keeps what the step 'adaround' learned"),
+        ({"allow_batch_dependence": 1}, "allow_batch_dependence is True or False, got 1"),
     ],
 )
 def test_arguments_are_checked_before_anything_runs(config, match):
@@ -398,3 +406,78 @@ def test_a_plain_function_may_return_whatever_it_wants(name):
     logits, others = qapply(qparams, X)
     assert logits.shape == (3, 2)
     np.testing.assert_array_equal(others[name], 2 * X)
+
+
+def test_progress_is_a_flag():
+    with pytest.raises(ValueError, match="progress is True or False, got 'x'"):
+        jaxquant.quant_post(PARAMS, never, [X], progress="x")
+
+
+def test_bits_are_an_integer():
+    with pytest.raises(ValueError, match=r"bits is 8 or 4, got 4\.0"):
+        jaxquant.quant_weights(PARAMS, mlp, X, bits=4.0)
+
+
+def test_observations_that_are_none():
+    with pytest.raises(TypeError, match=r"observations is what .*calibrate returned.*got NoneType"):
+        jaxquant.quantize(PARAMS, mlp, None)
+
+
+def test_swapped_arguments(quantized):
+    qparams, qapply = quantized
+    with pytest.raises(TypeError, match="params and apply_fn are swapped"):
+        quant_post(mlp, PARAMS)
+    with pytest.raises(TypeError, match="qparams and qapply are swapped"):
+        jaxquant.analyze(PARAMS, mlp, qapply, qparams, [X])
+    with pytest.raises(TypeError, match=r"is what jaxquant\.analyze returned; got str"):
+        jaxquant.plots.histogram("fc/input", None)
+
+
+@dataclasses.dataclass
+class TrainState:
+    params: dict
+    opt_state: tuple = ()
+
+
+@pytest.mark.parametrize(
+    ("params", "apply_fn", "match"),
+    [
+        (TrainState(PARAMS), never, r"params is a TrainState, .* pass its `\.params`"),
+        (PARAMS, Dropped(), r"apply_fn is a module, Dropped: .*model\.apply"),
+        (Dropped(), never, r"is Dropped, not an array; pass the variables of `model\.init`"),
+        (PARAMS, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), r"apply_fn is a module, Linear: .*nnx\.split"),
+        (PARAMS, 3, "apply_fn is a function .* got int"),
+    ],
+)
+def test_a_whole_model_in_place_of_its_parts(params, apply_fn, match):
+    with pytest.raises(TypeError, match=match):
+        quant_post(params, apply_fn)
+
+
+def test_deleted_parameters_are_named():
+    params = {"fc": {"w": jnp.eye(4) * 2}, "head": PARAMS["head"]}
+    params["fc"]["w"].delete()
+    with pytest.raises(ValueError, match=r"params\['fc/w'\] has been deleted: it was donated"):
+        quant_post(params)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4)])
+def test_a_weight_without_elements_is_named(shape):
+    params = {"fc": {"w": jnp.ones(shape)}}
+    with pytest.raises(ValueError, match=rf"weight of site 'fc' has no element.*\[{shape[0]}, "):
+        quant_post(params, lambda p, x: x @ p["fc"]["w"], [jnp.ones((8, shape[0]))])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"batch_size": 2}, "batch_size=2 has stacked 2 items of ds"), ({}, "give batch_size=")],
+)
+def test_batches_and_samples_that_are_confused(options, match):
+    def apply_fn(p, x):
+        assert x.ndim == 2, "a batch of vectors"
+        return mlp(p, x)
+
+    ds = [X, X] if options else [X[0], X[1]]
+    with pytest.raises(AssertionError) as info:
+        jaxquant.calibrate(PARAMS, apply_fn, ds, progress=False, **options)
+    assert match in notes(info.value)

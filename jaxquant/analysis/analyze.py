@@ -23,12 +23,13 @@ from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
-from jaxquant.graph.checks import check_params
+from jaxquant.graph.checks import check_model
 from jaxquant.graph.trace import trace
 from jaxquant.keywords import named
 from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
 from jaxquant.run.program import Program
+from jaxquant.run.qapply import QuantizedApply
 
 
 @named
@@ -89,7 +90,13 @@ def analyze(
       >>> analysis.rows[0]["own_db"] > 30
       True
     """
-    check_params(params)
+    check_model(params, apply_fn)
+    if not isinstance(qapply, QuantizedApply):
+        swapped = ": qparams and qapply are swapped" if isinstance(qparams, QuantizedApply) else ""
+        raise TypeError(
+            "analyze takes (params, apply_fn, qparams, qapply, ds), with qparams and qapply as "
+            f"jaxquant.quant_post returned them; got a {type(qapply).__name__} as qapply{swapped}"
+        )
     qapply.check(qparams)
     plan: Plan = qapply.plan
     batches = progress_bar(

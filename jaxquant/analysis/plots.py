@@ -36,6 +36,7 @@ def histogram(analysis: Analysis, tensor: str) -> Any:
       ValueError: there is no such tensor.
       ImportError: matplotlib is not installed.
     """
+    _check_analysis(analysis)
     if tensor not in analysis.tensors:
         names = list(analysis.tensors)
         raise ValueError(f"there is no quantized tensor {tensor!r}{nearest(tensor, names)}")
@@ -84,6 +85,7 @@ def weight_ranges(analysis: Analysis, site: str) -> Any:
       ValueError: there is no such site, or it has no weight.
       ImportError: matplotlib is not installed.
     """
+    _check_analysis(analysis)
     if site not in analysis.weights:
         names = list(analysis.weights)
         raise ValueError(f"there is no int8 weight of a site {site!r}{nearest(site, names)}")
@@ -104,6 +106,7 @@ def sqnr(analysis: Analysis) -> Any:
     Raises:
       ImportError: matplotlib is not installed.
     """
+    _check_analysis(analysis)
     rows = analysis.rows
     figure, axes = _figure(max(6.0, 0.22 * len(rows) + 2), 3.8)
     place = np.arange(len(rows))
@@ -128,6 +131,7 @@ def sensitivity(analysis: Analysis) -> Any:
       ValueError: the analysis has no metric.
       ImportError: matplotlib is not installed.
     """
+    _check_analysis(analysis)
     _need_scores(analysis)
     rows = analysis.worst[:_MOST_BARS]
     figure, axes = _figure(max(6.0, 0.25 * len(rows) + 2), 3.8)
@@ -150,6 +154,7 @@ def tradeoff(analysis: Analysis) -> Any:
       ValueError: the analysis has no metric.
       ImportError: matplotlib is not installed.
     """
+    _check_analysis(analysis)
     _need_scores(analysis)
     figure, axes = _figure(6, 3.4)
     shares = [100 * share for _, share, _ in analysis.summary["curve"]]
@@ -176,6 +181,14 @@ def _coarse(tensor: TensorAnalysis) -> tuple[np.ndarray, np.ndarray]:
     counts[:kept] = tensor.stats.counts[:kept]
     edges = np.arange(bins + 1) * width * tensor.stats.bin_width
     return counts.reshape(bins, width).sum(axis=1), edges
+
+
+def _check_analysis(analysis: Any) -> None:
+    if not isinstance(analysis, Analysis):
+        raise TypeError(
+            "analysis, the first argument, is what jaxquant.analyze returned; got "
+            f"{type(analysis).__name__}"
+        )
 
 
 def _need_scores(analysis: Analysis) -> None:

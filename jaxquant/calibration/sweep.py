@@ -164,9 +164,16 @@ class Sweep:
         try:
             graph = self._graph_of(inputs)
         except Exception as error:
+            size = self._options.get("batch_size")
             error.add_note(
                 f"calibration called apply_fn(params, *inputs) with inputs of {_shapes(inputs)}; "
-                "if an item of ds holds more than the model takes (labels, say), use select="
+                "if an item of ds holds more than the model takes (labels, say), use select=; "
+                + (
+                    f"batch_size={size} has stacked {size} items of ds on a new first axis: leave "
+                    "it out where they are batches already"
+                    if size
+                    else "an item is a batch: where items are single samples, give batch_size="
+                )
             )
             raise
         found = sites.find_sites(graph)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
       OSError: the file cannot be written; the old one is as it was.
     """
     target = check_target(path)
-    handle, temporary = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=".part", dir=target.parent
-    )
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    # Made by the system with the permissions of a new file: the process has one umask for all of
+    # its threads, which could only be read by setting it.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            os.fchmod(file.fileno(), _mode(target))
+            if target.exists():
+                os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
@@ -53,15 +55,6 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     if not target.name or not target.parent.is_dir():
         raise ValueError(f"{target}: there is no folder {target.parent}; make it first")
     return target
-
-
-def _mode(target: Path) -> int:
-    """The permissions of the file that is replaced, or those that a new file would get."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,61 @@ from jaxquant.graph.sites import Site
 from jaxquant.graph.trace import path_name
 
 
+def check_model(params: Any, apply_fn: Any) -> None:
+    """Raise where `params` are no arrays or `apply_fn` is no function of them.
+
+    Raises:
+      TypeError: they are swapped, a whole module, a training state, ...; the message says what to
+        pass instead.
+      ValueError: there is no parameter, or one has been deleted.
+    """
+    if callable(params) and not callable(apply_fn):
+        raise TypeError(
+            "params and apply_fn are swapped: pass the parameters first, then the function"
+        )
+    if not callable(apply_fn):
+        raise TypeError(
+            f"apply_fn is a function apply_fn(params, *inputs), got {type(apply_fn).__name__}"
+        )
+    if hasattr(params, "params") and hasattr(params, "opt_state"):
+        raise TypeError(
+            f"params is a {type(params).__name__}, which holds the optimizer too: pass its "
+            "`.params` (for linen {'params': state.params}, with the other collections), and "
+            "`lambda p, x: model.apply(p, x)`"
+        )
+    if advice := _advice(apply_fn):
+        raise TypeError(f"apply_fn is a module, {type(apply_fn).__name__}: {advice}")
+    check_params(params)
+
+
+_NO_MODULE = (
+    "for an nnx module pass the state of nnx.split(model), for linen the variables of model.init"
+)
+# What to pass in place of a module, by the package and the name of its class.
+_MODULES = {
+    ("flax.linen", "Module"): (
+        "pass the variables of `model.init`, trained, and `lambda p, x: model.apply(p, x)`"
+    ),
+    ("flax.nnx", "Module"): (
+        "call `model.eval()`, then `graphdef, state = nnx.split(model)`, and pass the state of "
+        "nnx.split and `lambda state, x: nnx.merge(graphdef, state)(x)`"
+    ),
+    ("equinox", "Module"): (
+        "`arrays, rest = eqx.partition(eqx.nn.inference_mode(model), eqx.is_array)`, then pass the "
+        "arrays and `lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x)`"
+    ),
+}
+
+
+def _advice(module: Any) -> str:
+    """What to pass in place of a module; "" for what is none."""
+    for cls in type(module).__mro__:
+        for (package, name), advice in _MODULES.items():
+            if cls.__name__ == name and cls.__module__.startswith(package):
+                return advice
+    return ""
+
+
 def check_params(params: Any) -> None:
     """Raise where a parameter is not a concrete array of numbers.
 
@@ -28,13 +83,19 @@ def check_params(params: Any) -> None:
         name = path_name(path)
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise TypeError(
-                f"params[{name!r}] is {type(leaf).__name__}, not an array; for an nnx module pass "
-                "the state of nnx.split(model), for linen the variables of model.init"
+                f"params[{name!r}] is {type(leaf).__name__}, not an array; "
+                + (_advice(params) or _advice(leaf) or _NO_MODULE)
             )
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(
                 f"params[{name!r}] is being traced: calibration and quantization run outside jit "
                 "(qapply itself may be jitted)"
+            )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"params[{name!r}] has been deleted: it was donated to a jitted function "
+                "(donate_argnums) or deleted by hand. Pass the parameters that this function "
+                "returned, or a copy that was made before"
             )
         if not jax_shim.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
@@ -54,6 +115,12 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
     checked: set[ir.Var] = set()
     for site in sites:
+        if site.weight is not None and 0 in graph.shape(site.weight):
+            raise ValueError(
+                f"the weight of site {site.name!r} has no element: its shape is "
+                f"{list(graph.shape(site.weight))}. Leave the layer out of the model, or give it "
+                "channels"
+            )
         for var in _weight_sources(graph, site):
             if var in checked:
                 continue
