@@ -48,6 +48,20 @@ class Fall(NamedTuple):
         return min(self.before, _CLEAN) - min(self.after, _CLEAN)
 
 
+def _warn_of_lost_columns(report: Report) -> None:
+    """Warn of columns of outputs that int8 makes one value: the SQNR of all may look well."""
+    lost = [f"{row['name']}[..., {k}]" for row in report.outputs for k in row["lost_columns"]]
+    if not lost:
+        return
+    shown = ", ".join(lost[:_NAMED]) + (f" and {len(lost) - _NAMED} more" if lost[_NAMED:] else "")
+    warnings.warn(
+        f"columns of the quantized model's outputs are one value on the first batch, where those "
+        f"of the float model vary: {shown}. They share a scale with far larger values; skip=(...) "
+        "on the sites that give them, or give them a layer of their own. See qapply.report()",
+        stacklevel=5,
+    )
+
+
 def warn_if_poor(
     params: Any,
     apply_fn: Callable[..., Any],
@@ -65,7 +79,10 @@ def warn_if_poor(
       inputs: the first calibration batch.
     """
     output = report.summary["output_sqnr_db"]
-    if output is None or output >= POOR_SQNR:
+    if output is None:
+        return
+    if output >= POOR_SQNR:
+        _warn_of_lost_columns(report)
         return
     sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
     found = falls(trace(apply_fn, params, inputs), plan, sqnr, output)

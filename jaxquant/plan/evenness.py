@@ -8,9 +8,9 @@ quantized: the error of a part on the shared scale against that on a scale of it
 
 Where a part loses too much, the operation that ties it is left in float, and so is each site that
 would read what is joined on one scale without need (sums, additions, comparisons, products of two
-activations).  Convolutions and dots with a weight that sum over the joined axis stay int8: what
-they read has one scale with and without the concatenation; `recover=("equalization",)` gives their
-input channels scales of their own.  Behind a normalisation nothing is judged: it evens parts out.
+activations).  Convolutions and dots with a weight that sum over the joined axis stay int8, with
+scales for their input channels where samples show that this lessens the error at their outputs
+(`jaxquant.recover.equalization`).  Behind a normalisation nothing is judged: it evens parts out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.graph import composites, ir, kinds, primitives
-from jaxquant.graph.sites import Site
+from jaxquant.graph.sites import Site, find_sites
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.constants import constants_of, has_infinity
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import make_grid
 from jaxquant.plan.inputs import input_axes
-from jaxquant.plan.plan import TensorPlan
+from jaxquant.plan.plan import FLOAT, Plan, TensorPlan
 
 GOOD_DB = 20.0  # of a part on the scale that it shares: no less is tolerated ...
 GAIN_DB = 6.0  # ... where a scale of its own would give so much more
@@ -147,13 +148,9 @@ def find_uneven(
         if not is_join:
             found[site.name] = reason
             continue
-        reading = readers.of(eqn, site)
-        if reading is not None:
-            found[site.name] = reason
-            for other in reading:
-                found.setdefault(
-                    other, f"the parts of its input differ in range (see {site.name!r})"
-                )
+        found[site.name] = reason
+        for other in readers.of(eqn):
+            found.setdefault(other, f"the parts of its input differ in range (see {site.name!r})")
     return found
 
 
@@ -210,31 +207,18 @@ class _Readers:
         self._bases = composites.elementwise_bases(graph)
         self._normalising = composites.normalisation_members(graph)
 
-    def of(self, eqn: ir.Equation, site: Site) -> set[str] | None:
+    def of(self, eqn: ir.Equation) -> set[str]:
         """The sites that shall read the result of a concatenation in float.
 
-        None where nobody would gain by float parts: all that reads them are convolutions and dots
-        which sum over the joined axis, and quantize what they read on one scale anyhow.
+        Convolutions and dots that sum over the joined axis are not among them: they quantize it,
+        each part on a scale of its own where that lessens their error.
         """
         found: set[str] = set()
-        gains = self._follow(eqn.outputs[0], _joined_axes(eqn), found)
-        gains |= any(
-            other != eqn.index and self._computes(other)
-            for var in site.operands
-            for other in (user.index for user in self._graph.consumers.get(var, ()))
-        )
-        return found if gains else None
+        self._follow(eqn.outputs[0], _joined_axes(eqn), found)
+        return found
 
-    def _computes(self, index: int) -> bool:
-        """True for a site that reads integers as they are."""
-        site = self._sites.get(index)
-        if site is None:
-            return False
-        behaviour = kinds.behaviour(site.kind, self._graph.equations[index])
-        return behaviour in (kinds.ACCUMULATE, kinds.DECIDE)
-
-    def _follow(self, var: ir.Var, axes: frozenset[int] | None, found: set[str]) -> bool:
-        """Whether something gains by reading a tensor in float; adds the sites that do to `found`.
+    def _follow(self, var: ir.Var, axes: frozenset[int] | None, found: set[str]) -> None:
+        """Add the sites that shall read a tensor in float to `found`.
 
         Args:
           var: the tensor.
@@ -242,41 +226,63 @@ class _Readers:
             read by convolutions and dots as they come.
           found: the names of sites.
         """
-        graph, gains = self._graph, var in self._graph.output_vars
         if var in self._softmax:
             found.add(self._softmax[var].name)
-            gains = True
-        for user in graph.consumers.get(var, ()):
-            gains |= self._reads(user, var, axes, found)
-        return gains
+        for user in self._graph.consumers.get(var, ()):
+            self._read(user, axes, found)
 
-    def _reads(
-        self, user: ir.Equation, var: ir.Var, axes: frozenset[int] | None, found: set[str]
-    ) -> bool:
+    def _read(self, user: ir.Equation, axes: frozenset[int] | None, found: set[str]) -> None:
         graph, site = self._graph, self._sites.get(user.index)
         behaviour = kinds.behaviour(site.kind, user) if site is not None else ""
         if site is not None and behaviour == kinds.ACCUMULATE:
-            stored = site.weight is not None and bool(graph.sources(site.weight))
-            if stored and (axes is None or _sums_over(site, user, axes)):
-                return False
-            found.add(site.name)
-            return True
-        if site is not None and (behaviour == kinds.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS):
-            found.add(site.name)
-            return True
-        if user.index in self._forms.moves:
-            if kinds.kind_of(graph, user) in ("slice", "gather"):
-                return True  # parts come out again, each to be judged by itself
-            moved = None if axes is None else primitives.follow_axes(graph, user, axes)
-            gains = False
-            for output in user.outputs:
-                gains |= self._follow(output, moved, found)
-            if gains and site is not None and behaviour == kinds.SELECT:
+            stored = site.stored_weight is not None
+            if not (stored and (axes is None or _sums_over(site, user, axes))):
                 found.add(site.name)
-            return gains
-        if user.index not in self._normalising and self._bases.get(user.outputs[0]) is not None:
+        elif site is not None and (
+            behaviour == kinds.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS
+        ):
+            found.add(site.name)
+        elif user.index in self._forms.moves:
+            if kinds.kind_of(graph, user) in ("slice", "gather"):
+                return  # parts come out again, each to be judged by itself
+            if site is not None and not primitives.is_movement(graph, user):
+                found.add(site.name)
+            moved = None if axes is None else primitives.follow_axes(graph, user, axes)
+            for output in user.outputs:
+                self._follow(output, moved, found)
+        elif user.index not in self._normalising and user.outputs[0] in self._bases:
             self._follow(user.outputs[0], None, found)
-        return True
+
+
+def readers_of_joined(graph: ir.Graph, plan: Plan, binding: Binding) -> set[str]:
+    """The convolutions and dots that read what a concatenation in float gives, or a function of it.
+
+    Their input channels are tried with scales of their own: see `jaxquant.recover.steps`.
+    """
+    left = {site.name for site in plan.sites if site.status == FLOAT and site.kind == "concat"}
+    joined = {site.equation for site in find_sites(graph) if site.name in left and not site.inside}
+    bases = composites.elementwise_bases(graph)
+
+    def is_joined(var: ir.Var) -> bool:
+        while (eqn := graph.producer.get(var)) is not None:
+            if eqn.index in joined:
+                return True
+            if var in bases and bases[var] != var:
+                var = bases[var]
+            elif eqn.name in _KEEPING or primitives.is_movement(graph, eqn):
+                var = eqn.input_vars[0]
+            else:
+                return False
+        return False
+
+    return {
+        int8_site.site.name
+        for int8_site in binding.sites
+        if any(is_joined(var) for var in int8_site.site.operands)
+    }
+
+
+_KEEPING = frozenset({"pad", "reduce_max", "reduce_window_max"})  # channels stay apart
 
 
 def _joined_axes(eqn: ir.Equation) -> frozenset[int]:

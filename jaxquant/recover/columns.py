@@ -13,6 +13,8 @@ import numpy as np
 
 from jaxquant.recover.shift import unit_of
 
+_FAR = 5.0  # dB
+
 
 class Columns(NamedTuple):
     """Of y and ŷ in each column, float64 [C], over the values where y is finite.
@@ -49,13 +51,14 @@ class Columns(NamedTuple):
 
     @property
     def lost(self) -> np.ndarray:
-        """bool [C], True where y varies and never is zero, and ŷ is one value.
+        """bool [C], True where y varies and never is zero, and ŷ is one value, far from it.
 
         Values behind a ReLU, of which a few may well all be rounded to zero, are no loss.
         """
         varies = np.asarray(self.low) < np.asarray(self.high)
         is_constant = np.asarray(self.int8_low) == np.asarray(self.int8_high)
-        return varies & is_constant & (np.asarray(self.zeros) == 0)
+        is_far = np.nan_to_num(self.sqnr_db, nan=np.inf, posinf=np.inf, neginf=-np.inf) < _FAR
+        return varies & is_constant & is_far & (np.asarray(self.zeros) == 0)
 
 
 def join(a: Columns, b: Columns) -> Columns:

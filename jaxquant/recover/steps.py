@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph import ir
+from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import Plan
 from jaxquant.quantize.weights import Equalization, quantize_params
 from jaxquant.recover.adaround import check_optax
@@ -60,13 +61,20 @@ def quantize_and_recover(
     equalization: Equalization = {}
     program = program_by_site(graph, plan, params)
     qparams = quantize_params(graph, plan, params)
-    if chosen := [step for step in ("equalization", "smoothquant") if step in plan.recover]:
+    chosen = [step for step in ("equalization", "smoothquant") if step in plan.recover]
+    where, behind = only, ""
+    if not chosen and (joined := readers_of_joined(graph, plan, program.binding)):
+        # What a concatenation in float gives has parts that need scales of their own.
+        chosen, behind = ["equalization"], " behind concatenations in float"
+        where = joined if only is None else joined.intersection(only)
+    if chosen:
         targets = len(find_targets(program, chosen))
-        plan, equalization = equalize(program, plan, params, qparams, examples, chosen, only)
+        plan, equalization = equalize(program, plan, params, qparams, examples, chosen, where)
         if equalization:  # other zero points and scales along channels
             program = program_by_site(graph, plan, params)
             qparams = quantize_params(graph, plan, params, equalization)
-        notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors"
+        if equalization or not behind:
+            notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors{behind}"
     if "adaround" in plan.recover:
         qparams, outcomes = learn_roundings(
             apply_fn,

@@ -153,16 +153,23 @@ def test_even_parts_stay_int8(factor):
     assert networks.rows(qapply)["concat"]["status"] == "int8"
 
 
-def test_a_concatenation_for_a_dot_over_it_stays_int8():
-    """Its input has one scale with and without the concatenation."""
-    _, qapply = jaxquant.quant_post(
-        PARAMS,
-        lambda p, x: both(p, x) @ p["head"]["w"],
-        [X],
-        is_full_quantize=True,
-        progress=False,
+@pytest.mark.parametrize("between", [lambda y: y, jax.nn.relu])
+def test_a_dot_over_the_joined_axis_has_scales_for_its_parts(between):
+    """Its weights are large where the input is small, so that both parts count alike."""
+    large = jnp.array([640.0] * C + [1.0] * C)[:, None]
+
+    def apply_fn(p, x):
+        return between(both(p, x)) @ p["head"]["w"]
+
+    params = {**PARAMS, "head": {"w": PARAMS["head"]["w"] / large}}
+    qparams, qapply = jaxquant.quant_post(
+        params, apply_fn, [X], algo="abs_max", is_full_quantize=True, recover=(), progress=False
     )
-    assert networks.rows(qapply)["concat"]["status"] == "int8"
+    assert least_db(apply_fn(params, X), qapply(qparams, X)) > 25
+    rows = networks.rows(qapply)
+    assert rows["concat"]["status"] == "float"
+    assert rows["head"]["status"] == "int8"
+    assert "1 of" in qapply.report().summary["recovery"]["equalization"]
 
 
 def test_the_sqnr_on_a_scale_is_that_of_rounding():

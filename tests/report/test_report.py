@@ -290,7 +290,8 @@ def test_a_column_that_is_one_value_in_int8_is_lost_and_named():
 
     w = np.asarray(networks.images(0, (6, 4))) * np.array([1.0, 1.0, 1.0, 1e-4], np.float32)
     params = {"w": jnp.asarray(w), "eye": jnp.eye(4)}
-    report = outputs_of(apply_fn, params, networks.images(1, (16, 6)))
+    with pytest.warns(UserWarning, match=r"one value on the first batch.*output\[\.\.\., 3\]"):
+        report = outputs_of(apply_fn, params, networks.images(1, (16, 6)))
     (row,) = report.outputs
     assert row["lost_columns"] == [3]
     assert row["worst_column"] == 3
