@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Scalar, Tensor
 from jaxquant.files import tensor_names
 from jaxquant.graph import evaluate, ir, jax_shim, sites, trace
+from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.run.program import Program
@@ -173,6 +174,8 @@ class _Describer:
             if var in self._program.float_paths:
                 path = ("params", *self._program.float_paths[var])
                 self._leaves[key] = tensor_names.join(path)
+            elif var in self._program.restored:
+                self._restore(var)
             elif self._is_foldable(var):
                 name = f"constants/{len(self._arrays)}"
                 self._constants[key] = name
@@ -181,6 +184,52 @@ class _Describer:
                 eqn = graph.producer[var]
                 self._need_static(eqn.inputs)
                 self._nodes.append(self._node(eqn))
+
+    def _restore(self, var: ir.Var) -> None:
+        """Nodes that compute a static tensor from the integers of a weight and their scales."""
+        program = self._program
+        site = program.restored[var].site
+        view = layout.weight_view(self._graph, site, program.mode.integer)
+        is_per_channel = program.plan.weight_quantize_type == "channel_wise_abs_max"
+        channels = math.prod(view.shape[d] for d in view.channels)
+        slot = program.slots[site.name]
+        stored = {
+            slot.int8: jax.ShapeDtypeStruct(view.shape, np.int8),
+            slot.scale: jax.ShapeDtypeStruct((channels,) if is_per_channel else (), np.float32),
+        }
+
+        def restore(_: Any, *arrays: jax.Array) -> jax.Array:
+            params: dict[str, Any] = {}
+            for path, array in zip(stored, arrays, strict=True):
+                layout.put(params, path, array)
+            return program.restore(var, {"params": params})
+
+        steps = trace.trace(restore, (), tuple(stored.values()))
+        numbers: dict[ir.Var, int] = {}
+        for path, source in zip(stored, steps.inputs, strict=True):
+            numbers[source] = self._new(steps, source)
+            self._leaves[str(numbers[source])] = tensor_names.join(("params", *path))
+        for eqn in steps.equations:
+            for output in eqn.outputs:
+                is_result = output == steps.outputs[0]
+                numbers[output] = self._number(var) if is_result else self._new(steps, output)
+            self._nodes.append(
+                Node(
+                    op=eqn.name,
+                    inputs=tuple(
+                        _scalar(x.value) if isinstance(x, ir.Literal) else numbers[x]
+                        for x in eqn.inputs
+                    ),
+                    outputs=tuple(numbers[x] for x in eqn.outputs),
+                    params={key: _plain(value) for key, value in eqn.params.items()},
+                    scope="",
+                )
+            )
+
+    def _new(self, graph: ir.Graph, var: ir.Var) -> int:
+        """A number for a tensor of another graph."""
+        self._tensors.append(Tensor(graph.shape(var), str(graph.dtype(var))))
+        return len(self._tensors) - 1
 
     def _is_foldable(self, var: ir.Var) -> bool:
         """True for a tensor of known size that no parameter is in."""

@@ -11,6 +11,7 @@ from jaxquant.modes import MODES
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.plan import INT8, Plan, SitePlan
+from jaxquant.plan.restore import Restored, restorable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Binding:
       names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
       scales: int8 tensor -> the name of the entry that holds its scale.
       zero_points: int8 tensor -> the int8 that stands for zero.
+      restorable: the static tensors that follow from a stored weight.
       per_channel: the int8 tensors whose scale varies along channels (equalized ones).
     """
 
@@ -43,6 +45,7 @@ class Binding:
     names: Mapping[ir.Var, str]
     scales: Mapping[ir.Var, str]
     zero_points: Mapping[ir.Var, int]
+    restorable: Mapping[ir.Var, Restored]
     per_channel: frozenset[ir.Var]
 
 
@@ -101,6 +104,7 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         entries,
         scales,
         {var: zero_points[name] for var, name in scales.items()},
+        restorable(graph, [each.site for each in bound], mode.integer),
         frozenset(var for var, name in scales.items() if name in equalized),
     )
 

@@ -4,9 +4,10 @@
 
     "params":  the parameters, under their own paths.  A leaf that only int8 sites read is replaced
                by {"int8": [...], "scale": [C] or []}, in the layout that the operation uses; one
-               that is read in float too keeps its array beside them as "float".  A leaf that is
-               no longer read is left out.  Where the weights alone are quantized, "scale" is
-               [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
+               that is read in float too is read from there (`jaxquant.plan.restore`), and keeps its
+               array beside them as "float" only where it does not follow from them.  A leaf
+               that is no longer read is left out.  Where the weights alone are quantized, "scale"
+               is [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
                each uint8.
                A weight behind an equalized tensor is the parameter
                times the tensor's equalization.
@@ -24,16 +25,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
-from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes, stored_shape
 from jaxquant.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from jaxquant.plan.bind import Int8Site
 
 
 @dataclasses.dataclass(frozen=True)

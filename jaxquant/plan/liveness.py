@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from jaxquant.graph import ir
 from jaxquant.plan.bind import Binding
 
 
-def live_equations(graph: ir.Graph, binding: Binding) -> tuple[list[ir.Equation], list[ir.Var]]:
-    """The equations whose float results are needed, in order, and the sources that they read.
+class Live(NamedTuple):
+    """What a program evaluates.
+
+    Attributes:
+      equations: those whose float results are needed, in order.
+      sources: the parameters and constants that they read.
+      restored: the static tensors that they read from the integers of a stored weight.
+    """
+
+    equations: list[ir.Equation]
+    sources: list[ir.Var]
+    restored: list[ir.Var]
+
+
+def live_equations(graph: ir.Graph, binding: Binding) -> Live:
+    """The equations whose float results are needed, and what they read.
 
     Demand runs backwards from the model's outputs.  It is for a tensor's float or for its int8
     form; an accumulating site stands for everything up to the end of its epilogue.
@@ -19,7 +34,7 @@ def live_equations(graph: ir.Graph, binding: Binding) -> tuple[list[ir.Equation]
 
 def float_leaves(graph: ir.Graph, binding: Binding) -> list[ir.Var]:
     """The parameter leaves that are still read in float."""
-    sources = set(live_equations(graph, binding)[1])
+    sources = set(live_equations(graph, binding).sources)
     return [var for var in graph.leaves if var in sources]
 
 
@@ -30,8 +45,9 @@ class _Demand:
         self._by_output = {s.epilogue.output: s.site for s in binding.sites}
         self._stack = [(var, False) for var in graph.output_vars]
 
-    def run(self) -> tuple[list[ir.Equation], list[ir.Var]]:
+    def run(self) -> Live:
         live: set[int] = set()
+        restored: set[ir.Var] = set()
         sources: set[ir.Var] = set()
         seen: set[tuple[ir.Var, bool]] = set()
         while self._stack:
@@ -43,12 +59,15 @@ class _Demand:
             eqn = self._graph.producer.get(var)
             if int8:
                 self._int8(var, eqn)
+            elif var in self._binding.restorable:
+                restored.add(var)
             elif eqn is None:
                 sources.add(var)
             else:
                 live.add(eqn.index)
                 self._float(var, eqn)
-        return [eqn for eqn in self._graph.equations if eqn.index in live], sorted(sources)
+        equations = [eqn for eqn in self._graph.equations if eqn.index in live]
+        return Live(equations, sorted(sources), sorted(restored))
 
     def _int8(self, var: ir.Var, eqn: ir.Equation | None) -> None:
         forms = self._binding.forms

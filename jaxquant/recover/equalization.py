@@ -84,13 +84,15 @@ def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
             readers.setdefault(var, []).append(site)
             if site.name in program.slots:
                 users.setdefault(program.slots[site.name], set()).add(var)
+    # What is read in float would be equalized along with it.
+    shared = {program.slots[restored.site.name] for restored in program.restored.values()}
     groups = list(binding.forms.group.values())
     found = {}
     for var, name in binding.names.items():
         sites = readers.get(var, [])
         alone = groups.count(binding.forms.group[var]) == 1
         stored = all(s.name in program.slots and users[program.slots[s.name]] == {var}
-                     for s in sites)  # fmt: skip
+                     and program.slots[s.name] not in shared for s in sites)  # fmt: skip
         decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))
         if not (sites and alone and stored) or decided:
             continue

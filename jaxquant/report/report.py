@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.sites import find_sites
 from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.plan import FLOAT, INT8, Plan
@@ -50,6 +51,7 @@ class Report:
         tensors_int8, tensors_float, output_sqnr_db (of the model's float outputs on the first
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
+        read_dequantized (the parameters that are stored as integers alone and read in float too),
         recovery (step -> what it did); with a metric: control, see `jaxquant.analysis.control`.
       outputs: one dict per float output of the model, on the first calibration batch: name,
         sqnr_db, worst_column, worst_column_db, lost_columns; see `jaxquant.report.sqnr.Outputs`.
@@ -113,6 +115,9 @@ class Report:
             f"algo={s['algo']}, weights {s['weight_quantize_type']}"
             + (f", in groups of {s['group_size']}." if s["group_size"] else ".")
         )
+        if s.get("read_dequantized"):
+            names = ", ".join(s["read_dequantized"][:_SHOWN_TENSORS])
+            lines.append(f"Stored once, as integers, though read in float too: {names}.")
         if s["recovery"]:
             did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
             lines.append(f"Recovery: {did}.")
@@ -171,6 +176,7 @@ def make_report(
     """Collect the report's plain data; nothing of it holds a device array."""
     label = MODES[plan.mode].label.format(bits=plan.weight_bits)
     thresholds = {t.group: t.threshold for t in plan.tensors}
+    rounded = _float_sites_on_integers(program)
     rows = []
     for site in plan.sites:
         row: dict[str, Any] = dataclasses.asdict(site)
@@ -188,6 +194,8 @@ def make_report(
             )
         row["mode"] = FLOAT if site.status == FLOAT else label
         row["sqnr_db"] = sqnr.get(site.name)
+        if site.name in rounded:
+            row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)
     tensors = tensor_rows(program, plan)
     by_kind = {
@@ -209,8 +217,23 @@ def make_report(
         "mode": plan.mode,
         "group_size": plan.group_size,
         "recovery": dict(recovery),
+        "read_dequantized": sorted({r.site.weight_path for r in program.restored.values()}),
     }
     return Report(rows, tensors, summary, outputs.rows if outputs else ())
+
+
+def _float_sites_on_integers(program: Program) -> set[str]:
+    """The sites in float whose weight is read from the integers of another one."""
+    quantized = {each.site.name for each in program.binding.sites}
+    graph = program.graph
+    found = set()
+    for site in find_sites(graph, lookups=True):
+        if site.weight is None or site.name in quantized:
+            continue
+        behind = {v for eqn in ir.walk_back(graph, [site.weight]) for v in eqn.input_vars}
+        if program.restored.keys() & {*behind, site.weight}:
+            found.add(site.name)
+    return found
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

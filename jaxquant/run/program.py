@@ -20,7 +20,7 @@ from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
 from jaxquant.run import dynamic, int8, nonfinite, weight_only
-from jaxquant.run.dequantize import StoredWeight
+from jaxquant.run.dequantize import StoredWeight, dequantize_weight
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
@@ -54,7 +54,9 @@ class Program:
         self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
         self.slots = layout.weight_slots(graph, self.binding.sites, paths, plan)
-        self.equations = live_equations(graph, self.binding)[0]
+        live = live_equations(graph, self.binding)
+        self.equations = live.equations
+        self.restored = {var: self.binding.restorable[var] for var in live.restored}
         leaves = float_leaves(graph, self.binding)
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self._unsafe = nonfinite.unsafe_tensors(graph, self.binding)
@@ -107,6 +109,7 @@ class Program:
         leaves = {
             var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
         }
+        leaves |= {var: self.restore(var, qparams) for var in self.restored}
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(
             env, self.binding, qparams["tensors"], self.early, self._unsafe
@@ -159,6 +162,22 @@ class Program:
         if eqn.index in self.binding.forms.reads_int8:
             return evaluate.apply(quantized, eqn)
         return evaluate.apply(env, eqn)
+
+    def restore(self, var: ir.Var, qparams: Mapping[str, Any]) -> jax.Array:
+        """A static tensor of `restored`, from the integers of a weight."""
+        restored = self.restored[var]
+        site = restored.site
+        view = layout.weight_view(self.graph, site, self.mode.integer)
+        if self.mode.integer:
+            slot = self.slots[site.name]
+            weight, scale = (
+                layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)
+            )
+            spread = [n if d in view.channels else 1 for d, n in enumerate(view.shape)]
+            value = weight.astype(jnp.float32) * (scale.reshape(spread) if scale.ndim else scale)
+        else:
+            value = dequantize_weight(self._stored_weight(site, view, qparams))
+        return restored.apply(self.graph, value.astype(self.graph.dtype(view.var)))
 
     def _run_fused(
         self,
@@ -238,12 +257,17 @@ class Program:
     ) -> jax.Array:
         """A site that computes in the model's dtype on a weight stored as integers."""
         view = layout.weight_view(self.graph, site, integer=False)
+        eqn = self.graph.equations[site.equation]
+        weight = self._stored_weight(site, view, qparams)
+        return weight_only.apply(env, eqn, site, view, weight)
+
+    def _stored_weight(
+        self, site: Site, view: layout.WeightView, qparams: Mapping[str, Any]
+    ) -> StoredWeight:
         groups = group_layout(view.shape, view.channels, self.plan.group_size)
         slot = self.slots[site.name]
-        arrays = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
-        eqn = self.graph.equations[site.equation]
-        weight = StoredWeight(arrays[0], arrays[1], groups, slot.bits)
-        return weight_only.apply(env, eqn, site, view, weight)
+        integers, scale = (layout.get(qparams["params"], path) for path in (slot.int8, slot.scale))
+        return StoredWeight(integers, scale, groups, slot.bits)
 
     def _with_computed_weight(
         self, site: Site, eqn: ir.Equation, x: jax.Array, zero_point: int, env: evaluate.Environment
