@@ -240,10 +240,10 @@ def test_a_weight_of_two_sites_is_stored_once():
     assert set(qparams["params"]["w"]) == {"int8", "scale"}
 
 
-def test_a_weight_that_is_read_in_float_too_keeps_its_array():
+def test_a_weight_that_is_read_in_float_too_is_stored_once():
     params = {"w": exact_weight((6, 5))}
     qparams, _ = assert_exact(params, lambda p, x: (x @ p["w"], x[0, 0] + p["w"]), X)
-    assert set(qparams["params"]["w"]) == {"int8", "scale", "float"}
+    assert set(qparams["params"]["w"]) == {"int8", "scale"}
 
 
 def test_what_is_skipped_runs_in_float_and_says_why():

@@ -29,6 +29,7 @@ KEYS = {
 }
 SUMMARY = {
     "backend",
+    "read_dequantized",
     "recovery",
     "sites_int8",
     "sites_float",
