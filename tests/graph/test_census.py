@@ -196,7 +196,9 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["static", "full", "weights"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("static", marks=pytest.mark.slow), "full", "weights"]
+)
 def test_what_multiplies_without_an_int8_form_is_in_the_report(mode):
     """All of them in one model, as float with the reason; the dots before them are int8."""
     params = {"first": images(1, (4, 4)), "experts": images(2, (3, 4, 4))}
