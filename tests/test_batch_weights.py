@@ -194,3 +194,10 @@ def test_a_saved_model_serves_any_batch(name, tmp_path):
     loaded, apply_loaded = jaxquant.load_quantized_model(tmp_path / "model")
     for batch in (1, 3):
         np.testing.assert_array_equal(apply_loaded(loaded, X[:batch]), qapply(qparams, X[:batch]))
+
+
+def test_onnx_refuses_by_name_what_is_computed_for_the_batch(tmp_path):
+    pytest.importorskip("onnx")
+    qparams, qapply = quantize(MODELS["merged"][0], "static", 4)
+    with pytest.raises(ValueError, match="to the size of the batch"):
+        jaxquant.export_onnx(tmp_path / "model.onnx", qparams, qapply)

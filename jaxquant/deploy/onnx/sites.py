@@ -123,7 +123,10 @@ def _arrays(
     if site.weight:
         int8 = e.arrays[site.weight]
     else:
-        value = e.arrays[e.network.constants[str(site.computed_weight)]]
+        constant = e.network.constants.get(str(site.computed_weight))
+        if constant is None:
+            raise NotCovered("a weight that the model makes to the size of the batch, in int8")
+        value = e.arrays[constant]
         int8, scale = _quantize_weight(value.astype(np.float32), site.weight_axes)
     channels = (math.prod(int8.shape[axis] for axis in site.weight_axes),)
     multiplier = np.broadcast_to(arrays["multiplier"].astype(np.float64) * scale, channels)
