@@ -6,6 +6,8 @@ import dataclasses
 import html
 import json
 import math
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.kinds import MEANINGS
 from jaxquant.graph.sites import find_sites
 from jaxquant.modes import MODES
 from jaxquant.plan import layout
@@ -29,10 +32,14 @@ _COLUMNS = (
     ("threshold", "threshold"),
     ("weight scale", "weight_scale"),
     ("SQNR dB", "sqnr_db"),
-    ("epilogue / reason", "note"),
+    ("epilogue", "epilogue"),
+    ("why float", "reason"),
 )
+_NUMBERS = ("threshold", "weight_scale", "sqnr_db")
+_IN_HTML_ALONE = ("weight_scale", "reason")  # lines have no room; a reason has one of its own
+_WIDTH = 80  # characters of a line, where the terminal does not have more
 _SHOWN_TENSORS = 6  # of the float ones, in the text
-_RIGHT = [key in ("threshold", "weight_scale", "sqnr_db") for _, key in _COLUMNS]
+_RIGHT = [key in _NUMBERS for _, key in _COLUMNS]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +70,18 @@ class Report:
     outputs: Sequence[Mapping[str, Any]] = ()
 
     def __str__(self) -> str:
-        return f"{text_table(self._cells(), _RIGHT)}\n\n{self._footer()}"
+        width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
+        columns = [column for column in _COLUMNS if column[1] not in _IN_HTML_ALONE]
+        head, rule, *lines = text_table(
+            self._cells(columns), [key in _NUMBERS for _, key in columns], width
+        ).splitlines()
+        shown = [head, rule]
+        for line, row in zip(lines, self.rows, strict=True):
+            shown.append(line)
+            if row["reason"]:
+                shown.append(_wrapped(f"    {row['reason']}", width))
+        told = [_wrapped(line, width) for line in self._footer().splitlines()]
+        return "\n".join([*shown, "", *told, *(_wrapped(x, width) for x in self._legend())])
 
     __repr__ = __str__
 
@@ -71,9 +89,9 @@ class Report:
         dim = [row["status"] != INT8 for row in self.rows]
         return f"{html_table(self._cells(), _RIGHT, dim)}<pre>{html.escape(self._footer())}</pre>"
 
-    def _cells(self) -> list[list[str]]:
-        head = [title for title, _ in _COLUMNS]
-        return [head, *([_cell(row, key) for _, key in _COLUMNS] for row in self.rows)]
+    def _cells(self, columns: Sequence[tuple[str, str]] = _COLUMNS) -> list[list[str]]:
+        head = [title for title, _ in columns]
+        return [head, *([_cell(row, key) for _, key in columns] for row in self.rows)]
 
     def to_json(self) -> str:
         """Rows and summary as JSON; an infinite SQNR becomes null."""
@@ -84,6 +102,25 @@ class Report:
             "outputs": [_finite(row) for row in self.outputs],
         }
         return json.dumps(plain, indent=1)
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame, one row for each site.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        return pandas.DataFrame(list(self.rows))
+
+    def _legend(self) -> list[str]:
+        """What the columns and the kinds mean whose names do not say it."""
+        used = {row["kind"] for row in self.rows}
+        meanings = "; ".join(f"{k}: {text}" for k, text in MEANINGS.items() if k in used)
+        columns = "SQNR: at the site's output, with all errors before it."
+        return [f"({columns} Kinds: {meanings}.)" if meanings else f"({columns})"]
 
     def _footer(self) -> str:
         s = self.summary
@@ -254,14 +291,22 @@ def tree_bytes(tree: Any) -> int:
     return total
 
 
+def _wrapped(line: str, width: int) -> str:
+    """A line in as many as it takes, the others two characters further in."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line, width, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    if key == "note":
-        return row["reason"] or " ".join(row["epilogue"])
+    if key == "epilogue":
+        return " ".join(row["epilogue"])
     if key == "weight_scale":
         low, high = row["weight_scale_min"], row["weight_scale_max"]
         if low is None:
             return "-"
-        return f"{low:.3g}" if low == high else f"{low:.3g} - {high:.3g}"
+        return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
     value = row[key]
     if value is None:
         return "-"

@@ -6,12 +6,16 @@ import html
 from collections.abc import Sequence
 
 
-def text_table(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+def text_table(
+    cells: Sequence[Sequence[str]], right: Sequence[bool], width: int | None = None
+) -> str:
     """Columns side by side; the first row is the head, the last column is never padded.
 
     Args:
       cells: the rows.
       right: which columns are numbers, set to the right.
+      width: characters that a line should have: long names in the first column lose their middle
+        for it.  None for no limit.
 
     Example:
       >>> print(text_table([["site", "dB"], ["a", "7.5"]], [False, True]))
@@ -19,6 +23,8 @@ def text_table(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
       ----  ---
       a     7.5
     """
+    if width is not None:
+        cells = _fitted(cells, width)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if not right[-1]:
         widths[-1] = len(cells[0][-1])
@@ -31,6 +37,24 @@ def text_table(cells: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     ]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+_LEAST = 20  # characters of a name, which are needed to tell it from others
+
+
+def _fitted(cells: Sequence[Sequence[str]], width: int) -> list[Sequence[str]]:
+    """The cells with the names of the first column as short as lines of a width need them."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    names = min(widths[0], max(_LEAST, width - sum(size + 2 for size in widths[1:])))
+    return [[_shortened(name, names), *others] for name, *others in cells]
+
+
+def _shortened(name: str, length: int) -> str:
+    """A name without its middle: what tells layers apart is at its ends."""
+    if len(name) <= length:
+        return name
+    head = (length - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
 
 
 def html_table(
