@@ -77,7 +77,8 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
             return source
         operands = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
         scores = [x for x in operands if not _is_mask(graph, x)]
-        if not any(_masks(graph, x) for x in operands if x not in scores):
+        chooses = eqn.name == "select_n"  # then one value, -1e9 or -inf, is a mask too
+        if not chooses and not any(_masks(graph, x) for x in operands if x not in scores):
             return source
         only_here = all(user.index in members for user in graph.consumers.get(source, ()))
         if len(scores) != 1 or not isinstance(scores[0], int) or not only_here:
@@ -90,7 +91,7 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
 
 
 def _masks(graph: ir.Graph, atom: ir.Atom) -> bool:
-    """False for one value at all positions: the epilogue of the product before absorbs it."""
+    """False for one value that is added everywhere: the epilogue of the product absorbs it."""
     return not graph.is_static(atom) or bool(copies.varying_axes(graph, atom))
 
 
