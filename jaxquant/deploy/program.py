@@ -89,7 +89,9 @@ def explained(inputs: tuple[Any, ...]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, TypeError) and not _is_symbolic_trouble(error):
             raise ValueError(
-                f"the model takes no inputs of {_shapes(inputs)}, as shapes=... says: {error}"
+                f"the model takes no inputs of {_shapes(inputs)}: {error}\n"
+                "Give shapes=... with the sizes that it takes, and numbers where they cannot vary: "
+                "without it the first axis of every input is the batch"
             ) from error
         if not _is_symbolic_trouble(error):
             raise

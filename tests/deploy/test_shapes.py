@@ -78,3 +78,11 @@ def test_onnx_of_a_fixed_size(tmp_path):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
     np.testing.assert_allclose(found, qapply(qparams, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_single_samples_is_told_how_to_be_saved(tmp_path):
+    params, path = {"w": jnp.eye(4)}, tmp_path / "model"
+    qparams, qapply = jaxquant.quant_dynamic(params, lambda p, x: x @ p["w"], jnp.ones(4))
+    with pytest.raises(ValueError, match=r"without it the first axis of every input is the batch"):
+        jaxquant.save_quantized_model(path, qparams, qapply)
+    jaxquant.save_quantized_model(path, qparams, qapply, shapes="4")
