@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
 from jaxquant.run.program import Program
 
-_Struct = tuple[tuple[int, ...] | None, Any]  # shape, None for what the epilogue allows; and dtype
+# The shapes that an array may have, () for what the epilogue allows; and its dtype.
+_Struct = tuple[tuple[tuple[int, ...], ...], Any]
 
 
 def check_program(program: Program, qparams: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
@@ -61,17 +63,17 @@ def check_arrays(program: Program, qparams: Mapping[str, Any]) -> None:
     }
     optional = {path for path in found if path[0] == "sites" and path[2:] == ("bias",)}
     for path in optional & {(*site[:2], "bias") for site in wanted}:
-        wanted[path] = (None, np.dtype(np.float32))
+        wanted[path] = ((), np.dtype(np.float32))
     for path in {**wanted, **found}:
         name = tensor_names.join(path)
         if path not in found:
             raise ValueError(f"the array {name!r} is missing")
         if path not in wanted:
             raise ValueError(f"the array {name!r} is not one of this model")
-        shape, dtype = wanted[path]
+        shapes, dtype = wanted[path]
         leaf = found[path]
-        if leaf.dtype != dtype or (shape is not None and tuple(leaf.shape) != shape):
-            expected = "" if shape is None else str(list(shape))
+        if leaf.dtype != dtype or (shapes and tuple(leaf.shape) not in shapes):
+            expected = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(
                 f"the array {name!r} is {leaf.dtype}{list(leaf.shape)}, not {dtype}{expected}"
             )
@@ -81,28 +83,29 @@ def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
     graph, plan = program.graph, program.plan
     float32 = np.dtype(np.float32)
     for var, path in program.float_paths.items():
-        yield ("params", *path), (graph.shape(var), graph.dtype(var))
+        yield ("params", *path), ((tuple(graph.shape(var)),), graph.dtype(var))
     integer = MODES[plan.mode].integer
     for int8_site in program.binding.sites:
         site = int8_site.site
         if integer:
-            yield ("sites", site.name, "multiplier"), (None, float32)
+            yield ("sites", site.name, "multiplier"), ((), float32)
         if site.name not in program.slots:
             continue
         slot = program.slots[site.name]
         view = layout.weight_view(graph, site, integer)
         shape = tuple(view.shape)
         if integer:
-            yield ("params", *slot.int8), (shape, np.dtype(np.int8))
-            yield ("params", *slot.scale), (None, float32)
+            channels = math.prod(shape[axis] for axis in view.channels)
+            yield ("params", *slot.int8), ((shape,), np.dtype(np.int8))
+            yield ("params", *slot.scale), (((channels,), ()), float32)
             continue
         groups = group_layout(shape, view.channels, plan.group_size)
         by_group, pairs = list(groups.shape), list(groups.shape)
         by_group[groups.axis] = groups.groups
         pairs[groups.axis] = -(-pairs[groups.axis] // 2)
         stored = (shape, np.int8) if slot.bits == 8 else (tuple(pairs), np.uint8)
-        yield ("params", *slot.int8), (stored[0], np.dtype(stored[1]))
-        yield ("params", *slot.scale), (tuple(by_group), float32)
+        yield ("params", *slot.int8), ((stored[0],), np.dtype(stored[1]))
+        yield ("params", *slot.scale), ((tuple(by_group),), float32)
     for tensor in plan.tensors:
         for name in ("scale", "inv_scale"):
-            yield ("tensors", tensor.name, name), (None, float32)
+            yield ("tensors", tensor.name, name), ((), float32)
