@@ -267,7 +267,7 @@ def test_what_is_skipped_runs_in_float_and_says_why():
 
 def test_a_tensor_that_is_all_zero_is_safe():
     params = {"w": exact_weight((6, 5))}
-    assert_exact(params, lambda p, x: (x * 0) @ p["w"] + 1, X)
+    assert_exact(params, lambda p, x: (x * 0) @ p["w"] + 1 + x @ p["w"], X)
 
 
 def test_the_same_inputs_give_the_same_bits():

@@ -214,11 +214,12 @@ def test_the_zero_points_part_of_the_bias_follows_the_weights():
 def test_sites_that_cannot_be_learned_say_why():
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=s), jnp.float32)
-              for k, s in {"w": (8, 8), "b": (2, 8, 3), "f": (8, 2)}.items()}  # fmt: skip
+              for k, s in {"w": (8, 8), "b": (2, 4, 3), "f": (8, 2)}.items()}  # fmt: skip
 
     def apply_fn(p: Any, x: Any) -> Any:
         y = jax.nn.relu(x @ p["w"]) @ p["w"]
-        return jnp.einsum("bnk,bko->bno", y, p["b"]), y.mean(axis=(0, 1)) @ p["f"]
+        heads = y.reshape(*y.shape[:-1], 2, 4)
+        return jnp.einsum("bnhk,hko->bnho", heads, p["b"]), y.mean(axis=(0, 1)) @ p["f"]
 
     x = correlated((2, 16, 8))
     plain, _ = jaxquant.quant_post(params, apply_fn, [x], recover=(), **OPTIONS)

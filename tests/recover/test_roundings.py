@@ -15,7 +15,7 @@ from jaxquant.files import safetensors
 from jaxquant.files.errors import FileError
 from jaxquant.graph.trace import trace
 from jaxquant.recover.roundings import FORM, Rounding, Roundings, Source, digest, make_source
-from tests.deploy.test_fuzz import MUTATIONS
+from tests.mutations import MUTATIONS
 
 SOURCE = Source("model", {"w": "float32[5,3] 0"}, "data", "0.10")
 KNOWN, OTHER = digest(np.zeros(3)), digest(np.zeros(4))

@@ -104,14 +104,14 @@ def test_saturates():
 
 def test_zero_threshold():
     """The scale of a tensor that is all zero is 1, so that zeros stay zeros."""
-    params = {"w": np.ones((4, 3), np.float32)}
-    x = np.zeros((2, 4), np.float32)
+    params = {"w": np.ones((4, 3), np.float32), "v": np.ones((4, 3), np.float32)}
+    x, other = np.zeros((2, 4), np.float32), np.float32([[1, 2, 3, 4], [5, 6, 7, 8]])
     qparams, qapply = jaxquant.quant_post(
-        params, lambda p, x: x @ p["w"], [x], **reference.QUANTIZER
+        params, lambda p, x, y: (x @ p["w"], y @ p["v"]), [(x, other)], **reference.QUANTIZER
     )
     assert qparams["tensors"]["w/input"]["inv_scale"].item() == 1.0
-    assert not np.asarray(qapply(qparams, x)).any()
-    assert np.isfinite(qapply(qparams, x + 1e30)).all()
+    assert not np.asarray(qapply(qparams, x, other)[0]).any()
+    assert np.isfinite(jax.jit(qapply)(qparams, x + 1e30, other)[0]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

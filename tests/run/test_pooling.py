@@ -78,7 +78,7 @@ def branching_net(params: Any, x: jax.Array) -> jax.Array:
 
 def float_too(params: Any, x: jax.Array) -> jax.Array:
     x = pool(jax.nn.relu(conv(x, params["stem"])), (2, 2), (2, 2), ((0, 0), (0, 0)))
-    return conv(x, params["body"]) + jnp.mean(x)
+    return conv(x, params["body"]) + jnp.mean(x, (1, 2, 3), keepdims=True)
 
 
 def dilated_net(params: Any, x: jax.Array) -> jax.Array:

@@ -65,8 +65,9 @@ def test_the_data_are_found(tmp_path):
     with pytest.raises(TrainingError, match=r"give --config\.eval_dir too"):
         choose_data(settings(data_dir="images"), 8)
     for split, value in (("train", 1), ("val", 2)):
-        (tmp_path / split / "cats").mkdir(parents=True)
-        Image.new("RGB", (8, 8), (value, 0, 0)).save(tmp_path / split / "cats" / "cat.png")
+        for name in ("cats", "dogs"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (value, 0, 0)).save(tmp_path / split / name / "image.png")
     for changes in ({}, {"eval_dir": str(tmp_path / "val")}):
         chosen = choose_data(settings(data_dir=str(tmp_path), **changes), 8)
         images = [next(dataset.examples())()[0] for dataset in chosen]
