@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir, jax_shim, primitives
 from jaxquant.plan.bind import Binding
 
 # Of finite operands these may give others.
@@ -23,39 +24,77 @@ _MAKE_THEM = """
 _MAKES_THEM = frozenset(_MAKE_THEM.split())
 
 
-def unsafe_tensors(graph: ir.Graph, binding: Binding) -> frozenset[ir.Var]:
-    """The tensors of a graph that may hold NaN or infinity though its parameters hold none.
+def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir.Var]]:
+    """The tensors that may hold NaN or infinity though the parameters hold none, and from where.
 
     Those with an int8 form that is handed over, and what an int8 site gives, do not.
+
+    What is computed element by element of tensors of its own shape has them only where those have
+    them, so a mark of its origins serves it too.  Whatever else is its own origin: a reduction
+    takes a NaN to other samples, a quotient makes a new one.
+
+    Returns:
+      Tensor -> its origins: itself, the model's inputs, or tensors that are quantized.
     """
     entries = binding.names.keys()
     safe = {site.epilogue.output for site in binding.sites} | (binding.forms.int8 - entries)
-    unsafe = {var for var in graph.inputs if _is_float(graph, var)}
+    found = {var: frozenset({var}) for var in graph.inputs if _is_float(graph, var)}
     for eqn in graph.equations:
-        made = (
-            eqn.name in _MAKES_THEM
-            or (eqn.name == "gather" and "FILL" in str(eqn.params.get("mode")))
-            or bool(jax_shim.sub_bodies(dict(eqn.params)))
+        makes_them = _makes_them(graph, eqn)
+        unsafe = [var for var in eqn.input_vars if var in found]
+        if not unsafe and not makes_them:
+            continue
+        for var in eqn.outputs:
+            if var in safe or graph.static[var] or not _is_float(graph, var):
+                continue
+            is_alike = all(graph.shape(x) == graph.shape(var) for x in unsafe)
+            if makes_them or not primitives.is_elementwise(eqn) or not is_alike:
+                found[var] = frozenset({var})
+            else:  # what is quantized has been marked, or needed no mark
+                found[var] = frozenset().union(*({x} if x in entries else found[x] for x in unsafe))
+    return found
+
+
+def _makes_them(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where finite operands may give NaN or infinity."""
+    if eqn.name == "convert_element_type" and _is_float(graph, eqn.outputs[0]):
+        given = graph.dtype(eqn.inputs[0])
+        is_narrowed = jnp.issubdtype(given, jnp.floating) and (
+            jnp.finfo(graph.dtype(eqn.outputs[0])).max < jnp.finfo(given).max
         )
-        if made or any(var in unsafe for var in eqn.input_vars):
-            unsafe |= {
-                var
-                for var in eqn.outputs
-                if var not in safe and not graph.static[var] and _is_float(graph, var)
-            }
-    return frozenset(unsafe)
+        return bool(is_narrowed)
+    if eqn.name == "div" and (divisor := primitives.constant_scalar(graph, eqn.inputs[1])):
+        return abs(divisor) < 1  # by the number of elements, as a mean does, none is made
+    fills = eqn.name == "gather" and "FILL" in str(eqn.params.get("mode"))
+    return eqn.name in _MAKES_THEM or fills or bool(jax_shim.sub_bodies(dict(eqn.params)))
 
 
-def mark(value: jax.Array) -> jax.Array:
+def mark(value: jax.Array, is_stored: bool) -> jax.Array:
     """[N] for `value` [N, ..., C]: NaN where one of its entries is NaN or infinite, else 0.
 
     [1] for a vector, which is one sample.
-    NaN too where the entries are finite and their sum is not, in float32: from about 1e33 on.
+
+    Args:
+      value: floats.
+      is_stored: the value is in memory, as a model's input is, and not computed on the way to its
+        rounding, with which a sum is fused.
     """
     value = value.astype(jnp.float32)
     value = value if value.ndim > 1 else value.reshape(1, -1)
-    # Not of value * 0, which is safe but no sum that XLA knows a fast form of on CPU.
-    return value.sum(axis=tuple(range(1, value.ndim))) * jnp.float32(0)
+    axes = tuple(range(1, value.ndim))
+
+    def scaled(value: jax.Array) -> jax.Array:
+        """The sum in units in which no finite entries overflow."""
+        return (value * jnp.float32(2.0**-64)).sum(axis=axes)
+
+    def on_cpu(value: jax.Array) -> jax.Array:
+        """The plain sum, of which XLA knows a fast form there; the other where it is not finite."""
+        total = value.sum(axis=axes)
+        return lax.cond(jnp.isfinite(total).all(), lambda _: total, scaled, value)
+
+    if not is_stored:
+        return scaled(value) * jnp.float32(0)
+    return lax.platform_dependent(value, cpu=on_cpu, default=scaled) * jnp.float32(0)
 
 
 def with_marks(outputs: Any, marks: list[jax.Array]) -> Any:

@@ -59,7 +59,7 @@ class Program:
         self.restored = {var: self.binding.restorable[var] for var in live.restored}
         leaves = float_leaves(graph, self.binding)
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
-        self._unsafe = nonfinite.unsafe_tensors(graph, self.binding)
+        self._origins = nonfinite.find_origins(graph, self.binding)
         self._by_index = {
             graph.producer[site.epilogue.output].index: site for site in self.binding.sites
         }
@@ -112,7 +112,7 @@ class Program:
         leaves |= {var: self.restore(var, qparams) for var in self.restored}
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(
-            env, self.binding, qparams["tensors"], self.early, self._unsafe
+            env, self.binding, qparams["tensors"], self.early, self._origins
         )
 
         ahead: Results = {}

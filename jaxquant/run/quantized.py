@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ class QuantizedTensors:
     equation that reads through it does not need the float tensor.
 
     Attributes:
-      marks: what `jaxquant.run.nonfinite` marked, of the tensors `unsafe` that were quantized.
+      marks: what `jaxquant.run.nonfinite` marked, of the tensors with origins that were quantized.
     """
 
     def __init__(
@@ -29,14 +30,15 @@ class QuantizedTensors:
         binding: Binding,
         tensors: Mapping[str, Any],
         early: Mapping[ir.Var, ir.Equation],
-        unsafe: Collection[ir.Var] = (),
+        origins: Mapping[ir.Var, frozenset[ir.Var]] = MappingProxyType({}),
     ) -> None:
         self.graph = env.graph
         self._env = env
         self._binding = binding
         self._tensors = tensors
         self._early = early
-        self._unsafe = unsafe
+        self._origins = origins
+        self._marked: set[ir.Var] = set()
         self.marks: list[jax.Array] = []
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
@@ -96,8 +98,10 @@ class QuantizedTensors:
     def _float(self, var: ir.Var) -> jax.Array:
         """A float that is to be quantized; its NaN and infinities are marked."""
         value: jax.Array = self._env.wide(var)
-        if var in self._unsafe:
-            self.marks.append(nonfinite.mark(value))
+        if var in self._origins:
+            if not self._origins[var] <= self._marked:
+                self.marks.append(nonfinite.mark(value, var in self.graph.inputs))
+            self._marked.add(var)
         return value
 
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.run.nonfinite import mark
 from tests import networks
 from tests.plan.full import quantize as quantize_full
 
@@ -115,3 +116,57 @@ def test_a_saved_model(tmp_path):
     qparams, qapply = jaxquant.load_quantized_model(tmp_path / "model")
     got = qapply(qparams, IMAGES.at[1, 0, 0, 0].set(jnp.nan))
     np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
+
+
+LEAST = np.finfo(np.float32).min
+
+
+def test_the_least_floats_of_a_mask_are_numbers():
+    """As additive masks have them: their sum overflows, they do not."""
+
+    def apply_fn(p, x, mask):
+        return jax.nn.softmax(x @ p["w"] + mask) @ p["v"]
+
+    mask = jnp.zeros((3, 4)).at[:, :2].set(LEAST)
+    model = quantize_full(apply_fn, PARAMS, ROWS, mask)
+    for call in (model.qapply, jax.jit(model.qapply), jax.vmap(model.qapply, (None, 0, 0))):
+        assert np.isfinite(call(model.qparams, ROWS, mask)).all()
+        got = call(model.qparams, ROWS, mask.at[1, 2].set(jnp.nan))
+        np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 5)])
+@pytest.mark.parametrize("value", [LEAST, -LEAST, np.float32(1e-45), np.float32(0)])
+def test_a_mark_tells_what_is_not_finite(shape, value, is_stored):
+    x = np.full(shape, value, np.float32)
+    np.testing.assert_array_equal(mark(jnp.asarray(x), is_stored), np.zeros(3))
+    for bad in (np.nan, np.inf, -np.inf):
+        x[1, 0] = bad
+        got = mark(jnp.asarray(x), is_stored)
+        np.testing.assert_array_equal(np.isnan(got), [False, True, False])
+
+
+def test_a_mark_serves_what_is_computed_of_it_element_by_element():
+    """A float stream through many layers is marked once, where the model's input is quantized."""
+
+    def apply_fn(p, x):
+        for _ in range(5):
+            x = x * 0.7 + jnp.tanh(x @ p["w"])
+        return x @ p["v"]
+
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, ROWS)
+    assert str(jax.make_jaxpr(qapply)(qparams, ROWS)).count("is_finite") == 1
+    got = qapply(qparams, ROWS.at[1, 0].set(jnp.nan))
+    np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
+
+
+def test_a_mark_does_not_serve_what_mixes_the_samples():
+    def apply_fn(p, x):
+        y = x * 0.7 + jnp.tanh(x @ p["w"])
+        return (y + y.mean(0)) @ p["v"]
+
+    qparams, qapply = jaxquant.quant_post(
+        PARAMS, apply_fn, [ROWS], progress=False, allow_batch_dependence=True
+    )
+    assert np.isnan(qapply(qparams, ROWS.at[1, 0].set(jnp.nan))).all()
