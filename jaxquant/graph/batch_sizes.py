@@ -76,8 +76,20 @@ def _is_sized_by_batch(graph: ir.Graph, site: Site, other: ir.Graph, twin: Site)
     if own.name != others.name or str(own.params[numbers]) != str(others.params[numbers]):
         return True
     differing = {d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b}
-    shared = {*copies.shared_axes(graph, site)} & {*copies.shared_axes(other, twin)}
+    shared = {*shared_axes(graph, site)} & {*shared_axes(other, twin)}
     return not differing <= shared
+
+
+def shared_axes(graph: ir.Graph, site: Site) -> tuple[int, ...]:
+    """The batch axes of a dot along which its weight holds copies: it is stored with size 1 there.
+
+    A true batch axis of a weight (an ensemble of layers) is none of them.
+    """
+    eqn = graph.equations[site.equation]
+    if site.weight is None or eqn.name != "dot_general":
+        return ()
+    batch = eqn.params["dimension_numbers"][1][site.weight_position]
+    return tuple(sorted(set(batch) - copies.varying_axes(graph, site.weight)))
 
 
 def batch_size(inputs: Any) -> int | None:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxquant.graph import ir, primitives
-
-if TYPE_CHECKING:
-    from jaxquant.graph.sites import Site
 
 Axes = frozenset[int]
 
@@ -43,18 +40,6 @@ def shape_without_copies(graph: ir.Graph, var: ir.Var) -> tuple[int, ...]:
     """The shape of a static tensor with size 1 along the axes that hold copies."""
     axes = varying_axes(graph, var)
     return tuple(n if d in axes else 1 for d, n in enumerate(graph.shape(var)))
-
-
-def shared_axes(graph: ir.Graph, site: Site) -> tuple[int, ...]:
-    """The batch axes of a dot along which its weight holds copies: it is stored with size 1 there.
-
-    A true batch axis of a weight (an ensemble of layers) is none of them.
-    """
-    eqn = graph.equations[site.equation]
-    if site.weight is None or eqn.name != "dot_general":
-        return ()
-    batch = eqn.params["dimension_numbers"][1][site.weight_position]
-    return tuple(sorted(set(batch) - varying_axes(graph, site.weight)))
 
 
 def _search(graph: ir.Graph) -> dict[ir.Var, Axes]:

@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxquant.graph import copies, ir, primitives
+from jaxquant.graph.batch_sizes import shared_axes
 from jaxquant.graph.primitives import Channels
 from jaxquant.graph.sites import DOT_EQUATIONS, Site
 
@@ -111,7 +112,7 @@ def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
 def stored_shape(graph: ir.Graph, site: Site) -> tuple[int, ...]:
     """The shape of a site's stored weight: that of the operand, size 1 where it is shared."""
     assert site.weight is not None
-    shared = copies.shared_axes(graph, site)
+    shared = shared_axes(graph, site)
     return tuple(1 if d in shared else n for d, n in enumerate(graph.shape(site.weight)))
 
 
@@ -131,7 +132,7 @@ def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
     lhs_free = len(graph.shape(eqn.inputs[0])) - len(lhs_contract) - len(lhs_batch)
     first_free = len(batch) + (0 if site.weight_position == 0 else lhs_free)
     sizes, axes = [], []
-    shared = copies.shared_axes(graph, site) if site.stored_weight is not None else ()
+    shared = shared_axes(graph, site) if site.stored_weight is not None else ()
     for axis in channel_axes(graph, site, eqn):
         if axis in shared:
             continue

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -34,9 +34,6 @@ from jaxquant.graph.sites import Site
 from jaxquant.modes import MODES
 from jaxquant.plan.epilogue import channel_axes, stored_shape
 from jaxquant.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from jaxquant.plan.bind import Int8Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +112,7 @@ def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
 
 def weight_slots(
     graph: ir.Graph,
-    sites: Sequence[Int8Site],
+    sites: Sequence[Site],
     paths: Mapping[ir.Var, tuple[str, ...]],
     plan: Plan,
 ) -> dict[str, WeightSlot]:
@@ -124,8 +121,7 @@ def weight_slots(
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
     found = {}
-    for int8_site in sites:
-        site = int8_site.site
+    for site in sites:
         weight = site.stored_weight
         if weight is None:
             continue

@@ -46,7 +46,7 @@ def quantize_params(
     equalization = equalization or {}
     binding = bind(graph, plan)
     paths = layout.leaf_paths(graph, params)
-    slots = layout.weight_slots(graph, binding.sites, paths, plan)
+    slots = layout.weight_slots(graph, [s.site for s in binding.sites], paths, plan)
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
     if not MODES[plan.mode].integer:

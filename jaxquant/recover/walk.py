@@ -13,7 +13,8 @@ from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import Plan
 from jaxquant.run import int8
-from jaxquant.run.program import Program, epilogue
+from jaxquant.run.epilogue import epilogue
+from jaxquant.run.program import Program
 from jaxquant.run.quantized import QuantizedTensors
 
 Visit = Callable[[Int8Site, jax.Array, int], None]

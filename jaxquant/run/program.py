@@ -21,6 +21,7 @@ from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.plan import Plan
 from jaxquant.run import dynamic, int8, nonfinite, weight_only
 from jaxquant.run.dequantize import StoredWeight, dequantize_weight
+from jaxquant.run.epilogue import epilogue
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.pooling import find_early_pools
@@ -53,7 +54,7 @@ class Program:
         self.mode = MODES[plan.mode]
         self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
-        self.slots = layout.weight_slots(graph, self.binding.sites, paths, plan)
+        self.slots = layout.weight_slots(graph, [s.site for s in self.binding.sites], paths, plan)
         live = live_equations(graph, self.binding)
         self.equations = live.equations
         self.restored = {var: self.binding.restorable[var] for var in live.restored}
@@ -289,37 +290,6 @@ def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
     """A program whose sites each show their result, by the native kernels where they are faster."""
     fuse = Fuse.SITES if native.runs_int8_here() else Fuse.NOTHING
     return Program(graph, plan, params, fuse)
-
-
-def epilogue(
-    site: Int8Site,
-    value: jax.Array,
-    arrays: Mapping[str, jax.Array],
-    scales: Sequence[jax.Array] = (),
-) -> jax.Array:
-    """The output of a site from its accumulator as float32.
-
-    Args:
-      site: the site.
-      value: its accumulator.
-      arrays: its multiplier and bias.
-      scales: of operands that are scaled in the call; they broadcast to `value`.
-    """
-    channels = site.epilogue.channels
-    # Scales come together first: where the output is a float, what one step of it is worth is one,
-    # while the sum times one of them alone may be beyond (a row of 1e36 on weights of 1e-30).
-    worth = functools.reduce(jnp.multiply, scales) if scales else None
-    if worth is not None and site.epilogue.movements:
-        worth = jnp.broadcast_to(worth, value.shape)
-    for eqn in site.epilogue.movements:
-        (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
-        if worth is not None:
-            (worth,) = jax_shim.bind(eqn.primitive, [worth], dict(eqn.params))
-    multiplier = channels.spread(arrays["multiplier"], value.ndim)
-    value = value * (multiplier if worth is None else worth * multiplier)
-    if "bias" in arrays:
-        value = value + channels.spread(arrays["bias"], value.ndim)
-    return value
 
 
 def _decide(eqn: ir.Equation, quantized: QuantizedTensors) -> Sequence[Any]:

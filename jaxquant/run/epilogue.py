@@ -1,0 +1,43 @@
+"""What makes the output of an int8 site of its accumulator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import jax_shim
+from jaxquant.plan.bind import Int8Site
+
+
+def epilogue(
+    site: Int8Site,
+    value: jax.Array,
+    arrays: Mapping[str, jax.Array],
+    scales: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """The output of a site from its accumulator as float32.
+
+    Args:
+      site: the site.
+      value: its accumulator.
+      arrays: its multiplier and bias.
+      scales: of operands that are scaled in the call; they broadcast to `value`.
+    """
+    channels = site.epilogue.channels
+    # Scales come together first: where the output is a float, what one step of it is worth is one,
+    # while the sum times one of them alone may be beyond (a row of 1e36 on weights of 1e-30).
+    worth = functools.reduce(jnp.multiply, scales) if scales else None
+    if worth is not None and site.epilogue.movements:
+        worth = jnp.broadcast_to(worth, value.shape)
+    for eqn in site.epilogue.movements:
+        (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
+        if worth is not None:
+            (worth,) = jax_shim.bind(eqn.primitive, [worth], dict(eqn.params))
+    multiplier = channels.spread(arrays["multiplier"], value.ndim)
+    value = value * (multiplier if worth is None else worth * multiplier)
+    if "bias" in arrays:
+        value = value + channels.spread(arrays["bias"], value.ndim)
+    return value
