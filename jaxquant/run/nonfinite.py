@@ -22,6 +22,7 @@ _MAKE_THEM = """
     sqrt tan
 """
 _MAKES_THEM = frozenset(_MAKE_THEM.split())
+_MANY = 2**16  # values of which the plain sum is worth a second branch to compile
 
 
 def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir.Var]]:
@@ -92,7 +93,8 @@ def mark(value: jax.Array, is_stored: bool) -> jax.Array:
         total = value.sum(axis=axes)
         return lax.cond(jnp.isfinite(total).all(), lambda _: total, scaled, value)
 
-    if not is_stored:
+    is_small = isinstance(value.size, int) and value.size < _MANY
+    if not is_stored or is_small:
         return scaled(value) * jnp.float32(0)
     return lax.platform_dependent(value, cpu=on_cpu, default=scaled) * jnp.float32(0)
 
