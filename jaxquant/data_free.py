@@ -10,20 +10,21 @@ import jax
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
-from jaxquant.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.graph.batch_sizes import with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.keywords import named
-from jaxquant.modes import DYNAMIC, MODES, WEIGHT_ONLY
+from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
-from jaxquant.quantize.weights import quantize_params
+from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import Outputs, measure_sqnr
+from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.weights.quantize import quantize_params
 
 WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
 
@@ -201,7 +202,7 @@ def _quantize(
     check_no_randomness(graph)
     check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
     if not allow_batch_dependence:
-        check_independence(graph, apply_fn, params, inputs)
+        check_independence(graph, apply_fn, params, inputs, fast_convolutions)
     plan = make_plan(graph, None, config)
     qparams = quantize_params(graph, plan, params)
     program = program_by_site(graph, plan, params)

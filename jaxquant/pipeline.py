@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from jaxquant import stages
-from jaxquant.analysis.goal import MAX_DROP, make_goal
-from jaxquant.analysis.scores import Metric
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
-from jaxquant.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig, check_flag
 from jaxquant.keywords import named
+from jaxquant.plan.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig, check_flag
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
+from jaxquant.tune.goal import MAX_DROP, make_goal
+from jaxquant.tune.scores import Metric
 
 Path: TypeAlias = str | os.PathLike[str]
 

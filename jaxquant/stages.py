@@ -12,11 +12,7 @@ from typing import Any
 import jax
 
 from jaxquant import native
-from jaxquant.analysis.choice import Choice, make_chosen_plan
-from jaxquant.analysis.control import Built, control
-from jaxquant.analysis.goal import Goal
 from jaxquant.analysis.poor import warn_if_poor
-from jaxquant.analysis.speed import slower_in_int8
 from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.fingerprint import params_digests
@@ -31,19 +27,24 @@ from jaxquant.calibration.resume import (
     sweep_with_file,
 )
 from jaxquant.calibration.sweep import Sweep, run_sweep
-from jaxquant.config import QuantConfig, check_flag, check_path
 from jaxquant.graph import ir
 from jaxquant.graph.batch_sizes import with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
+from jaxquant.plan.config import QuantConfig, check_flag, check_path
 from jaxquant.plan.make import observed_tensors
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.tune.choice import Choice, make_chosen_plan
+from jaxquant.tune.control import Built, control
+from jaxquant.tune.goal import Goal
+from jaxquant.tune.speed import slower_in_int8
 
 
 def read(
@@ -204,6 +205,7 @@ def _sweep(
         _own_observer(config),
         options,
         count,
+        fast_convolutions,
         allow_batch_dependence=allow_batch_dependence,
     )
 

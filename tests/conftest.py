@@ -5,7 +5,6 @@ by a cache that is made for the run and removed behind it; and XLA compiles with
 optimizations, but for the tests marked 'optimized': those that compare bits, as users get them.
 """
 
-import importlib
 import os
 import shutil
 import tempfile
@@ -95,9 +94,7 @@ def numbers_as_they_are():
 
     What is left is the arithmetic, to be compared to the last bit.
     """
-    weights = importlib.import_module("jaxquant.quantize.weights")  # a function has its name
-    ties = importlib.import_module("jaxquant.plan.ties")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "LARGEST_BIAS", -1.0)
-        patch.setattr(ties, "find_sums", lambda graph, entries: {})
+        patch.setattr("jaxquant.weights.quantize.LARGEST_BIAS", -1.0)
+        patch.setattr("jaxquant.plan.ties.find_sums", lambda graph, entries: {})
         yield

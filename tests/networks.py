@@ -11,10 +11,10 @@ from flax import nnx
 
 import jaxquant
 from jaxquant.calibration.observations import Observations, TensorStats
-from jaxquant.config import QuantConfig
 from jaxquant.graph import evaluate, sites
 from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.trace import trace
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
 IMAGE = (4, 8, 8, 3)

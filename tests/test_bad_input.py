@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxquant
-from jaxquant.config import QuantConfig
+from jaxquant.plan.config import QuantConfig
 from tests import networks
 
 PARAMS = {"fc": {"w": jnp.eye(4)}, "head": {"w": jnp.ones((4, 2))}}

@@ -30,9 +30,9 @@ from experiments.benchmarks.interleave import time_in_turn
 from jaxquant import native
 from jaxquant.calibration import histogram, kl
 from jaxquant.calibration.search import search
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.recover.shift import shift_of
+from jaxquant.run.float_forms import evaluate_float
 
 NETWORKS = ("mobilenet_v1", "mobilenet_v2", "resnet50")
 NATIVE, XLA, AUTO = "native", "XLA", "auto"

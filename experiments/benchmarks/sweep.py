@@ -19,7 +19,7 @@ from experiments.benchmarks.interleave import print_table, time_in_turn
 from jaxquant import native
 from jaxquant.calibration import histogram
 from jaxquant.calibration.sweep import Sweep
-from jaxquant.config import QuantConfig
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
 

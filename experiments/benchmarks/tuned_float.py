@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxquant.graph import evaluate
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
+from jaxquant.run.float_forms import evaluate_float
 
 
 def tuned(apply_fn: Callable[..., Any], params: Any, x: Any) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""Why an int8 model loses accuracy: errors by site, sensitivity, accuracy control."""
+"""Why an int8 model loses accuracy: errors and sensitivity by site, and what they advise."""

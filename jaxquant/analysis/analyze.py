@@ -9,15 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.analysis import sensitivity
 from jaxquant.analysis.advice import cause, matters
 from jaxquant.analysis.analysis import Analysis, TensorAnalysis
 from jaxquant.analysis.measures import Clipping
-from jaxquant.analysis.scores import Metric, Scores, models_digest
-from jaxquant.analysis.sensitivity import Sensitivity
 from jaxquant.analysis.sweep import Swept, sweep
-from jaxquant.analysis.switch import Switch
-from jaxquant.analysis.units import find_units
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.progress import progress_bar
@@ -30,6 +25,11 @@ from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
+from jaxquant.tune import sensitivity
+from jaxquant.tune.scores import Metric, Scores, models_digest
+from jaxquant.tune.sensitivity import Sensitivity
+from jaxquant.tune.switch import Switch
+from jaxquant.tune.units import find_units
 
 
 @named

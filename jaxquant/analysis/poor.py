@@ -17,9 +17,9 @@ from jaxquant.analysis.sweep import sweep
 from jaxquant.graph import ir
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
-from jaxquant.modes import MODES
 from jaxquant.plan.bind import bind
 from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
 from jaxquant.report.report import Report
 

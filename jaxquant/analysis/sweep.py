@@ -12,21 +12,21 @@ import numpy as np
 
 from jaxquant import native
 from jaxquant.analysis import measures
-from jaxquant.analysis.biases import has_bias, shift_at, without_correction
 from jaxquant.analysis.measures import Clipping, Ends, Moments
-from jaxquant.analysis.units import Unit, Value, find_units, walk
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stats_of
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.run import int8
+from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.quantized import QuantizedTensors
+from jaxquant.tune.biases import has_bias, shift_at, without_correction
+from jaxquant.tune.units import Unit, Value, find_units, walk
 
 
 class Swept(NamedTuple):

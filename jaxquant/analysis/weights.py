@@ -13,10 +13,10 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.inputs import along_weight, input_axes
-from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import once
 from jaxquant.report.sqnr import decibel
 from jaxquant.run.program import Program
+from jaxquant.weights.fold import fold
+from jaxquant.weights.quantize import once
 
 
 class WeightRanges(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import prng
 
 _FEW = 16  # values that may well be equal
 
@@ -52,4 +52,4 @@ class Alive:
 
 
 def _is_key(x: Any) -> bool:
-    return jax_shim.is_key_dtype(x.dtype)
+    return prng.is_key_dtype(x.dtype)

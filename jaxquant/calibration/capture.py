@@ -9,11 +9,12 @@ from typing import Any, Literal
 import jax
 
 from jaxquant.errors import nearest
-from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.graph import evaluate, ir
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.sites import Site, body_graphs, find_sites, matches
 from jaxquant.graph.trace import trace
+from jaxquant.jax_shim import jaxprs
 
 Captured = dict[str, jax.Array]
 
@@ -127,7 +128,7 @@ def _scan_rule(
     def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
         (body,) = body_graphs(env.graph, eqn)
         operands = [env.read(x) for x in eqn.inputs]
-        n_consts, n_carry = jax_shim.scan_counts(eqn.params)
+        n_consts, n_carry = jaxprs.scan_counts(eqn.params)
         consts, rest = operands[:n_consts], operands[n_consts:]
 
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], Captured]]:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
 from jaxquant.graph.batch import Mixing, find_mixing, may_mix
 from jaxquant.graph.batch_sizes import batch_size, trace_for
-from jaxquant.graph.float_forms import evaluate_float
+from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.masks import find_mask
+from jaxquant.jax_shim import compilation
 
 _TOLERANCE = 1e-3  # of the largest |output|; one program on one sample twice differs by nothing
 _ADVICE = (
@@ -24,7 +25,11 @@ _ADVICE = (
 
 
 def check_independence(
-    graph: ir.Graph, apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
+    graph: ir.Graph,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    inputs: tuple[Any, ...],
+    forms: Forms = no_forms,
 ) -> None:
     """Raise ValueError where a sample's result depends on the others of its batch.
 
@@ -38,6 +43,7 @@ def check_independence(
       graph: the model, traced with `inputs`.
       apply_fn, params: the model.
       inputs: a batch; of shapes alone nothing is run.
+      forms: those of the model's equations that run faster here.
     """
     if mask := find_mask(graph):
         layer, key = mask
@@ -51,7 +57,9 @@ def check_independence(
         return
     doubled = trace_for(apply_fn, params, inputs, 2 * size)
     mixing = None if doubled is None else find_mixing(graph, doubled)
-    if mixing is None or doubled is None or not _confirms(doubled, params, inputs, size, mixing):
+    if mixing is None or doubled is None:
+        return
+    if not _confirms(doubled, params, inputs, size, mixing, forms):
         return
     raise ValueError(
         f"the result for a sample depends on the other samples of its batch: {mixing.layer} takes "
@@ -65,7 +73,12 @@ def _has(x: Any, size: int) -> bool:
 
 
 def _confirms(
-    doubled: ir.Graph, params: Any, inputs: tuple[Any, ...], size: int, mixing: Mixing
+    doubled: ir.Graph,
+    params: Any,
+    inputs: tuple[Any, ...],
+    size: int,
+    mixing: Mixing,
+    forms: Forms,
 ) -> bool:
     """Whether the outputs of the first half of a batch change with its second half."""
     leaves = jax.tree.leaves(inputs)
@@ -80,13 +93,13 @@ def _confirms(
     ]
 
     def run(params: Any, flat: Sequence[Any]) -> list[jax.Array]:
-        env = evaluate_float(doubled, params, flat)
+        env = evaluate_model(doubled, params, flat, replace=forms(doubled))
         return [
             _first_half(env.read(doubled.outputs[position]), axis)
             for position, axis in mixing.outputs.items()
         ]
 
-    step = jax.jit(run, compiler_options=jax_shim.quick_compilation())
+    step = jax.jit(run, compiler_options=compilation.quick_compilation())
     results = [jax.device_get(step(params, flat)) for flat in batches]
     return any(_differ(*both) for both in zip(*results, strict=True))
 

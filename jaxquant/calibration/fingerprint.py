@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxquant.calibration.observations import Origin
 from jaxquant.calibration.observers import Observer
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
 from jaxquant.graph.trace import path_name
+from jaxquant.jax_shim import prng
 
 DIGEST_BYTES = 16  # of SHA-256, which processors have instructions for
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function among the parameters of an equation
@@ -114,7 +115,7 @@ def _digest(leaf: Any) -> str:
 
 
 def _bytes(leaf: Any) -> memoryview:
-    if hasattr(leaf, "dtype") and jax_shim.is_key_dtype(leaf.dtype):
+    if hasattr(leaf, "dtype") and prng.is_key_dtype(leaf.dtype):
         leaf = jax.random.key_data(leaf)
     array = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
     return memoryview(array.view(np.uint8))

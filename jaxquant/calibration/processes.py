@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxquant.calibration.observations import Observations, Origin, TensorStats, merge
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import processes
 
 
 def reduce_processes(observations: Observations) -> Observations:
@@ -164,7 +164,7 @@ def _meet(what: str) -> None:
     failed".
     """
     name = f"jaxquant/{next(_meetings)}"
-    missing = jax_shim.missing_processes(name, _PATIENCE)
+    missing = processes.missing_processes(name, _PATIENCE)
     if missing:
         raise RuntimeError(
             f"{_spell(missing)} of {jax.process_count()} did not {what} within {_PATIENCE:g} "

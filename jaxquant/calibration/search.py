@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxquant.calibration.sums import MOST_LEVELS, SYMMETRIC_LEVELS, Levels
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import compilation
 
 _CHUNK = 8  # tensors a call
 
@@ -90,7 +90,7 @@ def _cores() -> int:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    options = jax_shim.quick_compilation()
+    options = compilation.quick_compilation()
     return jax.jit(_map_tensors, static_argnums=(0, 1), compiler_options=options)
 
 

@@ -20,11 +20,12 @@ from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
-from jaxquant.graph import ir, jax_shim, sites
+from jaxquant.graph import ir, sites
 from jaxquant.graph.checks import check_no_randomness, check_weights
-from jaxquant.graph.float_forms import evaluate_float
+from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.static_values import static_values
 from jaxquant.graph.trace import trace
+from jaxquant.jax_shim import compilation
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
@@ -62,6 +63,7 @@ class Sweep:
       observer: what keeps statistics of its own beside those that are kept always.
       options: what the observations record of the arguments; see `Origin`.
       count: how tensors are counted.
+      forms: those of the float model's equations that run faster here.
       allow_batch_dependence: take a model whose result for a sample depends on its batch.
     """
 
@@ -73,6 +75,7 @@ class Sweep:
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
         count: histogram.Counter = histogram.portable_counts,
+        forms: Forms = no_forms,
         allow_batch_dependence: bool = False,
     ):
         self._params = params
@@ -82,11 +85,12 @@ class Sweep:
         self._observer = observer
         self._options = options or {}
         self._count = count
+        self._forms = forms
         self._allow_batch_dependence = allow_batch_dependence
         self._names: tuple[str, ...] = ()
         self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
-        quick = jax_shim.quick_compilation()
+        quick = compilation.quick_compilation()
         self._step = jax.jit(self._observe, donate_argnums=0, compiler_options=quick)
         self._origin: Origin | None = None
         self._done = _Done((), ())
@@ -180,7 +184,7 @@ class Sweep:
         check_no_randomness(graph)
         check_weights(graph, found, self._params)
         if not self._allow_batch_dependence:
-            check_independence(graph, self._apply_fn, self._params, inputs)
+            check_independence(graph, self._apply_fn, self._params, inputs, self._forms)
         tensors = self._tensors_of(graph)
         self._names = tuple(tensors)
         first = next(iter(tensors.values()))
@@ -228,7 +232,9 @@ class Sweep:
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
         flat = jax.tree.leaves(inputs)
-        env = evaluate_float(graph, params, flat, equations=needed, known=known)
+        env = evaluate_model(
+            graph, params, flat, equations=needed, known=known, replace=self._forms(graph)
+        )
         values = [env.read(var) for var in tensors.values()]
         seen = histogram.observe_all(values, batch, self._count)
         state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor

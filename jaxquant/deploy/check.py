@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir
-from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
+from jaxquant.plan.modes import MODES
 from jaxquant.run.program import Program
 
 # The shapes that an array may have, () for what the epilogue allows; and its dtype.

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Scalar, Tensor
 from jaxquant.files import tensor_names
-from jaxquant.graph import evaluate, ir, jax_shim, sites, trace
+from jaxquant.graph import evaluate, ir, sites, trace
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
@@ -96,7 +97,7 @@ class _Describer:
     def _node(self, eqn: ir.Equation, reads_int8: bool = False, selects: bool = False) -> Node:
         params = dict(eqn.params)
         if eqn.name == "scan":  # of which each JAX keeps another account
-            consts, carry = jax_shim.scan_counts(eqn.params)
+            consts, carry = jaxprs.scan_counts(eqn.params)
             params |= {"num_consts": consts, "num_carry": carry}
         return Node(
             op=eqn.name,
@@ -107,14 +108,14 @@ class _Describer:
             reads_int8=reads_int8,
             selects=selects,
             bodies=self._bodies(eqn),
-            source=jax_shim.line_of(eqn.source_info),
+            source=jaxprs.line_of(eqn.source_info),
         )
 
     def _bodies(self, eqn: ir.Equation) -> tuple[Body, ...]:
         """The bodies of a loop or a choice; of what else holds programs, none."""
         if eqn.name not in _WITH_BODIES:
             return ()
-        keys = [key for key, _, _ in jax_shim.sub_bodies(dict(eqn.params))]
+        keys = [key for key, _, _ in jaxprs.sub_bodies(dict(eqn.params))]
         return tuple(
             self._body(key, graph)
             for key, graph in zip(keys, sites.body_graphs(self._graph, eqn), strict=True)

@@ -12,7 +12,8 @@ from jax import export
 
 from jaxquant.deploy.shapes import input_specs
 from jaxquant.deploy.stored.read import StoredGraph
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import compilation
 from jaxquant.run.qapply import QuantizedApply
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -75,7 +76,7 @@ def export_program(
       ValueError: the model cannot be traced for such inputs, or calls code of another library.
     """
     structs = jax.tree.map(ir.struct, qparams)
-    with explained(inputs), jax_shim.without_source_locations():
+    with explained(inputs), compilation.without_source_locations():
         exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
     check_portable(exported)
     return exported

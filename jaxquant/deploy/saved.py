@@ -24,9 +24,9 @@ from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import dump_json, parse_json
 from jaxquant.keywords import named
-from jaxquant.modes import MODES
 from jaxquant.plan import layout
 from jaxquant.plan.liveness import live_equations
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
 from jaxquant.run.program import Program

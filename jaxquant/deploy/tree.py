@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxquant.files import tensor_names
 from jaxquant.files.errors import FileError
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import prng
 from jaxquant.run.qapply import QuantizedApply
 
 ROOTS = ("params", "sites", "tensors")
@@ -75,7 +75,7 @@ def _walk(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], A
 
 
 def _array(path: tuple[str, ...], leaf: Any) -> np.ndarray:
-    if not hasattr(leaf, "dtype") or jax_shim.is_key_dtype(leaf.dtype):
+    if not hasattr(leaf, "dtype") or prng.is_key_dtype(leaf.dtype):
         raise ValueError(
             f"qparams[{'/'.join(path)!r}] is {getattr(leaf, 'dtype', type(leaf).__name__)}, not an "
             "array of numbers; it cannot be saved"

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_of
 from jaxquant.graph.sites import CONTROL_FLOW, body_graphs, regions
+from jaxquant.jax_shim import jaxprs
 
 
 class Mixing(NamedTuple):
@@ -183,7 +184,7 @@ def _carries(eqn: ir.Equation, inputs: int) -> dict[int, int]:
     if eqn.name == "while":
         first, number = eqn.params["body_nconsts"], len(eqn.outputs)
     else:
-        first, number = jax_shim.scan_counts(eqn.params)
+        first, number = jaxprs.scan_counts(eqn.params)
     return {first + k: k for k in range(number)}
 
 
@@ -215,7 +216,7 @@ def _treats_as_one(
 def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
     """Whether what one step of a scan sees gets to the next one."""
     (body,) = body_graphs(pair.one, eqn)
-    first, number = jax_shim.scan_counts(eqn.params)
+    first, number = jaxprs.scan_counts(eqn.params)
     carried = [x for x in body.outputs[:number] if isinstance(x, int)]
     read = {v for e in ir.walk_back(body, carried) for v in e.input_vars} | {*carried}
     return any(not body.static[v] and v in read for v in body.inputs[first + number :])

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
 from jaxquant.graph.masks import DRAWS
 from jaxquant.graph.sites import Site
 from jaxquant.graph.trace import path_name
+from jaxquant.jax_shim import prng
 
 
 def check_model(params: Any, apply_fn: Any) -> None:
@@ -97,7 +98,7 @@ def check_params(params: Any) -> None:
                 "(donate_argnums) or deleted by hand. Pass the parameters that this function "
                 "returned, or a copy that was made before"
             )
-        if not jax_shim.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
+        if not prng.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
 
 
@@ -163,6 +164,6 @@ def _weight_sources(graph: ir.Graph, site: Site) -> Sequence[ir.Var]:
 
 
 def _count(leaf: Any, bad: Callable[[np.ndarray], np.ndarray]) -> int:
-    if jax_shim.is_key_dtype(leaf.dtype) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
+    if prng.is_key_dtype(leaf.dtype) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
         return 0
     return int(bad(np.asarray(leaf).astype(np.float32)).sum())

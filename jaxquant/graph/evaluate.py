@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, jax_shim, primitives
+from jaxquant.graph import ir, primitives
+from jaxquant.jax_shim import jaxprs, prng
 
 Replace = Callable[["Environment", ir.Equation], Sequence[Any]]
+# Faster forms of a graph's equations, by their index: `jaxquant.run.float_forms` has those of CPUs.
+Forms = Callable[[ir.Graph], Mapping[int, Replace]]
 
 
 class Environment:
@@ -74,6 +77,38 @@ def evaluate(
     return run(env, chosen, lambda eqn: rules.get(eqn.index, apply)(env, eqn))
 
 
+def evaluate_model(
+    graph: ir.Graph,
+    params: Any,
+    inputs: Sequence[Any],
+    *,
+    equations: Sequence[ir.Equation] | None = None,
+    known: Mapping[ir.Var, Any] | None = None,
+    replace: Mapping[int, Replace] | None = None,
+) -> Environment:
+    """The values of a float model.
+
+    Args:
+      graph: the traced model.
+      params: its parameters, in the pytree that it was traced with.
+      inputs: the flattened model inputs.
+      equations: those to evaluate, in order; by default all.
+      known: values of `jaxquant.graph.static_values` that need not be evaluated.
+      replace: equation index -> rule, as of `evaluate`.
+    """
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    # One that was spread is spread by its own equation.
+    whole = {var: x for var, x in (known or {}).items() if x.shape == graph.shape(var)}
+    chosen = graph.equations if equations is None else equations
+    left = [eqn for eqn in chosen if not whole.keys() & set(eqn.outputs)]
+    return evaluate(graph, {**leaves, **whole}, inputs, equations=left, replace=replace)
+
+
+def no_forms(graph: ir.Graph) -> Mapping[int, Replace]:
+    """The `Forms` that leave every equation as it is."""
+    return {}
+
+
 def run(
     env: Environment,
     equations: Sequence[ir.Equation],
@@ -96,7 +131,7 @@ def outputs(env: Environment) -> Any:
 
 def narrow(value: Any, dtype: Any) -> Any:
     """A value in the model's dtype."""
-    if jax_shim.is_key_dtype(dtype) or value.dtype == dtype:
+    if prng.is_key_dtype(dtype) or value.dtype == dtype:
         return value
     return jax.lax.convert_element_type(value, dtype)
 
@@ -117,15 +152,15 @@ def apply(env: Reader, eqn: ir.Equation) -> Sequence[Any]:
         if eqn.name == "convert_element_type" and _is_float(eqn.params["new_dtype"]):
             return [env.wide(eqn.inputs[0])]
         operands = [_widen(env.wide(x), wide) for x in eqn.inputs]
-        return jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
+        return jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
     operands = [env.read(x) for x in eqn.inputs]
-    return jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
+    return jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
 
 
 def _wide_dtype(env: Reader, eqn: ir.Equation) -> Any:
     for atom in eqn.input_vars:
         value, dtype = env.wide(atom), env.graph.dtype(atom)
-        if not jax_shim.is_key_dtype(dtype) and _is_float(dtype) and value.dtype != dtype:
+        if not prng.is_key_dtype(dtype) and _is_float(dtype) and value.dtype != dtype:
             return value.dtype
     return None
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import jaxprs
 
 Var = int  # a tensor: an index into Graph.avals
 
@@ -42,7 +42,7 @@ class Equation:
     """
 
     index: int
-    primitive: jax_shim.Primitive
+    primitive: jaxprs.Primitive
     inputs: tuple[Atom, ...]
     outputs: tuple[Var, ...]
     params: Mapping[str, Any]

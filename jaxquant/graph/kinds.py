@@ -1,14 +1,6 @@
-"""The kinds of operations that have an int8 form, by PaddleSlim's names.
+"""The kinds of operations, by PaddleSlim's names: what an equation is, not what becomes of it.
 
-A kind belongs to one behaviour, which says how it meets int8 tensors:
-
-    accumulate   int8 operands, int32 accumulator, one multiplier (convolution, dot, sum, average)
-    select       the result holds values of the operands: same scale, no arithmetic
-                 (max pooling, concatenation)
-    layout       likewise, and int8 only where a neighbour is (reshape, transpose, slice, ...)
-    compute      float32 arithmetic on dequantized operands, fused (softmax, additions, ...)
-    decide       the result is an index or a truth value (argmax, comparisons)
-    look up      rows of a weight, by index (embeddings); quantized with the weights alone
+Which kinds have an int8 form, and how they meet int8 tensors, says `jaxquant.plan.behaviours`.
 """
 
 from __future__ import annotations
@@ -19,14 +11,11 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir
 
-ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE, LOOK_UP = (
-    "accumulate",
-    "select",
-    "layout",
-    "compute",
-    "decide",
-    "look up",
-)
+# Convolutions and dots, which are always reported; the interpolations are dots with weights that no
+# parameter is in.
+WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
+DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
+LOOKUP_KIND = "lookup_table"
 
 # Elementwise operations of two tensors, and the activation functions: they belong together, since
 # an activation function is one or several elementwise primitives.
@@ -44,37 +33,26 @@ ACTIVATION_KINDS = (
     "swish",
     "tanh",
 )
-
-BEHAVIOUR: Mapping[str, str] = {
-    "conv2d": ACCUMULATE,
-    "depthwise_conv2d": ACCUMULATE,
-    "conv2d_transpose": ACCUMULATE,
-    "mul": ACCUMULATE,
-    "matmul": ACCUMULATE,
-    "mean": ACCUMULATE,
-    "bilinear_interp": ACCUMULATE,
-    "trilinear_interp": ACCUMULATE,
-    "pool2d": ACCUMULATE,  # average pooling; maximum pooling selects, see `behaviour`
-    "concat": SELECT,
-    "gather": LAYOUT,
-    "nearest_interp": LAYOUT,
-    "pad": LAYOUT,
-    "reshape": LAYOUT,
-    "reshape2": LAYOUT,
-    "slice": LAYOUT,
-    "squeeze": LAYOUT,
-    "transpose": LAYOUT,
-    "softmax": COMPUTE,
-    **dict.fromkeys(ELEMENTWISE_KINDS, COMPUTE),
-    **dict.fromkeys(ACTIVATION_KINDS, COMPUTE),
-    "argmax": DECIDE,
-    "equal": DECIDE,
-    "not_equal": DECIDE,
-    "greater_equal": DECIDE,
-    "greater_than": DECIDE,
-    "less_equal": DECIDE,
-    "less_than": DECIDE,
-}
+# Comparisons of two tensors, which give truth values.
+COMPARISON_KINDS = (
+    "equal",
+    "not_equal",
+    "greater_equal",
+    "greater_than",
+    "less_equal",
+    "less_than",
+)
+# What only rearranges, copies or picks values.
+LAYOUT_KINDS = (
+    "gather",
+    "nearest_interp",
+    "pad",
+    "reshape",
+    "reshape2",
+    "slice",
+    "squeeze",
+    "transpose",
+)
 
 # What a kind is in JAX's words, where its name does not say it.
 MEANINGS: Mapping[str, str] = {
@@ -117,49 +95,40 @@ PADDLE_NAMES: Mapping[str, str] = {
     "unsqueeze2": "reshape",
 }
 
-# Convolutions and dots, which are always reported; the interpolations are dots with weights that no
-# parameter is in.
-WEIGHTED_KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "mul")
-DOT_KINDS = (*WEIGHTED_KINDS, "matmul")
-LOOKUP_KIND = "lookup_table"
-
-# What else multiplies, or may: primitives without an int8 form, each a kind of its own.  They are
-# reported as the convolutions and dots are, with what is said here, so that no multiplication is
-# out of sight.  What multiplies elementwise is not among them, nor what holds a body that is
-# searched (scan, while, cond, shard_map, ...).
+# What else multiplies, or may: primitives that are kinds of their own, and what each belongs to.
+# They are reported as the convolutions and dots are, so that no multiplication is out of sight.
+# What multiplies elementwise is not among them, nor what holds a body that is searched (scan,
+# while, cond, shard_map, ...).
 PRODUCTS: Mapping[str, str] = {
     **dict.fromkeys(
         ("bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_dot_general",
          "coo_matmat", "coo_matvec", "coo_spmm", "coo_spmv", "csr_matmat", "csr_matvec",
          "csr_spmm", "csr_spmv", "spsolve"),
-        "a product of sparse matrices has no int8 form",
+        "sparse",
     ),
     **dict.fromkeys(
         ("cholesky", "cholesky_update", "eig", "eigh", "geqp3", "geqrf", "hessenberg",
          "householder_product", "lu", "ormqr", "qr", "schur", "svd", "symmetric_product",
          "triangular_solve", "tridiagonal", "tridiagonal_solve"),
-        "linear algebra has no int8 form",
+        "linear algebra",
     ),
     **dict.fromkeys(
         ("buffer_callback", "call_exported", "call_hi_primitive", "call_hi_primitive_linearized",
          "cudnn_fusion", "ffi_call", "fused_call", "io_callback", "mosaic_gpu_p", "mpmd_map",
          "pallas_call", "core_map", "pure_callback", "tpu_custom_call"),
-        "what it runs is not known here",
+        "opaque",
     ),
     **dict.fromkeys(
         ("dot_product_attention_bwd", "dot_product_attention_bwd_wrapper",
          "dot_product_attention_fp8_bwd", "dot_product_attention_fp8_bwd_wrapper",
          "dot_product_attention_fp8_fwd", "dot_product_attention_fp8_fwd_wrapper",
          "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
-        "a fused attention of cuDNN has no int8 form",
+        "fused attention",
     ),
-    **dict.fromkeys(("rnn_fwd", "rnn_bwd"), "a recurrent layer of cuDNN has no int8 form"),
-    **dict.fromkeys(
-        ("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper"),
-        "a dot with scales of its own has no int8 form",
-    ),
-    "fft": "a Fourier transform has no int8 form",
-    "ragged_dot_general": "a ragged dot has no int8 form",
+    **dict.fromkeys(("rnn_fwd", "rnn_bwd"), "fused recurrence"),
+    **dict.fromkeys(("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper"), "scaled dot"),
+    "fft": "Fourier transform",
+    "ragged_dot_general": "ragged dot",
 }  # fmt: skip
 
 _BY_PRIMITIVE = {
@@ -222,13 +191,6 @@ def kind_of(graph: ir.Graph, eqn: ir.Equation) -> str:
     return _BY_PRIMITIVE.get(eqn.name, "")
 
 
-def behaviour(kind: str, eqn: ir.Equation) -> str:
-    """How the equation of a site meets int8 tensors."""
-    if kind == "pool2d" and not eqn.name.endswith("_sum"):
-        return SELECT
-    return LOOK_UP if kind == LOOKUP_KIND else BEHAVIOUR[kind]
-
-
 def is_join(eqn: ir.Equation) -> bool:
     """True for an equation that lays several tensors beside each other: their parts stay apart."""
     return eqn.name in ("concatenate", "stack")
@@ -236,7 +198,7 @@ def is_join(eqn: ir.Equation) -> bool:
 
 def is_layout(kind: str) -> bool:
     """True for a kind that only rearranges, copies or picks values."""
-    return BEHAVIOUR.get(kind) == LAYOUT
+    return kind in LAYOUT_KINDS
 
 
 def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:

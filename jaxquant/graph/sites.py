@@ -17,8 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxquant.graph import composites, ir, jax_shim, kinds, primitives
+from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph import trace as tracing
+from jaxquant.jax_shim import jaxprs
 
 _COLLECTION = "params"
 CONTROL_FLOW = frozenset({"scan", "while", "cond"})
@@ -90,7 +91,7 @@ def find_sites(graph: ir.Graph, lookups: bool = False) -> tuple[Site, ...]:
 
 def body_graphs(graph: ir.Graph, eqn: ir.Equation) -> list[ir.Graph]:
     """The bodies of a control-flow equation."""
-    bodies = jax_shim.sub_bodies(dict(eqn.params))
+    bodies = jaxprs.sub_bodies(dict(eqn.params))
     return [
         tracing.trace_body(graph, eqn, jaxpr, consts, _feeding(eqn, key, jaxpr))
         for key, jaxpr, consts in bodies
@@ -110,7 +111,7 @@ def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
     """The operands that feed a body's inputs; None for a carry and for what is not known."""
     n, operands = len(jaxpr.invars), list(eqn.inputs)
     if eqn.name == "scan":
-        consts, carry = jax_shim.scan_counts(eqn.params)
+        consts, carry = jaxprs.scan_counts(eqn.params)
         return operands[:consts] + [None] * carry + operands[consts + carry :]
     if eqn.name == "while":
         cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -145,7 +146,7 @@ def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) 
             if inside:
                 site = dataclasses.replace(site, output=None, operands=(), weight=None)
             yield site
-        elif not kind and jax_shim.sub_bodies(dict(eqn.params)):
+        elif not kind and jaxprs.sub_bodies(dict(eqn.params)):
             for number, body in enumerate(body_graphs(graph, eqn)):
                 yield from _collect(body, (*inside, eqn.name), (*holder, eqn.index, number))
 
@@ -158,9 +159,7 @@ def _classes_of(graph: ir.Graph, weight_path: str) -> tuple[str, ...]:
 
 
 # Of these, only operations of two different tensors are sites.
-_ELEMENTWISE = frozenset(
-    (*kinds.ELEMENTWISE_KINDS, *(k for k, b in kinds.BEHAVIOUR.items() if b == kinds.DECIDE))
-) - {"argmax"}
+_ELEMENTWISE = frozenset((*kinds.ELEMENTWISE_KINDS, *kinds.COMPARISON_KINDS))
 
 
 def _float_operands(graph: ir.Graph, eqn: ir.Equation) -> tuple[ir.Var, ...]:

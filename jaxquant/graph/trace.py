@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import flax_tags, ir, jax_shim, symbolic
+from jaxquant.graph import flax_tags, ir, symbolic
+from jaxquant.jax_shim import jaxprs
 
 
 def trace(
@@ -159,15 +160,15 @@ class _Builder:
             env[var] = constant
 
         def read(atom: Any) -> ir.Atom:
-            if isinstance(atom, jax_shim.Literal):
-                return ir.Literal(np.asarray(atom.val, dtype=jax_shim.dtype_of(atom)))
+            if isinstance(atom, jaxprs.Literal):
+                return ir.Literal(np.asarray(atom.val, dtype=jaxprs.dtype_of(atom)))
             return env[atom]
 
         for eqn in jaxpr.eqns:
             operands = [read(x) for x in eqn.invars]
-            inner_scope = "/".join(s for s in (scope, jax_shim.scope_of(eqn)) if s)
+            inner_scope = "/".join(s for s in (scope, jaxprs.scope_of(eqn)) if s)
             line = eqn.source_info if source is None else source
-            body = jax_shim.inlined_body(eqn)
+            body = jaxprs.inlined_body(eqn)
             if body is not None and not self.keeps(eqn):
                 name = eqn.params.get("name", eqn.primitive.name)
                 inner_calls = (*calls, str(name), len(self.equations))
@@ -195,7 +196,7 @@ class _Builder:
 
     def keeps(self, eqn: Any) -> bool:
         """Whether a call stays one equation, for the sake of its derivative rule."""
-        return self.differentiable and jax_shim.has_custom_derivative(eqn) and not _holds_site(eqn)
+        return self.differentiable and jaxprs.has_custom_derivative(eqn) and not _holds_site(eqn)
 
     def graph(
         self,
@@ -221,9 +222,7 @@ class _Builder:
 
 def _holds_site(eqn: Any) -> bool:
     return eqn.primitive.name in ("conv_general_dilated", "dot_general") or any(
-        _holds_site(inner)
-        for _, jaxpr, _ in jax_shim.sub_bodies(eqn.params)
-        for inner in jaxpr.eqns
+        _holds_site(inner) for _, jaxpr, _ in jaxprs.sub_bodies(eqn.params) for inner in jaxpr.eqns
     )
 
 

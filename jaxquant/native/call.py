@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import choices, jaxprs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Static:
 
 def call(static: Static, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Run the kernel that `static` describes; the results are [batch, ...]."""
-    return tuple(_batched(static)(*jax_shim.match_varying(operands)))
+    return tuple(_batched(static)(*jaxprs.match_varying(operands)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -47,7 +47,7 @@ def _batched(static: Static) -> Callable[..., Any]:
     @jax.custom_batching.custom_vmap
     def run(*operands: jax.Array) -> Any:
         outputs = _outputs(static, operands)
-        return jax_shim.choose_by_devices(direct, partitioned, outputs, operands)
+        return choices.choose_by_devices(direct, partitioned, outputs, operands)
 
     @run.def_vmap
     def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:

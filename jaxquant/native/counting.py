@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import choices
 from jaxquant.native import library
 
 _OUTPUTS = [jax.ShapeDtypeStruct((2048,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)]
@@ -38,7 +38,7 @@ def histogram(x: jax.Array, least_exponent: int) -> tuple[jax.Array, jax.Array]:
 def counter(
     portable: Callable[[jax.Array], Sequence[jax.Array]], least_exponent: int
 ) -> Callable[[jax.Array], Sequence[jax.Array]]:
-    """`histogram` on one CPU device, `portable` elsewhere; see `jax_shim.choose_on_one_cpu`.
+    """`histogram` on one CPU device, `portable` elsewhere; see `choices.choose_on_one_cpu`.
 
     In a third of the time of XLA's scatter on two cores (experiments/benchmarks/histogram.py).
     """
@@ -49,6 +49,6 @@ def counter(
         return histogram(x, least_exponent)
 
     def count(x: jax.Array) -> Sequence[jax.Array]:
-        return jax_shim.choose_on_one_cpu(natively, portable, _OUTPUTS, [x])
+        return choices.choose_on_one_cpu(natively, portable, _OUTPUTS, [x])
 
     return count

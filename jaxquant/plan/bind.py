@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.sites import Site, find_sites, tensor_names
-from jaxquant.modes import MODES
+from jaxquant.plan import behaviours
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan, SitePlan
 from jaxquant.plan.restore import Restored, restorable
 
@@ -81,10 +82,10 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
-    bound, by_behaviour = [], {kinds.SELECT: set[int](), kinds.DECIDE: set[int]()}
+    bound, by_behaviour = [], {behaviours.SELECT: set[int](), behaviours.DECIDE: set[int]()}
     for site in chosen:
-        behaviour = kinds.behaviour(site.kind, graph.equations[site.equation])
-        if behaviour in (kinds.ACCUMULATE, kinds.LOOK_UP):
+        behaviour = behaviours.behaviour_of(site.kind, graph.equations[site.equation])
+        if behaviour in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
             affine = planned[site.name].affine
             epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
             known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint
@@ -98,8 +99,8 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
     equalized = {tensor.name for tensor in plan.tensors if tensor.channels}
     return Binding(
         tuple(bound),
-        frozenset(by_behaviour[kinds.SELECT]),
-        frozenset(by_behaviour[kinds.DECIDE]),
+        frozenset(by_behaviour[behaviours.SELECT]),
+        frozenset(by_behaviour[behaviours.DECIDE]),
         forms,
         entries,
         scales,

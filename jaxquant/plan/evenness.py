@@ -24,6 +24,7 @@ import numpy as np
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph.sites import Site, find_sites
+from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.constants import constants_of, has_infinity
 from jaxquant.plan.forms import Forms
@@ -233,13 +234,13 @@ class _Readers:
 
     def _read(self, user: ir.Equation, axes: frozenset[int] | None, found: set[str]) -> None:
         graph, site = self._graph, self._sites.get(user.index)
-        behaviour = kinds.behaviour(site.kind, user) if site is not None else ""
-        if site is not None and behaviour == kinds.ACCUMULATE:
+        behaviour = behaviours.behaviour_of(site.kind, user) if site is not None else ""
+        if site is not None and behaviour == behaviours.ACCUMULATE:
             stored = site.stored_weight is not None
             if not (stored and (axes is None or _sums_over(site, user, axes))):
                 found.add(site.name)
         elif site is not None and (
-            behaviour == kinds.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS
+            behaviour == behaviours.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS
         ):
             found.add(site.name)
         elif user.index in self._forms.moves:

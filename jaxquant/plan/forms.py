@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph.sites import Site
+from jaxquant.plan import behaviours
 from jaxquant.plan.constants import takes_constants
 from jaxquant.plan.select import in_skip_scope
 
@@ -73,7 +74,7 @@ class _Search:
         self._sites = sites
         self._by_equation = {site.equation: site for site in sites}
         self._behaviour = {
-            site.equation: kinds.behaviour(site.kind, graph.equations[site.equation])
+            site.equation: behaviours.behaviour_of(site.kind, graph.equations[site.equation])
             for site in sites
         }
         self._elementwise = any(
@@ -105,7 +106,7 @@ class _Search:
         eqn, behaviour = self._graph.equations[site.equation], self._behaviour[site.equation]
         if kinds.is_join(eqn):
             return takes_constants(self._graph, eqn) and self._leads_to_int8(eqn)
-        anchors = (kinds.ACCUMULATE, kinds.SELECT, kinds.DECIDE)
+        anchors = (behaviours.ACCUMULATE, behaviours.SELECT, behaviours.DECIDE)
         return behaviour in anchors or site.kind == "softmax"
 
     def _leads_to_int8(self, eqn: ir.Equation) -> bool:
@@ -131,7 +132,7 @@ class _Search:
     @functools.cached_property
     def _read_by_sites(self) -> frozenset[ir.Var]:
         """The tensors that sites compute on in int8, or decide by."""
-        moving = (kinds.SELECT, kinds.LAYOUT)
+        moving = (behaviours.SELECT, behaviours.LAYOUT)
         found: set[ir.Var] = set()
         for site in self._sites:
             if self._behaviour[site.equation] not in moving:
@@ -146,7 +147,7 @@ class _Search:
     def _need_operands(self, site: Site) -> None:
         for operand in site.operands:
             self._need(operand)
-        if self._behaviour[site.equation] == kinds.SELECT:
+        if self._behaviour[site.equation] == behaviours.SELECT:
             eqn = self._graph.equations[site.equation]
             self._moves.add(eqn.index)
             self._int8.update(eqn.outputs)
@@ -172,7 +173,7 @@ class _Search:
             return False
         if self._relu and primitives.is_relu(eqn) and self._is_selected(eqn.input_vars[0]):
             return True  # max(q, 0) on the scale that the tensor has
-        if self._behaviour.get(eqn.index) in (kinds.SELECT, kinds.LAYOUT):
+        if self._behaviour.get(eqn.index) in (behaviours.SELECT, behaviours.LAYOUT):
             return True
         if eqn.name == "convert_element_type" and eqn.inputs[0] in self._int8:
             return True  # between float types: the integers are the same
@@ -181,7 +182,7 @@ class _Search:
     def _is_selected(self, var: ir.Var) -> bool:
         """True where a tensor is int8 by selection: it was never float, so there is no epilogue."""
         eqn = self._graph.producer.get(var)
-        return eqn is not None and self._behaviour.get(eqn.index) == kinds.SELECT
+        return eqn is not None and self._behaviour.get(eqn.index) == behaviours.SELECT
 
     def _moved(self, eqn: ir.Equation) -> tuple[ir.Var, ...]:
         """The operands whose values an equation hands through."""
@@ -241,15 +242,15 @@ class _Search:
     def _is_computed(self, eqn: ir.Equation) -> bool:
         """True where a result is in float32 registers: an accumulator or an elementwise site."""
         behaviour = self._behaviour.get(eqn.index)
-        return behaviour == kinds.ACCUMULATE or (
-            behaviour == kinds.COMPUTE and self._by_equation[eqn.index].kind != "softmax"
+        return behaviour == behaviours.ACCUMULATE or (
+            behaviour == behaviours.COMPUTE and self._by_equation[eqn.index].kind != "softmax"
         )
 
     def _spread(self) -> None:
         """Hand int8 forward through layout operations to whoever reads int8."""
         graph, spread = self._graph, []
         for eqn in graph.equations:
-            if self._behaviour.get(eqn.index) != kinds.LAYOUT or eqn.index in self._moves:
+            if self._behaviour.get(eqn.index) != behaviours.LAYOUT or eqn.index in self._moves:
                 continue
             operands = self._moved(eqn)
             if not takes_constants(self._graph, eqn):
@@ -273,7 +274,7 @@ class _Search:
         for site in self._sites:
             if site.kind == "softmax":
                 found.update(softmaxes[site.equation].members)
-            elif self._behaviour[site.equation] == kinds.DECIDE:
+            elif self._behaviour[site.equation] == behaviours.DECIDE:
                 found.add(site.equation)
         if self._elementwise:
             named = {s.equation for s in self._sites}

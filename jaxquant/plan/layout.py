@@ -31,8 +31,8 @@ import jax
 
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.sites import Site
-from jaxquant.modes import MODES
 from jaxquant.plan.epilogue import channel_axes, stored_shape
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 
 

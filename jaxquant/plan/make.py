@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 from jaxquant.calibration.observations import Observations, TensorStats, merge
 from jaxquant.calibration.observers import check_thresholds
-from jaxquant.config import QuantConfig
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.sites import Site, find_sites, tensor_names
-from jaxquant.modes import MODES, Mode
-from jaxquant.plan import select
+from jaxquant.plan import behaviours, select
 from jaxquant.plan.bind import group_entries
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.grid import levels, make_grid
+from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
 from jaxquant.plan.ties import without_ties
 
@@ -252,7 +252,8 @@ def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:
     return {
         (eqn.index,)
         for site in chosen
-        if kinds.behaviour(site.kind, graph.equations[site.equation]) == kinds.ACCUMULATE
+        if behaviours.behaviour_of(site.kind, graph.equations[site.equation])
+        == behaviours.ACCUMULATE
         for eqn in find_epilogue(graph, site).movements
     }
 
@@ -261,7 +262,7 @@ def _unused(graph: ir.Graph, site: Site, forms: Forms) -> str:
     eqn = graph.equations[site.equation]
     if site.inside or eqn.index in forms.moves:
         return ""
-    if kinds.behaviour(site.kind, eqn) == kinds.LAYOUT:
+    if behaviours.behaviour_of(site.kind, eqn) == behaviours.LAYOUT:
         return "between float operations"
     return "no int8 site reads it" if kinds.is_join(eqn) else ""
 
@@ -281,7 +282,7 @@ def _site_plan(
     if not reason:
         inputs = tuple(dict.fromkeys(groups[v] for v in site.operands if v in groups))
         eqn = graph.equations[site.equation]
-        if kinds.behaviour(site.kind, eqn) in (kinds.ACCUMULATE, kinds.LOOK_UP):
+        if behaviours.behaviour_of(site.kind, eqn) in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
             epilogue = find_epilogue(graph, site, None if mode.integer else 0)
             affine, activation = epilogue.affine, epilogue.activation
             digest = fingerprint(graph, site, epilogue)

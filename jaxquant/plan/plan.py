@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxquant.modes import STATIC
+from jaxquant.plan.modes import STATIC
 
 VERSION = 1
 INT8, FLOAT = "int8", "float"
@@ -56,7 +56,7 @@ class SitePlan:
 class Plan:
     """Which sites are int8, and with which scales.
 
-    `kinds` are those that were asked for; `mode` is a key of `jaxquant.modes.MODES`;
+    `kinds` are those that were asked for; `mode` is a key of `jaxquant.plan.modes.MODES`;
     `weight_bits` and `group_size` (None: a scale per channel) are of weight-only quantization.
     """
 

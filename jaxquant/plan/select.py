@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from jaxquant.config import QuantConfig
 from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
-from jaxquant.modes import MODES
+from jaxquant.plan import behaviours
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
+from jaxquant.plan.modes import MODES
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -53,7 +54,7 @@ def reason_for_float(
     if site.inside:
         return f"inside {'/'.join(site.inside)}: control flow runs in float"
     if site.kind in kinds.PRODUCTS:
-        return kinds.PRODUCTS[site.kind]
+        return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
@@ -129,6 +130,5 @@ def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
         elif prefix == "module":
             names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
         else:
-            layout = {k for k, b in kinds.BEHAVIOUR.items() if b == kinds.LAYOUT}
-            names = [site.name for site in found if site.kind not in layout]
+            names = [site.name for site in found if not kinds.is_layout(site.kind)]
         raise ValueError(f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}")

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.quantize.weights import whole_steps
 from jaxquant.recover.compare import Comparison
 from jaxquant.recover.shift import Shift
+from jaxquant.weights.quantize import whole_steps
 
 
 def correct_biases(

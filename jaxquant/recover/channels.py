@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.recover.product import Product
+from jaxquant.run.float_forms import evaluate_float
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples
 _TOP = 8  # samples that tell of a channel's tail

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import jax_shim, sites, trace
-from jaxquant.graph.float_forms import evaluate_float
+from jaxquant.graph import sites, trace
 from jaxquant.graph.static_values import static_values
+from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import Int8Site
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.shift import Powers, Shift, compare_outputs, powers
+from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program
 
 
@@ -41,7 +42,7 @@ class Comparison:
     def __init__(self, program: Program, params: Any):
         self._program = program
         self._params = params
-        self._step = jax.jit(self._compare, compiler_options=jax_shim.quick_compilation())
+        self._step = jax.jit(self._compare, compiler_options=compilation.quick_compilation())
         graph = program.graph
         self._known = static_values(graph, params)
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}

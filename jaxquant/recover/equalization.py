@@ -42,12 +42,12 @@ from jaxquant.plan import layout
 from jaxquant.plan.grid import SMALLEST_SCALE, Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import Plan, TensorPlan
-from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import Equalization
 from jaxquant.recover.channels import Seen, Target, reach, watch
 from jaxquant.recover.product import Product
 from jaxquant.recover.trial import InputGrid, Trial
 from jaxquant.run.program import Program
+from jaxquant.weights.fold import fold
+from jaxquant.weights.quantize import Equalization
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),

@@ -18,24 +18,24 @@ import numpy as np
 
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.graph import ir
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
-from jaxquant.quantize.fold import fold
-from jaxquant.quantize.weights import (
-    Equalization,
-    along_channels,
-    equalized,
-    whole_steps,
-)
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest, make_source
 from jaxquant.recover.walk import Walk
+from jaxquant.run.float_forms import evaluate_float
+from jaxquant.weights.fold import fold
+from jaxquant.weights.quantize import (
+    Equalization,
+    along_channels,
+    equalized,
+    whole_steps,
+)
 
 POSITIONS = 4096  # of a site's output, at most
 _FEWEST = 8  # positions to learn from

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import native
-from jaxquant.graph import evaluate, jax_shim
+from jaxquant.graph import evaluate
 from jaxquant.graph.primitives import Channels
+from jaxquant.jax_shim import choices
 from jaxquant.native.differences import output_types
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.recover.activation import Activation
@@ -149,7 +150,7 @@ def _choose(
         return native.differences(y, y_hat, bounds, *gain)
 
     outputs = output_types(operands[0].shape[-1])
-    return jax_shim.choose_on_one_cpu(natively, portable, outputs, operands)
+    return choices.choose_on_one_cpu(natively, portable, outputs, operands)
 
 
 def shift_of(

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from jaxquant.graph import ir
 from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import Plan
-from jaxquant.quantize.weights import Equalization, quantize_params
 from jaxquant.recover.adaround import check_optax
 from jaxquant.recover.bias_correction import correct_biases
 from jaxquant.recover.compare import Comparison
 from jaxquant.recover.equalization import equalize, find_targets
 from jaxquant.recover.rounding import learn_roundings
 from jaxquant.run.program import Program, program_by_site
+from jaxquant.weights.quantize import Equalization, quantize_params
 
 
 class Recovered(NamedTuple):

@@ -17,8 +17,8 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import MEANINGS
 from jaxquant.graph.sites import find_sites
-from jaxquant.modes import MODES
 from jaxquant.plan import layout
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.sqnr import Outputs
@@ -59,7 +59,7 @@ class Report:
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
         read_dequantized (the parameters that are stored as integers alone and read in float too),
-        recovery (step -> what it did); with a metric: control, see `jaxquant.analysis.control`.
+        recovery (step -> what it did); with a metric: control, see `jaxquant.tune.control`.
       outputs: one dict per float output of the model, on the first calibration batch: name,
         sqnr_db, worst_column, worst_column_db, lost_columns; see `jaxquant.report.sqnr.Outputs`.
     """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from jaxquant import native
-from jaxquant.modes import MODES
+from jaxquant.plan.modes import MODES
 
 BACKENDS = ("auto", "native", "xla")
 
@@ -42,7 +42,7 @@ def choose_backend(requested: str, mode: str) -> Backend:
 
     Args:
       requested: one of `BACKENDS`, as `check_backend` lets it pass.
-      mode: of the model's plan, a key of `jaxquant.modes.MODES`.
+      mode: of the model's plan, a key of `jaxquant.plan.modes.MODES`.
     """
     if requested == "xla":
         return Backend("xla", "chosen")

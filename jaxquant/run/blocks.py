@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import choices, jaxprs
 from jaxquant.run.dequantize import StoredWeight, dequantize_groups, dequantize_weight
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
@@ -63,7 +63,7 @@ def product(x: jax.Array, stored: StoredWeight, precision: Any = None) -> jax.Ar
 
     outputs = [jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)]
     operands = [x, stored.integers, stored.scale]
-    return jax_shim.choose_by_devices(on_one_device, whole, outputs, operands)[0]
+    return choices.choose_by_devices(on_one_device, whole, outputs, operands)[0]
 
 
 def _rows_at_once(samples: object) -> int:
@@ -102,7 +102,7 @@ def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
 
     whole, left = divmod(length, rows) if rows else (0, 0)
     total = jnp.zeros((x.shape[0], columns), jnp.float32)
-    total = jax_shim.match_varying([total, x])[0]
+    total = jaxprs.match_varying([total, x])[0]
     if whole:
         total = lax.fori_loop(0, whole, lambda i, sums: sums + partial(i * rows, rows), total)
     return total + partial(whole * rows, left) if left else total
@@ -127,7 +127,7 @@ def _along_outputs(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
 
     whole, left = divmod(columns, rows) if rows else (0, 0)
     result = jnp.zeros((x.shape[0], columns), jnp.float32)
-    result = jax_shim.match_varying([result, x])[0]
+    result = jaxprs.match_varying([result, x])[0]
     if whole:
         result = lax.fori_loop(0, whole, step, result)
     if left:

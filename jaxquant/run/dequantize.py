@@ -11,7 +11,7 @@ from jaxquant.plan.groups import GroupLayout
 
 
 class StoredWeight(NamedTuple):
-    """What `jaxquant.quantize.groups.quantize_groups` returned, the scales as float32, and took."""
+    """What `jaxquant.weights.groups.quantize_groups` returned, the scales as float32, and took."""
 
     integers: jax.Array
     scale: jax.Array

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Int8Site
 
 
@@ -33,9 +33,9 @@ def epilogue(
     if worth is not None and site.epilogue.movements:
         worth = jnp.broadcast_to(worth, value.shape)
     for eqn in site.epilogue.movements:
-        (value,) = jax_shim.bind(eqn.primitive, [value], dict(eqn.params))
+        (value,) = jaxprs.bind(eqn.primitive, [value], dict(eqn.params))
         if worth is not None:
-            (worth,) = jax_shim.bind(eqn.primitive, [worth], dict(eqn.params))
+            (worth,) = jaxprs.bind(eqn.primitive, [worth], dict(eqn.params))
     multiplier = channels.spread(arrays["multiplier"], value.ndim)
     value = value * (multiplier if worth is None else worth * multiplier)
     if "bias" in arrays:

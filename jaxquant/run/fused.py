@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant import native
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import choices
 from jaxquant.native import Call, Residual
 from jaxquant.plan import layout
 from jaxquant.run import int8
@@ -76,7 +77,7 @@ class FusedCall:
         def named(run: Any) -> Any:
             return lambda *arrays: run(dict(zip(names, arrays, strict=True)))
 
-        results = jax_shim.choose_by_platform(
+        results = choices.choose_by_platform(
             named(self.native), named(self.portable), self.outputs, list(operands.values())
         )
         return self.by_form(results)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run.conv import conv
 
@@ -70,7 +71,7 @@ def combine(
     if eqn.name == "dot_general":
         return dot_of_tensors((operands[0], operands[1]), eqn.params, zero_points)
     values = [x.astype(jnp.int32) - z for x, z in zip(operands, zero_points, strict=True)]
-    (total,) = jax_shim.bind(eqn.primitive, values, dict(eqn.params))
+    (total,) = jaxprs.bind(eqn.primitive, values, dict(eqn.params))
     return total
 
 

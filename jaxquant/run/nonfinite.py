@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.graph import ir, jax_shim, primitives
+from jaxquant.graph import ir, primitives
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding
 
 # Of finite operands these may give others.
@@ -67,7 +68,7 @@ def _makes_them(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name == "div" and (divisor := primitives.constant_scalar(graph, eqn.inputs[1])):
         return abs(divisor) < 1  # by the number of elements, as a mean does, none is made
     fills = eqn.name == "gather" and "FILL" in str(eqn.params.get("mode"))
-    return eqn.name in _MAKES_THEM or fills or bool(jax_shim.sub_bodies(dict(eqn.params)))
+    return eqn.name in _MAKES_THEM or fills or bool(jaxprs.sub_bodies(dict(eqn.params)))
 
 
 def mark(value: jax.Array, is_stored: bool) -> jax.Array:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.graph import ir, jax_shim, symbolic
+from jaxquant.graph import ir, symbolic
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.liveness import read_in_float
 
@@ -62,7 +63,7 @@ def max_pool(x: jax.Array, eqn: ir.Equation) -> jax.Array:
     """`reduce_window_max` of an int8 array, padded with the lowest integer."""
     params = eqn.params
     if not _runs_as_slices(x, params):
-        (result,) = jax_shim.bind(eqn.primitive, [x], dict(params))
+        (result,) = jaxprs.bind(eqn.primitive, [x], dict(params))
         return result
     padded = lax.pad(x, jnp.int8(-128), [(*pads, 0) for pads in params["padding"]])
     strides, sizes = params["window_strides"], params["window_dimensions"]

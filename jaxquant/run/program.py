@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import native
-from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
-from jaxquant.modes import MODES
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.epilogue import channel_axes, output_channels
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import dynamic, int8, nonfinite, weight_only
 from jaxquant.run.dequantize import StoredWeight, dequantize_weight
@@ -299,5 +300,5 @@ def _decide(eqn: ir.Equation, quantized: QuantizedTensors) -> Sequence[Any]:
         quantized.shares_scale(operands[0], v) for v in operands
     ):
         values = [quantized.int8(v) for v in operands]
-        return jax_shim.bind(eqn.primitive, values, dict(eqn.params))
+        return jaxprs.bind(eqn.primitive, values, dict(eqn.params))
     return evaluate.apply(quantized, eqn)

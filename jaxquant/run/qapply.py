@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir
 from jaxquant.graph.trace import trace
-from jaxquant.modes import MODES
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run.backend import Backend, check_backend, choose_backend
 from jaxquant.run.fusion import Fuse

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.graph import evaluate, ir
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding
 from jaxquant.run import int8, nonfinite, pooling
 
@@ -135,4 +136,4 @@ class QuantizedTensors:
         if eqn.name == "gather":
             # of an index out of range, where a float gather gives NaN
             params["fill_value"] = self.zero_point(eqn.outputs[0])
-        return jax_shim.bind(eqn.primitive, operands, params)
+        return jaxprs.bind(eqn.primitive, operands, params)

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from jaxquant import native
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import choices
 from jaxquant.run.fused import FusedCall
 
 Results = dict[int, tuple[Any, Any]]
@@ -179,7 +180,7 @@ class FusedSequence:
 
         arrays = [value for each in operands for value in each.values()]
         chosen = self._native if natively else self._portable
-        given = jax_shim.choose_by_platform(
+        given = choices.choose_by_platform(
             named(chosen), named(self._portable), self._outputs, arrays
         )
         by_call: dict[int, list[Any]] = {}

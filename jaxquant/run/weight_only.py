@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import evaluate, ir, jax_shim
+from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
+from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.layout import WeightView
 from jaxquant.run import blocks
 from jaxquant.run.dequantize import StoredWeight, dequantize_groups, dequantize_weight
@@ -41,9 +42,9 @@ def apply(
     weight = dequantize_weight(stored).astype(dtype)
     weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
     for movement in view.movements:
-        (weight,) = jax_shim.bind(movement.primitive, [weight], dict(movement.params))
+        (weight,) = jaxprs.bind(movement.primitive, [weight], dict(movement.params))
     operands.insert(site.weight_position, weight)
-    (value,) = jax_shim.bind(eqn.primitive, operands, dict(eqn.params))
+    (value,) = jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
     return value
 
 

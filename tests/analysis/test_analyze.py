@@ -11,11 +11,11 @@ import pytest
 
 import jaxquant
 from jaxquant.analysis import measures
-from jaxquant.analysis.biases import without_correction
-from jaxquant.analysis.switch import Switch
-from jaxquant.analysis.units import find_units
 from jaxquant.graph.trace import trace
 from jaxquant.run.program import Program
+from jaxquant.tune.biases import without_correction
+from jaxquant.tune.switch import Switch
+from jaxquant.tune.units import find_units
 from tests import networks
 from tests.analysis import faults
 

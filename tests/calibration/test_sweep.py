@@ -9,7 +9,7 @@ import pytest
 import jaxquant
 from jaxquant.calibration import histogram
 from jaxquant.calibration.sweep import Sweep
-from jaxquant.config import QuantConfig
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
 W = {"w": jnp.eye(4)}

@@ -16,7 +16,8 @@ import pytest
 
 import jaxquant
 from jaxquant.deploy.onnx import emitter
-from jaxquant.graph import jax_shim, kinds, primitives
+from jaxquant.graph import kinds, primitives
+from jaxquant.jax_shim import jaxprs
 from tests.networks import images
 
 _COLLECT = """
@@ -119,7 +120,7 @@ def listed(groups) -> set[str]:
 
 def test_every_primitive_of_jax_is_known():
     known = {"dot_general", "conv_general_dilated", *kinds.PRODUCTS, *kinds.by_primitive()}
-    known |= primitives.ELEMENTWISE | primitives.MOVEMENTS | jax_shim.inlined_calls()
+    known |= primitives.ELEMENTWISE | primitives.MOVEMENTS | jaxprs.inlined_calls()
     known |= listed(FLOAT) | listed(ELSEWHERE) | set(BODIES.split())
     new = {
         name: modules

@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from jaxquant.config import QuantConfig
 from jaxquant.graph.trace import trace
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 from tests import networks
 from tests.networks import find, site_names

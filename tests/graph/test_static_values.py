@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxquant.graph import evaluate
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.static_values import static_values
 from jaxquant.graph.trace import trace
+from jaxquant.run.float_forms import evaluate_float
 
 
 class Net(nn.Module):

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant import native
-from jaxquant.graph.float_forms import evaluate_float
 from jaxquant.graph.trace import trace
+from jaxquant.run.float_forms import evaluate_float
 from tests.native.cases import needs_kernels
 
 pytestmark = needs_kernels

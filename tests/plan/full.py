@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from jaxquant.calibration.observations import Observations, TensorStats
-from jaxquant.config import QuantConfig
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
-from jaxquant.quantize.weights import quantize_params
 from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.weights.quantize import quantize_params
 from tests import networks
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxquant.quantize.weights import quantize_weight
 from jaxquant.recover.trial import InputGrid, Trial
+from jaxquant.weights.quantize import quantize_weight
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

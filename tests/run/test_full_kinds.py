@@ -15,6 +15,7 @@ import pytest
 from jax import lax
 
 from jaxquant.graph import kinds
+from jaxquant.plan import behaviours
 from tests import networks, reference
 from tests.plan import full
 
@@ -310,7 +311,7 @@ def within_one_step(found, expected, exact=0.95):
 def test_the_network_holds_every_kind(model):
     found = {site.kind for site in model.plan.sites if site.status == "int8"}
     fused = {*kinds.ACTIVATION_KINDS, "reshape2"}  # reshape2 is another name of reshape
-    assert found == set(kinds.BEHAVIOUR) - fused
+    assert found == set(behaviours.BY_KIND) - fused
     assert {site.reason for site in model.plan.sites} <= {"", "between float operations"}
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 import jaxquant
 from jaxquant.plan.groups import group_layout
-from jaxquant.quantize.groups import quantize_groups, unpack
+from jaxquant.weights.groups import quantize_groups, unpack
 from tests import networks
 from tests.quantize.test_groups import fake_groups
 

@@ -19,7 +19,7 @@ from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
 from jaxquant.keywords import named
-from jaxquant.modes import STATIC
+from jaxquant.plan.modes import STATIC
 
 OPSETS = range(13, 24)
 _CHANNELS_FIRST = (0, 3, 1, 2)

@@ -12,7 +12,7 @@ from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.target import Target, WeightForm
 from jaxquant.plan.plan import Plan
-from jaxquant.quantize.weights import LARGEST_BIAS
+from jaxquant.weights.quantize import LARGEST_BIAS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as known
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import jaxprs
 
 SIZE = "dim_as_value"  # a size that varies, as a number
 CALL = "jit"  # a call in the body of control flow
@@ -47,7 +47,7 @@ def is_known(name: str) -> bool:
     return name in _NAMES and name in _table()
 
 
-def primitive(name: str) -> jax_shim.Primitive:
+def primitive(name: str) -> jaxprs.Primitive:
     """The primitive of a name.
 
     Raises:
@@ -61,7 +61,7 @@ def primitive(name: str) -> jax_shim.Primitive:
 
 
 @functools.cache
-def _table() -> Mapping[str, jax_shim.Primitive]:
+def _table() -> Mapping[str, jaxprs.Primitive]:
     found = {
         value.name: value
         for module in (lax, known)
@@ -74,7 +74,7 @@ def _table() -> Mapping[str, jax_shim.Primitive]:
     return MappingProxyType(found)
 
 
-def _examples() -> list[jax_shim.JaxprEqn]:
+def _examples() -> list[jaxprs.JaxprEqn]:
     x, sizes = jnp.zeros((2, 2)), jax.ShapeDtypeStruct((2,), jnp.int32)
     (size,) = jax.export.symbolic_shape("n")
     traces: list[Any] = [
@@ -104,6 +104,6 @@ def generator(implementation: str) -> Any:
 
 
 @functools.cache
-def _seeding(implementation: str) -> jax_shim.JaxprEqn:
+def _seeding(implementation: str) -> jaxprs.JaxprEqn:
     (eqn,) = jax.make_jaxpr(lambda: jax.random.key(0, impl=implementation))().jaxpr.eqns
     return eqn

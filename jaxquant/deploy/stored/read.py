@@ -14,7 +14,8 @@ from jax import export
 from jaxquant.deploy.stored import replay, sizes, values
 from jaxquant.deploy.stored.form import Constant, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import decode_tree
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import prng
 
 _CONSTRAINT = re.compile(r"(.+?)(==|<=|>=)(.+)")
 
@@ -164,8 +165,8 @@ def _constant(constant: Constant, arrays: Mapping[str, np.ndarray]) -> Any:
     if constant.array not in arrays:
         raise ValueError(f"the array {constant.array[:60]!r} is not there")
     value: Any = arrays[constant.array]
-    if jax_shim.is_key_dtype(struct.dtype):
-        value = jax.random.wrap_key_data(value, impl=jax_shim.key_implementation(struct.dtype))
+    if prng.is_key_dtype(struct.dtype):
+        value = jax.random.wrap_key_data(value, impl=prng.key_implementation(struct.dtype))
     if (value.shape, value.dtype) != (struct.shape, struct.dtype):
         raise ValueError(f"the array {constant.array!r} is {value.dtype}{list(value.shape)}")
     return value

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxquant.deploy.stored import primitives, values
 from jaxquant.deploy.stored.form import Atom, Body, Equation, StoredForm
-from jaxquant.graph import ir, jax_shim
+from jaxquant.graph import ir
+from jaxquant.jax_shim import jaxprs, symbols
 
 MAX_ELEMENTS = 2**40  # of a tensor: XLA multiplies sizes without looking at overflows
 _MAX_STEPS = 2**16  # equations of a graph and of the bodies that it reads
@@ -105,7 +106,7 @@ class Replay:
         """
         if equation.op == primitives.SIZE:
             size = values.decode(equation.params["dim"], self._known, self._no_body)
-            return np.asarray(size, jax_shim.size_dtype()) if isinstance(size, int) else None
+            return np.asarray(size, symbols.size_dtype()) if isinstance(size, int) else None
         numbers = [x.value for x in inputs if isinstance(x, ir.Literal)]
         if len(numbers) != len(inputs) or self._sizes.isdisjoint(
             x for x in equation.inputs if isinstance(x, int)
@@ -139,7 +140,7 @@ class Replay:
 
     def _bind(self, equation: Equation, operands: Sequence[Any], params: Any) -> list[Any]:
         self._count(1)
-        results = jax_shim.bind(primitives.primitive(equation.op), operands, dict(params))
+        results = jaxprs.bind(primitives.primitive(equation.op), operands, dict(params))
         return _checked_results(equation, results)
 
     def _params(self, equation: Equation, operands: Sequence[Any], depth: int) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class Replay:
         name = equation.params["name"]
 
         def called(*xs: Any) -> Any:
-            return jax_shim.jaxpr_as_fun(closed)(*xs)
+            return jaxprs.jaxpr_as_fun(closed)(*xs)
 
         called.__name__ = called.__qualname__ = str(name)
         return _checked_results(equation, list(jax.jit(called)(*operands)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import containers
 
 _MAX_DEPTH = 16
 
@@ -44,7 +44,7 @@ def _encode(tree: Any, depth: int) -> Any:
         return None
     if kind is dict and all(type(key) in (str, int, bool) for key in auxiliary):
         return {"dict": [list(pair) for pair in zip(auxiliary, parts, strict=True)]}
-    name, extra = jax_shim.container_name(kind, auxiliary)
+    name, extra = containers.container_name(kind, auxiliary)
     return {"registered": [name, extra, parts]}
 
 
@@ -68,5 +68,5 @@ def _template(data: Any, depth: int) -> Any:
         name, extra, children = parts
         if isinstance(name, str) and isinstance(extra, str) and isinstance(children, list):
             made = [_template(child, depth + 1) for child in children]
-            return jax_shim.container(name, extra, made)
+            return containers.container(name, extra, made)
     raise ValueError("the structure of inputs or outputs is damaged")

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.deploy.stored import primitives, sizes
-from jaxquant.graph import jax_shim
+from jaxquant.jax_shim import jaxprs, prng
 
 _ENUMS = {
     kind.__name__: kind
@@ -51,8 +51,8 @@ _MAX_SIZE = 2**62
 
 
 def encode_dtype(dtype: Any) -> str:
-    if jax_shim.is_key_dtype(dtype):
-        return _KEY + jax_shim.key_implementation(dtype)
+    if prng.is_key_dtype(dtype):
+        return _KEY + prng.key_implementation(dtype)
     return str(np.dtype(dtype))
 
 
@@ -97,7 +97,7 @@ def decode_scalar(data: Any) -> np.ndarray:
     if not isinstance(data, list) or len(data) != 2 or not isinstance(data[1], str):
         raise ValueError("a number is damaged")
     value, dtype = data[0], decode_dtype(data[1])
-    if jax_shim.is_key_dtype(dtype):
+    if prng.is_key_dtype(dtype):
         raise ValueError("a key is no number")
     if isinstance(value, list):
         if dtype.kind != "c" or len(value) != 2:
@@ -139,7 +139,7 @@ def encode(value: Any, body: Callable[[Any], int]) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, (jax_shim.Jaxpr, jax_shim.ClosedJaxpr)):
+    if isinstance(value, (jaxprs.Jaxpr, jaxprs.ClosedJaxpr)):
         return {"body": body(value)}
     if type(value).__name__ in _RECORDS:
         fields = {name: encode(item, body) for name, item in _fields(value).items()}

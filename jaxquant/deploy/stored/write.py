@@ -19,7 +19,8 @@ from jaxquant.deploy.stored.form import (
     Tensor,
 )
 from jaxquant.deploy.stored.trees import encode_tree
-from jaxquant.graph import flax_tags, ir, jax_shim
+from jaxquant.graph import flax_tags, ir
+from jaxquant.jax_shim import jaxprs, prng, symbols
 
 CONSTANTS = "constants"  # what the names of constants begin with
 # Where arrays are on devices; a stored graph runs wherever it is loaded.
@@ -98,7 +99,7 @@ class _Writer:
                     jax.tree.leaves(inputs), jax.tree.leaves(example), strict=True
                 )
             ),
-            constraints=jax_shim.constraints(inputs),
+            constraints=symbols.constraints(inputs),
             equations=tuple(equations),
             bodies=tuple(self._bodies),
             outputs=tuple(atom(x) for x in graph.outputs),
@@ -110,7 +111,7 @@ class _Writer:
         if not is_needed:
             return Constant(path, tensor, "")
         name = f"{CONSTANTS}/{len(self._arrays)}"
-        data = jax.random.key_data(value) if jax_shim.is_key_dtype(value.dtype) else value
+        data = jax.random.key_data(value) if prng.is_key_dtype(value.dtype) else value
         self._arrays[name] = np.asarray(jax.device_get(data))
         return Constant(path, tensor, name)
 
@@ -127,14 +128,14 @@ class _Writer:
 
     def _body(self, jaxpr: Any) -> int:
         """Store a jaxpr; returns its number."""
-        ((_, inner, consts),) = jax_shim.sub_bodies({"": jaxpr})
+        ((_, inner, consts),) = jaxprs.sub_bodies({"": jaxpr})
         number: dict[Any, int] = {}
         for var in (*inner.constvars, *inner.invars):
             number[var] = len(number)
 
         def atom(x: Any) -> Atom:
-            if isinstance(x, jax_shim.Literal):
-                return _scalar(np.asarray(x.val, dtype=jax_shim.dtype_of(x)))
+            if isinstance(x, jaxprs.Literal):
+                return _scalar(np.asarray(x.val, dtype=jaxprs.dtype_of(x)))
             return number[x]
 
         equations = []
@@ -153,14 +154,14 @@ class _Writer:
         return len(self._bodies) - 1
 
     def _body_equation(self, eqn: Any, atom: Callable[[Any], Atom]) -> Equation:
-        scope, _ = flax_tags.split_scope(jax_shim.scope_of(eqn))
-        op, called = eqn.primitive.name, jax_shim.inlined_body(eqn)
+        scope, _ = flax_tags.split_scope(jaxprs.scope_of(eqn))
+        op, called = eqn.primitive.name, jaxprs.inlined_body(eqn)
         if called is None:
             params = self._params(op, eqn.params, scope)
         else:
             jaxpr, consts = called
             name = str(eqn.params.get("name", op))
-            body = self._body(jax_shim.ClosedJaxpr(jaxpr, list(consts)))
+            body = self._body(jaxprs.ClosedJaxpr(jaxpr, list(consts)))
             op, params = primitives.CALL, {"name": name, "body": {"body": body}}
         inputs = tuple(atom(x) for x in eqn.invars)
         return Equation(op, inputs, len(eqn.outvars), params, scope)

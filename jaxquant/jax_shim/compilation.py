@@ -1,0 +1,46 @@
+"""How XLA is asked to compile: options that not every XLA has, and what a program records."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+@contextlib.contextmanager
+def without_source_locations() -> Iterator[None]:
+    """Programs that are lowered inside do not name the source files that they came from."""
+    name = "jax_traceback_in_locations_limit"
+    known = getattr(jax.config, name, None)
+    if known is None:
+        yield
+        return
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, known)
+
+
+@functools.cache
+def quick_compilation() -> dict[str, Any]:
+    """Compiler options for a program that runs a few times: two thirds of the time to compile.
+
+    On CPU; it runs as fast, where what takes long are convolutions and dots.  Empty elsewhere, and
+    without an option that this XLA does not have.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+    return {name: value for name, value in options.items() if _has_option(name, value)}
+
+
+def _has_option(name: str, value: Any) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except (RuntimeError, ValueError):
+        return False
+    return True

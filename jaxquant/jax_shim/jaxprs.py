@@ -1,0 +1,129 @@
+"""Jaxprs as JAX records them: their equations, their bodies, and how to apply an equation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend import core as jex_core
+
+ClosedJaxpr = jex_core.ClosedJaxpr
+Jaxpr = jex_core.Jaxpr
+JaxprEqn = jex_core.JaxprEqn
+Literal = jex_core.Literal
+Primitive = jex_core.Primitive
+jaxpr_as_fun = jex_core.jaxpr_as_fun
+
+# Calls whose body is evaluated in place: primitive name -> the parameter that holds the body.
+_INLINED_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def inlined_body(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The body of a call that can be evaluated in place, as (jaxpr, consts); None otherwise."""
+    key = _INLINED_CALLS.get(eqn.primitive.name)
+    if key is None or key not in eqn.params:
+        return None
+    return _open(eqn.params[key])
+
+
+def inlined_calls() -> frozenset[str]:
+    """The names of the primitives whose bodies are evaluated in place."""
+    return frozenset(_INLINED_CALLS)
+
+
+def has_custom_derivative(eqn: JaxprEqn) -> bool:
+    """True for the call of a function with its own derivative rule."""
+    return eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call"))
+
+
+def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]:
+    """Every jaxpr in an equation's parameters, as (parameter name, jaxpr, consts)."""
+    found = []
+    for key, value in params.items():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (Jaxpr, ClosedJaxpr)):
+                found.append((key, *_open(item)))
+    return found
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants, and how many are its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax 0.12: three trees
+    return len(list(consts)), len(list(carry))
+
+
+def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    if isinstance(body, ClosedJaxpr):
+        return body.jaxpr, body.consts
+    return body, ()
+
+
+def scope_of(eqn: JaxprEqn) -> str:
+    """The name stack of an equation (relative to the call that holds it), joined with '/'."""
+    return str(eqn.source_info.name_stack)
+
+
+def line_of(source_info: Any) -> str:
+    """The line of the user's code that an equation comes from, as "file.py:12"; "" if not known."""
+    summary = "" if source_info is None else source_info_util.summarize(source_info)
+    found = _LINE.search(summary)
+    return f"{found[1]}:{found[2]}" if found else ""
+
+
+_LINE = re.compile(r"([^/\\]+?):(\d+)(?::\d+)? \(")  # of "/folder/file.py:12:4 (function)"
+
+
+def dtype_of(literal: Literal) -> Any:
+    """The dtype of a literal of a jaxpr."""
+    return literal.aval.dtype  # type: ignore[attr-defined]
+
+
+def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Apply a primitive to operands; returns the list of its results."""
+    bound = primitive.get_bind_params(dict(params))
+    if isinstance(bound, tuple):  # up to jax 0.9 a pair (functions, params)
+        subfuns, bound = bound
+        results = primitive.bind(*subfuns, *operands, **bound)
+    else:
+        results = primitive.bind(*match_varying(operands), **bound)
+    return list(results) if primitive.multiple_results else [results]
+
+
+def match_varying(operands: Sequence[Any]) -> Sequence[Any]:
+    """Inside `shard_map`, mark replicated operands as varying where another operand varies.
+
+    `jax.lax` functions do this before they bind; a recorded equation has to repeat it.
+    """
+    varying = [_varying_axes(x) for x in operands]
+    union: frozenset[Any] = frozenset().union(*varying)
+    if not union:
+        return operands
+    return [
+        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
+def _varying_axes(x: Any) -> frozenset[Any]:
+    """The axes of the mesh, inside `shard_map`, along which a value varies."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return getattr(aval, "vma", frozenset())

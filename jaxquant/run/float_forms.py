@@ -1,0 +1,131 @@
+"""Float convolutions in the forms that run fastest on CPU.
+
+XLA's depthwise convolution is ten times slower there than a sum of shifted products, its 1x1
+convolution slower than a dot (`experiments/benchmarks/latency.py` times whole networks so).  Where
+the native kernels run, they take the depthwise convolutions: faster still, and the shifted products
+are the longest of a model to compile.  The calibration sweep and the comparison of the float with
+the int8 model run the float model this way: the same values but for the order in which a sum is
+rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant import native
+from jaxquant.graph import evaluate, ir
+from jaxquant.jax_shim import choices
+
+_NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+# A depthwise window of at most this many taps runs as shifted products.
+_MAX_TAPS = 64
+
+
+def fast_convolutions(graph: ir.Graph, *, natively: bool = True) -> dict[int, evaluate.Replace]:
+    """Rules for the convolutions of a graph that have a faster form here; none but on CPU.
+
+    `natively`: by the native kernels, where they run.
+    """
+    natively = natively and native.runs_here()
+    if jax.default_backend() != "cpu":
+        return {}
+    return {
+        eqn.index: rule
+        for eqn in graph.equations
+        if eqn.name == "conv_general_dilated" and (rule := _rule(graph, eqn, natively)) is not None
+    }
+
+
+def evaluate_float(
+    graph: ir.Graph,
+    params: Any,
+    inputs: Sequence[Any],
+    *,
+    equations: Sequence[ir.Equation] | None = None,
+    known: Mapping[ir.Var, Any] | None = None,
+    natively: bool = True,
+) -> evaluate.Environment:
+    """The values of a float model, with its convolutions in their faster forms.
+
+    Args:
+      graph, params, inputs, equations, known: as of `jaxquant.graph.evaluate.evaluate_model`.
+      natively: by the native kernels too, where they run.
+    """
+    forms = fast_convolutions(graph, natively=natively)
+    return evaluate.evaluate_model(
+        graph, params, inputs, equations=equations, known=known, replace=forms
+    )
+
+
+def _rule(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> evaluate.Replace | None:
+    params, kernel = eqn.params, graph.shape(eqn.inputs[1])
+    spec, groups = params["dimension_numbers"], params["feature_group_count"]
+    if (
+        (spec.lhs_spec, spec.rhs_spec, spec.out_spec) != _NHWC
+        or params["batch_group_count"] != 1
+        or {*params["lhs_dilation"]} != {1}
+        or any(graph.dtype(atom) != jnp.float32 for atom in (*eqn.inputs, *eqn.outputs))
+    ):
+        return None
+    unpadded = all(pads == (0, 0) for pads in params["padding"])
+    if kernel[:2] == (1, 1) and groups == 1 and unpadded:
+        return _pointwise
+    taps, fits = kernel[0] * kernel[1], min(graph.shape(eqn.outputs[0])[1:3]) > 0
+    if kernel[2:] == (1, groups) and groups > 1 and taps <= _MAX_TAPS and fits:
+        return _native_depthwise if natively else _depthwise
+    return None
+
+
+def _pointwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+    x, kernel = (env.read(atom) for atom in eqn.inputs)
+    rows, columns = eqn.params["window_strides"]
+    contract = (((3,), (0,)), ((), ()))
+    precision = eqn.params["precision"]
+    return [lax.dot_general(x[:, ::rows, ::columns], kernel[0, 0], contract, precision=precision)]
+
+
+def _depthwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+    x, kernel = (env.read(atom) for atom in eqn.inputs)
+    return [_shifted_products(x, kernel, eqn.params)]
+
+
+def _native_depthwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+    operands = [env.read(atom) for atom in eqn.inputs]
+    given = eqn.params
+    window = {
+        "strides": given["window_strides"],
+        "padding": given["padding"],
+        "dilation": given["rhs_dilation"],
+    }
+
+    def natively(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
+        return [native.float_depthwise(x, kernel, **window)]
+
+    def portable(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
+        return [_shifted_products(x, kernel, given)]
+
+    shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32)]
+    return choices.choose_on_one_cpu(natively, portable, outputs, operands)
+
+
+def _shifted_products(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+    config = [(0, 0, 0), *((*pads, 0) for pads in params["padding"]), (0, 0, 0)]
+    x = lax.pad(x, jnp.float32(0), config)
+    rows, columns = params["window_strides"]
+    down, right = params["rhs_dilation"]
+    height = x.shape[1] - (kernel.shape[0] - 1) * down
+    width = x.shape[2] - (kernel.shape[1] - 1) * right
+    terms = [
+        x[:, i : i + height : rows, j : j + width : columns] * kernel[i // down, j // right, 0]
+        for i in range(0, kernel.shape[0] * down, down)
+        for j in range(0, kernel.shape[1] * right, right)
+    ]
+    return functools.reduce(operator.add, terms)

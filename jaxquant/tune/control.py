@@ -1,0 +1,284 @@
+"""Accuracy control: an int8 model that keeps a metric within reach of the float model's.
+
+Full int8 first.  Where that falls short, the sites are ranked by what each costs the metric
+(`jaxquant.tune.sensitivity`), and the sites whose float type would do are the suspects.  Then,
+each step on top of what the steps before gained: other thresholds for the suspects' inputs;
+equalization, then learned rounding, at the suspects; the float type for the most sensitive sites,
+fewest first.  Every candidate is a whole int8 model, scored as it would be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxquant.calibration.observations import Observations
+from jaxquant.plan.config import QuantConfig
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.steps import check_steps
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.tune.choice import Choice, changed_sites, groups_of
+from jaxquant.tune.goal import Goal
+from jaxquant.tune.scores import Scores, score
+from jaxquant.tune.sensitivity import measure
+from jaxquant.tune.switch import Switch
+
+ALGORITHMS = ("KL", "mse", "hist", "auto", "abs_max")  # thresholds, in the order of trial
+RECOVERY = ("equalization", "adaround")
+_RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
+_ONE_BY_ONE = 4  # sites left in float one more at a time, before the number grows faster
+
+
+class Built(NamedTuple):
+    """An int8 model."""
+
+    qparams: dict[str, Any]
+    qapply: QuantizedApply
+
+    @property
+    def plan(self) -> Plan:
+        return self.qapply.plan
+
+
+class Step(NamedTuple):
+    """One candidate.
+
+    Attributes:
+      step: "thresholds", "recovery" or "float".
+      detail: what was tried, and where.
+      score: of the metric.
+      gain: over the best model so far.
+      kept: whether later steps, or the result, build on it.
+      sites: the sites whose type, or the grid of whose input, differs from full int8.
+    """
+
+    step: str
+    detail: str
+    score: float
+    gain: float
+    kept: bool
+    sites: tuple[str, ...]
+
+
+def control(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    observations: Observations,
+    config: QuantConfig,
+    plan_of: Callable[[Choice], Plan],
+    build: Callable[[Choice], Built],
+    goal: Goal,
+    progress: bool,
+) -> Built:
+    """The int8 model that holds the goal, or the best that was found, with a warning.
+
+    Its report's summary has "control": float_score, int8_score (of full int8), score, target, held,
+    out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
+    `Step`, as dicts).
+    """
+    model = functools.partial(jax.jit(apply_fn), params)
+    search = _Search(plan_of, build, goal, score(goal.metric, model))
+    if not search.holds:
+        ranking, suspects = _rank(params, apply_fn, observations, search, progress)
+        _try_thresholds(search, suspects)
+        _try_recovery(search, config, suspects)
+        _try_float(search, ranking, suspects)
+    return search.result()
+
+
+class _Search:
+    """The best model so far, and what was tried."""
+
+    def __init__(
+        self,
+        plan_of: Callable[[Choice], Plan],
+        build: Callable[[Choice], Built],
+        goal: Goal,
+        float_score: float,
+    ):
+        self.plan_of = plan_of
+        self._build = build
+        self.goal = goal
+        self.started = time.monotonic()
+        self.limit = math.inf if goal.time_budget is None else goal.time_budget
+        self.float_score = float_score
+        self.target = float_score - goal.max_drop
+        self.steps: list[Step] = []
+        self.ranking: list[str] = []
+        self.out_of_time = False
+        self.choice = Choice()
+        self.best = self.full = build(self.choice)
+        self.score = self.full_score = self._score(self.best)
+
+    @property
+    def holds(self) -> bool:
+        return self.reaches(self.score)
+
+    def may_go_on(self) -> bool:
+        """False where the goal is held or time is up."""
+        if self.holds:
+            return False
+        self.out_of_time |= self.spent() >= self.limit
+        return not self.out_of_time
+
+    def spent(self) -> float:
+        return time.monotonic() - self.started
+
+    def consider(
+        self, step: str, detail: str, choice: Choice, keep: Callable[[float], bool] | None = None
+    ) -> Step:
+        """Score a choice and go on from it where `keep` says so; None: where it is better."""
+        built = self._build(choice)
+        found = self._score(built)
+        kept = found > self.score if keep is None else keep(found)
+        sites = changed_sites(self.full.plan, built.plan)
+        self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
+        if kept:
+            self.best, self.score, self.choice = built, found, choice
+        return self.steps[-1]
+
+    def reaches(self, found: float) -> bool:
+        """True for a score that holds the goal."""
+        return found >= self.target
+
+    def result(self) -> Built:
+        if not self.holds:
+            warnings.warn(
+                f"the metric is {self.score:.6g}, below the target of {self.target:.6g} (float "
+                f"{self.float_score:.6g} less max_drop={self.goal.max_drop:g}), and "
+                + ("the time budget is spent" if self.out_of_time else "no step brings it there")
+                + "; this is the best model found. See qapply.report()",
+                stacklevel=5,
+            )
+        summary = {
+            "float_score": self.float_score,
+            "int8_score": self.full_score,
+            "score": self.score,
+            "target": self.target,
+            "held": self.holds,
+            "out_of_time": self.out_of_time,
+            "ranking": list(self.ranking),
+            "steps": [{**step._asdict(), "sites": list(step.sites)} for step in self.steps],
+        }
+        return Built(self.best.qparams, self.best.qapply.with_summary({"control": summary}))
+
+    def _score(self, built: Built) -> float:
+        qparams = built.qapply.prepare(built.qparams)
+        return score(self.goal.metric, functools.partial(built.qapply, qparams))
+
+
+def _rank(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    observations: Observations,
+    search: _Search,
+    progress: bool,
+) -> tuple[list[str], list[str]]:
+    """The sites, most sensitive first, and the suspects: the first ones, whose float type does."""
+    built = search.full
+    switch = Switch(params, apply_fn, built.qparams, built.plan, observations.examples)
+    scores = Scores(switch, search.goal.metric)
+    budget = search.goal.time_budget
+    deadline = None if budget is None else search.started + _RANKING_SHARE * budget
+    found = measure(scores, switch.names, search.float_score, progress=progress, deadline=deadline)
+    quality = {
+        row["name"]: row["sqnr_db"]
+        for row in built.qapply.report().rows
+        if row["name"] in switch.names and row["sqnr_db"] is not None
+    }
+    ranking = found.ranking(quality)
+    search.ranking = ranking
+    if not found.complete:
+        return ranking, ranking[:1]
+    for count in _counts(len(ranking)):
+        suspects = ranking[:count]
+        if scores([name for name in switch.names if name not in suspects]) >= search.target:
+            return ranking, suspects
+    return ranking, [name for name in ranking if found.effect(name) > 0] or ranking[:1]
+
+
+def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
+    groups = groups_of(search.full.plan, suspects)
+    tried = {_thresholds(search.full.plan, groups)}
+    for algo in ALGORITHMS:
+        choice = dataclasses.replace(search.choice, thresholds=tuple((g, algo) for g in groups))
+        thresholds = _thresholds(search.plan_of(choice), groups)
+        if thresholds in tried:
+            continue
+        if not search.may_go_on():
+            return
+        tried.add(thresholds)
+        search.consider("thresholds", f"algo={algo!r} at {_names(suspects)}", choice)
+
+
+def _try_recovery(search: _Search, config: QuantConfig, suspects: Sequence[str]) -> None:
+    for step in RECOVERY:
+        if step in config.recover or not search.may_go_on() or not _is_installed(step):
+            continue
+        choice = dataclasses.replace(
+            search.choice,
+            recover=(*search.choice.recover, step),
+            recover_at=tuple(suspects),
+        )
+        search.consider("recovery", f"{step} at {_names(suspects)}", choice)
+
+
+def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str]) -> None:
+    repaired, failed = search.choice, 0
+
+    def choice(count: int) -> Choice:
+        floats = tuple(ranking[:count])
+        base = Choice() if set(suspects) <= set(floats) else repaired  # no repair of what is float
+        return dataclasses.replace(base, left_float=floats)
+
+    for count in _counts(len(ranking) - 1):  # a model without an int8 site is none
+        if not search.may_go_on():
+            return
+        step = search.consider("float", _names(ranking[:count]), choice(count))
+        if search.reaches(step.score):
+            break
+        failed = count
+    holding = len(search.choice.left_float)
+    while search.holds and holding - failed > 1 and search.spent() < search.limit:
+        count = (failed + holding) // 2
+        # Fewer float sites are worth a lower score, as long as it holds the goal too.
+        step = search.consider("float", _names(ranking[:count]), choice(count), search.reaches)
+        if step.kept:
+            holding = count
+        else:
+            failed = count
+
+
+def _counts(total: int) -> list[int]:
+    """1, 2, 3, 4, 6, 9, 14, ... up to `total`."""
+    counts: list[int] = []
+    count = 1
+    while count < total:
+        counts.append(count)
+        count = count + 1 if count < _ONE_BY_ONE else count + count // 2
+    return [*counts, total] if total > 0 else []
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _thresholds(plan: Plan, groups: Sequence[str]) -> tuple[float, ...]:
+    by_group = {tensor.group: tensor.threshold for tensor in plan.tensors}
+    return tuple(by_group[group] for group in groups)
+
+
+def _is_installed(step: str) -> bool:
+    try:
+        check_steps([step])
+    except ImportError:
+        return False
+    return True

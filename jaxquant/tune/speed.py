@@ -1,0 +1,142 @@
+"""Which convolutions and dots run longer in int8 than in float, on this machine.
+
+Measured, not predicted: which forms are slow differs with the backend, the chip and the compiler's
+version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.progress import progress_bar
+from jaxquant.graph import ir
+from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.config import QuantConfig
+from jaxquant.plan.make import make_plan
+from jaxquant.tune.one_site import (
+    Programs,
+    Surroundings,
+    key,
+    one_site,
+    programs,
+    surroundings,
+)
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 51
+SECONDS = 0.3  # of a site, after which no round beyond the least is begun
+FEWEST_ROUNDS, MOST_SECONDS = 3, 3.0  # of a slow site, after which no round is begun
+
+
+def slower_in_int8(
+    graph: ir.Graph, observations: Observations, config: QuantConfig, progress: bool = True
+) -> tuple[tuple[str, str], ...]:
+    """(site, reason) of those sites that would become int8 and whose int8 form is slower.
+
+    Equal sites are timed once.  Once some stay float, those that they surround are looked at again.
+    Several processes go by the times of the first.
+
+    Raises:
+      ValueError: no site becomes int8; see `jaxquant.plan.make.make_plan`.
+    """
+    known: dict[Any, float] = {}
+    left: tuple[tuple[str, str], ...] = ()
+    while True:
+        # Which sites become int8 does not depend on the thresholds.
+        plan = make_plan(
+            graph, observations, dataclasses.replace(config, algo="abs_max", left_float=left)
+        )
+        sites = _in_surroundings(graph, bind(graph, plan))
+        known |= _time(graph, [s for s in sites if s.key not in known], config, progress)
+        slower = tuple((s.site.name, _reason(known[s.key])) for s in sites if known[s.key] > 1)
+        if not slower:
+            return left
+        left += slower
+
+
+def _reason(times: float) -> str:
+    return f"int8 runs {times:.2f} times as long as float here (optimize_for='speed')"
+
+
+class _Found(NamedTuple):
+    site: Site
+    around: Surroundings
+    key: Any
+
+
+def _in_surroundings(graph: ir.Graph, binding: Binding) -> list[_Found]:
+    """The int8 convolutions and dots."""
+    found = []
+    for int8_site in binding.sites:
+        site = int8_site.site
+        if graph.equations[site.equation].name in DOT_EQUATIONS:
+            around = surroundings(graph, binding, int8_site)
+            found.append(_Found(site, around, key(graph, site, around)))
+    return found
+
+
+def _time(
+    graph: ir.Graph, sites: Sequence[_Found], config: QuantConfig, progress: bool
+) -> dict[Any, float]:
+    """The slowdown of each different site, by its key."""
+    if not sites:
+        return {}
+    different = {each.key: each for each in sites}
+    bar = progress_bar(different.values(), len(different), "time", progress, unit="site")
+    found = []
+    with contextlib.closing(bar) as each_once:
+        for each in each_once:
+            model = one_site(graph, each.site, each.around, config.weight_quantize_type)
+            found.append(slowdown(programs(model)))
+    return dict(zip(different, _of_the_first_process(found), strict=True))
+
+
+def slowdown(timed: Programs) -> float:
+    """How many times as long int8 takes as float: the median over rounds, in which both take turns.
+
+    1 where it is not slower in three of four rounds.
+    """
+    result = jnp.zeros(timed.result.shape, timed.result.dtype)
+    ratios: list[float] = []
+    spent = 0.0
+    for number in range(MOST_ROUNDS + 1):
+        in_float, result = _seconds(timed.in_float, timed.arguments, result)
+        in_int8, result = _seconds(timed.in_int8, timed.arguments, result)
+        if number == 0:
+            continue  # it compiled
+        ratios.append(in_int8 / in_float)
+        spent += in_float + in_int8
+        is_clear = max(ratios) < 1  # int8 was faster each time
+        if number >= FEWEST_ROUNDS and spent > MOST_SECONDS:
+            break
+        if number >= LEAST_ROUNDS and (is_clear or spent > SECONDS):
+            break
+    return statistics.median(ratios) if np.quantile(ratios, 0.25) > 1 else 1.0
+
+
+def _seconds(
+    program: Callable[..., jax.Array], arguments: Sequence[Any], result: jax.Array
+) -> tuple[float, jax.Array]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(program(*arguments, result))
+    return time.perf_counter() - start, result
+
+
+def _of_the_first_process(values: Sequence[float]) -> list[float]:
+    """Its numbers, so that every process makes the same model."""
+    if jax.process_count() == 1 or not values:
+        return list(values)
+    from jax.experimental import multihost_utils
+
+    received = multihost_utils.broadcast_one_to_all(np.asarray(values, np.float32))
+    return [float(value) for value in received]

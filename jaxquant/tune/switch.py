@@ -1,0 +1,120 @@
+"""The model with any of its int8 sites in float: one compiled program, the choice an argument.
+
+Where the int8 model's biases are corrected, those of every mixture are corrected for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.graph import evaluate
+from jaxquant.graph.trace import trace
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.bias_correction import with_shifts
+from jaxquant.recover.shift import Shift
+from jaxquant.run.float_forms import evaluate_float
+from jaxquant.run.program import Program, program_by_site
+from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
+from jaxquant.tune.units import Unit, Value, find_units, walk
+
+Chosen: TypeAlias = Mapping[str, Any]
+_REST = ""  # the name of the units that are no sites
+
+
+class Switch:
+    """Runs any mixture of the float and the int8 model; compiled once per input shape.
+
+    Args:
+      params, apply_fn: the float model.
+      qparams, plan: the int8 model.
+      examples: batches of the model's inputs, on which biases are corrected.
+
+    Attributes:
+      names: the sites that can be chosen, in evaluation order.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        apply_fn: Callable[..., Any],
+        qparams: Mapping[str, Any],
+        plan: Plan,
+        examples: Sequence[tuple[Any, ...]],
+    ):
+        program = program_by_site(trace(apply_fn, params, examples[0]), plan, params)
+        self.names = tuple(unit.name for unit in find_units(program) if unit.name)
+        self._params = params
+        self._qparams = without_correction(program, params, qparams)
+        self._plan = plan
+        self._examples = examples
+
+        def start(inputs: Any) -> tuple[Program, Sequence[Unit], list[Any]]:
+            program = program_by_site(trace(apply_fn, params, inputs), plan, params)
+            return program, find_units(program), jax.tree.leaves(inputs)
+
+        def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
+            program, units, flat = start(inputs)
+            pick = functools.partial(_pick, chosen)
+            return evaluate.outputs(walk(program, units, params, qparams, flat, pick))
+
+        def shifts(params: Any, qparams: Any, chosen: Chosen, inputs: Any) -> dict[str, Shift]:
+            program, units, flat = start(inputs)
+            return _shifts(program, units, params, qparams, flat, chosen)
+
+        self._mixed, self._shifts = jax.jit(mixed), jax.jit(shifts)
+
+    def model(self, int8: Collection[str]) -> Callable[..., Any]:
+        """The model `(*inputs) -> outputs` in which these sites are int8 and the others float."""
+        unknown = set(int8) - set(self.names)
+        if unknown:
+            raise ValueError(f"no int8 site is named {', '.join(sorted(unknown))}")
+        chosen = {name: np.bool_(name in int8) for name in self.names}
+        chosen[_REST] = np.bool_(2 * len(set(int8)) > len(self.names))
+        qparams = self._qparams
+        if is_corrected(self._plan) and int8:
+            run = functools.partial(self._shifts, self._params, qparams, chosen)
+            qparams = with_shifts(qparams, map(run, self._examples))
+        return functools.partial(self._mixed, self._params, qparams, chosen)
+
+
+def _shifts(
+    program: Program,
+    units: Sequence[Unit],
+    params: Any,
+    qparams: Any,
+    flat: list[Any],
+    chosen: Chosen,
+) -> dict[str, Shift]:
+    """Of the int8 sites of a mixture, each behind the corrected ones before it."""
+    graph = program.graph
+    reference = evaluate_float(graph, params, flat)
+    found: dict[str, Shift] = {}
+
+    def pick(unit: Unit, as_float: Value, as_int8: Value) -> Any:
+        values = _pick(chosen, unit, as_float, as_int8)
+        if not has_bias(program, unit):
+            return values
+        shift, corrected = shift_at(unit, reference, values[0])
+        on = chosen[unit.name]
+        found[unit.name] = Shift(*(jnp.where(on, part, 0) for part in shift))
+        return [jnp.where(on, corrected, values[0])]
+
+    walk(program, units, params, qparams, flat, pick)
+    return found
+
+
+def _pick(chosen: Chosen, unit: Unit, as_float: Value, as_int8: Value) -> Any:
+    """One of the two, and the other is not computed."""
+    kinds = [(x.shape, x.dtype) for x in jax.eval_shape(lambda: list(map(jnp.asarray, as_int8())))]
+
+    def widened() -> list[Any]:
+        return [jnp.asarray(x).astype(dtype) for x, (_, dtype) in zip(as_float(), kinds)]
+
+    return lax.cond(chosen[unit.name], lambda: list(map(jnp.asarray, as_int8())), lambda: widened())

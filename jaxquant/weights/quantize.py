@@ -1,0 +1,334 @@
+"""The int8 model's arrays: weights, scales, multipliers and biases.
+
+Weights are symmetric int8: [-127, 127], scale = threshold / 127, round half to even.  The threshold
+is the largest |w| of a channel, or of the weight; a little more where that keeps the site's sums
+away from ties (`jaxquant.plan.ties`).  A channel that is all zero has scale 1, and no scale is
+below the least float32 that programs compute with: XLA takes smaller ones for zero.  The arithmetic
+is float64 on the host; the results are float32.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.graph.sites import Site
+from jaxquant.plan import layout, ties
+from jaxquant.plan.bind import Binding, Int8Site, bind
+from jaxquant.plan.epilogue import channel_axes, stored_shape
+from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.plan.groups import group_layout
+from jaxquant.plan.inputs import along_weight
+from jaxquant.plan.liveness import float_leaves
+from jaxquant.plan.modes import MODES
+from jaxquant.plan.plan import Plan
+from jaxquant.weights.fold import channel_vector, fold
+from jaxquant.weights.groups import quantize_groups
+
+LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
+Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
+
+
+def quantize_params(
+    graph: ir.Graph, plan: Plan, params: Any, equalization: Equalization | None = None
+) -> dict[str, Any]:
+    """Make `qparams`; see `jaxquant.plan.layout` for its structure.
+
+    Args:
+      graph, plan, params: the model and what becomes int8.
+      equalization: see `jaxquant.recover.equalization`; arrays of the rank of their tensors.
+    """
+    equalization = equalization or {}
+    binding = bind(graph, plan)
+    paths = layout.leaf_paths(graph, params)
+    slots = layout.weight_slots(graph, [s.site for s in binding.sites], paths, plan)
+    qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
+    if not MODES[plan.mode].integer:
+        _put_grouped_weights(qparams["params"], graph, binding, slots, params, plan)
+        return jax.device_put(qparams)
+    weights, operands = fold(graph, params, *_static_tensors(binding, slots))
+    scales = {tensor.name: tensor.scale for tensor in plan.tensors}
+    targets = ties.find_targets(graph, binding, plan)
+    uses = collections.Counter(slots.values())
+    for int8_site in binding.sites:
+        site = int8_site.site
+        planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
+        accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
+        offset = None
+        if site.name in slots:
+            assert site.weight is not None
+            axes = channel_axes(graph, site, graph.equations[site.equation])
+            per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
+            weight = once(graph, site, weights[site.weight])
+            weight = equalized(graph, binding, site, weight, equalization)
+            int8, scale = quantize_weight(weight, axes if per_channel else ())
+            if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
+                worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
+                used = np.abs(worth) * channels_in_use(weight, axes)
+                growth = _growth(used, targets.get(site.name))
+                int8, scale = quantize_weight(weight, axes, growth)
+            layout.put(qparams["params"], slots[site.name].int8, int8)
+            layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
+            zero_point = binding.zero_points.get(site.operands[0], 0)
+            accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
+            accumulator = accumulator * channels_in_use(weight, axes)
+        arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
+        if "bias" in arrays and site.name in slots and len(planned) == len(site.operands):
+            arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
+        qparams["sites"][site.name] = arrays
+    for tensor in plan.tensors:
+        scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.ones(())))
+        qparams["tensors"][tensor.name] = {
+            "scale": np.float32(scale),
+            "inv_scale": np.float32(1.0 / scale),
+        }
+    return jax.device_put(qparams)
+
+
+def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
+    """A site's weight, with size 1 along the axes that share it: as it is stored."""
+    return weight[tuple(slice(0, size) for size in stored_shape(graph, site))]
+
+
+def equalized(
+    graph: ir.Graph,
+    binding: Binding,
+    site: Site,
+    weight: np.ndarray,
+    equalization: Equalization,
+) -> np.ndarray:
+    """A weight in float64, its input channels times the equalization of the site's input."""
+    weight = np.asarray(weight).astype(np.float64)
+    factors = equalization.get(binding.scales.get(site.operands[0], ""))
+    if factors is None:
+        return weight
+    return weight * along_weight(site, graph.equations[site.equation], weight.shape, factors)
+
+
+def _broadcasting(factors: np.ndarray) -> np.ndarray:
+    """Without the leading axes of size 1."""
+    shape = factors.shape
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return factors.reshape(shape)
+
+
+def _growth(multiplier: np.ndarray, target: ties.Target | None) -> np.ndarray:
+    """By what factor the multipliers of a site grow so that no sum of it comes near a tie: [C]."""
+    is_used = (multiplier > 0) & np.isfinite(multiplier)
+    used = multiplier[is_used]
+    growth = np.ones_like(multiplier)
+    if target is None:
+        return growth
+    if target.scale is not None:
+        scale = float(np.float32(target.scale))
+        growth[is_used] = ties.fractions(used / scale) * scale / used
+    elif target.unit is not None:
+        growth[is_used] = ties.multiples(used, target.unit) / used
+    return growth
+
+
+def quantize_weight(
+    weight: np.ndarray, axes: Sequence[int], growth: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a weight with one scale for every index along `axes` (none: one for all of it).
+
+    Args:
+      weight: floats of any shape.
+      axes: of the output channels, or none.
+      growth: [C], by what factor a scale is larger than the largest |w| / 127; None for 1.
+
+    Returns:
+      The int8 weight and its float64 scale, [C] with C the product of the sizes of `axes`, or [].
+
+    Example:
+      >>> int8, scale = quantize_weight(np.array([[1.0, 0.0], [-0.5, 0.0]]), axes=(1,))
+      >>> int8.tolist(), (scale * 127).tolist()
+      ([[127, 0], [-64, 0]], [1.0, 127.0])
+    """
+    weight = np.asarray(weight).astype(np.float64)
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
+    scale = np.where(threshold > 0, np.maximum(threshold / 127.0, SMALLEST_SCALE), 1.0)
+    if growth is not None:
+        scale = scale * growth.reshape(scale.shape)
+    int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return int8, scale.reshape(-1) if axes else scale.reshape(())
+
+
+def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """[C] or [], in the order of a weight's channels, so that it broadcasts against the weight.
+
+    Args:
+      values: one for each output channel, or one for all.
+      axes: of the weight, along its output channels.
+      shape: the weight's.
+    """
+    if values.ndim == 0:
+        return values
+    return values.reshape([shape[a] if a in axes else 1 for a in range(len(shape))])
+
+
+def accumulator_terms(
+    int8: np.ndarray, axes: Sequence[int], unit: np.ndarray, zero_point: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What one unit of a site's accumulator is worth, and what its input's zero point adds to it.
+
+    Args:
+      int8: the weight.
+      axes: of it, along the output channels.
+      unit: the product of the scales, [C] or [].
+      zero_point: of the input.
+
+    Returns:
+      [C]; and [C] or None.
+    """
+    summed = tuple(a for a in range(int8.ndim) if a not in axes)
+    sums = int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+    return np.broadcast_to(unit, sums.shape), zero_point * sums if zero_point else None
+
+
+def channels_in_use(weight: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """bool [C], False where all of a channel is zero before it is rounded."""
+    return weight.any(axis=tuple(a for a in range(weight.ndim) if a not in axes)).reshape(-1)
+
+
+@np.errstate(over="ignore")  # refused at the end
+def epilogue_arrays(
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    operands: dict[ir.Var, np.ndarray],
+    scale: np.ndarray,
+    offset: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Compose the affine chain into one multiplier and bias, in float32.
+
+    Args:
+      graph, int8_site: the site.
+      operands: the values of the chain's operands.
+      scale: [C] or [], what one unit of the accumulator is worth.
+      offset: [C], what the accumulator holds too much; None for nothing.
+
+    Raises:
+      ValueError: the chain's parameters are not finite.
+    """
+    multiplier, bias = _compose(graph, int8_site, operands, scale, offset)
+    with np.errstate(over="ignore"):
+        arrays = {"multiplier": multiplier.astype(np.float32)}
+        if bias is not None:
+            arrays["bias"] = bias.astype(np.float32)
+    if np.isfinite(multiplier).all() and not np.isfinite(arrays["multiplier"]).all():
+        raise ValueError(
+            f"site {int8_site.site.name!r}: one step of its sums, the product of the steps of what "
+            f"it multiplies, is {np.abs(multiplier).max():.3g}, which is beyond float32 "
+            f"({np.finfo(np.float32).max:.3g}); scale its input or its weight, or leave it in "
+            "float (skip)"
+        )
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(
+            f"site {int8_site.site.name!r}: the bias or normalisation behind it gives NaN or "
+            "infinity; check those parameters"
+        )
+    return arrays
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def _compose(
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    operands: dict[ir.Var, np.ndarray],
+    scale: np.ndarray,
+    offset: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`epilogue_arrays` in float64: the multiplier, and the bias or None."""
+    multiplier, has_bias = np.asarray(scale, np.float64), offset is not None
+    bias = np.zeros_like(multiplier) if offset is None else -offset * multiplier
+    for step in int8_site.epilogue.steps:
+        if step.op == "neg":
+            multiplier, bias = -multiplier, -bias
+            continue
+        operand = channel_vector(graph, step, operands)
+        if step.op == "mul":
+            multiplier, bias = multiplier * operand, bias * operand
+        elif step.op == "div":
+            multiplier, bias = multiplier / operand, bias / operand
+        else:
+            has_bias = True
+            if step.op == "rsub":
+                multiplier, bias = -multiplier, -bias
+            bias = bias - operand if step.op == "sub" else bias + operand
+    return (
+        np.broadcast_to(multiplier, scale.shape),
+        np.broadcast_to(bias, scale.shape) if has_bias else None,
+    )
+
+
+def whole_steps(bias: np.ndarray, multiplier: np.ndarray) -> np.ndarray:
+    """A bias rounded to whole units of the accumulator, so that int32 holds it as it is.
+
+    Half a unit is next to nothing, but runtimes that add the bias in int32 (ONNX Runtime, TFLite)
+    round every output alike only if what they add is the same.  A bias that int32 does not hold
+    beside the sums, or that nothing is added to, stays as it is.
+
+    Args:
+      bias: float [C] or [].
+      multiplier: likewise, what one unit of the accumulator is worth.
+
+    Example:
+      >>> whole_steps(np.float32([0.3, 7.0]), np.float32([0.25, 0.0])).tolist()
+      [0.25, 7.0]
+    """
+    unit = np.asarray(multiplier, np.float64)
+    steps = np.rint(np.divide(bias, unit, out=np.full(np.shape(bias), np.inf), where=unit != 0))
+    fits = np.abs(steps) <= LARGEST_BIAS
+    return np.where(fits, np.where(fits, steps, 0) * unit, bias).astype(np.float32)
+
+
+def _static_tensors(
+    binding: Binding, slots: Mapping[str, layout.WeightSlot]
+) -> tuple[list[ir.Var], list[ir.Var]]:
+    """The stored weights of the sites, and the operands of their epilogues."""
+    sites = [s.site for s in binding.sites if s.site.name in slots]
+    weights = [site.weight for site in sites if site.weight is not None]
+    steps = [step for s in binding.sites for step in s.epilogue.steps]
+    return weights, [step.operand for step in steps if isinstance(step.operand, int)]
+
+
+def _put_grouped_weights(
+    tree: dict[str, Any],
+    graph: ir.Graph,
+    binding: Binding,
+    slots: Mapping[str, layout.WeightSlot],
+    params: Any,
+    plan: Plan,
+) -> None:
+    """The weights of weight-only quantization: integers and their scales by groups."""
+    views = {
+        slots[s.site.name]: layout.weight_view(graph, s.site, integer=False) for s in binding.sites
+    }
+    weights, _ = fold(graph, params, [view.var for view in views.values()], [])
+    for slot, view in views.items():
+        weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
+        groups = group_layout(view.shape, view.channels, plan.group_size)
+        integers, scale = quantize_groups(weight, groups, plan.weight_bits)
+        layout.put(tree, slot.int8, integers)
+        layout.put(tree, slot.scale, scale.astype(np.float32))
+
+
+def _put_float_leaves(
+    tree: dict[str, Any],
+    graph: ir.Graph,
+    binding: Binding,
+    paths: dict[ir.Var, tuple[str, ...]],
+    slots: dict[str, layout.WeightSlot],
+    params: Any,
+) -> None:
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    for var, path in layout.float_paths(float_leaves(graph, binding), paths, slots).items():
+        layout.put(tree, path, leaves[var])
