@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import pathlib
 import re
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOORS = ("jaxquant", "jaxquant.__main__")  # what users enter by: they know every room
@@ -51,6 +54,13 @@ def test_every_room_imports_only_those_before_it():
         and (seen in DOORS or rank[seen.split(".")[1]] > rank[module.split(".")[1]])
     ]
     assert not upwards
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    try:
+        graphlib.TopologicalSorter(_own()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {error.args[1]}")
 
 
 def test_jax_internals_are_touched_in_one_room():

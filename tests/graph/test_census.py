@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.deploy.onnx import emitter
+from jaxquant.deploy.onnx import export
 from jaxquant.graph import kinds, primitives
 from jaxquant.jax_shim import jaxprs
 from tests.networks import images
@@ -148,9 +148,9 @@ def test_every_primitive_of_models_is_in_onnx_or_refused_by_name():
     of_models = primitives.ELEMENTWISE | primitives.MOVEMENTS | set(kinds.by_primitive())
     of_models |= listed(FLOAT) - set(FLOAT["random"].split())
     of_models -= set(FLOAT["values as they are: an order, a place, a name, a device"].split())
-    missing = (of_models & set(every_primitive())) - emitter.covered() - set(NOT_IN_ONNX.split())
+    missing = (of_models & set(every_primitive())) - export.covered() - set(NOT_IN_ONNX.split())
     assert not missing
-    assert not emitter.covered() & set(NOT_IN_ONNX.split())
+    assert not export.covered() & set(NOT_IN_ONNX.split())
 
 
 def ragged(p, x):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.network import Node
-from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ everything that it takes and gives has its axes in order and all its copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,19 +15,14 @@ from jaxquant.deploy.network import Atom, Body, Node, Var
 from jaxquant.deploy.onnx import whole_numbers
 from jaxquant.deploy.onnx.builder import Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
+from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.errors import NotCovered
-
-if TYPE_CHECKING:
-    from jaxquant.deploy.onnx.emitter import Emitter
-
-OPERATIONS = frozenset({"scan", "while", "cond"})
 
 
 def emit(e: Emitter, node: Node, values: Sequence[Value]) -> list[Value]:
     """The results of a loop or a choice; `values` are its operands, with all their copies."""
     values = [e.builder.ordered(value, straight(value.rank)) for value in values]
-    emitters = {"scan": _scan, "while": _while, "cond": _cond}
-    names = emitters[node.op](e, node, values)
+    names = _EMITTERS[node.op](e, node, values)
     return [
         Value(name, e.shape(var), straight(len(e.shape(var))))
         for name, var in zip(names, node.outputs, strict=True)
@@ -175,3 +170,7 @@ def _info(e: Emitter, name: str, atom: Atom) -> Any:
     except NotCovered as error:
         raise NotCovered(f"{error} in a loop") from None
     return e.builder.onnx.helper.make_tensor_value_info(name, code, shape)
+
+
+_EMITTERS = {"scan": _scan, "while": _while, "cond": _cond}
+TABLE = dict.fromkeys(_EMITTERS, emit)

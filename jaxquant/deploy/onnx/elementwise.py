@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.network import Node
-from jaxquant.deploy.onnx.builder import Builder, Size, Value
+from jaxquant.deploy.onnx.builder import Builder, Value
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 
 _DIRECT = {
     "abs": "Abs",

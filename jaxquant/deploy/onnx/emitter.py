@@ -4,48 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Var
 from jaxquant.deploy.onnx import (
     contraction,
-    control_flow,
     elementwise,
     indexing,
     ordering,
     reduction,
     shaping,
 )
-from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.quantization import Quantizer
-from jaxquant.deploy.onnx.sites import emit_site
 
-_WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
-
-
-def covered() -> frozenset[str]:
-    """The primitives that an export may hold, by name; of some, not every form."""
-    names = {"conv_general_dilated", "dot_general", "optimization_barrier"}
-    names |= {*_WITH_DTYPES, *control_flow.OPERATIONS, *reduction.OPERATIONS, *shaping.TABLE}
-    return frozenset(names | elementwise.OPERATIONS)
+WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
+# What emits an operation that holds others: of its operands with all their copies, its results.
+EmitBodies = Callable[["Emitter", Node, Sequence[Value]], list[Value]]
 
 
 class Emitter:
-    """The float values and the int8 forms of a network's tensors, emitted once each."""
+    """The float values and the int8 forms of a network's tensors, emitted once each.
+
+    Args:
+      network: what is exported.
+      arrays: its parameters and constants.
+      quantizer: what makes the int8 forms.
+      with_bodies: the operations that hold others, such as loops, and what emits them.
+    """
 
     def __init__(
         self,
         network: Network,
         arrays: Mapping[str, np.ndarray],
         quantizer: Quantizer,
+        with_bodies: Mapping[str, EmitBodies],
     ) -> None:
         self.network = network
         self.arrays = arrays
         self.builder: Builder = quantizer.builder
         self.quantizer = quantizer
+        self._with_bodies = with_bodies
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
@@ -67,8 +70,8 @@ class Emitter:
     def set_input(self, var: Var, value: Value) -> None:
         self._floats[var] = value
 
-    def run(self) -> None:
-        """Emit every node of the network.
+    def run(self, emit_site: Callable[[Emitter, Int8Node], Value]) -> None:
+        """Emit every node of the network, its sites by `emit_site`.
 
         Raises:
           ValueError: an operation is not covered; the message names it and where it is.
@@ -246,12 +249,12 @@ class Emitter:
             return [self._dot(node, values, shapes[0])]
         if node.op == "conv_general_dilated":
             return [self._conv(node, values, shapes[0])]
-        if node.op in control_flow.OPERATIONS:
-            return control_flow.emit(self, node, self._copied(node, values))
-        if node.op in _WITH_DTYPES:
+        if node.op in self._with_bodies:
+            return self._with_bodies[node.op](self, node, self._copied(node, values))
+        if node.op in WITH_DTYPES:
             dtypes = [elementwise.onnx_dtype(self.dtype(x)) for x in node.inputs]
             copied = self._copied(node, values)
-            return _WITH_DTYPES[node.op](self.builder, node, copied, shapes, dtypes)
+            return WITH_DTYPES[node.op](self.builder, node, copied, shapes, dtypes)
         if node.op == "optimization_barrier":
             return list(values)
         if len(node.outputs) != 1:

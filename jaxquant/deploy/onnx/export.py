@@ -12,10 +12,11 @@ from jaxquant._version import __version__
 from jaxquant.deploy import program, tree
 from jaxquant.deploy.describe import describe
 from jaxquant.deploy.network import Int8Node, Network
+from jaxquant.deploy.onnx import control_flow, elementwise, reduction, shaping
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
-from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
-from jaxquant.deploy.onnx.emitter import Emitter
+from jaxquant.deploy.onnx.emitter import WITH_DTYPES, Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.deploy.onnx.sites import emit_site
 from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
 from jaxquant.keywords import named
@@ -24,6 +25,13 @@ from jaxquant.plan.modes import STATIC
 OPSETS = range(13, 24)
 _CHANNELS_FIRST = (0, 3, 1, 2)
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
+
+
+def covered() -> frozenset[str]:
+    """The primitives that an export may hold, by name; of some, not every form."""
+    names = {"conv_general_dilated", "dot_general", "optimization_barrier"}
+    names |= {*WITH_DTYPES, *control_flow.TABLE, *reduction.OPERATIONS, *shaping.TABLE}
+    return frozenset(names | elementwise.OPERATIONS)
 
 
 @named
@@ -96,7 +104,7 @@ def export_onnx(
     arrays = {**tree.flatten(plain), **constants}
     tensors, sites = plain["tensors"], plain["sites"]
     quantizer = Quantizer(builder, qapply.plan, tensors, sites, target, _first_factors(network))
-    emitter = Emitter(network, arrays, quantizer)
+    emitter = Emitter(network, arrays, quantizer, control_flow.TABLE)
     model = _model(builder, network, emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])
@@ -128,7 +136,7 @@ def _model(
         builder.name_sizes(value.name, value.physical)
         inputs.append(_info(onnx, value, tensor.dtype))
         emitter.set_input(var, value)
-    emitter.run()
+    emitter.run(emit_site)
     for name, atom in zip(network.output_names, network.outputs, strict=True):
         value, dtype = emitter.value(atom), emitter.dtype(atom)
         if isinstance(atom, int):
@@ -165,5 +173,5 @@ def _order(rank: int, channels_first: bool) -> tuple[int, ...]:
 
 
 def _info(onnx: Any, value: Value, dtype: str) -> Any:
-    code = ONNX_TYPES[onnx_dtype(dtype)]
+    code = elementwise.ONNX_TYPES[elementwise.onnx_dtype(dtype)]
     return onnx.helper.make_tensor_value_info(value.name, code, list(value.physical))

@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers as whole
-from jaxquant.deploy.onnx.builder import Builder, Size, Value, straight
+from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.whole_numbers import Whole
 
 Shapes = Sequence[tuple[Size, ...]]

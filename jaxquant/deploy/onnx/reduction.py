@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise
-from jaxquant.deploy.onnx.builder import Builder, Size, Value
+from jaxquant.deploy.onnx.builder import Builder, Value
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 
 _REDUCTIONS = {
     "reduce_max": "ReduceMax",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import contraction, elementwise, reduction
-from jaxquant.deploy.onnx.builder import Size, Value, straight
+from jaxquant.deploy.onnx.builder import Value, straight
+from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.quantization import Weight, make_weight
-
-if TYPE_CHECKING:
-    from jaxquant.deploy.onnx.emitter import Emitter
 
 
 def emit_site(e: Emitter, site: Int8Node) -> Value:

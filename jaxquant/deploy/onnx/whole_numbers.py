@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxquant.deploy.onnx.errors import NotCovered
-
-if TYPE_CHECKING:
-    from jaxquant.deploy.onnx.builder import Builder, Size
+from jaxquant.deploy.onnx.nodes import Nodes, Size
 
 Whole = np.ndarray | str  # known, or the name of an int64 tensor of the graph
 
 
-def name_of(b: Builder, number: Whole) -> str:
+def name_of(b: Nodes, number: Whole) -> str:
     return number if isinstance(number, str) else b.constant(number.astype(np.int64), "whole")
 
 
-def of_size(b: Builder, size: Size) -> Whole:
+def of_size(b: Nodes, size: Size) -> Whole:
     """A size, which may be an expression of sizes that vary; int64 [1].
 
     Raises:
@@ -37,7 +34,15 @@ def of_size(b: Builder, size: Size) -> Whole:
     return _evaluate(b, tree, size)
 
 
-def _evaluate(b: Builder, tree: ast.expr, text: str) -> Whole:
+def shape(b: Nodes, sizes: Sequence[Size], may_infer: bool = True) -> str:
+    """A shape as a tensor; with `may_infer`, one size that varies is left to Reshape as -1."""
+    varying = [size for size in sizes if isinstance(size, str)]
+    if len(varying) <= 1 and (may_infer or not varying) and 0 not in sizes:
+        return b.ints([-1 if isinstance(size, str) else size for size in sizes])
+    return b.node("Concat", [name_of(b, of_size(b, size)) for size in sizes], "shape", axis=0)
+
+
+def _evaluate(b: Nodes, tree: ast.expr, text: str) -> Whole:
     if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
         return np.array([tree.value])
     if isinstance(tree, ast.Name):
@@ -61,49 +66,49 @@ def _evaluate(b: Builder, tree: ast.expr, text: str) -> Whole:
     raise NotCovered(f"the size {text!r}")
 
 
-def add(b: Builder, left: Whole, right: Whole) -> Whole:
+def add(b: Nodes, left: Whole, right: Whole) -> Whole:
     return _apply(b, "Add", np.add, left, right)
 
 
-def subtract(b: Builder, left: Whole, right: Whole) -> Whole:
+def subtract(b: Nodes, left: Whole, right: Whole) -> Whole:
     return _apply(b, "Sub", np.subtract, left, right)
 
 
-def multiply(b: Builder, left: Whole, right: Whole) -> Whole:
+def multiply(b: Nodes, left: Whole, right: Whole) -> Whole:
     return _apply(b, "Mul", np.multiply, left, right)
 
 
-def smaller(b: Builder, left: Whole, right: Whole) -> Whole:
+def smaller(b: Nodes, left: Whole, right: Whole) -> Whole:
     return _apply(b, "Min", np.minimum, left, right)
 
 
-def larger(b: Builder, left: Whole, right: Whole) -> Whole:
+def larger(b: Nodes, left: Whole, right: Whole) -> Whole:
     return _apply(b, "Max", np.maximum, left, right)
 
 
-def modulo(b: Builder, left: Whole, right: Whole) -> Whole:
+def modulo(b: Nodes, left: Whole, right: Whole) -> Whole:
     """With the sign of the divisor, as in Python."""
     return _apply(b, "Mod", np.mod, left, right)
 
 
-def floor_divide(b: Builder, left: Whole, right: Whole) -> Whole:
+def floor_divide(b: Nodes, left: Whole, right: Whole) -> Whole:
     """Rounded down, where ONNX's division of whole numbers rounds towards zero."""
     multiple = subtract(b, left, modulo(b, left, right))
     return _apply(b, "Div", np.floor_divide, multiple, right)
 
 
-def clipped(b: Builder, number: Whole, last: Whole) -> Whole:
+def clipped(b: Nodes, number: Whole, last: Whole) -> Whole:
     """Between 0 and `last`."""
     return larger(b, smaller(b, number, last), np.array([0]))
 
 
-def reshaped(b: Builder, number: Whole, sizes: Sequence[Size]) -> Whole:
+def reshaped(b: Nodes, number: Whole, sizes: Sequence[Size]) -> Whole:
     if isinstance(number, np.ndarray):
         return number.reshape([-1 if isinstance(size, str) else size for size in sizes])
-    return b.node("Reshape", [number, b.shape(sizes)])
+    return b.node("Reshape", [number, shape(b, sizes)])
 
 
-def counted(b: Builder, size: Size) -> Whole:
+def counted(b: Nodes, size: Size) -> Whole:
     """0, 1, 2, ... below a size: [size]."""
     number = of_size(b, size)
     if isinstance(number, np.ndarray):
@@ -113,14 +118,14 @@ def counted(b: Builder, size: Size) -> Whole:
     return b.node("Range", [start, limit, step])
 
 
-def stacked(b: Builder, parts: Sequence[Whole], sizes: Sequence[Size]) -> Whole:
+def stacked(b: Nodes, parts: Sequence[Whole], sizes: Sequence[Size]) -> Whole:
     """[*sizes, parts]: each part, which broadcasts against `sizes`, a column of the last axis."""
     if all(isinstance(part, np.ndarray) for part in parts) and not any(
         isinstance(size, str) for size in sizes
     ):
-        shape = [int(size) for size in sizes]
-        return np.stack([np.broadcast_to(part, shape) for part in parts], axis=-1)
-    wanted = b.shape(sizes, may_infer=False)
+        known = [int(size) for size in sizes]
+        return np.stack([np.broadcast_to(part, known) for part in parts], axis=-1)
+    wanted = shape(b, sizes, may_infer=False)
     columns = []
     for part in parts:
         name = b.node("Expand", [name_of(b, part), wanted])
@@ -128,7 +133,7 @@ def stacked(b: Builder, parts: Sequence[Whole], sizes: Sequence[Size]) -> Whole:
     return columns[0] if len(columns) == 1 else b.node("Concat", columns, axis=-1)
 
 
-def within(b: Builder, number: Whole, last: Whole) -> np.ndarray | str:
+def within(b: Nodes, number: Whole, last: Whole) -> np.ndarray | str:
     """Where a number is between 0 and `last`: truth values."""
     if isinstance(number, np.ndarray) and isinstance(last, np.ndarray):
         return (number >= 0) & (number <= last)
@@ -137,7 +142,7 @@ def within(b: Builder, number: Whole, last: Whole) -> np.ndarray | str:
     return b.node("And", [low, high])
 
 
-def both(b: Builder, left: np.ndarray | str, right: np.ndarray | str) -> np.ndarray | str:
+def both(b: Nodes, left: np.ndarray | str, right: np.ndarray | str) -> np.ndarray | str:
     """Where both truth values are true."""
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         return left & right
@@ -146,19 +151,19 @@ def both(b: Builder, left: np.ndarray | str, right: np.ndarray | str) -> np.ndar
 
 
 def _apply(
-    b: Builder, op: str, function: Callable[..., np.ndarray], left: Whole, right: Whole
+    b: Nodes, op: str, function: Callable[..., np.ndarray], left: Whole, right: Whole
 ) -> Whole:
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         return np.asarray(function(left, right))
     return b.node(op, [name_of(b, left), name_of(b, right)])
 
 
-_OPERATORS: dict[type[ast.operator], Callable[[Builder, Whole, Whole], Whole]] = {
+_OPERATORS: dict[type[ast.operator], Callable[[Nodes, Whole, Whole], Whole]] = {
     ast.Add: add,
     ast.Sub: subtract,
     ast.Mult: multiply,
 }
-_FUNCTIONS: dict[str, Callable[[Builder, Whole, Whole], Whole]] = {
+_FUNCTIONS: dict[str, Callable[[Nodes, Whole, Whole], Whole]] = {
     "floordiv": floor_divide,
     "max": larger,
     "min": smaller,
