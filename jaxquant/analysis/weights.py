@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.report.sqnr import decibel
 from jaxquant.run.program import Program
@@ -50,9 +48,7 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
 
 
 def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> WeightRanges:
-    graph = program.graph
-    eqn = graph.equations[site.equation]
-    axes = channel_axes(graph, site, eqn)
+    axes = site.channel_axes
     others = tuple(a for a in range(weight.ndim) if a not in axes)
     slot = program.slots[site.name]
     stored, scale = jax.device_get(
@@ -61,11 +57,11 @@ def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> W
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
     got = got / _equalization(program, site, weight.shape, qparams)
-    kept = _input_axes(site, eqn)
+    inputs = site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
         sqnr_db=decibel(float(np.sum(weight**2)), float(np.sum((weight - got) ** 2))),
-        channel_db=min(_mean_db(weight, got, axes), _mean_db(weight, got, kept)),
+        channel_db=min(_mean_db(weight, got, axes), _mean_db(weight, got, inputs)),
     )
 
 
@@ -80,22 +76,14 @@ def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> floa
     return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
 
 
-def _input_axes(site: Site, eqn: ir.Equation) -> tuple[int, ...]:
-    """The axes of the weight that are summed over with the input's channels."""
-    if eqn.name == "conv_general_dilated":
-        return (eqn.params["dimension_numbers"].rhs_spec[1],)
-    return tuple(eqn.params["dimension_numbers"][0][site.weight_position])
-
-
 def _equalization(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:
     """What the weight was multiplied by before it was quantized; broadcasts against it."""
     name = program.binding.scales.get(site.operands[0])
     tensor = next((t for t in program.plan.tensors if t.name == name), None)
     if tensor is None or not tensor.channels:
         return np.ones(())
-    eqn = program.graph.equations[site.equation]
     rank = len(program.graph.shape(site.operands[0]))
     factors = np.asarray(qparams["tensors"][name]["scale"], np.float64) / tensor.scale
     factors = factors.reshape((1,) * (rank - factors.ndim) + factors.shape)
-    assert set(tensor.channels) <= set(input_axes(site, eqn))
-    return along_weight(site, eqn, shape, factors)
+    assert set(tensor.channels) <= set(input_axes(site))
+    return along_weight(site, shape, factors)

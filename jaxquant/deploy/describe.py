@@ -15,7 +15,6 @@ from jaxquant.graph import evaluate, ir, sites, trace
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
-from jaxquant.plan.epilogue import channel_axes
 from jaxquant.run.program import Program
 
 MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
@@ -143,7 +142,7 @@ class _Describer:
         weight, computed = "", None
         axes: tuple[int, ...] = ()
         if site.weight is not None:
-            axes = channel_axes(graph, site, eqn)
+            axes = site.channel_axes
             if site.computes_weight:
                 self._need_static((site.weight,))
                 computed = self._number(site.weight)

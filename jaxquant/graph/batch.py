@@ -198,12 +198,12 @@ def _treats_as_one(
     if not any(axes):
         return False
     params = eqn.params
-    if eqn.name == "dot_general":
-        contracted, _ = params["dimension_numbers"]
-        return any({*own} & {*grow} for own, grow in zip(contracted, axes, strict=True))
-    if eqn.name == "conv_general_dilated":
-        apart = params["feature_group_count"] != other.params["feature_group_count"]
-        return not apart and bool({*axes[0]} - {params["dimension_numbers"].lhs_spec[0]})
+    if (contraction := pair.one.contractions.get(eqn.index)) is not None:
+        if contraction.groups != pair.two.contractions[other.index].groups:
+            return False  # `jax.vmap` makes a group of each sample
+        summed = [set(own.contracted) for own in contraction.operands]
+        summed[0] |= set(contraction.operands[0].window)
+        return any(own & {*grow} for own, grow in zip(summed, axes, strict=False))
     if eqn.name == "scan":
         return params["length"] != other.params["length"] and _carry_reads_steps(pair, eqn)
     if eqn.name.startswith("reduce_window") and "window_dimensions" in params:

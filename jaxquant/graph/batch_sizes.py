@@ -58,8 +58,7 @@ def _may_follow(graph: ir.Graph, site: Site) -> bool:
     """False for a parameter, or its transpose, in a dot without batch axes: the common layer."""
     if site.weight is None or not graph.sources(site.weight):
         return False
-    eqn = graph.equations[site.equation]
-    has_batch_axes = eqn.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+    has_batch_axes = site.contraction is not None and site.contraction.has_batch
     var = site.weight
     while (made := graph.producer.get(var)) is not None and made.name == "transpose":
         var = made.input_vars[0]
@@ -71,13 +70,18 @@ def _is_sized_by_batch(graph: ir.Graph, site: Site, other: ir.Graph, twin: Site)
     if twin.weight is None or site.weight is None:
         return True
     here, there = graph.shape(site.weight), other.shape(twin.weight)
-    own, others = graph.equations[site.equation], other.equations[twin.equation]
-    numbers = "dimension_numbers"
-    if own.name != others.name or str(own.params[numbers]) != str(others.params[numbers]):
+    if _arrangement(graph, site) != _arrangement(other, twin):
         return True
     differing = {d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b}
     shared = {*shared_axes(graph, site)} & {*shared_axes(other, twin)}
     return not differing <= shared
+
+
+def _arrangement(graph: ir.Graph, site: Site) -> Any:
+    """What an operation does with the axes of its operands, whatever their sizes."""
+    if site.contraction is None:  # an embedding: the rank of its indices says it
+        return len(graph.shape(graph.equations[site.equation].outputs[0]))
+    return site.contraction.axes
 
 
 def shared_axes(graph: ir.Graph, site: Site) -> tuple[int, ...]:
@@ -85,11 +89,9 @@ def shared_axes(graph: ir.Graph, site: Site) -> tuple[int, ...]:
 
     A true batch axis of a weight (an ensemble of layers) is none of them.
     """
-    eqn = graph.equations[site.equation]
-    if site.weight is None or eqn.name != "dot_general":
+    if site.weight is None or site.contraction is None:
         return ()
-    batch = eqn.params["dimension_numbers"][1][site.weight_position]
-    return tuple(sorted(set(batch) - copies.varying_axes(graph, site.weight)))
+    return tuple(sorted(set(site.weight_axes.batch) - copies.varying_axes(graph, site.weight)))
 
 
 def batch_size(inputs: Any) -> int | None:

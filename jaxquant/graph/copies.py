@@ -72,6 +72,8 @@ def _of_output(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> A
     if primitives.is_elementwise(eqn) or eqn.name == "reduce_precision":
         # a scalar operand varies along nothing; the others have the rank of the result
         return frozenset().union(*operands)
+    if eqn.index in graph.contractions:
+        return _product(graph, eqn, operands)
     rule = _RULES.get(eqn.name)
     return None if rule is None else rule(graph, eqn, operands)
 
@@ -137,31 +139,19 @@ def _update(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes
     return operands[0] | operands[1] | cut
 
 
-def _dot(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
-    contracts, batches = eqn.params["dimension_numbers"]
-    found = set()
-    for n, (left, right) in enumerate(zip(*batches, strict=True)):
-        if left in operands[0] or right in operands[1]:
-            found.add(n)
-    place = len(batches[0])
-    for side in (0, 1):
-        taken = (*contracts[side], *batches[side])
-        for d in range(len(graph.shape(eqn.inputs[side]))):
-            if d in taken:
-                continue
-            if d in operands[side]:
-                found.add(place)
-            place += 1
-    return frozenset(found)
-
-
-def _conv(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
-    """Samples are told apart by the input alone."""
-    spec = eqn.params["dimension_numbers"]
-    every = frozenset(range(len(spec.out_spec)))
-    is_one_group = eqn.params["batch_group_count"] == 1
-    same = is_one_group and spec.lhs_spec[0] not in operands[0]
-    return every - {spec.out_spec[0]} if same else every
+def _product(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
+    """What a convolution or dot keeps of the axes of its operands."""
+    contraction = graph.contractions[eqn.index]
+    window, result = contraction.window, contraction.result
+    if window is None:
+        places = {contraction.place(side, d) for side in (0, 1) for d in operands[side]}
+        return frozenset(place for place in places if place is not None)
+    # Padding tells positions apart, groups the channels; samples only the input.
+    varying = {*result.window, *result.free[1]}
+    sampled = set(contraction.operands[0].free) & operands[0]
+    if sampled or window.batch_groups != 1:
+        varying |= set(result.free[0])
+    return frozenset(varying)
 
 
 def _gather(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes | None:
@@ -181,8 +171,6 @@ _Rule = Callable[[ir.Graph, ir.Equation, Sequence[Axes]], "Axes | None"]
 _RULES: Mapping[str, _Rule] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _along,
-    "conv_general_dilated": _conv,
-    "dot_general": _dot,
     "dynamic_slice": _part,
     "dynamic_update_slice": _update,
     "expand_dims": _reshape,

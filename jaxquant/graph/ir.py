@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.graph import contraction
 from jaxquant.jax_shim import jaxprs
 
 Var = int  # a tensor: an index into Graph.avals
@@ -100,6 +101,16 @@ class Graph:
     @functools.cached_property
     def output_vars(self) -> frozenset[Var]:
         return frozenset(x for x in self.outputs if isinstance(x, int))
+
+    @functools.cached_property
+    def contractions(self) -> Mapping[int, contraction.Contraction]:
+        """The convolutions and dots among the equations, by the index of their equation."""
+        found = {}
+        for eqn in self.equations:
+            ranks = [len(self.shape(atom)) for atom in eqn.inputs]
+            if (made := contraction.build(eqn.name, eqn.params, ranks)) is not None:
+                found[eqn.index] = made
+        return found
 
     def is_static(self, atom: Atom) -> bool:
         return isinstance(atom, Literal) or self.static[atom]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxquant.graph import ir
+from jaxquant.graph.contraction import Contraction, Window
 
 # Convolutions and dots, which are always reported; the interpolations are dots with weights that no
 # parameter is in.
@@ -177,10 +178,10 @@ RESIZE_CALL = "_resize"  # the name of the call that jax.image.resize makes
 
 def kind_of(graph: ir.Graph, eqn: ir.Equation) -> str:
     """The kind of one equation, "" where it has none; softmax is several equations."""
-    if eqn.name == "conv_general_dilated":
-        return _conv_kind(eqn, graph.shape(eqn.inputs[1]))
-    if eqn.name == "dot_general":
-        return _dot_kind(graph, eqn)
+    if (contraction := graph.contractions.get(eqn.index)) is not None:
+        if contraction.window is None:
+            return _dot_kind(graph, eqn)
+        return _conv_kind(contraction, contraction.window, graph.shape(eqn.inputs[1]))
     if eqn.name in PRODUCTS:
         return eqn.name
     if eqn.name == "reduce_sum":
@@ -219,20 +220,19 @@ def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
 
 
 def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:
-    static = [x for x in eqn.inputs if graph.is_static(x)]
-    if not static:
+    if not any(graph.is_static(x) for x in eqn.inputs):
         return "matmul"
     if RESIZE_CALL in eqn.calls:
-        resized = [e for e in graph.equations if e.calls == eqn.calls and e.name == "dot_general"]
+        resized = [k for k in graph.contractions if graph.equations[k].calls == eqn.calls]
         spatial = len(graph.shape(eqn.outputs[0])) - 2
         return "trilinear_interp" if spatial == 3 or len(resized) == 3 else "bilinear_interp"
     return "mul"
 
 
-def _conv_kind(eqn: ir.Equation, kernel_shape: tuple[int, ...]) -> str:
-    if any(d != 1 for d in eqn.params["lhs_dilation"]):
+def _conv_kind(contraction: Contraction, window: Window, kernel_shape: tuple[int, ...]) -> str:
+    if any(d != 1 for d in window.input_dilation):
         return "conv2d_transpose"
-    in_per_group = kernel_shape[eqn.params["dimension_numbers"].rhs_spec[1]]
-    if eqn.params["feature_group_count"] > 1 and in_per_group == 1:
+    (inputs,) = contraction.operands[1].contracted
+    if window.groups > 1 and kernel_shape[inputs] == 1:
         return "depthwise_conv2d"
     return "conv2d"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import composites, ir, kinds, primitives
 from jaxquant.graph import trace as tracing
+from jaxquant.graph.contraction import Axes, Contraction
 from jaxquant.jax_shim import jaxprs
 
 _COLLECTION = "params"
@@ -40,6 +41,8 @@ class Site:
       output: the tensor that the equation produces; None inside control flow.
       operands: the float tensors that it reads and that depend on the inputs; () inside control
         flow.
+      contraction: what a convolution or dot does with the axes of its operands; None of another
+        operation.
       weight: the static operand of a convolution or dot; None where it has none.
       weight_position: 0 or 1, the weight's place among the operands.
       computes_weight: whether the program computes the weight, so that it is not stored: no
@@ -56,6 +59,7 @@ class Site:
     location: tuple[int, ...]
     output: ir.Var | None = None
     operands: tuple[ir.Var, ...] = ()
+    contraction: Contraction | None = None
     weight: ir.Var | None = None
     weight_position: int = 1
     computes_weight: bool = False
@@ -70,6 +74,30 @@ class Site:
     def stored_weight(self) -> ir.Var | None:
         """The weight, where it is stored."""
         return None if self.computes_weight else self.weight
+
+    @property
+    def product(self) -> Contraction:
+        """The contraction of a convolution or dot."""
+        assert self.contraction is not None, f"site {self.name!r} is no convolution or dot"
+        return self.contraction
+
+    @property
+    def weight_axes(self) -> Axes:
+        """The axes of the weight of a convolution or dot."""
+        return self.product.operands[self.weight_position]
+
+    @property
+    def input_axes(self) -> Axes:
+        """The axes of what a convolution or dot multiplies its weight by."""
+        return self.product.operands[1 - self.weight_position]
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The axes of the weight that run along output channels, ascending: not summed over.
+
+        Of an embedding, whose rows are not summed over either, the one that numbers the rows.
+        """
+        return (0,) if self.contraction is None else self.weight_axes.kept
 
 
 def find_sites(graph: ir.Graph, lookups: bool = False) -> tuple[Site, ...]:
@@ -172,12 +200,9 @@ def _float_operands(graph: ir.Graph, eqn: ir.Equation) -> tuple[ir.Var, ...]:
 
 
 def _has_floats(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    if eqn.name in DOT_EQUATIONS:
+    if eqn.index in graph.contractions:
         return True  # always reported, whatever the dtype
     return bool(_float_operands(graph, eqn))
-
-
-DOT_EQUATIONS = ("conv_general_dilated", "dot_general")
 
 
 def _site(
@@ -189,9 +214,10 @@ def _site(
     holder: tuple[int, ...],
 ) -> Site:
     position, weight, path, computes = 1, None, "", False
-    if eqn.name in DOT_EQUATIONS:
+    contraction = graph.contractions.get(eqn.index)
+    if contraction is not None:
         static = [graph.is_static(x) for x in eqn.inputs]
-        if eqn.name == "dot_general" and static[0]:
+        if static[0] and contraction.takes_weight_first:
             position = 0
         found = eqn.inputs[position]
         if static[position] and isinstance(found, int):
@@ -212,6 +238,7 @@ def _site(
         location=(*holder, eqn.index),
         output=eqn.outputs[0],
         operands=operands,
+        contraction=contraction,
         weight=weight,
         weight_position=position,
         computes_weight=computes,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph import flax_tags, ir, symbolic
+from jaxquant.graph import contraction, flax_tags, ir, symbolic
 from jaxquant.jax_shim import jaxprs
 
 
@@ -221,7 +221,7 @@ class _Builder:
 
 
 def _holds_site(eqn: Any) -> bool:
-    return eqn.primitive.name in ("conv_general_dilated", "dot_general") or any(
+    return eqn.primitive.name in contraction.PRIMITIVES or any(
         _holds_site(inner) for _, jaxpr, _ in jaxprs.sub_bodies(eqn.params) for inner in jaxpr.eqns
     )
 

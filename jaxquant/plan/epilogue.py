@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxquant.graph import copies, ir, primitives
 from jaxquant.graph.batch_sizes import shared_axes
 from jaxquant.graph.primitives import Channels
-from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.graph.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,11 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
         may let a chain go on (what varies along a batch of one varies along nothing).
     """
     assert site.output is not None
-    eqn = graph.equations[site.equation]
     current = site.output
-    if eqn.name not in DOT_EQUATIONS:  # what a sum is divided by depends on the input shape
+    if site.contraction is None:  # what a sum is divided by depends on the input shape
         return Epilogue((), (), current, Channels((), ()), _activation(graph, current))
     stored = site.stored_weight is not None
-    channels = output_channels(graph, site, eqn) if stored else Channels((), ())
+    channels = output_channels(graph, site) if stored else Channels((), ())
     steps: list[AffineStep] = []
     movements: list[ir.Equation] = []
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
@@ -116,44 +115,17 @@ def stored_shape(graph: ir.Graph, site: Site) -> tuple[int, ...]:
     return tuple(1 if d in shared else n for d, n in enumerate(graph.shape(site.weight)))
 
 
-def output_channels(graph: ir.Graph, site: Site, eqn: ir.Equation) -> Channels:
+def output_channels(graph: ir.Graph, site: Site) -> Channels:
     """Where the weight's output channels are in the site's own output.
 
     Axes that share a stored weight are no channels.
     """
-    weight_shape = graph.shape(eqn.inputs[site.weight_position])
-    if eqn.name == "conv_general_dilated":
-        spec = eqn.params["dimension_numbers"]
-        return Channels((weight_shape[spec.rhs_spec[0]],), (spec.out_spec[1],))
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    contract, batch = (
-        (lhs_contract, lhs_batch) if site.weight_position == 0 else (rhs_contract, rhs_batch)
-    )
-    lhs_free = len(graph.shape(eqn.inputs[0])) - len(lhs_contract) - len(lhs_batch)
-    first_free = len(batch) + (0 if site.weight_position == 0 else lhs_free)
-    sizes, axes = [], []
+    side = site.weight_position
+    weight_shape = graph.shape(graph.equations[site.equation].inputs[side])
     shared = shared_axes(graph, site) if site.stored_weight is not None else ()
-    for axis in channel_axes(graph, site, eqn):
-        if axis in shared:
-            continue
-        sizes.append(weight_shape[axis])
-        if axis in batch:
-            axes.append(list(batch).index(axis))
-        else:
-            free = [a for a in range(len(weight_shape)) if a not in (*contract, *batch)]
-            axes.append(first_free + free.index(axis))
-    return Channels(tuple(sizes), tuple(axes))
-
-
-def channel_axes(graph: ir.Graph, site: Site, eqn: ir.Equation) -> tuple[int, ...]:
-    """The axes of the weight that run along output channels: those that are not summed over."""
-    if eqn.name == "conv_general_dilated":
-        return (eqn.params["dimension_numbers"].rhs_spec[0],)
-    if eqn.name == "gather":
-        return (0,)
-    contract = eqn.params["dimension_numbers"][0][site.weight_position]
-    rank = len(graph.shape(eqn.inputs[site.weight_position]))
-    return tuple(a for a in range(rank) if a not in contract)
+    places = {axis: site.product.place(side, axis) for axis in site.channel_axes}
+    found = {axis: at for axis, at in places.items() if axis not in shared and at is not None}
+    return Channels(tuple(weight_shape[axis] for axis in found), tuple(found.values()))
 
 
 def _only_consumer(graph: ir.Graph, var: ir.Var) -> ir.Equation | None:

@@ -237,7 +237,7 @@ class _Readers:
         behaviour = behaviours.behaviour_of(site.kind, user) if site is not None else ""
         if site is not None and behaviour == behaviours.ACCUMULATE:
             stored = site.stored_weight is not None
-            if not (stored and (axes is None or _sums_over(site, user, axes))):
+            if not (stored and (axes is None or _sums_over(site, axes))):
                 found.add(site.name)
         elif site is not None and (
             behaviour == behaviours.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS
@@ -294,8 +294,6 @@ def _joined_axes(eqn: ir.Equation) -> frozenset[int]:
     return frozenset({int(eqn.params["axis" if eqn.name == "stack" else "dimension"])})
 
 
-def _sums_over(site: Site, eqn: ir.Equation, axes: frozenset[int]) -> bool:
+def _sums_over(site: Site, axes: frozenset[int]) -> bool:
     """True for a convolution or dot whose every output sums over all of these axes of its input."""
-    if eqn.params.get("feature_group_count", 1) != 1:
-        return False
-    return axes <= frozenset(input_axes(site, eqn))
+    return site.product.groups == 1 and axes <= frozenset(input_axes(site))

@@ -31,7 +31,7 @@ import jax
 
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.sites import Site
-from jaxquant.plan.epilogue import channel_axes, stored_shape
+from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 
@@ -85,7 +85,7 @@ def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     """
     assert site.weight is not None
     own = graph.equations[site.equation]
-    var, channels = site.weight, channel_axes(graph, site, own)
+    var, channels = site.weight, site.channel_axes
     if integer:
         return WeightView(var, stored_shape(graph, site), channels, ())
     movements: list[ir.Equation] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds, primitives
-from jaxquant.graph.sites import DOT_EQUATIONS, Site, matches
+from jaxquant.graph.sites import Site, matches
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
@@ -73,16 +72,16 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             continue
         if not takes_constants(graph, source):
             return f"its input holds infinities, which {source.name} puts there"
-    if eqn.name not in DOT_EQUATIONS:
+    if site.contraction is None:
         return ""
     for operand in eqn.input_vars:
         if not jnp.issubdtype(graph.dtype(operand), jnp.floating):
             return f"an operand is {graph.dtype(operand)}, not float"
-    if eqn.name == "conv_general_dilated" and not graph.is_static(eqn.inputs[1]):
+    if site.weight is None and site.contraction.window is not None:
         return "its kernel depends on the inputs"
-    if eqn.params.get("batch_group_count", 1) != 1:
-        return "batch_group_count is not 1"
-    terms = _terms(graph, eqn)
+    if site.contraction.unfit:
+        return site.contraction.unfit
+    terms = site.contraction.terms(graph.shape(eqn.inputs[1]))
     if terms > (LARGEST_SUM_OF_TENSORS if site.weight is None else LARGEST_SUM):
         return f"its sums of {terms} products may overflow int32"
     return ""
@@ -99,15 +98,6 @@ def _weightless(graph: ir.Graph, site: Site) -> str:
     if not jnp.issubdtype(graph.dtype(site.weight), jnp.floating):
         return f"its weight is {graph.dtype(site.weight)}, not float"
     return ""
-
-
-def _terms(graph: ir.Graph, eqn: ir.Equation) -> int:
-    """How many products each element of a convolution or dot sums."""
-    if eqn.name == "conv_general_dilated":
-        outputs = graph.shape(eqn.inputs[1])[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(graph.shape(eqn.inputs[1])) // max(outputs, 1)
-    contracted = eqn.params["dimension_numbers"][0][0]
-    return math.prod(graph.shape(eqn.inputs[0])[a] for a in contracted)
 
 
 def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:

@@ -97,10 +97,10 @@ def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
         if not (sites and alone and stored) or decided:
             continue
         products = tuple(Product(graph, site) for site in sites)
-        axes = {input_axes(p.site, p.equation) for p in products}
+        axes = {input_axes(p.site) for p in products}
         if len(axes) > 1 or any(p.reason for p in products):
             continue
-        dots = all(p.equation.name == "dot_general" for p in products)
+        dots = all(p.site.product.window is None for p in products)
         if "equalization" in steps or (dots and "smoothquant" in steps):
             found[name] = Target(var, axes.pop(), products)
     return found
@@ -188,7 +188,7 @@ class _Reader:
         assert product.site.weight is not None
         shape = product.graph.shape(product.site.weight)
         numbers = np.arange(np.prod(target.sizes), dtype=np.int64).reshape(target.sizes)
-        laid = along_weight(product.site, product.equation, shape, numbers)
+        laid = along_weight(product.site, shape, numbers)
         # [G, K], the input channel of each product
         self._channel = product.matrix(np.broadcast_to(laid, shape))[:, :, 0]
 

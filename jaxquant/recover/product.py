@@ -47,7 +47,7 @@ class Product:
 
     @property
     def _channel_axes(self) -> tuple[int, ...]:
-        return output_channels(self.graph, self.site, self.equation).axes
+        return output_channels(self.graph, self.site).axes
 
     @property
     def _position_axes(self) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from jaxquant.graph import ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
-from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
@@ -238,11 +237,10 @@ class _Learner:
 
     def _scaled_weight(self, site: Any, scale: Any) -> tuple[np.ndarray, np.ndarray]:
         """The float64 weight in units of its scale [C] or [], which comes too in float64."""
-        graph, binding = self._program.graph, self._program.binding
-        weight = equalized(graph, binding, site, self._weights[site.weight], self._equalization)
-        axes = channel_axes(graph, site, graph.equations[site.equation])
+        binding = self._program.binding
+        weight = equalized(binding, site, self._weights[site.weight], self._equalization)
         scale = np.asarray(scale, np.float64)
-        ratio = weight / along_channels(scale, axes, weight.shape)
+        ratio = weight / along_channels(scale, site.channel_axes, weight.shape)
         near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
         return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
 

@@ -21,9 +21,14 @@ from jax import lax
 
 from jaxquant import native
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.contraction import Axes, Result, Window
 from jaxquant.jax_shim import choices
 
-_NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_NHWC = (
+    Axes(free=(0,), contracted=(3,), window=(1, 2)),
+    Axes(free=(3,), contracted=(2,), window=(0, 1)),
+    Result(batch=(), free=((0,), (3,)), window=(1, 2)),
+)
 # A depthwise window of at most this many taps runs as shifted products.
 _MAX_TAPS = 64
 
@@ -39,7 +44,7 @@ def fast_convolutions(graph: ir.Graph, *, natively: bool = True) -> dict[int, ev
     return {
         eqn.index: rule
         for eqn in graph.equations
-        if eqn.name == "conv_general_dilated" and (rule := _rule(graph, eqn, natively)) is not None
+        if (rule := _rule(graph, eqn, natively)) is not None
     }
 
 
@@ -65,62 +70,60 @@ def evaluate_float(
 
 
 def _rule(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> evaluate.Replace | None:
-    params, kernel = eqn.params, graph.shape(eqn.inputs[1])
-    spec, groups = params["dimension_numbers"], params["feature_group_count"]
+    contraction = graph.contractions.get(eqn.index)
+    if contraction is None or contraction.axes != _NHWC or contraction.window is None:
+        return None
+    window, kernel, groups = contraction.window, graph.shape(eqn.inputs[1]), contraction.groups
     if (
-        (spec.lhs_spec, spec.rhs_spec, spec.out_spec) != _NHWC
-        or params["batch_group_count"] != 1
-        or {*params["lhs_dilation"]} != {1}
+        window.batch_groups != 1
+        or {*window.input_dilation} != {1}
         or any(graph.dtype(atom) != jnp.float32 for atom in (*eqn.inputs, *eqn.outputs))
     ):
         return None
-    unpadded = all(pads == (0, 0) for pads in params["padding"])
+    unpadded = all(pads == (0, 0) for pads in window.padding)
     if kernel[:2] == (1, 1) and groups == 1 and unpadded:
-        return _pointwise
+        return functools.partial(_pointwise, window)
     taps, fits = kernel[0] * kernel[1], min(graph.shape(eqn.outputs[0])[1:3]) > 0
     if kernel[2:] == (1, groups) and groups > 1 and taps <= _MAX_TAPS and fits:
-        return _native_depthwise if natively else _depthwise
+        return functools.partial(_native_depthwise if natively else _depthwise, window)
     return None
 
 
-def _pointwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _pointwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
     x, kernel = (env.read(atom) for atom in eqn.inputs)
-    rows, columns = eqn.params["window_strides"]
+    rows, columns = window.strides
     contract = (((3,), (0,)), ((), ()))
     precision = eqn.params["precision"]
     return [lax.dot_general(x[:, ::rows, ::columns], kernel[0, 0], contract, precision=precision)]
 
 
-def _depthwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
     x, kernel = (env.read(atom) for atom in eqn.inputs)
-    return [_shifted_products(x, kernel, eqn.params)]
+    return [_shifted_products(x, kernel, window)]
 
 
-def _native_depthwise(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
     operands = [env.read(atom) for atom in eqn.inputs]
-    given = eqn.params
-    window = {
-        "strides": given["window_strides"],
-        "padding": given["padding"],
-        "dilation": given["rhs_dilation"],
-    }
 
     def natively(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
-        return [native.float_depthwise(x, kernel, **window)]
+        made = native.float_depthwise(
+            x, kernel, strides=window.strides, padding=window.padding, dilation=window.dilation
+        )
+        return [made]
 
     def portable(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
-        return [_shifted_products(x, kernel, given)]
+        return [_shifted_products(x, kernel, window)]
 
     shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
     outputs = [jax.ShapeDtypeStruct(shape, jnp.float32)]
     return choices.choose_on_one_cpu(natively, portable, outputs, operands)
 
 
-def _shifted_products(x: jax.Array, kernel: jax.Array, params: Mapping[str, Any]) -> jax.Array:
-    config = [(0, 0, 0), *((*pads, 0) for pads in params["padding"]), (0, 0, 0)]
+def _shifted_products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    config = [(0, 0, 0), *((*pads, 0) for pads in window.padding), (0, 0, 0)]
     x = lax.pad(x, jnp.float32(0), config)
-    rows, columns = params["window_strides"]
-    down, right = params["rhs_dilation"]
+    rows, columns = window.strides
+    down, right = window.dilation
     height = x.shape[1] - (kernel.shape[0] - 1) * down
     width = x.shape[2] - (kernel.shape[1] - 1) * right
     terms = [

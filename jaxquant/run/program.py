@@ -15,7 +15,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site, bind
-from jaxquant.plan.epilogue import channel_axes, output_channels
+from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.modes import MODES
@@ -276,11 +276,11 @@ class Program:
     ) -> jax.Array:
         """The sum with a weight that the program computes and quantizes, as float32."""
         assert site.weight is not None
-        axes = channel_axes(self.graph, site, eqn)
+        axes = site.channel_axes
         weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
         operands = [x, weight] if site.weight_position else [weight, x]
         total = int8.accumulate(eqn, operands, [zero_point])
-        channels = output_channels(self.graph, site, eqn)
+        channels = output_channels(self.graph, site)
         if zero_point:
             offset = zero_point * int8.weight_sums(weight, axes)
             total = total - channels.spread(offset, total.ndim)

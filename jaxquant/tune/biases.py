@@ -16,7 +16,6 @@ import numpy as np
 from jaxquant.graph import evaluate
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
-from jaxquant.plan.epilogue import channel_axes
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, compare_outputs
@@ -62,11 +61,10 @@ def _weight_terms(
     weight, scale = jax.device_get(
         [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
-    axes = channel_axes(program.graph, site, program.graph.equations[site.equation])
     known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
     unit = np.asarray(scale, np.float64) * np.prod(known)
     zero_point = binding.zero_points.get(site.operands[0], 0)
-    return accumulator_terms(weight, axes, unit, zero_point)
+    return accumulator_terms(weight, site.channel_axes, unit, zero_point)
 
 
 def has_bias(program: Program, unit: Unit) -> bool:

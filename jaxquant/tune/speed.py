@@ -20,7 +20,7 @@ import numpy as np
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.progress import progress_bar
 from jaxquant.graph import ir
-from jaxquant.graph.sites import DOT_EQUATIONS, Site
+from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
@@ -79,7 +79,7 @@ def _in_surroundings(graph: ir.Graph, binding: Binding) -> list[_Found]:
     found = []
     for int8_site in binding.sites:
         site = int8_site.site
-        if graph.equations[site.equation].name in DOT_EQUATIONS:
+        if site.contraction is not None:
             around = surroundings(graph, binding, int8_site)
             found.append(_Found(site, around, key(graph, site, around)))
     return found

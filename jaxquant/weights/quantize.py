@@ -20,7 +20,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout, ties
 from jaxquant.plan.bind import Binding, Int8Site, bind
-from jaxquant.plan.epilogue import channel_axes, stored_shape
+from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.inputs import along_weight
@@ -63,10 +63,10 @@ def quantize_params(
         offset = None
         if site.name in slots:
             assert site.weight is not None
-            axes = channel_axes(graph, site, graph.equations[site.equation])
+            axes = site.channel_axes
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = once(graph, site, weights[site.weight])
-            weight = equalized(graph, binding, site, weight, equalization)
+            weight = equalized(binding, site, weight, equalization)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
@@ -97,7 +97,6 @@ def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
 
 
 def equalized(
-    graph: ir.Graph,
     binding: Binding,
     site: Site,
     weight: np.ndarray,
@@ -108,7 +107,7 @@ def equalized(
     factors = equalization.get(binding.scales.get(site.operands[0], ""))
     if factors is None:
         return weight
-    return weight * along_weight(site, graph.equations[site.equation], weight.shape, factors)
+    return weight * along_weight(site, weight.shape, factors)
 
 
 def _broadcasting(factors: np.ndarray) -> np.ndarray:

@@ -413,9 +413,8 @@ def test_one_value_per_input_channel_is_laid_along_a_grouped_weight():
     from jaxquant.graph.sites import find_sites
 
     (site,) = find_sites(graph)
-    eqn = graph.equations[site.equation]
-    assert input_axes(site, eqn) == (3,)
-    laid = along_weight(site, eqn, (3, 3, 4, 6), np.arange(8.0).reshape(1, 1, 1, 8))
+    assert input_axes(site) == (3,)
+    laid = along_weight(site, (3, 3, 4, 6), np.arange(8.0).reshape(1, 1, 1, 8))
     assert laid.shape == (1, 1, 4, 6)
     for output in range(6):
         assert laid[0, 0, :, output].tolist() == [4 * (output // 3) + k for k in range(4)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.graph.sites import DOT_EQUATIONS, find_sites
+from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
 from jaxquant.plan.bind import bind
 from jaxquant.tune.one_site import (
@@ -55,7 +55,7 @@ FORMS = {
 
 def dot_of(apply_fn, params, x):
     graph = trace(apply_fn, params, (x,))
-    sites = (s for s in find_sites(graph) if graph.equations[s.equation].name in DOT_EQUATIONS)
+    sites = (s for s in find_sites(graph) if s.contraction is not None)
     return graph, next(sites)
 
 

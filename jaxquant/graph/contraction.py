@@ -1,0 +1,226 @@
+"""Contractions: convolution and dot as one concept, by what becomes of their operands' axes.
+
+A contraction multiplies two operands and sums.  Of an axis of an operand it makes one of these:
+
+    batch       both operands and the result have it; its indices do not meet
+    free        one operand and the result have it
+    contracted  both operands have it, and it is summed over
+    window      of the first operand, along which the second slides (and is summed over); the result
+                has one position for each place of the second
+
+A dot has no window; a convolution has no batch axes: its samples are free axes of the input, its
+output channels those of the kernel, its input channels are contracted.  Where channels fall into
+groups, a kernel has the input channels of one group alone.
+
+This is the one place that reads the parameters of the primitives.  Everything else asks the
+contraction, so that a further primitive is one more entry of the table at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+DotNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of an operand by their part.
+
+    The k-th axis of a part belongs to the k-th one of the other operand's part, and of the
+    result's; free axes alone belong to an operand.
+    """
+
+    batch: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+    contracted: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The axes of a weight that are not summed over, ascending: those of output channels."""
+        return tuple(sorted((*self.batch, *self.free)))
+
+    @property
+    def rank(self) -> int:
+        return len(self.batch) + len(self.free) + len(self.contracted) + len(self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The axes of the result; `free` holds those of the first and of the second operand."""
+
+    batch: tuple[int, ...]
+    free: tuple[tuple[int, ...], tuple[int, ...]]
+    window: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """How a kernel slides over its input, one entry for each window axis, in their order.
+
+    Attributes:
+      strides: between two positions.
+      padding: zeros before and after the input; negative where it is cropped.
+      dilation: the distance between two neighbours in the kernel.
+      input_dilation: likewise in the input, with zeros between them: more than 1 in a transposed
+        convolution.
+      groups: into how many groups the channels fall.
+      batch_groups: into how many the samples do, each with output channels of its own.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    input_dilation: tuple[int, ...]
+    groups: int = 1
+    batch_groups: int = 1
+
+    def without_first(self) -> Window:
+        """The window of the axes behind the first one."""
+        return dataclasses.replace(
+            self,
+            strides=self.strides[1:],
+            padding=self.padding[1:],
+            dilation=self.dilation[1:],
+            input_dilation=self.input_dilation[1:],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A product of two operands that is summed over some of their axes.
+
+    Attributes:
+      operands: the axes of the first and of the second operand; of a convolution the second one is
+        the kernel.
+      result: the axes of the result.
+      window: how the second operand slides over the first; None of a dot.
+    """
+
+    operands: tuple[Axes, Axes]
+    result: Result
+    window: Window | None = None
+
+    @property
+    def axes(self) -> tuple[Axes, Axes, Result]:
+        """What the axes are, whatever the window and the sizes."""
+        return (*self.operands, self.result)
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups the contracted axis falls; the second operand has one of them."""
+        return 1 if self.window is None else self.window.groups
+
+    @property
+    def has_batch(self) -> bool:
+        """True where both operands have an axis that is not summed over."""
+        return bool(self.operands[0].batch)
+
+    @property
+    def takes_weight_first(self) -> bool:
+        """True where the first operand may be the weight as well as the second."""
+        return self.window is None
+
+    @property
+    def unfit(self) -> str:
+        """Why it has no integer form, whatever its operands are; "" where it has one."""
+        if self.window is not None and self.window.batch_groups != 1:
+            return "batch_group_count is not 1"
+        return ""
+
+    @property
+    def dot_numbers(self) -> DotNumbers:
+        """The dimension numbers of `lax.dot_general`."""
+        assert self.window is None, "a convolution is no dot"
+        first, second = self.operands
+        return (first.contracted, second.contracted), (first.batch, second.batch)
+
+    def place(self, side: int, axis: int) -> int | None:
+        """Where a batch or free axis of an operand is in the result; None of another axis."""
+        own = self.operands[side]
+        if axis in own.batch:
+            return self.result.batch[own.batch.index(axis)]
+        if axis in own.free:
+            return self.result.free[side][own.free.index(axis)]
+        return None
+
+    def terms(self, second: Sequence[int]) -> int:
+        """How many products each element of the result sums, given the second operand's shape."""
+        own = self.operands[1]
+        return math.prod(second[axis] for axis in (*own.contracted, *own.window))
+
+
+def build(name: str, params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | None:
+    """The contraction that a primitive is; None of any other primitive.
+
+    Args:
+      name: of the primitive.
+      params: of the equation.
+      ranks: the numbers of axes of its operands.
+    """
+    builder = _BUILDERS.get(name)
+    return None if builder is None else builder(params, ranks)
+
+
+def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
+    """The contraction of `lax.dot_general` with these dimension numbers.
+
+    The result has the batch axes, then the free axes of the first operand, then of the second.
+
+    Example:
+      >>> found = dot((((2,), (0,)), ((), ())), (3, 2))
+      >>> found.operands[0].free, found.result.free
+      ((0, 1), ((0, 1), (2,)))
+    """
+    contracted, batch = numbers
+    first, second = (
+        Axes(
+            batch=tuple(batch[side]),
+            free=tuple(a for a in range(rank) if a not in (*contracted[side], *batch[side])),
+            contracted=tuple(contracted[side]),
+        )
+        for side, rank in enumerate(ranks[:2])
+    )
+    shared = len(first.batch)
+    middle = shared + len(first.free)
+    end = middle + len(second.free)
+    free = tuple(range(shared, middle)), tuple(range(middle, end))
+    return Contraction((first, second), Result(tuple(range(shared)), free))
+
+
+def _dot(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
+    return dot(params["dimension_numbers"], ranks)
+
+
+def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
+    spec = params["dimension_numbers"]
+    samples, channels, *positions = spec.lhs_spec
+    outputs, inputs, *taps = spec.rhs_spec
+    out_samples, out_channels, *out_positions = spec.out_spec
+    return Contraction(
+        operands=(
+            Axes(free=(samples,), contracted=(channels,), window=tuple(positions)),
+            Axes(free=(outputs,), contracted=(inputs,), window=tuple(taps)),
+        ),
+        result=Result((), ((out_samples,), (out_channels,)), tuple(out_positions)),
+        window=Window(
+            strides=tuple(params["window_strides"]),
+            padding=tuple((low, high) for low, high in params["padding"]),
+            dilation=tuple(params["rhs_dilation"]),
+            input_dilation=tuple(params["lhs_dilation"]),
+            groups=params["feature_group_count"],
+            batch_groups=params["batch_group_count"],
+        ),
+    )
+
+
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction]] = {
+    "conv_general_dilated": _conv,
+    "dot_general": _dot,
+}
+PRIMITIVES = frozenset(_BUILDERS)
+"""The primitives that are contractions, by name."""
