@@ -18,6 +18,7 @@ from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
+from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import Outputs, measure_sqnr
@@ -41,6 +42,7 @@ def quant_dynamic(
     skip_first_last: bool = False,
     select: Any = None,
     allow_batch_dependence: bool = False,
+    progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Quantize a float model to int8 with activation scales that are computed in each call.
 
@@ -67,6 +69,7 @@ def quant_dynamic(
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       select: what of an item of `example` is given to `apply_fn`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
+      progress: show what is being done, as `jaxquant.quant_post`.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`.
@@ -97,7 +100,9 @@ def quant_dynamic(
         skip_first_last=skip_first_last,
         mode=DYNAMIC,
     )
-    return _quantize(params, apply_fn, _inputs(example, select), config, allow_batch_dependence)
+    with Progress("quant_dynamic", progress) as shown:
+        inputs = _inputs(example, select)
+        return _quantize(params, apply_fn, inputs, config, allow_batch_dependence, shown)
 
 
 @named
@@ -113,6 +118,7 @@ def quant_weights(
     skip_first_last: bool = False,
     select: Any = None,
     allow_batch_dependence: bool = False,
+    progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Store the weights of a float model as integers; it goes on computing in its own dtype.
 
@@ -138,6 +144,7 @@ def quant_weights(
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       select: what of an item of `example` is given to `apply_fn`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
+      progress: show what is being done, as `jaxquant.quant_post`.
 
     Returns:
       `(qparams, qapply)`, as `jaxquant.quant_post`; in `qparams["params"]` a weight is
@@ -169,7 +176,9 @@ def quant_weights(
         weight_bits=bits,
         group_size=group_size,
     )
-    return _quantize(params, apply_fn, _inputs(example, select), config, allow_batch_dependence)
+    with Progress("quant_weights", progress) as shown:
+        inputs = _inputs(example, select)
+        return _quantize(params, apply_fn, inputs, config, allow_batch_dependence, shown)
 
 
 def _inputs(example: Any, select: Any) -> tuple[Any, ...]:
@@ -195,20 +204,24 @@ def _quantize(
     inputs: tuple[Any, ...],
     config: QuantConfig,
     allow_batch_dependence: bool,
+    progress: Progress,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_flag("allow_batch_dependence", allow_batch_dependence)
     check_model(params, apply_fn)
-    graph = with_batch_sizes(trace(apply_fn, params, inputs), apply_fn, params, inputs)
-    check_no_randomness(graph)
-    check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
-    if not allow_batch_dependence:
-        check_independence(graph, apply_fn, params, inputs, fast_convolutions)
-    plan = make_plan(graph, None, config)
-    qparams = quantize_params(graph, plan, params)
-    program = program_by_site(graph, plan, params)
-    sqnr, outputs = _measured(program, params, qparams, inputs)
-    report = make_report(program, plan, params, qparams, sqnr, outputs, recovery={})
-    warn_if_poor(params, apply_fn, qparams, plan, report, inputs)
+    with progress.stage("tracing"):
+        graph = with_batch_sizes(trace(apply_fn, params, inputs), apply_fn, params, inputs)
+        check_no_randomness(graph)
+        check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
+        if not allow_batch_dependence:
+            check_independence(graph, apply_fn, params, inputs, fast_convolutions)
+        plan = make_plan(graph, None, config)
+    with progress.stage("quantizing weights"):
+        qparams = quantize_params(graph, plan, params)
+        program = program_by_site(graph, plan, params)
+    with progress.stage("comparing"):
+        sqnr, outputs = _measured(program, params, qparams, inputs)
+        report = make_report(program, plan, params, qparams, sqnr, outputs, recovery={})
+    warn_if_poor(params, apply_fn, qparams, plan, report, inputs, progress)
     return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
 
 

@@ -11,6 +11,7 @@ from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
 from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, DEFAULT_RECOVERY, QuantConfig, check_flag
+from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.tune.goal import MAX_DROP, make_goal
@@ -111,7 +112,9 @@ def quant_post(
         Where nothing holds the metric, the best model found is returned, with a warning.
       max_drop: by how much the metric may be below the float model's, in the metric's own units.
       time_budget: seconds, after which no other step is begun; None for no limit.
-      progress: show a progress bar.
+      progress: show what is being done: in a terminal and in a notebook a bar for each stage (with
+        tqdm, the extra "progress"), elsewhere lines on stderr; as records of the logger "jaxquant"
+        where logging is set up for INFO.  False for nothing.
 
     Returns:
       `(qparams, qapply)`: a plain nested dict of arrays, and the pure function
@@ -150,12 +153,20 @@ def quant_post(
     stages.check_files(config, calibration_file, recovery_file)
     check_flag("allow_batch_dependence", allow_batch_dependence)
     goal = make_goal(metric, max_drop, time_budget)
-    batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
-    observations = stages.calibrate(
-        params, apply_fn, batches, config, options, calibration_file, allow_batch_dependence
-    )
-    return stages.quantize(params, apply_fn, observations, config, recovery_file, progress, goal)
+    with Progress("quant_post", progress) as shown:
+        batches = stages.read(ds, batch_size, batch_nums, select)
+        observations = stages.calibrate(
+            params,
+            apply_fn,
+            batches,
+            config,
+            options,
+            calibration_file,
+            shown,
+            allow_batch_dependence,
+        )
+        return stages.quantize(params, apply_fn, observations, config, recovery_file, shown, goal)
 
 
 @named
@@ -218,11 +229,19 @@ def calibrate(
     )
     stages.check_files(config, calibration_file, None)
     check_flag("allow_batch_dependence", allow_batch_dependence)
-    batches = stages.read(ds, batch_size, batch_nums, select, progress)
     options = stages.options_of(config, batch_size, batch_nums, select)
-    return stages.calibrate(
-        params, apply_fn, batches, config, options, calibration_file, allow_batch_dependence
-    )
+    with Progress("calibrate", progress) as shown:
+        batches = stages.read(ds, batch_size, batch_nums, select)
+        return stages.calibrate(
+            params,
+            apply_fn,
+            batches,
+            config,
+            options,
+            calibration_file,
+            shown,
+            allow_batch_dependence,
+        )
 
 
 @named
@@ -283,15 +302,15 @@ def quantize(
         skip_first_last=skip_first_last,
         optimize_for=optimize_for,
     )
-    check_flag("progress", progress)
     stages.check_files(config, None, recovery_file)
     if not isinstance(observations, Observations | str | os.PathLike):
         raise TypeError(
             "observations is what jaxquant.calibrate returned, or the path of a calibration file; "
             f"got {type(observations).__name__}"
         )
-    if not isinstance(observations, Observations):
-        observations = stages.load(observations, params, apply_fn, config)
-    else:
-        stages.check_given(observations, params, apply_fn, config)
-    return stages.quantize(params, apply_fn, observations, config, recovery_file, progress)
+    with Progress("quantize", progress) as shown:
+        if not isinstance(observations, Observations):
+            observations = stages.load(observations, params, apply_fn, config, shown)
+        else:
+            stages.check_given(observations, params, apply_fn, config, shown)
+        return stages.quantize(params, apply_fn, observations, config, recovery_file, shown)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,7 +18,6 @@ from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import check_alike
-from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.resume import (
     check_observed,
     is_complete,
@@ -32,9 +30,10 @@ from jaxquant.graph.batch_sizes import with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.sites import find_sites
 from jaxquant.graph.trace import trace
-from jaxquant.plan.config import QuantConfig, check_flag, check_path
+from jaxquant.plan.config import QuantConfig, check_path
 from jaxquant.plan.make import observed_tensors
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import measure_sqnr
@@ -47,14 +46,19 @@ from jaxquant.tune.goal import Goal
 from jaxquant.tune.speed import slower_in_int8
 
 
-def read(
-    ds: Any, batch_size: int | None, batch_nums: int | None, select: Any, progress: bool
-) -> Generator[tuple[Any, ...], None, None]:
-    """The batches of a data set, under a progress bar."""
-    check_flag("progress", progress)
-    batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
-    total = num_batches(ds, batch_size, batch_nums, select=select)
-    return progress_bar(batches, total, "calibrate", progress)
+class Batches(NamedTuple):
+    """The batches of a data set, and how many there are, as far as it tells."""
+
+    items: Iterator[tuple[Any, ...]]
+    total: int | None
+
+
+def read(ds: Any, batch_size: int | None, batch_nums: int | None, select: Any) -> Batches:
+    """The batches of a data set, of which none is read yet."""
+    return Batches(
+        iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select),
+        num_batches(ds, batch_size, batch_nums, select=select),
+    )
 
 
 def check_files(config: QuantConfig, calibration_file: Any, recovery_file: Any) -> None:
@@ -90,39 +94,51 @@ def options_of(
 def calibrate(
     params: Any,
     apply_fn: Callable[..., Any],
-    batches: Generator[tuple[Any, ...], None, None],
+    batches: Batches,
     config: QuantConfig,
     options: dict[str, Any],
     calibration_file: str | os.PathLike[str] | None,
+    progress: Progress,
     allow_batch_dependence: bool = False,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
     check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence)
-    with contextlib.closing(batches):  # the progress bar ends before an error is printed
-        if jax.process_count() > 1:
-            check_alike(params_digests(params), is_complete(calibration_file))
+    sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence, progress)
+    if jax.process_count() > 1:
+        check_alike(params_digests(params), is_complete(calibration_file))
+    with progress.stage("calibrating", batches.total, "batch") as stage:
+        counted = stage.each(batches.items)
         if calibration_file is None:
-            return run_sweep(sweep, batches)
-        return sweep_with_file(calibration_file, sweep, batches, _own_observer(config))
+            return run_sweep(sweep, counted)
+        return sweep_with_file(calibration_file, sweep, counted, _own_observer(config))
 
 
 def load(
-    path: str | os.PathLike[str], params: Any, apply_fn: Callable[..., Any], config: QuantConfig
+    path: str | os.PathLike[str],
+    params: Any,
+    apply_fn: Callable[..., Any],
+    config: QuantConfig,
+    progress: Progress,
 ) -> Observations:
     """What a complete calibration file holds, which must be of this model."""
     check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
-    return load_checked(path, sweep, _own_observer(config))
+    sweep = _sweep(params, apply_fn, config, options_of(config), True, progress)
+    with progress.stage("reading the observations"):
+        return load_checked(path, sweep, _own_observer(config))
 
 
 def check_given(
-    observations: Observations, params: Any, apply_fn: Callable[..., Any], config: QuantConfig
+    observations: Observations,
+    params: Any,
+    apply_fn: Callable[..., Any],
+    config: QuantConfig,
+    progress: Progress,
 ) -> None:
     """Raise ValueError where observations in memory are of another model or other parameters."""
     check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options_of(config), allow_batch_dependence=True)
-    check_observed(observations, sweep)
+    sweep = _sweep(params, apply_fn, config, options_of(config), True, progress)
+    with progress.stage("checking the observations"):
+        check_observed(observations, sweep)
 
 
 def quantize(
@@ -131,14 +147,15 @@ def quantize(
     observations: Observations,
     config: QuantConfig,
     file: str | os.PathLike[str] | None,
-    progress: bool,
+    progress: Progress,
     goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
     check_model(params, apply_fn)
-    graph = trace(apply_fn, params, observations.examples[0])
-    graph = with_batch_sizes(graph, apply_fn, params, observations.examples[0])
-    check_weights(graph, find_sites(graph), params)
+    with progress.stage("tracing"):
+        graph = trace(apply_fn, params, observations.examples[0])
+        graph = with_batch_sizes(graph, apply_fn, params, observations.examples[0])
+        check_weights(graph, find_sites(graph), params)
     if config.optimize_for == "speed":
         slow = slower_in_int8(graph, observations, config, progress)
         config = dataclasses.replace(config, left_float=slow)
@@ -146,7 +163,8 @@ def quantize(
     plan_of = functools.partial(make_chosen_plan, graph, observations, config)
 
     def build(choice: Choice) -> Built:
-        plan = plan_of(choice)
+        with progress.stage("searching thresholds"):
+            plan = plan_of(choice)
         return _build(params, apply_fn, graph, observations, plan, choice, file, progress)
 
     if goal is None:
@@ -156,7 +174,7 @@ def quantize(
             params, apply_fn, observations, config, plan_of, build, goal, progress
         )
     inputs = observations.examples[0]
-    warn_if_poor(params, apply_fn, qparams, qapply.plan, qapply.report(), inputs)
+    warn_if_poor(params, apply_fn, qparams, qapply.plan, qapply.report(), inputs, progress)
     return qparams, qapply
 
 
@@ -168,7 +186,7 @@ def _build(
     plan: Plan,
     choice: Choice,
     file: str | os.PathLike[str] | None,
-    progress: bool,
+    progress: Progress,
 ) -> Built:
     examples = observations.examples
     plan, qparams, program, comparison, notes = quantize_and_recover(
@@ -181,11 +199,12 @@ def _build(
         file=file,
         progress=progress,
     )
-    sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
-    report = make_report(program, plan, params, qparams, sqnr, outputs, notes)
-    ranges = ranges_of(examples)
-    source = Code(apply_fn, params)
-    qapply = QuantizedApply(source, plan, report, examples[0], ranges=ranges)
+    with progress.stage("comparing"):
+        sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
+        report = make_report(program, plan, params, qparams, sqnr, outputs, notes)
+        ranges = ranges_of(examples)
+        source = Code(apply_fn, params)
+        qapply = QuantizedApply(source, plan, report, examples[0], ranges=ranges)
     return Built(qparams, qapply)
 
 
@@ -195,6 +214,7 @@ def _sweep(
     config: QuantConfig,
     options: dict[str, Any],
     allow_batch_dependence: bool,
+    progress: Progress,
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
@@ -207,6 +227,7 @@ def _sweep(
         count,
         fast_convolutions,
         allow_batch_dependence=allow_batch_dependence,
+        progress=progress,
     )
 
 

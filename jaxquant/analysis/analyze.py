@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from jaxquant.analysis.measures import Clipping
 from jaxquant.analysis.sweep import Swept, sweep
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
-from jaxquant.calibration.progress import progress_bar
 from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_model
@@ -23,6 +21,7 @@ from jaxquant.graph.trace import trace
 from jaxquant.keywords import named
 from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.tune import sensitivity
@@ -63,7 +62,7 @@ def analyze(
         already, so do not `jit` it again.  Called about twice for every site.
       file: where the metric's scores are kept (JSON), so that a call with the same models and the
         same metric goes on after an interruption; None for nowhere.
-      progress: show progress bars.
+      progress: show what is being done, as `jaxquant.quant_post`.
 
     Returns:
       An `Analysis`: prints as a table, the worst sites first; `jaxquant.report_html` makes a page
@@ -97,19 +96,31 @@ def analyze(
             "analyze takes (params, apply_fn, qparams, qapply, ds), with qparams and qapply as "
             f"jaxquant.quant_post returned them; got a {type(qapply).__name__} as qapply{swapped}"
         )
-    qapply.check(qparams)
-    plan: Plan = qapply.plan
-    batches = progress_bar(
-        iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select),
-        num_batches(ds, batch_size, batch_nums, select=select),
-        "analyze",
-        progress,
-    )
+    with Progress("analyze", progress) as shown:
+        qapply.check(qparams)
+        batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
+        total = num_batches(ds, batch_size, batch_nums, select=select)
+        return _analyze(params, apply_fn, qparams, qapply.plan, batches, total, metric, file, shown)
+
+
+def _analyze(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    qparams: Mapping[str, Any],
+    plan: Plan,
+    batches: Iterator[tuple[Any, ...]],
+    total: int | None,
+    metric: Metric | None,
+    file: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Analysis:
     examples: list[tuple[Any, ...]] = []
-    with contextlib.closing(batches):
-        swept = sweep(params, apply_fn, qparams, plan, _remember(batches, examples))
-    program = Program(trace(apply_fn, params, examples[0]), plan, params)
-    weights = weight_ranges(program, params, qparams)
+    with progress.stage("comparing", total, "batch") as stage:
+        kept = _remember(stage.each(batches), examples)
+        swept = sweep(params, apply_fn, qparams, plan, kept, progress)
+    with progress.stage("measuring weights"):
+        program = Program(trace(apply_fn, params, examples[0]), plan, params)
+        weights = weight_ranges(program, params, qparams)
     tensors = {name: _tensor(plan, name, swept) for name in swept.tensors}
     rows = _rows(program, swept, weights, tensors)
     quality = {row["name"]: row["own_db"] for row in rows}
@@ -127,7 +138,7 @@ def analyze(
         found = sensitivity.measure(scores, switch.names, progress=progress)
         ranking = found.ranking(quality)
         _add_scores(rows, found)
-        summary |= _scored(found, sensitivity.curve(scores, switch.names, ranking))
+        summary |= _scored(found, sensitivity.curve(scores, switch.names, ranking, progress))
     drop = summary["float_score"] - summary["int8_score"] if metric is not None else None
     for row in rows:
         row["rank"] = ranking.index(row["name"]) + 1
@@ -135,7 +146,9 @@ def analyze(
     return Analysis(rows, tensors, {n: w.outputs for n, w in weights.items()}, summary)
 
 
-def _remember(batches: Any, examples: list[tuple[Any, ...]]) -> Any:
+def _remember(
+    batches: Iterable[tuple[Any, ...]], examples: list[tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
     """The batches, the first of them kept as a calibration keeps them."""
     kept: tuple[tuple[Any, ...], ...] = ()
     for inputs in batches:

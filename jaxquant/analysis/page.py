@@ -7,8 +7,8 @@ import html
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from jaxquant._version import __version__
 from jaxquant.analysis import plots
@@ -17,6 +17,7 @@ from jaxquant.analysis.next_steps import next_steps
 from jaxquant.analysis.page_style import SCRIPT, STYLE
 from jaxquant.files import atomic
 from jaxquant.graph import kinds
+from jaxquant.progress import Progress, Stage
 from jaxquant.report.report import Report, control_lines
 
 _REPORT_COLUMNS = (
@@ -67,6 +68,7 @@ def report_html(
     analysis: Analysis | None = None,
     *,
     title: str = "int8 model",
+    progress: bool = True,
 ) -> None:
     """Write a page that tells a person how a model was quantized and what to do next.
 
@@ -80,6 +82,7 @@ def report_html(
       qapply: of `jaxquant.quant_post` or `jaxquant.load_quantized_model`.
       analysis: of `jaxquant.analyze`; None leaves out what it tells.
       title: the heading.
+      progress: show what is being done, as `jaxquant.quant_post`.
 
     Raises:
       ImportError: matplotlib is not installed (the extra "plot").
@@ -101,10 +104,13 @@ def report_html(
     report = qapply.report()
     if report is None:
         raise ValueError("this qapply has no report: quantize the model with jaxquant.quant_post")
-    atomic.write_file(path, [_page(report, analysis, title).encode()])
+    with Progress("report_html", progress) as shown:
+        pictures = "" if analysis is None else _pictures(analysis, shown)
+        with shown.stage("writing"):
+            atomic.write_file(path, [_page(report, analysis, title, pictures).encode()])
 
 
-def _page(report: Report, analysis: Analysis | None, title: str) -> str:
+def _page(report: Report, analysis: Analysis | None, title: str, pictures: str) -> str:
     steps = "".join(f"<li>{html.escape(step)}</li>" for step in next_steps(report, analysis))
     return "\n".join(
         [
@@ -120,7 +126,7 @@ def _page(report: Report, analysis: Analysis | None, title: str) -> str:
             "<h2>Sites</h2><p>Click a column's head to sort by it.</p>",
             _legend(report, analysis),
             _table(report, analysis),
-            _pictures(analysis) if analysis is not None else "",
+            pictures,
             f"<footer>jaxquant {html.escape(__version__)}</footer>",
             f"</main><script>{SCRIPT}</script></body></html>",
         ]
@@ -211,29 +217,48 @@ def _number(value: float, key: str) -> str:
     return f"{value:.1f}" if key.endswith("_db") else f"{value:.4g}"
 
 
-def _pictures(analysis: Analysis) -> str:
-    parts = ["<h2>Along the network</h2>", _image(plots.sqnr(analysis), "SQNR of every site")]
+def _pictures(analysis: Analysis, progress: Progress) -> str:
+    """The pictures under their headings."""
+    parts: list[str | _Picture] = [
+        "<h2>Along the network</h2>",
+        _Picture(plots.sqnr, (analysis,), "SQNR of every site"),
+    ]
     if analysis.has_scores:
         parts += [
             "<h2>What each site costs the metric</h2>",
-            _image(plots.sensitivity(analysis), "Sensitivity of the sites"),
-            _image(plots.tradeoff(analysis), "Metric against int8 share"),
+            _Picture(plots.sensitivity, (analysis,), "Sensitivity of the sites"),
+            _Picture(plots.tradeoff, (analysis,), "Metric against int8 share"),
         ]
     shown = analysis.worst[:_DETAILED]
     parts.append(f"<h2>The {len(shown)} worst sites</h2>")
     for row in shown:
-        parts.append(f"<h3>{html.escape(row['name'])}</h3>")
-        if row["input"] is not None:
-            parts += _draw(plots.histogram, analysis, [row["input"]])
-        if row["name"] in analysis.weights:
-            parts += _draw(plots.weight_ranges, analysis, [row["name"]])
-    return "\n".join(parts)
+        name, tensor = row["name"], row["input"]
+        parts.append(f"<h3>{html.escape(name)}</h3>")
+        if tensor is not None:
+            parts.append(_Picture(plots.histogram, (analysis, tensor), f"histogram of {tensor}"))
+        if name in analysis.weights:
+            parts.append(
+                _Picture(plots.weight_ranges, (analysis, name), f"weight_ranges of {name}")
+            )
+    total = sum(isinstance(part, _Picture) for part in parts)
+    with progress.stage("drawing", total, "picture") as stage:
+        return "\n".join(_drawn(part, stage) for part in parts)
 
 
-def _draw(
-    picture: Callable[[Analysis, str], Any], analysis: Analysis, names: Iterable[str]
-) -> Sequence[str]:
-    return [_image(picture(analysis, name), f"{picture.__name__} of {name}") for name in names]
+class _Picture(NamedTuple):
+    """One that is still to be drawn, by `draw(*given)`; `text` says what it shows."""
+
+    draw: Callable[..., Any]
+    given: tuple[Any, ...]
+    text: str
+
+
+def _drawn(part: str | _Picture, stage: Stage) -> str:
+    if isinstance(part, str):
+        return part
+    image = _image(part.draw(*part.given), part.text)
+    stage.step()
+    return image
 
 
 def _image(figure: Any, text: str) -> str:

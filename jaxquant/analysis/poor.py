@@ -21,6 +21,7 @@ from jaxquant.plan.bind import bind
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
+from jaxquant.progress import Progress
 from jaxquant.report.report import Report
 
 POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
@@ -69,6 +70,7 @@ def warn_if_poor(
     plan: Plan,
     report: Report,
     inputs: tuple[Any, ...],
+    progress: Progress,
 ) -> None:
     """Warn where the int8 model is far from the float model, with the sites to look at.
 
@@ -77,6 +79,7 @@ def warn_if_poor(
       qparams, plan: the int8 model.
       report: of it, on `inputs`.
       inputs: the first calibration batch.
+      progress: shows that the sites are looked at; the warning comes after that.
     """
     output = report.summary["output_sqnr_db"]
     if output is None:
@@ -85,12 +88,15 @@ def warn_if_poor(
         _warn_of_lost_columns(report)
         return
     sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
-    found = falls(trace(apply_fn, params, inputs), plan, sqnr, output)
-    shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
-    own = {
-        name: moments.sqnr_db
-        for name, moments in sweep(params, apply_fn, qparams, plan, [inputs]).own.items()
-    }
+    with progress.stage("finding where the SQNR falls"):
+        found = falls(trace(apply_fn, params, inputs), plan, sqnr, output)
+        shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
+        own = {
+            name: moments.sqnr_db
+            for name, moments in sweep(
+                params, apply_fn, qparams, plan, [inputs], progress
+            ).own.items()
+        }
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
     warnings.warn(
         f"the quantized model's outputs have an SQNR of only {output:.1f} dB on the first batch. "

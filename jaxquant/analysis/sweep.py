@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress
 from jaxquant.recover.activation import find_activation
 from jaxquant.run import int8
 from jaxquant.run.float_forms import evaluate_float
@@ -68,6 +70,7 @@ def sweep(
     qparams: Mapping[str, Any],
     plan: Plan,
     batches: Iterable[tuple[Any, ...]],
+    progress: Progress,
 ) -> Swept:
     """Measure all sites on all batches.
 
@@ -96,10 +99,12 @@ def sweep(
     plain: Any = None
     for index, inputs in enumerate(batches):
         if plain is None:
-            program = program_by_site(trace(apply_fn, params, inputs), plan, params)
-            plain = without_correction(program, params, qparams)
-        found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
-        found = measures.widened(found)
+            with progress.stage("tracing"):
+                program = program_by_site(trace(apply_fn, params, inputs), plan, params)
+                plain = without_correction(program, params, qparams)
+        with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
+            found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
+            found = measures.widened(found)
         _check_finite(found, index)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)

@@ -6,6 +6,7 @@ reads and updates the streaming state; activations never leave the device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.static_values import static_values
 from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import compilation
+from jaxquant.progress import SILENT, Progress
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
@@ -65,6 +67,7 @@ class Sweep:
       count: how tensors are counted.
       forms: those of the float model's equations that run faster here.
       allow_batch_dependence: take a model whose result for a sample depends on its batch.
+      progress: shows that the model is traced and compiled.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Sweep:
         count: histogram.Counter = histogram.portable_counts,
         forms: Forms = no_forms,
         allow_batch_dependence: bool = False,
+        progress: Progress = SILENT,
     ):
         self._params = params
         self._structs = jax.tree.map(ir.struct, params)
@@ -87,6 +91,7 @@ class Sweep:
         self._count = count
         self._forms = forms
         self._allow_batch_dependence = allow_batch_dependence
+        self._progress = progress
         self._names: tuple[str, ...] = ()
         self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
@@ -111,10 +116,13 @@ class Sweep:
         self._alive.see(inputs)
         if not self._done.batches:
             self.start(inputs)
-        done, known = self._done, self._known_of(inputs)
-        state, own, bad = self._step(
-            done.state, done.own, self._params, known, np.int32(done.batches), *inputs
-        )
+        done = self._done
+        is_new = _shapes(jax.tree.map(ir.struct, inputs)) not in self._known
+        with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
+            known = self._known_of(inputs)
+            state, own, bad = self._step(
+                done.state, done.own, self._params, known, np.int32(done.batches), *inputs
+            )
         self._done = _Done(
             state,
             own,
@@ -165,6 +173,10 @@ class Sweep:
 
     def start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
         """Trace the model for a first batch.  Returns the origin and the tensors' names."""
+        with self._progress.stage("tracing"):
+            return self._start(inputs)
+
+    def _start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
         try:
             graph = self._graph_of(inputs)
         except Exception as error:

@@ -9,7 +9,7 @@ mean is weighted by the activation's slope; see `jaxquant.recover.shift.Shift`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxquant.weights.quantize import whole_steps
 
 
 def correct_biases(
-    comparison: Comparison, qparams: Any, examples: Sequence[tuple[Any, ...]]
+    comparison: Comparison, qparams: Any, examples: Iterable[tuple[Any, ...]]
 ) -> Any:
     """`qparams` with the biases of all int8 sites that have a weight corrected.
 

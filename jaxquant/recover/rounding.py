@@ -7,7 +7,6 @@ learned on what arrived, and they go on with what it gives then.
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibration.progress import progress_bar
 from jaxquant.graph import ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress, Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
@@ -59,7 +58,7 @@ def learn_roundings(
     correct: bool = False,
     only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Progress,
 ) -> tuple[Any, dict[str, str]]:
     """Learn the rounding of every weight that an int8 site has for itself.
 
@@ -72,7 +71,7 @@ def learn_roundings(
       only: the sites to learn; None for all.
       file: keeps the sites that are done; a later call with the same model, parameters and samples
         goes on from there.
-      progress: show a progress bar.
+      progress: shows how many sites are done.
 
     Returns:
       The new qparams, and what became of each site that has a weight: "learned", or why not.
@@ -82,18 +81,15 @@ def learn_roundings(
       FileError: `file` is damaged, or of another model, other parameters or other samples.
     """
     adaround.check_optax()
-    inputs, program = _joined(apply_fn, plan, params, examples)
+    with progress.stage("tracing"):
+        inputs, program = _joined(apply_fn, plan, params, examples)
     roundings = Roundings(file, lambda: make_source(program.graph, params, examples))
-    with contextlib.closing(_ticks(len(program.slots), progress)) as ticks:
+    with progress.stage("adaround", len(program.slots), "site") as stage:
         chosen = program.slots if only is None else only
         learner = _Learner(
-            program, plan, params, equalization or {}, correct, chosen, roundings, ticks
+            program, plan, params, equalization or {}, correct, chosen, roundings, stage
         )
         return learner.learn(qparams, jax.tree.leaves(inputs))
-
-
-def _ticks(total: int, progress: bool) -> Any:
-    return progress_bar(range(total), total, "adaround", progress, unit="site")
 
 
 def _joined(
@@ -124,7 +120,7 @@ class _Learner:
         correct: bool,
         only: Collection[str],
         roundings: Roundings,
-        ticks: Any,
+        stage: Stage,
     ):
         self._program = program
         self._plan = plan
@@ -132,7 +128,7 @@ class _Learner:
         self._correct = correct
         self._equalization = equalization
         self._roundings = roundings
-        self._ticks = ticks
+        self._stage = stage
         graph = program.graph
         stored = [s for s in program.binding.sites if s.site.name in program.slots]
         uses = collections.Counter(program.slots[s.site.name] for s in stored)
@@ -168,7 +164,7 @@ class _Learner:
             name = int8_site.site.name
             if not self.outcomes[name]:
                 self._learn_site(int8_site, x, zero, wanted[name], qparams)
-            next(self._ticks, None)
+            self._stage.step()
 
         self._program.walk(qparams, [jnp.asarray(x) for x in flat], weigh)
         return qparams, self.outcomes

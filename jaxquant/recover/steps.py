@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxquant.graph import ir
 from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress
 from jaxquant.recover.adaround import check_optax
 from jaxquant.recover.bias_correction import correct_biases
 from jaxquant.recover.compare import Comparison
@@ -43,7 +44,7 @@ def quantize_and_recover(
     *,
     only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: Progress,
 ) -> Recovered:
     """Quantize the parameters and repair the int8 model by the plan's `recover`.
 
@@ -55,12 +56,13 @@ def quantize_and_recover(
       examples: batches of calibration samples.
       only: the sites that equalization and learned rounding may change; None for all.
       file: where learned rounding keeps the sites that are done; None for nowhere.
-      progress: show a progress bar where a step takes long.
+      progress: shows the steps.
     """
     notes: dict[str, str] = {}
     equalization: Equalization = {}
     program = program_by_site(graph, plan, params)
-    qparams = quantize_params(graph, plan, params)
+    with progress.stage("quantizing weights"):
+        qparams = quantize_params(graph, plan, params)
     chosen = [step for step in ("equalization", "smoothquant") if step in plan.recover]
     where, behind = only, ""
     if not chosen and (joined := readers_of_joined(graph, plan, program.binding)):
@@ -69,10 +71,11 @@ def quantize_and_recover(
         where = joined if only is None else joined.intersection(only)
     if chosen:
         targets = len(find_targets(program, chosen))
-        plan, equalization = equalize(program, plan, params, qparams, examples, chosen, where)
-        if equalization:  # other zero points and scales along channels
-            program = program_by_site(graph, plan, params)
-            qparams = quantize_params(graph, plan, params, equalization)
+        with progress.stage(" and ".join(chosen)):
+            plan, equalization = equalize(program, plan, params, qparams, examples, chosen, where)
+            if equalization:  # other zero points and scales along channels
+                program = program_by_site(graph, plan, params)
+                qparams = quantize_params(graph, plan, params, equalization)
         if equalization or not behind:
             notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors{behind}"
     if "adaround" in plan.recover:
@@ -91,7 +94,8 @@ def quantize_and_recover(
         notes["adaround"] = _summary(outcomes)
     comparison = Comparison(program, params)
     if "bias_correction" in plan.recover:
-        qparams = correct_biases(comparison, qparams, examples)
+        with progress.stage("bias correction", len(examples), "batch") as stage:
+            qparams = correct_biases(comparison, qparams, stage.each(examples))
         notes["bias_correction"] = f"{len(program.slots)} sites"
     return Recovered(plan, qparams, program, comparison, notes)
 

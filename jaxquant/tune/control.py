@@ -22,6 +22,7 @@ import jax
 from jaxquant.calibration.observations import Observations
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.plan import Plan
+from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.tune.choice import Choice, changed_sites, groups_of
@@ -75,7 +76,7 @@ def control(
     plan_of: Callable[[Choice], Plan],
     build: Callable[[Choice], Built],
     goal: Goal,
-    progress: bool,
+    progress: Progress,
 ) -> Built:
     """The int8 model that holds the goal, or the best that was found, with a warning.
 
@@ -84,12 +85,15 @@ def control(
     `Step`, as dicts).
     """
     model = functools.partial(jax.jit(apply_fn), params)
-    search = _Search(plan_of, build, goal, score(goal.metric, model))
-    if not search.holds:
-        ranking, suspects = _rank(params, apply_fn, observations, search, progress)
-        _try_thresholds(search, suspects)
-        _try_recovery(search, config, suspects)
-        _try_float(search, ranking, suspects)
+    with progress.stage("accuracy control"):
+        with progress.stage("scoring the float model"):
+            float_score = score(goal.metric, model)
+        search = _Search(plan_of, build, goal, float_score, progress)
+        if not search.holds:
+            ranking, suspects = _rank(params, apply_fn, observations, search, progress)
+            _try_thresholds(search, suspects)
+            _try_recovery(search, config, suspects)
+            _try_float(search, ranking, suspects)
     return search.result()
 
 
@@ -102,9 +106,11 @@ class _Search:
         build: Callable[[Choice], Built],
         goal: Goal,
         float_score: float,
+        progress: Progress,
     ):
         self.plan_of = plan_of
         self._build = build
+        self._progress = progress
         self.goal = goal
         self.started = time.monotonic()
         self.limit = math.inf if goal.time_budget is None else goal.time_budget
@@ -114,8 +120,9 @@ class _Search:
         self.ranking: list[str] = []
         self.out_of_time = False
         self.choice = Choice()
-        self.best = self.full = build(self.choice)
-        self.score = self.full_score = self._score(self.best)
+        with progress.stage("full int8"):
+            self.best = self.full = build(self.choice)
+            self.score = self.full_score = self._score(self.best)
 
     @property
     def holds(self) -> bool:
@@ -135,8 +142,9 @@ class _Search:
         self, step: str, detail: str, choice: Choice, keep: Callable[[float], bool] | None = None
     ) -> Step:
         """Score a choice and go on from it where `keep` says so; None: where it is better."""
-        built = self._build(choice)
-        found = self._score(built)
+        with self._progress.stage(f"trying {step}"):
+            built = self._build(choice)
+            found = self._score(built)
         kept = found > self.score if keep is None else keep(found)
         sites = changed_sites(self.full.plan, built.plan)
         self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
@@ -155,7 +163,7 @@ class _Search:
                 f"{self.float_score:.6g} less max_drop={self.goal.max_drop:g}), and "
                 + ("the time budget is spent" if self.out_of_time else "no step brings it there")
                 + "; this is the best model found. See qapply.report()",
-                stacklevel=5,
+                stacklevel=6,  # the caller of the public function, behind its check of keywords
             )
         summary = {
             "float_score": self.float_score,
@@ -170,8 +178,9 @@ class _Search:
         return Built(self.best.qparams, self.best.qapply.with_summary({"control": summary}))
 
     def _score(self, built: Built) -> float:
-        qparams = built.qapply.prepare(built.qparams)
-        return score(self.goal.metric, functools.partial(built.qapply, qparams))
+        with self._progress.stage("scoring"):
+            qparams = built.qapply.prepare(built.qparams)
+            return score(self.goal.metric, functools.partial(built.qapply, qparams))
 
 
 def _rank(
@@ -179,7 +188,7 @@ def _rank(
     apply_fn: Callable[..., Any],
     observations: Observations,
     search: _Search,
-    progress: bool,
+    progress: Progress,
 ) -> tuple[list[str], list[str]]:
     """The sites, most sensitive first, and the suspects: the first ones, whose float type does."""
     built = search.full

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxquant.calibration.progress import progress_bar
+from jaxquant.progress import Progress
 from jaxquant.tune.scores import Scores
 
 
@@ -54,7 +53,7 @@ def measure(
     names: Sequence[str],
     float_score: float | None = None,
     *,
-    progress: bool = True,
+    progress: Progress,
     deadline: float | None = None,
 ) -> Sensitivity:
     """Score every site in both views.
@@ -63,19 +62,17 @@ def measure(
       scores: takes or knows the scores.
       names: all int8 sites.
       float_score: that of the float model; None to take it from the mixture without int8 sites.
-      progress: show a progress bar.
+      progress: shows how many scores are taken.
       deadline: of `time.monotonic()`, after which no score is taken.
     """
     tasks = [(view, name) for name in names for view in ("alone", "left_float")]
-    reached = scores([]) if float_score is None else float_score
     found: dict[str, dict[str, float]] = {"alone": {}, "left_float": {}}
-    int8_score = scores(names)
-    bar: Iterator[tuple[str, str]] = progress_bar(
-        tasks, len(tasks), "sensitivity", progress, unit="score"
-    )
     complete = True
-    with contextlib.closing(bar):  # type: ignore[type-var]
-        for view, name in bar:
+    with progress.stage("sensitivity", len(tasks), "score") as stage:
+        with progress.stage("compiling"):  # the mixtures, with the first scores that are taken
+            reached = scores([]) if float_score is None else float_score
+            int8_score = scores(names)
+        for view, name in stage.each(tasks):
             if deadline is not None and time.monotonic() > deadline:
                 complete = False
                 break
@@ -84,9 +81,14 @@ def measure(
     return Sensitivity(reached, int8_score, found["alone"], found["left_float"], complete)
 
 
-def curve(scores: Scores, names: Sequence[str], ranking: Sequence[str]) -> list[tuple[int, float]]:
+def curve(
+    scores: Scores, names: Sequence[str], ranking: Sequence[str], progress: Progress
+) -> list[tuple[int, float]]:
     """(n, score with the n most sensitive sites in float), for n of 0, 1, 2, 4, ... and all."""
     counts = [0]
     while counts[-1] < len(ranking):
         counts.append(min(max(2 * counts[-1], 1), len(ranking)))
-    return [(n, scores([x for x in names if x not in set(ranking[:n])])) for n in counts]
+    with progress.stage("trade-off", len(counts), "score") as stage:
+        return [
+            (n, scores([x for x in names if x not in set(ranking[:n])])) for n in stage.each(counts)
+        ]

@@ -6,7 +6,6 @@ version.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -18,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.calibration.observations import Observations
-from jaxquant.calibration.progress import progress_bar
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
+from jaxquant.progress import Progress
 from jaxquant.tune.one_site import (
     Programs,
     Surroundings,
@@ -39,7 +38,7 @@ FEWEST_ROUNDS, MOST_SECONDS = 3, 3.0  # of a slow site, after which no round is 
 
 
 def slower_in_int8(
-    graph: ir.Graph, observations: Observations, config: QuantConfig, progress: bool = True
+    graph: ir.Graph, observations: Observations, config: QuantConfig, progress: Progress
 ) -> tuple[tuple[str, str], ...]:
     """(site, reason) of those sites that would become int8 and whose int8 form is slower.
 
@@ -86,16 +85,15 @@ def _in_surroundings(graph: ir.Graph, binding: Binding) -> list[_Found]:
 
 
 def _time(
-    graph: ir.Graph, sites: Sequence[_Found], config: QuantConfig, progress: bool
+    graph: ir.Graph, sites: Sequence[_Found], config: QuantConfig, progress: Progress
 ) -> dict[Any, float]:
     """The slowdown of each different site, by its key."""
     if not sites:
         return {}
     different = {each.key: each for each in sites}
-    bar = progress_bar(different.values(), len(different), "time", progress, unit="site")
     found = []
-    with contextlib.closing(bar) as each_once:
-        for each in each_once:
+    with progress.stage("timing", len(different), "site") as stage:
+        for each in stage.each(different.values()):
             model = one_site(graph, each.site, each.around, config.weight_quantize_type)
             found.append(slowdown(programs(model)))
     return dict(zip(different, _of_the_first_process(found), strict=True))
