@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from experiments.models.convolution import for_training
+
 Activation = Callable[[jax.Array], jax.Array]
 Padding = str | Sequence[tuple[int, int]]
 
@@ -52,6 +54,7 @@ class ConvBN(nn.Module):
             feature_group_count=self.features if self.depthwise else 1,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            conv_general_dilated=for_training(train),
             name="conv",
         )(x)
         x = nn.BatchNorm(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from experiments.models.convolution import for_training
 from experiments.models.layers import both_sides
 
 # Convolutions in each of the five blocks, and their features.
@@ -38,7 +39,14 @@ class VGG(nn.Module):
         for i, (repeats, features) in enumerate(zip(REPEATS[self.depth], FEATURES), start=1):
             for j in range(1, repeats + 1):
                 name = f"block{i}_conv{j}"
-                conv = nn.Conv(features, (3, 3), padding=both_sides(1), dtype=self.dtype, name=name)
+                conv = nn.Conv(
+                    features,
+                    (3, 3),
+                    padding=both_sides(1),
+                    dtype=self.dtype,
+                    conv_general_dilated=for_training(train),
+                    name=name,
+                )
                 x = nn.relu(conv(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
