@@ -124,16 +124,27 @@ def notes(error):
 
 
 @pytest.mark.parametrize(
-    "ds",
-    [[(X, jnp.zeros(3))], [jnp.ones((3, 7))], [{"image": X}]],
-    ids=["labels too", "another shape", "a dict"],
+    ("ds", "guess"),
+    [
+        ([(X, jnp.zeros(3))], "select=0"),
+        ([jnp.ones((3, 7))], "give batch_size="),
+        ([{"image": X}], "select='image'"),
+        ([jnp.ones((2, 3, 8, 8))], "x.transpose(0, 2, 3, 1)"),
+    ],
+    ids=["labels too", "another shape", "a dict", "channels first"],
 )
-def test_batches_that_do_not_fit_apply_fn_are_described(ds):
+def test_batches_that_do_not_fit_apply_fn_are_described(ds, guess):
     with pytest.raises((TypeError, ValueError)) as info:
         jaxquant.calibrate(PARAMS, mlp, ds, progress=False)
     assert "calibration called apply_fn(params, *inputs) with inputs of" in notes(info.value)
     assert "float32" in notes(info.value)
-    assert "select=" in notes(info.value)
+    assert guess in notes(info.value)
+
+
+def test_no_guess_at_the_data_where_the_function_cannot_be_traced():
+    with pytest.raises(jax.errors.TracerBoolConversionError) as info:
+        jaxquant.calibrate(PARAMS, lambda p, x: mlp(p, x) if x.sum() else x, [X], progress=False)
+    assert "batch_size" not in notes(info.value)
 
 
 def test_batches_that_do_not_fit_each_other():
@@ -443,9 +454,9 @@ class TrainState:
     ("params", "apply_fn", "match"),
     [
         (TrainState(PARAMS), never, r"params is a TrainState, .* pass its `\.params`"),
-        (PARAMS, Dropped(), r"apply_fn is a module, Dropped: .*model\.apply"),
+        (PARAMS, Dropped(), r"apply_fn is a Dropped: .*model\.apply"),
         (Dropped(), never, r"is Dropped, not an array; pass the variables of `model\.init`"),
-        (PARAMS, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), r"apply_fn is a module, Linear: .*nnx\.split"),
+        (PARAMS, nnx.Linear(4, 2, rngs=nnx.Rngs(0)), r"apply_fn is a Linear: .*nnx\.split"),
         (PARAMS, 3, "apply_fn is a function .* got int"),
     ],
 )

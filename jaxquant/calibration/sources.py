@@ -1,6 +1,7 @@
 """The forms in which a dataset comes, and how each is opened and read."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -21,9 +22,11 @@ def check_source(ds: Any) -> None:
     """
     is_usable = is_in_memory(ds) or _is_iterable(ds) or _is_random_access(ds) or callable(ds)
     if isinstance(ds, str | bytes) or not is_usable:
+        is_path = isinstance(ds, str | os.PathLike)
         raise TypeError(
             "ds must be an array, a tuple or dict of arrays, an iterable of batches or samples, or "
             f"a callable that returns one of these; got {_name(ds)}"
+            + (": a path is not read, so open its files in a generator" if is_path else "")
         )
 
 

@@ -21,7 +21,9 @@ from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
+from jaxquant.calibration.refused import explain
 from jaxquant.graph import ir, sites
+from jaxquant.graph.calls import describe
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.static_values import static_values
@@ -180,17 +182,7 @@ class Sweep:
         try:
             graph = self._graph_of(inputs)
         except Exception as error:
-            size = self._options.get("batch_size")
-            error.add_note(
-                f"calibration called apply_fn(params, *inputs) with inputs of {_shapes(inputs)}; "
-                "if an item of ds holds more than the model takes (labels, say), use select=; "
-                + (
-                    f"batch_size={size} has stacked {size} items of ds on a new first axis: leave "
-                    "it out where they are batches already"
-                    if size
-                    else "an item is a batch: where items are single samples, give batch_size="
-                )
-            )
+            error.add_note(explain(error, inputs, self._options.get("batch_size")))
             raise
         found = sites.find_sites(graph)
         check_no_randomness(graph)
@@ -220,14 +212,14 @@ class Sweep:
         self._done = _Done(_stack(state), own, seen.batches, seen.samples, seen.examples)
 
     def _graph_of(self, inputs: tuple[Any, ...]) -> ir.Graph:
-        shapes = _shapes(jax.tree.map(ir.struct, inputs))
+        shapes = describe(jax.tree.map(ir.struct, inputs))
         if shapes not in self._graphs:
             self._graphs[shapes] = trace(self._apply_fn, self._structs, inputs)
         return self._graphs[shapes]
 
     def _known_of(self, inputs: tuple[Any, ...]) -> dict[ir.Var, np.ndarray]:
         """What the model computes of its parameters alone."""
-        shapes = _shapes(jax.tree.map(ir.struct, inputs))
+        shapes = describe(jax.tree.map(ir.struct, inputs))
         if shapes not in self._known:
             self._known[shapes] = static_values(self._graph_of(inputs), self._params)
         return self._known[shapes]
@@ -240,7 +232,7 @@ class Sweep:
         if tuple(tensors) != self._names:
             raise ValueError(
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
-                f"{_shapes(inputs)}"
+                f"{describe(inputs)}"
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
         flat = jax.tree.leaves(inputs)
@@ -273,7 +265,7 @@ def with_example(
     if not examples:
         return (inputs,)
     fits = sum(map(_batch_length, examples)) + _batch_length(inputs) <= _KEPT_SAMPLES
-    alike = fits and _shapes(inputs) == _shapes(examples[0])
+    alike = fits and describe(inputs) == describe(examples[0])
     return (*examples, inputs) if alike else examples
 
 
@@ -307,7 +299,3 @@ def _check_addressable(inputs: tuple[Any, ...]) -> None:
                 "a batch is spread over several processes; give every process its own part of the "
                 "data instead, on its own devices: what they observe is reduced across processes"
             )
-
-
-def _shapes(inputs: tuple[Any, ...]) -> str:
-    return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", inputs))

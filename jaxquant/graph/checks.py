@@ -29,7 +29,8 @@ def check_model(params: Any, apply_fn: Any) -> None:
         )
     if not callable(apply_fn):
         raise TypeError(
-            f"apply_fn is a function apply_fn(params, *inputs), got {type(apply_fn).__name__}"
+            f"apply_fn is a function apply_fn(params, *inputs), got {type(apply_fn).__name__}; the "
+            "order is the parameters, the function, the data"
         )
     if hasattr(params, "params") and hasattr(params, "opt_state"):
         raise TypeError(
@@ -38,7 +39,7 @@ def check_model(params: Any, apply_fn: Any) -> None:
             "`lambda p, x: model.apply(p, x)`"
         )
     if advice := _advice(apply_fn):
-        raise TypeError(f"apply_fn is a module, {type(apply_fn).__name__}: {advice}")
+        raise TypeError(f"apply_fn is a {type(apply_fn).__name__}: {advice}")
     check_params(params)
 
 
@@ -47,6 +48,9 @@ _NO_MODULE = (
 )
 # What to pass in place of a module, by the package and the name of its class.
 _MODULES = {
+    ("jaxquant", "QuantizedApply"): (
+        "that model is quantized already; pass the parameters and the function of the float one"
+    ),
     ("flax.linen", "Module"): (
         "pass the variables of `model.init`, trained, and `lambda p, x: model.apply(p, x)`"
     ),
@@ -79,7 +83,10 @@ def check_params(params: Any) -> None:
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     if not leaves:
-        raise ValueError("params holds no array")
+        raise ValueError(
+            "params holds no array: those are quantized that apply_fn takes as its first argument, "
+            "not those that it closes over"
+        )
     for path, leaf in leaves:
         name = path_name(path)
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):

@@ -57,7 +57,7 @@ LAYOUT_KINDS = (
 
 # What a kind is in JAX's words, where its name does not say it.
 MEANINGS: Mapping[str, str] = {
-    "mul": "a dot with a weight (a Dense layer)",
+    "mul": "a dot with a weight (a Dense or Linear layer)",
     "matmul": "a dot of two activations",
     "conv2d": "a convolution, of any number of axes",
     "depthwise_conv2d": "a convolution of each channel by itself",

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import contraction, flax_tags, ir, symbolic
+from jaxquant.graph.calls import check_call
 from jaxquant.jax_shim import jaxprs
 
 
@@ -34,8 +35,10 @@ def trace(
       The graph; its `leaves` follow the order of `jax.tree.leaves(params)`.
 
     Raises:
+      TypeError: `apply_fn` takes another number of inputs.
       ValueError: `apply_fn` needs a PRNG key, updates variables, or refuses these inputs.
     """
+    check_call(apply_fn, inputs)
     param_structs = jax.tree.map(ir.struct, params)
     input_structs = jax.tree.map(ir.struct, tuple(inputs))
     try:
@@ -44,7 +47,7 @@ def trace(
                 param_structs, *input_structs
             )
     except Exception as error:
-        hint = _hint(error)
+        hint = _hint(error, params)
         if hint is None:
             raise
         raise ValueError(hint) from error
@@ -226,7 +229,7 @@ def _holds_site(eqn: Any) -> bool:
     )
 
 
-def _hint(error: Exception) -> str | None:
+def _hint(error: Exception, params: Any) -> str | None:
     """What to do about an error that Flax raised inside `apply_fn`, or None if it is not known."""
     if type(error).__module__.partition(".")[0] != "flax":
         return None
@@ -242,6 +245,13 @@ def _hint(error: Exception) -> str | None:
         return (
             f"apply_fn updates variables while it runs ({text}). Pass the model in inference mode: "
             "`lambda p, x: model.apply(p, x, train=False)` (BatchNorm: use_running_average=True)"
+        )
+    if name in ("ScopeCollectionNotFound", "ScopeParamNotFoundError"):
+        keys = list(params) if isinstance(params, Mapping) else type(params).__name__
+        return (
+            f"apply_fn does not find all of its variables in params, whose keys are {keys} ({text})"
+            ". linen's `apply` takes what `init` returned, every collection under its name: "
+            "{'params': ...} and, with BatchNorm, 'batch_stats'"
         )
     return None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.errors import nearest
-from jaxquant.graph.kinds import PADDLE_NAMES
+from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import MODES, STATIC
 
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
@@ -76,7 +77,7 @@ class QuantConfig:
             for kind in self.quantizable_op_type
         ]
         for kind in asked:
-            _check("quantizable_op_type", kind, valid)
+            _check_kind(kind, valid)
         object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
@@ -123,6 +124,15 @@ def _check_percent(value: Any) -> None:
         return
     hint = f"; {value!r} % is {value / 100:.6g}" if is_number and 1 < value <= 100 else ""
     raise ValueError(f"hist_percent is a fraction in (0, 1], such as 0.99999; got {value!r}{hint}")
+
+
+def _check_kind(kind: object, valid: Sequence[str]) -> None:
+    """As `_check`; a word of JAX's, such as Dense, is answered with the kind that means it."""
+    for name, meaning in MEANINGS.items():
+        words = re.findall(r"\w+", meaning.lower())
+        if kind not in valid and name in valid and str(kind).lower() in words:
+            raise ValueError(f"quantizable_op_type: {kind!r} is not known; {name!r} is {meaning}")
+    _check("quantizable_op_type", kind, valid)
 
 
 def _check(argument: str, value: object, valid: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import ir
+from jaxquant.graph.calls import describe
 from jaxquant.graph.trace import trace
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
@@ -173,7 +174,19 @@ class QuantizedApply(NotPickled):
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
         # Chosen, the kernels run all that they can; else what they are faster at.
         packs_all = self._backend == "native"
-        return Program(self.source(inputs), self.plan, self.source.params, fuse, packs_all)
+        return Program(self._graph(inputs), self.plan, self.source.params, fuse, packs_all)
+
+    def _graph(self, inputs: tuple[Any, ...]) -> ir.Graph:
+        """The float model for such inputs; what it raises gets a note of those that it took."""
+        try:
+            return self.source(inputs)
+        except Exception as error:
+            if self.inputs is not None:
+                error.add_note(
+                    f"qapply was called with inputs of {describe(inputs)}; it was quantized with "
+                    f"{describe(self.inputs)}, and takes other sizes where the float model does"
+                )
+            raise
 
     def _of_nothing(self, inputs: tuple[Any, ...]) -> Any:
         """The outputs where all of them are empty, as for a batch of no samples; else None.
@@ -183,7 +196,7 @@ class QuantizedApply(NotPickled):
         """
         if not any(0 in x.shape for x in jax.tree.leaves(inputs)):
             return None
-        graph = self.source(inputs)
+        graph = self._graph(inputs)
         if not all(0 in graph.shape(x) for x in graph.outputs):
             return None
         empty = [jnp.zeros(graph.shape(x), graph.dtype(x)) for x in graph.outputs]

@@ -66,7 +66,7 @@ def test_the_page_is_whole_and_loads_nothing(page):
     assert len(re.findall(r"<tr class=", text)) == 5
     assert "prefers-color-scheme: dark" in text
     legend = re.search(r"<dl>(.*?)</dl>", text)[1]
-    assert "<dt>mul</dt><dd>a dot with a weight (a Dense layer)</dd>" in legend
+    assert "<dt>mul</dt><dd>a dot with a weight (a Dense or Linear layer)</dd>" in legend
     assert "<dt>own dB</dt>" in legend
     assert "<dt>conv2d</dt>" not in legend, "no site is one"
 

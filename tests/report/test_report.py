@@ -138,7 +138,7 @@ def test_text(report):
     assert lines[0].split() == heads
     assert lines[2].split() == ["exact", "mul", "int8", "127", "inf", "add", "max"]
     assert lines[5] == "    'matmul' is not in quantizable_op_type"
-    assert "mul: a dot with a weight (a Dense layer)" in " ".join(text.split())
+    assert "mul: a dot with a weight (a Dense or Linear layer)" in " ".join(text.split())
     assert all(len(line) <= 80 for line in lines)
     assert "2 sites int8, 2 float: matmul 0 (+1 float), mul 2 (+1 float)." in lines
     assert "Tensors between them: 1 int8, 3 float:" in lines
