@@ -119,7 +119,7 @@ class Sweep:
         if not self._done.batches:
             self.start(inputs)
         done = self._done
-        is_new = _shapes(jax.tree.map(ir.struct, inputs)) not in self._known
+        is_new = describe(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
             known = self._known_of(inputs)
             state, own, bad = self._step(
