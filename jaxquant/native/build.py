@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jaxlib.version
 
-from jaxquant.native import foreign, processor
+from jaxquant.native import fields, foreign, processor
 from jaxquant.native.cache import CACHE_VARIABLE, Folder, Sealed, cache_dir, hashed
 from jaxquant.native.errors import BuildError, CompilerTimeout
 
@@ -32,13 +32,16 @@ __all__ = ["CACHE_VARIABLE", "BuildError", "build", "cache_dir", "find_compiler"
 
 _SOURCES = pathlib.Path(__file__).parent / "src"
 _MAIN, _PROCESSOR = "handlers.cc", "processor.cc"
+# GCC's own header of AVX-512 starts from values that it leaves undefined, which GCC before 13 takes
+# for ours (its bug 105593).
+WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # Nobody reads the flags of floating-point exceptions: without them choices between two values need
 # no branch, and loops with such become vectors on AVX2.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno",
-    "-fno-trapping-math", "-w",
+    "-fno-trapping-math", *WARNINGS, *fields.definitions(),
 )  # fmt: skip
-_ANY_PROCESSOR = ("-std=c++17", "-O0", "-fPIC", "-shared", "-w")
+_ANY_PROCESSOR = ("-std=c++17", "-O0", "-fPIC", "-shared", *WARNINGS)
 _SECONDS = 300.0  # that the compiler may take
 
 
@@ -142,7 +145,7 @@ def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _
 def _for_a_lesser_processor(
     folder: Folder, family: str, present: processor.Processor
 ) -> Sealed | None:
-    """Of the libraries that were compiled on other machines one that runs here, the best."""
+    """The best library that was compiled on another machine and runs here; None for none."""
     best = None
     for name in folder.names():
         if not (name.startswith(family) and name.endswith(".so")):

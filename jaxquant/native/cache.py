@@ -38,7 +38,7 @@ _MOST_TEXT = 1 << 16  # bytes of a seal or a note
 _FAILURE_SECONDS = 3600.0
 _BUILDING = ".building-"
 _BUILDING_SECONDS = 86400.0  # longer than anything takes to be made
-# Of the header of an ELF file: where its table of sections is, which linkers put at the end.
+# Where the header of an ELF file says its table of sections is, which linkers put at the end.
 _ELF_SECTIONS = struct.Struct("<40xQ10xHH")
 
 
@@ -124,7 +124,7 @@ class Folder:
         os.close(self._descriptor)
 
     def names(self) -> list[str]:
-        """Of all that is in it, sorted."""
+        """The names of all files in the folder, sorted."""
         return sorted(os.listdir(self._descriptor))
 
     def find(self, name: str) -> Sealed | None:

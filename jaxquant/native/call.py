@@ -135,6 +135,7 @@ def _ffi_call(static: Static, *operands: jax.Array) -> Any:
         if isinstance(value, int):
             attributes[name] = np.int64(value)
         else:
+            # All records are whole numbers but for the bounds of clips (`jaxquant.native.fields`).
             kind = np.float32 if name == "clamps" else np.int64
             attributes[name] = np.asarray(value, kind)
     return list(jax.ffi.ffi_call(static.target, results)(*operands, **attributes))

@@ -12,7 +12,7 @@ from jaxquant.native import library
 
 
 class Differences(NamedTuple):
-    """Of two tensors y and ŷ [..., C].
+    """How far two tensors y and ŷ [..., C] are apart.
 
     With d = y - ŷ and w = (f(y) - f(ŷ)) / d, clipped to [0, 1], for an activation f:
 
@@ -55,6 +55,6 @@ def differences(
 
 
 def output_types(channels: int) -> list[jax.ShapeDtypeStruct]:
-    """Of `differences`."""
+    """The shapes and dtypes of what `differences` returns for tensors of so many channels."""
     shapes = (3, channels), (channels,), (3,)
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

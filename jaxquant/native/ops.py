@@ -28,11 +28,14 @@ import numpy as np
 
 from jaxquant.native import library
 from jaxquant.native.call import Static, call
+from jaxquant.native.fields import Clamps, Geometry, Quantized
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.window import output_size
 
 Clamp = tuple[float, float]
 _NO_CLAMP: Clamp = (-math.inf, math.inf)
+# The places of a call's operands, in the order in which its handler takes them (`src/fused.h`).
+X, PACKED, MULTIPLIER, BIAS, INV_SCALE, RESIDUAL_SCALE, RESIDUAL = range(7)
 
 
 class Residual(NamedTuple):
@@ -56,8 +59,8 @@ class Call(NamedTuple):
 
     Attributes:
       static: what it is compiled for.
-      operands: x, the packed weight, multiplier, bias, inverse scale of the output, scale of the
-        residual, and perhaps the residual.
+      operands: x, the packed weight, multiplier, bias (empty for none), inverse scale of the
+        output, scale of the residual, and perhaps the residual: at the places `X` to `RESIDUAL`.
     """
 
     static: Static
@@ -147,12 +150,24 @@ def conv_call(
         kernel = pack_conv(kernel, groups, dilation)
     taps = height, width
     rows, columns = output_size(x.shape[1:3], taps, strides, padding, dilation)
-    window = (height, width, *strides, *dilation, padding[0][0], padding[1][0])
-    shape = (rows, columns, outputs, *window, groups)
+    geometry = Geometry(
+        oh=rows,
+        ow=columns,
+        o=outputs,
+        kh=height,
+        kw=width,
+        stride_h=strides[0],
+        stride_w=strides[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        pad_h=padding[0][0],
+        pad_w=padding[1][0],
+        groups=groups,
+    )
     return _with_epilogue(
         library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs),
         (zero_point, subtract_zero_point),
-        (activation, activation_after), residual, out, float_out, ("shape", shape),
+        (activation, activation_after), residual, out, float_out, ("geometry", geometry),
     )  # fmt: skip
 
 
@@ -244,18 +259,19 @@ def _with_epilogue(
             )
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
         operands.append(residual.value)
-    quantized = (
-        _centred(zero_point[0], x.dtype),
-        residual_zero_point,
-        0 if out is None else _centred(out.zero_point, out.dtype),
-        int(zero_point[1]),
+    quantized = Quantized(
+        input=_centred(zero_point[0], x.dtype),
+        residual=residual_zero_point,
+        output=0 if out is None else _centred(out.zero_point, out.dtype),
+        subtracts=int(zero_point[1]),
     )
-    flat = tuple(float(bound) for clamp in clamps for bound in clamp)
+    (low, high), (low_after, high_after) = clamps
+    bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(
         target,
         tuple((out_shape, dtype) for dtype in out_dtypes),
-        (0,) if residual is None else (0, 6),
-        (geometry, ("quantized", quantized), ("clamps", flat)),
+        (X,) if residual is None else (X, RESIDUAL),
+        (geometry, ("quantized", quantized), ("clamps", bounds)),
     )
     return Call(static, operands)
 

@@ -15,10 +15,17 @@ import jax.numpy as jnp
 
 from jaxquant.native import library
 from jaxquant.native.call import Static, call
-from jaxquant.native.ops import Call
-
-_NONE = -1
-_BIAS, _RESIDUAL = 3, 6  # their places among the operands of a call
+from jaxquant.native.fields import NONE, Image, Places
+from jaxquant.native.ops import (
+    BIAS,
+    INV_SCALE,
+    MULTIPLIER,
+    PACKED,
+    RESIDUAL,
+    RESIDUAL_SCALE,
+    Call,
+    X,
+)
 
 
 class Link(NamedTuple):
@@ -60,7 +67,7 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
     batched: list[int] = []
     taken: list[list[int | Link]] = []  # what every call takes: places among the operands, links
     for each in calls:
-        dtypes = {jnp.dtype(x.dtype).name for x in (each.operands[0], *each.operands[_RESIDUAL:])}
+        dtypes = {jnp.dtype(x.dtype).name for x in (each.operands[X], *each.operands[RESIDUAL:])}
         dtypes |= {dtype for _, dtype in each.static.outputs}
         if each.static.target != library.CONV or "uint8" in dtypes:
             raise ValueError("a sequence is of convolutions, of int8 tensors and not uint8 ones")
@@ -78,35 +85,42 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
     wanted = list(dict.fromkeys(results))
     ordered = [*wanted, *(key for key in every if key not in wanted)]
     places = {key: len(operands) + place for place, key in enumerate(ordered)}
-    program: list[int] = []
-    clamps: list[float] = []
+    records: dict[str, list[int | float]] = {
+        "places": [], "images": [], "geometry": [], "quantized": [], "clamps": []
+    }  # fmt: skip
     for index, each in enumerate(calls):
         takes = [places[x.call, x.result] if isinstance(x, Link) else x for x in taken[index]]
         gives = [places[index, k] for k in range(len(each.static.outputs))]
-        program += _step(each, takes, gives)
-        clamps += dict(each.static.attributes)["clamps"]
+        records["places"] += _places(each, takes, gives)
+        records["images"] += Image(*each.operands[X].shape[1:])
+        for name in ("geometry", "quantized", "clamps"):
+            records[name] += dict(each.static.attributes)[name]
     outputs = tuple(calls[index].static.outputs[k] for index, k in wanted)
-    attributes = (("program", tuple(program)), ("clamps", tuple(clamps)))
+    attributes = tuple((name, tuple(numbers)) for name, numbers in records.items())
     given = call(Static(library.SEQUENCE, outputs, tuple(batched), attributes), operands)
     return tuple(given[wanted.index(key)] for key in results)
 
 
-def _step(each: Call, takes: Sequence[int], gives: Sequence[int]) -> list[int]:
-    """One call as `SequenceReader` in `src/fused.h` reads it."""
-    attributes = dict(each.static.attributes)
-    residual = takes[_RESIDUAL] if len(takes) > _RESIDUAL else _NONE
-    is_float = residual != _NONE and each.operands[_RESIDUAL].dtype == jnp.float32
+def _places(each: Call, takes: Sequence[int], gives: Sequence[int]) -> Places:
+    """Where the tensors of one call are among those of the sequence.
+
+    Args:
+      each: the call.
+      takes: the places of its operands.
+      gives: the places of its results.
+    """
+    residual = takes[RESIDUAL] if len(takes) > RESIDUAL else NONE
+    is_float = residual != NONE and each.operands[RESIDUAL].dtype == jnp.float32
     by_dtype = {dtype: at for (_, dtype), at in zip(each.static.outputs, gives, strict=True)}
-    bias = takes[_BIAS] if each.operands[_BIAS].size else _NONE
-    return [
-        *takes[:_BIAS],
-        bias,
-        *takes[_BIAS + 1 : _RESIDUAL],
-        residual if is_float else _NONE,
-        _NONE if is_float else residual,
-        by_dtype.get("float32", _NONE),
-        by_dtype.get("int8", _NONE),
-        *each.operands[0].shape[1:],
-        *attributes["shape"],
-        *attributes["quantized"],
-    ]
+    return Places(
+        x=takes[X],
+        packed=takes[PACKED],
+        multiplier=takes[MULTIPLIER],
+        bias=takes[BIAS] if each.operands[BIAS].size else NONE,
+        inv_scale=takes[INV_SCALE],
+        residual_scale=takes[RESIDUAL_SCALE],
+        residual_f=residual if is_float else NONE,
+        residual_q=NONE if is_float else residual,
+        out_f=by_dtype.get("float32", NONE),
+        out_q=by_dtype.get("int8", NONE),
+    )

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxquant import native
 from jaxquant.native import library
 from jaxquant.native.call import Static, call
+from jaxquant.native.fields import Image, Places
 from tests.native.cases import (
     Conv,
     int8_values,
@@ -342,10 +343,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="not uint8 ones"):
             native.sequence([native.conv_call(x, kernel, jnp.float32(1))], [(0, 0)])
 
-    # The places of tensors, and the size of the input.
-    @pytest.mark.parametrize("place", range(13))
+    @pytest.mark.parametrize(
+        ("record", "field"),
+        [*(("places", name) for name in Places._fields), *(("images", n) for n in Image._fields)],
+    )
     @pytest.mark.parametrize("value", [-2, 10**6])
-    def test_steps_that_do_not_fit(self, place: int, value: int, monkeypatch: pytest.MonkeyPatch):
+    def test_steps_that_do_not_fit(
+        self, record: str, field: str, value: int, monkeypatch: pytest.MonkeyPatch
+    ):
         """A number that is wrong is an error, and nothing is read or written beside a tensor."""
         chain = Chain([Layer(3, 16), Layer(3, 16)], 2, 9, 8)
         made: list[Any] = []
@@ -358,13 +363,12 @@ class TestErrors:
         chain.at_once(jnp.asarray(chain.x), [(1, 0)])
         ((static, operands),) = made
         attributes = dict(static.attributes)
-        program = list(attributes["program"])
-        if place in (3, 6, 7, 8) and value == -2:  # of what may be lacking
-            value = -3
-        program[29 + place] = value
+        kind = {"places": Places, "images": Image}[record]
+        first, second = np.reshape(attributes[record], (2, -1)).tolist()
+        spoilt = kind(*second)._replace(**{field: value})
+        attributes[record] = (*first, *spoilt)
         broken = Static(
-            library.SEQUENCE, static.outputs, static.batched,
-            (("program", tuple(program)), ("clamps", attributes["clamps"])),
+            library.SEQUENCE, static.outputs, static.batched, tuple(attributes.items())
         )  # fmt: skip
         with pytest.raises(Exception, match="do not fit"):
             jax.block_until_ready(call(broken, operands))

@@ -5,33 +5,21 @@
 // multiplies may be anything.
 #pragma once
 
-#include <vector>
-
-#include "gemm.h"
+#include "avx512.h"
 
 #if defined(JAXQUANT_AVX512) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
 #define JAXQUANT_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
+
+#include <vector>
 
 namespace jaxquant {
-
-#ifdef JAXQUANT_AMX
 
 constexpr int kAmxSegment = 16;
 constexpr int kAmxBlocks = 4;             // whose outputs are written together: 128 channels
 constexpr int64_t kAmxWeights = 1 << 15;  // bytes of weights that stay in the L1 cache
 constexpr int kAmxGroups = 16;  // of four bytes: 64 of a run at a time
-
-// Linux grants a process the tile registers when asked.
-inline bool has_amx() {
-  static const bool granted = [] {
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return granted;
-}
 
 // The tile instructions do not tell GCC which memory they read: what is stored before has to be
 // there.
@@ -118,8 +106,8 @@ void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& 
 template <bool kClamps, bool kPlain>
 void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& segment,
             int64_t pixel, const Runs& runs, const int32_t* init, const Lanes* lanes,
-            int64_t vectors, const SumsEpilogue& given) {
-  const SumsEpilogue epilogue = given;  // its own, so that it stays in registers
+            int64_t vectors, const Avx512Sums& given) {
+  const Avx512Sums epilogue = given;  // its own, so that it stays in registers
   int64_t at = segment.out, column = segment.column;
   for (int64_t i = 0; i < height; ++i, sums += row) {
     const bool kept = column < runs.kept;
@@ -135,10 +123,83 @@ void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& seg
   }
 }
 
-#else
+inline void prefetch_inputs(const Segment* segments, int64_t count, int64_t height,
+                            const Runs& runs) {
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t byte = 0; byte < 4 * runs.groups; byte += 64)
+        _mm_prefetch(segments[k].in + i * runs.stride + byte, _MM_HINT_T0);
+    }
+  }
+}
 
-inline bool has_amx() { return false; }
+struct Amx : Avx512 {
+  static constexpr const char* kName = "AMX";
+  static constexpr int64_t kPixels = kAmxSegment;
+  static constexpr int64_t kStep = 4 * kAmxGroups;
+  static constexpr bool kRunsOn = true;
 
-#endif
+  static constexpr auto activations = Activations::as_stored;
+
+  // Linux grants a process the tile registers when asked.
+  static bool available() {
+    static const bool granted = [] {
+      constexpr long kRequestPermission = 0x1023, kTileData = 18;
+      return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return granted;
+  }
+
+  static auto find_tile(bool wide, bool is_signed) {
+    if (wide) return is_signed ? amx_tile<true, 2> : amx_tile<false, 2>;
+    return is_signed ? amx_tile<true, 1> : amx_tile<false, 1>;
+  }
+
+  static void run(const Share& share, const Weights& weights, const Sums& sums) {
+    const Runs& runs = share.runs;
+    const int64_t height = share.height, outputs = weights.outputs();
+    const AmxTiles tiles(height);
+    const auto finish_segment = !sums.plain   ? finish<true, false>
+                                : sums.clamps ? finish<true, true>
+                                              : finish<false, true>;
+    // Neighbouring blocks are written together, so that what a pixel writes is contiguous.
+    const int64_t per_block = weights.layout().four_bytes * 4 * kBlock;
+    const int64_t most = std::min<int64_t>(std::max<int64_t>(kAmxWeights / per_block, 1), kAmxBlocks);
+    alignas(64) int32_t products[2 * kAmxSegment * kAmxBlocks * kBlock];
+    std::vector<int8_t> tails[kAmxBlocks];
+    for (int64_t start = share.first; start < share.last; start += most) {
+      const int64_t count = std::min(most, share.last - start), row = count * kBlock;
+      Lanes lanes[2 * kAmxBlocks];
+      Block blocks[kAmxBlocks];
+      int64_t vectors = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        blocks[i] = weights.block(share.group, start + i);
+        copy_tails(runs, blocks[i].weights, weights.wide(start + i) ? 128 : 64, tails[i]);
+        for (int64_t c = 0; c < blocks[i].channels; c += 16)
+          lanes[vectors++] = sums.lanes(blocks[i].channel + c, blocks[i].channels - c);
+      }
+      const Segment* const end = share.segments.data() + share.segments.size();
+      for_pairs(share.segments, [&](const Segment& s0, const Segment& s1) {
+        // Rows of a few lines each, which the processor does not see coming.
+        if (start == share.first && runs.taps == 1 && end - &s0 > 2)
+          prefetch_inputs(&s0 + 2, std::min<int64_t>(2, end - &s0 - 2), height, runs);
+        for (const Segment* s : {&s0, &s1})
+          sums.prefetch(s->out + blocks[0].channel, height, outputs, 16 * vectors);
+        for (int64_t i = 0; i < count; ++i) {
+          const auto tile = find_tile(weights.wide(start + i), share.is_signed);
+          tile(s0, s1, height, runs, blocks[i], tails[i].data(), products + i * kBlock, row);
+        }
+        const auto store = [&](const Segment& s, const int32_t* from) {
+          finish_segment(from, row, height, s, outputs, runs, blocks[0].init, lanes, vectors,
+                         sums);
+        };
+        store(s0, products);
+        if (&s1 != &s0) store(s1, products + height * row);  // else an odd one, twice
+      });
+    }
+  }
+};
 
 }  // namespace jaxquant
+
+#endif

@@ -3,7 +3,8 @@
 
 #include <vector>
 
-#include "amx.h"
+#include "epilogue.h"
+#include "gemm.h"
 #include "parallel.h"
 #include "window.h"
 
@@ -13,130 +14,35 @@ constexpr int64_t kTasksPerThread = 4;      // so that threads finish together
 constexpr int64_t kOutputBytes = 1 << 18;   // what a task writes, and the residual that it adds
 constexpr int64_t kScratchBytes = 1 << 18;  // a task's copy of the input stays in the L2 cache
 
-// The weights and the epilogue of a call, and what each sum starts from.
+// The weights and the epilogue of a call, for the kernels of an instruction set.
+template <class Set>
 class Product {
  public:
   Product(const PackedMatrix& layout, const int8_t* packed, const Epilogue& epilogue,
           int64_t outputs, int32_t zero_point)
-      : layout_(layout), packed_(packed), epilogue_(epilogue), outputs_(outputs), init_(layout.groups * layout.padded_out() + kBlock) {
-    const int32_t* sums = layout.sums(packed);
-    for (int64_t i = 0; i < layout.groups * layout.padded_out(); ++i)
-      init_[i] = int32_t(0u - uint32_t(zero_point) * uint32_t(sums[i]));
+      : weights_(layout, packed, outputs, zero_point), sums_(epilogue),
+        output_bytes_(outputs * epilogue.bytes()) {}
+
+  void run(const Share& share) const {
+    Set::run(share, weights_, sums_);
+    sums_.flush();
   }
 
-  static Activations activations(const void* data, bool is_int8, int32_t zero_point,
-                                 bool subtract = true) {
-    return has_amx() ? Activations::as_stored(data, is_int8, zero_point, subtract)
-                     : Activations::as_u8(data, is_int8, zero_point, subtract);
-  }
-  // Pixels of a segment at most, and the bytes of a run that are read at a time.
-  static int64_t most_pixels() { return has_amx() ? 16 : kSegment; }
-  static int64_t step() { return has_amx() ? 64 : 4; }
-
-  // All output channels of blocks [first, last) of a group, for `segments` of `height` pixels.
-  void run(const std::vector<Segment>& segments, int64_t height, const Runs& runs, int64_t group,
-           int64_t first, int64_t last, [[maybe_unused]] bool is_signed) const {
-#ifdef JAXQUANT_AMX
-    if (has_amx()) run_amx(segments, height, runs, group, first, last, is_signed);
-    else
-#endif
-      run_blocks(segments, height, runs, group, first, last);
-    epilogue_.flush();
-  }
-
-  const PackedMatrix& layout() const { return layout_; }
-  int64_t outputs() const { return outputs_; }
-  int64_t output_bytes() const { return outputs_ * epilogue_.bytes(); }
+  const PackedMatrix& layout() const { return weights_.layout(); }
+  int64_t outputs() const { return weights_.outputs(); }
+  int64_t output_bytes() const { return output_bytes_; }  // of a pixel, with what is added to it
 
  private:
-  void run_blocks(const std::vector<Segment>& segments, int64_t height, const Runs& runs,
-                  int64_t group, int64_t first, int64_t last) const {
-    for (int64_t b = first; b < last; ++b) {
-      const Tile tile = find_tile(height, wide(b), epilogue_);
-      const Block block = block_at(group, b);
-      for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        tile(s0, s1, runs, block, epilogue_);
-      });
-    }
-  }
-#ifdef JAXQUANT_AMX
-  static void prefetch_inputs(const Segment* segments, int64_t count, int64_t height,
-                              const Runs& runs) {
-    for (int64_t k = 0; k < count; ++k) {
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t byte = 0; byte < 4 * runs.groups; byte += 64)
-          _mm_prefetch(segments[k].in + i * runs.stride + byte, _MM_HINT_T0);
-      }
-    }
-  }
-
-  void run_amx(const std::vector<Segment>& segments, int64_t height, const Runs& runs,
-               int64_t group, int64_t first, int64_t last, bool is_signed) const {
-    const AmxTiles tiles(height);
-    const auto finish_segment = !epilogue_.plain   ? finish<true, false>
-                                : epilogue_.clamps ? finish<true, true>
-                                                   : finish<false, true>;
-    // Neighbouring blocks are written together, so that what a pixel writes is contiguous.
-    const int64_t per_block = layout_.four_bytes * 4 * kBlock;
-    const int64_t most = std::min<int64_t>(std::max<int64_t>(kAmxWeights / per_block, 1), kAmxBlocks);
-    alignas(64) int32_t sums[2 * kAmxSegment * kAmxBlocks * kBlock];
-    std::vector<int8_t> tails[kAmxBlocks];
-    for (int64_t start = first; start < last; start += most) {
-      const int64_t count = std::min(most, last - start), row = count * kBlock;
-      Lanes lanes[2 * kAmxBlocks];
-      Block blocks[kAmxBlocks];
-      int64_t vectors = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        blocks[i] = block_at(group, start + i);
-        copy_tails(runs, blocks[i].weights, wide(start + i) ? 128 : 64, tails[i]);
-        for (int64_t c = 0; c < blocks[i].channels; c += 16)
-          lanes[vectors++] = epilogue_.lanes(blocks[i].channel + c, blocks[i].channels - c);
-      }
-      const Segment* const end = segments.data() + segments.size();
-      for_pairs(segments, [&](const Segment& s0, const Segment& s1) {
-        // Rows of a few lines each, which the processor does not see coming.
-        if (start == first && runs.taps == 1 && end - &s0 > 2)
-          prefetch_inputs(&s0 + 2, std::min<int64_t>(2, end - &s0 - 2), height, runs);
-        for (const Segment* s : {&s0, &s1})
-          epilogue_.prefetch(s->out + blocks[0].channel, height, outputs_, 16 * vectors);
-        for (int64_t i = 0; i < count; ++i) {
-          const auto tile = wide(start + i) ? (is_signed ? amx_tile<true, 2> : amx_tile<false, 2>)
-                                            : (is_signed ? amx_tile<true, 1> : amx_tile<false, 1>);
-          tile(s0, s1, height, runs, blocks[i], tails[i].data(), sums + i * kBlock, row);
-        }
-        const auto store = [&](const Segment& s, const int32_t* from) {
-          finish_segment(from, row, height, s, outputs_, runs, blocks[0].init, lanes, vectors,
-                         epilogue_);
-        };
-        store(s0, sums);
-        if (&s1 != &s0) store(s1, sums + height * row);  // else an odd one, twice
-      });
-    }
-  }
-#endif
-
-  template <class F>
-  static void for_pairs(const std::vector<Segment>& segments, F f) {
-    for (size_t i = 0; i < segments.size(); i += 2)
-      f(segments[i], segments[std::min(i + 1, segments.size() - 1)]);
-  }
-  bool wide(int64_t b) const { return layout_.padded_out() - b * kBlock >= kBlock; }
-  Block block_at(int64_t group, int64_t b) const {
-    const int64_t start = b * kBlock;
-    return {layout_.block(packed_, group, b), init_.data() + group * layout_.padded_out() + start,
-            group * layout_.out + start, std::min<int64_t>(kBlock, layout_.out - start), outputs_};
-  }
-
-  PackedMatrix layout_;
-  const int8_t* packed_;
-  SumsEpilogue epilogue_;
-  int64_t outputs_;
-  std::vector<int32_t> init_;
+  Weights weights_;
+  typename Set::Sums sums_;
+  int64_t output_bytes_;
 };
 
 // Segments of one height that cover `n` pixels; the last may overlap the one before it.
-inline int64_t segment_count(int64_t n) { return ceil_div(n, Product::most_pixels()); }
-inline int64_t segment_height(int64_t n) { return ceil_div(n, segment_count(n)); }
+template <class Set>
+int64_t segment_count(int64_t n) { return ceil_div(n, Set::kPixels); }
+template <class Set>
+int64_t segment_height(int64_t n) { return ceil_div(n, segment_count<Set>(n)); }
 
 inline void add_segments(std::vector<Segment>& segments, int64_t n, int64_t height,
                          const uint8_t* in, ptrdiff_t stride, int64_t out, int64_t pixel) {
@@ -174,13 +80,14 @@ inline Split split(int64_t images, int64_t rows, int64_t blocks, int64_t threads
 }
 
 // [rows, c] x [c, o], or a grouped one: x [rows, groups * c / groups].
-inline void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
-                const Product& product) {
+template <class Set>
+void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
+         const Product<Set>& product) {
   const PackedMatrix& layout = product.layout();
   const int64_t in = c / layout.groups;
-  const int64_t padded = round_up(in, Product::step());
+  const int64_t padded = round_up(in, Set::kStep);
   const bool copies = x.flip || in != padded;
-  const int64_t tile = 2 * Product::most_pixels();
+  const int64_t tile = 2 * Set::kPixels;
   const int64_t fitting = std::min(kScratchBytes / 2 / padded,
                                    kOutputBytes / product.output_bytes());
   const int64_t most = std::max<int64_t>(2 * tile, fitting / tile * tile);
@@ -194,7 +101,7 @@ inline void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
     const int64_t first = task / parts.block_parts * step;
     const int64_t n = std::min(step, rows - first);
     const int64_t b = task % parts.block_parts * per_part;
-    const int64_t height = segment_height(n);
+    const int64_t height = segment_height<Set>(n);
     std::vector<Segment> segments;
     segments.reserve(ceil_div(n, height));
     const ptrdiff_t offset = 0;
@@ -214,14 +121,15 @@ inline void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
       add_segments(segments, n, height, from, stride, first * product.outputs(),
                    product.outputs());
       const Runs runs{&offset, 1, layout.four_bytes, stride};
-      product.run(segments, height, runs, g, b, std::min(b + per_part, layout.blocks()),
-                  x.is_signed);
+      product.run({segments, height, runs, g, b, std::min(b + per_part, layout.blocks()),
+                   x.is_signed});
     }
   });
 }
 
-inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
-                 const Product& product) {
+template <class Set>
+void conv(Threads& threads, const Activations& x, const ConvShape& s,
+          const Product<Set>& product) {
   const bool same_pixels = s.pad_h == 0 && s.pad_w == 0 && s.oh == s.h && s.ow == s.w;
   if (s.one_tap() && s.stride_h == 1 && s.stride_w == 1 && same_pixels)
     return dot(threads, x, s.n * s.h * s.w, s.c, product);
@@ -231,9 +139,9 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
   const int64_t reach_h = (s.oh - 1) * s.stride_h + (s.kh - 1) * s.dilation_h;
   const int64_t reach_w = (s.ow - 1) * s.stride_w + (s.kw - 1) * s.dilation_w;
   const bool inside = s.pad_h == 0 && s.pad_w == 0 && reach_h < s.h && reach_w < s.w;
-  const bool copies = x.flip || !inside || nc % Product::step();
+  const bool copies = x.flip || !inside || nc % Set::kStep;
   const bool copies_pixels = copies && s.one_tap();
-  const int64_t padded = round_up(nc, Product::step());  // of a copied pixel
+  const int64_t padded = round_up(nc, Set::kStep);  // of a copied pixel
   const int64_t row_bytes = copies_pixels ? s.ow * padded : (reach_w + 1) * nc * s.stride_h;
   const int64_t most = std::max<int64_t>(1, kScratchBytes / row_bytes);
   const int64_t weights = s.groups * layout.padded_out() * layout.four_bytes * 4;
@@ -247,7 +155,7 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
     const int64_t first = task / parts.block_parts % parts.row_parts * parts.rows;
     const int64_t last = std::min(first + parts.rows, s.oh);
     std::vector<Segment> segments;
-    segments.reserve((last - first) * segment_count(s.ow));
+    segments.reserve((last - first) * segment_count<Set>(s.ow));
     std::vector<ptrdiff_t> offsets;
     for (int64_t g = 0; g < s.groups; ++g) {
       const uint8_t* from = x.data + (image * s.h + first * s.stride_h) * s.w * s.c + g * nc;
@@ -275,13 +183,13 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
       const int64_t taps = int64_t(offsets.size());
       Runs runs{offsets.data(), taps, layout.four_bytes / taps, stride_w * pixel};
       segments.clear();
-      // Of a padded copy the rows follow each other, and the columns between them cost less than
+      // The rows of a padded copy follow each other, and the columns between them cost less than
       // segments that are far from full.
       const int64_t columns = reach_w + 1, flat = (last - first - 1) * columns + s.ow;
-      const bool runs_on = has_amx() && copies && !copies_pixels && s.stride_h == 1 &&
-                           s.stride_w == 1 &&
-                           10 * segment_count(flat) <= 9 * (last - first) * segment_count(s.ow);
-      const int64_t height = segment_height(runs_on ? flat : s.ow);
+      const int64_t by_rows = (last - first) * segment_count<Set>(s.ow);
+      const bool runs_on = Set::kRunsOn && copies && !copies_pixels && s.stride_h == 1 &&
+                           s.stride_w == 1 && 10 * segment_count<Set>(flat) <= 9 * by_rows;
+      const int64_t height = segment_height<Set>(runs_on ? flat : s.ow);
       const int64_t out = (image * s.oh + first) * s.ow * s.o;
       if (runs_on) {
         runs.row = columns, runs.kept = s.ow;
@@ -292,8 +200,8 @@ inline void conv(Threads& threads, const Activations& x, const ConvShape& s,
                        out + i * s.ow * s.o, s.o);
         }
       }
-      product.run(segments, height, runs, g, b, std::min(b + per_part, layout.blocks()),
-                  x.is_signed);
+      product.run({segments, height, runs, g, b, std::min(b + per_part, layout.blocks()),
+                   x.is_signed});
     }
   });
 }

@@ -1,8 +1,9 @@
-// An int8 convolution of any kind, by the kernel that does it.
+// int8 convolutions and dots of any kind, by the kernels that do them.
 #pragma once
 
 #include "conv.h"
 #include "depthwise.h"
+#include "instructions.h"
 
 namespace jaxquant {
 
@@ -18,19 +19,47 @@ inline PackedMatrix packed_matrix(const ConvShape& s) {
   return {s.groups, s.group_out(), s.taps() * s.run_groups()};
 }
 
+inline PackedMatrix packed_dot(int64_t inputs, int64_t columns) {
+  return {1, columns, ceil_div(inputs, 4)};
+}
+
 inline int64_t packed_size(const ConvShape& s) {
   return s.depthwise() ? PackedDepthwise{s.c, s.kh * s.kw}.size() : packed_matrix(s).size();
 }
 
-inline void convolve(Threads& threads, const Input& x, const ConvShape& s, const int8_t* packed,
-                     const Epilogue& epilogue) {
+template <class Set>
+void convolve_by(Threads& threads, const Input& x, const ConvShape& s, const int8_t* packed,
+                 const Epilogue& epilogue) {
   if (s.depthwise()) {
-    depthwise(threads, Activations::as_u8(x.data, x.is_int8, x.zero_point, x.subtracts), s, packed,
-              epilogue);
+    depthwise<Set>(threads, Activations::as_u8(x.data, x.is_int8, x.zero_point, x.subtracts), s,
+                   packed, epilogue);
     return;
   }
-  const Activations a = Product::activations(x.data, x.is_int8, x.zero_point, x.subtracts);
-  conv(threads, a, s, Product(packed_matrix(s), packed, epilogue, s.o, a.zero_point));
+  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracts);
+  conv(threads, a, s, Product<Set>(packed_matrix(s), packed, epilogue, s.o, a.zero_point));
+}
+
+// x [rows, inputs] times packed weights [inputs, columns].
+template <class Set>
+void multiply_by(Threads& threads, const Input& x, int64_t rows, int64_t inputs, int64_t columns,
+                 const int8_t* packed, const Epilogue& epilogue) {
+  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracts);
+  dot(threads, a, rows, inputs,
+      Product<Set>(packed_dot(inputs, columns), packed, epilogue, columns, a.zero_point));
+}
+
+inline void convolve(Threads& threads, const Input& x, const ConvShape& s, const int8_t* packed,
+                     const Epilogue& epilogue) {
+  with_instructions([&](auto set) {
+    convolve_by<decltype(set)>(threads, x, s, packed, epilogue);
+  });
+}
+
+inline void multiply(Threads& threads, const Input& x, int64_t rows, int64_t inputs,
+                     int64_t columns, const int8_t* packed, const Epilogue& epilogue) {
+  with_instructions([&](auto set) {
+    multiply_by<decltype(set)>(threads, x, rows, inputs, columns, packed, epilogue);
+  });
 }
 
 }  // namespace jaxquant

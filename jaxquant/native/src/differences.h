@@ -25,7 +25,7 @@ struct Compared {
   float scale = 1.0f;
 };
 
-// Of a channel Σ w d, Σ w d², Σ w, Σ y² and Σ d², with d = y - ŷ and w = (f(y) - f(ŷ)) / d in
+// The sums of a channel: Σ w d, Σ w d², Σ w, Σ y² and Σ d², with d = y - ŷ and w = (f(y) - f(ŷ)) / d in
 // [0, 1]; the first three without values where d or w is not finite, the others where y is not.
 constexpr int64_t kSums = 5;
 
@@ -100,7 +100,7 @@ inline std::vector<double> sum_all(Threads& threads, const Compared& t) {
   return total;
 }
 
-// Of the sums of one tensor Σ y² and Σ d² over all channels.
+// Σ y² and Σ d² over all channels, from the sums of each.
 inline std::pair<double, double> powers_of(const std::vector<double>& sums, int64_t channels) {
   double signal = 0.0, noise = 0.0;
   for (int64_t c = 0; c < channels; ++c)
@@ -121,8 +121,8 @@ inline float unit_of(const Compared& t) {
   return std::ldexp(1.0f, std::clamp(exponent - 1, -126, 126));
 }
 
-// `sums` [3, channels], the first three, in units of powers[2]; `mean` [channels], of them; and
-// `powers` [3]: the last two over all channels, the second infinite where ŷ alone is not finite, and
+// Writes `sums` [3, channels], the first three, in units of powers[2]; `mean` [channels], the
+// shrunk means that follow from them; and `powers` [3]: the last two over all channels, the second infinite where ŷ alone is not finite, and
 // the unit.  That is 1 as a rule, and a power of two where squares of what is compared would not be
 // floats: very large or very small tensors are read again.
 inline void differences(Threads& threads, Compared t, float* sums, float* mean, float* powers) {

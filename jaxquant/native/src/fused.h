@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convolve.h"
+#include "fields.h"
 #include "sequence.h"
 #include "xla.h"
 
@@ -13,14 +14,14 @@ struct EpilogueArguments {
   ffi::AnyBuffer inv_scale, residual_scale;   // []
   ffi::RemainingArgs residual;                // none or one
   ffi::RemainingRets outs;                    // float32, int8 or uint8
-  Ints quantized;  // zero point of input, residual, output; subtract the first?
-  Floats clamps;   // low and high before the residual, low and high behind it
+  Ints quantized;                             // `Quantized`
+  Floats clamps;                              // `Clamps`
 };
 
-// Zero points count from the middle of the stored type: of uint8 they come as value - 128.
 inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
-  const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, quantized, clamps] = a;
-  if (quantized.size() != 4 || clamps.size() != 4) return invalid("wrong attributes");
+  const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, numbers, clamps] = a;
+  if (!holds<Quantized>(numbers) || !holds<Clamps>(clamps)) return invalid("wrong attributes");
+  const Quantized quantized = record<Quantized>(numbers);
   if (int64_t(multiplier.element_count()) < outputs) return invalid("the multiplier is too short");
   e.multiplier = multiplier.typed_data<float>();
   if (bias.element_count() > 0) {
@@ -37,11 +38,11 @@ inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue&
       e.residual_flip = flip_of(buffer->element_type());
     }
     e.residual_scale = *residual_scale.typed_data<float>();
-    e.residual_zero_point = int32_t(quantized[1]);
+    e.residual_zero_point = int32_t(quantized.residual);
   }
-  e.set_clamps(clamps.begin(), residual.size() > 0);
+  e.set_clamps(record<Clamps>(clamps), residual.size() > 0);
   e.inv_scale = *inv_scale.typed_data<float>();
-  e.zero_point = int32_t(quantized[2]);
+  e.zero_point = int32_t(quantized.output);
   for (size_t i = 0; i < a.outs.size(); ++i) {
     auto out = a.outs.get<ffi::AnyBuffer>(i);
     if (!out.has_value()) return invalid("an output cannot be written");
@@ -55,24 +56,25 @@ inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue&
   return ffi::Error::Success();
 }
 
-// Of the attribute: all but the input.
-inline ConvShape conv_shape(const int64_t* shape) {
-  ConvShape s{};
-  s.oh = shape[0], s.ow = shape[1], s.o = shape[2], s.kh = shape[3], s.kw = shape[4];
-  s.stride_h = shape[5], s.stride_w = shape[6], s.dilation_h = shape[7], s.dilation_w = shape[8];
-  s.pad_h = shape[9], s.pad_w = shape[10], s.groups = shape[11];
-  return s;
+// The convolution of `n` images; what it reads has as many rows, columns and channels as `image`.
+inline ConvShape conv_shape(int64_t n, const Image& image, const Geometry& g) {
+  return {n, image.h, image.w, image.c, g.oh, g.ow, g.o, g.kh, g.kw, g.stride_h, g.stride_w,
+          g.dilation_h, g.dilation_w, g.pad_h, g.pad_w, g.groups};
+}
+
+inline Input input_of(ffi::AnyBuffer x, const Quantized& quantized) {
+  return {x.untyped_data(), x.element_type() == ffi::S8, int32_t(quantized.input),
+          quantized.subtracts != 0};
 }
 
 inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
                                ffi::AnyBuffer multiplier, ffi::AnyBuffer bias,
                                ffi::AnyBuffer inv_scale, ffi::AnyBuffer residual_scale,
-                               ffi::RemainingArgs residual, ffi::RemainingRets outs, Ints shape,
+                               ffi::RemainingArgs residual, ffi::RemainingRets outs, Ints geometry,
                                Ints quantized, Floats clamps) {
   const auto in = x.dimensions();
-  if (in.size() != 4 || shape.size() != 12) return invalid("wrong shapes");
-  ConvShape s = conv_shape(shape.begin());
-  s.n = in[0], s.h = in[1], s.w = in[2], s.c = in[3];
+  if (in.size() != 4 || !holds<Geometry>(geometry)) return invalid("wrong shapes");
+  const ConvShape s = conv_shape(in[0], {in[1], in[2], in[3]}, record<Geometry>(geometry));
   Epilogue epilogue;
   EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
                           residual, outs, quantized, clamps};
@@ -82,8 +84,7 @@ inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   XlaThreads threads(pool, s.n * s.oh * s.ow * s.o * s.kh * s.kw * (s.c / s.groups));
   if (int64_t(packed.element_count()) != packed_size(s))
     return invalid("the weights are packed for another kernel shape");
-  const Input input{x.untyped_data(), x.element_type() == ffi::S8, int32_t(quantized[0]),
-                    quantized[3] != 0};
+  const Input input = input_of(x, record<Quantized>(quantized));
   return with_memory([&] {
     convolve(threads, input, s, packed.typed_data<int8_t>(), epilogue);
   });
@@ -102,16 +103,12 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   ffi::Error error = read_epilogue(given, columns, epilogue);
   if (error.failure()) return error;
   if (in[0] * columns == 0) return error;
-  const PackedMatrix layout{1, columns, ceil_div(in[1], 4)};
-  if (int64_t(packed.element_count()) != layout.size())
+  if (int64_t(packed.element_count()) != packed_dot(in[1], columns).size())
     return invalid("the weights are packed for another shape");
   XlaThreads threads(pool, in[0] * in[1] * columns);
-  const bool is_int8 = x.element_type() == ffi::S8;
-  const Activations a =
-      Product::activations(x.untyped_data(), is_int8, int32_t(quantized[0]), quantized[3]);
+  const Input input = input_of(x, record<Quantized>(quantized));
   return with_memory([&] {
-    dot(threads, a, in[0], in[1],
-        Product(layout, packed.typed_data<int8_t>(), epilogue, columns, a.zero_point));
+    multiply(threads, input, in[0], in[1], columns, packed.typed_data<int8_t>(), epilogue);
   });
 }
 
@@ -119,18 +116,23 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
 // results, then what lies between the steps.
 class SequenceReader {
  public:
-  static constexpr int64_t kInts = 29;  // of a step
+  SequenceReader(ffi::RemainingArgs args, ffi::RemainingRets rets)
+      : args_(args), rets_(rets), tensors_(args.size() + rets.size()) {}
 
-  SequenceReader(ffi::RemainingArgs args, ffi::RemainingRets rets, Ints program, Floats clamps)
-      : args_(args), rets_(rets), program_(program), clamps_(clamps),
-        tensors_(args.size() + rets.size()) {}
-
-  ffi::Error read() {
-    const int64_t count = int64_t(program_.size()) / kInts;
-    if (count * kInts != int64_t(program_.size()) || 4 * count != int64_t(clamps_.size()))
+  // Reads the records of every step, one of each kind.
+  ffi::Error read(Ints places, Ints images, Ints geometry, Ints quantized, Floats clamps) {
+    const int64_t count = int64_t(clamps.size() * sizeof(float) / sizeof(Clamps));
+    if (!holds<Places>(places, count) || !holds<Image>(images, count) ||
+        !holds<Geometry>(geometry, count) || !holds<Quantized>(quantized, count) ||
+        !holds<Clamps>(clamps, count))
       return invalid("wrong attributes");
-    for (int64_t i = 0; i < count && ok_; ++i)
-      read_step(program_.begin() + i * kInts, clamps_.begin() + 4 * i);
+    // No step has more tensors between it and others than it has places.
+    most_tensors_ = int64_t(tensors_.size()) + int64_t(places.size());
+    for (int64_t i = 0; i < count && ok_; ++i) {
+      read_step(record<Places>(places, i),
+                conv_shape(1, record<Image>(images, i), record<Geometry>(geometry, i)),
+                record<Quantized>(quantized, i), record<Clamps>(clamps, i));
+    }
     return ok_ ? ffi::Error::Success() : invalid("the steps of a sequence do not fit its tensors");
   }
 
@@ -163,7 +165,7 @@ class SequenceReader {
   void tensor(int64_t k, int64_t size, bool writes) {
     if (k == kNone) return;
     const int64_t args = args_.size(), given = args + rets_.size();
-    if (k < 0 || k >= given + int64_t(program_.size())) return check(false);
+    if (k < 0 || k >= most_tensors_) return check(false);
     if (k >= int64_t(tensors_.size())) tensors_.resize(k + 1);
     Tensor& t = tensors_[k];
     const bool is_new = t.bytes == kNone;
@@ -188,27 +190,25 @@ class SequenceReader {
     check(batch == batch_ && int64_t(buffer.size_bytes()) == batch * t.bytes);
   }
 
-  void read_step(const int64_t* p, const float* clamps) {
+  void read_step(const Places& places, const ConvShape& s, const Quantized& quantized,
+                 const Clamps& clamps) {
     Step step{};
-    step.x = p[0], step.residual_f = p[6], step.residual_q = p[7];
-    step.out_f = p[8], step.out_q = p[9];
-    ConvShape& s = step.shape;
-    s = conv_shape(p + 13);
-    s.n = 1, s.h = p[10], s.w = p[11], s.c = p[12];
-    const int64_t* quantized = p + 25;
-    step.packed = operand<int8_t>(p[1], packed_size(s));
+    step.x = places.x, step.residual_f = places.residual_f, step.residual_q = places.residual_q;
+    step.out_f = places.out_f, step.out_q = places.out_q;
+    step.shape = s;
+    step.packed = operand<int8_t>(places.packed, packed_size(s));
     step.is_int8 = true;
-    step.zero_point = int32_t(quantized[0]);
-    step.subtracts = quantized[3];
+    step.zero_point = int32_t(quantized.input);
+    step.subtracts = quantized.subtracts;
     Epilogue& e = step.epilogue;
-    e.multiplier = operand<float>(p[2], s.o);
-    if (p[3] != kNone) e.bias = operand<float>(p[3], s.o);
-    const float* inv_scale = operand<float>(p[4], 1);
-    const float* residual_scale = operand<float>(p[5], 1);
+    e.multiplier = operand<float>(places.multiplier, s.o);
+    if (places.bias != kNone) e.bias = operand<float>(places.bias, s.o);
+    const float* inv_scale = operand<float>(places.inv_scale, 1);
+    const float* residual_scale = operand<float>(places.residual_scale, 1);
     if (!ok_) return;
     e.inv_scale = *inv_scale, e.residual_scale = *residual_scale;
-    e.residual_zero_point = int32_t(quantized[1]);
-    e.zero_point = int32_t(quantized[2]);
+    e.residual_zero_point = int32_t(quantized.residual);
+    e.zero_point = int32_t(quantized.output);
     e.set_clamps(clamps, step.residual_f != kNone || step.residual_q != kNone);
     const int64_t out = s.oh * s.ow * s.o;
     tensor(step.x, s.h * s.w * s.c, false);
@@ -221,20 +221,20 @@ class SequenceReader {
 
   ffi::RemainingArgs args_;
   ffi::RemainingRets rets_;
-  Ints program_;
-  Floats clamps_;
   std::vector<Tensor> tensors_;
   std::vector<Step> steps_;
+  int64_t most_tensors_ = 0;
   int64_t batch_ = -1;
   bool ok_ = true;
 };
 
 inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args,
-                                   ffi::RemainingRets rets, Ints program, Floats clamps) {
+                                   ffi::RemainingRets rets, Ints places, Ints images,
+                                   Ints geometry, Ints quantized, Floats clamps) {
   ffi::Error error = ffi::Error::Success();
   const ffi::Error memory = with_memory([&] {
-    SequenceReader reader(args, rets, program, clamps);
-    error = reader.read();
+    SequenceReader reader(args, rets);
+    error = reader.read(places, images, geometry, quantized, clamps);
     if (error.failure() || reader.batch() == 0) return;
     XlaThreads threads(pool, reader.products());
     Team team(threads);

@@ -10,7 +10,7 @@
 namespace jaxquant {
 namespace {
 
-// A kernel [kh, kw, c / groups, o] as `conv_handler` reads it; `row_runs` as of ConvShape.
+// A kernel [kh, kw, c / groups, o] as `conv_handler` reads it; `row_runs` as `ConvShape` has it.
 ffi::Error pack_handler(ffi::ThreadPool pool, ffi::AnyBuffer kernel,
                         ffi::Result<ffi::AnyBuffer> packed, int64_t groups, bool row_runs) {
   const auto shape = kernel.dimensions();
@@ -132,7 +132,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
                               jaxquant::fused_operands()
-                                  .Attr<xla::ffi::Span<const int64_t>>("shape")
+                                  .Attr<xla::ffi::Span<const int64_t>>("geometry")
                                   .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
@@ -147,7 +147,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_sequence, jaxquant::sequence_handler,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<xla::ffi::Span<const int64_t>>("program")
+                                  .Attr<xla::ffi::Span<const int64_t>>("places")
+                                  .Attr<xla::ffi::Span<const int64_t>>("images")
+                                  .Attr<xla::ffi::Span<const int64_t>>("geometry")
+                                  .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 // Called without XLA: [tensors, bins], and [tensors] of the others.
@@ -162,9 +165,5 @@ extern "C" void jaxquant_kl_thresholds(const double* counts, const double* limit
 }
 
 extern "C" const char* jaxquant_kernels() {
-#ifdef JAXQUANT_AVX512
-  return jaxquant::has_amx() ? "AMX" : "AVX512-VNNI";
-#else
-  return "portable";
-#endif
+  return jaxquant::with_instructions([](auto set) { return decltype(set)::kName; });
 }

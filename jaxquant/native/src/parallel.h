@@ -37,7 +37,8 @@ class Alone : public Threads {
   void run(int64_t n, const Body& body) override { parallel_for(*this, n, body); }
 };
 
-// Others, for a loop that is worth no more than `most` of them: it is cut into parts for so many.
+// Some of all threads, for a loop that is worth no more than `most`: it is cut into parts for so
+// many.
 class Some : public Threads {
  public:
   Some(Threads& all, int64_t most) : all_(all), most_(most) {}
@@ -128,7 +129,7 @@ class Pool : public Threads {
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-// Threads of a pool that stay for many loops, and wait for the next one awake: to start them anew
+// A team of a pool's threads, which stay for many loops and wait for the next one awake: to start them anew
 // takes longer than a small loop does.  The pool has them back when the team ends, so it is for
 // calls that are loops for the most part.
 class Team : public Threads {

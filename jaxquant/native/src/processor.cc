@@ -16,7 +16,7 @@ extern "C" void jaxquant_processor(char* text, int64_t size) {
   char* const end = text + size;
   *text = 0;
 #if defined(__x86_64__) || defined(__i386__)
-  // Of leaf 1, EBX tells which core this is.
+  // EBX of leaf 1 tells which core this is, which no compiler asks.
   const unsigned leaves[][2] = {{1, 0}, {7, 0}, {7, 1}, {0x24, 0}, {0x80000001u, 0}};
   bool saves = false;
   for (const auto& leaf : leaves) {

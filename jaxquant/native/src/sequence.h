@@ -23,7 +23,7 @@ constexpr size_t kKeptBytes = size_t(1) << 27, kKeptOfThread = size_t(1) << 24;
 
 // Where a tensor of a sequence is: given from outside, or in memory of the call.
 struct Tensor {
-  int64_t bytes = kNone;                // of a sample
+  int64_t bytes = kNone;                // of one sample
   uint8_t* given = nullptr;             // [n, ...]
   int64_t first = kNone, last = kNone;  // the steps between which it is needed
   bool local = false;                   // needed within one part alone
@@ -222,7 +222,8 @@ class Sequence {
   }
   static constexpr int64_t kProductsOfThread = 1 << 16;  // which is awake
 
-  // Of a float output; 0 for a local one, which the steps behind it read from the cache.
+  // The bytes of a float output that may go past the caches: none of a local one, which the steps
+  // behind it read from there.
   int64_t streamed_bytes(const Step& step) const {
     if (step.out_f == kNone || tensors_[step.out_f].local) return 0;
     return n_ * tensors_[step.out_f].bytes;

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-#include "gemm.h"
-
 namespace jaxquant {
+
+constexpr int kBlock = 32;  // output channels of a block; the last one of a group may have 16
+constexpr int kLanes = 64;  // channels that the depthwise kernels do at a time
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -54,7 +54,7 @@ struct Activations {
     return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0),
             uint8_t(zero_point + 128), (subtract ? zero_point : 0) + 128, false};
   }
-  // Those that multiply either.
+  // Kernels that multiply s8 by s8 as well read either as it is stored.
   static Activations as_stored(const void* data, bool is_int8, int32_t zero_point,
                                bool subtract = true) {
     if (!is_int8) return as_u8(data, false, zero_point, subtract);

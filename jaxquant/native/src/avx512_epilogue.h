@@ -1,0 +1,129 @@
+// The epilogue on registers of sixteen sums, by AVX-512.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define JAXQUANT_AVX512 1
+#include <immintrin.h>
+
+#include "epilogue.h"
+
+namespace jaxquant {
+
+// What belongs to 16 channels: `mask` has those that are there.
+struct Lanes {
+  int64_t channel;
+  __mmask16 mask;
+  __m512 multiplier, bias;
+};
+
+// The epilogue on 16 sums in a register.
+class Avx512Sums {
+ public:
+  const bool plain;   // `Epilogue::plain`
+  const bool clamps;  // whether the clamp of `to_grid` changes anything
+
+  explicit Avx512Sums(const Epilogue& e)
+      : plain(e.plain()), clamps(!e.clamp_is_saturation()), e_(e), low_(_mm512_set1_ps(e.low)),
+        high_(_mm512_set1_ps(e.high)), low_after_(_mm512_set1_ps(e.low_after)),
+        high_after_(_mm512_set1_ps(e.high_after)), inv_scale_(_mm512_set1_ps(e.inv_scale)),
+        q_low_(_mm512_set1_ps(float(kLeast - e.zero_point))),
+        q_high_(_mm512_set1_ps(float(kLargest - e.zero_point))),
+        residual_scale_(_mm512_set1_ps(e.residual_scale)),
+        residual_zero_point_(_mm512_set1_epi32(e.residual_zero_point)),
+        residual_flip_(_mm_set1_epi8(char(e.residual_flip))),
+        // Only the lowest byte of a sum is stored, so adding 128 flips the bit that uint8 flips.
+        zero_point_(_mm512_set1_epi32(e.zero_point + e.out_flip)) {}
+
+  const Epilogue& given() const { return e_; }
+  int64_t bytes() const { return e_.bytes(); }
+
+  // Fetches what will be added to `n` channels of `height` output pixels, the first of them at `at`.
+  void prefetch(int64_t at, int64_t height, int64_t pixel, int64_t n) const {
+    if (!e_.residual_f) return;
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t c = 0; c < n; c += 16)
+        _mm_prefetch(e_.residual_f + at + i * pixel + c, _MM_HINT_T0);
+    }
+  }
+
+  // Channels [c, c + 16), of which `n` are there.
+  Lanes lanes(int64_t c, int64_t n) const {
+    const __mmask16 mask = n >= 16 ? 0xffff : __mmask16((1u << std::max<int64_t>(n, 0)) - 1);
+    return {c, mask, _mm512_maskz_loadu_ps(mask, e_.multiplier + c),
+            e_.bias ? _mm512_maskz_loadu_ps(mask, e_.bias + c) : _mm512_setzero_ps()};
+  }
+
+  // The integers to store where the epilogue is `plain`, and so has one clamp; `plus` is the zero
+  // point.
+  template <bool kClamps>
+  __m512i to_grid(__m512i sums, __m512 multiplier, __m512 bias, __m512i plus) const {
+    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), multiplier, bias);
+    if constexpr (kClamps) y = clamp(y, low_, high_);
+    return round(y, plus);
+  }
+  template <bool kClamps>
+  void store_plain(__m512i sums, const Lanes& lanes, int64_t at) const {
+    const __m512i q = to_grid<kClamps>(sums, lanes.multiplier, lanes.bias, zero_point_);
+    _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + at + lanes.channel, lanes.mask, q);
+  }
+
+  // Stores the results of an epilogue of any form; `at` is where channel 0 of this pixel is in the
+  // output.
+  void store(__m512i sums, const Lanes& lanes, int64_t at) const {
+    const int64_t first = at + lanes.channel;
+    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lanes.multiplier, lanes.bias);
+    y = clamp(y, low_, high_);
+    if (e_.residual_q) {
+      const __m128i bytes = _mm_maskz_loadu_epi8(lanes.mask, e_.residual_q + first);
+      const __m512i q = _mm512_cvtepi8_epi32(_mm_xor_si128(bytes, residual_flip_));
+      y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(q, residual_zero_point_)),
+                          residual_scale_, y);
+    }
+    if (e_.residual_f)
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes.mask, e_.residual_f + first));
+    y = clamp(y, low_after_, high_after_);
+    if (e_.out_f) {
+      if (e_.streams && first % 16 == 0 && lanes.mask == 0xffff)
+        _mm512_stream_ps(e_.out_f + first, y);
+      else
+        _mm512_mask_storeu_ps(e_.out_f + first, lanes.mask, y);
+    }
+    if (e_.out_q) {
+      const __m512i q = round(y, zero_point_);
+      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, lanes.mask, q);
+    }
+  }
+
+  // After the last sum of a task: what went past the caches is there for other threads.
+  void flush() const {
+    if (e_.streams) _mm_sfence();
+  }
+
+  // `n` sums of one output pixel, for the channels from `c`.
+  void apply(const int32_t* sums, int64_t c, int64_t n, int64_t at) const {
+    for (int64_t i = 0; i < n; i += 16) {
+      const Lanes some = lanes(c + i, n - i);
+      store(_mm512_maskz_loadu_epi32(some.mask, sums + i), some, at);
+    }
+  }
+
+ private:
+  // A NaN passes: the second operand is the result if either is one.
+  static __m512 clamp(__m512 y, __m512 low, __m512 high) {
+    return _mm512_min_ps(high, _mm512_max_ps(low, y));
+  }
+  __m512i round(__m512 y, __m512i plus) const {
+    y = clamp(_mm512_mul_ps(y, inv_scale_), q_low_, q_high_);
+    return _mm512_add_epi32(_mm512_cvtps_epi32(y), plus);
+  }
+
+  Epilogue e_;
+  __m512 low_, high_, low_after_, high_after_, inv_scale_, q_low_, q_high_, residual_scale_;
+  __m512i residual_zero_point_;
+  __m128i residual_flip_;
+  __m512i zero_point_;
+};
+
+}  // namespace jaxquant
+
+#endif

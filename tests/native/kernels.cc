@@ -1,0 +1,356 @@
+// Tests of the kernels without XLA: every instruction set against plain loops, bit for bit.
+//
+//   kernels CASES    that many random convolutions, by each instruction set, alone and on threads
+//
+// Prints what differs, and ends with 1 if anything does.  All memory is of the size that it must
+// have, so that the address sanitizer sees what is read or written beside it.
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#include "amx_emulation.h"
+#endif
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "convolve.h"
+#include "histogram.h"
+#include "pack.h"
+#include "sequence.h"
+
+namespace jaxquant {
+namespace {
+
+int failures = 0;
+
+void check(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::printf("differs: %s\n", what.c_str());
+}
+
+// Memory as XLA gives it: aligned to a cache line.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size) : size_(size) {
+    const size_t bytes = size * sizeof(T);
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+    data_.reset(static_cast<T*>(data));
+    std::memset(data, 0, bytes);
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  const T& operator[](int64_t i) const { return data_.get()[i]; }
+  bool operator==(const Array& other) const {
+    return std::memcmp(data(), other.data(), size_ * sizeof(T)) == 0;
+  }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  int64_t size_;
+  std::unique_ptr<T, Free> data_;
+};
+
+// A pool of threads that start when they are asked for, so that helpers come late, too.
+class StartedThreads : public Pool {
+ public:
+  ~StartedThreads() override {
+    for (std::thread& thread : threads_) thread.join();
+  }
+  int64_t count() override { return 3; }
+
+ private:
+  void schedule(std::function<void()> task) override { threads_.emplace_back(std::move(task)); }
+  std::vector<std::thread> threads_;
+};
+
+class Random {
+ public:
+  explicit Random(uint32_t seed) : engine_(seed) {}
+  int64_t from(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(engine_);
+  }
+  int64_t of(std::initializer_list<int64_t> values) {
+    return values.begin()[from(0, int64_t(values.size()) - 1)];
+  }
+  float real(float low, float high) {
+    return std::uniform_real_distribution<float>(low, high)(engine_);
+  }
+  Array<int8_t> bytes(int64_t size) {
+    Array<int8_t> made(size);
+    for (int64_t i = 0; i < size; ++i) made[i] = int8_t(from(-128, 127));
+    return made;
+  }
+  Array<float> reals(int64_t size, float low, float high) {
+    Array<float> made(size);
+    for (int64_t i = 0; i < size; ++i) made[i] = real(low, high);
+    return made;
+  }
+
+ private:
+  std::mt19937 engine_;
+};
+
+ConvShape random_shape(Random& random) {
+  ConvShape s{};
+  const int64_t kind = random.from(0, 2);
+  s.groups = kind == 0 ? 1 : kind == 1 ? random.from(2, 3) : random.of({2, 8, 16, 33, 64, 70});
+  s.c = s.groups * (kind == 2 ? 1 : random.of({1, 3, 4, 16, 17, 64, 70}));
+  s.o = s.groups * (kind == 2 ? 1 : random.of({1, 5, 16, 17, 33, 64, 130}));
+  s.n = random.from(1, 3);
+  s.kh = random.of({1, 1, 3, 5}), s.kw = random.of({1, 1, 3, 4});
+  s.stride_h = random.from(1, 2), s.stride_w = random.from(1, 2);
+  s.dilation_h = random.from(1, 2), s.dilation_w = random.from(1, 2);
+  s.pad_h = random.from(0, 2), s.pad_w = random.from(0, 2);
+  s.h = random.from((s.kh - 1) * s.dilation_h + 1, 12);
+  s.w = random.from((s.kw - 1) * s.dilation_w + 1, 20);
+  s.oh = (s.h + 2 * s.pad_h - (s.kh - 1) * s.dilation_h - 1) / s.stride_h + 1;
+  s.ow = (s.w + 2 * s.pad_w - (s.kw - 1) * s.dilation_w - 1) / s.stride_w + 1;
+  return s;
+}
+
+std::string describe(const ConvShape& s) {
+  std::string text = "convolution";
+  for (int64_t value : {s.n, s.h, s.w, s.c, s.oh, s.ow, s.o, s.kh, s.kw, s.stride_h, s.stride_w,
+                        s.dilation_h, s.dilation_w, s.pad_h, s.pad_w, s.groups})
+    text += " " + std::to_string(value);
+  return text;
+}
+
+Array<int8_t> packed(const ConvShape& s, const Array<int8_t>& kernel) {
+  Array<int8_t> to(packed_size(s));
+  Alone alone;
+  if (s.depthwise()) {
+    pack_depthwise(kernel.data(), {s.c, s.kh * s.kw}, to.data());
+  } else {
+    const int64_t runs = s.row_runs() ? s.kh : s.kh * s.kw;
+    pack_matrix(alone, kernel.data(), runs, s.kh * s.kw * s.group_in() / runs, packed_matrix(s),
+                to.data());
+  }
+  return to;
+}
+
+// One convolution with an epilogue of some form, its operands and what plain loops make of it.
+struct Case {
+  ConvShape s;
+  Array<int8_t> x, kernel, weights, residual_q;
+  Array<float> multiplier, bias, residual_f;
+  Input input;
+  Epilogue epilogue;
+
+  Case(Random& random, const ConvShape& shape)
+      : s(shape), x(random.bytes(s.n * s.h * s.w * s.c)),
+        kernel(random.bytes(s.kh * s.kw * s.group_in() * s.o)), weights(packed(s, kernel)),
+        residual_q(random.bytes(outputs())), multiplier(random.reals(s.o, 1e-4f, 1e-3f)),
+        bias(random.reals(s.o, -20.0f, 20.0f)), residual_f(random.reals(outputs(), -9.0f, 9.0f)) {
+    const bool is_int8 = random.from(0, 3) > 0;
+    input = {x.data(), is_int8, int32_t(random.from(-128, 127)), random.from(0, 1) == 1};
+    Epilogue& e = epilogue;
+    e.multiplier = multiplier.data();
+    if (random.from(0, 1)) e.bias = bias.data();
+    e.inv_scale = random.real(0.5f, 3.0f);
+    e.zero_point = int32_t(random.from(-128, 127));
+    const int64_t residual = random.from(0, 3);
+    if (residual == 1) e.residual_f = residual_f.data();
+    if (residual == 2) {
+      e.residual_q = residual_q.data();
+      e.residual_scale = 0.125f, e.residual_zero_point = int32_t(random.from(-128, 127));
+    }
+    const float low = random.of({0, 1}) ? 0.0f : -kInfinity;
+    e.set_clamps({low, random.of({0, 1}) ? 60.0f : kInfinity, low, kInfinity}, residual > 0);
+  }
+
+  int64_t outputs() const { return s.n * s.oh * s.ow * s.o; }
+
+  // x less its zero point, or 0 outside; with the zero point where the bias is to take it away.
+  int64_t read(int64_t image, int64_t row, int64_t column, int64_t channel) const {
+    const bool inside = row >= 0 && row < s.h && column >= 0 && column < s.w;
+    int64_t value = input.zero_point;
+    if (inside) {
+      const int8_t byte = x[((image * s.h + row) * s.w + column) * s.c + channel];
+      value = input.is_int8 ? int64_t(byte) : int64_t(uint8_t(byte)) - 128;
+    }
+    return value - (input.subtracts ? input.zero_point : 0);
+  }
+
+  // The results of plain loops.
+  void expect(Array<float>& floats, Array<int8_t>& integers) const {
+    int64_t at = 0;
+    for (int64_t image = 0; image < s.n; ++image)
+      for (int64_t i = 0; i < s.oh; ++i)
+        for (int64_t j = 0; j < s.ow; ++j)
+          for (int64_t o = 0; o < s.o; ++o, ++at) {
+            floats[at] = finished(sum(image, i, j, o), o, at);
+            const double scaled = double(floats[at] * epilogue.inv_scale);
+            const double whole = std::nearbyint(scaled) + epilogue.zero_point;
+            integers[at] = int8_t(std::min(127.0, std::max(-128.0, whole)));
+          }
+  }
+
+  int64_t sum(int64_t image, int64_t i, int64_t j, int64_t o) const {
+    int64_t total = 0;
+    const int64_t first = o / s.group_out() * s.group_in();
+    for (int64_t a = 0; a < s.kh; ++a)
+      for (int64_t b = 0; b < s.kw; ++b)
+        for (int64_t c = 0; c < s.group_in(); ++c)
+          total += read(image, i * s.stride_h + a * s.dilation_h - s.pad_h,
+                        j * s.stride_w + b * s.dilation_w - s.pad_w, first + c) *
+                   kernel[((a * s.kw + b) * s.group_in() + c) * s.o + o];
+    return total;
+  }
+
+  float finished(int64_t total, int64_t o, int64_t at) const {
+    const Epilogue& e = epilogue;
+    float y = std::fma(float(total), e.multiplier[o], e.bias ? e.bias[o] : 0.0f);
+    y = std::min(std::max(y, e.low), e.high);
+    if (e.residual_q)
+      y = std::fma(float(e.residual_q[at] - e.residual_zero_point), e.residual_scale, y);
+    if (e.residual_f) y += e.residual_f[at];
+    return std::min(std::max(y, e.low_after), e.high_after);
+  }
+};
+
+// A case with the results that are expected of it.
+struct Expected {
+  const Case& given;
+  Array<float> floats;
+  Array<int8_t> integers;
+
+  explicit Expected(const Case& given)
+      : given(given), floats(given.outputs()), integers(given.outputs()) {
+    given.expect(floats, integers);
+  }
+
+  template <class Set>
+  void check_by(Threads& threads, const std::string& where) const {
+    const ConvShape& s = given.s;
+    Array<float> found_floats(given.outputs());
+    Array<int8_t> beside_floats(given.outputs()), alone(given.outputs());
+    Epilogue both = given.epilogue, one = given.epilogue;
+    both.write_floats(found_floats.data(), kStreamedBytes, s.o);  // past the caches if it can be
+    both.out_q = beside_floats.data(), one.out_q = alone.data();
+    convolve_by<Set>(threads, given.input, s, given.weights.data(), both);
+    convolve_by<Set>(threads, given.input, s, given.weights.data(), one);
+    const std::string what = std::string(Set::kName) + where + ", " + describe(s);
+    check(found_floats == floats, what + ", floats");
+    check(beside_floats == integers, what + ", integers beside floats");
+    check(alone == integers, what + ", integers");
+  }
+
+  template <class Set>
+  void check_everywhere() const {
+    Alone alone;
+    check_by<Set>(alone, "");
+    StartedThreads threads;
+    check_by<Set>(threads, " on threads");
+  }
+};
+
+// Three steps, the last of which adds what the first gives; together as one by one.
+void check_sequence(Random& random, int64_t n) {
+  ConvShape s{};
+  s.n = n, s.h = s.w = s.oh = s.ow = 9, s.c = s.o = 32;
+  s.kh = s.kw = 3, s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.pad_h = s.pad_w = 1, s.groups = 1;
+  ConvShape depthwise = s;
+  depthwise.groups = 32;
+  std::vector<Case> cases;
+  for (const ConvShape& shape : {s, depthwise, s}) {
+    cases.emplace_back(random, shape);
+    cases.back().input.is_int8 = true;
+    cases.back().epilogue.residual_f = nullptr, cases.back().epilogue.residual_q = nullptr;
+  }
+  const int64_t size = cases[0].outputs();
+  Array<int8_t> first(size), second(size), wanted(size), given(size);
+  Alone alone;
+  const int8_t* reads = cases[0].x.data();
+  Array<int8_t>* writes[] = {&first, &second, &wanted};
+  std::vector<Step> steps;
+  for (int64_t i = 0; i < 3; ++i) {
+    const Case& each = cases[i];
+    Step step{};
+    step.shape = each.s, step.shape.n = 1;
+    step.packed = each.weights.data(), step.epilogue = each.epilogue;
+    step.is_int8 = true, step.subtracts = each.input.subtracts;
+    step.zero_point = each.input.zero_point;
+    step.x = i, step.residual_f = kNone, step.residual_q = i == 2 ? 1 : kNone;
+    step.out_f = kNone, step.out_q = i + 1;
+    steps.push_back(step);
+    Epilogue epilogue = each.epilogue;
+    epilogue.residual_q = i == 2 ? first.data() : nullptr, epilogue.out_q = writes[i]->data();
+    Input input = each.input;
+    input.data = reads;
+    convolve(alone, input, each.s, each.weights.data(), epilogue);
+    reads = writes[i]->data();
+  }
+  std::vector<Tensor> tensors(4);
+  for (Tensor& tensor : tensors) tensor.bytes = size / n;
+  tensors[0].given = reinterpret_cast<uint8_t*>(cases[0].x.data());
+  tensors[3].given = reinterpret_cast<uint8_t*>(given.data());
+  StartedThreads threads;
+  {
+    Team team(threads);
+    Sequence(steps, tensors, n).run(team);
+  }
+  check(given == wanted, "a sequence of " + std::to_string(n) + " samples");
+}
+
+void check_dot(Random& random, int64_t rows, int64_t inputs, int64_t columns) {
+  ConvShape s{};  // a dot is a convolution of one tap
+  s.n = s.h = s.oh = s.kh = s.kw = s.groups = 1;
+  s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.w = s.ow = rows, s.c = inputs, s.o = columns;
+  Case given(random, s);
+  const Expected expected(given);
+  Array<int8_t> found(given.outputs());
+  given.epilogue.out_q = found.data();
+  StartedThreads threads;
+  multiply(threads, given.input, rows, inputs, columns, given.weights.data(), given.epilogue);
+  check(found == expected.integers, "a dot of " + std::to_string(rows) + " rows");
+}
+
+void check_histogram(Random& random, int64_t n) {
+  const Array<float> x = random.reals(n, -3.0f, 3.5f);
+  uint32_t counts[kBins];
+  float extremes[2];
+  StartedThreads threads;
+  histogram(threads, x.data(), n, -20, counts, extremes);
+  std::vector<uint32_t> wanted(kBins, 0);
+  for (int64_t i = 0; i < n; ++i) ++wanted[int64_t(std::fabs(x[i]) * (float(kBins) / 4.0f))];
+  check(std::equal(wanted.begin(), wanted.end(), counts), "the counts of a histogram");
+  check(extremes[0] == *std::min_element(x.data(), x.data() + n) &&
+            extremes[1] == *std::max_element(x.data(), x.data() + n),
+        "the extremes of a histogram");
+}
+
+}  // namespace
+}  // namespace jaxquant
+
+int main(int, char** arguments) {
+  using namespace jaxquant;
+  const int64_t cases = std::atoll(arguments[1]);
+  Random random(1);
+  for (int64_t i = 0; i < cases; ++i) {
+    const Case given(random, random_shape(random));
+    const Expected expected(given);
+    expected.check_everywhere<Portable>();
+#ifdef JAXQUANT_AVX512
+    expected.check_everywhere<Avx512>();
+#endif
+#ifdef JAXQUANT_AMX
+    expected.check_everywhere<Amx>();
+#endif
+  }
+  for (int64_t rows : {1, 2, 15, 40}) check_dot(random, rows, 3 + 30 * rows, 16 + 7 * rows);
+  for (int64_t n : {1, 2, 7}) check_sequence(random, n);
+  check_histogram(random, 70000);
+  return failures != 0;
+}

@@ -1,0 +1,67 @@
+"""The C++ of the kernels by itself: no warning, and no sanitizer that complains.
+
+`kernels.cc` compares every instruction set that this processor has with plain loops, AMX by an
+emulation (`amx_emulation.h`) also where the processor lacks it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+
+import jax
+import pytest
+
+from jaxquant.native import build, fields
+from tests.native.cases import needs_kernels
+
+pytestmark = needs_kernels  # without a compiler there is nothing to try
+
+_TESTS = pathlib.Path(__file__).parent
+_SOURCES = pathlib.Path(build.__file__).parent / "src"
+_STRICT = ("-std=c++17", "-march=native", *build.WARNINGS, "-Werror", *fields.definitions())
+_SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def compile_(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*build.find_compiler(), *_STRICT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("source", ["handlers.cc", "processor.cc"])
+def test_no_warning(source: str):
+    headers = ("-isystem", jax.ffi.include_dir())
+    done = compile_("-fsyntax-only", *headers, _SOURCES / source)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_no_warning_of_the_optimizer(tmp_path: pathlib.Path):
+    """Some warnings need what only the optimizer finds out."""
+    headers = ("-isystem", jax.ffi.include_dir())
+    done = compile_(
+        "-O3", "-fPIC", "-shared", *headers, _SOURCES / "handlers.cc", "-o", tmp_path / "library.so"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("optimized", "cases"), [("-O0", 4), pytest.param("-O1", 300, marks=pytest.mark.slow)]
+)
+def test_against_plain_loops(optimized: str, cases: int, tmp_path: pathlib.Path):
+    empty = tmp_path / "empty.cc"
+    empty.write_text("int main() {}\n")
+    if compile_(*_SANITIZED, empty, "-o", tmp_path / "empty").returncode:
+        pytest.skip("the compiler has no sanitizers")
+    program = tmp_path / "kernels"
+    done = compile_(
+        optimized, *_SANITIZED, "-pthread", "-I", _SOURCES, _TESTS / "kernels.cc", "-o", program
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Leaks are looked for by means that a container may forbid.
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    found = subprocess.run(
+        [program, str(cases)], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
