@@ -98,34 +98,47 @@ def _evaluate(
     of: str,
 ) -> tuple[evaluate.Environment, Captured]:
     captured: Captured = {}
-    rules: dict[int, evaluate.Replace] = {}
+    table = evaluate.float_table(graph.equations)
     for site in wanted:
         if site.location[: len(holder)] != holder:
             continue
         index, *inner = site.location[len(holder) :]
+        eqn = graph.equations[index]
         if inner:
-            rules[index] = _scan_rule(captured, holder, wanted, of)
+            table[index] = _capturing_scan(captured, eqn, holder, wanted, of)
         else:
-            rules[index] = _record_rule(captured, site, of)
-    return evaluate.evaluate(graph, leaves, inputs, replace=rules), captured
+            table[index] = _capturing(captured, site, eqn, of, table[index])
+    return evaluate.evaluate(graph, leaves, inputs, table), captured
 
 
-def _record_rule(captured: Captured, site: Site, of: str) -> evaluate.Replace:
-    def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
-        results = evaluate.apply(env, eqn)
+def _capturing(
+    captured: Captured,
+    site: Site,
+    eqn: ir.Equation,
+    of: str,
+    lowering: evaluate.Lowering[evaluate.Environment],
+) -> evaluate.Lowering[evaluate.Environment]:
+    """The lowering of a site, which keeps what it reads or gives."""
+
+    def capturing(env: evaluate.Environment) -> evaluate.Values:
+        values = lowering(env)
         activation = eqn.inputs[1 - site.weight_position]
-        captured[site.name] = results[0] if of == "output" else env.read(activation)
-        return results
+        captured[site.name] = values[eqn.outputs[0]] if of == "output" else env.read(activation)
+        return values
 
-    return rule
+    return capturing
 
 
-def _scan_rule(
-    captured: Captured, holder: tuple[int, ...], wanted: Sequence[Site], of: str
-) -> evaluate.Replace:
-    """Run a scan again with the captured activations as further outputs of its body."""
+def _capturing_scan(
+    captured: Captured,
+    eqn: ir.Equation,
+    holder: tuple[int, ...],
+    wanted: Sequence[Site],
+    of: str,
+) -> evaluate.Lowering[evaluate.Environment]:
+    """Run a scan with the captured activations as further outputs of its body."""
 
-    def rule(env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+    def capturing(env: evaluate.Environment) -> evaluate.Values:
         (body,) = body_graphs(env.graph, eqn)
         operands = [env.read(x) for x in eqn.inputs]
         n_consts, n_carry = jaxprs.scan_counts(eqn.params)
@@ -146,6 +159,6 @@ def _scan_rule(
             unroll=eqn.params["unroll"],
         )
         captured.update(seen)
-        return [*carry, *ys]
+        return dict(zip(eqn.outputs, [*carry, *ys], strict=True))
 
-    return rule
+    return capturing

@@ -93,7 +93,7 @@ def _confirms(
     ]
 
     def run(params: Any, flat: Sequence[Any]) -> list[jax.Array]:
-        env = evaluate_model(doubled, params, flat, replace=forms(doubled))
+        env = evaluate_model(doubled, params, flat, forms=forms(doubled))
         return [
             _first_half(env.read(doubled.outputs[position]), axis)
             for position, axis in mixing.outputs.items()

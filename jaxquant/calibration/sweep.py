@@ -237,7 +237,7 @@ class Sweep:
         needed = list(ir.walk_back(graph, list(tensors.values())))
         flat = jax.tree.leaves(inputs)
         env = evaluate_model(
-            graph, params, flat, equations=needed, known=known, replace=self._forms(graph)
+            graph, params, flat, equations=needed, known=known, forms=self._forms(graph)
         )
         values = [env.read(var) for var in tensors.values()]
         seen = histogram.observe_all(values, batch, self._count)

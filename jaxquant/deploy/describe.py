@@ -202,7 +202,7 @@ class _Describer:
             params: dict[str, Any] = {}
             for path, array in zip(stored, arrays, strict=True):
                 layout.put(params, path, array)
-            return program.restore(var, {"params": params})
+            return program.weights.restore(program.restored[var], {"params": params})
 
         steps = trace.trace(restore, (), tuple(stored.values()))
         numbers: dict[ir.Var, int] = {}
@@ -245,9 +245,8 @@ class _Describer:
         return known and math.prod(self._graph.shape(var)) <= MAX_CONSTANT
 
     def _fold(self, var: ir.Var) -> np.ndarray:
-        equations = list(ir.walk_back(self._graph, [var]))
-        inputs = [None] * len(self._graph.inputs)
-        env = evaluate.evaluate(self._graph, {}, inputs, equations=equations)
+        table = evaluate.float_table(ir.walk_back(self._graph, [var]))
+        env = evaluate.evaluate(self._graph, {}, [None] * len(self._graph.inputs), table)
         return np.asarray(jax.device_get(env.read(var)))
 
 

@@ -1,4 +1,10 @@
-"""Evaluate a graph equation by equation, with rules that replace equations and see tensors.
+"""Evaluate a graph by a table of lowerings: what runs in place of each of its equations.
+
+A table maps the index of an equation to its lowering, in the order in which they run.  A lowering
+is a function of the state of one evaluation (in float: the `Environment`) that gives the values of
+tensors: as a rule those of its equation, but it may stand for the equations before it too, which
+then have no entry, and leave out what nobody reads.  Who wants to see or change what an equation
+gives wraps its lowering in one of its own.
 
 Values may be *wider* than the model's dtype: an int8 site hands over float32 in a bfloat16 model,
 elementwise equations keep computing in it, and any other reader gets the model's dtype.
@@ -7,8 +13,8 @@ elementwise equations keep computing in it, and any other reader gets the model'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +22,12 @@ import jax.numpy as jnp
 from jaxquant.graph import ir, primitives
 from jaxquant.jax_shim import jaxprs, prng
 
-Replace = Callable[["Environment", ir.Equation], Sequence[Any]]
+State = TypeVar("State")
+Values: TypeAlias = Mapping[ir.Var, Any]
+Lowering: TypeAlias = Callable[[State], Values]
+Table: TypeAlias = Mapping[int, Lowering[State]]
 # Faster forms of a graph's equations, by their index: `jaxquant.run.float_forms` has those of CPUs.
-Forms = Callable[[ir.Graph], Mapping[int, Replace]]
+Forms: TypeAlias = Callable[[ir.Graph], Mapping[int, Lowering["Environment"]]]
 
 
 class Environment:
@@ -58,23 +67,18 @@ def evaluate(
     graph: ir.Graph,
     leaves: Mapping[ir.Var, Any],
     inputs: Sequence[Any],
-    *,
-    equations: Sequence[ir.Equation] | None = None,
-    replace: Mapping[int, Replace] | None = None,
+    table: Table[Environment] | None = None,
 ) -> Environment:
-    """Evaluate `equations` (by default all of them) and return the values.
+    """Evaluate a table in float and return the values.
 
     Args:
       graph: the traced model.
       leaves: the parameter leaves that the equations need.
       inputs: the flattened model inputs.
-      equations: those to evaluate, in order.
-      replace: equation index -> rule; the rule returns the values of the equation's outputs.
+      table: what runs; by default every equation as it is.
     """
     env = Environment(graph, leaves, inputs)
-    rules = replace or {}
-    chosen = graph.equations if equations is None else equations
-    return run(env, chosen, lambda eqn: rules.get(eqn.index, apply)(env, eqn))
+    return run(env, float_table(graph.equations) if table is None else table, env)
 
 
 def evaluate_model(
@@ -84,7 +88,7 @@ def evaluate_model(
     *,
     equations: Sequence[ir.Equation] | None = None,
     known: Mapping[ir.Var, Any] | None = None,
-    replace: Mapping[int, Replace] | None = None,
+    forms: Mapping[int, Lowering[Environment]] | None = None,
 ) -> Environment:
     """The values of a float model.
 
@@ -94,31 +98,51 @@ def evaluate_model(
       inputs: the flattened model inputs.
       equations: those to evaluate, in order; by default all.
       known: values of `jaxquant.graph.static_values` that need not be evaluated.
-      replace: equation index -> rule, as of `evaluate`.
+      forms: what runs in place of equations, by their index.
     """
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     # One that was spread is spread by its own equation.
     whole = {var: x for var, x in (known or {}).items() if x.shape == graph.shape(var)}
     chosen = graph.equations if equations is None else equations
     left = [eqn for eqn in chosen if not whole.keys() & set(eqn.outputs)]
-    return evaluate(graph, {**leaves, **whole}, inputs, equations=left, replace=replace)
+    return evaluate(graph, {**leaves, **whole}, inputs, float_table(left, forms))
 
 
-def no_forms(graph: ir.Graph) -> Mapping[int, Replace]:
+def no_forms(graph: ir.Graph) -> Mapping[int, Lowering[Environment]]:
     """The `Forms` that leave every equation as it is."""
     return {}
 
 
-def run(
-    env: Environment,
-    equations: Sequence[ir.Equation],
-    rule: Callable[[ir.Equation], Sequence[Any]],
-) -> Environment:
-    """Write the results that `rule` gives for every equation, in order."""
-    for eqn in equations:
-        with jax.named_scope(eqn.scope) if eqn.scope else contextlib.nullcontext():
-            results = rule(eqn)
-        for var, value in zip(eqn.outputs, results, strict=True):
+def float_table(
+    equations: Iterable[ir.Equation], forms: Mapping[int, Lowering[Environment]] | None = None
+) -> dict[int, Lowering[Environment]]:
+    """The table in which every equation runs as it is, or in the form that it has in `forms`."""
+    found = forms or {}
+    return {eqn.index: found.get(eqn.index) or as_it_is(eqn) for eqn in equations}
+
+
+def as_it_is(eqn: ir.Equation) -> Lowering[Environment]:
+    """The lowering of an equation that runs as it is."""
+
+    def lowering(env: Environment) -> Values:
+        return dict(zip(eqn.outputs, apply(env, eqn), strict=True))
+
+    return lowering
+
+
+def run(env: Environment, table: Table[State], state: State) -> Environment:
+    """Write what the lowerings of a table give, in order.
+
+    Args:
+      env: where the values are written.
+      table: what runs.
+      state: what the lowerings read; it holds `env`, or is it.
+    """
+    for index, lowering in table.items():
+        scope = env.graph.equations[index].scope
+        with jax.named_scope(scope) if scope else contextlib.nullcontext():
+            values = lowering(state)
+        for var, value in values.items():
             env.write(var, value)
     return env
 

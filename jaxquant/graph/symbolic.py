@@ -186,5 +186,6 @@ def _known_indices(graph: ir.Graph, atom: ir.Atom) -> np.ndarray | None:
     if symbolic or any(eqn.name == "dim_as_value" for eqn in equations):
         return None
     with jax.ensure_compile_time_eval():  # this may run inside a trace of the whole model
-        env = evaluate.evaluate(graph, {}, [None] * len(graph.inputs), equations=equations)
+        table = evaluate.float_table(equations)
+        env = evaluate.evaluate(graph, {}, [None] * len(graph.inputs), table)
         return np.asarray(env.read(atom))

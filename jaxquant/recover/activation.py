@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,9 +28,7 @@ class Activation(NamedTuple):
         for var in {v for eqn in self.equations for v in eqn.input_vars if env.graph.static[v]}:
             inner.write(var, env.wide(var))
         inner.write(self.start, value)
-        return evaluate.run(inner, self.equations, functools.partial(evaluate.apply, inner)).wide(
-            self.end
-        )
+        return evaluate.run(inner, evaluate.float_table(self.equations), inner).wide(self.end)
 
     def clamp(self, graph: ir.Graph) -> Clamp | None:
         """Its bounds, where it does nothing but clip to constants."""
@@ -73,8 +70,8 @@ class RowFunction:
             shape = value.shape if graph.shape(var) else ()
             inner.write(var, jnp.broadcast_to(jnp.asarray(scalar), shape))
         inner.write(activation.start, value)
-        rule = functools.partial(evaluate.apply, inner)
-        return evaluate.run(inner, activation.equations, rule).wide(activation.end)
+        table = evaluate.float_table(activation.equations)
+        return evaluate.run(inner, table, inner).wide(activation.end)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowFunction) and self._key == other._key

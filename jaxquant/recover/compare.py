@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import sites, trace
+from jaxquant.graph import evaluate, sites, trace
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import Int8Site
@@ -16,6 +16,7 @@ from jaxquant.recover.activation import find_activation
 from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.shift import Powers, Shift, compare_outputs, powers
 from jaxquant.run.float_forms import evaluate_float
+from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
 
 
@@ -101,17 +102,23 @@ class Comparison:
         shifts: dict[str, jax.Array] = {}
         by_site: dict[str, jax.Array] = {}
 
-        def corrected(site: Int8Site, value: jax.Array) -> jax.Array:
-            if site.site.name not in self._activations:
-                return value
-            name = site.site.name
-            activation = self._activations[name]
-            compared = compare_outputs(site.epilogue, activation, reference, value)
-            shifts[name], by_site[name] = compared.shift, compared.powers
-            step = jnp.where(correct, compared.mean, 0)
-            return value + site.epilogue.channels.spread(step, value.ndim)
+        def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
+            """The site's lowering, compared with the float model, its shift taken away."""
+            name, epilogue = site.site.name, site.epilogue
+            if name not in self._activations:
+                return lowering
 
-        quantized = self._program.run(qparams, flat, corrected)
+            def correcting(state: Evaluation) -> evaluate.Values:
+                value = lowering(state)[epilogue.output]
+                activation = self._activations[name]
+                compared = compare_outputs(epilogue, activation, reference, value)
+                shifts[name], by_site[name] = compared.shift, compared.powers
+                step = jnp.where(correct, compared.mean, 0)
+                return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
+
+            return correcting
+
+        quantized = self._program.hooked(corrected).run(qparams, flat)
         for name, var in self._tensors.items():
             if var is not None and var in quantized and name not in by_site:
                 by_site[name] = powers(reference.read(var), quantized.wide(var))

@@ -25,8 +25,9 @@ from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest, make_source
-from jaxquant.recover.walk import Walk
+from jaxquant.recover.walk import walk
 from jaxquant.run.float_forms import evaluate_float
+from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import (
     Equalization,
@@ -94,11 +95,11 @@ def learn_roundings(
 
 def _joined(
     apply_fn: Callable[..., Any], plan: Plan, params: Any, examples: Sequence[tuple[Any, ...]]
-) -> tuple[Any, Walk]:
+) -> tuple[Any, Program]:
     """All examples as one batch, and the program for it."""
 
-    def program(inputs: Any) -> Walk:
-        return Walk(trace(apply_fn, params, inputs), plan, params)
+    def program(inputs: Any) -> Program:
+        return Program(trace(apply_fn, params, inputs), plan, params)
 
     lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
     if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:
@@ -113,7 +114,7 @@ def _joined(
 class _Learner:
     def __init__(
         self,
-        program: Walk,
+        program: Program,
         plan: Plan,
         params: Any,
         equalization: Equalization,
@@ -166,7 +167,7 @@ class _Learner:
                 self._learn_site(int8_site, x, zero, wanted[name], qparams)
             self._stage.step()
 
-        self._program.walk(qparams, [jnp.asarray(x) for x in flat], weigh)
+        walk(self._program, qparams, [jnp.asarray(x) for x in flat], weigh)
         return qparams, self.outcomes
 
     def _reference(self, params: Any, flat: list[Any]) -> dict[str, Wanted]:

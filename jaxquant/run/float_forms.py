@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +33,30 @@ _NHWC = (
 _MAX_TAPS = 64
 
 
-def fast_convolutions(graph: ir.Graph, *, natively: bool = True) -> dict[int, evaluate.Replace]:
-    """Rules for the convolutions of a graph that have a faster form here; none but on CPU.
+_Form: TypeAlias = Callable[[evaluate.Environment, ir.Equation], jax.Array]
 
-    `natively`: by the native kernels, where they run.
+
+def fast_convolutions(
+    graph: ir.Graph, *, natively: bool = True
+) -> dict[int, evaluate.Lowering[evaluate.Environment]]:
+    """The convolutions of a graph that have a faster form here, by index; none but on CPU.
+
+    Args:
+      graph: the traced model.
+      natively: by the native kernels, where they run.
     """
-    natively = natively and native.runs_here()
     if jax.default_backend() != "cpu":
         return {}
+    natively = natively and native.runs_here()
     return {
-        eqn.index: rule
+        eqn.index: _lowering(form, eqn)
         for eqn in graph.equations
-        if (rule := _rule(graph, eqn, natively)) is not None
+        if (form := _faster_form(graph, eqn, natively)) is not None
     }
+
+
+def _lowering(form: _Form, eqn: ir.Equation) -> evaluate.Lowering[evaluate.Environment]:
+    return lambda env: {eqn.outputs[0]: form(env, eqn)}
 
 
 def evaluate_float(
@@ -65,11 +76,11 @@ def evaluate_float(
     """
     forms = fast_convolutions(graph, natively=natively)
     return evaluate.evaluate_model(
-        graph, params, inputs, equations=equations, known=known, replace=forms
+        graph, params, inputs, equations=equations, known=known, forms=forms
     )
 
 
-def _rule(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> evaluate.Replace | None:
+def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | None:
     contraction = graph.contractions.get(eqn.index)
     if contraction is None or contraction.axes != _NHWC or contraction.window is None:
         return None
@@ -89,20 +100,20 @@ def _rule(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> evaluate.Replace
     return None
 
 
-def _pointwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _pointwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     x, kernel = (env.read(atom) for atom in eqn.inputs)
     rows, columns = window.strides
     contract = (((3,), (0,)), ((), ()))
     precision = eqn.params["precision"]
-    return [lax.dot_general(x[:, ::rows, ::columns], kernel[0, 0], contract, precision=precision)]
+    return lax.dot_general(x[:, ::rows, ::columns], kernel[0, 0], contract, precision=precision)
 
 
-def _depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     x, kernel = (env.read(atom) for atom in eqn.inputs)
-    return [_shifted_products(x, kernel, window)]
+    return _shifted_products(x, kernel, window)
 
 
-def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> Sequence[Any]:
+def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     operands = [env.read(atom) for atom in eqn.inputs]
 
     def natively(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
@@ -116,7 +127,8 @@ def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equatio
 
     shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
     outputs = [jax.ShapeDtypeStruct(shape, jnp.float32)]
-    return choices.choose_on_one_cpu(natively, portable, outputs, operands)
+    (result,) = choices.choose_on_one_cpu(natively, portable, outputs, operands)
+    return result
 
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

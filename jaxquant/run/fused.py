@@ -1,4 +1,7 @@
-"""One fused call, natively on CPU and as XLA lowers it elsewhere: the same arithmetic."""
+"""One call: a site with a stored weight and what follows it in the same pass.
+
+Natively on CPU, and as XLA lowers it elsewhere: the same arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from jaxquant.native import Call, Residual
 from jaxquant.plan import layout
 from jaxquant.run import int8
 from jaxquant.run.conv import ChannelsLast, is_undilated, undilated
-from jaxquant.run.fusion import NO_CLAMP, Chain
-from jaxquant.run.quantized import QuantizedTensors
+from jaxquant.run.epilogue import epilogue
+from jaxquant.run.fusion import NO_CLAMP, Chain, is_native
+from jaxquant.run.lowerings import Evaluation
 
 # Outputs of a channel from which on packing the weight in a call, for the native kernels, takes no
 # longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
@@ -27,7 +31,7 @@ _ROWS_WORTH_PACKING = 32
 
 
 class FusedCall:
-    """The call of one chain.
+    """The call of one chain, and its lowering.
 
     Its operands are a dict: x, weight, multiplier; and, where there are such, packed, bias,
     inv_scale, residual, residual_scale.
@@ -35,13 +39,23 @@ class FusedCall:
     Attributes:
       chain: what it stands for.
       outputs: shape and dtype of its results: float32, int8, or both in this order.
-      is_worth_packing: whether the native kernels are faster though they have to pack the weight.
+      slot: where its weight is.
+      is_native: whether the native kernels have it.
+      is_worth_packing: whether they are faster though they have to pack the weight.
     """
 
-    def __init__(self, graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]):
+    def __init__(
+        self,
+        graph: ir.Graph,
+        chain: Chain,
+        zero_points: Mapping[ir.Var, int],
+        slot: layout.WeightSlot,
+    ):
         site = chain.site.site
         assert site.weight is not None
         self.chain = chain
+        self.slot = slot
+        self.is_native = is_native(graph, chain.site)
         self._eqn = graph.equations[site.equation]
         self._weight_shape = graph.shape(site.weight)
         self._zero_point = zero_points[site.operands[0]]
@@ -71,7 +85,7 @@ class FusedCall:
         `natively`: by the kernels where this is compiled for CPU; else as XLA lowers it.
         """
         if not natively:
-            return self.by_form(self.portable(operands))
+            return self.by_xla(operands)
         names = tuple(operands)
 
         def named(run: Any) -> Any:
@@ -81,6 +95,10 @@ class FusedCall:
             named(self.native), named(self.portable), self.outputs, list(operands.values())
         )
         return self.by_form(results)
+
+    def by_xla(self, operands: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        """The same, as XLA lowers it on every platform."""
+        return self.by_form(self.portable(operands))
 
     def by_form(self, results: Sequence[jax.Array]) -> tuple[Any, Any]:
         """The float32 and the int8 one of `outputs`; None for what is not there."""
@@ -155,13 +173,10 @@ class FusedCall:
 
     def portable(self, operands: Mapping[str, jax.Array]) -> Sequence[jax.Array]:
         """The same in operations that XLA has everywhere."""
-        arrays = [operands["x"], operands["weight"]]
+        arrays = [operands["x"]]
+        arrays.insert(self.chain.site.site.weight_position, operands["weight"])
         y = int8.accumulate(self._eqn, arrays, [self._zero_point]).astype(jnp.float32)
-        channels = self.chain.site.epilogue.channels
-        y = y * channels.spread(operands["multiplier"], y.ndim)
-        if "bias" in operands:
-            y = y + channels.spread(operands["bias"], y.ndim)
-        y = _clamp(y, self.chain.clamps[0])
+        y = _clamp(epilogue(self.chain.site, y, operands), self.chain.clamps[0])
         if self.chain.residual is not None:
             added = operands["residual"]
             if self.chain.residual_int8:
@@ -180,31 +195,19 @@ class FusedCall:
         window = self._layout.window
         return native.pack_conv(self._layout.kernel(weight), window.groups, window.dilation)
 
-    def operands(
-        self,
-        qparams: Mapping[str, Any],
-        slot: layout.WeightSlot,
-        quantized: QuantizedTensors,
-        linked: Collection[str] = (),
-    ) -> dict[str, jax.Array]:
+    def operands(self, state: Evaluation, linked: Collection[str] = ()) -> dict[str, jax.Array]:
         """What the call reads, of the arrays of the model and of the tensors so far.
 
         Args:
-          qparams: the arrays of the model.
-          slot: where the weight is.
-          quantized: the tensors.
+          state: the evaluation.
           linked: names that are left out.
         """
         site, residual = self.chain.site.site, self.chain.residual
-        epilogue = qparams["sites"][site.name]
-        found = {
-            "weight": layout.get(qparams["params"], slot.int8),
-            "multiplier": epilogue["multiplier"],
-        }
+        qparams, quantized = state.qparams, state.quantized
+        found = {"weight": layout.get(qparams["params"], self.slot.int8)}
+        found |= qparams["sites"][site.name]  # multiplier and bias
         if site.name in qparams.get("packed", {}):
             found["packed"] = qparams["packed"][site.name]
-        if "bias" in epilogue:
-            found["bias"] = epilogue["bias"]
         if self.chain.grid is not None:
             found["inv_scale"] = quantized.inv_scale(self.chain.grid)
         if residual is not None and self.chain.residual_int8:
@@ -215,6 +218,14 @@ class FusedCall:
             read = quantized.int8 if self.chain.residual_int8 else quantized.float32
             found["residual"] = read(residual)
         return {name: jnp.asarray(value) for name, value in found.items()}
+
+    def keep(
+        self, state: Evaluation, value: jax.Array | None, as_int8: jax.Array | None
+    ) -> dict[ir.Var, jax.Array]:
+        """The float output, if there is one; the int8 one is kept for those that read it."""
+        if as_int8 is not None and self.chain.grid is not None:
+            state.quantized.put(self.chain.output, as_int8, self.chain.grid)
+        return {} if value is None else {self.chain.output: value}
 
 
 def _clamp(y: jax.Array, bounds: tuple[float, float]) -> jax.Array:

@@ -62,7 +62,7 @@ def find_chains(
     early: Mapping[ir.Var, ir.Equation],
     fuse: Fuse,
 ) -> dict[int, Chain]:
-    """The chains by the index of their last equation.
+    """The chains of the sites with a stored weight, by the index of their last equation.
 
     Args:
       graph: the traced model.
@@ -71,8 +71,6 @@ def find_chains(
       early: the max pools that run on integers instead, by the tensor that they give.
       fuse: what a chain holds.
     """
-    if fuse is Fuse.NOTHING:
-        return {}
     live = list(live)
     pooled: dict[ir.Var, ir.Var] = {
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
@@ -87,13 +85,15 @@ def find_chains(
     claimed: set[int] = set()
     # Of two sites before one addition the later takes it: the other's result is there by then.
     for site in reversed(binding.sites):
-        if graph.producer[site.epilogue.output].index in indices and is_native(graph, site):
-            if fuse is Fuse.SITES:
-                chain = _alone(graph, site)
-            else:
-                chain = _follow(graph, binding, site, indices - claimed, floats, grids)
-            claimed.update(chain.members)
-            chains[chain.members[-1]] = chain
+        is_live = graph.producer[site.epilogue.output].index in indices
+        if not is_live or site.site.stored_weight is None:
+            continue
+        if fuse is Fuse.CHAINS and is_native(graph, site):
+            chain = _follow(graph, binding, site, indices - claimed, floats, grids)
+        else:
+            chain = _alone(graph, site)
+        claimed.update(chain.members)
+        chains[chain.members[-1]] = chain
     return chains
 
 

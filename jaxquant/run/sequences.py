@@ -17,8 +17,9 @@ from jaxquant import native
 from jaxquant.graph import ir
 from jaxquant.jax_shim import choices
 from jaxquant.run.fused import FusedCall
+from jaxquant.run.lowerings import Evaluation
 
-Results = dict[int, tuple[Any, Any]]
+Results = list[tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +145,17 @@ class FusedSequence:
         ]
         self._outputs = [self.calls[position].outputs[k] for position, k in self._results]
 
-    @property
-    def is_worth_packing(self) -> bool:
-        """As of its calls: of one of them."""
-        return any(call.is_worth_packing for call in self.calls)
+    def operands(self, state: Evaluation) -> list[dict[str, jax.Array]]:
+        """What every call reads, without what is linked."""
+        pairs = zip(self.calls, self.members.links, strict=True)
+        return [call.operands(state, links) for call, links in pairs]
+
+    def keep(self, state: Evaluation, results: Results) -> dict[ir.Var, jax.Array]:
+        """The float outputs that others read; the int8 ones are kept, call by call."""
+        values: dict[ir.Var, jax.Array] = {}
+        for call, (value, as_int8) in zip(self.calls, results, strict=True):
+            values |= call.keep(state, value, as_int8)
+        return values
 
     def _is_read_outside(self, graph: ir.Graph, position: int) -> bool:
         output = self.calls[position].chain.output
@@ -163,7 +171,7 @@ class FusedSequence:
     def __call__(
         self, operands: Sequence[Mapping[str, jax.Array]], natively: bool = True
     ) -> Results:
-        """The float32 and the int8 result of every call by its name; None for what stays inside.
+        """The float32 and the int8 result of every call; None for what stays inside.
 
         Args:
           operands: of every call, without what is linked.
@@ -186,12 +194,7 @@ class FusedSequence:
         by_call: dict[int, list[Any]] = {}
         for (position, _), value in zip(self._results, given, strict=True):
             by_call.setdefault(position, []).append(value)
-        return {
-            last: call.by_form(by_call.get(position, ()))
-            for position, (last, call) in enumerate(
-                zip(self.members.chains, self.calls, strict=True)
-            )
-        }
+        return [call.by_form(by_call.get(position, ())) for position, call in enumerate(self.calls)]
 
     def _native(self, operands: Sequence[Mapping[str, jax.Array]]) -> Sequence[jax.Array]:
         made = []

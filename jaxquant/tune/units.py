@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxquant.graph import composites, evaluate, ir, sites
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import INT8
 from jaxquant.run.float_forms import fast_convolutions
+from jaxquant.run.lowerings import Evaluation
 from jaxquant.run.program import Program
 from jaxquant.run.quantized import QuantizedTensors
 
@@ -92,49 +92,43 @@ def walk(
       The values that were gone on with.
     """
     graph = program.graph
-    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    env = evaluate.Environment(graph, leaves, inputs)
-    by_end = {unit.end.index: unit for unit in units}
+    in_float = evaluate.float_table(graph.equations, fast_convolutions(graph))
     inner = {eqn.index for unit in units for eqn in unit.members[:-1]}
-    fast = fast_convolutions(graph)
-
-    def rule(eqn: ir.Equation) -> Sequence[Any]:
-        if eqn.index in inner:
-            return [None] * len(eqn.outputs)
-        if eqn.index not in by_end:
-            return fast.get(eqn.index, evaluate.apply)(env, eqn)
-        unit = by_end[eqn.index]
-        return choose(
-            unit,
-            functools.partial(_as_float, env, unit, fast),
-            functools.partial(_as_int8, program, qparams, env, unit),
-        )
-
-    return evaluate.run(env, graph.equations, rule)
+    table = {index: lowering for index, lowering in in_float.items() if index not in inner}
+    for unit in units:
+        table[unit.end.index] = _choosing(program, unit, in_float, qparams, choose)
+    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
+    return evaluate.evaluate(graph, leaves, inputs, table)
 
 
-def _as_float(
-    env: evaluate.Environment, unit: Unit, fast: Mapping[int, evaluate.Replace]
-) -> Sequence[Any]:
-    inner = env.fork()
+def _choosing(
+    program: Program,
+    unit: Unit,
+    in_float: evaluate.Table[evaluate.Environment],
+    qparams: Mapping[str, Any],
+    choose: Choose,
+) -> evaluate.Lowering[evaluate.Environment]:
+    """The lowering of a unit: its members run in float, in int8 or both, as is chosen."""
+    members = [eqn.index for eqn in unit.members]
+    on_float = {index: in_float[index] for index in members}
+    on_int8 = {i: program.lowerings[i] for i in members if i in program.lowerings}
 
-    def rule(eqn: ir.Equation) -> Sequence[Any]:
-        return fast.get(eqn.index, evaluate.apply)(inner, eqn)
+    def choosing(env: evaluate.Environment) -> evaluate.Values:
+        def as_float() -> Sequence[Any]:
+            inner = env.fork()
+            return results(evaluate.run(inner, on_float, inner))
 
-    evaluate.run(inner, unit.members, rule)
-    return [inner.wide(var) for var in unit.end.outputs]
+        def as_int8() -> Sequence[Any]:
+            inner = env.fork()
+            quantized = QuantizedTensors(inner, program.binding, qparams["tensors"], {})
+            return results(evaluate.run(inner, on_int8, Evaluation(qparams, inner, quantized)))
 
+        def results(inner: evaluate.Environment) -> Sequence[Any]:
+            return [inner.wide(var) for var in unit.end.outputs]
 
-def _as_int8(
-    program: Program, qparams: Mapping[str, Any], env: evaluate.Environment, unit: Unit
-) -> Sequence[Any]:
-    inner = env.fork()
-    quantized = QuantizedTensors(inner, program.binding, qparams["tensors"], {})
-    live = {eqn.index for eqn in program.equations}
-    members = [eqn for eqn in unit.members if eqn.index in live]
-    rule = functools.partial(program.apply, qparams, inner, quantized, ahead={})
-    evaluate.run(inner, members, rule)
-    return [inner.wide(var) for var in unit.end.outputs]
+        return dict(zip(unit.end.outputs, choose(unit, as_float, as_int8), strict=True))
+
+    return choosing
 
 
 def _chain(graph: ir.Graph, site: Int8Site) -> tuple[ir.Equation, ...]:

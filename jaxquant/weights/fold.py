@@ -50,11 +50,11 @@ def _compiled(
     """Values in one compiled call; of those in `spread` one along an axis of copies."""
     if not wanted:
         return {}
-    needed = list(ir.walk_back(graph, wanted))
+    table = evaluate.float_table(ir.walk_back(graph, wanted))
 
     @jax.jit
     def run(leaves: Mapping[ir.Var, Any]) -> dict[ir.Var, Any]:
-        env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), equations=needed)
+        env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), table)
         values = {var: env.read(var) for var in wanted}
         return {v: without_copies(graph, v, x) if v in spread else x for v, x in values.items()}
 

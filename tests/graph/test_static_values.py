@@ -37,7 +37,8 @@ def all_static(graph, params, known):
     """The values of all static tensors by JAX."""
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     static = [eqn for eqn in graph.equations if graph.static[eqn.outputs[0]]]
-    env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), equations=static)
+    table = evaluate.float_table(static)
+    env = evaluate.evaluate(graph, leaves, [None] * len(graph.inputs), table)
     return {var: env.read(var) for var in known}
 
 

@@ -214,12 +214,10 @@ def test_a_wide_value_is_rounded_only_where_a_reader_needs_the_models_dtype():
     graph = trace(apply_fn, jnp.bfloat16(1), [jnp.ones(4, jnp.bfloat16)])
     first = graph.equations[0]
     exact = jnp.array([1.001, 2.002, 3.003, 4.004], jnp.float32)
-    env = evaluate.evaluate(
-        graph,
-        {graph.leaves[0]: jnp.bfloat16(1)},
-        [jnp.ones(4, jnp.bfloat16)],
-        replace={first.index: lambda env, eqn: [exact]},
-    )
+    table = evaluate.float_table(graph.equations)
+    table[first.index] = lambda env: {first.outputs[0]: exact}
+    leaves = {graph.leaves[0]: jnp.bfloat16(1)}
+    env = evaluate.evaluate(graph, leaves, [jnp.ones(4, jnp.bfloat16)], table)
     activation, reshaped = graph.outputs
     assert env.wide(activation).dtype == jnp.float32
     np.testing.assert_array_equal(env.wide(activation), jnp.tanh(exact))

@@ -57,10 +57,11 @@ def test_same_values(case: str, dtype: Any, natively: bool):
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, kernel_shape))
     graph = trace(net, kernel, (x,))
-    rules = fast_convolutions(graph, natively=natively)
+    found = fast_convolutions(graph, natively=natively)
     on_cpu = jax.default_backend() == "cpu"
-    assert len(rules) == int(is_faster and dtype == jnp.float32 and on_cpu)
-    env = evaluate.evaluate(graph, {graph.leaves[0]: kernel}, [x], replace=rules)
+    assert len(found) == int(is_faster and dtype == jnp.float32 and on_cpu)
+    table = evaluate.float_table(graph.equations, found)
+    env = evaluate.evaluate(graph, {graph.leaves[0]: kernel}, [x], table)
     expected = net(kernel, x)
     got = evaluate.outputs(env)
     assert got.dtype == expected.dtype

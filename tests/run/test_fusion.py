@@ -107,11 +107,14 @@ def test_one_call_a_site_shows_the_results_of_the_xla_lowering(is_full_quantize:
     def run(fuse: Fuse) -> tuple[jax.Array, dict[str, jax.Array]]:
         program, seen = Program(graph, qapply.plan, make_params(), fuse), {}
 
-        def correct(site, value):
-            seen[site.site.name] = value
-            return value + 0.25  # behind the site, before its activation
+        def corrected(site, lowering):
+            def correcting(state):
+                seen[site.site.name] = lowering(state)[site.epilogue.output]
+                return {site.epilogue.output: seen[site.site.name] + 0.25}  # before its activation
 
-        env = program.run(qparams, [X], correct)
+            return correcting
+
+        env = program.hooked(corrected).run(qparams, [X])
         return evaluate.outputs(env), seen
 
     want, steps = jax.jit(run, static_argnums=0)(Fuse.NOTHING)

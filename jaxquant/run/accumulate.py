@@ -1,0 +1,104 @@
+"""Lowerings of sites whose sums are not of a tensor with a stored weight and planned scales.
+
+A product of two tensors, a sum over one, a weight that the program computes, operands that are
+scaled in each call: the accumulator in int32, the epilogue in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.sites import Site
+from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.epilogue import output_channels
+from jaxquant.run import dynamic, int8, weight_only
+from jaxquant.run.epilogue import epilogue
+from jaxquant.run.lowerings import Evaluation, Lowering
+from jaxquant.run.weights import StoredWeights
+
+
+def of_tensors(graph: ir.Graph, int8_site: Int8Site) -> Lowering:
+    """A site without a stored weight, with planned scales."""
+
+    def lowering(state: Evaluation) -> evaluate.Values:
+        site, quantized = int8_site.site, state.quantized
+        operands = [quantized.int8(v) for v in site.operands]
+        zero_points = [quantized.zero_point(v) for v in site.operands]
+        value = _sum(graph, site, operands, zero_points, state.env)
+        return _finished(int8_site, value, state)
+
+    return lowering
+
+
+def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights) -> Lowering:
+    """A site whose operands have scales of their own in each call; with or without a weight."""
+    site = int8_site.site
+    eqn = graph.equations[site.equation]
+
+    def lowering(state: Evaluation) -> evaluate.Values:
+        operands, scales = dynamic.quantize_operands(state.env, eqn, site.weight)
+        zero_points = [0] * len(operands)
+        if site.stored_weight is None:
+            value = _sum(graph, site, operands, zero_points, state.env)
+        else:
+            operands.insert(site.weight_position, weights.integers(site, state.qparams))
+            value = int8.accumulate(eqn, operands, zero_points).astype(jnp.float32)
+        return _finished(int8_site, value, state, scales)
+
+    return lowering
+
+
+def on_dequantized_weight(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights) -> Lowering:
+    """A site that computes in the model's dtype on a weight stored as integers."""
+    site = int8_site.site
+    eqn, view = graph.equations[site.equation], weights.view(site)
+
+    def lowering(state: Evaluation) -> evaluate.Values:
+        stored = weights.in_groups(site, state.qparams)
+        return {int8_site.epilogue.output: weight_only.apply(state.env, eqn, site, view, stored)}
+
+    return lowering
+
+
+def _finished(
+    int8_site: Int8Site, value: jax.Array, state: Evaluation, scales: Sequence[jax.Array] = ()
+) -> evaluate.Values:
+    arrays = state.qparams["sites"][int8_site.site.name]
+    return {int8_site.epilogue.output: epilogue(int8_site, value, arrays, scales)}
+
+
+def _sum(
+    graph: ir.Graph,
+    site: Site,
+    operands: Sequence[jax.Array],
+    zero_points: Sequence[int],
+    env: evaluate.Environment,
+) -> jax.Array:
+    """The accumulator of a site without a stored weight, as float32."""
+    eqn = graph.equations[site.equation]
+    if site.weight is not None:
+        return _with_computed_weight(graph, site, operands[0], zero_points[0], env)
+    if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
+        operands, zero_points = [*operands] * 2, [*zero_points] * 2
+    return int8.combine(eqn, operands, zero_points).astype(jnp.float32)
+
+
+def _with_computed_weight(
+    graph: ir.Graph, site: Site, x: jax.Array, zero_point: int, env: evaluate.Environment
+) -> jax.Array:
+    """The sum with a weight that the program computes and quantizes, as float32."""
+    assert site.weight is not None
+    eqn = graph.equations[site.equation]
+    axes = site.channel_axes
+    weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
+    operands = [x, weight] if site.weight_position else [weight, x]
+    total = int8.accumulate(eqn, operands, [zero_point])
+    channels = output_channels(graph, site)
+    if zero_point:
+        offset = zero_point * int8.weight_sums(weight, axes)
+        total = total - channels.spread(offset, total.ndim)
+    return total.astype(jnp.float32) * channels.spread(scale, total.ndim)

@@ -1,0 +1,63 @@
+"""The stored weights of a program: read from `qparams`, dequantized, restored for float readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import ir
+from jaxquant.graph.sites import Site
+from jaxquant.plan import layout
+from jaxquant.plan.groups import group_layout
+from jaxquant.plan.modes import MODES
+from jaxquant.plan.plan import Plan
+from jaxquant.plan.restore import Restored
+from jaxquant.run.dequantize import StoredWeight, dequantize_weight
+
+
+class StoredWeights:
+    """Where the weights of a program are.
+
+    Args:
+      graph: the traced model.
+      plan: the plan.
+      slots: site -> the place of its weight in `qparams`.
+    """
+
+    def __init__(self, graph: ir.Graph, plan: Plan, slots: Mapping[str, layout.WeightSlot]):
+        self._graph = graph
+        self._plan = plan
+        self._slots = slots
+        self._integer = MODES[plan.mode].integer
+
+    def integers(self, site: Site, qparams: Mapping[str, Any]) -> jax.Array:
+        """The int8 weight of a site."""
+        weight: jax.Array = layout.get(qparams["params"], self._slots[site.name].int8)
+        return weight
+
+    def view(self, site: Site) -> layout.WeightView:
+        """What is stored for a site."""
+        return layout.weight_view(self._graph, site, self._integer)
+
+    def in_groups(self, site: Site, qparams: Mapping[str, Any]) -> StoredWeight:
+        """The weight of a site whose weight alone is quantized."""
+        view, slot = self.view(site), self._slots[site.name]
+        groups = group_layout(view.shape, view.channels, self._plan.group_size)
+        scale = layout.get(qparams["params"], slot.scale)
+        return StoredWeight(self.integers(site, qparams), scale, groups, slot.bits)
+
+    def restore(self, restored: Restored, qparams: Mapping[str, Any]) -> jax.Array:
+        """A static tensor that float equations read, from the integers of a weight."""
+        site = restored.site
+        view = self.view(site)
+        if self._integer:
+            weight = self.integers(site, qparams)
+            scale = layout.get(qparams["params"], self._slots[site.name].scale)
+            spread = [n if d in view.channels else 1 for d, n in enumerate(view.shape)]
+            value = weight.astype(jnp.float32) * (scale.reshape(spread) if scale.ndim else scale)
+        else:
+            value = dequantize_weight(self.in_groups(site, qparams))
+        return restored.apply(self._graph, value.astype(self._graph.dtype(view.var)))
