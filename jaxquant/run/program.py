@@ -17,7 +17,7 @@ from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import accumulate, lowerings, nonfinite
 from jaxquant.run.fused import FusedCall
-from jaxquant.run.fusion import Chain, Fuse, find_chains
+from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.lowerings import Evaluation, Hook, Lowering
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
@@ -66,14 +66,12 @@ class Program:
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
-        self._fuse = fuse
+        self._fuse = fuse if self.mode.tensor_scales else Fuse.NOTHING
         self._packs_all = packs_all
 
-        running = self._without_early_pools()
-        chains = find_chains(graph, self.binding, running, self.early, fuse)
-        calls = {last: self._call(chain) for last, chain in chains.items()}
+        calls = self._find_calls() if self.mode.tensor_scales else {}
         self.calls = {call.chain.site.site.name: call for call in calls.values()}
-        found = find_sequences(graph, calls) if fuse is Fuse.CHAINS else []
+        found = find_sequences(graph, calls) if self._fuse is Fuse.CHAINS else []
         self.sequences = [FusedSequence(graph, members, calls) for members in found]
         self.lowerings = self._table(calls)
 
@@ -130,14 +128,16 @@ class Program:
         ends = {self.graph.producer[s.epilogue.output].index: s for s in self.binding.sites}
         return {index: site for index, site in ends.items() if index in live}
 
-    def _without_early_pools(self) -> list[ir.Equation]:
+    def _find_calls(self) -> dict[int, FusedCall]:
+        """The calls by the index of the last equation that they stand for."""
         pools = {eqn.index for eqn in self.early.values()}
-        return [eqn for eqn in self.equations if eqn.index not in pools]
-
-    def _call(self, chain: Chain) -> FusedCall:
-        assert self.mode.tensor_scales
-        slot = self.slots[chain.site.site.name]
-        return FusedCall(self.graph, chain, self.binding.zero_points, slot)
+        running = [eqn for eqn in self.equations if eqn.index not in pools]
+        chains = find_chains(self.graph, self.binding, running, self.early, self._fuse)
+        zero_points, slots = self.binding.zero_points, self.slots
+        return {
+            last: FusedCall(self.graph, chain, zero_points, slots[chain.site.site.name])
+            for last, chain in chains.items()
+        }
 
     def _table(self, calls: Mapping[int, FusedCall]) -> dict[int, Lowering]:
         """Every equation as it is; over that the sites, and over those the calls."""
