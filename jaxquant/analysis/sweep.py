@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxquant.analysis import measures
 from jaxquant.analysis.measures import Clipping, Ends, Moments
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
-from jaxquant.calibration.sweep import stats_of
+from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.trace import trace
 from jaxquant.plan.epilogue import Epilogue
@@ -61,7 +61,6 @@ class _Batch(NamedTuple):
     ends: dict[str, Ends]
     outputs: list[Moments]
     tensors: dict[str, Clipping]
-    bad: dict[str, jax.Array]
 
 
 def sweep(
@@ -83,17 +82,17 @@ def sweep(
 
     @jax.jit
     def step(
-        params: Any, qparams: Any, plain: Any, stats: Any, index: jax.Array, *inputs: Any
-    ) -> tuple[_Batch, Any]:
+        params: Any, qparams: Any, plain: Any, *inputs: Any
+    ) -> tuple[_Batch, histogram.Counts | None]:
         program = program_by_site(trace(apply_fn, params, inputs), plan, params)
         flat = jax.tree.leaves(inputs)
         found, reference = _measure(program, params, qparams, plain, flat)
-        tensors, bad, stats = _observe(program, qparams, reference, stats, index)
+        tensors, seen = _observe(program, qparams, reference)
         own, accumulated, ends, outputs = found
-        return _Batch(own, accumulated, ends, outputs, tensors, bad), stats
+        return _Batch(own, accumulated, ends, outputs, tensors), seen
 
     names = [tensor.name for tensor in plan.tensors]
-    stats = jax.tree.map(lambda *xs: jnp.stack(xs), *[histogram.init()] * max(len(names), 1))
+    stats = stacked([histogram.init()] * max(len(names), 1))
     total: _Batch | None = None
     ranges: list[dict[str, Any]] = []
     plain: Any = None
@@ -103,9 +102,11 @@ def sweep(
                 program = program_by_site(trace(apply_fn, params, inputs), plan, params)
                 plain = without_correction(program, params, qparams)
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
-            found, stats = step(params, qparams, plain, stats, np.int32(index), *inputs)
+            found, seen = step(params, qparams, plain, *inputs)
             found = measures.widened(found)
-        _check_finite(found, index)
+            if seen is not None:
+                stats, first_bad = histogram.fold(stats, seen, np.int32(index))
+                _check_finite(names, first_bad)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)
     assert total is not None  # an empty data set is refused where it is read
@@ -172,19 +173,18 @@ def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment)
 
 
 def _observe(
-    program: Program, qparams: Any, reference: evaluate.Environment, stats: Any, index: jax.Array
-) -> tuple[dict[str, Clipping], dict[str, jax.Array], Any]:
-    """How the tensors fit their grids, which are not finite, and their histograms so far."""
+    program: Program, qparams: Any, reference: evaluate.Environment
+) -> tuple[dict[str, Clipping], histogram.Counts | None]:
+    """How the tensors fit their grids, and their values counted; None where there are none."""
     readers = QuantizedTensors(reference, program.binding, qparams["tensors"], {})
     entries = {name: var for var, name in program.binding.names.items()}
     order = [tensor.name for tensor in program.plan.tensors]
     tensors = {name: _clipping(readers, entries[name], reference) for name in order}
     if not order:
-        return tensors, {}, stats
+        return tensors, None
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-    seen = histogram.observe_all([reference.read(entries[name]) for name in order], index, count)
-    bad = dict(zip(order, seen.first_bad, strict=True))
-    return tensors, bad, jax.vmap(histogram.merge)(stats, seen)
+    values = [reference.read(entries[name]) for name in order]
+    return tensors, histogram.count_all(values, count)
 
 
 def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
@@ -227,13 +227,12 @@ def _joined(a: _Batch, b: _Batch) -> _Batch:
         {name: measures.join(x, b.ends[name]) for name, x in a.ends.items()},
         outputs,
         tensors,
-        {},
     )
 
 
-def _check_finite(found: _Batch, batch: int) -> None:
-    for name, first in found.bad.items():
-        if first >= 0:
+def _check_finite(names: Sequence[str], first_bad: jax.Array) -> None:
+    for name, batch in zip(names, np.asarray(first_bad), strict=True):
+        if batch >= 0:
             raise ValueError(
                 f"the tensor {name!r} holds NaN or infinity in batch {batch}; check that batch and "
                 "the float model on it"

@@ -10,6 +10,7 @@ Counts are 64-bit, as two uint32 words, since JAX has no 64-bit integers by defa
 samples overflow 32 bits.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
+
+from jaxquant.jax_shim import compilation
 
 # float32 of any shape -> uint32 [2048], the counts of |x| over the range of `Histogram.exponent`,
 # and float32 [2], the least and the largest x; one of these is not finite where a value is not.
@@ -82,8 +85,7 @@ def init() -> Histogram:
 def update(state: Histogram, x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
     """What has been seen with one more batch: `merge(state, observe(x, batch_index))`.
 
-    With many tensors, stack their states and merge all at once, `jax.vmap(merge)(states, seen)`:
-    the program is then compiled for one merge, not one per tensor.
+    With many tensors, stack their states and count all at once: `fold(states, count_all(xs))`.
 
     Args: `state` is what has been seen so far; the others are as for `observe`.
 
@@ -144,20 +146,65 @@ def observe(
     return _of_batch(*_counted(x, count), jnp.uint32(x.size), batch_index)
 
 
-def observe_all(
-    xs: Sequence[jax.Array], batch_index: jax.Array | int = 0, count: Counter = portable_counts
-) -> Histogram:
-    """The histograms of one batch of several tensors, stacked along a leading axis.
+class Counts(NamedTuple):
+    """What is counted of one batch of T tensors, along a leading axis.
 
-    All but the counting is compiled once, not once a tensor.
+    Attributes:
+      counts: uint32 [T, 2048], over the range of each batch.
+      extremes: float32 [T, 2], the least and the largest x, not finite where a value is not.
+      sizes: uint32 [T], how many values there are.
+    """
+
+    counts: jax.Array
+    extremes: jax.Array
+    sizes: jax.Array
+
+
+def count_all(xs: Sequence[jax.Array], count: Counter = portable_counts) -> Counts:
+    """The part of the histograms of one batch of several tensors that depends on their shapes.
+
+    `fold` does the rest.
 
     Example:
-      >>> observe_all([jnp.ones(2), jnp.zeros((3, 4))]).count_lo.tolist()
+      >>> count_all([jnp.ones(2), jnp.zeros((3, 4))]).sizes.tolist()
       [2, 12]
     """
     counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
-    sizes = np.asarray([x.size for x in xs], np.uint32)
-    return jax.vmap(_of_batch, (0, 0, 0, None))(counts, extremes, sizes, batch_index)
+    return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
+
+
+def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histogram, jax.Array]:
+    """Add one batch to the states of T tensors, stacked along a leading axis.
+
+    A program of its own: it is compiled once for a number of tensors, not once for every model and
+    every input shape.
+
+    Args:
+      states: what has been seen so far; donated, so they cannot be read again.
+      seen: what `count_all` gives of the batch.
+      batch_index: [] which batch this is, for `first_bad`.
+
+    Returns:
+      The new states, and their `first_bad` once more, which is not donated with them.
+
+    Example:
+      >>> states = jax.tree.map(lambda x: x[None], init())
+      >>> states, first_bad = fold(states, count_all([jnp.ones(3)]), 0)
+      >>> states.count_lo.tolist(), first_bad.tolist()
+      ([3], [-1])
+    """
+    return _fold_program()(states, *seen, batch_index)
+
+
+@functools.cache
+def _fold_program() -> Callable[..., tuple[Histogram, jax.Array]]:
+    def one(state: Histogram, *seen: jax.Array) -> tuple[Histogram, jax.Array]:
+        merged = merge(state, _of_batch(*seen))
+        return merged, merged.first_bad + 0
+
+    folding = jax.vmap(one, (0, 0, 0, 0, None))
+    options = compilation.quick_compilation()
+    return jax.jit(folding, donate_argnums=0, compiler_options=options)
 
 
 def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:

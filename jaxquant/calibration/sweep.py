@@ -1,7 +1,8 @@
 """The calibration sweep: run the model over the data and fold its activations into statistics.
 
-One jit-compiled step per input shape runs the model in float, observes every tensor that a site
-reads and updates the streaming state; activations never leave the device.
+One jit-compiled step per input shape runs the model in float and counts every tensor that a site
+reads; another, the same for all models, adds that to the streaming state.  Activations never leave
+the device.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Sweep:
         self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
         quick = compilation.quick_compilation()
-        self._step = jax.jit(self._observe, donate_argnums=0, compiler_options=quick)
+        self._step = jax.jit(self._observe, compiler_options=quick)
         self._origin: Origin | None = None
         self._done = _Done((), ())
         self._alive = Alive()
@@ -122,9 +123,8 @@ class Sweep:
         is_new = describe(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
             known = self._known_of(inputs)
-            state, own, bad = self._step(
-                done.state, done.own, self._params, known, np.int32(done.batches), *inputs
-            )
+            seen, own = self._step(done.own, self._params, known, *inputs)
+            state, bad = histogram.fold(done.state, seen, np.int32(done.batches))
         self._done = _Done(
             state,
             own,
@@ -194,7 +194,7 @@ class Sweep:
         first = next(iter(tensors.values()))
         self._origin = make_origin(graph, self._params, first, self._observer, self._options)
         own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
-        self._done = _Done(_stack([histogram.init()] * len(self._names)), own)
+        self._done = _Done(stacked([histogram.init()] * len(self._names)), own)
         return self._origin, self._names
 
     def restore(self, seen: Observations) -> None:
@@ -209,7 +209,7 @@ class Sweep:
             if (self._observer)
             else ()
         )
-        self._done = _Done(_stack(state), own, seen.batches, seen.samples, seen.examples)
+        self._done = _Done(stacked(state), own, seen.batches, seen.samples, seen.examples)
 
     def _graph_of(self, inputs: tuple[Any, ...]) -> ir.Graph:
         shapes = describe(jax.tree.map(ir.struct, inputs))
@@ -225,8 +225,8 @@ class Sweep:
         return self._known[shapes]
 
     def _observe(
-        self, state: State, own: Any, params: Any, known: Any, batch: Any, *inputs: Any
-    ) -> tuple[State, Any, jax.Array]:
+        self, own: Any, params: Any, known: Any, *inputs: Any
+    ) -> tuple[histogram.Counts, Any]:
         graph = self._graph_of(inputs)
         tensors = self._tensors_of(graph)
         if tuple(tensors) != self._names:
@@ -240,11 +240,10 @@ class Sweep:
             graph, params, flat, equations=needed, known=known, forms=self._forms(graph)
         )
         values = [env.read(var) for var in tensors.values()]
-        seen = histogram.observe_all(values, batch, self._count)
-        state = jax.vmap(histogram.merge)(state, seen)  # one merge to compile, not one a tensor
+        seen = histogram.count_all(values, self._count)
         if self._observer is not None:
             own = tuple(map(self._observer.update, own, values))
-        return state, own, state.first_bad + 0  # not donated with the state
+        return seen, own
 
     def _check_finite(self) -> None:
         if self._bad is None:
@@ -269,8 +268,8 @@ def with_example(
     return (*examples, inputs) if alike else examples
 
 
-def _stack(states: Sequence[histogram.Histogram]) -> State:
-    """In NumPy: nothing to compile."""
+def stacked(states: Sequence[histogram.Histogram]) -> State:
+    """The states of several tensors along a leading axis; in NumPy, so nothing is compiled."""
     return jax.tree.map(lambda *xs: jax.device_put(np.stack(xs)), *states)
 
 
