@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph.calls import CallError, describe
+from jaxquant.graph.calls import CallError, ModelError, describe
 
 _COLOURS = (1, 3)
 
@@ -28,7 +28,7 @@ select='image'. An item of ds is a batch here: where it is a single sample, give
     """
     said = [f"calibration called apply_fn(params, *inputs) with inputs of {describe(inputs)}"]
     is_of_values = isinstance(error, jax.errors.JAXTypeError)  # a traced `if`, `np.asarray(x)`, ...
-    is_told = isinstance(error, CallError) or _is_of_flax(error.__cause__)
+    is_told = isinstance(error, CallError | ModelError)
     if not is_of_values:
         said += _guesses(inputs)
     if not is_of_values and not is_told:
@@ -39,11 +39,6 @@ select='image'. An item of ds is a batch here: where it is a single sample, give
             else "An item of ds is a batch here: where it is a single sample, give batch_size="
         )
     return ". ".join(said)
-
-
-def _is_of_flax(error: BaseException | None) -> bool:
-    """True of what `trace` turned into advice of its own."""
-    return type(error).__module__.partition(".")[0] == "flax"
 
 
 def _guesses(inputs: tuple[Any, ...]) -> list[str]:

@@ -26,7 +26,7 @@ def plain(qparams: Mapping[str, Any], qapply: Any) -> dict[str, Any]:
     if not isinstance(qapply, QuantizedApply):
         raise TypeError(
             "qapply is what jaxquant.quant_post or load_quantized_model returned, got "
-            f"{type(qapply).__name__}"
+            f"{type(qapply).__name__}; the order is the path, qparams, qapply"
         )
     qapply.check(qparams)
     # Packed weights belong to this machine's kernels.

@@ -15,6 +15,10 @@ class CallError(TypeError):
     """`apply_fn` takes another number of inputs than it is given; the message says what to do."""
 
 
+class ModelError(ValueError):
+    """What `apply_fn` does in the call, or lacks; the message says what to pass instead."""
+
+
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 

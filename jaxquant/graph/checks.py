@@ -137,7 +137,8 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
             if bad:
                 raise ValueError(
                     f"the weight of site {site.name!r}, params[{graph.paths[var]!r}], holds NaN or "
-                    f"infinity in {bad} of its {np.size(leaves[var])} elements"
+                    f"infinity in {bad} of its {np.size(leaves[var])} elements: take the "
+                    "parameters of an earlier training step"
                 )
     for var in graph.leaves:
         if _count(leaves[var], np.isnan):

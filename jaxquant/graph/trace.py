@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import contraction, flax_tags, ir, symbolic
-from jaxquant.graph.calls import check_call
+from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.jax_shim import jaxprs
 
 
@@ -35,8 +35,9 @@ def trace(
       The graph; its `leaves` follow the order of `jax.tree.leaves(params)`.
 
     Raises:
-      TypeError: `apply_fn` takes another number of inputs.
-      ValueError: `apply_fn` needs a PRNG key, updates variables, or refuses these inputs.
+      CallError: `apply_fn` takes another number of inputs.
+      ModelError: `apply_fn` lacks variables, needs a PRNG key or updates variables.
+      Exception: whatever `apply_fn` raises about these inputs.
     """
     check_call(apply_fn, inputs)
     param_structs = jax.tree.map(ir.struct, params)
@@ -50,7 +51,7 @@ def trace(
         hint = _hint(error, params)
         if hint is None:
             raise
-        raise ValueError(hint) from error
+        raise ModelError(hint) from error
     _refuse_updates(params, out_shape)
     paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     n_inputs = len(jax.tree.leaves(input_structs))
@@ -266,7 +267,7 @@ def _refuse_updates(params: Any, out_shape: Any) -> None:
     if not (isinstance(out_shape, tuple) and len(out_shape) == 2):
         return
     if all(isinstance(x, Mapping) and _STATISTICS in x for x in (params, out_shape[1])):
-        raise ValueError(
+        raise ModelError(
             f"apply_fn returns updated variables ({_STATISTICS}) beside its result. "
             "Pass the model in inference mode and return the result alone: "
             "`lambda p, x: model.apply(p, x, train=False)`, without `mutable=`"

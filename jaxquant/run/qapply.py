@@ -298,7 +298,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
     if differing:
         raise ValueError(
             "these qparams belong to another model or plan than this qapply: "
-            f"{', '.join(sorted(differing)[:5])} differ"
+            f"{', '.join(sorted(differing)[:5])} differ; pass those that were returned beside it"
         )
 
 
