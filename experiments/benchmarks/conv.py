@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.interleave import print_table, time_in_turn
-from jaxquant.run.conv import conv as int8_conv
+from jaxquant.backends.conv import conv as int8_conv
 
 # batch, height and width, input channels, window, output channels, stride, groups
 CASES = {

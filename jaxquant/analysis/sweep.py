@@ -14,6 +14,7 @@ import numpy as np
 from jaxquant import native
 from jaxquant.analysis import measures
 from jaxquant.analysis.measures import Clipping, Ends, Moments
+from jaxquant.backends import int8
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stacked, stats_of
@@ -23,7 +24,6 @@ from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
 from jaxquant.recover.activation import find_activation
-from jaxquant.run import int8
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.quantized import QuantizedTensors

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import output_channels
-from jaxquant.run import dynamic, int8, weight_only
+from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.run import dynamic, weight_only
 from jaxquant.run.epilogue import epilogue
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.weights import StoredWeights
@@ -94,11 +96,27 @@ def _with_computed_weight(
     assert site.weight is not None
     eqn = graph.equations[site.equation]
     axes = site.channel_axes
-    weight, scale = int8.quantize_weight(env.wide(site.weight), axes)
+    weight, scale = _quantize_weight(env.wide(site.weight), axes)
     operands = [x, weight] if site.weight_position else [weight, x]
     total = int8.accumulate(eqn, operands, [zero_point])
     channels = output_channels(graph, site)
     if zero_point:
-        offset = zero_point * int8.weight_sums(weight, axes)
+        offset = zero_point * _weight_sums(weight, axes)
         total = total - channels.spread(offset, total.ndim)
     return total.astype(jnp.float32) * channels.spread(scale, total.ndim)
+
+
+def _quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
+    weight = weight.astype(jnp.float32)
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
+    smallest = jnp.float32(SMALLEST_SCALE)  # of which the inverse is a float
+    scale = jnp.where(threshold > 0, jnp.maximum(threshold / jnp.float32(127), smallest), 1)
+    return int8.quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
+
+
+def _weight_sums(weight: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The sums of an int8 weight over all but `axes`: int32 [C]."""
+    summed = tuple(a for a in range(weight.ndim) if a not in axes)
+    return jnp.sum(weight, axis=summed, dtype=jnp.int32).reshape(-1)

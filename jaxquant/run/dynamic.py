@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan.grid import SMALLEST_SCALE
-from jaxquant.run import int8
 
 
 def quantize_operands(

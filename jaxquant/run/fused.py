@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant import native
+from jaxquant.backends import int8
+from jaxquant.backends.conv import ChannelsLast, is_undilated, undilated
 from jaxquant.graph import ir
 from jaxquant.jax_shim import choices
 from jaxquant.native import Call, Residual
 from jaxquant.plan import layout
-from jaxquant.run import int8
-from jaxquant.run.conv import ChannelsLast, is_undilated, undilated
 from jaxquant.run.epilogue import epilogue
 from jaxquant.run.fusion import NO_CLAMP, Chain, is_native
 from jaxquant.run.lowerings import Evaluation

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding
-from jaxquant.run import int8, nonfinite, pooling
+from jaxquant.run import nonfinite, pooling
 
 
 class QuantizedTensors:

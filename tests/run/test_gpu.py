@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.run import int8
-from jaxquant.run.conv import conv as int8_conv
+from jaxquant.backends import int8
+from jaxquant.backends.conv import conv as int8_conv
 from tests import reference
 
 pytestmark = pytest.mark.gpu

@@ -13,11 +13,11 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.backends import int8
+from jaxquant.backends.conv import conv as int8_conv
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.run import int8
-from jaxquant.run.conv import conv as int8_conv
 from tests import reference
-from tests.run.test_int8_conv import compile_fast, convolutions, settings
+from tests.backends.test_conv import compile_fast, convolutions, settings
 
 pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
 

@@ -138,7 +138,7 @@ def _arrays(
 
 
 def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """As `jaxquant.run.int8.quantize_weight` does in the program."""
+    """As `jaxquant.run.accumulate` does in the program."""
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
     threshold = np.abs(weight).max(axis=summed, keepdims=True)
     scale = np.where(threshold > 0, threshold, np.float32(127)) / np.float32(127)

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.run.conv import conv as int8_conv
+from jaxquant.backends.conv import conv as int8_conv
 from tests import reference
 
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=30)

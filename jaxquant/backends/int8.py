@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.backends.conv import conv
 from jaxquant.graph import ir
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.grid import SMALLEST_SCALE
-from jaxquant.run.conv import conv
 
 
 def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: int = 0) -> jax.Array:
@@ -32,22 +31,6 @@ def dequantize(x: jax.Array, scale: jax.Array, zero_point: int = 0) -> jax.Array
     """What int8 values stand for, as float32; any shape."""
     value = x.astype(jnp.float32)
     return (value - jnp.float32(zero_point) if zero_point else value) * scale
-
-
-def quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
-    weight = weight.astype(jnp.float32)
-    summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
-    smallest = jnp.float32(SMALLEST_SCALE)  # of which the inverse is a float
-    scale = jnp.where(threshold > 0, jnp.maximum(threshold / jnp.float32(127), smallest), 1)
-    return quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
-
-
-def weight_sums(weight: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The sums of an int8 weight over all but `axes`: int32 [C]."""
-    summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    return jnp.sum(weight, axis=summed, dtype=jnp.int32).reshape(-1)
 
 
 def accumulate(

@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.run import int8
+from jaxquant.backends import int8
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
