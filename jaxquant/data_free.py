@@ -10,10 +10,9 @@ import jax
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
-from jaxquant.graph.batch_sizes import with_batch_sizes
+from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
@@ -208,21 +207,22 @@ def _quantize(
 ) -> tuple[dict[str, Any], QuantizedApply]:
     check_flag("allow_batch_dependence", allow_batch_dependence)
     check_model(params, apply_fn)
+    source = FloatModel(apply_fn, params)
     with progress.stage("tracing"):
-        graph = with_batch_sizes(trace(apply_fn, params, inputs), apply_fn, params, inputs)
-        check_no_randomness(graph)
-        check_weights(graph, find_sites(graph, lookups=MODES[config.mode].lookups), params)
+        model = trace_with_batch_sizes(source, inputs)
+        check_no_randomness(model.graph)
+        check_weights(model.graph, model.sites_of(MODES[config.mode].lookups), params)
         if not allow_batch_dependence:
-            check_independence(graph, apply_fn, params, inputs, fast_convolutions)
-        plan = make_plan(graph, None, config)
+            check_independence(source, inputs, fast_convolutions)
+        binding = make_plan(model, None, config)
     with progress.stage("quantizing weights"):
-        qparams = quantize_params(graph, plan, params)
-        program = program_by_site(graph, plan, params)
+        qparams = quantize_params(binding, params)
+        program = program_by_site(binding, params)
     with progress.stage("comparing"):
         sqnr, outputs = _measured(program, params, qparams, inputs)
-        report = make_report(program, plan, params, qparams, sqnr, outputs, recovery={})
-    warn_if_poor(params, apply_fn, qparams, plan, report, inputs, progress)
-    return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
+        report = make_report(program, params, qparams, sqnr, outputs, recovery={})
+    warn_if_poor(source, qparams, binding.plan, report, inputs, progress)
+    return qparams, QuantizedApply(Code(apply_fn, params), binding.plan, report, inputs)
 
 
 def _measured(

@@ -156,9 +156,9 @@ def quant_post(
     options = stages.options_of(config, batch_size, batch_nums, select)
     with Progress("quant_post", progress) as shown:
         batches = stages.read(ds, batch_size, batch_nums, select)
+        source = stages.float_model(params, apply_fn)
         observations = stages.calibrate(
-            params,
-            apply_fn,
+            source,
             batches,
             config,
             options,
@@ -166,7 +166,7 @@ def quant_post(
             shown,
             allow_batch_dependence,
         )
-        return stages.quantize(params, apply_fn, observations, config, recovery_file, shown, goal)
+        return stages.quantize(source, observations, config, recovery_file, shown, goal)
 
 
 @named
@@ -232,9 +232,9 @@ def calibrate(
     options = stages.options_of(config, batch_size, batch_nums, select)
     with Progress("calibrate", progress) as shown:
         batches = stages.read(ds, batch_size, batch_nums, select)
+        source = stages.float_model(params, apply_fn)
         return stages.calibrate(
-            params,
-            apply_fn,
+            source,
             batches,
             config,
             options,
@@ -309,8 +309,9 @@ def quantize(
             f"got {type(observations).__name__}"
         )
     with Progress("quantize", progress) as shown:
+        source = stages.float_model(params, apply_fn)
         if not isinstance(observations, Observations):
-            observations = stages.load(observations, params, apply_fn, config, shown)
+            observations = stages.load(observations, source, config, shown)
         else:
-            stages.check_given(observations, params, apply_fn, config, shown)
-        return stages.quantize(params, apply_fn, observations, config, recovery_file, shown)
+            stages.check_given(observations, source, config, shown)
+        return stages.quantize(source, observations, config, recovery_file, shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,12 @@ from jaxquant.calibration.resume import (
     sweep_with_file,
 )
 from jaxquant.calibration.sweep import Sweep, run_sweep
-from jaxquant.graph import ir
-from jaxquant.graph.batch_sizes import with_batch_sizes
+from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig, check_path
 from jaxquant.plan.make import observed_tensors
-from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report
@@ -44,6 +42,12 @@ from jaxquant.tune.choice import Choice, make_chosen_plan
 from jaxquant.tune.control import Built, control
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.speed import slower_in_int8
+
+
+def float_model(params: Any, apply_fn: Any) -> FloatModel:
+    """The model that a user gave, checked; it is traced once for each input shape."""
+    check_model(params, apply_fn)
+    return FloatModel(apply_fn, params)
 
 
 class Batches(NamedTuple):
@@ -92,8 +96,7 @@ def options_of(
 
 
 def calibrate(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     batches: Batches,
     config: QuantConfig,
     options: dict[str, Any],
@@ -102,10 +105,9 @@ def calibrate(
     allow_batch_dependence: bool = False,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
-    check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options, allow_batch_dependence, progress)
+    sweep = _sweep(source, config, options, allow_batch_dependence, progress)
     if jax.process_count() > 1:
-        check_alike(params_digests(params), is_complete(calibration_file))
+        check_alike(params_digests(source.params), is_complete(calibration_file))
     with progress.stage("calibrating", batches.total, "batch") as stage:
         counted = stage.each(batches.items)
         if calibration_file is None:
@@ -115,35 +117,30 @@ def calibrate(
 
 def load(
     path: str | os.PathLike[str],
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     config: QuantConfig,
     progress: Progress,
 ) -> Observations:
     """What a complete calibration file holds, which must be of this model."""
-    check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options_of(config), True, progress)
+    sweep = _sweep(source, config, options_of(config), True, progress)
     with progress.stage("reading the observations"):
         return load_checked(path, sweep, _own_observer(config))
 
 
 def check_given(
     observations: Observations,
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     config: QuantConfig,
     progress: Progress,
 ) -> None:
     """Raise ValueError where observations in memory are of another model or other parameters."""
-    check_model(params, apply_fn)
-    sweep = _sweep(params, apply_fn, config, options_of(config), True, progress)
+    sweep = _sweep(source, config, options_of(config), True, progress)
     with progress.stage("checking the observations"):
         check_observed(observations, sweep)
 
 
 def quantize(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     observations: Observations,
     config: QuantConfig,
     file: str | os.PathLike[str] | None,
@@ -151,66 +148,52 @@ def quantize(
     goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
-    check_model(params, apply_fn)
     with progress.stage("tracing"):
-        graph = trace(apply_fn, params, observations.examples[0])
-        graph = with_batch_sizes(graph, apply_fn, params, observations.examples[0])
-        check_weights(graph, find_sites(graph), params)
+        model = trace_with_batch_sizes(source, observations.examples[0])
+        check_weights(model.graph, model.sites, source.params)
     if config.optimize_for == "speed":
-        slow = slower_in_int8(graph, observations, config, progress)
+        slow = slower_in_int8(model, observations, config, progress)
         config = dataclasses.replace(config, left_float=slow)
 
-    plan_of = functools.partial(make_chosen_plan, graph, observations, config)
+    plan_of = functools.partial(make_chosen_plan, model, observations, config)
 
     def build(choice: Choice) -> Built:
         with progress.stage("searching thresholds"):
-            plan = plan_of(choice)
-        return _build(params, apply_fn, graph, observations, plan, choice, file, progress)
+            binding = plan_of(choice)
+        return _build(source, observations, binding, choice, file, progress)
 
     if goal is None:
         qparams, qapply = build(Choice())
     else:
-        qparams, qapply = control(
-            params, apply_fn, observations, config, plan_of, build, goal, progress
-        )
+        qparams, qapply = control(source, observations, config, plan_of, build, goal, progress)
     inputs = observations.examples[0]
-    warn_if_poor(params, apply_fn, qparams, qapply.plan, qapply.report(), inputs, progress)
+    warn_if_poor(source, qparams, qapply.plan, qapply.report(), inputs, progress)
     return qparams, qapply
 
 
 def _build(
-    params: Any,
-    apply_fn: Callable[..., Any],
-    graph: ir.Graph,
+    source: FloatModel,
     observations: Observations,
-    plan: Plan,
+    binding: Binding,
     choice: Choice,
     file: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> Built:
     examples = observations.examples
-    plan, qparams, program, comparison, notes = quantize_and_recover(
-        apply_fn,
-        graph,
-        plan,
-        params,
-        examples,
-        only=choice.recover_at,
-        file=file,
-        progress=progress,
+    qparams, program, comparison, notes = quantize_and_recover(
+        source, binding, examples, only=choice.recover_at, file=file, progress=progress
     )
     with progress.stage("comparing"):
         sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
-        report = make_report(program, plan, params, qparams, sqnr, outputs, notes)
+        report = make_report(program, source.params, qparams, sqnr, outputs, notes)
         ranges = ranges_of(examples)
-        source = Code(apply_fn, params)
-        qapply = QuantizedApply(source, plan, report, examples[0], ranges=ranges)
+        code = Code(source.apply_fn, source.params)
+        qapply = QuantizedApply(code, program.plan, report, examples[0], ranges=ranges)
     return Built(qparams, qapply)
 
 
 def _sweep(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     config: QuantConfig,
     options: dict[str, Any],
     allow_batch_dependence: bool,
@@ -219,8 +202,7 @@ def _sweep(
     tensors_of = functools.partial(observed_tensors, config=config)
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
     return Sweep(
-        params,
-        apply_fn,
+        source,
         tensors_of,
         _own_observer(config),
         options,

@@ -13,7 +13,7 @@ import jaxquant
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, sites
 from jaxquant.graph.kinds import DOT_KINDS
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
@@ -22,8 +22,8 @@ IMAGE = (4, 8, 8, 3)
 
 def observe(params, apply_fn, *inputs) -> Observations:
     """What `jaxquant.calibrate` gives for one batch, ranges alone, with one small compilation."""
-    graph = trace(apply_fn, params, inputs)
-    tensors = observed_tensors(graph, QuantConfig())
+    model = trace_model(apply_fn, params, inputs)
+    graph, tensors = model.graph, observed_tensors(model, QuantConfig())
 
     @jax.jit
     def run(params, inputs):
@@ -67,7 +67,7 @@ def site_names(apply_fn, params, *inputs) -> list[str]:
 
 def find(apply_fn, params, *inputs) -> tuple[sites.Site, ...]:
     """The convolutions and dots of a function."""
-    found = sites.find_sites(trace(apply_fn, params, inputs))
+    found = trace_model(apply_fn, params, inputs).sites
     return tuple(site for site in found if site.kind in DOT_KINDS)
 
 

@@ -19,6 +19,7 @@ from experiments.benchmarks.interleave import print_table, time_in_turn
 from jaxquant import native
 from jaxquant.calibration import histogram
 from jaxquant.calibration.sweep import Sweep
+from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
@@ -32,7 +33,7 @@ def main(model: str, batch: int, rounds: int, full: bool) -> None:
     config = QuantConfig(is_full_quantize=full)
     tensors_of = functools.partial(observed_tensors, config=config)
     count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-    sweep = Sweep(variables, module.apply, tensors_of, count=count)
+    sweep = Sweep(FloatModel(module.apply, variables), tensors_of, count=count)
     qparams, qapply = jaxquant.quant_post(
         variables, module.apply, [x], is_full_quantize=full, progress=False
     )

@@ -17,8 +17,9 @@ from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_model
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
+from jaxquant.plan.bind import bind
 from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
@@ -100,12 +101,12 @@ def analyze(
         qapply.check(qparams)
         batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
         total = num_batches(ds, batch_size, batch_nums, select=select)
-        return _analyze(params, apply_fn, qparams, qapply.plan, batches, total, metric, file, shown)
+        source = FloatModel(apply_fn, params)
+        return _analyze(source, qparams, qapply.plan, batches, total, metric, file, shown)
 
 
 def _analyze(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     qparams: Mapping[str, Any],
     plan: Plan,
     batches: Iterator[tuple[Any, ...]],
@@ -114,12 +115,13 @@ def _analyze(
     file: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> Analysis:
+    params = source.params
     examples: list[tuple[Any, ...]] = []
     with progress.stage("comparing", total, "batch") as stage:
         kept = _remember(stage.each(batches), examples)
-        swept = sweep(params, apply_fn, qparams, plan, kept, progress)
+        swept = sweep(source, qparams, plan, kept, progress)
     with progress.stage("measuring weights"):
-        program = Program(trace(apply_fn, params, examples[0]), plan, params)
+        program = Program(bind(source.trace(examples[0]), plan), params)
         weights = weight_ranges(program, params, qparams)
     tensors = {name: _tensor(plan, name, swept) for name in swept.tensors}
     rows = _rows(program, swept, weights, tensors)
@@ -132,7 +134,7 @@ def _analyze(
     }
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
-        switch = Switch(params, apply_fn, qparams, plan, examples)
+        switch = Switch(source, qparams, plan, examples)
         digest = models_digest(params, qparams, plan) if file is not None else ""
         scores = Scores(switch, metric, file, digest)
         found = sensitivity.measure(scores, switch.names, progress=progress)

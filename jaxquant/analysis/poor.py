@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.analysis.advice import GOOD_DB
 from jaxquant.analysis.sweep import sweep
 from jaxquant.graph import ir
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
-from jaxquant.plan.bind import bind
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
@@ -64,8 +63,7 @@ def _warn_of_lost_columns(report: Report) -> None:
 
 
 def warn_if_poor(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     qparams: Any,
     plan: Plan,
     report: Report,
@@ -75,7 +73,7 @@ def warn_if_poor(
     """Warn where the int8 model is far from the float model, with the sites to look at.
 
     Args:
-      params, apply_fn: the float model.
+      source: the float model.
       qparams, plan: the int8 model.
       report: of it, on `inputs`.
       inputs: the first calibration batch.
@@ -89,13 +87,11 @@ def warn_if_poor(
         return
     sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
     with progress.stage("finding where the SQNR falls"):
-        found = falls(trace(apply_fn, params, inputs), plan, sqnr, output)
+        found = falls(bind(source.trace(inputs), plan), sqnr, output)
         shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
         own = {
             name: moments.sqnr_db
-            for name, moments in sweep(
-                params, apply_fn, qparams, plan, [inputs], progress
-            ).own.items()
+            for name, moments in sweep(source, qparams, plan, [inputs], progress).own.items()
         }
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
     warnings.warn(
@@ -106,17 +102,17 @@ def warn_if_poor(
     )
 
 
-def falls(graph: ir.Graph, plan: Plan, sqnr: Mapping[str, float], output: float) -> list[Fall]:
+def falls(binding: Binding, sqnr: Mapping[str, float], output: float) -> list[Fall]:
     """Where the SQNR falls along the network, the largest fall first.
 
     Args:
-      graph: of the float model.
-      plan: of the int8 model.
+      binding: of the int8 model.
       sqnr: site -> that of its output in dB, both models run whole.
       output: that of the model's outputs.
     """
-    ends = {s.site.name: s.epilogue.output for s in bind(graph, plan).sites}
-    sites = [s for s in find_sites(graph, lookups=MODES[plan.mode].lookups) if s.name in sqnr]
+    graph, lookups = binding.graph, MODES[binding.plan.mode].lookups
+    ends = {s.site.name: s.epilogue.output for s in binding.sites}
+    sites = [s for s in binding.model.sites_of(lookups) if s.name in sqnr]
     names = {ends.get(s.name, s.output): s.name for s in sites}
     found = []
     for site in sites:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import bind
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
@@ -64,8 +65,7 @@ class _Batch(NamedTuple):
 
 
 def sweep(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     qparams: Mapping[str, Any],
     plan: Plan,
     batches: Iterable[tuple[Any, ...]],
@@ -84,13 +84,14 @@ def sweep(
     def step(
         params: Any, qparams: Any, plain: Any, *inputs: Any
     ) -> tuple[_Batch, histogram.Counts | None]:
-        program = program_by_site(trace(apply_fn, params, inputs), plan, params)
+        program = program_by_site(bind(source.trace(inputs), plan), params)
         flat = jax.tree.leaves(inputs)
         found, reference = _measure(program, params, qparams, plain, flat)
         tensors, seen = _observe(program, qparams, reference)
         own, accumulated, ends, outputs = found
         return _Batch(own, accumulated, ends, outputs, tensors), seen
 
+    params = source.params
     names = [tensor.name for tensor in plan.tensors]
     stats = stacked([histogram.init()] * max(len(names), 1))
     total: _Batch | None = None
@@ -99,7 +100,7 @@ def sweep(
     for index, inputs in enumerate(batches):
         if plain is None:
             with progress.stage("tracing"):
-                program = program_by_site(trace(apply_fn, params, inputs), plan, params)
+                program = program_by_site(bind(source.trace(inputs), plan), params)
                 plain = without_correction(program, params, qparams)
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
             found, seen = step(params, qparams, plain, *inputs)

@@ -12,7 +12,9 @@ from jaxquant.errors import nearest
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.kinds import DOT_KINDS
-from jaxquant.graph.sites import Site, body_graphs, find_sites, matches
+from jaxquant.graph.model import Model
+from jaxquant.graph.regions import Region
+from jaxquant.graph.sites import Site, matches
 from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import jaxprs
 
@@ -60,12 +62,13 @@ def capture(
     if of not in ("output", "input"):
         raise ValueError(f"of is 'output' or 'input', got {of!r}")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
-    graph = trace(apply_fn, params, inputs, differentiable=True)
-    found = [site for site in find_sites(graph) if site.kind in DOT_KINDS]
+    model = Model(trace(apply_fn, params, inputs, differentiable=True))
+    graph = model.graph
+    found = [site for site in model.sites if site.kind in DOT_KINDS]
     check_sites(found)
     wanted = _match(found, patterns)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    _, captured = _evaluate(graph, leaves, jax.tree.leaves(inputs), (), wanted, of)
+    _, captured = _evaluate(model.root, leaves, jax.tree.leaves(inputs), wanted, of)
     return {site.name: captured[site.name] for site in wanted}
 
 
@@ -90,14 +93,14 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
 
 
 def _evaluate(
-    graph: ir.Graph,
+    region: Region,
     leaves: Mapping[ir.Var, Any],
     inputs: Sequence[Any],
-    holder: tuple[int, ...],
     wanted: Sequence[Site],
     of: str,
 ) -> tuple[evaluate.Environment, Captured]:
     captured: Captured = {}
+    graph, holder = region.graph, region.location
     table = evaluate.float_table(graph.equations)
     for site in wanted:
         if site.location[: len(holder)] != holder:
@@ -105,7 +108,7 @@ def _evaluate(
         index, *inner = site.location[len(holder) :]
         eqn = graph.equations[index]
         if inner:
-            table[index] = _capturing_scan(captured, eqn, holder, wanted, of)
+            table[index] = _capturing_scan(captured, eqn, region, wanted, of)
         else:
             table[index] = _capturing(captured, site, eqn, of, table[index])
     return evaluate.evaluate(graph, leaves, inputs, table), captured
@@ -132,22 +135,22 @@ def _capturing(
 def _capturing_scan(
     captured: Captured,
     eqn: ir.Equation,
-    holder: tuple[int, ...],
+    region: Region,
     wanted: Sequence[Site],
     of: str,
 ) -> evaluate.Lowering[evaluate.Environment]:
     """Run a scan with the captured activations as further outputs of its body."""
 
     def capturing(env: evaluate.Environment) -> evaluate.Values:
-        (body,) = body_graphs(env.graph, eqn)
+        (body,) = region.bodies(eqn)
         operands = [env.read(x) for x in eqn.inputs]
         n_consts, n_carry = jaxprs.scan_counts(eqn.params)
         consts, rest = operands[:n_consts], operands[n_consts:]
 
         def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], Captured]]:
             flat = [*consts, *carry, *xs]
-            inner, seen = _evaluate(body, {}, flat, (*holder, eqn.index, 0), wanted, of)
-            results = [inner.read(x) for x in body.outputs]
+            inner, seen = _evaluate(body, {}, flat, wanted, of)
+            results = [inner.read(x) for x in body.graph.outputs]
             return results[:n_carry], (results[n_carry:], seen)
 
         carry, (ys, seen) = jax.lax.scan(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import ir
 from jaxquant.graph.batch import Mixing, find_mixing, may_mix
 from jaxquant.graph.batch_sizes import batch_size, trace_for
 from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.masks import find_mask
+from jaxquant.graph.model import FloatModel, Model
 from jaxquant.jax_shim import compilation
 
 _TOLERANCE = 1e-3  # of the largest |output|; one program on one sample twice differs by nothing
@@ -25,9 +25,7 @@ _ADVICE = (
 
 
 def check_independence(
-    graph: ir.Graph,
-    apply_fn: Callable[..., Any],
-    params: Any,
+    source: FloatModel,
     inputs: tuple[Any, ...],
     forms: Forms = no_forms,
 ) -> None:
@@ -40,26 +38,26 @@ def check_independence(
     they are is let pass.  A model that takes no other batch size is not looked at.
 
     Args:
-      graph: the model, traced with `inputs`.
-      apply_fn, params: the model.
+      source: the model.
       inputs: a batch; of shapes alone nothing is run.
       forms: those of the model's equations that run faster here.
     """
-    if mask := find_mask(graph):
+    model = source.trace(inputs)
+    if mask := find_mask(model):
         layer, key = mask
-        source = f"params[{key!r}]" if key else "a key that is fixed in apply_fn"
+        drawn_from = f"params[{key!r}]" if key else "a key that is fixed in apply_fn"
         raise ValueError(
-            f"{layer} drops activations by a random mask that is drawn from {source}: dropout is "
-            f"active, with one mask for every call. {_ADVICE.format(linen='deterministic=True')}"
+            f"{layer} drops activations by a random mask that is drawn from {drawn_from}: dropout "
+            f"is active, with one mask for every call. {_ADVICE.format(linen='deterministic=True')}"
         )
     size = batch_size(inputs)
-    if not size or not may_mix(graph, size):
+    if not size or not may_mix(model, size):
         return
-    doubled = trace_for(apply_fn, params, inputs, 2 * size)
-    mixing = None if doubled is None else find_mixing(graph, doubled)
+    doubled = trace_for(source, inputs, 2 * size)
+    mixing = None if doubled is None else find_mixing(model, doubled)
     if mixing is None or doubled is None:
         return
-    if not _confirms(doubled, params, inputs, size, mixing, forms):
+    if not _confirms(doubled, source.params, inputs, size, mixing, forms):
         return
     raise ValueError(
         f"the result for a sample depends on the other samples of its batch: {mixing.layer} takes "
@@ -73,7 +71,7 @@ def _has(x: Any, size: int) -> bool:
 
 
 def _confirms(
-    doubled: ir.Graph,
+    doubled: Model,
     params: Any,
     inputs: tuple[Any, ...],
     size: int,
@@ -93,9 +91,10 @@ def _confirms(
     ]
 
     def run(params: Any, flat: Sequence[Any]) -> list[jax.Array]:
-        env = evaluate_model(doubled, params, flat, forms=forms(doubled))
+        graph = doubled.graph
+        env = evaluate_model(graph, params, flat, forms=forms(graph))
         return [
-            _first_half(env.read(doubled.outputs[position]), axis)
+            _first_half(env.read(graph.outputs[position]), axis)
             for position, axis in mixing.outputs.items()
         ]
 

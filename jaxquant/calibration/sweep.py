@@ -23,12 +23,12 @@ from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
 from jaxquant.calibration.refused import explain
-from jaxquant.graph import ir, sites
+from jaxquant.graph import ir
 from jaxquant.graph.calls import describe
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
+from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.static_values import static_values
-from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import compilation
 from jaxquant.progress import SILENT, Progress
 
@@ -62,9 +62,8 @@ class Sweep:
     """One pass over the data: the jitted step, its state, and the checks between batches.
 
     Args:
-      params: the parameters.
-      apply_fn: the model.
-      tensors_of: graph -> tensor name -> tensor; gives the same names for every input shape.
+      source: the float model.
+      tensors_of: model -> tensor name -> tensor; gives the same names for every input shape.
       observer: what keeps statistics of its own beside those that are kept always.
       options: what the observations record of the arguments; see `Origin`.
       count: how tensors are counted.
@@ -75,9 +74,8 @@ class Sweep:
 
     def __init__(
         self,
-        params: Any,
-        apply_fn: Callable[..., Any],
-        tensors_of: Callable[[ir.Graph], Mapping[str, ir.Var]],
+        source: FloatModel,
+        tensors_of: Callable[[Model], Mapping[str, ir.Var]],
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
         count: histogram.Counter = histogram.portable_counts,
@@ -85,9 +83,8 @@ class Sweep:
         allow_batch_dependence: bool = False,
         progress: Progress = SILENT,
     ):
-        self._params = params
-        self._structs = jax.tree.map(ir.struct, params)
-        self._apply_fn = apply_fn
+        self._source = source
+        self._params = source.params
         self._tensors_of = tensors_of
         self._observer = observer
         self._options = options or {}
@@ -96,7 +93,6 @@ class Sweep:
         self._allow_batch_dependence = allow_batch_dependence
         self._progress = progress
         self._names: tuple[str, ...] = ()
-        self._graphs: dict[str, ir.Graph] = {}  # by the shapes of the inputs
         self._known: dict[str, Any] = {}
         quick = compilation.quick_compilation()
         self._step = jax.jit(self._observe, compiler_options=quick)
@@ -180,19 +176,18 @@ class Sweep:
 
     def _start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
         try:
-            graph = self._graph_of(inputs)
+            model = self._source.trace(inputs)
         except Exception as error:
             error.add_note(explain(error, inputs, self._options.get("batch_size")))
             raise
-        found = sites.find_sites(graph)
-        check_no_randomness(graph)
-        check_weights(graph, found, self._params)
+        check_no_randomness(model.graph)
+        check_weights(model.graph, model.sites, self._params)
         if not self._allow_batch_dependence:
-            check_independence(graph, self._apply_fn, self._params, inputs, self._forms)
-        tensors = self._tensors_of(graph)
+            check_independence(self._source, inputs, self._forms)
+        tensors = self._tensors_of(model)
         self._names = tuple(tensors)
         first = next(iter(tensors.values()))
-        self._origin = make_origin(graph, self._params, first, self._observer, self._options)
+        self._origin = make_origin(model.graph, self._params, first, self._observer, self._options)
         own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
         self._done = _Done(stacked([histogram.init()] * len(self._names)), own)
         return self._origin, self._names
@@ -211,24 +206,18 @@ class Sweep:
         )
         self._done = _Done(stacked(state), own, seen.batches, seen.samples, seen.examples)
 
-    def _graph_of(self, inputs: tuple[Any, ...]) -> ir.Graph:
-        shapes = describe(jax.tree.map(ir.struct, inputs))
-        if shapes not in self._graphs:
-            self._graphs[shapes] = trace(self._apply_fn, self._structs, inputs)
-        return self._graphs[shapes]
-
     def _known_of(self, inputs: tuple[Any, ...]) -> dict[ir.Var, np.ndarray]:
         """What the model computes of its parameters alone."""
         shapes = describe(jax.tree.map(ir.struct, inputs))
         if shapes not in self._known:
-            self._known[shapes] = static_values(self._graph_of(inputs), self._params)
+            self._known[shapes] = static_values(self._source.trace(inputs).graph, self._params)
         return self._known[shapes]
 
     def _observe(
         self, own: Any, params: Any, known: Any, *inputs: Any
     ) -> tuple[histogram.Counts, Any]:
-        graph = self._graph_of(inputs)
-        tensors = self._tensors_of(graph)
+        model = self._source.trace(inputs)
+        graph, tensors = model.graph, self._tensors_of(model)
         if tuple(tensors) != self._names:
             raise ValueError(
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "

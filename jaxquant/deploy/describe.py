@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Scalar, Tensor
 from jaxquant.files import tensor_names
-from jaxquant.graph import evaluate, ir, sites, trace
+from jaxquant.graph import evaluate, ir, trace
+from jaxquant.graph.regions import Region
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
@@ -38,7 +39,7 @@ _WITH_BODIES = frozenset({"scan", "while", "cond"})
 class _Describer:
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._graph = program.graph
+        self._region, self._graph = program.model.root, program.graph
         self._numbers: dict[ir.Var, int] = {}
         self._tensors: list[Tensor] = []
         self._nodes: list[Node | Int8Node] = []
@@ -114,23 +115,19 @@ class _Describer:
         """The bodies of a loop or a choice; of what else holds programs, none."""
         if eqn.name not in _WITH_BODIES:
             return ()
-        keys = [key for key, _, _ in jaxprs.sub_bodies(dict(eqn.params))]
-        return tuple(
-            self._body(key, graph)
-            for key, graph in zip(keys, sites.body_graphs(self._graph, eqn), strict=True)
-        )
+        return tuple(map(self._body, self._region.bodies(eqn)))
 
-    def _body(self, key: str, graph: ir.Graph) -> Body:
+    def _body(self, region: Region) -> Body:
         """A body; its tensors get numbers of this network."""
-        inner = _Describer(self._program)
-        inner._graph, inner._tensors = graph, self._tensors
+        inner, graph = _Describer(self._program), region.graph
+        inner._region, inner._graph, inner._tensors = region, graph, self._tensors
         inner._constants, inner._arrays = self._constants, self._arrays
         for var, value in graph.constants.items():
             name = f"constants/{len(self._arrays)}"
             self._constants[str(inner._number(var))] = name
             self._arrays[name] = np.asarray(jax.device_get(value))
         return Body(
-            key,
+            region.key,
             tuple(inner._number(var) for var in graph.inputs),
             tuple(inner._node(eqn) for eqn in graph.equations),
             tuple(inner._atom(atom) for atom in graph.outputs),

@@ -25,6 +25,7 @@ from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import dump_json, parse_json
 from jaxquant.keywords import named
 from jaxquant.plan import layout
+from jaxquant.plan.bind import bind
 from jaxquant.plan.liveness import live_equations
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import VERSION, Plan
@@ -112,7 +113,7 @@ def make_stored(
         return qapply.source
     inputs = program.symbolic_inputs(qapply, shapes, constraints)
     with program.explained(inputs):
-        graph = qapply.source(inputs)
+        graph = qapply.source(inputs).graph
     paths = layout.leaf_paths(graph, qapply.source.params)
     example = qapply.inputs
     assert example is not None, "symbolic_inputs refuses that"
@@ -127,7 +128,7 @@ def make_stored(
 
 def _example_program(stored: StoredGraph, plan: Plan) -> Program:
     """The program, as XLA runs it, for the inputs that the model was quantized with."""
-    return Program(stored(stored.example), plan, stored.params)
+    return Program(bind(stored(stored.example), plan), stored.params)
 
 
 def _plain_report(report: Report) -> dict[str, Any]:

@@ -14,14 +14,14 @@ is found nothing is said.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_of
-from jaxquant.graph.sites import CONTROL_FLOW, body_graphs, regions
-from jaxquant.jax_shim import jaxprs
+from jaxquant.graph.model import Model
+from jaxquant.graph.regions import CONTROL_FLOW, Region
 
 
 class Mixing(NamedTuple):
@@ -48,14 +48,15 @@ class _NoBatch(Exception):
     """The axis is not one of independent samples, or the two graphs differ."""
 
 
-def find_mixing(graph: ir.Graph, doubled: ir.Graph) -> Mixing | None:
+def find_mixing(model: Model, doubled: Model) -> Mixing | None:
     """The first statistic over the batch that reaches an output of single samples; None without.
 
     Args:
-      graph: the model, traced for a batch.
+      model: the model, traced for a batch.
       doubled: the same, traced for twice the batch.
     """
-    pair = _Pair(graph, doubled, graph.classes)
+    graph = model.graph
+    pair = _Pair(model.root, doubled.root, graph.classes)
     try:
         reached = _follow(pair, {})
     except _NoBatch:
@@ -63,21 +64,21 @@ def find_mixing(graph: ir.Graph, doubled: ir.Graph) -> Mixing | None:
     outputs: dict[int, int] = {}
     origins = []
     for position, atom in enumerate(graph.outputs):
-        axes = pair.growing(atom, doubled.outputs[position])
+        axes = pair.growing(atom, doubled.graph.outputs[position])
         if isinstance(atom, int) and atom in reached and axes:
             outputs[position] = axes[0]
             origins.append(reached[atom])
     return Mixing(*_foremost(origins), outputs) if outputs else None
 
 
-def may_mix(graph: ir.Graph, size: int) -> bool:
+def may_mix(model: Model, size: int) -> bool:
     """Whether anything is reduced along an axis that could be made of `size` samples.
 
     Quick, and needs no second trace: of most networks it is False.
     """
     return any(
         length % size == 0 or size % length == 0
-        for region in regions(graph)
+        for region in (each.graph for each in model.regions)
         for eqn in region.equations
         if not all(region.is_static(x) for x in eqn.inputs)
         for length in (region.shape(eqn.inputs[0])[k] for k in _reduced(eqn))
@@ -88,9 +89,17 @@ def may_mix(graph: ir.Graph, size: int) -> bool:
 class _Pair(NamedTuple):
     """A region in the graphs of both batch sizes; their equations correspond."""
 
-    one: ir.Graph
-    two: ir.Graph
+    first: Region
+    second: Region
     classes: Mapping[str, str]  # of the whole model
+
+    @property
+    def one(self) -> ir.Graph:
+        return self.first.graph
+
+    @property
+    def two(self) -> ir.Graph:
+        return self.second.graph
 
     def growing(self, atom: ir.Atom, other: ir.Atom) -> tuple[int, ...]:
         """The axes that grow with the batch."""
@@ -105,7 +114,7 @@ class _Pair(NamedTuple):
         return zip(self.one.equations, self.two.equations, strict=True)
 
     def bodies(self, eqn: ir.Equation, other: ir.Equation) -> list[_Pair]:
-        bodies = body_graphs(self.one, eqn), body_graphs(self.two, other)
+        bodies = self.first.bodies(eqn), self.second.bodies(other)
         return [_Pair(*both, self.classes) for both in zip(*bodies, strict=True)]
 
 
@@ -146,13 +155,13 @@ def _through_bodies(
     pair: _Pair, eqn: ir.Equation, other: ir.Equation, found: Mapping[ir.Var, _Origin]
 ) -> dict[ir.Var, _Origin]:
     """The outputs of a control-flow equation that depend on a statistic over the batch."""
-    operands = [found.get(x) if isinstance(x, int) else None for x in eqn.inputs]
     outputs: dict[ir.Var, _Origin] = {}
     for body in pair.bodies(eqn, other):
-        feeding = _feeding(eqn, len(body.one.inputs), operands)
-        if feeding is None:
-            continue
-        carries = _carries(eqn, len(body.one.inputs))
+        region = body.first
+        if region.key == "cond_jaxpr":
+            continue  # it gives no value, only when to stop
+        feeding = [found.get(x) if isinstance(x, int) else None for x in region.operands]
+        carries = region.carries
         while True:  # what a step leaves in the carry, the next one reads
             given = {v: o for v, o in zip(body.one.inputs, feeding, strict=True) if o is not None}
             inner = _follow(body, given)
@@ -165,27 +174,6 @@ def _through_bodies(
         reached = zip(eqn.outputs, results, strict=True)
         outputs.update((var, origin) for var, origin in reached if origin is not None)
     return outputs
-
-
-def _feeding(eqn: ir.Equation, inputs: int, operands: list[Any]) -> list[Any] | None:
-    """Of `operands`, what each input of a body reads first; None for the condition of a loop."""
-    if eqn.name == "cond":
-        return operands[1:]
-    if eqn.name == "while":
-        before = eqn.params["cond_nconsts"]
-        return operands[before:] if inputs == len(operands) - before else None
-    return operands
-
-
-def _carries(eqn: ir.Equation, inputs: int) -> dict[int, int]:
-    """Input of a loop's body -> the output that it reads in the next step."""
-    if eqn.name == "cond":
-        return {}
-    if eqn.name == "while":
-        first, number = eqn.params["body_nconsts"], len(eqn.outputs)
-    else:
-        first, number = jaxprs.scan_counts(eqn.params)
-    return {first + k: k for k in range(number)}
 
 
 def _treats_as_one(
@@ -215,11 +203,12 @@ def _treats_as_one(
 
 def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
     """Whether what one step of a scan sees gets to the next one."""
-    (body,) = body_graphs(pair.one, eqn)
-    first, number = jaxprs.scan_counts(eqn.params)
-    carried = [x for x in body.outputs[:number] if isinstance(x, int)]
+    (region,) = pair.first.bodies(eqn)
+    body = region.graph
+    carried = [x for k in region.carries.values() if isinstance(x := body.outputs[k], int)]
     read = {v for e in ir.walk_back(body, carried) for v in e.input_vars} | {*carried}
-    return any(not body.static[v] and v in read for v in body.inputs[first + number :])
+    slices = [body.inputs[k] for k in region.scanned]
+    return any(not body.static[v] and v in read for v in slices)
 
 
 def _reduced(eqn: ir.Equation) -> Sequence[int]:

@@ -15,43 +15,44 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxquant.graph import copies, ir
-from jaxquant.graph.sites import Site, find_sites
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel, Model
+from jaxquant.graph.sites import Site
 
 
-def with_batch_sizes(
-    graph: ir.Graph, apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]
-) -> ir.Graph:
-    """The graph with `sized_by_batch` found.
-
-    Args:
-      graph: the trace of `apply_fn(params, *inputs)`.
-      apply_fn, params, inputs: what it was traced from; arrays or `ShapeDtypeStruct`s.
+def trace_with_batch_sizes(source: FloatModel, inputs: tuple[Any, ...]) -> Model:
+    """The model for some inputs, with `sized_by_batch` of its graph found.
 
     A model that takes no other batch has no such operand.
+
+    Args:
+      source: the float model.
+      inputs: arrays or `ShapeDtypeStruct`s.
     """
-    suspects = [site for site in find_sites(graph, lookups=True) if _may_follow(graph, site)]
+    model = source.trace(inputs)
+    graph = model.graph
+    suspects = [site for site in model.with_lookups if _may_follow(graph, site)]
     found: set[ir.Var] = set()
     size = batch_size(inputs)
     for other_size in (1, 2 * size or 2) if suspects and size is not None else ():
-        other = trace_for(apply_fn, params, inputs, other_size) if other_size != size else None
+        other = trace_for(source, inputs, other_size) if other_size != size else None
         if other is None:
             continue
-        there = {site.name: site for site in find_sites(other, lookups=True)}
+        there = {site.name: site for site in other.with_lookups}
         found |= {
             site.weight
             for site in suspects
             if site.weight is not None
             and site.name in there
-            and _is_sized_by_batch(graph, site, other, there[site.name])
+            and _is_sized_by_batch(graph, site, other.graph, there[site.name])
         }
-    return dataclasses.replace(graph, sized_by_batch=frozenset(found))
+    if not found:
+        return model
+    return Model(dataclasses.replace(graph, sized_by_batch=frozenset(found)))
 
 
 def _may_follow(graph: ir.Graph, site: Site) -> bool:
@@ -101,10 +102,8 @@ def batch_size(inputs: Any) -> int | None:
     return collections.Counter(lengths).most_common(1)[0][0] if lengths else None
 
 
-def trace_for(
-    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], size: int
-) -> ir.Graph | None:
-    """The graph for another batch size; None where the model takes no such batch."""
+def trace_for(source: FloatModel, inputs: tuple[Any, ...], size: int) -> Model | None:
+    """The model for another batch size; None where it takes no such batch."""
     present = batch_size(inputs)
 
     def resized(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -112,6 +111,6 @@ def trace_for(
         return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if is_batch else x
 
     try:
-        return trace(apply_fn, params, jax.tree.map(resized, jax.tree.map(ir.struct, inputs)))
+        return source.trace(jax.tree.map(resized, jax.tree.map(ir.struct, inputs)))
     except Exception:  # whatever the model says of another batch size
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Set
 
 import jax.numpy as jnp
 
@@ -17,16 +19,68 @@ class Softmax:
     members: tuple[int, ...]
 
 
-def find_softmax(graph: ir.Graph) -> dict[int, Softmax]:
-    """The softmaxes of a graph by the index of their last equation, a division.
+class Composites:
+    """What of one graph belongs together.  Each property is found once, when it is first read."""
 
-    What is found is exp(x - m) / sum(exp(x - m)), where m depends on x alone.
-    """
-    found = {}
-    for eqn in graph.equations:
-        if eqn.name == "div" and (softmax := _match_softmax(graph, eqn)) is not None:
-            found[eqn.index] = softmax
-    return found
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+
+    @functools.cached_property
+    def softmaxes(self) -> Mapping[int, Softmax]:
+        """The softmaxes by the index of their last equation, a division.
+
+        What is found is exp(x - m) / sum(exp(x - m)), where m depends on x alone.
+        """
+        found = {}
+        for eqn in self._graph.equations:
+            if eqn.name == "div" and (softmax := _match_softmax(self._graph, eqn)) is not None:
+                found[eqn.index] = softmax
+        return found
+
+    @functools.cached_property
+    def normalisations(self) -> frozenset[int]:
+        """The indices of the operations that gather a normalisation's statistics.
+
+        What they gather over an axis or a neighbourhood of a tensor comes back, elementwise, to
+        the tensor itself: `x - mean(x)`, `x / (k + sum of neighbours' squares) ** b`.  So do
+        LayerNorm and local response normalisation, which have no int8 form; softmax, which has
+        one, is not among them.
+        """
+        graph = self._graph
+        of_softmax = {i for softmax in self.softmaxes.values() for i in softmax.members}
+        gathering = [e for e in graph.equations if _gathers(e) and e.index not in of_softmax]
+        origins, _ = _bases(graph, frozenset(e.index for e in gathering))
+        gathering = [e for e in gathering if e.outputs[0] in origins]
+        found: set[int] = set()
+        while True:  # the variance is of x - mean(x): each round finds what the one before allows
+            bases, _ = _bases(graph, frozenset(found))
+            new = {
+                eqn.index
+                for eqn in gathering
+                if eqn.index not in found and _returns_to_base(graph, eqn, origins, bases)
+            }
+            if not new:
+                return frozenset(found)
+            found |= new
+
+    @property
+    def bases(self) -> Mapping[ir.Var, ir.Var]:
+        """Tensor -> the tensor that it is a function of, for those that are a function of one.
+
+        A function is elementwise, may use its tensor twice (`x * sigmoid(x)`), may pass through
+        rearrangements, and may normalise: `(x - mean(x)) / std(x)`.  An elementwise operation of
+        two different tensors starts a new one.
+        """
+        return self._followed[0]
+
+    @functools.cached_property
+    def normalising(self) -> frozenset[int]:
+        """The indices of all equations from a normalisation's statistics to its result."""
+        return frozenset(self._graph.producer[var].index for var in self._followed[1])
+
+    @functools.cached_property
+    def _followed(self) -> tuple[Mapping[ir.Var, ir.Var], Set[ir.Var]]:
+        return _bases(self._graph, self.normalisations)
 
 
 def _match_softmax(graph: ir.Graph, division: ir.Equation) -> Softmax | None:
@@ -125,47 +179,6 @@ def _through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.E
         members.add(eqn.index)
         eqn = _producer(graph, eqn.inputs[0])
     return eqn
-
-
-def elementwise_bases(graph: ir.Graph) -> dict[ir.Var, ir.Var]:
-    """Tensor -> the tensor that it is a function of, for those that are a function of one.
-
-    A function is elementwise, may use its tensor twice (`x * sigmoid(x)`), may pass through
-    rearrangements, and may normalise: `(x - mean(x)) / std(x)`.  An elementwise operation of two
-    different tensors starts a new one.
-    """
-    return _bases(graph, normalisations(graph))[0]
-
-
-def normalisation_members(graph: ir.Graph) -> frozenset[int]:
-    """The indices of all equations from a normalisation's statistics to its result."""
-    behind = _bases(graph, normalisations(graph))[1]
-    return frozenset(graph.producer[var].index for var in behind)
-
-
-def normalisations(graph: ir.Graph) -> frozenset[int]:
-    """The indices of the operations that gather a normalisation's statistics.
-
-    What they gather over an axis or a neighbourhood of a tensor comes back, elementwise, to the
-    tensor itself: `x - mean(x)`, `x / (k + sum of neighbours' squares) ** b`.  So do LayerNorm and
-    local response normalisation, which have no int8 form; softmax, which has one, is not among
-    them.
-    """
-    of_softmax = {i for softmax in find_softmax(graph).values() for i in softmax.members}
-    gathering = [e for e in graph.equations if _gathers(e) and e.index not in of_softmax]
-    origins, _ = _bases(graph, frozenset(e.index for e in gathering))
-    gathering = [e for e in gathering if e.outputs[0] in origins]
-    found: set[int] = set()
-    while True:  # the variance is of x - mean(x): each round finds what the one before allows
-        bases, _ = _bases(graph, frozenset(found))
-        new = {
-            eqn.index
-            for eqn in gathering
-            if eqn.index not in found and _returns_to_base(graph, eqn, origins, bases)
-        }
-        if not new:
-            return frozenset(found)
-        found |= new
 
 
 def _gathers(eqn: ir.Equation) -> bool:

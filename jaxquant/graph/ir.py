@@ -234,9 +234,8 @@ def walk_back(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:
         if eqn is not None and eqn.index not in needed:
             needed.add(eqn.index)
             stack.extend(eqn.input_vars)
-    for eqn in graph.equations:
-        if eqn.index in needed:
-            yield eqn
+    for index in sorted(needed):
+        yield graph.equations[index]
 
 
 def struct(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_of
-from jaxquant.graph.sites import regions
+from jaxquant.graph.model import Model
 
 # The primitives that draw random numbers from a key.
 DRAWS = frozenset({"random_bits", "random_gamma", "threefry2x32"})
 
 
-def find_mask(graph: ir.Graph) -> tuple[str, str] | None:
+def find_mask(model: Model) -> tuple[str, str] | None:
     """A random mask that is the same in every call, as a fixed key makes it: active dropout.
 
     Random values that are compared, and whose outcome then chooses among or multiplies activations.
@@ -24,8 +24,9 @@ def find_mask(graph: ir.Graph) -> tuple[str, str] | None:
     Returns:
       Its layer, and the parameter path of the key, "" where it is not among the parameters.
     """
+    graph = model.graph
     parameters = {graph.paths[var] for var in graph.leaves}
-    for region in regions(graph):
+    for region in (each.graph for each in model.regions):
         drawn: dict[ir.Var, ir.Equation] = {}
         for eqn in region.equations:
             origins = [drawn[v] for v in eqn.input_vars if v in drawn]

@@ -13,17 +13,15 @@ import dataclasses
 import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
-from jaxquant.graph import composites, ir, kinds, primitives
+from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph import trace as tracing
 from jaxquant.graph.contraction import Axes, Contraction
-from jaxquant.jax_shim import jaxprs
+from jaxquant.graph.regions import Region
 
 _COLLECTION = "params"
-CONTROL_FLOW = frozenset({"scan", "while", "cond"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,63 +98,24 @@ class Site:
         return (0,) if self.contraction is None else self.weight_axes.kept
 
 
-def find_sites(graph: ir.Graph, lookups: bool = False) -> tuple[Site, ...]:
+def find_sites(root: Region) -> tuple[Site, ...]:
     """Every operation of a known kind that depends on the inputs, in evaluation order.
 
-    Convolutions and dots are found inside control flow too.
-
-    Args:
-      graph: the traced model.
-      lookups: with the embeddings, the rows that are looked up in a weight.  The names of the
-        other sites are the same with and without them.
+    Those inside control flow are among them.
     """
-    found = _name(list(_collect(graph, (), ())))
-    if not lookups:
-        return found
-    named = _name_lookups([_lookup(graph, e) for e in graph.equations if _reads(graph, e)], found)
-    return tuple(sorted((*found, *named), key=lambda site: site.location))
+    return _name(list(_collect(root)))
 
 
-def body_graphs(graph: ir.Graph, eqn: ir.Equation) -> list[ir.Graph]:
-    """The bodies of a control-flow equation."""
-    bodies = jaxprs.sub_bodies(dict(eqn.params))
-    return [
-        tracing.trace_body(graph, eqn, jaxpr, consts, _feeding(eqn, key, jaxpr))
-        for key, jaxpr, consts in bodies
-    ]
+def find_lookups(graph: ir.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The embeddings, the rows that are looked up in a weight, beside the other `sites`."""
+    lookups = [_lookup(graph, eqn) for eqn in graph.equations if _reads(graph, eqn)]
+    return tuple(_name_lookups(lookups, sites))
 
 
-def regions(graph: ir.Graph) -> Iterator[ir.Graph]:
-    """A graph and the bodies of its control flow, and theirs."""
-    yield graph
-    for eqn in graph.equations:
-        if eqn.name in CONTROL_FLOW and not (eqn.outputs and graph.static[eqn.outputs[0]]):
-            for body in body_graphs(graph, eqn):
-                yield from regions(body)
-
-
-def _feeding(eqn: ir.Equation, key: str, jaxpr: Any) -> Sequence[Any]:
-    """The operands that feed a body's inputs; None for a carry and for what is not known."""
-    n, operands = len(jaxpr.invars), list(eqn.inputs)
-    if eqn.name == "scan":
-        consts, carry = jaxprs.scan_counts(eqn.params)
-        return operands[:consts] + [None] * carry + operands[consts + carry :]
-    if eqn.name == "while":
-        cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        own = operands[:cond] if key == "cond_jaxpr" else operands[cond : cond + body]
-        return own + [None] * (n - len(own))
-    if eqn.name == "cond":
-        return operands[1:]
-    if len(operands) == n:
-        return operands
-    return [None] * n
-
-
-def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) -> Iterator[Site]:
-    softmaxes = composites.find_softmax(graph)
+def _collect(region: Region) -> Iterator[Site]:
+    graph, softmaxes = region.graph, region.composites.softmaxes
     within = {i for last, s in softmaxes.items() for i in s.members if i != last}
-    bases = composites.elementwise_bases(graph)
-    normalising = composites.normalisation_members(graph)
+    bases, normalising = region.composites.bases, region.composites.normalising
     for eqn in graph.equations:
         if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
@@ -170,13 +129,13 @@ def _collect(graph: ir.Graph, inside: tuple[str, ...], holder: tuple[int, ...]) 
         if eqn.index in normalising:
             continue  # the mean in x - mean(x), and what is made of it
         if kind and _has_floats(graph, eqn):
-            site = _site(graph, eqn, kind, operands, inside, holder)
-            if inside:
+            site = _site(region, eqn, kind, operands)
+            if site.inside:
                 site = dataclasses.replace(site, output=None, operands=(), weight=None)
             yield site
-        elif not kind and jaxprs.sub_bodies(dict(eqn.params)):
-            for number, body in enumerate(body_graphs(graph, eqn)):
-                yield from _collect(body, (*inside, eqn.name), (*holder, eqn.index, number))
+        elif not kind:
+            for body in region.bodies(eqn):
+                yield from _collect(body)
 
 
 def _classes_of(graph: ir.Graph, weight_path: str) -> tuple[str, ...]:
@@ -205,14 +164,8 @@ def _has_floats(graph: ir.Graph, eqn: ir.Equation) -> bool:
     return bool(_float_operands(graph, eqn))
 
 
-def _site(
-    graph: ir.Graph,
-    eqn: ir.Equation,
-    kind: str,
-    operands: tuple[ir.Var, ...],
-    inside: tuple[str, ...],
-    holder: tuple[int, ...],
-) -> Site:
+def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, ...]) -> Site:
+    graph = region.graph
     position, weight, path, computes = 1, None, "", False
     contraction = graph.contractions.get(eqn.index)
     if contraction is not None:
@@ -235,14 +188,14 @@ def _site(
         scope=eqn.scope,
         modules=eqn.modules or _classes_of(graph, path),
         weight_path=path,
-        location=(*holder, eqn.index),
+        location=(*region.location, eqn.index),
         output=eqn.outputs[0],
         operands=operands,
         contraction=contraction,
         weight=weight,
         weight_position=position,
         computes_weight=computes,
-        inside=inside,
+        inside=region.inside,
     )
 
 

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir, kinds
-from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.graph.model import Model
+from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.plan import INT8, Plan, SitePlan
+from jaxquant.plan.plan import INT8, Plan, SitePlan, TensorPlan
 from jaxquant.plan.restore import Restored, restorable
 
 
@@ -25,9 +26,10 @@ class Int8Site:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """A plan in a graph.
+    """A plan in a model.
 
     Attributes:
+      model, plan: what was bound.
       sites: the quantized sites that accumulate or that have a weight.
       selects: the indices of the equations of int8 sites that select values.
       decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
@@ -39,6 +41,8 @@ class Binding:
       per_channel: the int8 tensors whose scale varies along channels (equalized ones).
     """
 
+    model: Model
+    plan: Plan
     sites: tuple[Int8Site, ...]
     selects: frozenset[int]
     decisions: frozenset[int]
@@ -49,16 +53,42 @@ class Binding:
     restorable: Mapping[ir.Var, Restored]
     per_channel: frozenset[ir.Var]
 
+    @property
+    def graph(self) -> ir.Graph:
+        return self.model.graph
 
-def bind(graph: ir.Graph, plan: Plan) -> Binding:
-    """Find the plan's sites and tensors in a graph, which may be traced for another input shape.
+    def with_tensors(self, tensors: Sequence[TensorPlan]) -> Binding:
+        """The same tensors on other grids."""
+        zero_points, per_channel = _of_grids(self.scales, tensors)
+        return dataclasses.replace(
+            self,
+            plan=dataclasses.replace(self.plan, tensors=tuple(tensors)),
+            zero_points=zero_points,
+            per_channel=per_channel,
+        )
+
+
+def _of_grids(
+    scales: Mapping[ir.Var, str], tensors: Sequence[TensorPlan]
+) -> tuple[dict[ir.Var, int], frozenset[ir.Var]]:
+    """The zero point of every int8 tensor, and those tensors whose scale varies along channels."""
+    zero_points = {tensor.name: tensor.zero_point for tensor in tensors}
+    equalized = {tensor.name for tensor in tensors if tensor.channels}
+    return (
+        {var: zero_points[name] for var, name in scales.items()},
+        frozenset(var for var, name in scales.items() if name in equalized),
+    )
+
+
+def bind(model: Model, plan: Plan) -> Binding:
+    """Find the plan's sites and tensors in a model, which may be traced for another input shape.
 
     Raises:
       ValueError: the graph has other sites or int8 tensors than the plan.
     """
-    mode = MODES[plan.mode]
+    graph, mode = model.graph, MODES[plan.mode]
     planned = {site.name: site for site in plan.sites}
-    found = [_as_planned(site, planned) for site in find_sites(graph, lookups=mode.lookups)]
+    found = [_as_planned(site, planned) for site in model.sites_of(mode.lookups)]
     here = {site.name: site for site in found}
     differing = [
         name
@@ -77,8 +107,8 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         for s in found
         if s.name in planned and planned[s.name].status != INT8 and not s.inside
     }
-    forms = find_forms(graph, chosen if mode.tensor_scales else (), plan.kinds, barred)
-    names = tensor_names(graph, found)
+    forms = find_forms(model, chosen if mode.tensor_scales else (), plan.kinds, barred)
+    names = model.names
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
@@ -95,18 +125,19 @@ def bind(graph: ir.Graph, plan: Plan) -> Binding:
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
     scales = {var: names[entry] for var, entry in group_entries(forms).items()}
-    zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
-    equalized = {tensor.name for tensor in plan.tensors if tensor.channels}
+    zero_points, per_channel = _of_grids(scales, plan.tensors)
     return Binding(
+        model,
+        plan,
         tuple(bound),
         frozenset(by_behaviour[behaviours.SELECT]),
         frozenset(by_behaviour[behaviours.DECIDE]),
         forms,
         entries,
         scales,
-        {var: zero_points[name] for var, name in scales.items()},
+        zero_points,
         restorable(graph, [each.site for each in bound], mode.integer),
-        frozenset(var for var, name in scales.items() if name in equalized),
+        per_channel,
     )
 
 

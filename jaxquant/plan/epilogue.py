@@ -9,6 +9,7 @@ behind it (ReLU, swish, gelu, ...) read its float32 result and fuse with it.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 
 import jax.numpy as jnp
 
@@ -168,14 +169,21 @@ def activation_equations(graph: ir.Graph, start: ir.Var) -> tuple[ir.Equation, .
     """The elementwise equations that depend on `start` and on nothing else that varies."""
     region, found = {start}, []
     shape = graph.shape(start)
-    first = graph.producer[start].index + 1
-    for eqn in graph.equations[first:]:
+    # Readers in evaluation order, so that all that one of them reads has been decided on.
+    waiting = [eqn.index for eqn in graph.consumers.get(start, ())]
+    heapq.heapify(waiting)
+    seen = set(waiting)
+    while waiting:
+        eqn = graph.equations[heapq.heappop(waiting)]
         if not primitives.is_elementwise(eqn) or graph.shape(eqn.outputs[0]) != shape:
             continue
-        dynamic = [v for v in eqn.input_vars if not graph.static[v]]
-        if dynamic and all(v in region for v in dynamic):
+        if all(v in region for v in eqn.input_vars if not graph.static[v]):
             region.add(eqn.outputs[0])
             found.append(eqn)
+            for reader in graph.consumers.get(eqn.outputs[0], ()):
+                if reader.index not in seen:
+                    seen.add(reader.index)
+                    heapq.heappush(waiting, reader.index)
     return tuple(found)
 
 

@@ -22,15 +22,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from jaxquant.calibration.observations import TensorStats
-from jaxquant.graph import composites, ir, kinds, primitives
-from jaxquant.graph.sites import Site, find_sites
+from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.model import Model
+from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.constants import constants_of, has_infinity
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import make_grid
 from jaxquant.plan.inputs import input_axes
-from jaxquant.plan.plan import FLOAT, Plan, TensorPlan
+from jaxquant.plan.plan import FLOAT, TensorPlan
 
 GOOD_DB = 20.0  # of a part on the scale that it shares: no less is tolerated ...
 GAIN_DB = 6.0  # ... where a scale of its own would give so much more
@@ -85,26 +86,25 @@ def _ties(graph: ir.Graph, site: Site, forms: Forms) -> bool:
 
 
 def find_uneven(
-    graph: ir.Graph,
+    model: Model,
     sites: Sequence[Site],
     forms: Forms,
-    names: Mapping[ir.Var, str],
     stats: Mapping[str, TensorStats],
     tensors: Sequence[TensorPlan],
 ) -> dict[str, str]:
     """The sites that have to stay float, with the reason.
 
     Args:
-      graph: the traced model.
+      model: the traced model, which names the tensors as the observations do.
       sites: those that run in int8 now.
       forms: the int8 forms with these sites.
-      names: tensor -> its name in the observations.
       stats: what calibration saw.
       tensors: the grids of the entries.
 
     Returns:
       Site name -> reason; empty where every part keeps enough of its accuracy.
     """
+    graph, names = model.graph, model.names
     grids = {tensor.name: tensor for tensor in tensors}
     groups: dict[ir.Var, TensorPlan] = {}
     largest: dict[ir.Var, float] = {}
@@ -115,7 +115,7 @@ def find_uneven(
     for group, beside in constants_in(graph, sites, forms).items():
         held = [stats[name].abs_max for name in beside if name in stats]
         largest[group] = max(largest[group], *held, 0.0)
-    readers = _Readers(graph, sites, forms)
+    readers = _Readers(model, sites, forms)
     found: dict[str, str] = {}
     for site in sites:
         if not _ties(graph, site, forms):
@@ -197,16 +197,16 @@ def sqnr_on(stats: TensorStats, scale: float, threshold: float) -> float:
 class _Readers:
     """Who reads what a concatenation gives."""
 
-    def __init__(self, graph: ir.Graph, sites: Sequence[Site], forms: Forms):
-        self._graph = graph
+    def __init__(self, model: Model, sites: Sequence[Site], forms: Forms):
+        self._graph = model.graph
         self._forms = forms
         self._sites = {site.equation: site for site in sites if not site.inside}
         self._softmax = {
             var: site for site in self._sites.values() if site.kind == "softmax"
             for var in site.operands
         }  # fmt: skip
-        self._bases = composites.elementwise_bases(graph)
-        self._normalising = composites.normalisation_members(graph)
+        self._bases = model.composites.bases
+        self._normalising = model.composites.normalising
 
     def of(self, eqn: ir.Equation) -> set[str]:
         """The sites that shall read the result of a concatenation in float.
@@ -255,14 +255,16 @@ class _Readers:
             self._follow(user.outputs[0], None, found)
 
 
-def readers_of_joined(graph: ir.Graph, plan: Plan, binding: Binding) -> set[str]:
+def readers_of_joined(binding: Binding) -> set[str]:
     """The convolutions and dots that read what a concatenation in float gives, or a function of it.
 
     Their input channels are tried with scales of their own: see `jaxquant.recover.steps`.
     """
-    left = {site.name for site in plan.sites if site.status == FLOAT and site.kind == "concat"}
-    joined = {site.equation for site in find_sites(graph) if site.name in left and not site.inside}
-    bases = composites.elementwise_bases(graph)
+    model, graph = binding.model, binding.graph
+    planned = binding.plan.sites
+    left = {site.name for site in planned if site.status == FLOAT and site.kind == "concat"}
+    joined = {site.equation for site in model.sites if site.name in left and not site.inside}
+    bases = model.composites.bases
 
     def is_joined(var: ir.Var) -> bool:
         while (eqn := graph.producer.get(var)) is not None:

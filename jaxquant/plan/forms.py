@@ -18,7 +18,8 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxquant.graph import composites, ir, kinds, primitives
+from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.constants import takes_constants
@@ -45,7 +46,7 @@ class Forms:
 
 
 def find_forms(
-    graph: ir.Graph,
+    model: Model,
     sites: Sequence[Site],
     listed: Collection[str] = (),
     barred: Collection[int] = (),
@@ -53,24 +54,25 @@ def find_forms(
     """The forms when `sites`, and no others, run in int8 wherever that is of use.
 
     Args:
-      graph: the traced model.
+      model: the traced model.
       sites: those that may run in int8.
       listed: the kinds that were asked for; of them, elementwise kinds and activation functions
         let elementwise equations read int8, "relu" lets a ReLU of an int8 tensor stay int8.
       barred: the indices of equations that stay float, so that they hand no int8 through.
     """
-    return _Search(graph, sites, listed, barred).run()
+    return _Search(model, sites, listed, barred).run()
 
 
 class _Search:
     def __init__(
         self,
-        graph: ir.Graph,
+        model: Model,
         sites: Sequence[Site],
         listed: Collection[str],
         barred: Collection[int],
     ):
-        self._graph = graph
+        self._graph = graph = model.graph
+        self._composites = model.composites
         self._sites = sites
         self._by_equation = {site.equation: site for site in sites}
         self._behaviour = {
@@ -82,7 +84,7 @@ class _Search:
         )
         self._relu = "relu" in listed
         self._barred = frozenset(barred)
-        self._normalising = composites.normalisations(graph)
+        self._normalising = model.composites.normalisations
         self._entries: dict[ir.Var, None] = {}
         self._int8: set[ir.Var] = set()
         self._moves: set[int] = set()
@@ -140,9 +142,9 @@ class _Search:
                 found.update(self._to_quantize(site) if is_elementwise else site.operands)
         return frozenset(found)
 
-    @functools.cached_property
+    @property
     def _bases(self) -> Mapping[ir.Var, ir.Var]:
-        return composites.elementwise_bases(self._graph)
+        return self._composites.bases
 
     def _need_operands(self, site: Site) -> None:
         for operand in site.operands:
@@ -270,7 +272,7 @@ class _Search:
     def _reads_int8(self) -> set[int]:
         """Float equations that read int8: softmaxes, elementwise ones if their kinds are asked."""
         found: set[int] = set()
-        softmaxes = composites.find_softmax(self._graph)
+        softmaxes = self._composites.softmaxes
         for site in self._sites:
             if site.kind == "softmax":
                 found.update(softmaxes[site.equation].members)

@@ -10,9 +10,10 @@ from jaxquant.calibration.observations import Observations, TensorStats, merge
 from jaxquant.calibration.observers import check_thresholds
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
-from jaxquant.graph.sites import Site, find_sites, tensor_names
+from jaxquant.graph.model import Model
+from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours, select
-from jaxquant.plan.bind import group_entries
+from jaxquant.plan.bind import Binding, bind, group_entries
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
@@ -23,24 +24,23 @@ from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
 from jaxquant.plan.ties import without_ties
 
 
-def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
+def observed_tensors(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     """Tensor name -> tensor, for all that a quantization by `config` may need a threshold of.
 
     Those that become int8 without the skips are among them, and those that do when convolutions
     and dots alone are int8, so that these choices can be changed later.
     """
-    found = find_sites(graph)
+    graph, found, names = model.graph, model.sites, model.names
     sites = select.reported(graph, found, config)
     check_sites(sites)
     select.check_skip(found, config.skip)
-    names = tensor_names(graph, found)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
     for choice in (weighted, without_skips, config):
         chosen = select.candidates(graph, found, choice)
-        forms = _forms(graph, found, chosen, choice)
+        forms = _forms(model, found, chosen, choice)
         entries |= {names[var]: var for var in forms.entries}
         tied |= tied_tensors(graph, chosen, forms, names)
     entries |= {name: var for name, var in tied.items() if name not in entries}
@@ -51,28 +51,30 @@ def observed_tensors(graph: ir.Graph, config: QuantConfig) -> dict[str, ir.Var]:
     return entries
 
 
-def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantConfig) -> Plan:
-    """Decide for every site of the graph whether it becomes int8, and choose the scales.
+def make_plan(model: Model, observations: Observations | None, config: QuantConfig) -> Binding:
+    """Decide for every site of the model whether it becomes int8, and choose the scales.
 
     Args:
-      graph: the traced model.
+      model: the traced model.
       observations: of the tensors that get a scale; None in a mode without such tensors.
       config: the choices.
+
+    Returns:
+      The plan, bound to the model.
 
     Raises:
       ValueError: a skip pattern matches nothing, the model has no site, none is left, or the
         observations lack a tensor.
     """
-    mode = MODES[config.mode]
-    found = find_sites(graph, lookups=mode.lookups)
+    graph, names, mode = model.graph, model.names, MODES[config.mode]
+    found = model.sites_of(mode.lookups)
     sites = select.reported(graph, found, config)
     check_sites(sites)
     select.check_skip(found, config.skip)
-    names = tensor_names(graph, found)
     if observations is None:
-        draft = _draft(graph, found, names, None, config)
+        draft = _draft(model, found, None, config)
     else:
-        draft = _with_even_parts(graph, found, names, observations, config)
+        draft = _with_even_parts(model, found, observations, config)
     config, chosen, forms = draft.config, draft.chosen, draft.forms
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
@@ -100,7 +102,7 @@ def make_plan(graph: ir.Graph, observations: Observations | None, config: QuantC
         weight_bits=config.weight_bits,
         group_size=config.group_size,
     )
-    return without_ties(graph, plan)
+    return without_ties(bind(model, plan))
 
 
 class _Draft(NamedTuple):
@@ -113,49 +115,42 @@ class _Draft(NamedTuple):
 
 
 def _draft(
-    graph: ir.Graph,
-    found: Sequence[Site],
-    names: Mapping[ir.Var, str],
-    observations: Observations | None,
-    config: QuantConfig,
+    model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
 ) -> _Draft:
+    graph = model.graph
     chosen = select.candidates(graph, found, config)
     with_scales = chosen if MODES[config.mode].tensor_scales else ()
-    forms = _forms(graph, found, with_scales, config)
+    forms = _forms(model, found, with_scales, config)
     if observations is None:
         return _Draft(config, chosen, forms, ())
     constants = constants_in(graph, chosen, forms)
-    tensors = _plan_tensors(forms, names, constants, observations, config)
+    tensors = _plan_tensors(forms, model.names, constants, observations, config)
     return _Draft(config, chosen, forms, tensors)
 
 
 def _with_even_parts(
-    graph: ir.Graph,
-    found: Sequence[Site],
-    names: Mapping[ir.Var, str],
-    observations: Observations,
-    config: QuantConfig,
+    model: Model, found: Sequence[Site], observations: Observations, config: QuantConfig
 ) -> _Draft:
     """What becomes int8 without the sites that would tie parts of too different a range.
 
     Each round leaves more sites in float, so there is a last one.
     """
-    draft, seen = _draft(graph, found, names, observations, config), observations.tensors
-    while uneven := find_uneven(graph, draft.chosen, draft.forms, names, seen, draft.tensors):
+    draft, seen = _draft(model, found, observations, config), observations.tensors
+    while uneven := find_uneven(model, draft.chosen, draft.forms, seen, draft.tensors):
         left = (*draft.config.left_float, *uneven.items())
         config = dataclasses.replace(draft.config, left_float=left)
-        draft = _draft(graph, found, names, observations, config)
+        draft = _draft(model, found, observations, config)
     return draft
 
 
 def _forms(
-    graph: ir.Graph, found: Sequence[Site], chosen: Sequence[Site], config: QuantConfig
+    model: Model, found: Sequence[Site], chosen: Sequence[Site], config: QuantConfig
 ) -> Forms:
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
-    sites = select.reported(graph, found, config)
+    sites = select.reported(model.graph, found, config)
     barred = {s.equation for s in sites if s.name not in allowed and not s.inside}
-    return find_forms(graph, chosen, config.kinds, barred)
+    return find_forms(model, chosen, config.kinds, barred)
 
 
 def _nothing_left(reasons: set[str]) -> ValueError:

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxquant.graph import ir, primitives
-from jaxquant.plan.bind import Binding, bind
-from jaxquant.plan.plan import Plan, TensorPlan
+from jaxquant.plan.bind import Binding
+from jaxquant.plan.plan import TensorPlan
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
 LARGEST_DENOMINATOR = 4096  # beyond which no smaller excess is looked for
@@ -70,19 +70,21 @@ class Target(NamedTuple):
     tensors: frozenset[str]
 
 
-def without_ties(graph: ir.Graph, plan: Plan) -> Plan:
-    """The plan with scales that are odd multiples of a unit where sums are quantized together."""
+def without_ties(binding: Binding) -> Binding:
+    """A plan with scales that are odd multiples of a unit where sums are quantized together."""
+    plan = binding.plan
     if plan.weight_quantize_type != "channel_wise_abs_max" or not plan.tensors:
-        return plan
+        return binding
     scales: dict[str, float] = {}
     planned = {tensor.name: tensor.scale for tensor in plan.tensors}
-    for target in find_targets(graph, bind(graph, plan), plan).values():
+    for target in find_targets(binding).values():
         for name in target.tensors:
             assert target.unit is not None
             if planned[name] * LARGEST_STEP >= target.unit:
                 scales[name] = odd_multiple(planned[name], target.unit)
-    tensors = tuple(_with_scale(t, scales.get(t.group, t.scale)) for t in plan.tensors)
-    return dataclasses.replace(plan, tensors=tensors)
+    return binding.with_tensors(
+        [_with_scale(t, scales.get(t.group, t.scale)) for t in plan.tensors]
+    )
 
 
 def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
@@ -90,7 +92,7 @@ def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
     return dataclasses.replace(tensor, threshold=threshold, scale=scale)
 
 
-def find_targets(graph: ir.Graph, binding: Binding, plan: Plan) -> dict[str, Target]:
+def find_targets(binding: Binding) -> dict[str, Target]:
     """What the multipliers of the sites have to fit, by the names of the sites.
 
     There is none for a site without a stored weight, one whose result is not quantized, and one
@@ -98,8 +100,8 @@ def find_targets(graph: ir.Graph, binding: Binding, plan: Plan) -> dict[str, Tar
     """
     names = {var: binding.scales[var] for var in binding.names}
     equalized = {names[var] for var in binding.per_channel if var in names}
-    scales = {t.name: t.scale for t in plan.tensors if t.threshold > 0}
-    sums = find_sums(graph, names)
+    scales = {t.name: t.scale for t in binding.plan.tensors if t.threshold > 0}
+    sums = find_sums(binding.graph, names)
     targets = {}
     for int8_site in binding.sites:
         site, found = int8_site.site, sums.get(int8_site.epilogue.output)

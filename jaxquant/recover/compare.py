@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import evaluate, sites, trace
+from jaxquant.graph import evaluate, trace
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import Int8Site
@@ -49,7 +49,7 @@ class Comparison:
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
         self._tensors = {
             site.name: ends.get(site.name, site.output)
-            for site in sites.find_sites(graph, lookups=program.mode.lookups)
+            for site in program.model.sites_of(program.mode.lookups)
             if site.output is not None and _is_float(graph.dtype(site.output))
         }
         self._activations = {

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress, Stage
 from jaxquant.recover import adaround
@@ -49,9 +49,8 @@ class Wanted(NamedTuple):
 
 
 def learn_roundings(
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     plan: Plan,
-    params: Any,
     qparams: Any,
     examples: Sequence[tuple[Any, ...]],
     *,
@@ -64,7 +63,7 @@ def learn_roundings(
     """Learn the rounding of every weight that an int8 site has for itself.
 
     Args:
-      apply_fn, params: the float model.
+      source: the float model.
       plan, qparams: the int8 model, with nearest rounding and no corrected biases.
       examples: batches of calibration samples; the first one alone where they cannot be joined.
       equalization: what `qparams` were made with.
@@ -83,7 +82,8 @@ def learn_roundings(
     """
     adaround.check_optax()
     with progress.stage("tracing"):
-        inputs, program = _joined(apply_fn, plan, params, examples)
+        params = source.params
+        inputs, program = _joined(source, plan, examples)
     roundings = Roundings(file, lambda: make_source(program.graph, params, examples))
     with progress.stage("adaround", len(program.slots), "site") as stage:
         chosen = program.slots if only is None else only
@@ -94,12 +94,12 @@ def learn_roundings(
 
 
 def _joined(
-    apply_fn: Callable[..., Any], plan: Plan, params: Any, examples: Sequence[tuple[Any, ...]]
+    source: FloatModel, plan: Plan, examples: Sequence[tuple[Any, ...]]
 ) -> tuple[Any, Program]:
     """All examples as one batch, and the program for it."""
 
     def program(inputs: Any) -> Program:
-        return Program(trace(apply_fn, params, inputs), plan, params)
+        return Program(bind(source.trace(inputs), plan), source.params)
 
     lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
     if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:

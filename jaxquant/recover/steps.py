@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from jaxquant.graph import ir
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.evenness import readers_of_joined
-from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
 from jaxquant.recover.adaround import check_optax
 from jaxquant.recover.bias_correction import correct_biases
@@ -22,7 +22,6 @@ from jaxquant.weights.quantize import Equalization, quantize_params
 class Recovered(NamedTuple):
     """The int8 model after all steps; `notes` has a line of what each did."""
 
-    plan: Plan
     qparams: Any
     program: Program
     comparison: Comparison
@@ -36,10 +35,8 @@ def check_steps(steps: Sequence[str]) -> None:
 
 
 def quantize_and_recover(
-    apply_fn: Callable[..., Any],
-    graph: ir.Graph,
-    plan: Plan,
-    params: Any,
+    source: FloatModel,
+    binding: Binding,
     examples: Sequence[tuple[Any, ...]],
     *,
     only: Collection[str] | None = None,
@@ -51,21 +48,22 @@ def quantize_and_recover(
     The order is equalization, learned rounding, bias correction, whatever the order in the plan.
 
     Args:
-      apply_fn, graph, params: the float model.
-      plan: what becomes int8.
+      source: the float model.
+      binding: what becomes int8 of it.
       examples: batches of calibration samples.
       only: the sites that equalization and learned rounding may change; None for all.
       file: where learned rounding keeps the sites that are done; None for nowhere.
       progress: shows the steps.
     """
+    plan, params = binding.plan, source.params
     notes: dict[str, str] = {}
     equalization: Equalization = {}
-    program = program_by_site(graph, plan, params)
+    program = program_by_site(binding, params)
     with progress.stage("quantizing weights"):
-        qparams = quantize_params(graph, plan, params)
+        qparams = quantize_params(binding, params)
     chosen = [step for step in ("equalization", "smoothquant") if step in plan.recover]
     where, behind = only, ""
-    if not chosen and (joined := readers_of_joined(graph, plan, program.binding)):
+    if not chosen and (joined := readers_of_joined(binding)):
         # What a concatenation in float gives has parts that need scales of their own.
         chosen, behind = ["equalization"], " behind concatenations in float"
         where = joined if only is None else joined.intersection(only)
@@ -74,15 +72,15 @@ def quantize_and_recover(
         with progress.stage(" and ".join(chosen)):
             plan, equalization = equalize(program, plan, params, qparams, examples, chosen, where)
             if equalization:  # other zero points and scales along channels
-                program = program_by_site(graph, plan, params)
-                qparams = quantize_params(graph, plan, params, equalization)
+                binding = binding.with_tensors(plan.tensors)
+                program = program_by_site(binding, params)
+                qparams = quantize_params(binding, params, equalization)
         if equalization or not behind:
             notes[" and ".join(chosen)] = f"{len(equalization)} of {targets} tensors{behind}"
     if "adaround" in plan.recover:
         qparams, outcomes = learn_roundings(
-            apply_fn,
+            source,
             plan,
-            params,
             qparams,
             examples,
             equalization=equalization,
@@ -97,7 +95,7 @@ def quantize_and_recover(
         with progress.stage("bias correction", len(examples), "batch") as stage:
             qparams = correct_biases(comparison, qparams, stage.each(examples))
         notes["bias_correction"] = f"{len(program.slots)} sites"
-    return Recovered(plan, qparams, program, comparison, notes)
+    return Recovered(qparams, program, comparison, notes)
 
 
 def _summary(outcomes: dict[str, str]) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.graph import ir, kinds, primitives
-from jaxquant.graph.sites import Site, find_sites, tensor_names
-from jaxquant.plan.plan import FLOAT, Plan
+from jaxquant.graph.sites import Site
+from jaxquant.plan.plan import FLOAT
 from jaxquant.run.program import Program
 
 
-def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
+def tensor_rows(program: Program) -> list[dict[str, Any]]:
     """One dict per tensor that an operation reads: name, status, reason.
 
     The status is "int8"; "float", with who reads it so; or "fused", a float32 value that an
@@ -22,9 +22,8 @@ def tensor_rows(program: Program, plan: Plan) -> list[dict[str, Any]]:
     """
     graph, forms = program.graph, program.binding.forms
     mode = program.mode
-    sites = find_sites(graph, lookups=mode.lookups)
-    names = tensor_names(graph, sites)
-    planned = {site.name: site for site in plan.sites}
+    sites, names = program.model.sites_of(mode.lookups), program.model.names
+    planned = {site.name: site for site in program.plan.sites}
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
 
     def add(var: ir.Var, status: str, reason: str) -> None:

@@ -16,10 +16,9 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import MEANINGS
-from jaxquant.graph.sites import find_sites
 from jaxquant.plan import layout
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.plan import FLOAT, INT8, Plan
+from jaxquant.plan.plan import FLOAT, INT8
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.sqnr import Outputs
 from jaxquant.report.table import html_table, text_table
@@ -203,7 +202,6 @@ def control_lines(control: Mapping[str, Any]) -> list[str]:
 
 def make_report(
     program: Program,
-    plan: Plan,
     params: Any,
     qparams: Any,
     sqnr: Mapping[str, float],
@@ -211,6 +209,7 @@ def make_report(
     recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
+    plan = program.plan
     label = MODES[plan.mode].label.format(bits=plan.weight_bits)
     thresholds = {t.group: t.threshold for t in plan.tensors}
     rounded = _float_sites_on_integers(program)
@@ -234,7 +233,7 @@ def make_report(
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)
-    tensors = tensor_rows(program, plan)
+    tensors = tensor_rows(program)
     by_kind = {
         kind: {status: sum((r["kind"], r["status"]) == (kind, status) for r in rows)
                for status in (INT8, FLOAT)}
@@ -264,7 +263,7 @@ def _float_sites_on_integers(program: Program) -> set[str]:
     quantized = {each.site.name for each in program.binding.sites}
     graph = program.graph
     found = set()
-    for site in find_sites(graph, lookups=True):
+    for site in program.model.with_lookups:
         if site.weight is None or site.name in quantized:
             continue
         behind = {v for eqn in ir.walk_back(graph, [site.weight]) for v in eqn.input_vars}

@@ -11,10 +11,9 @@ import jax
 from jaxquant import native
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site, bind
+from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.plan import Plan
 from jaxquant.run import accumulate, lowerings, nonfinite
 from jaxquant.run.fused import FusedCall
 from jaxquant.run.fusion import Fuse, find_chains
@@ -29,8 +28,7 @@ class Program:
     """Evaluates a graph with its int8 sites replaced.
 
     Args:
-      graph: the traced model.
-      plan: which sites are int8.
+      binding: the model, and which of its sites are int8.
       params: the parameters or their shapes.
       fuse: what the native kernels take over.
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -46,16 +44,16 @@ class Program:
 
     def __init__(
         self,
-        graph: ir.Graph,
-        plan: Plan,
+        binding: Binding,
         params: Any,
         fuse: Fuse = Fuse.NOTHING,
         packs_all: bool = True,
     ):
-        self.graph = graph
-        self.plan = plan
+        self.binding = binding
+        self.model = binding.model
+        self.graph = graph = binding.graph
+        self.plan = plan = binding.plan
         self.mode = MODES[plan.mode]
-        self.binding = bind(graph, plan)
         paths = layout.leaf_paths(graph, params)
         self.slots = layout.weight_slots(graph, [s.site for s in self.binding.sites], paths, plan)
         self.weights = StoredWeights(graph, plan, self.slots)
@@ -201,7 +199,7 @@ class Program:
         return all("packed" in each for each in operands)
 
 
-def program_by_site(graph: ir.Graph, plan: Plan, params: Any) -> Program:
+def program_by_site(binding: Binding, params: Any) -> Program:
     """A program whose sites each show their result, by the native kernels where they are faster."""
     fuse = Fuse.SITES if native.runs_int8_here() else Fuse.NOTHING
-    return Program(graph, plan, params, fuse)
+    return Program(binding, params, fuse)

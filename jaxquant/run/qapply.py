@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir
 from jaxquant.graph.calls import describe
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import Model, trace_model
+from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
 from jaxquant.run.backend import Backend, check_backend, choose_backend
@@ -35,8 +36,8 @@ class Source(Protocol):
 
     params: Any
 
-    def __call__(self, inputs: Sequence[Any]) -> ir.Graph:
-        """The graph of the float model for inputs of these shapes and dtypes.
+    def __call__(self, inputs: Sequence[Any]) -> Model:
+        """The float model for inputs of these shapes and dtypes.
 
         Raises:
           ValueError: the model does not take such inputs.
@@ -55,8 +56,8 @@ class Code:
         self.params = jax.tree.map(ir.struct, params)
         self._apply_fn = apply_fn
 
-    def __call__(self, inputs: Sequence[Any]) -> ir.Graph:
-        return trace(self._apply_fn, self.params, inputs)
+    def __call__(self, inputs: Sequence[Any]) -> Model:
+        return trace_model(self._apply_fn, self.params, inputs)
 
     def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
         return tuple(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(inputs))
@@ -174,9 +175,10 @@ class QuantizedApply(NotPickled):
         fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
         # Chosen, the kernels run all that they can; else what they are faster at.
         packs_all = self._backend == "native"
-        return Program(self._graph(inputs), self.plan, self.source.params, fuse, packs_all)
+        binding = bind(self._model(inputs), self.plan)
+        return Program(binding, self.source.params, fuse, packs_all)
 
-    def _graph(self, inputs: tuple[Any, ...]) -> ir.Graph:
+    def _model(self, inputs: tuple[Any, ...]) -> Model:
         """The float model for such inputs; what it raises gets a note of those that it took."""
         try:
             return self.source(inputs)
@@ -196,7 +198,7 @@ class QuantizedApply(NotPickled):
         """
         if not any(0 in x.shape for x in jax.tree.leaves(inputs)):
             return None
-        graph = self._graph(inputs)
+        graph = self._model(inputs).graph
         if not all(0 in graph.shape(x) for x in graph.outputs):
             return None
         empty = [jnp.zeros(graph.shape(x), graph.dtype(x)) for x in graph.outputs]

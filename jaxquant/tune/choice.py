@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from jaxquant.calibration.observations import Observations
-from jaxquant.graph import ir
+from jaxquant.graph.model import Model
 from jaxquant.plan import ties
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.plan import Plan, TensorPlan
@@ -34,9 +35,9 @@ class Choice:
 
 
 def make_chosen_plan(
-    graph: ir.Graph, observations: Observations, config: QuantConfig, choice: Choice
-) -> Plan:
-    """The plan of a configuration with a choice.
+    model: Model, observations: Observations, config: QuantConfig, choice: Choice
+) -> Binding:
+    """The plan of a configuration with a choice, bound to the model.
 
     Raises:
       ValueError: see `jaxquant.plan.make.make_plan`.
@@ -46,19 +47,18 @@ def make_chosen_plan(
         left_float=(*config.left_float, *((name, FOR_THE_METRIC) for name in choice.left_float)),
         recover=tuple(dict.fromkeys((*config.recover, *choice.recover))),
     )
-    plan = make_plan(graph, observations, config)
+    binding = make_plan(model, observations, config)
     for algo in dict.fromkeys(algo for _, algo in choice.thresholds):
         groups = {group for group, other in choice.thresholds if other == algo}
-        other = make_plan(graph, observations, dataclasses.replace(config, algo=algo))
-        plan = with_tensors_of(plan, other, groups)
-    return ties.without_ties(graph, plan)
+        other = make_plan(model, observations, dataclasses.replace(config, algo=algo))
+        binding = binding.with_tensors(tensors_of(binding.plan, other.plan, groups))
+    return ties.without_ties(binding)
 
 
-def with_tensors_of(plan: Plan, other: Plan, groups: set[str]) -> Plan:
-    """The plan with the grids that `other` has for these groups."""
+def tensors_of(plan: Plan, other: Plan, groups: set[str]) -> tuple[TensorPlan, ...]:
+    """The tensors of a plan with the grids that `other` has for these groups."""
     grids = {tensor.name: tensor for tensor in other.tensors if tensor.group in groups}
-    tensors = tuple(grids.get(tensor.name, tensor) for tensor in plan.tensors)
-    return dataclasses.replace(plan, tensors=tensors)
+    return tuple(grids.get(tensor.name, tensor) for tensor in plan.tensors)
 
 
 def groups_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxquant.calibration.observations import Observations
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
@@ -69,11 +71,10 @@ class Step(NamedTuple):
 
 
 def control(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     observations: Observations,
     config: QuantConfig,
-    plan_of: Callable[[Choice], Plan],
+    plan_of: Callable[[Choice], Binding],
     build: Callable[[Choice], Built],
     goal: Goal,
     progress: Progress,
@@ -84,13 +85,13 @@ def control(
     out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
     `Step`, as dicts).
     """
-    model = functools.partial(jax.jit(apply_fn), params)
+    model = functools.partial(jax.jit(source.apply_fn), source.params)
     with progress.stage("accuracy control"):
         with progress.stage("scoring the float model"):
             float_score = score(goal.metric, model)
         search = _Search(plan_of, build, goal, float_score, progress)
         if not search.holds:
-            ranking, suspects = _rank(params, apply_fn, observations, search, progress)
+            ranking, suspects = _rank(source, observations, search, progress)
             _try_thresholds(search, suspects)
             _try_recovery(search, config, suspects)
             _try_float(search, ranking, suspects)
@@ -102,7 +103,7 @@ class _Search:
 
     def __init__(
         self,
-        plan_of: Callable[[Choice], Plan],
+        plan_of: Callable[[Choice], Binding],
         build: Callable[[Choice], Built],
         goal: Goal,
         float_score: float,
@@ -184,15 +185,14 @@ class _Search:
 
 
 def _rank(
-    params: Any,
-    apply_fn: Callable[..., Any],
+    source: FloatModel,
     observations: Observations,
     search: _Search,
     progress: Progress,
 ) -> tuple[list[str], list[str]]:
     """The sites, most sensitive first, and the suspects: the first ones, whose float type does."""
     built = search.full
-    switch = Switch(params, apply_fn, built.qparams, built.plan, observations.examples)
+    switch = Switch(source, built.qparams, built.plan, observations.examples)
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget
     deadline = None if budget is None else search.started + _RANKING_SHARE * budget
@@ -218,7 +218,7 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
     tried = {_thresholds(search.full.plan, groups)}
     for algo in ALGORITHMS:
         choice = dataclasses.replace(search.choice, thresholds=tuple((g, algo) for g in groups))
-        thresholds = _thresholds(search.plan_of(choice), groups)
+        thresholds = _thresholds(search.plan_of(choice).plan, groups)
         if thresholds in tried:
             continue
         if not search.may_go_on():

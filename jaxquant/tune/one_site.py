@@ -19,8 +19,8 @@ from jax import lax
 
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.model import trace_model
 from jaxquant.graph.sites import Site
-from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.config import QuantConfig
@@ -178,15 +178,15 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
         weight_quantize_type=model.weight_quantize_type,
         recover=(),
     )
-    graph = trace(model.apply_fn, model.params, model.inputs)
-    names = observed_tensors(graph, config)
+    traced = trace_model(model.apply_fn, model.params, model.inputs)
+    names = observed_tensors(traced, config)
     stats = map(_stats, model.has_zero_point)
     observations = Observations(
         dict(zip(names, stats, strict=True)), batches=1, samples=1, examples=(model.inputs,)
     )
-    plan = make_plan(graph, observations, config)
-    qparams = quantize_params(graph, plan, model.params)
-    qapply = QuantizedApply(Code(model.apply_fn, model.params), plan, None, model.inputs)
+    binding = make_plan(traced, observations, config)
+    qparams = quantize_params(binding, model.params)
+    qapply = QuantizedApply(Code(model.apply_fn, model.params), binding.plan, None, model.inputs)
     return qparams, qapply if model.is_native else qapply.with_backend("xla")
 
 

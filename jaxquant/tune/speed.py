@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxquant.calibration.observations import Observations
 from jaxquant.graph import ir
+from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
-from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
 from jaxquant.progress import Progress
@@ -38,7 +39,7 @@ FEWEST_ROUNDS, MOST_SECONDS = 3, 3.0  # of a slow site, after which no round is 
 
 
 def slower_in_int8(
-    graph: ir.Graph, observations: Observations, config: QuantConfig, progress: Progress
+    model: Model, observations: Observations, config: QuantConfig, progress: Progress
 ) -> tuple[tuple[str, str], ...]:
     """(site, reason) of those sites that would become int8 and whose int8 form is slower.
 
@@ -52,11 +53,11 @@ def slower_in_int8(
     left: tuple[tuple[str, str], ...] = ()
     while True:
         # Which sites become int8 does not depend on the thresholds.
-        plan = make_plan(
-            graph, observations, dataclasses.replace(config, algo="abs_max", left_float=left)
+        binding = make_plan(
+            model, observations, dataclasses.replace(config, algo="abs_max", left_float=left)
         )
-        sites = _in_surroundings(graph, bind(graph, plan))
-        known |= _time(graph, [s for s in sites if s.key not in known], config, progress)
+        sites = _in_surroundings(binding)
+        known |= _time(model.graph, [s for s in sites if s.key not in known], config, progress)
         slower = tuple((s.site.name, _reason(known[s.key])) for s in sites if known[s.key] > 1)
         if not slower:
             return left
@@ -73,9 +74,9 @@ class _Found(NamedTuple):
     key: Any
 
 
-def _in_surroundings(graph: ir.Graph, binding: Binding) -> list[_Found]:
+def _in_surroundings(binding: Binding) -> list[_Found]:
     """The int8 convolutions and dots."""
-    found = []
+    graph, found = binding.graph, []
     for int8_site in binding.sites:
         site = int8_site.site
         if site.contraction is not None:

@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 
 from jaxquant.graph import evaluate
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
 from jaxquant.recover.shift import Shift
@@ -32,7 +33,7 @@ class Switch:
     """Runs any mixture of the float and the int8 model; compiled once per input shape.
 
     Args:
-      params, apply_fn: the float model.
+      source: the float model.
       qparams, plan: the int8 model.
       examples: batches of the model's inputs, on which biases are corrected.
 
@@ -42,13 +43,13 @@ class Switch:
 
     def __init__(
         self,
-        params: Any,
-        apply_fn: Callable[..., Any],
+        source: FloatModel,
         qparams: Mapping[str, Any],
         plan: Plan,
         examples: Sequence[tuple[Any, ...]],
     ):
-        program = program_by_site(trace(apply_fn, params, examples[0]), plan, params)
+        params = source.params
+        program = program_by_site(bind(source.trace(examples[0]), plan), params)
         self.names = tuple(unit.name for unit in find_units(program) if unit.name)
         self._params = params
         self._qparams = without_correction(program, params, qparams)
@@ -56,7 +57,7 @@ class Switch:
         self._examples = examples
 
         def start(inputs: Any) -> tuple[Program, Sequence[Unit], list[Any]]:
-            program = program_by_site(trace(apply_fn, params, inputs), plan, params)
+            program = program_by_site(bind(source.trace(inputs), plan), params)
             return program, find_units(program), jax.tree.leaves(inputs)
 
         def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:

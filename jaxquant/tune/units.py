@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.graph import composites, evaluate, ir, sites
+from jaxquant.graph import evaluate, ir
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import INT8
 from jaxquant.run.float_forms import fast_convolutions
@@ -54,9 +54,9 @@ def find_units(program: Program) -> tuple[Unit, ...]:
     ]
     names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in units}
     live = {eqn.index for eqn in program.equations}
-    softmaxes = composites.find_softmax(graph)
+    softmaxes = program.model.composites.softmaxes
     reading = binding.selects | binding.decisions | binding.forms.reads_int8
-    for site in sites.find_sites(graph, lookups=program.mode.lookups):
+    for site in program.model.sites_of(program.mode.lookups):
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue
         indices: tuple[int, ...] = (site.equation,)

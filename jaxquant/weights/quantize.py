@@ -19,7 +19,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout, ties
-from jaxquant.plan.bind import Binding, Int8Site, bind
+from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import group_layout
@@ -35,16 +35,17 @@ Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divid
 
 
 def quantize_params(
-    graph: ir.Graph, plan: Plan, params: Any, equalization: Equalization | None = None
+    binding: Binding, params: Any, equalization: Equalization | None = None
 ) -> dict[str, Any]:
     """Make `qparams`; see `jaxquant.plan.layout` for its structure.
 
     Args:
-      graph, plan, params: the model and what becomes int8.
+      binding: the model and what becomes int8 of it.
+      params: its parameters.
       equalization: see `jaxquant.recover.equalization`; arrays of the rank of their tensors.
     """
     equalization = equalization or {}
-    binding = bind(graph, plan)
+    graph, plan = binding.graph, binding.plan
     paths = layout.leaf_paths(graph, params)
     slots = layout.weight_slots(graph, [s.site for s in binding.sites], paths, plan)
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
@@ -54,7 +55,7 @@ def quantize_params(
         return jax.device_put(qparams)
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-    targets = ties.find_targets(graph, binding, plan)
+    targets = ties.find_targets(binding)
     uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site

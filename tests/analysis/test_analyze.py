@@ -11,7 +11,8 @@ import pytest
 
 import jaxquant
 from jaxquant.analysis import measures
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel, trace_model
+from jaxquant.plan.bind import bind
 from jaxquant.run.program import Program
 from jaxquant.tune.biases import without_correction
 from jaxquant.tune.switch import Switch
@@ -141,7 +142,7 @@ def test_a_mixture_of_one_kind_is_that_model(full):
     qparams, qapply = jaxquant.quant_post(
         params, networks.plain_net, [x], is_full_quantize=full, progress=False
     )
-    switch = Switch(params, networks.plain_net, qparams, qapply.plan, [(x,)])
+    switch = Switch(FloatModel(networks.plain_net, params), qparams, qapply.plan, [(x,)])
     want = qapply.with_backend("xla")(qparams, x)
     np.testing.assert_allclose(switch.model(switch.names)(x), want, atol=1e-5)
     np.testing.assert_allclose(switch.model([])(x), networks.plain_net(params, x), atol=1e-5)
@@ -161,7 +162,7 @@ def test_units_of_a_full_quantization_have_softmax_and_pooling():
     qparams, qapply = jaxquant.quant_post(
         params, apply_fn, [x], is_full_quantize=True, progress=False
     )
-    program = Program(trace(apply_fn, params, (x,)), qapply.plan, params)
+    program = Program(bind(trace_model(apply_fn, params, (x,)), qapply.plan), params)
     assert {unit.kind for unit in find_units(program)} >= {"mul", "softmax", "pool2d"}
     analysis = jaxquant.analyze(params, apply_fn, qparams, qapply, [x], progress=False)
     assert {row["kind"] for row in analysis.rows} == {"mul", "softmax", "pool2d"}
@@ -175,8 +176,8 @@ def test_biases_without_correction_are_those_of_no_recovery():
         )
         for recover in ((), ("bias_correction",))
     )
-    graph = trace(faults.apply_fn, fault.params, (fault.images,))
-    program = Program(graph, corrected[1].plan, fault.params)
+    model = trace_model(faults.apply_fn, fault.params, (fault.images,))
+    program = Program(bind(model, corrected[1].plan), fault.params)
     found = without_correction(program, fault.params, corrected[0])["sites"]
     for name, arrays in plain[0]["sites"].items():
         for key, array in arrays.items():

@@ -12,7 +12,7 @@ from jax import lax
 
 import jaxquant
 from jaxquant.calibration.dependence import check_independence
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import FloatModel
 from tests import networks
 
 KEY = jax.random.key(0)
@@ -23,7 +23,7 @@ KERNEL = {"k": jax.random.normal(KEY, (3, 3, 3, 4))}
 
 
 def check(apply_fn, params, *inputs):
-    check_independence(trace(apply_fn, params, inputs), apply_fn, params, inputs)
+    check_independence(FloatModel(apply_fn, params), inputs)
 
 
 def normalised(x, axis):

@@ -9,6 +9,7 @@ import pytest
 import jaxquant
 from jaxquant.calibration import histogram
 from jaxquant.calibration.sweep import Sweep
+from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 
@@ -113,7 +114,7 @@ def test_one_trace_per_input_shape():
 
 
 def test_the_step_compiles_once_per_input_shape():
-    sweep = Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
+    sweep = Sweep(FloatModel(dot, W), functools.partial(observed_tensors, config=QuantConfig()))
     for batch in data(3, 2, 3, 2, 3):
         sweep.add((batch,))
     assert sweep._step._cache_size() == 2
@@ -121,7 +122,7 @@ def test_the_step_compiles_once_per_input_shape():
 
 def test_the_state_does_not_grow_with_the_number_of_samples():
     """What is kept between batches: the state, the flags of one batch, at most 64 samples."""
-    sweep = Sweep(W, dot, functools.partial(observed_tensors, config=QuantConfig()))
+    sweep = Sweep(FloatModel(dot, W), functools.partial(observed_tensors, config=QuantConfig()))
     held = []
     for batch in data(4, 4, 4, 4):
         sweep.add((batch,))

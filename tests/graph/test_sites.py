@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
 from tests import networks
@@ -288,8 +288,7 @@ def test_named_scopes_are_in_the_sites_scope():
 
 
 def tensors(apply_fn, params, *inputs):
-    graph = trace(apply_fn, params, inputs)
-    return observed_tensors(graph, QuantConfig())
+    return observed_tensors(trace_model(apply_fn, params, inputs), QuantConfig())
 
 
 def test_readers_of_one_tensor_share_its_name():

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.trace import trace
-from jaxquant.plan.bind import Binding, bind
+from jaxquant.graph.model import trace_model
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
@@ -25,20 +25,19 @@ from tests import networks
 
 def plan_of(apply_fn, params, *inputs, **config) -> Plan:
     """The plan of a function, with a threshold of 1 for every tensor; compiles nothing."""
-    graph = trace(apply_fn, params, inputs)
-    return make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
+    model = trace_model(apply_fn, params, inputs)
+    return make_plan(model, *_observed(model, inputs, lambda name: 1.0, config)).plan
 
 
 def binding_of(apply_fn, params, *inputs, **config) -> Binding:
     """The plan of a function bound to its graph; compiles nothing."""
-    graph = trace(apply_fn, params, inputs)
-    plan = make_plan(graph, *_observed(graph, inputs, lambda name: 1.0, config))
-    return bind(graph, plan)
+    model = trace_model(apply_fn, params, inputs)
+    return make_plan(model, *_observed(model, inputs, lambda name: 1.0, config))
 
 
-def _observed(graph, inputs, abs_max: Callable[[str], float], config):
+def _observed(model, inputs, abs_max: Callable[[str], float], config):
     options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
-    stats = {name: _stats(abs_max(name)) for name in observed_tensors(graph, options)}
+    stats = {name: _stats(abs_max(name)) for name in observed_tensors(model, options)}
     return Observations(stats, 1, 1, (inputs,)), options
 
 
@@ -71,11 +70,12 @@ class Int8Model:
 
 def quantize(apply_fn, params, *inputs, **config) -> Int8Model:
     """Full quantization unless `config` says else; thresholds are 127 times a power of two."""
-    graph = trace(apply_fn, params, inputs)
+    model = trace_model(apply_fn, params, inputs)
     options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
-    bounds = _bounds(graph, observed_tensors(graph, options), params, inputs)
-    plan = make_plan(graph, *_observed(graph, inputs, bounds.__getitem__, config))
-    qparams = quantize_params(graph, plan, params)
+    bounds = _bounds(model.graph, observed_tensors(model, options), params, inputs)
+    binding = make_plan(model, *_observed(model, inputs, bounds.__getitem__, config))
+    qparams = quantize_params(binding, params)
+    plan = binding.plan
     return Int8Model(plan, qparams, QuantizedApply(Code(apply_fn, params), plan, None))
 
 

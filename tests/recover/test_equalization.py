@@ -12,6 +12,7 @@ from jax import lax
 
 import jaxquant
 from jaxquant import native
+from jaxquant.graph.model import trace_model
 from jaxquant.graph.trace import trace
 from jaxquant.plan.grid import Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
@@ -409,10 +410,8 @@ def test_one_value_per_input_channel_is_laid_along_a_grouped_weight():
     def apply_fn(p: Any, x: Any) -> Any:
         return conv(x, p["w"], feature_group_count=2)
 
-    graph = trace(apply_fn, params, (np.ones((1, 5, 5, 8), np.float32),))
-    from jaxquant.graph.sites import find_sites
-
-    (site,) = find_sites(graph)
+    model = trace_model(apply_fn, params, (np.ones((1, 5, 5, 8), np.float32),))
+    (site,) = model.sites
     assert input_axes(site) == (3,)
     laid = along_weight(site, (3, 3, 4, 6), np.arange(8.0).reshape(1, 1, 1, 8))
     assert laid.shape == (1, 1, 4, 6)

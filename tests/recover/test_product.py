@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
 from jaxquant.recover.product import Product
 
 CONVS = {
@@ -41,9 +40,9 @@ DOTS = {
 
 def check(apply_fn, x: np.ndarray, w: np.ndarray, zero: int) -> None:
     """The rows of the inputs times the matrix are the rows of the output; the weight comes back."""
-    graph = trace(apply_fn, {"w": w}, (x,))
-    (site,) = find_sites(graph)
-    product = Product(graph, site)
+    model = trace_model(apply_fn, {"w": w}, (x,))
+    (site,) = model.sites
+    graph, product = model.graph, Product(model.graph, site)
     assert product.reason == ""
     index = np.sort(np.random.default_rng(0).permutation(product.positions)[:20])
     inner = np.asarray(jax.tree.leaves(apply_fn({"w": jnp.asarray(w)}, jnp.asarray(x)))[0])
@@ -97,10 +96,10 @@ def test_dot(name):
 
 
 def test_a_weight_with_batch_axes_has_no_such_form():
-    graph = trace(
+    model = trace_model(
         lambda p, x: jnp.einsum("bnk,bko->bno", x, p["w"]),
         {"w": np.ones((2, 4, 3), np.float32)},
         (np.ones((2, 5, 4), np.float32),),
     )
-    (site,) = find_sites(graph)
-    assert Product(graph, site).reason == "its weight has batch axes"
+    (site,) = model.sites
+    assert Product(model.graph, site).reason == "its weight has batch axes"

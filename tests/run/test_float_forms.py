@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.graph import evaluate
+from jaxquant.graph.model import FloatModel
 from jaxquant.graph.trace import trace
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
@@ -90,7 +91,7 @@ def test_the_sweep_observes_the_same():
     x = rng.normal(size=(4, 8, 8, 8)).astype(np.float32)
     tensors_of = functools.partial(observed_tensors, config=QuantConfig())
     fast, plain = (
-        run_sweep(Sweep(params, net, tensors_of, forms=forms), [(x,)])
+        run_sweep(Sweep(FloatModel(net, params), tensors_of, forms=forms), [(x,)])
         for forms in (fast_convolutions, evaluate.no_forms)
     )
     assert fast.tensors.keys() == plain.tensors.keys()

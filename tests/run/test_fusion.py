@@ -13,7 +13,9 @@ from jax import lax
 import jaxquant
 from jaxquant import native
 from jaxquant.graph import evaluate
+from jaxquant.graph.model import trace_model
 from jaxquant.graph.trace import trace
+from jaxquant.plan.bind import bind
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
@@ -102,10 +104,10 @@ def test_int8_residual_in_full_quantization():
 @pytest.mark.parametrize("is_full_quantize", [False, True])
 def test_one_call_a_site_shows_the_results_of_the_xla_lowering(is_full_quantize: bool):
     qparams, qapply = quantized(is_full_quantize)
-    graph = trace(residual_net, make_params(), (X,))
+    binding = bind(trace_model(residual_net, make_params(), (X,)), qapply.plan)
 
     def run(fuse: Fuse) -> tuple[jax.Array, dict[str, jax.Array]]:
-        program, seen = Program(graph, qapply.plan, make_params(), fuse), {}
+        program, seen = Program(binding, make_params(), fuse), {}
 
         def corrected(site, lowering):
             def correcting(state):

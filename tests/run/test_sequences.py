@@ -13,7 +13,8 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
+from jaxquant.plan.bind import bind
 from jaxquant.run.fusion import Fuse
 from jaxquant.run.program import Program
 from tests.native.cases import needs_kernels
@@ -184,9 +185,9 @@ def test_one_call_with_prepared_weights():
 def test_only_where_whole_chains_run():
     """A comparison of models looks at every site, so that nothing may stay inside of a call."""
     _, qapply = quantized(residual)
-    graph = trace(residual, jax.tree.map(jnp.asarray, PARAMS), (X,))
+    binding = bind(trace_model(residual, jax.tree.map(jnp.asarray, PARAMS), (X,)), qapply.plan)
     for fuse in (Fuse.NOTHING, Fuse.SITES):
-        assert not Program(graph, qapply.plan, PARAMS, fuse).sequences
+        assert not Program(binding, PARAMS, fuse).sequences
 
 
 def test_bfloat16():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.graph.sites import find_sites
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.tune.one_site import (
     Surroundings,
@@ -54,8 +53,9 @@ FORMS = {
 
 
 def dot_of(apply_fn, params, x):
-    graph = trace(apply_fn, params, (x,))
-    sites = (s for s in find_sites(graph) if s.contraction is not None)
+    model = trace_model(apply_fn, params, (x,))
+    graph = model.graph
+    sites = (s for s in model.sites if s.contraction is not None)
     return graph, next(sites)
 
 
@@ -114,8 +114,9 @@ def test_equal_sites_have_equal_keys():
 
     params = {name: jnp.ones((6, 6)) for name in "abc"}
     params |= {"d": jnp.ones((6, 5)), "e": jnp.ones((5, 6), jnp.bfloat16)}
-    graph = trace(model, params, (X,))
-    sites = {site.name: site for site in find_sites(graph) if site.weight_path}
+    traced = trace_model(model, params, (X,))
+    graph = traced.graph
+    sites = {site.name: site for site in traced.sites if site.weight_path}
     keys = {name: key(graph, site, ALONE) for name, site in sites.items()}
     assert keys["a"] == keys["b"]
     assert len(set(keys.values())) == 4
@@ -136,8 +137,8 @@ def test_surroundings_tell_what_is_computed_before_and_quantized_behind():
     x = networks.images(0, X.shape)
     x = jnp.concatenate([x, -x])  # a range that is the same on both sides
     _, qapply = networks.quantize(params, model, x, activation_quantize_type="asymmetric")
-    graph = trace(model, params, (x,))
-    binding = bind(graph, qapply.plan)
+    binding = bind(trace_model(model, params, (x,)), qapply.plan)
+    graph = binding.graph
     assert {s.site.name: surroundings(graph, binding, s) for s in binding.sites} == {
         "first": Surroundings((False,), (False,), True),
         "second": Surroundings((True,), (True,), True),
@@ -152,8 +153,8 @@ def test_what_the_native_kernels_lack_for_its_surroundings_is_timed_by_xla():
     params = {"w": networks.images(1, (6, 16)), "b": networks.images(2, (4, 4))}
     x = networks.images(0, (5, 6))
     _, qapply = networks.quantize(params, model, x)
-    graph = trace(model, params, (x,))
-    (int8_site,) = (binding := bind(graph, qapply.plan)).sites
+    binding = bind(trace_model(model, params, (x,)), qapply.plan)
+    graph, (int8_site,) = binding.graph, binding.sites
     around = surroundings(graph, binding, int8_site)
     assert not around.is_native
     _, alone = quantized(one_site(graph, int8_site.site, around, "channel_wise_abs_max"))

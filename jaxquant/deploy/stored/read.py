@@ -15,6 +15,7 @@ from jaxquant.deploy.stored import replay, sizes, values
 from jaxquant.deploy.stored.form import Constant, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import decode_tree
 from jaxquant.graph import ir
+from jaxquant.graph.model import Model
 from jaxquant.jax_shim import prng
 
 _CONSTRAINT = re.compile(r"(.+?)(==|<=|>=)(.+)")
@@ -63,8 +64,8 @@ class StoredGraph:
         constraints = self.form.constraints
         return tuple(export.symbolic_args_specs(self.example, shapes, constraints=constraints))
 
-    def __call__(self, inputs: Sequence[Any]) -> ir.Graph:
-        """The graph for inputs of these shapes, which may have symbolic sizes.
+    def __call__(self, inputs: Sequence[Any]) -> Model:
+        """The model for inputs of these shapes, which may have symbolic sizes.
 
         Raises:
           ValueError: the inputs are not of the structure, the dtypes or the shapes that the model
@@ -82,7 +83,7 @@ class StoredGraph:
         paths += [constant.path for constant in self.form.constants]
         if len(builder.outputs) != self._output_tree.num_leaves:
             raise ValueError("its outputs are not of their structure")
-        return ir.Graph(
+        graph = ir.Graph(
             avals=tuple(builder.avals),
             equations=tuple(builder.equations),
             leaves=self._order,
@@ -93,6 +94,7 @@ class StoredGraph:
             static=tuple(builder.static),
             out_tree=self._output_tree,
         )
+        return Model(graph)
 
     def _sizes(self, structs: Any) -> dict[str, Any]:
         if jax.tree.structure(structs) != self._input_tree:

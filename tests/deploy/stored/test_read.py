@@ -123,7 +123,7 @@ def changed(**fields):
     form = dataclasses.replace(stored().form, **fields)
     data = json.loads(json.dumps(dataclasses.asdict(form)))
     graph = StoredGraph(decode(StoredForm, data, "graph"), stored().arrays)
-    return graph(graph.example)
+    return graph(graph.example).graph
 
 
 def with_equation(op, inputs, outputs=1, **params):

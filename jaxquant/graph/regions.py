@@ -1,0 +1,127 @@
+"""Regions: a model's graph, and the bodies of its loops and branches as graphs of their own.
+
+A body's inputs and outputs are bound to the equation that holds it, so that whoever walks the model
+goes from a tensor inside to the one outside that it comes from, and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxquant.graph import ir
+from jaxquant.graph.composites import Composites
+from jaxquant.graph.trace import trace_body
+from jaxquant.jax_shim import jaxprs
+
+CONTROL_FLOW = frozenset({"scan", "while", "cond"})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """A graph that runs as a whole: the model's own, or a body that an equation holds.
+
+    Attributes:
+      graph: what it computes.
+      holder: the region that the equation is in; None for the model's own.
+      equation: the one that holds the body; None for the model's own.
+      number: which of the equation's bodies it is.
+      key: the equation's parameter that holds the body: "jaxpr" of a scan, "cond_jaxpr" and
+        "body_jaxpr" of a while loop, "branches" of a choice.
+      operands: for each input of the graph the atom of the holder's graph that it reads, by a loop
+        in the first step; None where that is not known.
+      scanned: the positions of the inputs that read one slice of their operand each step.
+      carries: position of an input -> position of the output that it reads in the next step.
+      results: for each output of the graph the position of the equation's result that it ends in,
+        the last step's or all of them stacked; None where it ends in none.
+    """
+
+    graph: ir.Graph
+    holder: Region | None = None
+    equation: ir.Equation | None = None
+    number: int = 0
+    key: str = ""
+    operands: tuple[ir.Atom | None, ...] = ()
+    scanned: frozenset[int] = frozenset()
+    carries: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    results: tuple[int | None, ...] = ()
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """The primitives that hold the region, outermost first; () for the model's own."""
+        if self.holder is None or self.equation is None:
+            return ()
+        return (*self.holder.inside, self.equation.name)
+
+    @property
+    def location(self) -> tuple[int, ...]:
+        """The index of the equation that holds it and its number there, outermost first."""
+        if self.holder is None or self.equation is None:
+            return ()
+        return (*self.holder.location, self.equation.index, self.number)
+
+    @functools.cached_property
+    def composites(self) -> Composites:
+        """What JAX writes as several equations."""
+        return Composites(self.graph)
+
+    @functools.cached_property
+    def _bodies(self) -> dict[int, tuple[Region, ...]]:
+        return {}
+
+    def bodies(self, eqn: ir.Equation) -> tuple[Region, ...]:
+        """The bodies that an equation of this region holds; () where it holds none."""
+        if eqn.index not in self._bodies:
+            found = enumerate(jaxprs.sub_bodies(dict(eqn.params)))
+            self._bodies[eqn.index] = tuple(
+                _bound(self, eqn, number, key, jaxpr, consts)
+                for number, (key, jaxpr, consts) in found
+            )
+        return self._bodies[eqn.index]
+
+    def walk(self) -> Iterator[Region]:
+        """The region, and the bodies of the loops and choices in it that depend on the inputs."""
+        yield self
+        for eqn in self.graph.equations:
+            is_static = bool(eqn.outputs) and self.graph.static[eqn.outputs[0]]
+            if eqn.name in CONTROL_FLOW and not is_static:
+                for body in self.bodies(eqn):
+                    yield from body.walk()
+
+
+def _bound(
+    holder: Region, eqn: ir.Equation, number: int, key: str, jaxpr: Any, consts: Any
+) -> Region:
+    """A body, its inputs and outputs bound by what its equation means."""
+    size, results = len(jaxpr.invars), len(jaxpr.outvars)
+    operands: tuple[ir.Atom | None, ...] = (None,) * size
+    scanned: frozenset[int] = frozenset()
+    carries: dict[int, int] = {}
+    ends: tuple[int | None, ...] = tuple(range(results))
+    if eqn.name == "scan":
+        first, carry = jaxprs.scan_counts(eqn.params)
+        operands = eqn.inputs
+        scanned = frozenset(range(first + carry, size))
+        carries = {first + k: k for k in range(carry)}
+    elif eqn.name == "while":
+        of_test, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        start = eqn.inputs[of_test + of_body :]
+        if key == "cond_jaxpr":
+            operands, ends = (*eqn.inputs[:of_test], *start), (None,) * results
+        else:
+            operands = (*eqn.inputs[of_test : of_test + of_body], *start)
+            carries = {of_body + k: k for k in range(results)}
+    elif eqn.name == "cond":
+        operands = eqn.inputs[1:]
+    elif len(eqn.inputs) == size:
+        operands = eqn.inputs
+    if len(ends) != len(eqn.outputs) and key != "cond_jaxpr":
+        ends = (None,) * results  # an equation of which is not known what its body gives
+    constant = [  # what every step reads alike
+        None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
+        for k, atom in enumerate(operands)
+    ]
+    graph = trace_body(holder.graph, eqn, jaxpr, consts, constant)
+    return Region(graph, holder, eqn, number, key, operands, scanned, carries, ends)
