@@ -16,10 +16,10 @@ from jaxquant.graph.model import FloatModel
 from tests import networks
 
 KEY = jax.random.key(0)
-W = {"w": jax.random.normal(KEY, (6, 6)), "v": jax.random.normal(jax.random.key(1), (6, 6))}
-X = jax.random.normal(jax.random.key(2), (8, 6))
-IMAGE = jax.random.normal(jax.random.key(3), (4, 8, 8, 3))
-KERNEL = {"k": jax.random.normal(KEY, (3, 3, 3, 4))}
+W = {"w": networks.images(0, (6, 6)), "v": networks.images(1, (6, 6))}
+X = networks.images(2, (8, 6))
+IMAGE = networks.images(3, (4, 8, 8, 3))
+KERNEL = {"k": networks.images(4, (3, 3, 3, 4))}
 
 
 def check(apply_fn, params, *inputs):

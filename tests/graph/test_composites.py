@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 import jaxquant
+from tests import networks
 
-PARAMS = {
-    name: jax.random.normal(jax.random.key(seed), shape)
-    for seed, (name, shape) in enumerate({"a": (8, 16), "b": (16, 4)}.items())
-}
-X = jax.random.normal(jax.random.key(2), (4, 6, 8)) / 2
-CAUSAL = jnp.tril(jnp.ones((6, 6), bool))
+PARAMS = {"a": networks.images(0, (8, 16)), "b": networks.images(1, (16, 4))}
+X = networks.images(2, (4, 6, 8)) / 2
+CAUSAL = np.tri(6, dtype=bool)
 LEAST = float(jnp.finfo(jnp.float32).min)
 
 MASKS = {

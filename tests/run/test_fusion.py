@@ -19,6 +19,7 @@ from jaxquant.plan.bind import bind
 from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
+from tests import networks
 from tests.native.cases import needs_kernels
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -58,7 +59,7 @@ def make_params():
     return params
 
 
-X = jax.random.normal(jax.random.key(0), (4, 14, 14, 3))
+X = networks.images(0, (4, 14, 14, 3))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 import jaxquant
 from tests import networks
 
-PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 3))}
+PARAMS = {"w": networks.images(0, (6, 3))}
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 6)).astype(np.uint8)
 FLOATS = PIXELS.astype(np.float32)
 

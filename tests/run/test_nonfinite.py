@@ -11,13 +11,12 @@ from jaxquant.run.nonfinite import mark
 from tests import networks
 from tests.plan.full import quantize as quantize_full
 
-KEYS = jax.random.split(jax.random.key(0), 4)
 PARAMS = {
-    "k": jax.random.normal(KEYS[0], (3, 3, 3, 4)),
-    "w": jax.random.normal(KEYS[1], (4, 4)),
-    "v": jax.random.normal(KEYS[2], (4, 2)),
+    "k": networks.images(0, (3, 3, 3, 4)),
+    "w": networks.images(1, (4, 4)),
+    "v": networks.images(2, (4, 2)),
 }
-IMAGES = jax.random.normal(KEYS[3], (3, 8, 8, 3))
+IMAGES = networks.images(3, (3, 8, 8, 3))
 ROWS = IMAGES[:, 0, :4, 0]
 
 
