@@ -5,6 +5,7 @@ by a cache that is made for the run and removed behind it; and XLA compiles in t
 it has, but for the tests marked 'optimized': those that compare bits, as users get them.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -17,6 +18,8 @@ import jax
 import numpy as np
 import pytest
 from jax._src import compiler
+
+from jaxquant.jax_shim import compilation
 
 # What takes long is compiling, and how long depends on what else the machine does.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -35,6 +38,12 @@ _QUICK = {
 
 _get_compile_options = compiler.get_compile_options
 
+
+@functools.cache
+def _quick() -> dict[str, Any]:
+    return {name: value for name, value in _QUICK.items() if compilation.has_option(name, value)}
+
+
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
@@ -49,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _quick()  # it compiles, so before what follows
     compiler.get_compile_options = _compile_options
     _compile_as_users_do(False)  # what modules compute as they are imported
 
@@ -97,7 +107,7 @@ def _compile_options(
     *args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any
 ) -> Any:
     """JAX's, and the quick ones: JAX has no setting for the options of every program."""
-    quick = _QUICK if jax.config.values["jax_disable_most_optimizations"] else {}
+    quick = _quick() if jax.config.values["jax_disable_most_optimizations"] else {}
     options = {**(env_options_overrides or {}), **quick}
     return _get_compile_options(*args, env_options_overrides=options, **kwargs)
 

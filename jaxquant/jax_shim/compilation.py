@@ -35,10 +35,11 @@ def quick_compilation() -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-    return {name: value for name, value in options.items() if _has_option(name, value)}
+    return {name: value for name, value in options.items() if has_option(name, value)}
 
 
-def _has_option(name: str, value: Any) -> bool:
+def has_option(name: str, value: Any) -> bool:
+    """Whether this XLA has a compiler option; they come and go."""
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except (RuntimeError, ValueError):
