@@ -5,21 +5,13 @@ minute on two CPU cores):
 
   python experiments/quant_post.py --config=configs/efficientnet_lite0.py
 
-  top-1 90 -> 90 %, agreement 100 %, SQNR 18.5 dB
-
 With 100 of 500 ImageNet images to calibrate on and 650 validation images to evaluate on, each a
 folder with labels.csv (about 4 minutes on two CPU cores, most of it the float32 network):
 
   python experiments/quant_post.py --config=configs/efficientnet_lite0.py \
     --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
 
-  top-1 82.62 -> 82.77 %, top-5 96.77 -> 96.77 %, agreement 97.38 %,
-  SQNR 19.3 dB, 3.85 times fewer bytes, 50 sites in int8, 0 in float
-
-With --config.algo=direct as well:
-
-  top-1 82.62 -> 82.62 %, top-5 96.77 -> 96.62 %, agreement 97.54 %,
-  SQNR 19.2 dB, 3.85 times fewer bytes, 50 sites in int8, 0 in float
+docs/results.md has the figures.
 """
 
 from ml_collections import ConfigDict

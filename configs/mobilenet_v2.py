@@ -8,8 +8,7 @@ folder with labels.csv (about 3 minutes on two CPU cores, most of it the float32
   python experiments/quant_post.py --config=configs/mobilenet_v2.py --config.weights=FILE.npz \
     --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
 
-  top-1 79.69 -> 79.38 %, top-5 95.38 -> 95.38 %, agreement 93.69 %,
-  SQNR 13.4 dB, 3.84 times fewer bytes, 53 sites in int8, 0 in float
+docs/results.md has the figures.
 """
 
 from ml_collections import ConfigDict

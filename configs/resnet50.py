@@ -8,8 +8,7 @@ folder with labels.csv (about 3 minutes on two CPU cores, most of it the float32
   python experiments/quant_post.py --config=configs/resnet50.py \
     --config.data_dir=IMAGES --config.calib_dir=OTHER_IMAGES
 
-  top-1 81.54 -> 81.54 %, top-5 96.92 -> 96.92 %, agreement 98.46 %,
-  SQNR 23.4 dB, 3.97 times fewer bytes, 54 sites in int8, 0 in float
+docs/results.md has the figures.
 """
 
 from ml_collections import ConfigDict
