@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.benchmarks.interleave import print_table, time_in_turn
 from jaxquant.backends.conv import conv as int8_conv
+from jaxquant.graph.contraction import build
 
 # batch, height and width, input channels, window, output channels, stride, groups
 CASES = {
@@ -52,8 +53,9 @@ def main(rounds: int) -> None:
         kernel = jnp.asarray(rng.integers(-127, 128, kernel_shape), jnp.int8)
         xla = functools.partial(convolution, stride=stride, groups=groups, accumulator=jnp.int32)
         f32 = functools.partial(xla, accumulator=jnp.float32)
-        params = jax.make_jaxpr(xla)(x, kernel).eqns[0].params
-        chosen = functools.partial(int8_conv, params=params)
+        (eqn,) = jax.make_jaxpr(xla)(x, kernel).eqns
+        contraction = build(eqn.primitive.name, eqn.params, (x.ndim, kernel.ndim))
+        chosen = functools.partial(int8_conv, contraction=contraction)
         floats = x.astype(jnp.float32), kernel.astype(jnp.float32)
         programs = {
             "XLA float32": functools.partial(jax.jit(f32).lower(*floats).compile(), *floats),

@@ -25,14 +25,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.graph import symbolic
+from jaxquant.graph.contraction import Contraction, Window
 
 # XLA's int8 convolution of fewer input channels, or of this few to as few, is slow on CPU.
 _FEW_CHANNELS = 16
@@ -43,44 +43,35 @@ _MAX_TAPS = 64
 Pads = tuple[tuple[int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A convolution of x [N, *spatial, C] by a kernel [*window, C / groups, O], undilated input."""
-
-    strides: tuple[int, ...]
-    padding: Pads
-    dilation: tuple[int, ...]
-    groups: int
-
-    def without_first(self) -> Window:
-        """Of the spatial axes behind the first one."""
-        return Window(self.strides[1:], self.padding[1:], self.dilation[1:], self.groups)
-
-
 class ChannelsLast:
     """The arrays of a convolution with channels last and at least two spatial axes.
 
-    Args:
-      params: of the `conv_general_dilated` equation.
+    x is [N, *spatial, C], the kernel [*window, C / groups, O], the result [N, *spatial, O].
+
+    Attributes:
+      window: of these arrays.
     """
 
-    def __init__(self, params: Mapping[str, Any]):
-        spec = params["dimension_numbers"]
-        self._x = (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
-        self._kernel = (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
-        self._out = (spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    def __init__(self, contraction: Contraction):
+        x, kernel, result = contraction.axes
+        samples, channels = result.free
+        self._x = (*x.free, *x.window, *x.contracted)
+        self._kernel = (*kernel.window, *kernel.contracted, *kernel.free)
+        self._out = (*samples, *result.window, *channels)
         self._added = max(0, 4 - len(self._x))
         ones = (1,) * self._added
-        self.window = Window(
-            ones + tuple(params["window_strides"]),
-            ((0, 0),) * self._added + tuple(params["padding"]),
-            ones + tuple(params["rhs_dilation"]),
-            params["feature_group_count"],
+        given = window_of(contraction)
+        self.window = dataclasses.replace(
+            given,
+            strides=ones + given.strides,
+            padding=((0, 0),) * self._added + given.padding,
+            dilation=ones + given.dilation,
+            input_dilation=ones + given.input_dilation,
         )
 
     @property
     def is_plain(self) -> bool:
-        """True where the arrays of the equation are of this form already."""
+        """True where the arrays of the contraction are of this form already."""
         return not self._added and self._x == self._out == (0, 1, 2, 3)
 
     def x(self, x: jax.Array) -> jax.Array:
@@ -97,7 +88,7 @@ class ChannelsLast:
         return self._expand(_transposed(value, self._out), 1)
 
     def back(self, result: jax.Array) -> jax.Array:
-        """A result in the layout of the equation."""
+        """A result in the layout of the contraction."""
         result = _held(result, self._out)
         result = lax.squeeze(result, range(1, 1 + self._added))
         inverse = [0] * len(self._out)
@@ -120,45 +111,50 @@ def _transposed(value: jax.Array, order: tuple[int, ...]) -> jax.Array:
     return value if order == tuple(range(value.ndim)) else value.transpose(order)
 
 
+def window_of(contraction: Contraction) -> Window:
+    """The window of a contraction that is a convolution."""
+    assert contraction.window is not None, "a dot has no window"
+    return contraction.window
+
+
 def conv(
-    x: jax.Array, kernel: jax.Array, params: Mapping[str, Any], zero_point: int = 0
+    x: jax.Array, kernel: jax.Array, contraction: Contraction, zero_point: int = 0
 ) -> jax.Array:
-    """Convolution of int8 arrays to int32; `params` are those of the float equation.
+    """Convolution of int8 arrays to int32.
 
     What pads the input, and lies between its elements where it is dilated, is the zero point.
     """
-    x, params = undilated(x, params, zero_point)
-    layout = ChannelsLast(params)
+    x, contraction = undilated(x, contraction, zero_point)
+    layout = ChannelsLast(contraction)
     x, kernel = layout.x(x), layout.kernel(kernel)
     return layout.back(_conv(x, kernel, layout.window, zero_point))
 
 
 def undilated(
-    x: jax.Array, params: Mapping[str, Any], zero_point: int
-) -> tuple[jax.Array, Mapping[str, Any]]:
+    x: jax.Array, contraction: Contraction, zero_point: int
+) -> tuple[jax.Array, Contraction]:
     """The input dilated and padded beforehand where it is dilated or its padding negative."""
-    return (x, params) if is_undilated(params) else _fully_padded(x, params, zero_point)
-
-
-def is_undilated(params: Mapping[str, Any]) -> bool:
-    """True where nothing lies between the elements of the input, and no padding is negative."""
-    plain = all(d == 1 for d in params["lhs_dilation"])
-    return plain and all(pad >= 0 for pads in params["padding"] for pad in pads)
+    window = window_of(contraction)
+    if window.is_undilated:
+        return x, contraction
+    return _fully_padded(x, contraction, window, zero_point)
 
 
 def _fully_padded(
-    x: jax.Array, params: Mapping[str, Any], zero_point: int
-) -> tuple[jax.Array, Mapping[str, Any]]:
-    """The input padded and dilated with its zero point, and the parameters that are left."""
+    x: jax.Array, contraction: Contraction, window: Window, zero_point: int
+) -> tuple[jax.Array, Contraction]:
+    """The input padded and dilated with its zero point, and the convolution that is left."""
     config = [(0, 0, 0)] * x.ndim
-    spatial = params["dimension_numbers"].lhs_spec[2:]
+    spatial = contraction.operands[0].window
     for axis, (low, high), dilation in zip(
-        spatial, params["padding"], params["lhs_dilation"], strict=True
+        spatial, window.padding, window.input_dilation, strict=True
     ):
         config[axis] = (low, high, dilation - 1)
-    rest = {"padding": ((0, 0),) * len(spatial), "lhs_dilation": (1,) * len(spatial)}
     x = lax.optimization_barrier(lax.pad(x, jnp.int8(zero_point), config))
-    return x, {**params, **rest}
+    left = dataclasses.replace(
+        window, padding=((0, 0),) * len(spatial), input_dilation=(1,) * len(spatial)
+    )
+    return x, dataclasses.replace(contraction, window=left)
 
 
 def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:

@@ -6,9 +6,7 @@ less z.  Each operation is exact in integers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,8 @@ from jax import lax
 
 from jaxquant.backends.conv import conv
 from jaxquant.graph import ir
+from jaxquant.graph.contraction import Contraction
+from jaxquant.graph.contraction import dot as make_dot
 from jaxquant.jax_shim import jaxprs
 
 
@@ -34,7 +34,7 @@ def dequantize(x: jax.Array, scale: jax.Array, zero_point: int = 0) -> jax.Array
 
 
 def accumulate(
-    eqn: ir.Equation, operands: Sequence[jax.Array], zero_points: Sequence[int]
+    contraction: Contraction, operands: Sequence[jax.Array], zero_points: Sequence[int]
 ) -> jax.Array:
     """A convolution or dot of a tensor with a weight, to int32.
 
@@ -42,108 +42,100 @@ def accumulate(
     The sum keeps `zero_point * sum(weight)`, which the site's bias takes away; what pads the input
     adds to it too.
     """
-    if eqn.name == "conv_general_dilated":
-        return conv(operands[0], operands[1], eqn.params, zero_points[0])
-    return dot_with_shared((operands[0], operands[1]), eqn.params)
+    if contraction.window is not None:
+        return conv(operands[0], operands[1], contraction, zero_points[0])
+    return dot_with_shared((operands[0], operands[1]), contraction)
 
 
 def combine(
-    eqn: ir.Equation, operands: Sequence[jax.Array], zero_points: Sequence[int]
+    eqn: ir.Equation,
+    contraction: Contraction | None,
+    operands: Sequence[jax.Array],
+    zero_points: Sequence[int],
 ) -> jax.Array:
     """A dot of two tensors, or a sum over one, of the values less their zero points; to int32."""
-    if eqn.name == "dot_general":
-        return dot_of_tensors((operands[0], operands[1]), eqn.params, zero_points)
+    if contraction is not None:
+        return dot_of_tensors((operands[0], operands[1]), contraction, zero_points)
     values = [x.astype(jnp.int32) - z for x, z in zip(operands, zero_points, strict=True)]
     (total,) = jaxprs.bind(eqn.primitive, values, dict(eqn.params))
     return total
 
 
-def dot(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:
-    """`dot_general` of two int8 arrays to int32; `params` are those of the float equation.
+def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.Array:
+    """A dot of two int8 arrays to int32.
 
     A single row gets a second one of zeros: XLA's int8 product of a vector and a matrix is slower
     than its float32 one on CPU, that of two rows is not (`experiments/benchmarks/kinds.py`).
     """
     x, w = operands
-    numbers = params["dimension_numbers"]
-    (contract, _), (batch, _) = numbers
-    free = [a for a in range(x.ndim) if a not in (*contract, *batch)]
-    if batch or not free or any(x.shape[a] != 1 for a in free) or w.ndim == len(contract):
+    numbers, (own, other) = contraction.dot_numbers, contraction.operands
+    is_vector = bool(own.free) and all(x.shape[a] == 1 for a in own.free)
+    if contraction.has_batch or not is_vector or not other.free:
         return lax.dot_general(x, w, numbers, preferred_element_type=jnp.int32)
-    pads = [(0, int(a == free[0]), 0) for a in range(x.ndim)]
+    pads = [(0, int(a == own.free[0]), 0) for a in range(x.ndim)]
     result = lax.dot_general(
         lax.pad(x, jnp.int8(0), pads), w, numbers, preferred_element_type=jnp.int32
     )
     return lax.slice_in_dim(result, 0, 1, axis=0)
 
 
-def dot_with_shared(operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any]) -> jax.Array:
+def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.Array:
     """`dot`, where an operand may have size 1 along batch axes that the other has longer.
 
     It stands for copies.  Such an axis is one more free axis of the other operand, so that there
     are fewer and larger products, and no copies.
     """
-    (contract, batch) = params["dimension_numbers"]
-    shared = [
-        n
-        for n, (left, right) in enumerate(zip(*batch, strict=True))
-        if operands[0].shape[left] != operands[1].shape[right]
-    ]
+    contracted, batch = contraction.dot_numbers
+    pairs = list(zip(*batch, strict=True))
+    shapes = operands[0].shape, operands[1].shape
+    shared = [n for n, (left, right) in enumerate(pairs) if shapes[0][left] != shapes[1][right]]
     if not shared:
-        return dot(operands, params)
-    side = int(operands[1].shape[batch[1][shared[0]]] == 1)  # of the weight
-    gone = [batch[side][n] for n in shared]
-    weight = lax.squeeze(operands[side], gone)
+        return dot(operands, contraction)
+    side = int(shapes[1][pairs[shared[0]][1]] == 1)  # of the operand that stands for copies
+    gone = [pairs[n][side] for n in shared]
 
-    def moved(axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(a - sum(g < a for g in gone) for a in axes)
+    def left_of(k: int, axes: Sequence[int]) -> tuple[int, ...]:
+        """Where axes of an operand are once those that are shared are out of it."""
+        return tuple(a - sum(g < a for g in gone) for a in axes) if k == side else tuple(axes)
 
-    kept = [[axes[n] for n in range(len(axes)) if n not in shared] for axes in batch]
-    pairs = [(tuple(contract[k]), tuple(kept[k])) for k in (0, 1)]
-    pairs[side] = (moved(contract[side]), moved(kept[side]))
-    x = operands[1 - side]
-    both = (x, weight) if side else (weight, x)
-    numbers = ((pairs[0][0], pairs[1][0]), (pairs[0][1], pairs[1][1]))
-    result = dot(both, {**params, "dimension_numbers": numbers})
-    # The result's axes, by what they were: the batch axes left, those of each operand.
-    free = [a for a in range(x.ndim) if a not in (*contract[1 - side], *kept[1 - side])]
-    own = [("free", a) for a in range(operands[side].ndim)
-           if a not in (*contract[side], *batch[side])]  # fmt: skip
-    theirs = [("batch", batch[1 - side].index(a)) if a in batch[1 - side] else ("other", a)
-              for a in free]  # fmt: skip
-    axes = [("batch", n) for n in range(len(batch[0])) if n not in shared]
-    axes += [*theirs, *own] if side else [*own, *theirs]
-    wanted = [("batch", n) for n in range(len(batch[0]))]
-    rest = [axis for axis in axes if axis[0] != "batch"]
-    return result.transpose([axes.index(axis) for axis in (*wanted, *rest)])
+    apart = [[pair[k] for n, pair in enumerate(pairs) if n not in shared] for k in (0, 1)]
+    once = lax.squeeze(operands[side], gone)
+    both = (operands[0], once) if side else (once, operands[1])
+    smaller = make_dot(
+        (
+            (left_of(0, contracted[0]), left_of(1, contracted[1])),
+            (left_of(0, apart[0]), left_of(1, apart[1])),
+        ),
+        (both[0].ndim, both[1].ndim),
+    )
+    # The other operand has every batch axis still, the shared ones among its free axes.
+    kept = [(1 - side, axis) for axis in batch[1 - side]]
+    kept += [(k, axis) for k in (0, 1) for axis in left_of(k, contraction.operands[k].free)]
+    return dot(both, smaller).transpose([smaller.place(k, axis) for k, axis in kept])
 
 
 def dot_of_tensors(
-    operands: tuple[jax.Array, jax.Array], params: Mapping[str, Any], zero_points: Sequence[int]
+    operands: tuple[jax.Array, jax.Array], contraction: Contraction, zero_points: Sequence[int]
 ) -> jax.Array:
     """`dot` of two tensors less their zero points, by the sums along the contracted axes.
 
     sum (a - z)(b - w) = sum a b - w sum a - z sum b + z w K
     """
-    total = dot(operands, params)
-    contract, batch = params["dimension_numbers"]
-    free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contract, batch, strict=True)]
+    total = dot(operands, contraction)
     z, w = zero_points
     if w:
-        total = total - w * _sums(operands[0], contract[0], batch[0], 0, free[1])
+        total = total - w * _sums(operands[0], contraction, 0)
     if z:
-        total = total - z * _sums(operands[1], contract[1], batch[1], free[0], 0)
+        total = total - z * _sums(operands[1], contraction, 1)
     if z and w:
-        total = total + z * w * math.prod(operands[0].shape[a] for a in contract[0])
+        total = total + z * w * contraction.terms(operands[1].shape)
     return total
 
 
-def _sums(
-    x: jax.Array, contract: Sequence[int], batch: Sequence[int], before: int, after: int
-) -> jax.Array:
-    """int32 sums over the contracted axes, placed as in the dot: batch, `before`, free, `after`."""
-    rest = [a for a in range(x.ndim) if a not in (*contract, *batch)]
-    ordered = x.astype(jnp.int32).transpose([*batch, *rest, *contract])
-    sums = jnp.sum(ordered, axis=tuple(range(len(batch) + len(rest), x.ndim)), dtype=jnp.int32)
-    shape = sums.shape
-    return sums.reshape(*shape[: len(batch)], *[1] * before, *shape[len(batch) :], *[1] * after)
+def _sums(x: jax.Array, contraction: Contraction, side: int) -> jax.Array:
+    """int32 sums of an operand over its contracted axes, which broadcast to the dot."""
+    own = contraction.operands[side]
+    ordered = x.astype(jnp.int32).transpose([*own.batch, *own.free, *own.contracted])
+    summed = tuple(range(len(own.batch) + len(own.free), x.ndim))
+    sums = jnp.sum(ordered, axis=summed, dtype=jnp.int32)
+    return sums.reshape(contraction.spread_shape(side, sums.shape))

@@ -108,6 +108,7 @@ class _Describer:
             reads_int8=reads_int8,
             selects=selects,
             bodies=self._bodies(eqn),
+            contraction=self._graph.contractions.get(eqn.index),
             source=jaxprs.line_of(eqn.source_info),
         )
 
@@ -220,6 +221,7 @@ class _Describer:
                     outputs=tuple(numbers[x] for x in eqn.outputs),
                     params={key: _plain(value) for key, value in eqn.params.items()},
                     scope="",
+                    contraction=steps.contractions.get(eqn.index),
                 )
             )
 

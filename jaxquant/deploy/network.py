@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.graph.contraction import Contraction
+
 Var = int  # a tensor: an index into Network.tensors
 
 
@@ -42,6 +44,7 @@ class Node:
 
     `reads_int8` tells that operands with an int8 form are read dequantized; `selects` that the
     result is int8 and this is its dequantized value.  `bodies` are those of a loop or a choice.
+    `contraction` says what a convolution or dot does with the axes of its operands; None of others.
     `source` is where the model says so, as "file.py:12"; "" where that is not known.
     """
 
@@ -53,6 +56,7 @@ class Node:
     reads_int8: bool = False
     selects: bool = False
     bodies: tuple[Body, ...] = ()
+    contraction: Contraction | None = None
     source: str = ""
 
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 DotNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
@@ -78,6 +79,13 @@ class Window:
     input_dilation: tuple[int, ...]
     groups: int = 1
     batch_groups: int = 1
+
+    @property
+    def is_undilated(self) -> bool:
+        """True where nothing lies between the elements of the input, and no padding is negative."""
+        return all(d == 1 for d in self.input_dilation) and all(
+            pad >= 0 for pads in self.padding for pad in pads
+        )
 
     def without_first(self) -> Window:
         """The window of the axes behind the first one."""
@@ -148,6 +156,20 @@ class Contraction:
             return self.result.free[side][own.free.index(axis)]
         return None
 
+    def spread_shape(self, side: int, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The shape in which an array [*batch, *free] of an operand of a dot meets the result.
+
+        Example:
+          >>> dot((((1,), (0,)), ((), ())), (2, 2)).spread_shape(1, (5,))
+          (1, 5)
+        """
+        assert self.window is None, "a convolution has its axes in any order"
+        shape = [1] * (len(self.result.batch) + sum(map(len, self.result.free)))
+        places = (*self.result.batch, *self.result.free[side])
+        for place, size in zip(places, sizes, strict=True):
+            shape[place] = size
+        return tuple(shape)
+
     def terms(self, second: Sequence[int]) -> int:
         """How many products each element of the result sums, given the second operand's shape."""
         own = self.operands[1]
@@ -179,9 +201,9 @@ def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
     contracted, batch = numbers
     first, second = (
         Axes(
-            batch=tuple(batch[side]),
+            batch=_whole(batch[side]),
             free=tuple(a for a in range(rank) if a not in (*contracted[side], *batch[side])),
-            contracted=tuple(contracted[side]),
+            contracted=_whole(contracted[side]),
         )
         for side, rank in enumerate(ranks[:2])
     )
@@ -201,21 +223,27 @@ def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
     samples, channels, *positions = spec.lhs_spec
     outputs, inputs, *taps = spec.rhs_spec
     out_samples, out_channels, *out_positions = spec.out_spec
+    groups, batch_groups = _whole([params["feature_group_count"], params["batch_group_count"]])
     return Contraction(
         operands=(
-            Axes(free=(samples,), contracted=(channels,), window=tuple(positions)),
-            Axes(free=(outputs,), contracted=(inputs,), window=tuple(taps)),
+            Axes((), _whole([samples]), _whole([channels]), _whole(positions)),
+            Axes((), _whole([outputs]), _whole([inputs]), _whole(taps)),
         ),
-        result=Result((), ((out_samples,), (out_channels,)), tuple(out_positions)),
+        result=Result((), (_whole([out_samples]), _whole([out_channels])), _whole(out_positions)),
         window=Window(
-            strides=tuple(params["window_strides"]),
-            padding=tuple((low, high) for low, high in params["padding"]),
-            dilation=tuple(params["rhs_dilation"]),
-            input_dilation=tuple(params["lhs_dilation"]),
-            groups=params["feature_group_count"],
-            batch_groups=params["batch_group_count"],
+            strides=_whole(params["window_strides"]),
+            padding=tuple((low, high) for low, high in map(_whole, params["padding"])),
+            dilation=_whole(params["rhs_dilation"]),
+            input_dilation=_whole(params["lhs_dilation"]),
+            groups=groups,
+            batch_groups=batch_groups,
         ),
     )
+
+
+def _whole(numbers: Iterable[Any]) -> tuple[Any, ...]:
+    """Python's integers, whatever integers a model was written with; sizes with names stay."""
+    return tuple(int(n) if isinstance(n, Integral) else n for n in numbers)
 
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction]] = {

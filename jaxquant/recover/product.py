@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.contraction import Window
 from jaxquant.graph.sites import Site
 from jaxquant.plan.epilogue import output_channels
 
@@ -27,23 +28,19 @@ class Product:
     site: Site
 
     @property
-    def equation(self) -> ir.Equation:
-        return self.graph.equations[self.site.equation]
-
-    @property
-    def _is_conv(self) -> bool:
-        return self.equation.name == "conv_general_dilated"
-
-    @property
     def reason(self) -> str:
         """Why the site has no such form; "" where it has one."""
-        if not self._is_conv and any(self.equation.params["dimension_numbers"][1]):
-            return "its weight has batch axes"
-        return ""
+        return "its weight has batch axes" if self.site.product.has_batch else ""
+
+    @property
+    def output(self) -> ir.Var:
+        """The tensor that the convolution or dot itself gives."""
+        assert self.site.output is not None, "a site inside control flow has no such form"
+        return self.site.output
 
     @property
     def _output(self) -> tuple[int, ...]:
-        return self.graph.shape(self.equation.outputs[0])
+        return self.graph.shape(self.output)
 
     @property
     def _channel_axes(self) -> tuple[int, ...]:
@@ -58,10 +55,6 @@ class Product:
         """How many output positions there are; the samples of the batch run slowest."""
         return math.prod(self._output[a] for a in self._position_axes)
 
-    @property
-    def _groups(self) -> int:
-        return int(self.equation.params["feature_group_count"]) if self._is_conv else 1
-
     def outputs(self, y: jax.Array, index: np.ndarray) -> jax.Array:
         """[R, C] of the site's output, behind the equation itself."""
         rows = y.transpose((*self._position_axes, *self._channel_axes))
@@ -69,60 +62,58 @@ class Product:
 
     def inputs(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
         """float32 [R, G, K]: the values that enter each sum, less the zero point."""
-        if self._is_conv:
-            return self._patches(x, zero, index)
-        contract = self.equation.params["dimension_numbers"][0][1 - self.site.weight_position]
-        rest = [a for a in range(x.ndim) if a not in contract]
-        rows = x.transpose((*rest, *contract)).reshape(self.positions, -1)[index]
+        if (window := self.site.product.window) is not None:
+            return self._patches(window, x, zero, index)
+        own = self.site.input_axes
+        rows = x.transpose((*own.free, *own.contracted)).reshape(self.positions, -1)[index]
         return (rows.astype(jnp.float32) - jnp.float32(zero))[:, None, :]
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """[G, K, C/G] from a weight."""
-        ordered = weight.transpose(self._weight_order)
-        if not self._is_conv:
-            return ordered.reshape(1, self._terms(weight.shape), -1)
-        groups = self._groups
-        return ordered.reshape(groups, weight.shape[self._weight_order[0]] // groups, -1).transpose(
-            0, 2, 1
-        )
+        ordered, own = weight.transpose(self._weight_order), self.site.weight_axes
+        if self._sums_last:
+            groups = self.site.product.groups
+            rows = ordered.reshape(groups, weight.shape[own.free[0]] // groups, -1)
+            return rows.transpose(0, 2, 1)
+        return ordered.reshape(1, math.prod(weight.shape[a] for a in own.contracted), -1)
 
     def weight(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The weight of this shape from [G, K, C/G]."""
         order = self._weight_order
-        ordered = matrix.transpose(0, 2, 1) if self._is_conv else matrix
+        ordered = matrix.transpose(0, 2, 1) if self._sums_last else matrix
         return ordered.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
     @property
+    def _sums_last(self) -> bool:
+        """True where a weight is brought into the order [G, C/G, K] first: that of a kernel."""
+        return self.site.product.window is not None
+
+    @property
     def _weight_order(self) -> tuple[int, ...]:
-        if self._is_conv:
-            return tuple(self.equation.params["dimension_numbers"].rhs_spec)
-        contract = self.equation.params["dimension_numbers"][0][self.site.weight_position]
-        rank = len(self.graph.shape(self.equation.inputs[self.site.weight_position]))
-        return (*contract, *(a for a in range(rank) if a not in contract))
+        own = self.site.weight_axes
+        summed = (*own.contracted, *own.window)
+        return (*own.free, *summed) if self._sums_last else (*summed, *own.free)
 
-    def _terms(self, shape: tuple[int, ...]) -> int:
-        contract = self.equation.params["dimension_numbers"][0][self.site.weight_position]
-        return math.prod(shape[a] for a in contract)
-
-    def _patches(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
+    def _patches(self, window: Window, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
         """What the window holds at each position; padding and dilation hold zeros."""
-        params, spec = self.equation.params, self.equation.params["dimension_numbers"]
-        kernel = self.graph.shape(self.equation.inputs[1])
-        window = [kernel[a] for a in spec.rhs_spec[2:]]
+        own, kernel, result = self.site.product.axes
+        assert self.site.weight is not None
+        shape = self.graph.shape(self.site.weight)
         axes = self._position_axes
         places = np.unravel_index(index, [self._output[a] for a in axes])
         at = dict(zip(axes, places, strict=True))
-        x = x.transpose((spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+        samples = at[result.free[0][0]]
+        x = x.transpose((*own.free, *own.window, *own.contracted))
         taps = []
-        for offset in itertools.product(*map(range, window)):
+        for offset in itertools.product(*(range(shape[a]) for a in kernel.window)):
             where, inside = [], np.ones(len(index), bool)
             for d, tap in enumerate(offset):
-                step = at[spec.out_spec[2 + d]] * params["window_strides"][d]
-                step = step + tap * params["rhs_dilation"][d] - params["padding"][d][0]
-                source, between = np.divmod(step, params["lhs_dilation"][d])
+                step = at[result.window[d]] * window.strides[d]
+                step = step + tap * window.dilation[d] - window.padding[d][0]
+                source, between = np.divmod(step, window.input_dilation[d])
                 inside &= (between == 0) & (source >= 0) & (source < x.shape[1 + d])
                 where.append(np.clip(source, 0, x.shape[1 + d] - 1))
-            rows = x[(at[spec.out_spec[0]], *where)].astype(jnp.float32) - jnp.float32(zero)
+            rows = x[(samples, *where)].astype(jnp.float32) - jnp.float32(zero)
             taps.append(jnp.where(inside[:, None], rows, jnp.float32(0)))
         stacked = jnp.stack(taps, axis=-1)  # [R, input channels, taps]
-        return stacked.reshape(len(index), self._groups, -1)
+        return stacked.reshape(len(index), self.site.product.groups, -1)

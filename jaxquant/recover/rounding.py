@@ -175,7 +175,7 @@ class _Learner:
         env = evaluate_float(graph, params, flat)
         found = {}
         for name, product in self._products.items():
-            y = env.read(product.equation.outputs[0]).astype(jnp.float32)
+            y = env.read(product.output).astype(jnp.float32)
             rows = product.outputs(y, self._index[name])
             found[name] = Wanted(rows, self._activations[name].scalars(env))
         return found

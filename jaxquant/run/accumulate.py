@@ -42,13 +42,14 @@ def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeig
     eqn = graph.equations[site.equation]
 
     def lowering(state: Evaluation) -> evaluate.Values:
-        operands, scales = dynamic.quantize_operands(state.env, eqn, site.weight)
+        operands, scales = dynamic.quantize_operands(state.env, eqn, site)
         zero_points = [0] * len(operands)
         if site.stored_weight is None:
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             operands.insert(site.weight_position, weights.integers(site, state.qparams))
-            value = int8.accumulate(eqn, operands, zero_points).astype(jnp.float32)
+            total = int8.accumulate(site.product, operands, zero_points)
+            value = total.astype(jnp.float32)
         return _finished(int8_site, value, state, scales)
 
     return lowering
@@ -86,7 +87,7 @@ def _sum(
         return _with_computed_weight(graph, site, operands[0], zero_points[0], env)
     if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
         operands, zero_points = [*operands] * 2, [*zero_points] * 2
-    return int8.combine(eqn, operands, zero_points).astype(jnp.float32)
+    return int8.combine(eqn, site.contraction, operands, zero_points).astype(jnp.float32)
 
 
 def _with_computed_weight(
@@ -94,11 +95,10 @@ def _with_computed_weight(
 ) -> jax.Array:
     """The sum with a weight that the program computes and quantizes, as float32."""
     assert site.weight is not None
-    eqn = graph.equations[site.equation]
     axes = site.channel_axes
     weight, scale = _quantize_weight(env.wide(site.weight), axes)
     operands = [x, weight] if site.weight_position else [weight, x]
-    total = int8.accumulate(eqn, operands, [zero_point])
+    total = int8.accumulate(site.product, operands, [zero_point])
     channels = output_channels(graph, site)
     if zero_point:
         offset = zero_point * _weight_sums(weight, axes)

@@ -8,36 +8,38 @@ summed to one element), every sample and feature group of a convolution's input.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.contraction import Contraction
+from jaxquant.graph.sites import Site
 from jaxquant.plan.grid import SMALLEST_SCALE
 
 
 def quantize_operands(
-    env: evaluate.Environment, eqn: ir.Equation, weight: ir.Var | None
+    env: evaluate.Environment, eqn: ir.Equation, site: Site
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """What a convolution or dot reads beside its weight, as `quantize_operand` gives it."""
+    shapes = [env.graph.shape(atom) for atom in eqn.inputs]
     found = [
-        quantize_operand(eqn, position, env.wide(atom), env.graph.shape(eqn.inputs[1 - position]))
+        quantize_operand(site.product, position, env.wide(atom), shapes[1 - position])
         for position, atom in enumerate(eqn.inputs)
-        if atom != weight
+        if atom != site.weight
     ]
     return [x for x, _ in found], [scale for _, scale in found]
 
 
 def quantize_operand(
-    eqn: ir.Equation, position: int, x: jax.Array, other: tuple[int, ...]
+    contraction: Contraction, position: int, x: jax.Array, other: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """An operand of a convolution or dot as int8, and what its integers are worth.
 
     Args:
-      eqn: the convolution or dot.
+      contraction: the convolution or dot.
       position: the operand's place; 0 for a convolution.
       x: the operand, floats.
       other: the shape of the other operand.
@@ -45,9 +47,10 @@ def quantize_operand(
     Returns:
       int8 in the shape of `x`, and float32 scales that broadcast to the shape of the result.
     """
-    if eqn.name == "conv_general_dilated":
-        return _conv_input(x.astype(jnp.float32), other, eqn.params)
-    return _dot_operand(x.astype(jnp.float32), position, len(other), eqn.params)
+    x = x.astype(jnp.float32)
+    if contraction.window is not None:
+        return _conv_input(x, other, contraction)
+    return _dot_operand(x, position, contraction)
 
 
 def _grid(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -57,41 +60,37 @@ def _grid(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _dot_operand(
-    x: jax.Array, position: int, other_rank: int, params: Mapping[str, Any]
+    x: jax.Array, position: int, contraction: Contraction
 ) -> tuple[jax.Array, jax.Array]:
     """A scale for each index along the axes that are not summed over."""
-    contracts, batches = params["dimension_numbers"]
-    contract, batch = contracts[position], batches[position]
-    threshold = jnp.max(jnp.abs(x), axis=tuple(contract), keepdims=True, initial=0)
+    own = contraction.operands[position]
+    threshold = jnp.max(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
     scale, inverse = _grid(threshold)
-    free = [a for a in range(x.ndim) if a not in (*contract, *batch)]
-    # The result has the batch axes, the free axes of the first operand, those of the second.
-    others = [1] * (other_rank - len(contract) - len(batch))
-    sizes = [x.shape[a] for a in (*batch, *free)]
-    ends = [*others, *sizes[len(batch) :]] if position else [*sizes[len(batch) :], *others]
-    placed = scale.transpose([*batch, *free, *contract]).reshape([*sizes[: len(batch)], *ends])
-    return int8.quantize(x, inverse), placed
+    kept = (*own.batch, *own.free)
+    ordered = scale.transpose([*kept, *own.contracted])
+    shape = contraction.spread_shape(position, [x.shape[a] for a in kept])
+    return int8.quantize(x, inverse), ordered.reshape(shape)
 
 
 def _conv_input(
-    x: jax.Array, kernel: tuple[int, ...], params: Mapping[str, Any]
+    x: jax.Array, kernel: tuple[int, ...], contraction: Contraction
 ) -> tuple[jax.Array, jax.Array]:
     """A scale for each sample and feature group."""
-    spec, groups = params["dimension_numbers"], params["feature_group_count"]
-    samples, channels = x.shape[spec.lhs_spec[0]], x.shape[spec.lhs_spec[1]]
-    rows = x.transpose(spec.lhs_spec).reshape(samples, groups, -1)
+    own, (samples, channels) = contraction.operands[0], contraction.result.free
+    rows = x.transpose((*own.free, *own.contracted, *own.window))
+    rows = rows.reshape(rows.shape[0], contraction.groups, -1)
     scale, inverse = _grid(jnp.max(jnp.abs(rows), axis=2, initial=0))
-    outputs = kernel[spec.rhs_spec[0]]
-    spread = _by_channel(inverse, channels, spec.lhs_spec)
-    return int8.quantize(x, spread), _by_channel(scale, outputs, spec.out_spec)
+    inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
+    spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)
+    return int8.quantize(x, spread), _by_channel(scale, outputs, (*samples, *channels), x.ndim)
 
 
-def _by_channel(scale: jax.Array, channels: int, axes: Sequence[int]) -> jax.Array:
+def _by_channel(scale: jax.Array, channels: int, axes: Sequence[int], rank: int) -> jax.Array:
     """[N, G] for tensors of so many channels: N and the channels at `axes`, size 1 elsewhere."""
     samples, groups = scale.shape
     if groups > 1:
         each = (samples, groups, channels // groups)
         scale = jnp.broadcast_to(scale[:, :, None], each).reshape(samples, channels)
-    shape = [1] * len(axes)
+    shape = [1] * rank
     shape[axes[0]], shape[axes[1]] = samples, math.prod(scale.shape[1:])
     return (scale if axes[0] < axes[1] else scale.T).reshape(shape)

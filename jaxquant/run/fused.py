@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxquant import native
 from jaxquant.backends import int8
-from jaxquant.backends.conv import ChannelsLast, is_undilated, undilated
+from jaxquant.backends.conv import ChannelsLast, undilated
 from jaxquant.graph import ir
 from jaxquant.jax_shim import choices
 from jaxquant.native import Call, Residual
@@ -56,7 +56,7 @@ class FusedCall:
         self.chain = chain
         self.slot = slot
         self.is_native = is_native(graph, chain.site)
-        self._eqn = graph.equations[site.equation]
+        self._contraction = site.product
         self._weight_shape = graph.shape(site.weight)
         self._zero_point = zero_points[site.operands[0]]
         self._residual_zero_point = 0
@@ -64,8 +64,8 @@ class FusedCall:
             self._residual_zero_point = zero_points[chain.residual]
         self._out_zero_point = 0 if chain.grid is None else zero_points[chain.grid]
         self._layout = None
-        if self._eqn.name == "conv_general_dilated":
-            self._layout = ChannelsLast(self._eqn.params)
+        if self._contraction.window is not None:
+            self._layout = ChannelsLast(self._contraction)
         dtypes = [jnp.float32] * chain.float_out + [jnp.int8] * (chain.grid is not None)
         shape = graph.shape(chain.output)
         self.outputs = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
@@ -75,9 +75,8 @@ class FusedCall:
         """How many outputs a channel has."""
         if not all(isinstance(size, int) for size in shape):
             return math.inf  # a size that varies: a batch, which may be of any size
-        is_dot, numbers = self._layout is None, self._eqn.params["dimension_numbers"]
-        outputs = self._weight_shape[1 if is_dot else numbers.rhs_spec[0]]
-        return math.prod(shape) / max(outputs, 1)
+        channels = math.prod(self._weight_shape[a] for a in self.chain.site.site.channel_axes)
+        return math.prod(shape) / max(channels, 1)
 
     def __call__(self, operands: Mapping[str, jax.Array], natively: bool = True) -> tuple[Any, Any]:
         """The float32 and the int8 output; None for one that nobody reads.
@@ -127,8 +126,8 @@ class FusedCall:
         """The call of a convolution, whose results are channels last."""
         given = self._layout
         assert given is not None
-        x, params = undilated(operands["x"], self._eqn.params, self._zero_point)
-        layout = given if params is self._eqn.params else ChannelsLast(params)
+        x, contraction = undilated(operands["x"], self._contraction, self._zero_point)
+        layout = given if contraction is self._contraction else ChannelsLast(contraction)
         packed = operands.get("packed")
         options = self._options(operands)
         if (residual := options["residual"]) is not None:
@@ -151,7 +150,7 @@ class FusedCall:
         """True for a convolution whose input and result the kernels read and write as they are."""
         if self._layout is None or not self._layout.is_plain:
             return False
-        return is_undilated(self._eqn.params)
+        return self._layout.window.is_undilated
 
     def _options(self, operands: Mapping[str, Any]) -> dict[str, Any]:
         out = residual = None
@@ -175,7 +174,7 @@ class FusedCall:
         """The same in operations that XLA has everywhere."""
         arrays = [operands["x"]]
         arrays.insert(self.chain.site.site.weight_position, operands["weight"])
-        y = int8.accumulate(self._eqn, arrays, [self._zero_point]).astype(jnp.float32)
+        y = int8.accumulate(self._contraction, arrays, [self._zero_point]).astype(jnp.float32)
         y = _clamp(epilogue(self.chain.site, y, operands), self.chain.clamps[0])
         if self.chain.residual is not None:
             added = operands["residual"]

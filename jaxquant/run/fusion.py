@@ -109,18 +109,13 @@ def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
         return False
     if len(site.operands) != 1 or site.weight_position != 1:
         return False
-    eqn = graph.equations[site.equation]
-    rank = len(graph.shape(eqn.outputs[0]))
-    if eqn.name == "dot_general":
-        contract = (((len(graph.shape(eqn.inputs[0])) - 1,), (0,)), ((), ()))
-        given = tuple(
-            tuple(tuple(axes) for axes in pair) for pair in eqn.params["dimension_numbers"]
-        )
-        is_matrix = given == contract and len(graph.shape(weight)) == 2
-        return is_matrix and epilogue.channels.axes in ((rank - 1,), ())
-    if eqn.name != "conv_general_dilated" or rank not in (3, 4):
+    if site.contraction is None or epilogue.channels.axes not in (site.product.result.free[1], ()):
         return False
-    return epilogue.channels.axes in ((eqn.params["dimension_numbers"].out_spec[1],), ())
+    x, kernel, _ = site.contraction.axes
+    if site.contraction.window is not None:
+        return len(kernel.window) in (1, 2)
+    is_matrix = not kernel.batch and kernel.contracted == (0,) and kernel.rank == 2
+    return is_matrix and x.contracted == (x.rank - 1,)
 
 
 def _alone(graph: ir.Graph, site: Int8Site) -> Chain:

@@ -35,7 +35,7 @@ def apply(
     if eqn.name == "gather":
         return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
-    if (order := _as_matrix(eqn, site, view, stored)) is not None:
+    if (order := _as_matrix(site, view, stored)) is not None:
         return _by_blocks(eqn, site, operands[0], stored, order).astype(
             env.graph.dtype(eqn.outputs[0])
         )
@@ -48,22 +48,20 @@ def apply(
     return value
 
 
-def _as_matrix(
-    eqn: ir.Equation, site: Site, view: WeightView, stored: StoredWeight
-) -> tuple[int, ...] | None:
+def _as_matrix(site: Site, view: WeightView, stored: StoredWeight) -> tuple[int, ...] | None:
     """Where the weight's axes are in what is stored, if that is a matrix; None otherwise.
 
     Its summed axes are the first or the last, and it has others than those.
     """
-    layout = stored.layout
-    if eqn.name != "dot_general" or any(m.name != "transpose" for m in view.movements):
+    layout, contraction = stored.layout, site.product
+    if contraction.window is not None or any(m.name != "transpose" for m in view.movements):
         return None
-    if eqn.params["dimension_numbers"][1][0] or layout.order != tuple(range(len(layout.order))):
+    if contraction.has_batch or layout.order != tuple(range(len(layout.order))):
         return None
     order = layout.order
     for movement in view.movements:
         order = tuple(order[a] for a in movement.params["permutation"])
-    summed = len(eqn.params["dimension_numbers"][0][0])
+    summed = len(site.weight_axes.contracted)
     is_first = layout.axis == 0
     is_last = layout.axis == len(layout.shape) - 1
     is_whole = summed in (0, len(order)) or not (is_first or is_last)
@@ -81,11 +79,9 @@ def _by_blocks(
       stored: the weight.
       order: the stored axis that each axis of the weight is.
     """
-    side = site.weight_position
-    contract = eqn.params["dimension_numbers"][0]
-    pairs = sorted(zip((order[a] for a in contract[side]), contract[1 - side], strict=True))
-    free = [a for a in range(x.ndim) if a not in contract[1 - side]]
-    own = [a for a in range(len(order)) if a not in contract[side]]  # of the weight
+    side, free, own = site.weight_position, site.input_axes.free, site.weight_axes.free
+    summed = (order[a] for a in site.weight_axes.contracted)
+    pairs = sorted(zip(summed, site.input_axes.contracted, strict=True))
     layout = stored.layout
     rows = x.transpose([*free, *(a for _, a in pairs)])
     rows = rows.reshape(math.prod(x.shape[a] for a in free), layout.shape[layout.axis])

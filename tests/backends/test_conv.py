@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.backends.conv import conv as int8_conv
 from tests import reference
+from tests.contractions import int8_conv
 
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=30)
 

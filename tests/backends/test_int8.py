@@ -17,7 +17,9 @@ from jax import lax
 
 import jaxquant
 from jaxquant.backends import int8
+from jaxquant.graph import contraction
 from tests import reference
+from tests.contractions import int8_dot
 
 pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
 
@@ -58,9 +60,8 @@ def test_a_dot_with_a_weight_that_batch_axes_share_equals_the_reference(case, da
             shapes[side][axis] = 1
     rng = np.random.default_rng(0)
     x, w = (rng.integers(-127, 127, shape, np.int8, endpoint=True) for shape in shapes)
-    got = compile_fast(lambda x, w: int8.dot_with_shared((x, w), {"dimension_numbers": numbers}))(
-        x, w
-    )
+    given = contraction.dot(numbers, (x.ndim, w.ndim))
+    got = compile_fast(lambda x, w: int8.dot_with_shared((x, w), given))(x, w)
     whole = np.broadcast_to(x, lhs_shape), np.broadcast_to(w, rhs_shape)
     np.testing.assert_array_equal(np.asarray(got), reference.dot_general(*whole, numbers))
 
@@ -72,16 +73,14 @@ def test_dot_equals_the_reference(case, seed):
     rng = np.random.default_rng(seed)
     lhs = rng.integers(-127, 127, lhs_shape, np.int8, endpoint=True)
     rhs = rng.integers(-127, 127, rhs_shape, np.int8, endpoint=True)
-    params = {"dimension_numbers": numbers}
-    got = compile_fast(lambda x, w: int8.dot((x, w), params))(lhs, rhs)
+    got = compile_fast(lambda x, w: int8_dot((x, w), numbers))(lhs, rhs)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(np.asarray(got), reference.dot_general(lhs, rhs, numbers))
 
 
 def test_largest_values_do_not_wrap():
     x = jnp.full((1, 5000), 127, jnp.int8)
-    params = {"dimension_numbers": (((1,), (1,)), ((), ()))}
-    assert int8.dot((x, -x), params).item() == -5000 * 127**2
+    assert int8_dot((x, -x), (((1,), (1,)), ((), ()))).item() == -5000 * 127**2
 
 
 quantize = jax.jit(int8.quantize)

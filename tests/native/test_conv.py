@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.backends.conv import conv as int8_conv
+from tests.contractions import int8_conv
 from tests.native.cases import (
     Conv,
     convolutions,

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.backends import int8
-from jaxquant.backends.conv import conv as int8_conv
 from tests import reference
+from tests.contractions import int8_conv, int8_dot
 
 pytestmark = pytest.mark.gpu
 
@@ -56,8 +55,8 @@ def test_convolution(name, rng):
 def test_dot(shape, rng):
     rows, inner, columns = shape
     x, w = integers(rng, (rows, inner)), integers(rng, (inner, columns))
-    params = {"dimension_numbers": (((1,), (0,)), ((), ()))}
-    got = jax.jit(lambda x, w: int8.dot((x, w), params))(x, w)
+    numbers = (((1,), (0,)), ((), ()))
+    got = jax.jit(lambda x, w: int8_dot((x, w), numbers))(x, w)
     np.testing.assert_array_equal(got, x.astype(np.int64) @ w.astype(np.int64))
 
 

@@ -14,10 +14,11 @@ from jax import lax
 
 import jaxquant
 from jaxquant.backends import int8
-from jaxquant.backends.conv import conv as int8_conv
+from jaxquant.graph import contraction
 from jaxquant.plan.plan import TensorPlan
 from tests import reference
 from tests.backends.test_conv import compile_fast, convolutions, settings
+from tests.contractions import int8_conv
 
 pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
 
@@ -58,9 +59,11 @@ def test_dot_of_two_tensors(zeros, equation, shapes):
     a, b = (x.aval.shape for x in eqn.invars)
     swapped = (a, b) != shapes  # einsum may swap them
     pair, z = (operands[::-1], zeros[::-1]) if swapped else (operands, zeros)
-    got = int8.dot_of_tensors(tuple(map(jnp.asarray, pair)), eqn.params, z)
+    numbers = eqn.params["dimension_numbers"]
+    given = contraction.dot(numbers, (len(a), len(b)))
+    got = int8.dot_of_tensors(tuple(map(jnp.asarray, pair)), given, z)
     wide = [jnp.asarray(x.astype(np.int64) - w, jnp.float32) for x, w in zip(pair, z)]
-    want = lax.dot_general(*wide, eqn.params["dimension_numbers"], precision="highest")
+    want = lax.dot_general(*wide, numbers, precision="highest")
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want).astype(np.int64))
 
 

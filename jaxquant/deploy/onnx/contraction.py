@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.nodes import Size
+from jaxquant.graph.contraction import Contraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,42 +55,43 @@ def is_pointwise(form: ConvForm) -> bool:
     return form.op == "Conv" and ones and not any(a["pads"])
 
 
-def conv_form(node: Node, kernel_shape: Sequence[int]) -> ConvForm:
+def conv_form(contraction: Contraction, kernel_shape: Sequence[int]) -> ConvForm:
     """The form of a convolution with a kernel of this (JAX) shape.
 
     Raises:
       NotCovered: ONNX has no such convolution.
     """
-    params, spec = node.params, node.params["dimension_numbers"]["rhs_spec"]
-    outputs, inputs, *spatial = spec
-    if params.get("batch_group_count", 1) != 1:
+    window, own = contraction.window, contraction.operands[1]
+    assert window is not None, "a dot is no convolution"
+    (outputs,), (inputs,), spatial = own.free, own.contracted, own.window
+    if window.batch_groups != 1:
         raise NotCovered("a convolution with batch groups")
     if not spatial:
         raise NotCovered("a convolution without spatial axes")
     sizes = [kernel_shape[axis] for axis in spatial]
-    padding = [tuple(pads) for pads in params["padding"]]
+    padding = window.padding
     if any(not isinstance(pad, int) for pads in padding for pad in pads):
         raise NotCovered("padding that depends on a size that varies")
     attributes: dict[str, Any] = {
         "kernel_shape": sizes,
-        "dilations": list(params["rhs_dilation"]),
-        "group": params["feature_group_count"],
+        "dilations": list(window.dilation),
+        "group": window.groups,
     }
-    if all(d == 1 for d in params["lhs_dilation"]):
+    if all(d == 1 for d in window.input_dilation):
         if any(pad < 0 for pads in padding for pad in pads):
             raise NotCovered("a convolution with negative padding")
-        attributes["strides"] = list(params["window_strides"])
+        attributes["strides"] = list(window.strides)
         attributes["pads"] = [low for low, _ in padding] + [high for _, high in padding]
         return ConvForm("Conv", attributes, (outputs, inputs, *spatial), (), 0)
-    if any(s != 1 for s in params["window_strides"]) or params["feature_group_count"] != 1:
+    if any(s != 1 for s in window.strides) or window.groups != 1:
         raise NotCovered("a transposed convolution with strides or groups")
     # The convolution of a dilated input is the gradient of one with that stride: its padding is
     # what the flipped kernel reaches over the edge beyond the padding here.
-    reach = [(size - 1) * d for size, d in zip(sizes, params["rhs_dilation"], strict=True)]
+    reach = [(size - 1) * d for size, d in zip(sizes, window.dilation, strict=True)]
     pads = [(r - low, r - high) for r, (low, high) in zip(reach, padding, strict=True)]
     if any(low < 0 for low, _ in pads):
         raise NotCovered("a transposed convolution with so much padding")
-    attributes["strides"] = list(params["lhs_dilation"])
+    attributes["strides"] = list(window.input_dilation)
     attributes["pads"] = [low for low, _ in pads] + [max(high, 0) for _, high in pads]
     beyond = [max(-high, 0) for _, high in pads]
     if any(extra >= stride for extra, stride in zip(beyond, attributes["strides"])):
@@ -103,7 +104,7 @@ def conv_form(node: Node, kernel_shape: Sequence[int]) -> ConvForm:
 
 def conv(
     b: Builder,
-    node: Node,
+    contraction: Contraction,
     form: ConvForm,
     x: Value,
     kernel: str,
@@ -111,41 +112,22 @@ def conv(
     shape: tuple[Size, ...],
 ) -> Value:
     """A convolution with a kernel in ONNX's layout."""
-    spec = node.params["dimension_numbers"]
-    x = b.ordered(x, spec["lhs_spec"])
+    result = contraction.result
+    x = b.ordered(x, input_order(contraction))
     inputs = [x.name, kernel] + ([bias] if bias else [])
-    return Value(b.node(form.op, inputs, **form.attributes), shape, tuple(spec["out_spec"]))
+    order = (*result.free[0], *result.free[1], *result.window)
+    return Value(b.node(form.op, inputs, **form.attributes), shape, order)
 
 
-@dataclasses.dataclass(frozen=True)
-class DotForm:
-    """The axes of both operands of a dot by their part: batch, free, contracted."""
-
-    batch: tuple[tuple[int, ...], tuple[int, ...]]
-    free: tuple[tuple[int, ...], tuple[int, ...]]
-    contracted: tuple[tuple[int, ...], tuple[int, ...]]
-
-    def order(self, side: int, last: str) -> tuple[int, ...]:
-        """The axes of an operand with its free or its contracted ones last."""
-        free, contracted = self.free[side], self.contracted[side]
-        rest = free + contracted if last == "contracted" else contracted + free
-        return (*self.batch[side], *rest)
-
-
-def dot_form(node: Node, ranks: tuple[int, int]) -> DotForm:
-    contracted, batch = node.params["dimension_numbers"]
-    taken = [set(contracted[side]) | set(batch[side]) for side in (0, 1)]
-    free = [tuple(a for a in range(ranks[side]) if a not in taken[side]) for side in (0, 1)]
-    return DotForm(
-        (tuple(batch[0]), tuple(batch[1])),
-        (free[0], free[1]),
-        (tuple(contracted[0]), tuple(contracted[1])),
-    )
+def input_order(contraction: Contraction) -> tuple[int, ...]:
+    """The axes of a convolution's input in ONNX's order: samples, channels, positions."""
+    own = contraction.operands[0]
+    return (*own.free, *own.contracted, *own.window)
 
 
 def weighted_dot(
     b: Builder,
-    form: DotForm,
+    contraction: Contraction,
     side: int,
     x: Value,
     weight: str,
@@ -153,11 +135,12 @@ def weighted_dot(
     shape: tuple[Size, ...],
 ) -> Value:
     """A dot without batch axes: `x`, the operand at `side`, with a weight [K, N]."""
-    free, outputs = form.free[side], form.free[1 - side]
-    x = b.ordered(x, (*free, *form.contracted[side]))
+    own, outputs = contraction.operands[side], contraction.operands[1 - side].free
+    free = own.free
+    x = b.ordered(x, (*free, *own.contracted))
     sizes = [x.shape[axis] for axis in free]
-    if len(form.contracted[side]) != 1:
-        width = math.prod(int(x.shape[axis]) for axis in form.contracted[side])
+    if len(own.contracted) != 1:
+        width = math.prod(int(x.shape[axis]) for axis in own.contracted)
         name = b.node("Reshape", [x.name, b.shape([*sizes, width])])
     else:
         name = x.name
@@ -175,22 +158,24 @@ def weighted_dot(
     return Value(name, shape, order)
 
 
-def dot(b: Builder, form: DotForm, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
+def dot(
+    b: Builder, contraction: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
+) -> Value:
     """A dot of two tensors: batch axes, free axes of the first, free axes of the second."""
     names = []
-    for side, value in enumerate(values):
-        order = form.order(side, "contracted" if side == 0 else "free")
-        value = b.ordered(value, order)
-        batch = [value.shape[axis] for axis in form.batch[side]]
-        free = [value.shape[axis] for axis in form.free[side]]
-        contracted = [value.shape[axis] for axis in form.contracted[side]]
+    for side, (value, own) in enumerate(zip(values, contraction.operands, strict=True)):
+        rest = (*own.free, *own.contracted) if side == 0 else (*own.contracted, *own.free)
+        value = b.ordered(value, (*own.batch, *rest))
+        batch = [value.shape[axis] for axis in own.batch]
+        free = [value.shape[axis] for axis in own.free]
+        contracted = [value.shape[axis] for axis in own.contracted]
         name = value.name
         if len(free) != 1 or len(contracted) != 1:
             rows, columns = (free, contracted) if side == 0 else (contracted, free)
             name = b.node("Reshape", [name, b.shape([*batch, _product(rows), _product(columns)])])
         names.append(name)
     name = b.node("MatMul", names)
-    if any(len(form.free[side]) != 1 for side in (0, 1)):
+    if any(len(own.free) != 1 for own in contraction.operands):
         name = b.node("Reshape", [name, b.shape(shape)])
     return Value(name, shape, straight(len(shape)))
 

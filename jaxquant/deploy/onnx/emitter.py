@@ -21,6 +21,7 @@ from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.graph.contraction import Contraction
 
 WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 # What emits an operation that holds others: of its operands with all their copies, its results.
@@ -63,9 +64,10 @@ class Emitter:
             for atom in inputs:
                 if isinstance(atom, int):
                     self._readers.setdefault(atom, []).append(node)
-            if isinstance(node, Int8Node) and node.node.op == "conv_general_dilated":
-                layout = node.node.params["dimension_numbers"]["lhs_spec"]
-                self._layouts.setdefault(node.operands[0], layout)
+            if isinstance(node, Int8Node):
+                given = node.node.contraction
+                if given is not None and given.window is not None:
+                    self._layouts.setdefault(node.operands[0], contraction.input_order(given))
 
     def set_input(self, var: Var, value: Value) -> None:
         self._floats[var] = value
@@ -245,10 +247,8 @@ class Emitter:
     def apply(self, node: Node, values: Sequence[Value]) -> list[Value]:
         """The results of an operation on float values."""
         shapes = [self.shape(var) for var in node.outputs]
-        if node.op == "dot_general":
-            return [self._dot(node, values, shapes[0])]
-        if node.op == "conv_general_dilated":
-            return [self._conv(node, values, shapes[0])]
+        if node.contraction is not None:
+            return [self._contract(node.contraction, self._copied(node, values), shapes[0])]
         if node.op in self._with_bodies:
             return self._with_bodies[node.op](self, node, self._copied(node, values))
         if node.op in WITH_DTYPES:
@@ -288,19 +288,18 @@ class Emitter:
             for value, x in zip(values, node.inputs, strict=True)
         ]
 
-    def _conv(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
-        x, kernel = self._copied(node, values)
-        form = contraction.conv_form(node, [int(size) for size in kernel.shape])
+    def _contract(
+        self, given: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
+    ) -> Value:
+        if given.window is None:
+            return contraction.dot(self.builder, given, values, shape)
+        x, kernel = values
+        form = contraction.conv_form(given, [int(size) for size in kernel.shape])
         if form.flipped:
             name = contraction.flipped_kernel(self.builder, form, kernel)
         else:
             name = self.builder.ordered(kernel, form.kernel_order).name
-        return contraction.conv(self.builder, node, form, x, name, None, shape)
-
-    def _dot(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
-        values = self._copied(node, values)
-        form = contraction.dot_form(node, (values[0].rank, values[1].rank))
-        return contraction.dot(self.builder, form, values, shape)
+        return contraction.conv(self.builder, given, form, x, name, None, shape)
 
 
 def _with_scalar(node: Node, op: str) -> tuple[Var, Scalar] | None:

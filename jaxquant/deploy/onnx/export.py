@@ -19,6 +19,7 @@ from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.sites import emit_site
 from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
+from jaxquant.graph.contraction import PRIMITIVES
 from jaxquant.keywords import named
 from jaxquant.plan.modes import STATIC
 
@@ -29,7 +30,7 @@ _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 def covered() -> frozenset[str]:
     """The primitives that an export may hold, by name; of some, not every form."""
-    names = {"conv_general_dilated", "dot_general", "optimization_barrier"}
+    names = {"optimization_barrier", *PRIMITIVES}
     names |= {*WITH_DTYPES, *control_flow.TABLE, *reduction.OPERATIONS, *shaping.TABLE}
     return frozenset(names | elementwise.OPERATIONS)
 
@@ -116,7 +117,7 @@ def _first_factors(network: Network) -> frozenset[str]:
         network.scales[str(node.operands[0])]
         for node in network.nodes
         if isinstance(node, Int8Node)
-        and node.node.op == "dot_general"
+        and node.node.contraction is not None
         and not (node.weight or node.computed_weight is not None)
     )
 

@@ -14,6 +14,7 @@ from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.quantization import Weight, make_weight
+from jaxquant.graph.contraction import Contraction
 
 
 def emit_site(e: Emitter, site: Int8Node) -> Value:
@@ -22,10 +23,9 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
     if site.weight or site.computed_weight is not None:
         return _weighted(e, site, operands[0])
     node, shape = site.node, e.shape(site.node.outputs[0])
-    if node.op == "dot_general":
+    if node.contraction is not None:
         values = operands * 2 if len(operands) == 1 else operands
-        form = contraction.dot_form(node, (values[0].rank, values[1].rank))
-        value = contraction.dot(e.builder, form, values, shape)
+        value = contraction.dot(e.builder, node.contraction, values, shape)
     elif node.op in reduction.OPERATIONS:
         value = reduction.emit(e.builder, node, operands[0], shape)
     else:
@@ -41,41 +41,40 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     entry = e.network.scales[str(site.operands[0])]
     int8, multiplier, bias = _arrays(e, site, e.quantizer.zero_point(entry))
     input_scale = e.quantizer.scale(entry)
-    shape = e.shape(site.node.outputs[0])
-    if site.node.op == "conv_general_dilated":
-        form = contraction.conv_form(site.node, int8.shape)
+    shape, given = e.shape(site.node.outputs[0]), site.node.contraction
+    assert given is not None, "an operation with a weight is a convolution or dot"
+    if given.window is not None:
+        form = contraction.conv_form(given, int8.shape)
         stored = form.kernel(int8)
         weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
         is_dot = e.quantizer.target.is_onnxruntime and contraction.is_pointwise(form)
         if is_dot and not e.is_quantized(site.output):
-            return _moved(e, site, _integer_dot(e, site, form, weight, entry, shape))
+            return _moved(e, site, _integer_dot(e, site, given, form, weight, entry, shape))
         weight_form = e.quantizer.target.conv_weight(form, stored.shape)
         names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
-        value = contraction.conv(e.builder, site.node, form, x, *names, shape)
+        value = contraction.conv(e.builder, given, form, x, *names, shape)
         return _moved(e, site, value)
-    side = 1 - site.weight_position
-    ranks = (x.rank, int8.ndim) if side == 0 else (int8.ndim, x.rank)
-    dot = contraction.dot_form(site.node, ranks)
-    if dot.batch[0]:
+    side, own = 1 - site.weight_position, given.operands[site.weight_position]
+    if given.has_batch:
         one = np.ones((), np.float32)
         unscaled = Weight(int8, one, one, None, 0)
         name = e.quantizer.weight(unscaled, e.quantizer.target.dot_weight())
         kernel = Value(name, int8.shape, straight(int8.ndim))
         values = [x, kernel] if side == 0 else [kernel, x]
-        value = contraction.dot(e.builder, dot, values, shape)
+        value = contraction.dot(e.builder, given, values, shape)
         return _finish(e, site, value, multiplier / input_scale, bias)
-    order = (*dot.contracted[1 - side], *dot.free[1 - side])
-    width = math.prod(int8.shape[axis] for axis in dot.contracted[1 - side])
-    matrix = int8.transpose(order).reshape(width, -1)
+    width = math.prod(int8.shape[axis] for axis in own.contracted)
+    matrix = int8.transpose((*own.contracted, *own.free)).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
     weight_form = e.quantizer.target.dot_weight()
     names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
-    return _moved(e, site, contraction.weighted_dot(e.builder, dot, side, x, *names, shape))
+    return _moved(e, site, contraction.weighted_dot(e.builder, given, side, x, *names, shape))
 
 
 def _integer_dot(
     e: Emitter,
     site: Int8Node,
+    given: Contraction,
     form: contraction.ConvForm,
     weight: Weight,
     entry: str,
@@ -86,12 +85,8 @@ def _integer_dot(
     ONNX Runtime would run a Conv on floats here, since its result is not quantized again; its
     ConvInteger, for windows of any size, is slower than that.
     """
-    b, spec = e.builder, site.node.params["dimension_numbers"]
-    (batch, feature, *spatial), (out_batch, out_feature, *out_spatial) = (
-        spec["lhs_spec"],
-        spec["out_spec"],
-    )
-    x = b.ordered(e.int8(site.operands[0]), (batch, *spatial, feature))
+    b, own, result = e.builder, given.operands[0], given.result
+    x = b.ordered(e.int8(site.operands[0]), (*own.free, *own.window, *own.contracted))
     name, strides = x.name, form.attributes["strides"]
     if any(stride != 1 for stride in strides):
         axes = range(1, 1 + len(strides))
@@ -105,7 +100,7 @@ def _integer_dot(
     name = b.node("Mul", [name, b.constant(weight.steps, "steps")])
     if weight.bias is not None:
         name = b.node("Add", [name, b.constant(weight.bias.astype(np.float32), "bias")])
-    return Value(name, shape, (out_batch, *out_spatial, out_feature))
+    return Value(name, shape, (*result.free[0], *result.window, *result.free[1]))
 
 
 def _arrays(
