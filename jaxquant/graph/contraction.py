@@ -129,9 +129,14 @@ class Contraction:
         return bool(self.operands[0].batch)
 
     @property
+    def is_dot(self) -> bool:
+        """True for what `lax.dot_general` does: every part but a window."""
+        return self.window is None
+
+    @property
     def takes_weight_first(self) -> bool:
         """True where the first operand may be the weight as well as the second."""
-        return self.window is None
+        return self.is_dot
 
     @property
     def unfit(self) -> str:
@@ -143,7 +148,7 @@ class Contraction:
     @property
     def dot_numbers(self) -> DotNumbers:
         """The dimension numbers of `lax.dot_general`."""
-        assert self.window is None, "a convolution is no dot"
+        assert self.is_dot, "only a dot has dimension numbers"
         first, second = self.operands
         return (first.contracted, second.contracted), (first.batch, second.batch)
 
@@ -163,12 +168,22 @@ class Contraction:
           >>> dot((((1,), (0,)), ((), ())), (2, 2)).spread_shape(1, (5,))
           (1, 5)
         """
-        assert self.window is None, "a convolution has its axes in any order"
+        assert self.is_dot, "a convolution has its axes in any order"
         shape = [1] * (len(self.result.batch) + sum(map(len, self.result.free)))
         places = (*self.result.batch, *self.result.free[side])
         for place, size in zip(places, sizes, strict=True):
             shape[place] = size
         return tuple(shape)
+
+    def varying(self, operands: Sequence[frozenset[int]]) -> frozenset[int]:
+        """The axes along which the result may vary, given those of the operands."""
+        if self.window is None:
+            places = {self.place(side, axis) for side in (0, 1) for axis in operands[side]}
+            return frozenset(place for place in places if place is not None)
+        # Padding tells positions apart, groups the channels; samples only the input does.
+        samples = set(self.operands[0].free) & operands[0] or self.window.batch_groups != 1
+        rest = (*self.result.window, *self.result.free[1])
+        return frozenset((*self.result.free[0], *rest) if samples else rest)
 
     def terms(self, second: Sequence[int]) -> int:
         """How many products each element of the result sums, given the second operand's shape."""
@@ -252,3 +267,5 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction
 }
 PRIMITIVES = frozenset(_BUILDERS)
 """The primitives that are contractions, by name."""
+DENSE = frozenset({"conv_general_dilated", "dot_general"})
+"""Those of them that are a convolution or a dot whatever their parameters."""

@@ -73,7 +73,7 @@ def _of_output(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> A
         # a scalar operand varies along nothing; the others have the rank of the result
         return frozenset().union(*operands)
     if eqn.index in graph.contractions:
-        return _product(graph, eqn, operands)
+        return graph.contractions[eqn.index].varying(operands)
     rule = _RULES.get(eqn.name)
     return None if rule is None else rule(graph, eqn, operands)
 
@@ -137,21 +137,6 @@ def _update(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes
     whole, part = graph.shape(eqn.inputs[0]), graph.shape(eqn.inputs[1])
     cut = {d for d, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b}
     return operands[0] | operands[1] | cut
-
-
-def _product(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
-    """What a convolution or dot keeps of the axes of its operands."""
-    contraction = graph.contractions[eqn.index]
-    window, result = contraction.window, contraction.result
-    if window is None:
-        places = {contraction.place(side, d) for side in (0, 1) for d in operands[side]}
-        return frozenset(place for place in places if place is not None)
-    # Padding tells positions apart, groups the channels; samples only the input.
-    varying = {*result.window, *result.free[1]}
-    sampled = set(contraction.operands[0].free) & operands[0]
-    if sampled or window.batch_groups != 1:
-        varying |= set(result.free[0])
-    return frozenset(varying)
 
 
 def _gather(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes | None:

@@ -220,7 +220,7 @@ def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
 
 
 def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:
-    if not any(graph.is_static(x) for x in eqn.inputs):
+    if not any(graph.is_static(x) for x in eqn.inputs[:2]):
         return "matmul"
     if RESIZE_CALL in eqn.calls:
         resized = [k for k in graph.contractions if graph.equations[k].calls == eqn.calls]

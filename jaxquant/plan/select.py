@@ -74,9 +74,9 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             return f"its input holds infinities, which {source.name} puts there"
     if site.contraction is None:
         return ""
-    for operand in eqn.input_vars:
-        if not jnp.issubdtype(graph.dtype(operand), jnp.floating):
-            return f"an operand is {graph.dtype(operand)}, not float"
+    for factor in eqn.inputs[:2]:
+        if not jnp.issubdtype(graph.dtype(factor), jnp.floating):
+            return f"an operand is {graph.dtype(factor)}, not float"
     if site.weight is None and site.contraction.window is not None:
         return "its kernel depends on the inputs"
     if site.contraction.unfit:

@@ -54,7 +54,7 @@ def _as_matrix(site: Site, view: WeightView, stored: StoredWeight) -> tuple[int,
     Its summed axes are the first or the last, and it has others than those.
     """
     layout, contraction = stored.layout, site.product
-    if contraction.window is not None or any(m.name != "transpose" for m in view.movements):
+    if not contraction.is_dot or any(m.name != "transpose" for m in view.movements):
         return None
     if contraction.has_batch or layout.order != tuple(range(len(layout.order))):
         return None

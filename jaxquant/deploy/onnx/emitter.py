@@ -21,7 +21,6 @@ from jaxquant.deploy.onnx.builder import Builder, Value, straight
 from jaxquant.deploy.onnx.errors import NotCovered
 from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.quantization import Quantizer
-from jaxquant.graph.contraction import Contraction
 
 WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 # What emits an operation that holds others: of its operands with all their copies, its results.
@@ -248,7 +247,7 @@ class Emitter:
         """The results of an operation on float values."""
         shapes = [self.shape(var) for var in node.outputs]
         if node.contraction is not None:
-            return [self._contract(node.contraction, self._copied(node, values), shapes[0])]
+            return [self._contract(node, self._copied(node, values), shapes[0])]
         if node.op in self._with_bodies:
             return self._with_bodies[node.op](self, node, self._copied(node, values))
         if node.op in WITH_DTYPES:
@@ -288,11 +287,12 @@ class Emitter:
             for value, x in zip(values, node.inputs, strict=True)
         ]
 
-    def _contract(
-        self, given: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
-    ) -> Value:
-        if given.window is None:
+    def _contract(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
+        given = node.contraction
+        if given is not None and given.is_dot:
             return contraction.dot(self.builder, given, values, shape)
+        if given is None or given.window is None:
+            raise NotCovered(f"the operation {node.op!r}")
         x, kernel = values
         form = contraction.conv_form(given, [int(size) for size in kernel.shape])
         if form.flipped:

@@ -19,7 +19,7 @@ from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.sites import emit_site
 from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
-from jaxquant.graph.contraction import PRIMITIVES
+from jaxquant.graph.contraction import DENSE
 from jaxquant.keywords import named
 from jaxquant.plan.modes import STATIC
 
@@ -30,7 +30,7 @@ _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
 def covered() -> frozenset[str]:
     """The primitives that an export may hold, by name; of some, not every form."""
-    names = {"optimization_barrier", *PRIMITIVES}
+    names = {"optimization_barrier", *DENSE}
     names |= {*WITH_DTYPES, *control_flow.TABLE, *reduction.OPERATIONS, *shaping.TABLE}
     return frozenset(names | elementwise.OPERATIONS)
 
