@@ -10,7 +10,7 @@ import jaxquant
 from jaxquant.plan.groups import group_layout
 from jaxquant.weights.groups import quantize_groups, unpack
 from tests import networks
-from tests.quantize.test_groups import fake_groups
+from tests.weights.test_groups import fake_groups
 
 # name: (shape of x, shape of w, channel axes of w, function)
 SITES = {
