@@ -1,4 +1,4 @@
-"""Values of an ONNX graph under construction."""
+"""An ONNX graph under construction, with what moves values in it."""
 
 from __future__ import annotations
 
@@ -7,44 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.onnx import whole_numbers
-from jaxquant.deploy.onnx.nodes import Nodes, Size
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """A tensor of the ONNX graph.
-
-    Attributes:
-      name: in the graph.
-      shape: the sizes of its logical axes, those of the JAX tensor; 1 where that one holds copies
-        (a broadcast is put off, since most operations do it themselves).
-      order: the logical axis that each physical axis holds.  A transpose changes this alone.
-      factor: the JAX tensor is this times the ONNX one; a window's sum is an average times a
-        number, which the division behind it takes away again.
-    """
-
-    name: str
-    shape: tuple[Size, ...]
-    order: tuple[int, ...]
-    factor: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-    @property
-    def physical(self) -> tuple[Size, ...]:
-        """The sizes of the physical axes."""
-        return tuple(self.shape[axis] for axis in self.order)
-
-    def axis(self, logical: int) -> int:
-        """The physical axis of a logical one."""
-        return self.order.index(logical)
-
-
-def straight(rank: int) -> tuple[int, ...]:
-    return tuple(range(rank))
+from jaxquant.deploy.onnx.nodes import Nodes
 
 
 class Builder(Nodes):

@@ -2,104 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
+from jaxquant.deploy.lower.convolution import ConvForm
+from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.graph.contraction import Contraction
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvForm:
-    """How a JAX convolution becomes Conv or ConvTranspose.
-
-    Attributes:
-      op: the ONNX operator.
-      attributes: its attributes.
-      kernel_order: the axes of the JAX kernel in the order of the ONNX one.
-      flipped: the spatial axes of the ONNX kernel that run backwards.
-      channel_axis: the axis of the ONNX kernel with the output channels.
-    """
-
-    op: str
-    attributes: dict[str, Any]
-    kernel_order: tuple[int, ...]
-    flipped: tuple[int, ...]
-    channel_axis: int
-
-    def kernel(self, array: np.ndarray) -> np.ndarray:
-        """The ONNX kernel from the JAX kernel."""
-        return np.flip(array.transpose(self.kernel_order), self.flipped)
+def kernel_order(form: ConvForm) -> tuple[int, ...]:
+    """The axes of a JAX kernel in the order of the ONNX one."""
+    channels = (form.outputs, form.inputs)
+    return (*(channels[::-1] if form.is_transposed else channels), *form.spatial)
 
 
 def flipped_kernel(b: Builder, form: ConvForm, kernel: Value) -> str:
     """The ONNX kernel of a convolution whose kernel runs backwards; it may be computed."""
-    kernel = b.ordered(kernel, form.kernel_order)
+    kernel = b.ordered(kernel, kernel_order(form))
+    count = len(form.spatial)
+    flipped = tuple(range(2, 2 + count))
     if kernel.name in b.arrays:
-        return b.constant(np.flip(b.arrays[kernel.name], form.flipped))
-    count = len(form.flipped)
-    bounds = ([-1] * count, [-(2**31)] * count, form.flipped, [-1] * count)
+        return b.constant(np.flip(b.arrays[kernel.name], flipped))
+    bounds = ([-1] * count, [-(2**31)] * count, flipped, [-1] * count)
     return b.node("Slice", [kernel.name, *map(b.ints, bounds)])
-
-
-def is_pointwise(form: ConvForm) -> bool:
-    """True for a convolution that looks at one position at a time."""
-    a = form.attributes
-    ones = {*a["kernel_shape"], a["group"]} == {1}
-    return form.op == "Conv" and ones and not any(a["pads"])
-
-
-def conv_form(contraction: Contraction, kernel_shape: Sequence[int]) -> ConvForm:
-    """The form of a convolution with a kernel of this (JAX) shape.
-
-    Raises:
-      NotCovered: ONNX has no such convolution.
-    """
-    window, own = contraction.window, contraction.operands[1]
-    assert window is not None, "a dot is no convolution"
-    (outputs,), (inputs,), spatial = own.free, own.contracted, own.window
-    if window.batch_groups != 1:
-        raise NotCovered("a convolution with batch groups")
-    if not spatial:
-        raise NotCovered("a convolution without spatial axes")
-    sizes = [kernel_shape[axis] for axis in spatial]
-    padding = window.padding
-    if any(not isinstance(pad, int) for pads in padding for pad in pads):
-        raise NotCovered("padding that depends on a size that varies")
-    attributes: dict[str, Any] = {
-        "kernel_shape": sizes,
-        "dilations": list(window.dilation),
-        "group": window.groups,
-    }
-    if all(d == 1 for d in window.input_dilation):
-        if any(pad < 0 for pads in padding for pad in pads):
-            raise NotCovered("a convolution with negative padding")
-        attributes["strides"] = list(window.strides)
-        attributes["pads"] = [low for low, _ in padding] + [high for _, high in padding]
-        return ConvForm("Conv", attributes, (outputs, inputs, *spatial), (), 0)
-    if any(s != 1 for s in window.strides) or window.groups != 1:
-        raise NotCovered("a transposed convolution with strides or groups")
-    # The convolution of a dilated input is the gradient of one with that stride: its padding is
-    # what the flipped kernel reaches over the edge beyond the padding here.
-    reach = [(size - 1) * d for size, d in zip(sizes, window.dilation, strict=True)]
-    pads = [(r - low, r - high) for r, (low, high) in zip(reach, padding, strict=True)]
-    if any(low < 0 for low, _ in pads):
-        raise NotCovered("a transposed convolution with so much padding")
-    attributes["strides"] = list(window.input_dilation)
-    attributes["pads"] = [low for low, _ in pads] + [max(high, 0) for _, high in pads]
-    beyond = [max(-high, 0) for _, high in pads]
-    if any(extra >= stride for extra, stride in zip(beyond, attributes["strides"])):
-        raise NotCovered("a transposed convolution with so much padding")
-    if any(beyond):
-        attributes["output_padding"] = beyond
-    axes = tuple(range(2, 2 + len(spatial)))
-    return ConvForm("ConvTranspose", attributes, (inputs, outputs, *spatial), axes, 1)
 
 
 def conv(
@@ -116,7 +45,17 @@ def conv(
     x = b.ordered(x, input_order(contraction))
     inputs = [x.name, kernel] + ([bias] if bias else [])
     order = (*result.free[0], *result.free[1], *result.window)
-    return Value(b.node(form.op, inputs, **form.attributes), shape, order)
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(form.window),
+        "strides": list(form.strides),
+        "pads": [low for low, _ in form.padding] + [high for _, high in form.padding],
+        "dilations": list(form.dilation),
+        "group": form.groups,
+    }
+    if any(form.beyond):
+        attributes["output_padding"] = list(form.beyond)
+    op = "ConvTranspose" if form.is_transposed else "Conv"
+    return Value(b.node(op, inputs, **attributes), shape, order)
 
 
 def input_order(contraction: Contraction) -> tuple[int, ...]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Value, straight
 from jaxquant.deploy.network import Atom, Body, Node, Var
 from jaxquant.deploy.onnx import whole_numbers
-from jaxquant.deploy.onnx.builder import Value, straight
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES, onnx_dtype
 from jaxquant.deploy.onnx.emitter import Emitter
-from jaxquant.deploy.onnx.errors import NotCovered
 
 
 def emit(e: Emitter, node: Node, values: Sequence[Value]) -> list[Value]:

@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
-from jaxquant.deploy.network import Atom, Int8Node, Network, Node, Scalar, Var
+from jaxquant.deploy.lower.convolution import conv_form
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.model import Lowered
+from jaxquant.deploy.lower.uses import with_scalar
+from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.network import Atom, Int8Node, Node, Scalar, Var
 from jaxquant.deploy.onnx import (
     contraction,
     elementwise,
@@ -17,9 +20,7 @@ from jaxquant.deploy.onnx import (
     reduction,
     shaping,
 )
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.quantization import Quantizer
 
 WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
@@ -31,42 +32,27 @@ class Emitter:
     """The float values and the int8 forms of a network's tensors, emitted once each.
 
     Args:
-      network: what is exported.
-      arrays: its parameters and constants.
+      model: what is exported.
       quantizer: what makes the int8 forms.
       with_bodies: the operations that hold others, such as loops, and what emits them.
     """
 
     def __init__(
-        self,
-        network: Network,
-        arrays: Mapping[str, np.ndarray],
-        quantizer: Quantizer,
-        with_bodies: Mapping[str, EmitBodies],
+        self, model: Lowered, quantizer: Quantizer, with_bodies: Mapping[str, EmitBodies]
     ) -> None:
-        self.network = network
-        self.arrays = arrays
+        self.model = model
+        self.network = model.network
         self.builder: Builder = quantizer.builder
         self.quantizer = quantizer
         self._with_bodies = with_bodies
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
-        self._moves = {var: node for node in network.moves for var in node.outputs}
-        self._readers: dict[Var, list[Node | Int8Node]] = {}
         self._layouts: dict[Var, Sequence[int]] = {}
-        self._makers: dict[Var, Node | Int8Node] = {}
-        for node in network.nodes:
-            ends = (node.output,) if isinstance(node, Int8Node) else node.outputs
-            self._makers.update(dict.fromkeys(ends, node))
-            inputs = node.operands if isinstance(node, Int8Node) else node.inputs
-            for atom in inputs:
-                if isinstance(atom, int):
-                    self._readers.setdefault(atom, []).append(node)
-            if isinstance(node, Int8Node):
-                given = node.node.contraction
-                if given is not None and given.window is not None:
-                    self._layouts.setdefault(node.operands[0], contraction.input_order(given))
+        for node in self.network.nodes:
+            given = node.node.contraction if isinstance(node, Int8Node) else None
+            if isinstance(node, Int8Node) and given is not None and given.window is not None:
+                self._layouts.setdefault(node.operands[0], contraction.input_order(given))
 
     def set_input(self, var: Var, value: Value) -> None:
         self._floats[var] = value
@@ -89,33 +75,8 @@ class Emitter:
 
     def emit(self, node: Node) -> None:
         """Emit an operation on floats; of the network, or of the body of a loop."""
-        with self._at(node.scope, self._place(node)):
+        with self._at(node.scope, self.model.uses.place(node)):
             self._float_node(node)
-
-    def _place(self, node: Node) -> str:
-        """Where an operation is, for an error: its scope, its line, the parameters around it."""
-        where = f"the operation {node.op!r}" + (f" in {node.scope!r}" if node.scope else "")
-        if node.source:
-            where += f", {node.source}"
-        near = self._nearest(node)
-        return where + (f", behind {near}" if near else "")
-
-    def _nearest(self, node: Node) -> str:
-        """The site or parameter that an operation reads, perhaps through others; "" if none."""
-        queue, seen = [x for x in node.inputs if isinstance(x, int)], set[Var]()
-        while queue:
-            var = queue.pop(0)
-            if var in seen:
-                continue
-            seen.add(var)
-            if str(var) in self.network.leaves:
-                return f"parameter {self.network.leaves[str(var)]!r}"
-            maker = self._makers.get(var)
-            if isinstance(maker, Int8Node):
-                return f"site {maker.name!r}"
-            if maker is not None:
-                queue += [x for x in maker.inputs if isinstance(x, int)]
-        return ""
 
     def value(self, atom: Atom) -> Value:
         """The float (or whole-number) value of a tensor."""
@@ -127,7 +88,7 @@ class Emitter:
             name = self.network.leaves.get(key) or self.network.constants.get(key)
             if name is None:
                 raise NotCovered(f"tensor {atom}, which nothing gives")
-            array = self.arrays[name]
+            array = self.model.arrays[name]
             array = array.astype(elementwise.onnx_dtype(str(array.dtype)))
             self._floats[atom] = Value(
                 self.builder.constant(array, name), array.shape, straight(array.ndim)
@@ -139,7 +100,7 @@ class Emitter:
         return self.quantizer.restored(self.operand(var), self.network.scales[str(var)])
 
     def operand(self, var: Var) -> Value:
-        """The same as sites read it: of an equalized tensor, without what their weights hold."""
+        """What sites read as the float of a tensor: without what their weights hold, if divided."""
         return self.quantizer.dequantize(self.int8(var), self.network.scales[str(var)])
 
     def int8(self, var: Var) -> Value:
@@ -151,29 +112,8 @@ class Emitter:
                     value = self.builder.ordered(value, self._layouts[var])
                 self._int8[var] = self.quantizer.quantize(value, self.network.entries[str(var)])
             else:
-                self._move(self._moves[var])
+                self._move(self.model.uses.moves[var])
         return self._int8[var]
-
-    def is_quantized(self, var: Var) -> bool:
-        """True where a tensor is read only to be quantized, perhaps behind clips and max pools.
-
-        Runtimes quantize before those, so they run the site before them in int8.
-        """
-        readers = self._readers.get(var, [])
-        if var in self.network.outputs:
-            return False
-        if (
-            len(readers) == 1
-            and isinstance(readers[0], Node)
-            and str(var) not in self.network.entries
-        ):
-            node = readers[0]
-            clips = (_with_scalar(node, "max") or _with_scalar(node, "min")) is not None
-            is_transparent = clips or node.op == "reduce_window_max"
-            return is_transparent and self.is_quantized(node.outputs[0])
-        floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
-        entry = self.network.entries.get(str(var))
-        return entry is not None and not floats and not self.quantizer.is_equalized(entry)
 
     def full(self, value: Value, var: Var) -> Value:
         """The value with all copies that the tensor holds."""
@@ -195,7 +135,7 @@ class Emitter:
 
     def _move(self, node: Node) -> None:
         """An operation that hands int8 values on: its result has the scale of its operands."""
-        with self._at(node.scope, self._place(node)):
+        with self._at(node.scope, self.model.uses.place(node)):
             if node.op == "gather":  # int8 has no NaN: qapply fills with what stands for zero
                 node = dataclasses.replace(node, params={**node.params, "fill_value": 0.0})
             values = [
@@ -227,20 +167,12 @@ class Emitter:
         self._floats.update(zip(node.outputs, results, strict=True))
 
     def _is_clipped_later(self, node: Node) -> bool:
-        """True for max(x, low) that only min(_, high) reads: both become one Clip."""
-        split = _with_scalar(node, "max")
-        if split is None or (node.reads_int8 and str(split[0]) in self.network.scales):
-            return False
-        (var,) = node.outputs
-        readers = self._readers.get(var, [])
-        if len(readers) != 1 or not isinstance(readers[0], Node) or var in self.network.outputs:
-            return False
-        if _with_scalar(readers[0], "min") is None or str(var) in self.network.scales:
+        """Put off a lower bound whose upper one comes behind it: both become one Clip."""
+        split = self.model.uses.lower_bound(node)
+        if split is None:
             return False
         tensor, low = split
-        if self.network.tensors[var].dtype not in ("float32", "bfloat16", "float16"):
-            return False
-        self._lows[var] = (self.value(tensor), self.value(low))
+        self._lows[node.outputs[0]] = (self.value(tensor), self.value(low))
         return True
 
     def apply(self, node: Node, values: Sequence[Value]) -> list[Value]:
@@ -271,7 +203,7 @@ class Emitter:
         scaled = _scaled(node, values)
         if scaled is not None:
             return scaled
-        split = _with_scalar(node, "max")
+        split = with_scalar(node, "max")
         if split is not None and split[1].array() == 0:
             tensor = values[0] if isinstance(node.inputs[0], int) else values[1]
             return elementwise.relu(self.builder, tensor)
@@ -294,29 +226,17 @@ class Emitter:
         if given is None or given.window is None:
             raise NotCovered(f"the operation {node.op!r}")
         x, kernel = values
-        form = contraction.conv_form(given, [int(size) for size in kernel.shape])
-        if form.flipped:
+        form = conv_form(given, [int(size) for size in kernel.shape])
+        if form.is_transposed:
             name = contraction.flipped_kernel(self.builder, form, kernel)
         else:
-            name = self.builder.ordered(kernel, form.kernel_order).name
+            name = self.builder.ordered(kernel, contraction.kernel_order(form)).name
         return contraction.conv(self.builder, given, form, x, name, None, shape)
-
-
-def _with_scalar(node: Node, op: str) -> tuple[Var, Scalar] | None:
-    """The tensor and the number of an operation of both."""
-    if node.op != op or len(node.inputs) != 2:
-        return None
-    a, b = node.inputs
-    if isinstance(a, int) and isinstance(b, Scalar):
-        return a, b
-    if isinstance(a, Scalar) and isinstance(b, int):
-        return b, a
-    return None
 
 
 def _scaled(node: Node, values: Sequence[Value]) -> Value | None:
     """A multiplication or division of a value with a factor by a number: another factor."""
-    split = _with_scalar(node, node.op) if node.op in ("mul", "div") else None
+    split = with_scalar(node, node.op) if node.op in ("mul", "div") else None
     if split is None or (node.op == "div" and not isinstance(node.inputs[0], int)):
         return None
     value = values[0] if isinstance(node.inputs[0], int) else values[1]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from jaxquant._version import __version__
-from jaxquant.deploy import program, tree
-from jaxquant.deploy.describe import describe
-from jaxquant.deploy.network import Int8Node, Network
+from jaxquant.deploy.lower.model import Lowered, lower
+from jaxquant.deploy.lower.values import Value, straight
+from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import control_flow, elementwise, reduction, shaping
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.emitter import WITH_DTYPES, Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.sites import emit_site
@@ -21,7 +21,6 @@ from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
 from jaxquant.graph.contraction import DENSE
 from jaxquant.keywords import named
-from jaxquant.plan.modes import STATIC
 
 OPSETS = range(13, 24)
 _CHANNELS_FIRST = (0, 3, 1, 2)
@@ -52,7 +51,7 @@ def export_onnx(
 
     Activations are integers between QuantizeLinear and DequantizeLinear, weights are 8-bit
     initialisers with a scale for every output channel, biases int32; BatchNorms and multipliers are
-    folded into the scales.  An equalized tensor is divided channel by channel before it is
+    folded into the scales.  A tensor with a scale for every channel is divided by them before it is
     quantized.  The batch (and what else varies) is a named size.
 
     Args:
@@ -92,42 +91,29 @@ def export_onnx(
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     target = Target(runtime, processors)
-    if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
-        raise ValueError(
-            "ONNX export covers models whose tensors have scales of their own, as quant_post makes "
-            f"them; this one is {qapply.plan.mode!r}. Use jaxquant.export_stablehlo"
-        )
+    lowered = lower("ONNX", qparams, qapply, shapes, constraints)
     builder = Builder(opset)
-    plain = tree.plain(qparams, qapply)
-    inputs = program.symbolic_inputs(qapply, shapes, constraints)
-    with program.explained(inputs):
-        network, constants = describe(qapply.with_backend("xla").program(*inputs), inputs)
-    arrays = {**tree.flatten(plain), **constants}
-    tensors, sites = plain["tensors"], plain["sites"]
-    quantizer = Quantizer(builder, qapply.plan, tensors, sites, target, _first_factors(network))
-    emitter = Emitter(network, arrays, quantizer, control_flow.TABLE)
-    model = _model(builder, network, emitter, channels_first)
+    quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
+    emitter = Emitter(lowered, quantizer, control_flow.TABLE)
+    model = _model(emitter, channels_first)
     contents = model.SerializeToString(deterministic=True)
     atomic.write_file(path, [contents])
 
 
-def _first_factors(network: Network) -> frozenset[str]:
+def _first_factors(model: Lowered) -> frozenset[str]:
     """The entries of the tensors that come first in a product of two activations."""
     return frozenset(
-        network.scales[str(node.operands[0])]
-        for node in network.nodes
+        model.entries(node)[0]
+        for node in model.network.nodes
         if isinstance(node, Int8Node)
         and node.node.contraction is not None
         and not (node.weight or node.computed_weight is not None)
     )
 
 
-def _model(
-    builder: Builder,
-    network: Network,
-    emitter: Emitter,
-    channels_first: bool,
-) -> Any:
+def _model(emitter: Emitter, channels_first: bool) -> Any:
+    """The ONNX model, checked."""
+    network, builder = emitter.network, emitter.builder
     onnx = builder.onnx
     inputs, outputs = [], []
     for name, var in zip(network.input_names, network.inputs, strict=True):

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers as whole
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.elementwise import ONNX_TYPES
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
 from jaxquant.deploy.onnx.whole_numbers import Whole
 
 Shapes = Sequence[tuple[Size, ...]]

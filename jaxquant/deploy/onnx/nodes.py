@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.deploy.onnx.errors import NotCovered
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size
 from jaxquant.extras import how_to_install
 
-Size = int | str  # a string names a size that varies
 _MULTIPLE = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")
 
 

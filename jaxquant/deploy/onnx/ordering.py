@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx import whole_numbers as whole
-from jaxquant.deploy.onnx.builder import Builder, Value
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.indexing import Emit, Shapes
 
 _SORTED = ("float32", "int32", "int64")  # what runtimes sort

@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 
+from jaxquant.deploy.lower.scales import Scales
+from jaxquant.deploy.lower.values import Value, straight
+from jaxquant.deploy.lower.weights import Weight
 from jaxquant.deploy.onnx import elementwise
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.target import Target, WeightForm
-from jaxquant.plan.plan import Plan
-from jaxquant.weights.quantize import LARGEST_BIAS
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """An int8 weight with what one step of each output channel is worth.
-
-    Attributes:
-      int8: in ONNX's layout.
-      scale: float32 [C], positive.
-      steps: float32 [C], what one unit of the accumulator is worth: `scale` times the input's, as
-        runtimes round it where such a scale exists.
-      bias: float64 [C].
-      axis: the axis of the channels.
-    """
-
-    int8: np.ndarray
-    scale: np.ndarray
-    steps: np.ndarray
-    bias: np.ndarray | None
-    axis: int
 
 
 class Quantizer:
-    """Emits the quantization of tensors by their entries in `qparams["tensors"]`.
+    """Emits the quantization of tensors and weights.
 
     Args:
       builder: of the graph.
-      plan: of the model.
-      tensors, sites: what `qparams` holds under these names.
+      scales: of the int8 tensors.
       target: what runs the file.
       first_factors: the entries of the activations that other activations are multiplied by.
     """
@@ -49,53 +28,30 @@ class Quantizer:
     def __init__(
         self,
         builder: Builder,
-        plan: Plan,
-        tensors: Mapping[str, Mapping[str, Any]],
-        sites: Mapping[str, Mapping[str, Any]],
+        scales: Scales,
         target: Target,
         first_factors: Collection[str] = (),
     ) -> None:
         self.builder = builder
         self.target = target
         self._first_factors = first_factors if target.first_factor_has_zero_point else ()
-        self._tensors = tensors
-        self._sites = sites
-        self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
-        self._equalized = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.channels}
+        self._scales = scales
         self._dequantized: dict[str, Value] = {}
-
-    def site(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays of a site's epilogue."""
-        return {key: np.asarray(array) for key, array in self._sites[name].items()}
-
-    def scale(self, entry: str) -> float:
-        """What one step of a tensor is worth; of an equalized one, to the weights behind it."""
-        if entry in self._equalized:
-            return float(np.float32(self._equalized[entry]))
-        return float(np.asarray(self._tensors[entry]["scale"]))
-
-    def is_equalized(self, entry: str) -> bool:
-        """True for a tensor that is divided, channel by channel, before it is quantized."""
-        return entry in self._equalized
 
     def restored(self, value: Value, entry: str) -> Value:
         """A dequantized tensor as it was before it was divided."""
-        return self._multiplied(value, entry, 1) if self.is_equalized(entry) else value
+        return self._multiplied(value, entry, 1) if self._scales.is_divided(entry) else value
 
     def _multiplied(self, value: Value, entry: str, power: int) -> Value:
-        factors = np.asarray(self._tensors[entry]["scale"], np.float64) / self.scale(entry)
-        array = (factors**power).astype(np.float32)
+        array = (self._scales.divisors(entry) ** power).astype(np.float32)
         array = array.reshape([1] * (value.rank - array.ndim) + list(array.shape))
         constant = Value(
-            self.builder.constant(array, "equalization"), array.shape, straight(array.ndim)
+            self.builder.constant(array, "divisors"), array.shape, straight(array.ndim)
         )
         return elementwise.apply(self.builder, "Mul", [value, constant])
 
-    def zero_point(self, entry: str) -> int:
-        return int(self._zero_points[entry])
-
     def quantize(self, value: Value, entry: str) -> Value:
-        if self.is_equalized(entry):
+        if self._scales.is_divided(entry):
             value = self._multiplied(value, entry, -1)
         value = self.builder.plain(value)
         name = self.builder.node("QuantizeLinear", [value.name, *self._grid(entry)], "quantize")
@@ -117,7 +73,7 @@ class Quantizer:
         negative in int8 only so.  The first factor of a product of two activations is whichever
         type does not make its zero point 0, see `jaxquant.deploy.onnx.target`.
         """
-        zero_point = self.zero_point(entry)
+        zero_point = self._scales.zero_point(entry)
         if entry in self._first_factors:
             is_unsigned = zero_point != np.iinfo(np.int8).min
         else:
@@ -125,7 +81,7 @@ class Quantizer:
         return np.uint8(zero_point + 128) if is_unsigned else np.int8(zero_point)
 
     def _grid(self, entry: str) -> list[str]:
-        scale = self.builder.constant(np.float32(self.scale(entry)), "scale")
+        scale = self.builder.constant(np.float32(self._scales.scale(entry)), "scale")
         return [scale, self.builder.constant(self.zero(entry), "zero_point")]
 
     def weight(self, weight: Weight, form: WeightForm) -> str:
@@ -160,55 +116,12 @@ class Quantizer:
 
     def bias(self, weight: Weight) -> str | None:
         """The dequantized int32 bias, whose steps are those of the accumulator."""
-        if weight.bias is None:
+        int32 = weight.bias_steps()
+        if int32 is None:
             return None
-        int32 = np.rint(weight.bias / weight.steps.astype(np.float64)).astype(np.int32)
         inputs = [
             self.builder.constant(int32, "bias_int32"),
             self.builder.constant(weight.steps, "bias_scale"),
             self.builder.constant(np.zeros(int32.shape, np.int32), "bias_zero_point"),
         ]
         return self.builder.node("DequantizeLinear", inputs, "bias", axis=0)
-
-
-def make_weight(
-    int8: np.ndarray,
-    axis: int,
-    multiplier: np.ndarray,
-    bias: np.ndarray | None,
-    input_scale: float,
-) -> Weight:
-    """Fold a site's multiplier into the scales of its weight.
-
-    A negative multiplier (of a BatchNorm, say) turns the weight's sign, one of zero makes the
-    weight zero.  Where the bias is so large in steps of the accumulator that int32 does not hold
-    it, the steps of that channel are made larger.
-
-    Args:
-      int8: the weight in ONNX's layout.
-      axis: of its output channels.
-      multiplier: [C], what one unit of the accumulator is worth.
-      bias: [C] or None.
-      input_scale: of the tensor that the weight meets.
-    """
-    along = [1] * int8.ndim
-    along[axis] = -1
-    multiplier = multiplier.astype(np.float64)
-    worth = np.abs(multiplier)
-    steps = worth if bias is None else np.maximum(worth, np.abs(bias) / LARGEST_BIAS)
-    least = 2.0**-126 * max(input_scale, 1.0)
-    steps = np.maximum(np.where(steps > 0, steps, input_scale), least).astype(np.float32)
-    ratio = np.sign(multiplier) * worth / steps.astype(np.float64)
-    exact = np.abs(np.abs(ratio) - 1) < 1e-5
-    ratio = np.where(exact, np.sign(ratio), ratio).reshape(along)
-    folded = np.clip(np.rint(int8 * ratio), -127, 127).astype(np.int8)
-    scale = _factor(steps, np.float32(input_scale))
-    return Weight(folded, scale, steps, None if bias is None else bias.astype(np.float64), axis)
-
-
-def _factor(product: np.ndarray, other: np.float32) -> np.ndarray:
-    """float32 [C] that gives `product` when multiplied by `other` in float32, or the next to it."""
-    nearest = (product.astype(np.float64) / other).astype(np.float32)
-    below, above = (np.nextafter(nearest, np.float32(bound)) for bound in (0, np.inf))
-    choices = [nearest, below, above]
-    return np.select([choice * other == product for choice in choices], choices, nearest)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size, Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise
-from jaxquant.deploy.onnx.builder import Builder, Value
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
+from jaxquant.deploy.onnx.builder import Builder
 
 _REDUCTIONS = {
     "reduce_max": "ReduceMax",

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers
-from jaxquant.deploy.onnx.builder import Builder, Value, straight
+from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.elementwise import cast, onnx_dtype
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
 
 Emit = Callable[[Builder, Node, list[Value], tuple[Size, ...]], Value]
 

@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 
+from jaxquant.deploy.lower.convolution import ConvForm, conv_form
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.lower.weights import Weight, make_weight, site_arrays
 from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import contraction, elementwise, reduction
-from jaxquant.deploy.onnx.builder import Value, straight
 from jaxquant.deploy.onnx.emitter import Emitter
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Size
-from jaxquant.deploy.onnx.quantization import Weight, make_weight
 from jaxquant.graph.contraction import Contraction
 
 
@@ -30,27 +30,27 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
         value = reduction.emit(e.builder, node, operands[0], shape)
     else:
         raise NotCovered(f"the operation {node.op!r} in int8")
-    entries = [e.network.scales[str(var)] for var in site.operands]
-    worth = math.prod(e.quantizer.scale(entry) for entry in entries)
-    arrays = e.quantizer.site(site.name)
+    worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
+    arrays = e.model.sites[site.name]
     return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
 
 
 def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
-    entry = e.network.scales[str(site.operands[0])]
-    int8, multiplier, bias = _arrays(e, site, e.quantizer.zero_point(entry))
-    input_scale = e.quantizer.scale(entry)
+    (entry,) = e.model.entries(site)[:1]
+    int8, multiplier, bias = site_arrays(e.model, site)
+    input_scale = e.model.scales.scale(entry)
     shape, given = e.shape(site.node.outputs[0]), site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
     if given.window is not None:
-        form = contraction.conv_form(given, int8.shape)
-        stored = form.kernel(int8)
-        weight = make_weight(stored, form.channel_axis, multiplier, bias, input_scale)
-        is_dot = e.quantizer.target.is_onnxruntime and contraction.is_pointwise(form)
-        if is_dot and not e.is_quantized(site.output):
+        form = conv_form(given, int8.shape)
+        order = contraction.kernel_order(form)
+        stored, channel_axis = form.kernel(int8, order), order.index(form.outputs)
+        weight = make_weight(stored, channel_axis, multiplier, bias, input_scale)
+        is_dot = e.quantizer.target.is_onnxruntime and form.is_pointwise
+        if is_dot and not e.model.uses.is_quantized(site.output):
             return _moved(e, site, _integer_dot(e, site, given, form, weight, entry, shape))
-        weight_form = e.quantizer.target.conv_weight(form, stored.shape)
+        weight_form = e.quantizer.target.conv_weight(form)
         names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
         value = contraction.conv(e.builder, given, form, x, *names, shape)
         return _moved(e, site, value)
@@ -75,7 +75,7 @@ def _integer_dot(
     e: Emitter,
     site: Int8Node,
     given: Contraction,
-    form: contraction.ConvForm,
+    form: ConvForm,
     weight: Weight,
     entry: str,
     shape: tuple[Size, ...],
@@ -87,7 +87,7 @@ def _integer_dot(
     """
     b, own, result = e.builder, given.operands[0], given.result
     x = b.ordered(e.int8(site.operands[0]), (*own.free, *own.window, *own.contracted))
-    name, strides = x.name, form.attributes["strides"]
+    name, strides = x.name, form.strides
     if any(stride != 1 for stride in strides):
         axes = range(1, 1 + len(strides))
         ends = [np.iinfo(np.int64).max] * len(strides)
@@ -101,44 +101,6 @@ def _integer_dot(
     if weight.bias is not None:
         name = b.node("Add", [name, b.constant(weight.bias.astype(np.float32), "bias")])
     return Value(name, shape, (*result.free[0], *result.window, *result.free[1]))
-
-
-def _arrays(
-    e: Emitter, site: Int8Node, zero_point: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The int8 weight, and its site's multiplier and bias, [C] each.
-
-    In `qparams` the bias takes away what the zero point adds to the sums; a dequantized input has
-    none to take away.
-    """
-    arrays = e.quantizer.site(site.name)
-    scale = np.ones(())
-    if site.weight:
-        int8 = e.arrays[site.weight]
-    else:
-        constant = e.network.constants.get(str(site.computed_weight))
-        if constant is None:
-            raise NotCovered("a weight that the model makes to the size of the batch, in int8")
-        value = e.arrays[constant]
-        int8, scale = _quantize_weight(value.astype(np.float32), site.weight_axes)
-    channels = (math.prod(int8.shape[axis] for axis in site.weight_axes),)
-    multiplier = np.broadcast_to(arrays["multiplier"].astype(np.float64) * scale, channels)
-    if "bias" not in arrays:
-        return int8, multiplier, None
-    bias = np.broadcast_to(arrays["bias"].astype(np.float64), channels)
-    if zero_point and site.weight:
-        summed = tuple(a for a in range(int8.ndim) if a not in site.weight_axes)
-        bias = bias + multiplier * zero_point * int8.sum(summed, dtype=np.int64).reshape(-1)
-    return int8, multiplier, bias
-
-
-def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """As `jaxquant.run.accumulate` does in the program."""
-    summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    threshold = np.abs(weight).max(axis=summed, keepdims=True)
-    scale = np.where(threshold > 0, threshold, np.float32(127)) / np.float32(127)
-    int8 = np.clip(np.rint(weight * (np.float32(1) / scale)), -127, 127).astype(np.int8)
-    return int8, scale.reshape(-1).astype(np.float64)
 
 
 def _moved(e: Emitter, site: Int8Node, value: Value) -> Value:

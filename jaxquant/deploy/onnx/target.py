@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from jaxquant.deploy.onnx.contraction import ConvForm
+from jaxquant.deploy.lower.convolution import ConvForm
 
 RUNTIMES = ("any", "onnxruntime")
 PROCESSORS = ("any", "vnni", "arm", "gpu")
@@ -76,17 +76,15 @@ class Target:
         """The form of the weight of a dot."""
         return WeightForm.UINT8 if self.may_saturate else WeightForm.INT8
 
-    def conv_weight(self, form: ConvForm, kernel_shape: tuple[int, ...]) -> WeightForm:
-        """The form of the weight of a convolution; the shape is that of the ONNX kernel."""
-        if not self.may_saturate or _is_depthwise(form, kernel_shape):
+    def conv_weight(self, form: ConvForm) -> WeightForm:
+        """The form of the weight of a convolution.
+
+        Several filters for each input channel are no depthwise convolution: their products are
+        summed in pairs.
+        """
+        if not self.may_saturate or form.is_depthwise:
             return WeightForm.INT8
-        return WeightForm.FLOAT if form.op == "ConvTranspose" else WeightForm.UINT8
-
-
-def _is_depthwise(form: ConvForm, kernel_shape: tuple[int, ...]) -> bool:
-    """True for one filter for each input channel; with several for each, products are paired."""
-    groups = form.attributes["group"]
-    return form.op == "Conv" and groups > 1 and kernel_shape[:2] == (groups, 1)
+        return WeightForm.FLOAT if form.is_transposed else WeightForm.UINT8
 
 
 def _listed(names: tuple[str, ...]) -> str:

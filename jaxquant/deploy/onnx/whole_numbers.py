@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxquant.deploy.onnx.errors import NotCovered
-from jaxquant.deploy.onnx.nodes import Nodes, Size
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size
+from jaxquant.deploy.onnx.nodes import Nodes
 
 Whole = np.ndarray | str  # known, or the name of an int64 tensor of the graph
 

@@ -1,0 +1,106 @@
+"""Who makes and who reads the tensors of a network, and which operations are one to a runtime."""
+
+from __future__ import annotations
+
+from jaxquant.deploy.lower.scales import Scales
+from jaxquant.deploy.network import Int8Node, Network, Node, Scalar, Var
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+class Uses:
+    """The makers and readers of a network's tensors.
+
+    Attributes:
+      moves: tensor -> the operation that hands int8 values on to it.
+
+    Args:
+      network: whose.
+      scales: of its int8 tensors.
+    """
+
+    def __init__(self, network: Network, scales: Scales) -> None:
+        self.network = network
+        self._scales = scales
+        self.moves = {var: node for node in network.moves for var in node.outputs}
+        self._readers: dict[Var, list[Node | Int8Node]] = {}
+        self._makers: dict[Var, Node | Int8Node] = {}
+        for node in network.nodes:
+            ends = (node.output,) if isinstance(node, Int8Node) else node.outputs
+            self._makers.update(dict.fromkeys(ends, node))
+            inputs = node.operands if isinstance(node, Int8Node) else node.inputs
+            for atom in inputs:
+                if isinstance(atom, int):
+                    self._readers.setdefault(atom, []).append(node)
+
+    def place(self, node: Node) -> str:
+        """Where an operation is, for an error: its scope, its line, the parameters around it."""
+        where = f"the operation {node.op!r}" + (f" in {node.scope!r}" if node.scope else "")
+        if node.source:
+            where += f", {node.source}"
+        near = self._nearest(node)
+        return where + (f", behind {near}" if near else "")
+
+    def _nearest(self, node: Node) -> str:
+        """The site or parameter that an operation reads, perhaps through others; "" if none."""
+        queue, seen = [x for x in node.inputs if isinstance(x, int)], set[Var]()
+        while queue:
+            var = queue.pop(0)
+            if var in seen:
+                continue
+            seen.add(var)
+            if str(var) in self.network.leaves:
+                return f"parameter {self.network.leaves[str(var)]!r}"
+            maker = self._makers.get(var)
+            if isinstance(maker, Int8Node):
+                return f"site {maker.name!r}"
+            if maker is not None:
+                queue += [x for x in maker.inputs if isinstance(x, int)]
+        return ""
+
+    def is_quantized(self, var: Var) -> bool:
+        """True where a tensor is read only to be quantized, perhaps behind clips and max pools.
+
+        Runtimes quantize before those, so they run the site before them in int8.
+        """
+        reader = self._only_reader(var)
+        if var in self.network.outputs:
+            return False
+        if reader is not None and str(var) not in self.network.entries:
+            clips = (with_scalar(reader, "max") or with_scalar(reader, "min")) is not None
+            is_transparent = clips or reader.op == "reduce_window_max"
+            return is_transparent and self.is_quantized(reader.outputs[0])
+        readers = self._readers.get(var, [])
+        floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
+        entry = self.network.entries.get(str(var))
+        return entry is not None and not floats and not self._scales.is_divided(entry)
+
+    def lower_bound(self, node: Node) -> tuple[Var, Scalar] | None:
+        """The tensor and the number of max(x, low) that only min(_, high) reads: one clip."""
+        split = with_scalar(node, "max")
+        if split is None or (node.reads_int8 and str(split[0]) in self.network.scales):
+            return None
+        (var,) = node.outputs
+        reader = self._only_reader(var)
+        if reader is None or with_scalar(reader, "min") is None or var in self.network.outputs:
+            return None
+        if str(var) in self.network.scales or self.network.tensors[var].dtype not in _FLOATS:
+            return None
+        return split
+
+    def _only_reader(self, var: Var) -> Node | None:
+        """The operation on floats that alone reads a tensor."""
+        readers = self._readers.get(var, [])
+        return readers[0] if len(readers) == 1 and isinstance(readers[0], Node) else None
+
+
+def with_scalar(node: Node, op: str) -> tuple[Var, Scalar] | None:
+    """The tensor and the number of an operation of this name that has both."""
+    if node.op != op or len(node.inputs) != 2:
+        return None
+    a, b = node.inputs
+    if isinstance(a, int) and isinstance(b, Scalar):
+        return a, b
+    if isinstance(a, Scalar) and isinstance(b, int):
+        return b, a
+    return None

@@ -1,0 +1,44 @@
+"""Values of a graph that is written, whose axes need not lie as the model's do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+Size = int | str  # a string names a size that varies
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A tensor of the graph that is written.
+
+    Attributes:
+      name: in that graph.
+      shape: the sizes of its logical axes, those of the JAX tensor; 1 where that one holds copies
+        (a broadcast is put off, since most operations do it themselves).
+      order: the logical axis that each physical axis holds.  A transpose changes this alone.
+      factor: the JAX tensor is this times the written one; a window's sum is an average times a
+        number, which the division behind it takes away again.
+    """
+
+    name: str
+    shape: tuple[Size, ...]
+    order: tuple[int, ...]
+    factor: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def physical(self) -> tuple[Size, ...]:
+        """The sizes of the physical axes."""
+        return tuple(self.shape[axis] for axis in self.order)
+
+    def axis(self, logical: int) -> int:
+        """The physical axis of a logical one."""
+        return self.order.index(logical)
+
+
+def straight(rank: int) -> tuple[int, ...]:
+    """The order of axes that lie as the model's do."""
+    return tuple(range(rank))
