@@ -1,6 +1,7 @@
 // Tests of the kernels without XLA: every instruction set against plain loops, bit for bit.
 //
-//   kernels CASES    that many random convolutions, by each instruction set, alone and on threads
+//   kernels CASES    some known convolutions and so many random ones, by each instruction set, alone
+//                    and on threads
 //
 // Prints what differs, and ends with 1 if anything does.  All memory is of the size that it must
 // have, so that the address sanitizer sees what is read or written beside it.
@@ -115,6 +116,20 @@ ConvShape random_shape(Random& random) {
   s.oh = (s.h + 2 * s.pad_h - (s.kh - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.ow = (s.w + 2 * s.pad_w - (s.kw - 1) * s.dilation_w - 1) / s.stride_w + 1;
   return s;
+}
+
+// Those that take a way of their own: segments that run on over rows; a stride, of pixels that are
+// copied; pixels that are not; several pixels in a vector; taps that fill no vector.
+std::vector<ConvShape> known_shapes() {
+  const auto square = [](int64_t size, int64_t c, int64_t o, int64_t window, int64_t stride,
+                         int64_t pad, int64_t groups) {
+    const int64_t out = (size + 2 * pad - window) / stride + 1;
+    return ConvShape{1, size, size, c, out, out, o, window, window, stride, stride, 1, 1, pad, pad,
+                     groups};
+  };
+  return {square(7, 64, 33, 3, 1, 1, 1), square(9, 17, 40, 1, 2, 0, 1),
+          square(6, 64, 48, 1, 1, 0, 1), square(9, 16, 16, 3, 1, 1, 16),
+          square(9, 66, 66, 5, 2, 2, 66)};
 }
 
 std::string describe(const ConvShape& s) {
@@ -338,8 +353,10 @@ int main(int, char** arguments) {
   using namespace jaxquant;
   const int64_t cases = std::atoll(arguments[1]);
   Random random(1);
-  for (int64_t i = 0; i < cases; ++i) {
-    const Case given(random, random_shape(random));
+  std::vector<ConvShape> shapes = known_shapes();
+  for (int64_t i = 0; i < cases; ++i) shapes.push_back(random_shape(random));
+  for (const ConvShape& shape : shapes) {
+    const Case given(random, shape);
     const Expected expected(given);
     expected.check_everywhere<Portable>();
 #ifdef JAXQUANT_AVX512
