@@ -95,10 +95,7 @@ class _Describer:
         return _scalar(atom.value) if isinstance(atom, ir.Literal) else self._number(atom)
 
     def _node(self, eqn: ir.Equation, reads_int8: bool = False, selects: bool = False) -> Node:
-        params = dict(eqn.params)
-        if eqn.name == "scan":  # of which each JAX keeps another account
-            consts, carry = jaxprs.scan_counts(eqn.params)
-            params |= {"num_consts": consts, "num_carry": carry}
+        params = jaxprs.portable_params(eqn.name, eqn.params)
         return Node(
             op=eqn.name,
             inputs=tuple(self._atom(x) for x in eqn.inputs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,6 +68,41 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # jax 0.12: three trees
     return len(list(consts)), len(list(carry))
+
+
+def portable_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a primitive as every release of JAX can be told them.
+
+    A `scan` has "num_consts" and "num_carry", as up to jax 0.11; jax 0.12 has trees instead.
+    """
+    if name != "scan":
+        return dict(params)
+    consts, carry = scan_counts(params)
+    others = {key: value for key, value in params.items() if key not in ("ft_in", "ft_out")}
+    return others | {"num_consts": consts, "num_carry": carry}
+
+
+def own_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that this JAX has, of those that `portable_params` gives."""
+    own = dict(params)
+    if name == "scan" and _scan_has_trees():
+        from jax._src import flattree  # type: ignore[attr-defined]  # jax 0.12 has it
+
+        counts = own.pop("num_consts"), own.pop("num_carry")
+        read = len(own["jaxpr"].in_avals) - sum(counts)
+        written = len(own["jaxpr"].out_avals) - counts[1]
+        own["ft_in"] = flattree.pack(tuple(map(flattree.nones, (*counts, read))))
+        own["ft_out"] = flattree.pack(tuple(map(flattree.nones, (counts[1], written))))
+    return own
+
+
+@functools.cache
+def _scan_has_trees() -> bool:
+    def scan(xs: jax.Array) -> Any:
+        return jax.lax.scan(lambda carry, x: (carry, x), 0, xs)
+
+    (eqn,) = jax.make_jaxpr(scan)(jax.ShapeDtypeStruct((1,), "int32")).jaxpr.eqns
+    return "ft_in" in eqn.params
 
 
 def _open(body: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:

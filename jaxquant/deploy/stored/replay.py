@@ -160,7 +160,7 @@ class Replay:
         if equation.op == "cond":
             for branch in params["branches"][1:]:
                 _check_outputs(branch.out_avals, params["branches"][0].out_avals)
-        return params
+        return jaxprs.own_params(equation.op, params)
 
     def _jaxpr(
         self, equation: Equation, key: str, avals: Sequence[Any], depth: int, number: int

@@ -119,7 +119,7 @@ class _Writer:
         if not primitives.is_known(op):
             raise ValueError(_refusal(op, scope))
         found = {}
-        for key, value in params.items():
+        for key, value in jaxprs.portable_params(op, params).items():
             try:
                 found[key] = None if key in _PLACEMENT else values.encode(value, self._body)
             except ValueError as error:
