@@ -54,6 +54,11 @@ SETTINGS: settings.Settings = {
     "activation_quantize_type": ("asymmetric", "or symmetric"),
     "recover": (("bias_correction",), "the steps that repair the int8 model"),
     "skip": ((), "patterns of sites that stay float"),
+    "rules": (
+        (),
+        "settings for some sites: dicts of what jaxquant.Rule takes, such as "
+        "{'pattern': 'head/*', 'algo': 'mse'}",
+    ),
     "optimize_for": ("size", "or speed: what int8 makes slower here stays float"),
     "save_model_path": ("", "where to save the int8 model, a .safetensors file; empty: nowhere"),
     "progress": (True, "show a progress bar"),

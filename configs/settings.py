@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from ml_collections import ConfigDict
 
-Value: TypeAlias = bool | int | float | str | tuple[str, ...]
+Value: TypeAlias = bool | int | float | str | tuple[str, ...] | tuple[dict, ...]
 
 # name -> (default, meaning)
 Settings: TypeAlias = Mapping[str, tuple[Value, str]]

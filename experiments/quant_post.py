@@ -71,6 +71,7 @@ def run(config: ConfigDict) -> tuple[str, dict[str, Any], Any]:
             activation_quantize_type=config.activation_quantize_type,
             recover=tuple(config.recover),
             skip=tuple(config.skip),
+            rules=[jaxquant.Rule(**rule) for rule in config.rules],
             optimize_for=config.optimize_for,
             progress=config.progress,
         )

@@ -17,6 +17,7 @@ from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
+from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report
@@ -39,6 +40,7 @@ def quant_dynamic(
     weight_quantize_type: str = "channel_wise_abs_max",
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
+    rules: Sequence[Rule] = (),
     select: Any = None,
     allow_batch_dependence: bool = False,
     progress: bool = True,
@@ -66,6 +68,7 @@ def quant_dynamic(
         with a weight), and if asked for "conv2d_transpose" and "matmul" (two activations).
       weight_quantize_type: "channel_wise_abs_max" or "abs_max".
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
+      rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype` alone.
       select: what of an item of `example` is given to `apply_fn`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
       progress: show what is being done, as `jaxquant.quant_post`.
@@ -97,6 +100,7 @@ def quant_dynamic(
         recover=(),
         skip=skip,
         skip_first_last=skip_first_last,
+        rules=rules,
         mode=DYNAMIC,
     )
     with Progress("quant_dynamic", progress) as shown:
@@ -110,11 +114,12 @@ def quant_weights(
     apply_fn: Callable[..., Any],
     example: Any,
     *,
-    bits: int = 8,
+    weight_bits: int = 8,
     group_size: int | None = None,
     quantizable_op_type: Sequence[str] = WEIGHT_OP_TYPES,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
+    rules: Sequence[Rule] = (),
     select: Any = None,
     allow_batch_dependence: bool = False,
     progress: bool = True,
@@ -134,13 +139,14 @@ def quant_weights(
       params: pytree of float arrays, as for `jaxquant.quant_post`.
       apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
       example: inputs to trace with, or `jax.ShapeDtypeStruct`s, as for `jaxquant.quant_dynamic`.
-      bits: 8 or 4; two 4-bit integers are packed in a byte.
+      weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
       quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
         "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
         if asked for "conv2d_transpose".
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
+      rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype` and `weight_bits`.
       select: what of an item of `example` is given to `apply_fn`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
       progress: show what is being done, as `jaxquant.quant_post`.
@@ -159,7 +165,7 @@ def quant_weights(
       >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 4))}
       >>> x = jax.random.normal(jax.random.key(1), (8, 256))
       >>> qparams, qapply = jaxquant.quant_weights(
-      ...     params, lambda p, x: x @ p["w"], x, bits=4, group_size=64)
+      ...     params, lambda p, x: x @ p["w"], x, weight_bits=4, group_size=64)
       >>> {name: array.shape for name, array in qparams["params"]["w"].items()}
       {'int4': (128, 4), 'scale': (4, 4)}
       >>> qapply.report().rows[0]["mode"]
@@ -171,8 +177,9 @@ def quant_weights(
         recover=(),
         skip=skip,
         skip_first_last=skip_first_last,
+        rules=rules,
         mode=WEIGHT_ONLY,
-        weight_bits=bits,
+        weight_bits=weight_bits,
         group_size=group_size,
     )
     with Progress("quant_weights", progress) as shown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
-from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import check_alike
 from jaxquant.calibration.resume import (
     check_observed,
@@ -29,8 +27,8 @@ from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding
-from jaxquant.plan.config import QuantConfig, check_path
-from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.config import QuantConfig, check_path, rule_data
+from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.report import make_report
@@ -38,8 +36,7 @@ from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
-from jaxquant.tune.choice import Choice, make_chosen_plan
-from jaxquant.tune.control import Built, control
+from jaxquant.tune.control import Built, Rules, control
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.speed import slower_in_int8
 
@@ -69,10 +66,10 @@ def check_files(config: QuantConfig, calibration_file: Any, recovery_file: Any) 
     """Raise where the path of a file is no path, or nothing would be kept in it."""
     check_path("calibration_file", calibration_file)
     check_path("recovery_file", recovery_file)
-    if recovery_file is not None and "adaround" not in config.recover:
+    if recovery_file is not None and "adaround" not in config.all_steps:
         raise ValueError(
             "recovery_file keeps what the step 'adaround' learned, and recover="
-            f"{config.recover!r} has no such step; leave recovery_file out, or add the step"
+            f"{config.all_steps!r} has no such step; leave recovery_file out, or add the step"
         )
 
 
@@ -112,7 +109,7 @@ def calibrate(
         counted = stage.each(batches.items)
         if calibration_file is None:
             return run_sweep(sweep, counted)
-        return sweep_with_file(calibration_file, sweep, counted, _own_observer(config))
+        return sweep_with_file(calibration_file, sweep, counted, config.own_observer)
 
 
 def load(
@@ -124,7 +121,7 @@ def load(
     """What a complete calibration file holds, which must be of this model."""
     sweep = _sweep(source, config, options_of(config), True, progress)
     with progress.stage("reading the observations"):
-        return load_checked(path, sweep, _own_observer(config))
+        return load_checked(path, sweep, config.own_observer)
 
 
 def check_given(
@@ -151,21 +148,26 @@ def quantize(
     with progress.stage("tracing"):
         model = trace_with_batch_sizes(source, observations.examples[0])
         check_weights(model.graph, model.sites, source.params)
+    found: Rules = ()
     if config.optimize_for == "speed":
-        slow = slower_in_int8(model, observations, config, progress)
-        config = dataclasses.replace(config, left_float=slow)
+        found = slower_in_int8(model, observations, config, progress)
+        config = config.with_rules(found)
 
-    plan_of = functools.partial(make_chosen_plan, model, observations, config)
+    def plan_of(rules: Rules) -> Binding:
+        return make_plan(model, observations, config.with_rules(rules))
 
-    def build(choice: Choice) -> Built:
+    def build(rules: Rules) -> Built:
         with progress.stage("searching thresholds"):
-            binding = plan_of(choice)
-        return _build(source, observations, binding, choice, file, progress)
+            binding = plan_of(rules)
+        return _build(source, observations, binding, file, progress)
 
     if goal is None:
-        qparams, qapply = build(Choice())
+        qparams, qapply = build(())
     else:
-        qparams, qapply = control(source, observations, config, plan_of, build, goal, progress)
+        built, rules = control(source, observations, plan_of, build, goal, progress)
+        (qparams, qapply), found = built, (*found, *rules)
+    if found:
+        qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
     inputs = observations.examples[0]
     warn_if_poor(source, qparams, qapply.plan, qapply.report(), inputs, progress)
     return qparams, qapply
@@ -175,13 +177,12 @@ def _build(
     source: FloatModel,
     observations: Observations,
     binding: Binding,
-    choice: Choice,
     file: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> Built:
     examples = observations.examples
     qparams, program, comparison, notes = quantize_and_recover(
-        source, binding, examples, only=choice.recover_at, file=file, progress=progress
+        source, binding, examples, file=file, progress=progress
     )
     with progress.stage("comparing"):
         sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
@@ -204,15 +205,10 @@ def _sweep(
     return Sweep(
         source,
         tensors_of,
-        _own_observer(config),
+        config.own_observer,
         options,
         count,
         fast_convolutions,
         allow_batch_dependence=allow_batch_dependence,
         progress=progress,
     )
-
-
-def _own_observer(config: QuantConfig) -> Observer | None:
-    """The observer that keeps statistics beside those of every sweep."""
-    return None if config.observer.keeps_histogram else config.observer

@@ -426,7 +426,7 @@ def test_progress_is_a_flag():
 
 def test_bits_are_an_integer():
     with pytest.raises(ValueError, match=r"bits is 8 or 4, got 4\.0"):
-        jaxquant.quant_weights(PARAMS, mlp, X, bits=4.0)
+        jaxquant.quant_weights(PARAMS, mlp, X, weight_bits=4.0)
 
 
 def test_observations_that_are_none():

@@ -107,7 +107,7 @@ def test_float_sites_keep_their_weights(quantize):
 def test_report_of_tensors():
     dynamic = jaxquant.quant_dynamic(DENSE, dense, X)[1].report()
     assert [t["name"] for t in dynamic.tensors if t["status"] == "int8"] == ["a/input", "c/input"]
-    weights = jaxquant.quant_weights(DENSE, dense, X, bits=4, group_size=4)[1].report()
+    weights = jaxquant.quant_weights(DENSE, dense, X, weight_bits=4, group_size=4)[1].report()
     assert {t["status"] for t in weights.tensors} == {"float"}
     assert weights.tensors[0]["reason"] == "read by a: its weight alone is quantized"
     assert "Tensors" not in str(weights)
@@ -153,8 +153,8 @@ SHAPE12 = jax.ShapeDtypeStruct((1, 12), jnp.float32)
 @pytest.mark.parametrize(
     ("quantize", "options", "match"),
     [
-        (jaxquant.quant_weights, {"bits": 3}, "bits is 8 or 4, got 3"),
-        (jaxquant.quant_weights, {"bits": True}, "bits is 8 or 4"),
+        (jaxquant.quant_weights, {"weight_bits": 3}, "weight_bits is 8 or 4, got 3"),
+        (jaxquant.quant_weights, {"weight_bits": True}, "weight_bits is 8 or 4"),
         (jaxquant.quant_weights, {"group_size": 0}, "group_size .* got 0"),
         (jaxquant.quant_weights, {"group_size": 2.5}, "group_size .* got 2.5"),
         (jaxquant.quant_weights, {"quantizable_op_type": ("matmul",)}, "'matmul' is not known"),
@@ -198,7 +198,9 @@ def test_groups_make_four_bits_better():
     scaled = {"w": networks.images(0, (64, 8)) * jnp.logspace(-1, 0, 64)[:, None]}
     x = networks.images(1, (16, 64))
     sqnr = [
-        jaxquant.quant_weights(scaled, lambda p, x: x @ p["w"], x, bits=bits, group_size=size)[1]
+        jaxquant.quant_weights(
+            scaled, lambda p, x: x @ p["w"], x, weight_bits=bits, group_size=size
+        )[1]
         .report()
         .summary["output_sqnr_db"]
         for bits, size in ((4, None), (4, 8), (8, None))
@@ -212,7 +214,7 @@ def test_a_poor_model_warns_with_advice_for_the_mode():
     x = np.ones((2, 64), np.float32)
     x[:, 0] = 0
     with pytest.warns(UserWarning, match="on the first batch.*a smaller group_size"):
-        jaxquant.quant_weights({"w": weight}, lambda p, x: x @ p["w"], x, bits=4)
+        jaxquant.quant_weights({"w": weight}, lambda p, x: x @ p["w"], x, weight_bits=4)
 
 
 def test_control_flow_stays_float_and_is_reported():

@@ -1,5 +1,6 @@
 """Keywords of other libraries and misspelt ones say what to write instead."""
 
+import dataclasses
 import inspect
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ PUBLIC = (
 
 
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("keyword", ["executor", "model_dir", "skip_tensor_list", "weight_bits"])
+@pytest.mark.parametrize("keyword", ["executor", "model_dir", "skip_tensor_list", "onnx_format"])
 def test_a_keyword_of_paddles_says_what_stands_for_it(function, keyword):
     with pytest.raises(
         TypeError, match=rf"{function.__name__}\(\) has no argument '{keyword}'"
@@ -34,7 +35,17 @@ def test_a_misspelt_keyword_names_the_nearest():
 
 def test_no_keyword_of_ours_is_told_to_be_paddles():
     ours = {name for function in PUBLIC for name in inspect.signature(function).parameters}
-    assert not ours & set(PADDLE)
+    assert ours & set(PADDLE) == {"weight_bits"}  # of quant_weights alone
+    with pytest.raises(TypeError, match="weight_bits=4"):
+        jaxquant.quant_post({}, lambda p, x: x, [jnp.ones((1, 1))], weight_bits=4)
+
+
+def test_a_signature_has_the_settings_one_by_one():
+    shown = inspect.signature(jaxquant.quant_post).parameters
+    config = jaxquant.QuantConfig()
+    assert {"algo", "recover", "rules"} <= set(shown)
+    for name in shown.keys() & {field.name for field in dataclasses.fields(config)}:
+        assert shown[name].default == getattr(config, name)
 
 
 def test_signatures_stay_readable():

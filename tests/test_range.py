@@ -22,7 +22,7 @@ MODES: dict[str, Callable[..., Any]] = {
     "equalization": lambda p, f, x: POST(p, f, [x], recover=("equalization", "bias_correction")),
     "dynamic": jaxquant.quant_dynamic,
     "weights": jaxquant.quant_weights,
-    "4 bits": lambda p, f, x: jaxquant.quant_weights(p, f, x, bits=4, group_size=4),
+    "4 bits": lambda p, f, x: jaxquant.quant_weights(p, f, x, weight_bits=4, group_size=4),
 }
 LEAST = {"4 bits": 18, "abs_max": 20}  # dB; "avg" clips
 FEW = [("static", 1e30, 1e-30), ("static", 1e-25, 1.0), ("static", 1.0, 1e-37),

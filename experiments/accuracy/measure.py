@@ -35,7 +35,7 @@ def measure(network: Network, methods: Sequence[Method], workdir: str) -> None:
         fp32 = setup.evaluate_float()
         store.save_evaluation(network, fp32)
     for group in by_calibration(methods):
-        options = group[0].options_of(jaxquant.calibrate)
+        options = group[0].calibration
         _say(network.name, f"calibrate {options or ''} ...")
         started = time.perf_counter()
         observations = jaxquant.calibrate(
@@ -56,7 +56,7 @@ def by_calibration(methods: Sequence[Method]) -> list[list[Method]]:
     """The methods in groups that calibrate with the same options."""
     groups: dict[str, list[Method]] = {}
     for method in methods:
-        options = json.dumps(method.options_of(jaxquant.calibrate), sort_keys=True)
+        options = json.dumps(method.calibration, sort_keys=True)
         groups.setdefault(options, []).append(method)
     return list(groups.values())
 
@@ -69,7 +69,7 @@ def _quantized(
         setup.variables,
         setup.module.apply,
         observations,
-        **method.options_of(jaxquant.quantize),
+        **method.options,
     )
     seconds = calibration_seconds + time.perf_counter() - started
     model = jax.jit(qapply)

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jaxquant
@@ -20,13 +20,18 @@ class Method(NamedTuple):
     name: str
     options: dict[str, Any]
 
-    def options_of(self, step: Callable[..., Any]) -> dict[str, Any]:
-        """Those of the options that `jaxquant.calibrate` or `jaxquant.quantize` takes.
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Those of the options on which it depends what calibration observes.
 
         Methods that calibrate with the same options share what calibration observed.
         """
-        taken = inspect.signature(step).parameters
-        return {name: value for name, value in self.options.items() if name in taken}
+        own = ("algo",) if self.options.get("algo") in OWN_STATISTICS else ()
+        return {name: value for name, value in self.options.items() if name in (*CALIBRATED, *own)}
+
+
+CALIBRATED = ("quantizable_op_type", "is_full_quantize", "skip", "skip_first_last")
+OWN_STATISTICS = ("avg",)  # the algos that are no search in what every calibration keeps
 
 
 RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")
@@ -39,7 +44,7 @@ METHODS = (
     Method("auto", {"algo": "auto"}),
     Method("mse", {"algo": "mse"}),
     Method("percentile", {"algo": "percentile"}),
-    Method("avg", {"algo": "avg", "observer": "avg"}),  # which keeps statistics of its own
+    Method("avg", {"algo": "avg"}),
     Method("emd", {"algo": "emd"}),
     Method("ptf", {"algo": "ptf"}),
 )
@@ -90,9 +95,7 @@ def with_recovery(methods: Sequence[Method], recoveries: Sequence[str]) -> list[
 
 def check(method: Method) -> None:
     """Raise SettingsError where a method has an option that no step takes."""
-    steps = (jaxquant.calibrate, jaxquant.quantize)
-    taken = set().union(*(method.options_of(step) for step in steps))
-    unknown = sorted(set(method.options) - taken)
+    unknown = sorted(set(method.options) - set(inspect.signature(jaxquant.quantize).parameters))
     if unknown:
         raise SettingsError(
             f"method {method.name!r}: no step of jaxquant takes {', '.join(unknown)}"

@@ -23,7 +23,7 @@ MATRICES = {
     "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
 }  # fmt: skip
 FORMS: dict[str, dict[str, int]] = {
-    "8 bits": {"bits": 8}, "4 bits in groups of 64": {"bits": 4, "group_size": 64}
+    "8 bits": {"weight_bits": 8}, "4 bits in groups of 64": {"weight_bits": 4, "group_size": 64}
 }  # fmt: skip
 
 

@@ -162,11 +162,10 @@ def _remember(
 def _tensor(plan: Plan, name: str, swept: Swept) -> TensorAnalysis:
     tensor = next(t for t in plan.tensors if t.name == name)
     seen, stats = swept.tensors[name], swept.stats[name]
-    asymmetric = plan.activation_quantize_type == "asymmetric"
     return TensorAnalysis(
         stats=stats,
         threshold=tensor.threshold,
-        levels=levels(stats.min, stats.max, asymmetric),
+        levels=levels(stats.min, stats.max, not tensor.symmetric),
         low=seen.low,
         high=seen.high,
         clipped=float(seen.clipped) / max(float(seen.count), 1.0),

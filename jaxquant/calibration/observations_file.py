@@ -21,7 +21,7 @@ import numpy as np
 from jaxquant.calibration import histogram
 from jaxquant.calibration.fingerprint import DIGEST_BYTES
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
-from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.observers import Observer, find_observer
 from jaxquant.files import atomic, safetensors
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import parse_json
@@ -92,7 +92,7 @@ def save_observations(path: str | os.PathLike[str], observations: Observations) 
 
 
 def load_observations(
-    path: str | os.PathLike[str], *, observer: Observer | None = None
+    path: str | os.PathLike[str], *, algo: str | Observer | None = None
 ) -> Observations:
     """Load what `save_observations` or `calibration_file=` saved.
 
@@ -100,7 +100,8 @@ def load_observations(
 
     Args:
       path: of the file.
-      observer: the one that kept statistics of its own, where one did and they are needed.
+      algo: the one that kept statistics of its own ("avg", or an observer of one's own), where one
+        did and they are needed.
 
     Raises:
       FileError: a ValueError; the file is damaged, of another kind or version, or of a sweep that
@@ -110,10 +111,11 @@ def load_observations(
     Example:
       See `jaxquant.save_observations`.
     """
+    observer = None if algo is None else find_observer(algo, hist_percent=1.0)
     saved = read(path)
     try:
         check_done(saved)
-        return saved.with_observer(observer)
+        return saved.with_observer(None if observer and observer.keeps_histogram else observer)
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
 

@@ -27,7 +27,7 @@ from jaxquant.keywords import named
 from jaxquant.plan import layout
 from jaxquant.plan.bind import bind
 from jaxquant.plan.liveness import live_equations
-from jaxquant.plan.modes import MODES
+from jaxquant.plan.modes import MODES, WEIGHT_ONLY
 from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.report.report import Report
 from jaxquant.run.program import Program
@@ -237,8 +237,11 @@ def _plan(data: dict[str, Any]) -> Plan:
         raise FileError(f"the plan is damaged: {error}") from None
     if plan.mode not in MODES:
         raise FileError(f"the plan's mode is {plan.mode!r}, not one of {', '.join(MODES)}")
-    if plan.weight_bits not in (4, 8) or (plan.group_size is not None and plan.group_size < 1):
-        raise FileError(f"the plan has {plan.weight_bits} bits in groups of {plan.group_size}")
+    if plan.group_size is not None and plan.group_size < 1:
+        raise FileError(f"the plan has weights in groups of {plan.group_size}")
+    for site in plan.sites:
+        if site.weight_bits not in ((8, 4) if plan.mode == WEIGHT_ONLY else (8,)):
+            raise FileError(f"the plan has {site.weight_bits} bits for a weight of {site.name!r}")
     for tensor in plan.tensors:
         if not (-128 <= tensor.zero_point <= 127 and tensor.scale > 0):
             raise FileError(f"the plan's grid of tensor {tensor.name!r} is none of int8")

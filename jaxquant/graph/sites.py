@@ -294,9 +294,12 @@ def _naming_rank(site: Site) -> int:
 def matches(site: Site, pattern: str) -> bool:
     """A glob on the site's name, scope or parameter path, or on its kind or module classes.
 
-    The last two are written "kind:softmax" and "module:SelfAttention".
+    The last two are written "kind:softmax" and "module:SelfAttention"; "site:b1/Conv_0" is the site
+    of exactly that name.
     """
     prefix, _, rest = pattern.partition(":")
+    if prefix == "site" and rest:
+        return site.name == rest
     if prefix == "kind" and rest:
         return fnmatch.fnmatchcase(site.kind, rest)
     if prefix == "module" and rest:

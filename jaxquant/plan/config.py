@@ -1,32 +1,102 @@
-"""What the user asked for, checked once."""
+"""What the user asked for, checked once: `jaxquant.QuantConfig`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
-from jaxquant.errors import nearest
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
-from jaxquant.plan.modes import MODES, STATIC
+from jaxquant.plan.modes import MODES, STATIC, WEIGHT_ONLY
+from jaxquant.plan.rules import Rule, check_bits, check_known, check_pattern, names, steps
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
 OPTIMIZE_FOR = ("size", "speed")
-RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")  # in their order
 DEFAULT_RECOVERY = ("bias_correction",)
-WEIGHT_BITS = (8, 4)
+
+
+class Settings(TypedDict, total=False):
+    """The keywords that stand for a `QuantConfig`; their defaults and meaning are there."""
+
+    algo: str | Observer
+    hist_percent: float
+    quantizable_op_type: Sequence[str]
+    is_full_quantize: bool
+    weight_quantize_type: str
+    activation_quantize_type: str
+    recover: Sequence[str]
+    skip: Sequence[str]
+    skip_first_last: bool
+    optimize_for: str
+    rules: Sequence[Rule]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """The choices of a quantization; see `jaxquant.quant_post` for their meaning.
+    """How a model is quantized; what `jaxquant.quant_post` takes as `config`, or as keywords.
 
-    `left_float` are (site, reason) of the sites that stay float for what was measured on them.
+    Plain data: frozen, comparable, and written as JSON and read again by `to_json` and
+    `from_json`.  `dataclasses.replace` makes another one.
+
+    Attributes:
+      algo: how the thresholds are chosen, the largest |x| that each int8 tensor keeps:
+        "KL" (the default, see `jaxquant.kl_threshold`) and "KL:paddle-3.3", "KL:paddle-1.6",
+        "KL:nvidia", which search like those; "abs_max", also "direct" or "min_max": no clipping;
+        "avg": the mean over the samples of their largest |x|; "hist", also "percentile": see
+        `hist_percent`; "mse": least squared error; "emd": least change of mean and deviation;
+        "ptf": the largest |x| over a power of two, by squared error; "auto": least squared error
+        with clipping weighing 16 times; or a `jaxquant.Observer` of one's own.
+      hist_percent: the fraction of the values that "hist" keeps, in (0, 1]; not a percentage, in
+        spite of the name, which is PaddleSlim's.
+      quantizable_op_type: the kinds that become int8, by PaddleSlim's names.
+      is_full_quantize: all kinds become int8, so that tensors stay int8 between sites: pooling,
+        additions, concatenation, softmax, interpolation, shape operations, ...
+      weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".
+      activation_quantize_type: "asymmetric" (a zero point where that makes the steps smaller: all
+        256 integers for what is never negative) or "symmetric".
+      recover: what repairs the int8 model, () for nothing; always in this order:
+        "equalization" gives each input channel of a convolution or dot a step of its own where
+        that lessens the error at the outputs, tried on samples (Nagel et al., 2019);
+        "smoothquant" does so at dots alone, with its paper's exponent (Xiao et al., 2023);
+        "adaround" learns for each weight whether to round down or up (Nagel et al., 2020), with
+        optax (the extra "recover"), in seconds to a minute a site; a site where the
+        error on held-out samples does not fall keeps nearest rounding;
+        "bias_correction" takes away the mean error of each output channel.
+        They use up to 64 samples that calibration kept.
+      skip: patterns of sites that stay float, as of `jaxquant.Rule`: `Rule(pattern, dtype="float")`
+        for each, before `rules`.  So does everything under `jax.named_scope("skip_quant")`.
+      skip_first_last: the first and the last convolution or dot with a weight stay float.
+      optimize_for: "size": whatever can becomes int8.  "speed": every convolution and dot is timed
+        on this machine in float and in int8, in the shapes of the first batch (so calibrate in the
+        batch size that the model will serve), and stays float where int8 takes longer; the report
+        says so, with the ratio.  Each different site costs about a second.  The result depends on
+        the timing: another call may leave other sites in float.
+      rules: settings for some of the sites, each a `jaxquant.Rule`; the last that matches wins.
+      mode: how sites compute: "static" of `jaxquant.quant_post`; the others are those of
+        `jaxquant.quant_dynamic` and `jaxquant.quant_weights`.
+      weight_bits, group_size: as of `jaxquant.quant_weights`.
+
+    Raises:
+      ValueError: a setting is not valid, or not in this mode.
+
+    Example:
+      >>> import jaxquant
+      >>> config = jaxquant.QuantConfig(
+      ...     algo="KL", rules=(jaxquant.Rule("head/*", dtype="float"),
+      ...                       jaxquant.Rule("block3/*", algo="mse", symmetric=True)))
+      >>> jaxquant.QuantConfig.from_json(config.to_json()) == config
+      True
     """
 
     algo: str | Observer = "KL"
@@ -38,20 +108,42 @@ class QuantConfig:
     recover: Sequence[str] = DEFAULT_RECOVERY
     skip: Sequence[str] = ()
     skip_first_last: bool = False
+    optimize_for: str = "size"
+    rules: Sequence[Rule] = ()
     mode: str = STATIC
     weight_bits: int = 8
     group_size: int | None = None
-    optimize_for: str = "size"
-    left_float: tuple[tuple[str, str], ...] = ()
 
     @property
-    def observer(self) -> Observer:
-        """What chooses the thresholds."""
-        return find_observer(self.algo, self.hist_percent)
+    def own_observer(self) -> Observer | None:
+        """The observer among `algo` and those of the rules that keeps statistics of its own."""
+        return next((o for o in map(self.observer_of, self.algos) if not o.keeps_histogram), None)
+
+    @property
+    def algos(self) -> tuple[str | Observer, ...]:
+        """All that are named, each once."""
+        named = (rule.algo for rule in self.rules if rule.algo is not None)
+        return tuple(dict.fromkeys((self.algo, *named)))
+
+    def observer_of(self, algo: str | Observer) -> Observer:
+        """What chooses the thresholds by `algo`."""
+        return find_observer(algo, self.hist_percent)
 
     @property
     def algo_name(self) -> str:
-        return self.algo if isinstance(self.algo, str) else "custom"
+        return name_of(self.algo)
+
+    @functools.cached_property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules with those that `skip` stands for; the first pattern of it names the reason."""
+        skips = [Rule(p, dtype="float", reason=f"skip={p!r}") for p in reversed(self.skip)]
+        return (*skips, *self.rules)
+
+    @property
+    def all_steps(self) -> tuple[str, ...]:
+        """The recovery steps that are asked for at some site or other."""
+        ruled = [step for rule in self.rules for step in rule.recover or ()]
+        return tuple(dict.fromkeys((*self.recover, *ruled)))
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -60,17 +152,46 @@ class QuantConfig:
             MODES[self.mode].kinds if self.is_full_quantize else self.quantizable_op_type
         )
 
+    def with_rules(self, rules: Sequence[Rule]) -> QuantConfig:
+        """The configuration with more rules, behind its own."""
+        return dataclasses.replace(self, rules=(*self.rules, *rules))
+
+    def to_json(self) -> str:
+        """The configuration as JSON.
+
+        Raises:
+          ValueError: an `algo` is an observer of one's own, which no text holds.
+        """
+        own = [algo for algo in self.algos if isinstance(algo, Observer)]
+        if own:
+            raise ValueError(
+                "an Observer of your own cannot be written as JSON; write the configuration with "
+                "the name of an algo, and put the observer in with dataclasses.replace"
+            )
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["rules"] = [rule_data(rule) for rule in self.rules]
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> QuantConfig:
+        """What `to_json` wrote, checked as any configuration is."""
+        data = json.loads(text)
+        if not isinstance(data, Mapping) or not isinstance(data.get("rules", []), list):
+            raise ValueError("this is no QuantConfig: not an object with a list of rules")
+        known = {field.name for field in dataclasses.fields(QuantConfig)}
+        for name in data:
+            check_known("QuantConfig", name, known)
+        settings = {name: value for name, value in data.items() if name != "rules"}
+        return QuantConfig(**settings, rules=[Rule(**rule) for rule in data.get("rules", [])])
+
     def __post_init__(self) -> None:
         if not isinstance(self.algo, Observer):
-            _check("algo", self.algo, OBSERVERS)
+            check_known("algo", self.algo, OBSERVERS)
         _check_percent(self.hist_percent)
-        for name in ("quantizable_op_type", "skip", "recover"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise ValueError(
-                    f"{name} is a sequence of names, got {value!r}; write ({value!r},) for one"
-                )
-            object.__setattr__(self, name, tuple(value))
+        for name in ("quantizable_op_type", "skip"):
+            object.__setattr__(self, name, names(name, getattr(self, name)))
+        object.__setattr__(self, "recover", steps("recover", self.recover))
+        check_known("mode", self.mode, MODES)
         valid = MODES[self.mode].kinds
         asked = [
             PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
@@ -81,27 +202,107 @@ class QuantConfig:
         object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
-        if type(self.weight_bits) is not int or self.weight_bits not in WEIGHT_BITS:
-            raise ValueError(f"bits is 8 or 4, got {self.weight_bits!r}")
+        check_bits(self.weight_bits)
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(
                 f"group_size is how many weights share a scale, a positive integer, or None for "
                 f"one scale a channel; got {size!r}"
             )
-        _check("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
-        _check("activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES)
-        _check("optimize_for", self.optimize_for, OPTIMIZE_FOR)
-        for step in self.recover:
-            _check("recover", step, RECOVERY_STEPS)
+        check_known("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
+        check_known(
+            "activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES
+        )
+        check_known("optimize_for", self.optimize_for, OPTIMIZE_FOR)
         for name in ("is_full_quantize", "skip_first_last"):
             check_flag(name, getattr(self, name))
         for pattern in self.skip:
-            if not isinstance(pattern, str) or pattern in ("", "kind:", "module:"):
+            check_pattern("skip", pattern)
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        if isinstance(self.rules, Rule) or not isinstance(self.rules, Sequence):
+            raise ValueError(f"rules is a sequence of jaxquant.Rule, got {self.rules!r:.100}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"rules holds jaxquant.Rule(pattern, ...), got {rule!r:.100}")
+            self._check_in_mode(rule)
+        own = {o for o in map(self.observer_of, self.algos) if not o.keeps_histogram}
+        if len(own) > 1:
+            raise ValueError(
+                "algo and rules name several observers that keep statistics of their own "
+                f"({', '.join(map(name_of, self.algos))}); one calibration keeps those of one"
+            )
+
+    def _check_in_mode(self, rule: Rule) -> None:
+        """Raise ValueError where a rule sets what this mode does not have."""
+        if self.mode != WEIGHT_ONLY and (rule.weight_bits or 8) != 8:
+            raise ValueError(
+                f"rule {rule.pattern!r}: weight_bits={rule.weight_bits} is of "
+                "jaxquant.quant_weights; where operations are of int8, weights are too"
+            )
+        for name in () if MODES[self.mode].tensor_scales else ("algo", "symmetric", "recover"):
+            if getattr(rule, name) is not None:
                 raise ValueError(
-                    f"skip holds glob patterns on site names, and 'kind:' or 'module:' with one "
-                    f"behind it; got {pattern!r}"
+                    f"rule {rule.pattern!r} sets {name}, which is of jaxquant.quant_post: in mode "
+                    f"{self.mode!r} no tensor is calibrated"
                 )
+
+
+def rule_data(rule: Rule) -> dict[str, Any]:
+    """A rule as JSON has it: what it sets alone."""
+    data = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    return {name: value for name, value in data.items() if value not in (None, "")}
+
+
+def name_of(algo: str | Observer) -> str:
+    """What an algo is called in reports."""
+    return algo if isinstance(algo, str) else "custom"
+
+
+def config_of(config: QuantConfig | None, settings: Settings) -> QuantConfig:
+    """The configuration that a public function was given, as such or by keywords.
+
+    Raises:
+      TypeError: `config` is none, as a dict of another library is.
+      ValueError: both were given, or it is of another mode.
+    """
+    if config is None:
+        return QuantConfig(**settings)
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"config is a jaxquant.QuantConfig, got {type(config).__name__}; its fields may be "
+            "given as keywords too"
+        )
+    if settings:
+        raise ValueError(
+            f"config= and {', '.join(settings)} were given: put what differs into it with "
+            "dataclasses.replace(config, ...)"
+        )
+    if config.mode != STATIC:
+        raise ValueError(
+            f"config.mode is {config.mode!r}: such a model is made by jaxquant.quant_dynamic or "
+            "jaxquant.quant_weights, by their own keywords"
+        )
+    return config
+
+
+def spelled_out(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, its signature with the keywords of `Settings` one by one: for `help`."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    fields = {field.name: field for field in dataclasses.fields(QuantConfig)}
+    keywords = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default,
+            annotation=fields[name].type,
+        )
+        for name in Settings.__annotations__
+    ]  # fmt: skip
+    spelled = signature.replace(parameters=[*own, *keywords])
+    function.__signature__ = spelled  # type: ignore[attr-defined]
+    return function
 
 
 def check_flag(name: str, value: object) -> None:
@@ -127,16 +328,9 @@ def _check_percent(value: Any) -> None:
 
 
 def _check_kind(kind: object, valid: Sequence[str]) -> None:
-    """As `_check`; a word of JAX's, such as Dense, is answered with the kind that means it."""
+    """As `check_known`; a word of JAX's, such as Dense, is answered with the kind that means it."""
     for name, meaning in MEANINGS.items():
         words = re.findall(r"\w+", meaning.lower())
         if kind not in valid and name in valid and str(kind).lower() in words:
             raise ValueError(f"quantizable_op_type: {kind!r} is not known; {name!r} is {meaning}")
-    _check("quantizable_op_type", kind, valid)
-
-
-def _check(argument: str, value: object, valid: Iterable[str]) -> None:
-    names = list(valid)
-    if value in names:
-        return
-    raise ValueError(f"{argument}: {value!r} is not known{nearest(str(value), names)}")
+    check_known("quantizable_op_type", kind, valid)

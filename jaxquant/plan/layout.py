@@ -118,6 +118,7 @@ def weight_slots(
 ) -> dict[str, WeightSlot]:
     """Site name -> the place of its int8 weight; sites with the same weight share one."""
     integer = MODES[plan.mode].integer
+    bits = {site.name: site.weight_bits for site in plan.sites}
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
     found = {}
@@ -126,11 +127,11 @@ def weight_slots(
         if weight is None:
             continue
         view = weight_view(graph, site, integer)
-        key = (graph.expression(view.var), view.channels)
+        key = (graph.expression(view.var), view.channels, bits[site.name])
         if key not in slots:
             source = trace.largest(graph, graph.sources(weight))
             path = paths.get(source, (graph.paths[source],))
-            slots[key] = WeightSlot(path, views.get(path, 0), plan.weight_bits)
+            slots[key] = WeightSlot(path, views.get(path, 0), bits[site.name])
             views[path] = views.get(path, 0) + 1
         found[site.name] = slots[key]
     return found

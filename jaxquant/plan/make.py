@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxquant.calibration.observations import Observations, TensorStats, merge
-from jaxquant.calibration.observers import check_thresholds
+from jaxquant.calibration.observers import Observer, check_thresholds
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours, select
 from jaxquant.plan.bind import Binding, bind, group_entries
-from jaxquant.plan.config import QuantConfig
+from jaxquant.plan.config import QuantConfig, name_of
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.grid import levels, make_grid
 from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
+from jaxquant.plan.rules import Rule, check_rules, check_skip, matching, setting
 from jaxquant.plan.ties import without_ties
 
 
@@ -33,8 +34,8 @@ def observed_tensors(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     graph, found, names = model.graph, model.sites, model.names
     sites = select.reported(graph, found, config)
     check_sites(sites)
-    select.check_skip(found, config.skip)
-    without_skips = dataclasses.replace(config, skip=(), skip_first_last=False)
+    _check_patterns(found, config)
+    without_skips = dataclasses.replace(config, skip=(), skip_first_last=False, rules=())
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
@@ -70,7 +71,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
     found = model.sites_of(mode.lookups)
     sites = select.reported(graph, found, config)
     check_sites(sites)
-    select.check_skip(found, config.skip)
+    _check_patterns(found, config)
     if observations is None:
         draft = _draft(model, found, None, config)
     else:
@@ -87,7 +88,8 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
             reason = _unused(graph, site, forms)
         else:
             reason = select.reason_for_float(graph, site, found, config)
-        plans.append(_site_plan(graph, site, reason, mode, forms, groups))
+        plan_of_site = _site_plan(graph, site, reason, mode, forms, groups)
+        plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
     if not any(plan.status == INT8 for plan in plans):
         raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
     plan = Plan(
@@ -95,14 +97,16 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         tensors=draft.tensors,
         kinds=tuple(sorted(config.kinds)),
         weight_quantize_type=config.weight_quantize_type,
-        activation_quantize_type=config.activation_quantize_type,
         algo=config.algo_name,
-        recover=tuple(config.recover),
         mode=config.mode,
-        weight_bits=config.weight_bits,
         group_size=config.group_size,
     )
     return without_ties(bind(model, plan))
+
+
+def _check_patterns(found: Sequence[Site], config: QuantConfig) -> None:
+    check_skip(found, config.skip)
+    check_rules(found, config.rules, config.kinds)
 
 
 class _Draft(NamedTuple):
@@ -124,7 +128,8 @@ def _draft(
     if observations is None:
         return _Draft(config, chosen, forms, ())
     constants = constants_in(graph, chosen, forms)
-    tensors = _plan_tensors(forms, model.names, constants, observations, config)
+    settings = _tensor_settings(chosen, forms, model.names, config)
+    tensors = _plan_tensors(forms, model.names, constants, observations, settings, config)
     return _Draft(config, chosen, forms, tensors)
 
 
@@ -137,8 +142,8 @@ def _with_even_parts(
     """
     draft, seen = _draft(model, found, observations, config), observations.tensors
     while uneven := find_uneven(model, draft.chosen, draft.forms, seen, draft.tensors):
-        left = (*draft.config.left_float, *uneven.items())
-        config = dataclasses.replace(draft.config, left_float=left)
+        left = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in uneven.items()]
+        config = draft.config.with_rules(left)
         draft = _draft(model, found, observations, config)
     return draft
 
@@ -164,11 +169,13 @@ def _plan_tensors(
     names: Mapping[ir.Var, str],
     constants: Mapping[ir.Var, Sequence[str]],
     observations: Observations,
+    settings: Mapping[str, _TensorSettings],
     config: QuantConfig,
 ) -> tuple[TensorPlan, ...]:
     """The grids of the tensors that are quantized from float.
 
     Args:
+      settings: group -> how its grid is chosen.
       constants: the tensor that stands for a group -> the constants that its scale has to hold.
         They tell of its range alone: how often a constant is there says nothing of the activations.
     """
@@ -190,19 +197,64 @@ def _plan_tensors(
             if name in observations.tensors
         ]
     _check_alive([observations.tensors[names[var]] for var in forms.entries])
-    asymmetric = config.activation_quantize_type == "asymmetric"
     stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
-    steps = [levels(s.min, s.max, asymmetric) for s in stats]
+    steps = [
+        levels(s.min, s.max, not settings[group].symmetric)
+        for group, s in zip(groups, stats, strict=True)
+    ]
     tensors = []
-    thresholds = _thresholds(observations, config, groups, stats, steps)
+    algos = [settings[group].algo for group in groups]
+    thresholds = _thresholds(observations, config, groups, stats, steps, algos)
     for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
         held = beside[group]
         threshold = max([threshold, *(constant.abs_max for constant in held)])
         low = min([seen.min, *(constant.min for constant in held)])
         high = max([seen.max, *(constant.max for constant in held)])
-        grid = make_grid(threshold, low, high, asymmetric)
-        tensors += [TensorPlan(name, group, threshold, *grid) for name in members]
+        symmetric = settings[group].symmetric
+        grid = make_grid(threshold, low, high, not symmetric)
+        tensors += [
+            TensorPlan(name, group, threshold, *grid, symmetric=symmetric) for name in members
+        ]
     return tuple(tensors)
+
+
+class _TensorSettings(NamedTuple):
+    """How the grid of a group is chosen."""
+
+    algo: str | Observer
+    symmetric: bool
+
+
+def _tensor_settings(
+    chosen: Sequence[Site], forms: Forms, names: Mapping[ir.Var, str], config: QuantConfig
+) -> dict[str, _TensorSettings]:
+    """Group -> its settings: of the rules that match the sites that read it, the last ones win."""
+    rules = config.all_rules
+    heads = group_entries(forms)
+    places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
+    for site in chosen:
+        read = {names[heads[var]] for var in site.operands if var in heads}
+        for group in read:
+            places[group].update(matching(rules, site))
+    symmetric = config.activation_quantize_type == "symmetric"
+    return {
+        group: _TensorSettings(
+            setting(rules, found, "algo", config.algo),
+            setting(rules, found, "symmetric", symmetric),
+        )
+        for group, found in places.items()
+    }
+
+
+def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
+    """The plan of an int8 site with what the rules set for it."""
+    rules = config.all_rules
+    places = matching(rules, site)
+    settings: dict[str, Any] = {
+        name: setting(rules, places, name, getattr(config, name))
+        for name in ("recover", "weight_bits")
+    }
+    return dataclasses.replace(plan, **settings)
 
 
 def _check_alive(stats: Sequence[TensorStats]) -> None:
@@ -221,17 +273,37 @@ def _thresholds(
     groups: Mapping[str, Sequence[str]],
     stats: Sequence[TensorStats],
     steps: Sequence[int],
+    algos: Sequence[str | Observer],
 ) -> list[float]:
-    """The threshold of each group."""
-    observer = config.observer
-    if not groups:
-        return []
+    """The threshold of each group, by its own algo; those of one algo are searched together."""
+    found: dict[str, float] = {}
+    for algo in dict.fromkeys(algos):
+        places = [place for place, other in enumerate(algos) if other == algo]
+        names = list(groups)
+        some = {names[place]: groups[names[place]] for place in places}
+        thresholds = _searched(
+            observations, config, algo, some, [stats[k] for k in places], [steps[k] for k in places]
+        )
+        found |= zip(some, thresholds, strict=True)
+    return [found[group] for group in groups]
+
+
+def _searched(
+    observations: Observations,
+    config: QuantConfig,
+    algo: str | Observer,
+    groups: Mapping[str, Sequence[str]],
+    stats: Sequence[TensorStats],
+    steps: Sequence[int],
+) -> list[float]:
+    """The threshold of each group by one algo."""
+    observer = config.observer_of(algo)
     if observer.keeps_histogram:
         return check_thresholds(observer.threshold(stats, steps), list(groups))
     if observations.observer != observer:
         raise ValueError(
-            f"algo={config.algo_name!r} keeps statistics of its own, and these observations were "
-            "made without it; pass it to jaxquant.calibrate as observer"
+            f"algo={name_of(algo)!r} keeps statistics of its own, and these observations were "
+            "made without it; pass it to jaxquant.calibrate as algo"
         )
     members = [(name, step) for group, step in zip(groups.values(), steps, strict=True)
                for name in group]  # fmt: skip

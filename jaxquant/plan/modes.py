@@ -55,6 +55,6 @@ MODES = {
         integer=False,
         lookups=True,
         label="int{bits} weights",
-        advice="a smaller group_size, bits=8 or skip={skip} may help",
+        advice="a smaller group_size, weight_bits=8 or skip={skip} may help",
     ),
 }

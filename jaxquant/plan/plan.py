@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from jaxquant.plan.modes import STATIC
+from jaxquant.plan.rules import RECOVERY_STEPS
 
-VERSION = 1
+VERSION = 2
 INT8, FLOAT = "int8", "float"
 
 
@@ -19,7 +20,8 @@ class TensorPlan:
     Tensors of one `group` share their threshold and grid; the group is named after its first.
     value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.  An equalized tensor has a scale
     for each index along the axes `channels`, which `qparams` holds; then `scale` is that which the
-    weights behind it know, who carry the rest (see `jaxquant.recover.equalization`).
+    weights behind it know, who carry the rest (see `jaxquant.recover.equalization`).  A `symmetric`
+    one has zero point 0 because that was asked for.
     """
 
     name: str
@@ -28,6 +30,7 @@ class TensorPlan:
     scale: float
     zero_point: int
     channels: tuple[int, ...] = ()
+    symmetric: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class SitePlan:
     `affine` are the operations that the multiplier and bias absorb, `activation` the elementwise
     ones behind them; `fingerprint` is of how the weight and the affine operands are computed,
     "" for a site that does not accumulate; `computes_weight`: see `jaxquant.graph.sites.Site`.
+    `recover` are the steps that may repair an int8 site, `weight_bits` those of its stored weight.
     """
 
     name: str
@@ -50,6 +54,8 @@ class SitePlan:
     activation: tuple[str, ...]
     fingerprint: str
     computes_weight: bool = False
+    recover: tuple[str, ...] = ()
+    weight_bits: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +63,28 @@ class Plan:
     """Which sites are int8, and with which scales.
 
     `kinds` are those that were asked for; `mode` is a key of `jaxquant.plan.modes.MODES`;
-    `weight_bits` and `group_size` (None: a scale per channel) are of weight-only quantization.
+    `algo` is that of tensors for which no rule names another; `group_size` (None: a scale per
+    channel) is of weight-only quantization.
     """
 
     sites: tuple[SitePlan, ...]
     tensors: tuple[TensorPlan, ...]
     kinds: tuple[str, ...]
     weight_quantize_type: str
-    activation_quantize_type: str
     algo: str
-    recover: tuple[str, ...]
     mode: str = STATIC
-    weight_bits: int = 8
     group_size: int | None = None
     version: int = VERSION
+
+    @property
+    def recover(self) -> tuple[str, ...]:
+        """The recovery steps that some site has, in their order."""
+        asked = {step for site in self.sites for step in site.recover}
+        return tuple(step for step in RECOVERY_STEPS if step in asked)
+
+    def recovered_by(self, step: str) -> frozenset[str]:
+        """The names of the sites that have a recovery step."""
+        return frozenset(site.name for site in self.sites if step in site.recover)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from jaxquant.errors import nearest
 from jaxquant.graph import ir, kinds, primitives
-from jaxquant.graph.sites import Site, matches
+from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
 from jaxquant.plan.modes import MODES
+from jaxquant.plan.rules import Rule, matching
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -42,13 +42,10 @@ def reason_for_float(
     """Why the site stays float; "" where it may become int8."""
     if in_skip_scope(site.scope):
         return f"inside jax.named_scope({SKIP_SCOPE!r})"
-    for pattern in config.skip:
-        if matches(site, pattern):
-            return f"skip={pattern!r}"
-    measured = dict(config.left_float)
-    if site.name in measured:
-        return measured[site.name]
-    if config.skip_first_last and site.name in _first_and_last(found):
+    rule = _last_on_dtype(config.all_rules, site)
+    if rule is not None and rule.dtype == "float":
+        return rule.reason or f"rule {rule.pattern!r}"
+    if rule is None and config.skip_first_last and site.name in _first_and_last(found):
         return "first or last layer (skip_first_last)"
     if site.inside:
         return f"inside {'/'.join(site.inside)}: control flow runs in float"
@@ -57,6 +54,12 @@ def reason_for_float(
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
+
+
+def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:
+    """The rule that decides on a site's type; None where none does."""
+    places = [place for place in matching(rules, site) if rules[place].dtype is not None]
+    return rules[places[-1]] if places else None
 
 
 def in_skip_scope(scope: str) -> bool:
@@ -107,18 +110,3 @@ def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
         if site.kind in kinds.WEIGHTED_KINDS and site.weight_path and not site.inside
     ]
     return (weighted[0], weighted[-1]) if weighted else ("", "")
-
-
-def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
-    """Raise ValueError where a pattern matches no site, with the names nearest to it."""
-    for pattern in patterns:
-        if any(matches(site, pattern) for site in found):
-            continue
-        prefix, _, _ = pattern.partition(":")
-        if prefix == "kind":
-            names = [f"kind:{k}" for k in sorted({site.kind for site in found})]
-        elif prefix == "module":
-            names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
-        else:
-            names = [site.name for site in found if not kinds.is_layout(site.kind)]
-        raise ValueError(f"skip pattern {pattern!r} matches no site{nearest(pattern, names)}")

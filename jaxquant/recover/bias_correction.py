@@ -23,7 +23,7 @@ from jaxquant.weights.quantize import whole_steps
 def correct_biases(
     comparison: Comparison, qparams: Any, examples: Iterable[tuple[Any, ...]]
 ) -> Any:
-    """`qparams` with the biases of all int8 sites that have a weight corrected.
+    """`qparams` with the biases of the int8 sites that have this step, and a weight, corrected.
 
     Args:
       comparison: both models.

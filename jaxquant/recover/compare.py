@@ -28,7 +28,7 @@ class Measured(NamedTuple):
         before its own shift is taken away.
       outputs: the powers of each float output of the model.
       columns: of the same, what `jaxquant.recover.columns.measure_columns` gives.
-      shifts: name of each int8 site with a weight of its own -> its shift.
+      shifts: name of each int8 site whose bias is corrected -> its shift.
     """
 
     sites: dict[str, Powers]
@@ -72,8 +72,8 @@ class Comparison:
 
     @property
     def corrected(self) -> Collection[str]:
-        """The sites whose bias can take their shift away."""
-        return self._activations.keys()
+        """The sites whose bias takes their shift away: those that have the step."""
+        return self._activations.keys() & self._program.plan.recovered_by("bias_correction")
 
     def __call__(self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool) -> Measured:
         """Compare on one batch.
@@ -102,6 +102,8 @@ class Comparison:
         shifts: dict[str, jax.Array] = {}
         by_site: dict[str, jax.Array] = {}
 
+        correctable = self.corrected
+
         def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
             """The site's lowering, compared with the float model, its shift taken away."""
             name, epilogue = site.site.name, site.epilogue
@@ -112,7 +114,10 @@ class Comparison:
                 value = lowering(state)[epilogue.output]
                 activation = self._activations[name]
                 compared = compare_outputs(epilogue, activation, reference, value)
-                shifts[name], by_site[name] = compared.shift, compared.powers
+                by_site[name] = compared.powers
+                if name not in correctable:
+                    return {epilogue.output: value}
+                shifts[name] = compared.shift
                 step = jnp.where(correct, compared.mean, 0)
                 return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
 

@@ -31,7 +31,7 @@ the plan's (`candidate_grids`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,7 @@ ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),
     "smoothquant": (0.5,),
 }
+Where = Mapping[str, frozenset[str]]  # step -> the names of the sites that have it
 _WORTH = 0.9  # an equalization is worth it where the error falls to this part
 _SMALLEST = 1 / 64  # of the middle channel's range: the least range of a channel
 
@@ -70,8 +71,8 @@ class Divided(NamedTuple):
     grid: Grid
 
 
-def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
-    """Tensor name -> target, for the steps that are asked for.
+def find_targets(program: Program, where: Where) -> dict[str, Target]:
+    """Tensor name -> target, for the tensors all of whose readers have one of the steps.
 
     Not among them are tensors whose integers are moved, compared or averaged, inputs of sites that
     share their weight with a site elsewhere, and of dots whose weight has batch axes.
@@ -101,7 +102,10 @@ def find_targets(program: Program, steps: Sequence[str]) -> dict[str, Target]:
         if len(axes) > 1 or any(p.reason for p in products):
             continue
         dots = all(p.site.product.window is None for p in products)
-        if "equalization" in steps or (dots and "smoothquant" in steps):
+        asked = where.get("equalization", frozenset())
+        if dots:
+            asked |= where.get("smoothquant", frozenset())
+        if asked.issuperset(site.name for site in sites):
             found[name] = Target(var, axes.pop(), products)
     return found
 
@@ -112,8 +116,7 @@ def equalize(
     params: Any,
     qparams: Any,
     examples: Sequence[tuple[Any, ...]],
-    steps: Sequence[str],
-    only: Collection[str] | None = None,
+    where: Where,
 ) -> tuple[Plan, Equalization]:
     """Divide every tensor that gains by it.
 
@@ -122,30 +125,22 @@ def equalize(
       params: the float model's.
       qparams: those of the int8 model without equalization; the gains of its sites are read.
       examples: batches of calibration samples.
-      steps: "equalization", "smoothquant" or both: then dots have the former.
-      only: the sites whose inputs may be equalized; None for all.
+      where: the sites of each step; where a dot has both, it has the former.
 
     Returns:
       The plan with the grids of the divided tensors and the axes along which their scales vary; and
       tensor name -> what its channels are divided by, see `Divided`.
     """
     graph = program.graph
-    targets = find_targets(program, steps)
-    if only is not None:
-        targets = {
-            name: target
-            for name, target in targets.items()
-            if all(product.site.name in only for product in target.readers)
-        }
-        if not targets:
-            return plan, {}
-    alphas = ALPHAS["equalization" if "equalization" in steps else "smoothquant"]
+    targets = find_targets(program, where)
+    if not targets:
+        return plan, {}
+    corrected = plan.recovered_by("bias_correction")
     planned = {tensor.name: tensor for tensor in plan.tensors}
     seen = watch(graph, params, examples, targets)
     products = [product for target in targets.values() for product in target.readers]
     stored = [p.site.weight for p in products if p.site.weight is not None]
     weights = fold(graph, params, stored, [])[0]
-    asymmetric = plan.activation_quantize_type == "asymmetric"
     found: dict[str, Divided] = {}
     for name, target in targets.items():
         readers = []
@@ -157,10 +152,13 @@ def equalize(
                 weight=weight,
                 gains=_gains(program, product.site, planned[name], qparams, len(weight)),
                 per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
-                centred="bias_correction" in plan.recover,
+                centred=product.site.name in corrected,
             )
             readers.append(_Reader(target, product, trial))
-        best = _choose(planned[name], seen[name], readers, alphas, asymmetric)
+        equalized = where.get("equalization", frozenset())
+        both = all(product.site.name in equalized for product in target.readers)
+        alphas = ALPHAS["equalization" if both else "smoothquant"]
+        best = _choose(planned[name], seen[name], readers, alphas)
         if best is not None:
             found[name] = best._replace(factors=best.factors.reshape(target.sizes))
     tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
@@ -216,23 +214,21 @@ def _choose(
     seen: Seen,
     readers: Sequence[_Reader],
     alphas: Sequence[float],
-    asymmetric: bool,
 ) -> Divided | None:
     """The factors [I] and the grid of least error; None where none is better than none.
 
     Args:
-      tensor: its plan.
+      tensor: its plan; where it is not symmetric, other zero points are tried too.
       seen: what the float model showed of it.
       readers: the sites behind it.
       alphas: the exponents to try.
-      asymmetric: other zero points than the plan's may be tried.
     """
     own = Grid(tensor.scale, tensor.zero_point)
     least = _WORTH * sum(reader.error(_input_grid(own), None) for reader in readers)
     largest = np.max([reader.largest(seen.high.shape[1]) for reader in readers], axis=0)
     largest = np.where(largest > 0, largest, largest.max(initial=0.0) or 1.0)
     best = None
-    for grid in candidate_grids(own, seen) if asymmetric else [own]:
+    for grid in [own] if tensor.symmetric else candidate_grids(own, seen):
         inputs = _input_grid(grid)
         ranges = _ranges(inputs, seen)
         # A step is no larger than the tensor's was, unless the channel reaches further on this side

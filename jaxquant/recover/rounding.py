@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,20 +55,19 @@ def learn_roundings(
     examples: Sequence[tuple[Any, ...]],
     *,
     equalization: Equalization | None = None,
-    correct: bool = False,
-    only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: Progress,
 ) -> tuple[Any, dict[str, str]]:
-    """Learn the rounding of every weight that an int8 site has for itself.
+    """Learn the rounding of every weight that an int8 site with this step has for itself.
+
+    At sites that have "bias_correction" too, the mean error of every channel is taken away on the
+    way.
 
     Args:
       source: the float model.
       plan, qparams: the int8 model, with nearest rounding and no corrected biases.
       examples: batches of calibration samples; the first one alone where they cannot be joined.
       equalization: what `qparams` were made with.
-      correct: take the mean error of every channel away on the way, as bias correction does.
-      only: the sites to learn; None for all.
       file: keeps the sites that are done; a later call with the same model, parameters and samples
         goes on from there.
       progress: shows how many sites are done.
@@ -86,10 +85,7 @@ def learn_roundings(
         inputs, program = _joined(source, plan, examples)
     roundings = Roundings(file, lambda: make_source(program.graph, params, examples))
     with progress.stage("adaround", len(program.slots), "site") as stage:
-        chosen = program.slots if only is None else only
-        learner = _Learner(
-            program, plan, params, equalization or {}, correct, chosen, roundings, stage
-        )
+        learner = _Learner(program, plan, params, equalization or {}, roundings, stage)
         return learner.learn(qparams, jax.tree.leaves(inputs))
 
 
@@ -118,15 +114,13 @@ class _Learner:
         plan: Plan,
         params: Any,
         equalization: Equalization,
-        correct: bool,
-        only: Collection[str],
         roundings: Roundings,
         stage: Stage,
     ):
         self._program = program
         self._plan = plan
         self._params = params
-        self._correct = correct
+        self._corrected = plan.recovered_by("bias_correction")
         self._equalization = equalization
         self._roundings = roundings
         self._stage = stage
@@ -137,11 +131,12 @@ class _Learner:
         self.outcomes: dict[str, str] = {}
         self._index: dict[str, np.ndarray] = {}
         self._activations: dict[str, Activation] = {}
+        asked = plan.recovered_by("adaround")
         chosen = []
         for number, int8_site in enumerate(stored):
             site, product = int8_site.site, Product(graph, int8_site.site)
             reason = product.reason
-            if site.name not in only:
+            if site.name not in asked:
                 reason = "not asked for"
             elif uses[program.slots[site.name]] > 1:
                 reason = "it shares its weight with another site"
@@ -205,7 +200,7 @@ class _Learner:
             multiplier=multiplier.astype(np.float32),
             bias=bias.astype(np.float32),
             activation=self._activation_of(site.name, wanted),
-            correct=self._correct,
+            correct=site.name in self._corrected,
         )  # fmt: skip
         rounding = self._rounding(site.name, problem)
         after = down + rounding.up
@@ -224,7 +219,7 @@ class _Learner:
     def _rounding(self, name: str, problem: adaround.Problem) -> Rounding:
         """From the file, or learned and put there."""
         known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
-                       np.array([adaround.STEPS, self._correct], np.int64))  # fmt: skip
+                       np.array([adaround.STEPS, problem.correct], np.int64))  # fmt: skip
         shape = problem.down.shape
         if (found := self._roundings.get(name, known, shape)) is not None:
             return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph.model import FloatModel
@@ -39,11 +39,10 @@ def quantize_and_recover(
     binding: Binding,
     examples: Sequence[tuple[Any, ...]],
     *,
-    only: Collection[str] | None = None,
     file: str | os.PathLike[str] | None = None,
     progress: Progress,
 ) -> Recovered:
-    """Quantize the parameters and repair the int8 model by the plan's `recover`.
+    """Quantize the parameters and repair the int8 model by the steps that its sites have.
 
     The order is equalization, learned rounding, bias correction, whatever the order in the plan.
 
@@ -51,7 +50,6 @@ def quantize_and_recover(
       source: the float model.
       binding: what becomes int8 of it.
       examples: batches of calibration samples.
-      only: the sites that equalization and learned rounding may change; None for all.
       file: where learned rounding keeps the sites that are done; None for nowhere.
       progress: shows the steps.
     """
@@ -61,16 +59,23 @@ def quantize_and_recover(
     program = program_by_site(binding, params)
     with progress.stage("quantizing weights"):
         qparams = quantize_params(binding, params)
-    chosen = [step for step in ("equalization", "smoothquant") if step in plan.recover]
-    where, behind = only, ""
-    if not chosen and (joined := readers_of_joined(binding)):
-        # What a concatenation in float gives has parts that need scales of their own.
-        chosen, behind = ["equalization"], " behind concatenations in float"
-        where = joined if only is None else joined.intersection(only)
+    where: dict[str, frozenset[str]] = {
+        step: plan.recovered_by(step)
+        for step in ("equalization", "smoothquant")
+        if step in plan.recover
+    }
+    chosen, behind = list(where), ""
+    # What a concatenation in float gives has parts that need scales of their own.
+    joined = frozenset(readers_of_joined(binding)).difference(*where.values())
+    if joined:
+        behind = "" if chosen else " behind concatenations in float"
+        chosen = chosen or ["equalization"]
+        where["equalization"] = where.get("equalization", frozenset()) | joined
     if chosen:
-        targets = len(find_targets(program, chosen))
+        everywhere = frozenset(site.site.name for site in program.binding.sites)
+        targets = len(find_targets(program, dict.fromkeys(where, everywhere)))
         with progress.stage(" and ".join(chosen)):
-            plan, equalization = equalize(program, plan, params, qparams, examples, chosen, where)
+            plan, equalization = equalize(program, plan, params, qparams, examples, where)
             if equalization:  # other zero points and scales along channels
                 binding = binding.with_tensors(plan.tensors)
                 program = program_by_site(binding, params)
@@ -84,8 +89,6 @@ def quantize_and_recover(
             qparams,
             examples,
             equalization=equalization,
-            correct="bias_correction" in plan.recover,
-            only=only,
             file=file,
             progress=progress,
         )
@@ -94,7 +97,7 @@ def quantize_and_recover(
     if "bias_correction" in plan.recover:
         with progress.stage("bias correction", len(examples), "batch") as stage:
             qparams = correct_biases(comparison, qparams, stage.each(examples))
-        notes["bias_correction"] = f"{len(program.slots)} sites"
+        notes["bias_correction"] = f"{len(comparison.corrected)} sites"
     return Recovered(qparams, program, comparison, notes)
 
 

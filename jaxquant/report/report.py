@@ -19,6 +19,7 @@ from jaxquant.graph.kinds import MEANINGS
 from jaxquant.plan import layout
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import FLOAT, INT8
+from jaxquant.plan.rules import Rule
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.sqnr import Outputs
 from jaxquant.report.table import html_table, text_table
@@ -58,7 +59,8 @@ class Report:
         calibration batch), bytes_before, bytes_after, algo, weight_quantize_type, mode ("static" |
         "dynamic" | "weight_only"), group_size (None: a scale per channel), backend,
         read_dequantized (the parameters that are stored as integers alone and read in float too),
-        recovery (step -> what it did); with a metric: control, see `jaxquant.tune.control`.
+        recovery (step -> what it did); with a metric: control, see `jaxquant.tune.control`; rules,
+        those that accuracy control or optimize_for="speed" found: see `rules`.
       outputs: one dict per float output of the model, on the first calibration batch: name,
         sqnr_db, worst_column, worst_column_db, lost_columns; see `jaxquant.report.sqnr.Outputs`.
     """
@@ -67,6 +69,14 @@ class Report:
     tensors: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     outputs: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that accuracy control and optimize_for="speed" found, beside the user's own.
+
+        Passed back as `rules`, they make the same choices without a search.
+        """
+        return tuple(Rule(**rule) for rule in self.summary.get("rules", ()))
 
     def __str__(self) -> str:
         width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
@@ -210,13 +220,20 @@ def make_report(
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
     plan = program.plan
-    label = MODES[plan.mode].label.format(bits=plan.weight_bits)
+    label = MODES[plan.mode].label
     thresholds = {t.group: t.threshold for t in plan.tensors}
     rounded = _float_sites_on_integers(program)
     rows = []
     for site in plan.sites:
         row: dict[str, Any] = dataclasses.asdict(site)
-        for key in ("affine", "activation", "fingerprint", "computes_weight"):
+        for key in (
+            "affine",
+            "activation",
+            "fingerprint",
+            "computes_weight",
+            "recover",
+            "weight_bits",
+        ):
             del row[key]
         row["inputs"], row["epilogue"] = list(site.inputs), list(site.affine + site.activation)
         row["threshold"] = thresholds[site.inputs[0]] if site.inputs else None
@@ -228,7 +245,7 @@ def make_report(
                 float(scale.min()),
                 float(scale.max()),
             )
-        row["mode"] = FLOAT if site.status == FLOAT else label
+        row["mode"] = FLOAT if site.status == FLOAT else label.format(bits=site.weight_bits)
         row["sqnr_db"] = sqnr.get(site.name)
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"

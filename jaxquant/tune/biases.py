@@ -26,7 +26,7 @@ from jaxquant.weights.quantize import accumulator_terms, epilogue_arrays, whole_
 
 
 def is_corrected(plan: Plan) -> bool:
-    """True where the plan's biases are corrected."""
+    """True where some of the plan's biases are corrected."""
     return "bias_correction" in plan.recover
 
 
@@ -37,10 +37,10 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
     steps = [step for s in program.binding.sites for step in s.epilogue.steps]
     wanted = [step.operand for step in steps if isinstance(step.operand, int)]
     operands = fold(program.graph, params, [], wanted)[1]
-    sites = dict(qparams["sites"])
+    sites, corrected = dict(qparams["sites"]), program.plan.recovered_by("bias_correction")
     for int8_site in program.binding.sites:
         name = int8_site.site.name
-        if name not in program.slots:
+        if name not in program.slots or name not in corrected:
             continue
         scale, offset = _weight_terms(program, int8_site, qparams)
         arrays = epilogue_arrays(program.graph, int8_site, operands, scale, offset)
@@ -69,7 +69,8 @@ def _weight_terms(
 
 def has_bias(program: Program, unit: Unit) -> bool:
     """True for a unit whose bias is corrected."""
-    return unit.site is not None and unit.name in program.slots and is_corrected(program.plan)
+    corrected = program.plan.recovered_by("bias_correction")
+    return unit.site is not None and unit.name in program.slots and unit.name in corrected
 
 
 def shift_at(

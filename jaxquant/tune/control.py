@@ -9,25 +9,24 @@ fewest first.  Every candidate is a whole int8 model, scored as it would be used
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from jaxquant.calibration.observations import Observations
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding
-from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.plan import Plan
+from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
-from jaxquant.tune.choice import Choice, changed_sites, groups_of
+from jaxquant.tune.changes import changed_sites, groups_of
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.scores import Scores, score
 from jaxquant.tune.sensitivity import measure
@@ -35,8 +34,12 @@ from jaxquant.tune.switch import Switch
 
 ALGORITHMS = ("KL", "mse", "hist", "auto", "abs_max")  # thresholds, in the order of trial
 RECOVERY = ("equalization", "adaround")
+FOR_THE_METRIC = "left in float for the sake of the metric (max_drop)"
 _RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
 _ONE_BY_ONE = 4  # sites left in float one more at a time, before the number grows faster
+
+
+Rules: TypeAlias = tuple[Rule, ...]
 
 
 class Built(NamedTuple):
@@ -73,13 +76,22 @@ class Step(NamedTuple):
 def control(
     source: FloatModel,
     observations: Observations,
-    config: QuantConfig,
-    plan_of: Callable[[Choice], Binding],
-    build: Callable[[Choice], Built],
+    plan_of: Callable[[Rules], Binding],
+    build: Callable[[Rules], Built],
     goal: Goal,
     progress: Progress,
-) -> Built:
+) -> tuple[Built, Rules]:
     """The int8 model that holds the goal, or the best that was found, with a warning.
+
+    Args:
+      source: the float model.
+      observations: what calibration saw.
+      plan_of, build: the plan, and the int8 model, with more rules than those of the user.
+      goal: what is to be held.
+      progress: shows the steps.
+
+    Returns:
+      The model, and the rules that make it.
 
     Its report's summary has "control": float_score, int8_score (of full int8), score, target, held,
     out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
@@ -93,9 +105,9 @@ def control(
         if not search.holds:
             ranking, suspects = _rank(source, observations, search, progress)
             _try_thresholds(search, suspects)
-            _try_recovery(search, config, suspects)
+            _try_recovery(search, suspects)
             _try_float(search, ranking, suspects)
-    return search.result()
+    return search.result(), search.rules
 
 
 class _Search:
@@ -103,8 +115,8 @@ class _Search:
 
     def __init__(
         self,
-        plan_of: Callable[[Choice], Binding],
-        build: Callable[[Choice], Built],
+        plan_of: Callable[[Rules], Binding],
+        build: Callable[[Rules], Built],
         goal: Goal,
         float_score: float,
         progress: Progress,
@@ -120,9 +132,9 @@ class _Search:
         self.steps: list[Step] = []
         self.ranking: list[str] = []
         self.out_of_time = False
-        self.choice = Choice()
+        self.rules: Rules = ()
         with progress.stage("full int8"):
-            self.best = self.full = build(self.choice)
+            self.best = self.full = build(self.rules)
             self.score = self.full_score = self._score(self.best)
 
     @property
@@ -140,17 +152,17 @@ class _Search:
         return time.monotonic() - self.started
 
     def consider(
-        self, step: str, detail: str, choice: Choice, keep: Callable[[float], bool] | None = None
+        self, step: str, detail: str, rules: Rules, keep: Callable[[float], bool] | None = None
     ) -> Step:
-        """Score a choice and go on from it where `keep` says so; None: where it is better."""
+        """Score what rules make, and go on from it where `keep` says so; None: if it is better."""
         with self._progress.stage(f"trying {step}"):
-            built = self._build(choice)
+            built = self._build(rules)
             found = self._score(built)
         kept = found > self.score if keep is None else keep(found)
         sites = changed_sites(self.full.plan, built.plan)
         self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
         if kept:
-            self.best, self.score, self.choice = built, found, choice
+            self.best, self.score, self.rules = built, found, rules
         return self.steps[-1]
 
     def reaches(self, found: float) -> bool:
@@ -217,48 +229,52 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
     groups = groups_of(search.full.plan, suspects)
     tried = {_thresholds(search.full.plan, groups)}
     for algo in ALGORITHMS:
-        choice = dataclasses.replace(search.choice, thresholds=tuple((g, algo) for g in groups))
-        thresholds = _thresholds(search.plan_of(choice).plan, groups)
+        before = tuple(rule for rule in search.rules if rule.algo is None)
+        rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
+        thresholds = _thresholds(search.plan_of(rules).plan, groups)
         if thresholds in tried:
             continue
         if not search.may_go_on():
             return
         tried.add(thresholds)
-        search.consider("thresholds", f"algo={algo!r} at {_names(suspects)}", choice)
+        search.consider("thresholds", f"algo={algo!r} at {_names(suspects)}", rules)
 
 
-def _try_recovery(search: _Search, config: QuantConfig, suspects: Sequence[str]) -> None:
+def _try_recovery(search: _Search, suspects: Sequence[str]) -> None:
     for step in RECOVERY:
-        if step in config.recover or not search.may_go_on() or not _is_installed(step):
+        known = {
+            site.name: site.recover
+            for site in search.best.plan.sites
+            if site.weight_path and not site.computes_weight
+        }
+        there = [name for name in suspects if name in known and step not in known[name]]
+        if not there or not search.may_go_on() or not _is_installed(step):
             continue
-        choice = dataclasses.replace(
-            search.choice,
-            recover=(*search.choice.recover, step),
-            recover_at=tuple(suspects),
-        )
-        search.consider("recovery", f"{step} at {_names(suspects)}", choice)
+        more = [Rule(f"site:{name}", recover=(*known[name], step)) for name in there]
+        search.consider("recovery", f"{step} at {_names(there)}", (*search.rules, *more))
 
 
 def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str]) -> None:
-    repaired, failed = search.choice, 0
+    repaired, failed = search.rules, 0
 
-    def choice(count: int) -> Choice:
-        floats = tuple(ranking[:count])
-        base = Choice() if set(suspects) <= set(floats) else repaired  # no repair of what is float
-        return dataclasses.replace(base, left_float=floats)
+    def rules(count: int) -> Rules:
+        floats = ranking[:count]
+        before = () if set(suspects) <= set(floats) else repaired  # no repair of what is float
+        left = (Rule(f"site:{n}", dtype="float", reason=FOR_THE_METRIC) for n in floats)
+        return (*before, *left)
 
     for count in _counts(len(ranking) - 1):  # a model without an int8 site is none
         if not search.may_go_on():
             return
-        step = search.consider("float", _names(ranking[:count]), choice(count))
+        step = search.consider("float", _names(ranking[:count]), rules(count))
         if search.reaches(step.score):
             break
         failed = count
-    holding = len(search.choice.left_float)
+    holding = sum(rule.dtype == "float" for rule in search.rules)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2
         # Fewer float sites are worth a lower score, as long as it holds the goal too.
-        step = search.consider("float", _names(ranking[:count]), choice(count), search.reaches)
+        step = search.consider("float", _names(ranking[:count]), rules(count), search.reaches)
         if step.kept:
             holding = count
         else:

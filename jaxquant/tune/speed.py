@@ -23,6 +23,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
+from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.tune.one_site import (
     Programs,
@@ -40,8 +41,8 @@ FEWEST_ROUNDS, MOST_SECONDS = 3, 3.0  # of a slow site, after which no round is 
 
 def slower_in_int8(
     model: Model, observations: Observations, config: QuantConfig, progress: Progress
-) -> tuple[tuple[str, str], ...]:
-    """(site, reason) of those sites that would become int8 and whose int8 form is slower.
+) -> tuple[Rule, ...]:
+    """A rule for each site that would become int8 and whose int8 form is slower: it stays float.
 
     Equal sites are timed once.  Once some stay float, those that they surround are looked at again.
     Several processes go by the times of the first.
@@ -50,15 +51,17 @@ def slower_in_int8(
       ValueError: no site becomes int8; see `jaxquant.plan.make.make_plan`.
     """
     known: dict[Any, float] = {}
-    left: tuple[tuple[str, str], ...] = ()
+    left: tuple[Rule, ...] = ()
+    # Which sites become int8 does not depend on the thresholds.
+    quick = dataclasses.replace(config, algo="abs_max")
     while True:
-        # Which sites become int8 does not depend on the thresholds.
-        binding = make_plan(
-            model, observations, dataclasses.replace(config, algo="abs_max", left_float=left)
-        )
-        sites = _in_surroundings(binding)
+        sites = _in_surroundings(make_plan(model, observations, quick.with_rules(left)))
         known |= _time(model.graph, [s for s in sites if s.key not in known], config, progress)
-        slower = tuple((s.site.name, _reason(known[s.key])) for s in sites if known[s.key] > 1)
+        slower = tuple(
+            Rule(f"site:{s.site.name}", dtype="float", reason=_reason(known[s.key]))
+            for s in sites
+            if known[s.key] > 1
+        )
         if not slower:
             return left
         left += slower

@@ -81,7 +81,7 @@ open(out, "w").write(f"{observations.samples} {observations.batches}\\n{qapply.p
 np.save(out + ".npy", np.asarray(qapply(qparams, SAMPLES[:4])))
 try:
     jaxquant.calibrate(
-        networks.plain_params(), networks.plain_net, parts(index), observer="avg", progress=False)
+        networks.plain_params(), networks.plain_net, parts(index), algo="avg", progress=False)
 except ValueError as error:
     assert "reduced across processes" in str(error)
 else:

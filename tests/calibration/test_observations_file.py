@@ -24,7 +24,7 @@ def apply_fn(p, inputs, scale):
 def observations():
     x = np.linspace(-1, 2, 24, dtype=np.float32).reshape(6, 4)
     item = ({"x": [x, np.arange(6, dtype=np.int32)], "none": None}, jnp.float32(2))
-    return jaxquant.calibrate(PARAMS, apply_fn, [item, item], observer="avg", progress=False)
+    return jaxquant.calibrate(PARAMS, apply_fn, [item, item], algo="avg", progress=False)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def path(tmp_path, observations):
 
 
 def test_what_is_loaded_is_what_was_saved(path, observations):
-    loaded = jaxquant.load_observations(path, observer=observations.observer)
+    loaded = jaxquant.load_observations(path, algo=observations.observer)
     same(loaded, observations)
     assert loaded.origin == observations.origin
     assert (loaded.batches, loaded.samples) == (2, 12)
@@ -127,4 +127,4 @@ def test_a_sealed_file_whose_parts_do_not_fit_is_refused(path, observations, cha
     text = {"calibration": json.dumps(record)}
     atomic.write_file(path, safetensors.chunks(tensors, text, of.FORM))
     with pytest.raises(jaxquant.FileError, match=message):
-        jaxquant.load_observations(path, observer=observations.observer)
+        jaxquant.load_observations(path, algo=observations.observer)

@@ -140,7 +140,7 @@ def test_an_observer_of_ones_own():
     params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4)) * 3
     observer = own(0.5)
     apply_fn = lambda p, x: x @ p["w"]  # noqa: E731
-    observations = jaxquant.calibrate(params, apply_fn, [x], observer=observer, progress=False)
+    observations = jaxquant.calibrate(params, apply_fn, [x], algo=observer, progress=False)
     _, qapply = jaxquant.quantize(params, apply_fn, observations, algo=observer)
     assert qapply.plan.tensors[0].threshold == 1.5
     assert qapply.plan.algo == "custom"
@@ -151,7 +151,7 @@ def test_an_observer_of_ones_own():
 def test_statistics_that_were_not_kept_are_refused():
     params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
     apply_fn = lambda p, x: x @ p["w"]  # noqa: E731
-    observations = jaxquant.calibrate(params, apply_fn, [x], observer=own(0.5), progress=False)
+    observations = jaxquant.calibrate(params, apply_fn, [x], algo=own(0.5), progress=False)
     for algo in ("avg", own(0.5)):
         with pytest.raises(ValueError, match=r"keeps statistics of its own.*jaxquant.calibrate"):
             jaxquant.quantize(params, apply_fn, observations, algo=algo)

@@ -61,16 +61,16 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("algo", ["KL", "avg"])
 def test_a_resumed_sweep_gives_the_same_bits(path, algo, monkeypatch):
-    whole = calibrate(PARAMS, apply_fn, batches(), observer=algo)
-    stop_after(path, 2, observer=algo)
-    stop_after(path, 4, observer=algo)
+    whole = calibrate(PARAMS, apply_fn, batches(), algo=algo)
+    stop_after(path, 2, algo=algo)
+    stop_after(path, 4, algo=algo)
     ran = []
     add = resume.Sweep.add
     monkeypatch.setattr(resume.Sweep, "add", lambda self, x: (ran.append(1), add(self, x)))
-    resumed = calibrate(PARAMS, apply_fn, batches(), observer=algo, calibration_file=path)
+    resumed = calibrate(PARAMS, apply_fn, batches(), algo=algo, calibration_file=path)
     assert len(ran) == 1  # the other four were read, not run
     assert_equal(resumed, whole)
-    reused = calibrate(PARAMS, apply_fn, Untouchable(), observer=algo, calibration_file=path)
+    reused = calibrate(PARAMS, apply_fn, Untouchable(), algo=algo, calibration_file=path)
     assert_equal(reused, whole)
 
 
@@ -96,15 +96,15 @@ def test_an_observer_of_ones_own_comes_back(path):
             threshold=lambda states, levels: [s["largest"] for s in states],
         )
 
-    whole = calibrate(PARAMS, apply_fn, batches(), observer=make(0.5), calibration_file=path)
+    whole = calibrate(PARAMS, apply_fn, batches(), algo=make(0.5), calibration_file=path)
     again = make(0.5)  # other functions that compute the same
-    reused = calibrate(PARAMS, apply_fn, Untouchable(), observer=again, calibration_file=path)
+    reused = calibrate(PARAMS, apply_fn, Untouchable(), algo=again, calibration_file=path)
     assert reused.observer is again
     jax.tree.map(np.testing.assert_array_equal, reused.states, whole.states)
     with pytest.raises(jaxquant.FileError, match=r"algo is 'custom'.*statistics of its own"):
-        calibrate(PARAMS, apply_fn, batches(), observer=make(0.25), calibration_file=path)
+        calibrate(PARAMS, apply_fn, batches(), algo=make(0.25), calibration_file=path)
     assert jaxquant.load_observations(path).states == {}
-    loaded = jaxquant.load_observations(path, observer=again)
+    loaded = jaxquant.load_observations(path, algo=again)
     assert float(loaded.states["w/input"]["largest"]) == float(whole.states["w/input"]["largest"])
 
 

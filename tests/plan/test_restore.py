@@ -96,7 +96,7 @@ def test_onnx_reads_the_integers_too(tmp_path):
 
 def test_weights_alone_are_read_so_as_well():
     fn, _, x, _ = MODELS["penalty"]
-    qparams, qapply = jaxquant.quant_weights({"dense": PARAMS["dense"]}, fn, x, bits=4)
+    qparams, qapply = jaxquant.quant_weights({"dense": PARAMS["dense"]}, fn, x, weight_bits=4)
     assert set(qparams["params"]["dense"]) == {"int4", "scale"}
     wanted = np.asarray(fn(PARAMS, x)[1])
     assert abs(qapply(qparams, x)[1] - wanted) < 0.05 * wanted

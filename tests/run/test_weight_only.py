@@ -52,7 +52,7 @@ def quantized(request):
     bits, group_size = request.param
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), INPUTS)
     qparams, qapply = jaxquant.quant_weights(
-        PARAMS, apply_fn, shapes, bits=bits, group_size=group_size
+        PARAMS, apply_fn, shapes, weight_bits=bits, group_size=group_size
     )
     return bits, group_size, qparams, qapply
 
@@ -89,7 +89,9 @@ def test_bytes_and_report(quantized):
 
 def test_four_bits_take_half_the_bytes():
     params, x = {"w": networks.images(0, (256, 64))}, jax.ShapeDtypeStruct((1, 256), jnp.float32)
-    _, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, bits=4, group_size=128)
+    _, qapply = jaxquant.quant_weights(
+        params, lambda p, x: x @ p["w"], x, weight_bits=4, group_size=128
+    )
     summary = qapply.report().summary
     assert summary["bytes_before"] == 256 * 64 * 4
     assert summary["bytes_after"] == 256 * 64 // 2 + 2 * 64 * 4
@@ -98,7 +100,7 @@ def test_four_bits_take_half_the_bytes():
 def test_an_index_out_of_range_gives_nan_as_in_float():
     params, ids = {"table": networks.images(0, (4, 3))}, jnp.array([1, 9])
     qparams, qapply = jaxquant.quant_weights(
-        params, lambda p, i: jnp.take(p["table"], i, axis=0), ids[:1], bits=4
+        params, lambda p, i: jnp.take(p["table"], i, axis=0), ids[:1], weight_bits=4
     )
     found = qapply(qparams, ids)
     assert np.isfinite(found[0]).all()
@@ -118,7 +120,7 @@ def test_bfloat16_jit_and_vmap():
 def test_what_runs_on_the_weight_is_float():
     """No integer reaches a dot: the weight is what is stored, the operation is the model's."""
     params, x = {"w": networks.images(0, (9, 4))}, networks.images(1, (3, 9))
-    qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, bits=4)
+    qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, weight_bits=4)
     lines = jax.jit(qapply).lower(qparams, x).as_text().splitlines()
     dots = [line for line in lines if "dot_general" in line]
     assert dots
@@ -148,7 +150,7 @@ def test_blocks_of_a_weight_give_what_all_of_it_gives(bits, group_size, samples)
     for name, (model, channel) in {"w": (models["w"], 1), "t": (models["t"], 0)}.items():
         qparams, qapply = jaxquant.quant_weights(
             {name: params[name]}, model, jax.ShapeDtypeStruct(x.shape, x.dtype),
-            bits=bits, group_size=group_size,
+            weight_bits=bits, group_size=group_size,
         )  # fmt: skip
         fake = stood_for(params[name], channel, group_size, bits)
         expected = np.asarray(x, np.float64) @ (fake if name == "w" else fake.T)
@@ -159,7 +161,7 @@ def test_blocks_of_a_weight_give_what_all_of_it_gives(bits, group_size, samples)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_weight_is_not_dequantized_whole(model, bits):
     params, x = networks.images(0, (1024, 1024)), networks.images(1, (1, 1024))
-    qparams, qapply = jaxquant.quant_weights(params, model, x, bits=bits)
+    qparams, qapply = jaxquant.quant_weights(params, model, x, weight_bits=bits)
     memory = jax.jit(qapply).lower(qparams, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < params.nbytes / 8
 

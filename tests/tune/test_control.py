@@ -6,7 +6,7 @@ import pytest
 
 import jaxquant
 from jaxquant.tune import control
-from jaxquant.tune.choice import changed_sites
+from jaxquant.tune.changes import changed_sites
 from tests.analysis import faults
 from tests.analysis.test_analyze import FAULTS, accuracy, quantize, quantized
 
@@ -38,6 +38,13 @@ def test_a_planted_fault_is_repaired_at_its_site_alone(plant):
     text = str(qapply.report())
     assert all(f"{step['step']}, {step['detail']}" in text for step in told["steps"])
     assert "is held" in text
+    rules = jaxquant.QuantConfig.from_json(
+        jaxquant.QuantConfig(rules=qapply.report().rules).to_json()
+    ).rules
+    again, other = quantize(fault, rules=rules)
+    assert rules
+    assert other.plan == qapply.plan
+    jax.tree.map(np.testing.assert_array_equal, again, qparams)
 
 
 def test_nothing_is_tried_where_full_int8_holds():

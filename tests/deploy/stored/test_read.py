@@ -89,7 +89,7 @@ MODELS = {
 }
 WAYS = {
     "dynamic": lambda f, x: jaxquant.quant_dynamic(PARAMS, f, x),
-    "weights": lambda f, x: jaxquant.quant_weights(PARAMS, f, x, bits=4, group_size=4),
+    "weights": lambda f, x: jaxquant.quant_weights(PARAMS, f, x, weight_bits=4, group_size=4),
     "full": lambda f, x: jaxquant.quant_post(
         PARAMS, f, [x], algo="abs_max", is_full_quantize=True, recover=(), progress=False
     ),

@@ -23,7 +23,7 @@ def test_every_option_is_one_of_the_library(method):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_what_keeps_statistics_of_its_own_is_calibrated_with(method):
     observer = find_observer(method.options["algo"], 0.99999)
-    given = method.options_of(jaxquant.calibrate).get("observer", "KL")
+    given = method.calibration.get("algo", "KL")
     assert observer.keeps_histogram or given == method.options["algo"]
 
 
@@ -32,10 +32,9 @@ def test_an_option_that_no_step_takes_is_named():
         methods.check(Method("odd", {"agro": "KL", "skip": ()}))
 
 
-def test_options_go_to_the_steps_that_take_them():
+def test_methods_that_observe_the_same_share_a_calibration():
     method = Method("x", {"algo": "KL", "is_full_quantize": True})
-    assert method.options_of(jaxquant.calibrate) == {"is_full_quantize": True}
-    assert method.options_of(jaxquant.quantize) == method.options
+    assert method.calibration == {"is_full_quantize": True}
 
 
 def test_methods_are_chosen_in_their_own_order():

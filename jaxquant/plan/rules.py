@@ -1,0 +1,189 @@
+"""Settings for some of the sites, by patterns on their names: `jaxquant.Rule`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from jaxquant.calibration.observers import OBSERVERS, Observer
+from jaxquant.errors import nearest
+from jaxquant.graph import kinds
+from jaxquant.graph.sites import Site, matches
+
+DTYPES = ("int8", "float")
+RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")  # in their order
+WEIGHT_BITS = (8, 4)
+PREFIXES = ("kind:", "module:", "site:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is set for the sites that a pattern matches.
+
+    Of several rules that set the same thing for a site, the last one wins; what a rule leaves None
+    stays as the rules before it, and the configuration, have it.  `algo` and `symmetric` are of the
+    tensors that the sites read: where sites read one tensor, or tensors that share a scale, the
+    last rule that matches any of them wins.
+
+    Attributes:
+      pattern: a glob on the site's name, its parameter's path or its scope ("block1/*"), on its
+        kind ("kind:softmax") or on the Flax module classes that it is in ("module:SelfAttention");
+        or exactly its name ("site:block1/Conv_0").  One that matches no site is an error.
+      dtype: "float", or "int8" where a rule before, `skip` or `skip_first_last` says "float".
+      algo: how thresholds are chosen, as in `jaxquant.quant_post`.
+      symmetric: whether the grids have zero point 0 always.
+      recover: the recovery steps at these sites, () for none.  A tensor is equalized where all
+        sites that read it have the step.
+      weight_bits: 8, or in `jaxquant.quant_weights` also 4.
+      reason: why, for the report; "" for the rule itself.
+
+    Raises:
+      ValueError: a setting is not known, or none is set.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant
+      >>> params = {"body": {"w": jnp.eye(4)}, "head": {"w": jnp.eye(4)}}
+      >>> qparams, qapply = jaxquant.quant_post(
+      ...     params, lambda p, x: x @ p["body"]["w"] @ p["head"]["w"], [jnp.ones((2, 4))],
+      ...     algo="mse", rules=[jaxquant.Rule("body", algo="abs_max"),
+      ...                        jaxquant.Rule("head", dtype="float")], progress=False)
+      >>> [(row["name"], row["status"], row["reason"]) for row in qapply.report().rows]
+      [('body', 'int8', ''), ('head', 'float', "rule 'head'")]
+    """
+
+    pattern: str
+    _: dataclasses.KW_ONLY
+    dtype: str | None = None
+    algo: str | Observer | None = None
+    symmetric: bool | None = None
+    recover: Sequence[str] | None = None
+    weight_bits: int | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        check_pattern("Rule(pattern)", self.pattern)
+        if self.recover is not None:
+            object.__setattr__(self, "recover", steps("recover", self.recover))
+        if all(getattr(self, name) is None for name in SETTINGS):
+            raise ValueError(f"Rule({self.pattern!r}) sets nothing: give {', '.join(SETTINGS)}")
+        if self.dtype is not None:
+            check_known("dtype", self.dtype, DTYPES)
+        if self.algo is not None and not isinstance(self.algo, Observer):
+            check_known("algo", self.algo, OBSERVERS)
+        if self.symmetric is not None and not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric is True or False, got {self.symmetric!r}")
+        if self.weight_bits is not None:
+            check_bits(self.weight_bits)
+        if not isinstance(self.reason, str):
+            raise ValueError(f"reason is a text, got {self.reason!r}")
+
+
+SETTINGS = ("dtype", "algo", "symmetric", "recover", "weight_bits")
+
+
+def setting(rules: Sequence[Rule], places: Iterable[int], name: str, otherwise: Any) -> Any:
+    """What the last of the rules at these places that sets something says, else `otherwise`.
+
+    Example:
+      >>> rules = [Rule("*", algo="mse"), Rule("a", algo="KL"), Rule("a", dtype="float")]
+      >>> setting(rules, [0, 1, 2], "algo", "avg"), setting(rules, [2], "algo", "avg")
+      ('KL', 'avg')
+    """
+    for place in sorted(places, reverse=True):
+        value = getattr(rules[place], name)
+        if value is not None:
+            return value
+    return otherwise
+
+
+def matching(rules: Sequence[Rule], site: Site) -> tuple[int, ...]:
+    """The places of the rules that match a site."""
+    return tuple(place for place, rule in enumerate(rules) if matches(site, rule.pattern))
+
+
+def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collection[str]) -> None:
+    """Raise ValueError where a rule says nothing of any site.
+
+    Args:
+      found: the sites of the model.
+      rules: those of the user.
+      possible: the kinds that may become int8.
+    """
+    for rule in rules:
+        sites = [site for site in found if matches(site, rule.pattern)]
+        if not sites:
+            raise ValueError(
+                f"rule {rule.pattern!r} matches no site{_nearest(found, rule.pattern)}"
+            )
+        there = sorted({site.kind for site in sites})
+        if rule.dtype == "int8" and not set(possible) & set(there):
+            raise ValueError(
+                f"rule {rule.pattern!r} says dtype='int8' of sites of the kinds "
+                f"{', '.join(there)}, none of which is in quantizable_op_type; add it there, or "
+                "give is_full_quantize=True"
+            )
+        for name in ("recover", "weight_bits"):
+            if getattr(rule, name) and all(site.stored_weight is None for site in sites):
+                raise ValueError(
+                    f"rule {rule.pattern!r} sets {name}, which is of sites with a weight; it "
+                    f"matches none, but {', '.join(there)}"
+                )
+
+
+def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
+    """Raise ValueError where a pattern matches no site, with the names nearest to it."""
+    for pattern in patterns:
+        if not any(matches(site, pattern) for site in found):
+            raise ValueError(f"skip pattern {pattern!r} matches no site{_nearest(found, pattern)}")
+
+
+def _nearest(found: Sequence[Site], pattern: str) -> str:
+    prefix, _, _ = pattern.partition(":")
+    if prefix == "kind":
+        names = [f"kind:{k}" for k in sorted({site.kind for site in found})]
+    elif prefix == "module":
+        names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
+    else:
+        start = "site:" if prefix == "site" else ""
+        names = [start + site.name for site in found if not kinds.is_layout(site.kind)]
+    return nearest(pattern, names)
+
+
+def check_pattern(argument: str, pattern: object) -> None:
+    """Raise ValueError where something is no pattern of sites."""
+    if not isinstance(pattern, str) or pattern in ("", *PREFIXES):
+        raise ValueError(
+            f"{argument} holds glob patterns on site names, and 'site:', 'kind:' or 'module:' with "
+            f"one behind it; got {pattern!r}"
+        )
+
+
+def steps(argument: str, value: Any) -> tuple[str, ...]:
+    """Recovery steps as a tuple, checked."""
+    for step in (found := names(argument, value)):
+        check_known(argument, step, RECOVERY_STEPS)
+    return found
+
+
+def names(argument: str, value: Any) -> tuple[str, ...]:
+    """A sequence of names as a tuple; raises ValueError for a single one."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(
+            f"{argument} is a sequence of names, got {value!r}; write ({value!r},) for one"
+        )
+    return tuple(value)
+
+
+def check_bits(value: object) -> None:
+    """Raise ValueError where weights are not stored in so many bits."""
+    if type(value) is not int or value not in WEIGHT_BITS:
+        raise ValueError(f"weight_bits is 8 or 4, got {value!r}")
+
+
+def check_known(argument: str, value: object, valid: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest names, where a value is not among the valid ones."""
+    known = list(valid)
+    if value in known:
+        return
+    raise ValueError(f"{argument}: {value!r} is not known{nearest(str(value), known)}")
