@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxquant import native
 from jaxquant.analysis.poor import warn_if_poor
+from jaxquant.backends import operations
 from jaxquant.calibration import histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.fingerprint import params_digests
@@ -201,7 +201,7 @@ def _sweep(
     progress: Progress,
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
-    count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
     return Sweep(
         source,
         tensors_of,

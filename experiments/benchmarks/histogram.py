@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experiments.benchmarks.interleave import time_in_turn
-from jaxquant import native
+from jaxquant.backends import operations
 from jaxquant.calibration import histogram
 
 BINS = histogram.BINS
@@ -97,7 +97,7 @@ def main(rounds: int) -> None:
         programs = {"range only": lambda x: (jnp.min(x), jnp.max(x))}
         programs |= {name: lambda x, f=f: f(bins_of(x)) for name, f in FORMS.items()}
         programs["observe"] = histogram.observe
-        count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+        count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
         programs["observe, natively"] = functools.partial(histogram.observe, count=count)
         compiled, compile_s = {}, {}
         for name, f in programs.items():

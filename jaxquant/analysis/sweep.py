@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import native
 from jaxquant.analysis import measures
 from jaxquant.analysis.measures import Clipping, Ends, Moments
-from jaxquant.backends import int8
+from jaxquant.backends import int8, operations
 from jaxquant.calibration import histogram
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.sweep import stacked, stats_of
@@ -183,7 +182,7 @@ def _observe(
     tensors = {name: _clipping(readers, entries[name], reference) for name in order}
     if not order:
         return tensors, None
-    count = native.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
     values = [reference.read(entries[name]) for name in order]
     return tensors, histogram.count_all(values, count)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxquant import native
+from jaxquant.backends import operations
 from jaxquant.calibration.search import in_chunks, run_search, search, validated
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
@@ -27,7 +27,7 @@ from jaxquant.calibration.sums import (
 
 _TIE = 1e-12  # nats; running sums in float64 resolve divergences no finer
 _SLACK = 1e-9  # relative, of squared errors
-_WEIGHING = native.Weighing(CLIPPING_WEIGHT, MARGIN, _SLACK, _TIE)
+_WEIGHING = operations.Weighing(CLIPPING_WEIGHT, MARGIN, _SLACK, _TIE)
 
 
 def kl_threshold(
@@ -95,10 +95,11 @@ def kl_threshold(
       S. Migacz, 8-bit Inference with TensorRT, GTC 2017, for the textbook search.
     """
     searching = _SEARCHES[_known(variant)]
-    if variant != "jaxquant" or not native.runs_here():
+    kernel = operations.kl_search(_WEIGHING) if variant == "jaxquant" else None
+    if kernel is None:
         return search(searching, counts, bin_width, abs_max, levels)
     hist = validated(counts, bin_width, abs_max, levels)
-    found = in_chunks(functools.partial(native.kl_thresholds, weighing=_WEIGHING), hist)
+    found = in_chunks(kernel, hist)
     return found.reshape(hist.shape) * hist.bin_width
 
 

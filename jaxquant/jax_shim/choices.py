@@ -1,10 +1,10 @@
-"""A computation with two forms, one of which is chosen when it is lowered, by where it will run."""
+"""A computation with several forms, of which one is chosen when it is lowered: by its place."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax._src import dispatch
@@ -12,74 +12,81 @@ from jax.interpreters import batching, mlir
 
 from jaxquant.jax_shim.jaxprs import Primitive, match_varying
 
-# A computation with two forms, of which one is traced when it is lowered.
+Form: TypeAlias = Callable[..., Sequence[Any]]
+
+# A computation with several forms, of which one is traced when it is lowered.
 _choice = Primitive("jaxquant_choice")
 _choice.multiple_results = True
 
 
-def choose_by_platform(
-    native: Callable[..., Sequence[Any]],
-    portable: Callable[..., Sequence[Any]],
+class Place(NamedTuple):
+    """Where a computation will run.
+
+    Attributes:
+      platform: "cpu", "cuda", "rocm" or "tpu"; "" for any other.
+      is_export: whether it is exported, and may run elsewhere.
+      is_one_device: whether it is for one device, and known to be.
+    """
+
+    platform: str
+    is_export: bool
+    is_one_device: bool
+
+
+def choose(
+    pick: Callable[[Place], int],
+    forms: Sequence[Form],
     outputs: Sequence[jax.ShapeDtypeStruct],
     operands: Sequence[Any],
 ) -> list[Any]:
-    """`native(*operands)` where it is compiled for this process's CPU, else `portable(*operands)`.
+    """The results of one of several forms.
 
-    Both give a list of arrays like `outputs`.  An export is portable.
+    Args:
+      pick: which of the forms, by the place.
+      forms: functions of the operands that give arrays like `outputs`; only those that are picked
+        are traced.
+      outputs: shape and dtype of the results.
+      operands: arrays.
     """
-    return _choose(_is_native, (native, portable), outputs, operands)
+    shapes = tuple((tuple(s.shape), s.dtype) for s in outputs)
+    operands = match_varying(operands)
+    return list(_choice.bind(*operands, pick=pick, forms=tuple(forms), shapes=shapes))
 
 
 def choose_by_devices(
-    one: Callable[..., Sequence[Any]],
-    several: Callable[..., Sequence[Any]],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    operands: Sequence[Any],
+    one: Form, several: Form, outputs: Sequence[jax.ShapeDtypeStruct], operands: Sequence[Any]
 ) -> list[Any]:
     """`several(*operands)` where it is compiled for known devices, more than one; else `one`.
 
     Both give a list of arrays like `outputs`.
     """
-    return _choose(_is_one_device, (one, several), outputs, operands)
+    return choose(_unless_one_device, (one, several), outputs, operands)
 
 
 def choose_on_one_cpu(
-    native: Callable[..., Sequence[Any]],
-    portable: Callable[..., Sequence[Any]],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    operands: Sequence[Any],
+    native: Form, portable: Form, outputs: Sequence[jax.ShapeDtypeStruct], operands: Sequence[Any]
 ) -> list[Any]:
     """`native(*operands)` where it is compiled for this process's one CPU device.
 
     Else `portable(*operands)`: on other devices, sharded, exported.
     """
-
-    def on_cpu(*operands: Any) -> Sequence[Any]:
-        return choose_by_devices(native, portable, outputs, operands)
-
-    return choose_by_platform(on_cpu, portable, outputs, operands)
+    return choose(_unless_one_cpu, (native, portable), outputs, operands)
 
 
-def _is_native(ctx: Any, on_cpu: bool) -> bool:
-    return on_cpu and not ctx.module_context.lowering_parameters.for_export
+def _unless_one_device(place: Place) -> int:
+    return int(not place.is_one_device)
 
 
-def _is_one_device(ctx: Any, on_cpu: bool) -> bool:
-    context = ctx.module_context.axis_context
-    if hasattr(context, "device_assignment"):
-        return context.device_assignment is None or len(context.device_assignment) == 1
-    return False
+def _unless_one_cpu(place: Place) -> int:
+    return int(place.platform != "cpu" or place.is_export or not place.is_one_device)
 
 
-def _choose(
-    is_first: Callable[..., bool],
-    forms: tuple[Callable[..., Sequence[Any]], Callable[..., Sequence[Any]]],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    operands: Sequence[Any],
-) -> list[Any]:
-    shapes = tuple((tuple(s.shape), s.dtype) for s in outputs)
-    operands = match_varying(operands)
-    return list(_choice.bind(*operands, is_first=is_first, forms=forms, shapes=shapes))
+def _place(ctx: Any, platform: str) -> Place:
+    module, devices = ctx.module_context, ctx.module_context.axis_context
+    is_one_device = hasattr(devices, "device_assignment") and (
+        devices.device_assignment is None or len(devices.device_assignment) == 1
+    )
+    return Place(platform, module.lowering_parameters.for_export, is_one_device)
 
 
 def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
@@ -97,9 +104,9 @@ def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
 
 
 def _choice_lowering(
-    ctx: Any, *operands: Any, is_first: Any, forms: Any, on_cpu: bool = False, **_: Any
+    ctx: Any, *operands: Any, pick: Any, forms: Any, platform: str = "", **_: Any
 ) -> Any:
-    chosen = forms[0] if is_first(ctx, on_cpu) else forms[1]
+    chosen = forms[pick(_place(ctx, platform))]
     return mlir.lower_fun(lambda *xs: list(chosen(*xs)), multiple_results=True)(ctx, *operands)
 
 
@@ -120,6 +127,8 @@ _choice.def_abstract_eval(_choice_avals)
 _choice.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _choice.bind(*ys, **params))(*xs))
 batching.primitive_batchers[_choice] = _choice_batching
 mlir.register_lowering(_choice, _choice_lowering)
-mlir.register_lowering(_choice, functools.partial(_choice_lowering, on_cpu=True), platform="cpu")
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    _lowering = functools.partial(_choice_lowering, platform=_platform)
+    mlir.register_lowering(_choice, _lowering, platform=_platform)
 # Else a lowering does not learn of the devices, one or several, that it is for.
 dispatch.prim_requires_devices_during_lowering.add(_choice)

@@ -1,7 +1,7 @@
 """Native kernels for CPU, called from XLA: int8 inference, and what calibration takes long at."""
 
-from jaxquant.native.counting import counter, histogram
-from jaxquant.native.differences import differences
+from jaxquant.native.counting import histogram, histogram_types
+from jaxquant.native.differences import difference_types, differences
 from jaxquant.native.floats import float_depthwise
 from jaxquant.native.library import (
     Availability,
@@ -26,11 +26,12 @@ __all__ = [
     "available",
     "conv",
     "conv_call",
-    "counter",
+    "difference_types",
     "differences",
     "dot",
     "float_depthwise",
     "histogram",
+    "histogram_types",
     "int8_is_faster",
     "kl_thresholds",
     "pack_conv",

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.jax_shim import choices
 from jaxquant.native import library
-
-_OUTPUTS = [jax.ShapeDtypeStruct((2048,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)]
 
 
 def histogram(x: jax.Array, least_exponent: int) -> tuple[jax.Array, jax.Array]:
@@ -30,25 +25,11 @@ def histogram(x: jax.Array, least_exponent: int) -> tuple[jax.Array, jax.Array]:
       RuntimeError: the kernels do not run here (`available()` says why).
     """
     library.require()
-    counting = jax.ffi.ffi_call(library.HISTOGRAM, _OUTPUTS, vmap_method="sequential")
+    counting = jax.ffi.ffi_call(library.HISTOGRAM, histogram_types(), vmap_method="sequential")
     counts, extremes = counting(x, least_exponent=np.int64(least_exponent))
     return counts, extremes
 
 
-def counter(
-    portable: Callable[[jax.Array], Sequence[jax.Array]], least_exponent: int
-) -> Callable[[jax.Array], Sequence[jax.Array]]:
-    """`histogram` on one CPU device, `portable` elsewhere; see `choices.choose_on_one_cpu`.
-
-    In a third of the time of XLA's scatter on two cores (experiments/benchmarks/histogram.py).
-    """
-    if not library.runs_here():
-        return portable
-
-    def natively(x: jax.Array) -> Sequence[jax.Array]:
-        return histogram(x, least_exponent)
-
-    def count(x: jax.Array) -> Sequence[jax.Array]:
-        return choices.choose_on_one_cpu(natively, portable, _OUTPUTS, [x])
-
-    return count
+def histogram_types() -> list[jax.ShapeDtypeStruct]:
+    """Shape and dtype of what `histogram` gives."""
+    return [jax.ShapeDtypeStruct((2048,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.float32)]

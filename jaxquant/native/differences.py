@@ -49,12 +49,12 @@ def differences(
         given = ", ".join(f"{x.dtype} {x.shape}" for x in operands)
         raise ValueError(f"the tensors are {given}; expected float32 of one shape")
     comparing = jax.ffi.ffi_call(
-        library.DIFFERENCES, output_types(y.shape[-1]), vmap_method="sequential"
+        library.DIFFERENCES, difference_types(y.shape[-1]), vmap_method="sequential"
     )
     return Differences(*comparing(*operands, clamp=np.asarray(clamp, np.float32)))
 
 
-def output_types(channels: int) -> list[jax.ShapeDtypeStruct]:
+def difference_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """The shapes and dtypes of what `differences` returns for tensors of so many channels."""
     shapes = (3, channels), (channels,), (3,)
     return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.backends.backend import NO_CLAMP, Clamp
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.copies import varying_axes
 from jaxquant.plan.epilogue import activation_equations
-from jaxquant.run.fusion import NO_CLAMP, Clamp, clamp_after, clamp_of
+from jaxquant.run.fusion import clamp_after, clamp_of
 
 
 class Activation(NamedTuple):

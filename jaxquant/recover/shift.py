@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import native
+from jaxquant.backends import operations
+from jaxquant.backends.backend import NO_CLAMP
 from jaxquant.graph import evaluate
 from jaxquant.graph.primitives import Channels
-from jaxquant.jax_shim import choices
-from jaxquant.native.differences import output_types
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.recover.activation import Activation
-from jaxquant.run.fusion import NO_CLAMP, Clamp
 
 
 class Powers(NamedTuple):
@@ -112,7 +110,7 @@ def compare_outputs(
 
     if channels.axes != (value.ndim - 1,):
         return Compared(*portable(*operands))
-    return Compared(*_choose(portable, bounds, operands))
+    return Compared(*operations.differences(portable, bounds, operands))
 
 
 def powers(reference: Any, quantized: Any) -> jax.Array:
@@ -127,30 +125,10 @@ def powers(reference: Any, quantized: Any) -> jax.Array:
         return scaled(*operands)
 
     def portable(reference: jax.Array, quantized: jax.Array) -> Sequence[jax.Array]:
-        unread = [jnp.zeros(s.shape) for s in output_types(reference.shape[-1])[:2]]
+        unread = [jnp.zeros(s.shape) for s in operations.difference_types(reference.shape[-1])[:2]]
         return *unread, scaled(reference, quantized)
 
-    return _choose(portable, NO_CLAMP, operands)[2]
-
-
-def _choose(
-    portable: Callable[..., Sequence[jax.Array]], bounds: Clamp, operands: Sequence[jax.Array]
-) -> Sequence[jax.Array]:
-    """`portable`, or the native kernel that gives the same where it runs.
-
-    Args:
-      portable: its arguments and results are those of `native.differences`, but for the clamp.
-      bounds: the clamp.
-      operands: the tensors.
-    """
-    if not native.runs_here():
-        return portable(*operands)
-
-    def natively(y: jax.Array, y_hat: jax.Array, *gain: jax.Array) -> Sequence[jax.Array]:
-        return native.differences(y, y_hat, bounds, *gain)
-
-    outputs = output_types(operands[0].shape[-1])
-    return choices.choose_on_one_cpu(natively, portable, outputs, operands)
+    return operations.differences(portable, NO_CLAMP, operands)[2]
 
 
 def shift_of(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from jaxquant.backends.platforms import XLA
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan.bind import Int8Site
 from jaxquant.run.lowerings import Evaluation, Lowering
@@ -43,9 +45,10 @@ def walk(program: Program, qparams: Mapping[str, Any], inputs: Sequence[Any], vi
             forget(state.env, now)
             if site.site.name not in program.calls:
                 return lowering(state)
-            call, var = program.calls[site.site.name], site.site.operands[0]
+            each, var = program.calls[site.site.name], site.site.operands[0]
             visit(site, state.quantized.int8(var), state.quantized.zero_point(var))
-            return call.keep(state, *jax.jit(call.by_xla)(call.operands(state)))
+            compiled = jax.jit(functools.partial(XLA.call, each.call))
+            return each.keep(state, compiled(each.operands(state)))
 
         return visited
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.backends import int8
+from jaxquant.backends.epilogue import epilogue
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run import dynamic, weight_only
-from jaxquant.run.epilogue import epilogue
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.weights import StoredWeights
 
@@ -71,7 +71,8 @@ def _finished(
     int8_site: Int8Site, value: jax.Array, state: Evaluation, scales: Sequence[jax.Array] = ()
 ) -> evaluate.Values:
     arrays = state.qparams["sites"][int8_site.site.name]
-    return {int8_site.epilogue.output: epilogue(int8_site, value, arrays, scales)}
+    movements, channels = int8_site.epilogue.movements, int8_site.epilogue.channels
+    return {int8_site.epilogue.output: epilogue(movements, channels, value, arrays, scales)}
 
 
 def _sum(

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant import native
+from jaxquant.backends import operations
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.contraction import Axes, Result, Window
-from jaxquant.jax_shim import choices
 
 _NHWC = (
     Axes(free=(0,), contracted=(3,), window=(1, 2)),
@@ -47,7 +46,6 @@ def fast_convolutions(
     """
     if jax.default_backend() != "cpu":
         return {}
-    natively = natively and native.runs_here()
     return {
         eqn.index: _lowering(form, eqn)
         for eqn in graph.equations
@@ -115,20 +113,12 @@ def _depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> j
 
 def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     operands = [env.read(atom) for atom in eqn.inputs]
-
-    def natively(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
-        made = native.float_depthwise(
-            x, kernel, strides=window.strides, padding=window.padding, dilation=window.dilation
-        )
-        return [made]
+    shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
 
     def portable(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
         return [_shifted_products(x, kernel, window)]
 
-    shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32)]
-    (result,) = choices.choose_on_one_cpu(natively, portable, outputs, operands)
-    return result
+    return operations.depthwise(portable, window, shape, operands)
 
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

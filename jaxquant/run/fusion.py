@@ -1,4 +1,4 @@
-"""Which equations become one native call: an accumulating site with what follows it.
+"""Which equations become one call: an accumulating site with what follows it.
 
 A convolution or dot with its multiplier and bias, then clamps (ReLU, ReLU6, clip), then perhaps the
 addition of another tensor and clamps again; the result leaves as int8 where an int8 site reads it,
@@ -8,29 +8,18 @@ as float where anything else does, or as both.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+from jaxquant.backends.backend import NO_CLAMP, Clamp
 from jaxquant.graph import ir, primitives
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import read_in_float
 
-Clamp = tuple[float, float]
-NO_CLAMP: Clamp = (-math.inf, math.inf)
-
-
-class Fuse(enum.Enum):
-    """What becomes one native call."""
-
-    NOTHING = enum.auto()
-    SITES = enum.auto()  # a site with its multiplier and bias: its result can be changed
-    CHAINS = enum.auto()  # a site with all that may follow
-
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """One fused call.
+    """What one call stands for.
 
     Attributes:
       site: the accumulating site.
@@ -60,7 +49,7 @@ def find_chains(
     binding: Binding,
     live: Iterable[ir.Equation],
     early: Mapping[ir.Var, ir.Equation],
-    fuse: Fuse,
+    goes_on: Callable[[Int8Site], bool],
 ) -> dict[int, Chain]:
     """The chains of the sites with a stored weight, by the index of their last equation.
 
@@ -69,7 +58,7 @@ def find_chains(
       binding: the plan in it.
       live: the equations that run in float or make a site's result.
       early: the max pools that run on integers instead, by the tensor that they give.
-      fuse: what a chain holds.
+      goes_on: whether the chain of a site holds what may follow it; else it holds the site alone.
     """
     live = list(live)
     pooled: dict[ir.Var, ir.Var] = {
@@ -88,37 +77,17 @@ def find_chains(
         is_live = graph.producer[site.epilogue.output].index in indices
         if not is_live or site.site.stored_weight is None:
             continue
-        if fuse is Fuse.CHAINS and is_native(graph, site):
+        if goes_on(site):
             chain = _follow(graph, binding, site, indices - claimed, floats, grids)
         else:
-            chain = _alone(graph, site)
+            chain = alone(graph, site)
         claimed.update(chain.members)
         chains[chain.members[-1]] = chain
     return chains
 
 
-def is_native(graph: ir.Graph, int8_site: Int8Site) -> bool:
-    """True where the native kernels have the operation.
-
-    A convolution of one or two spatial axes, or a dot of the last axis with the first of a matrix,
-    with a stored weight.
-    """
-    site, epilogue = int8_site.site, int8_site.epilogue
-    weight = site.stored_weight
-    if weight is None or epilogue.movements:
-        return False
-    if len(site.operands) != 1 or site.weight_position != 1:
-        return False
-    if site.contraction is None or epilogue.channels.axes not in (site.product.result.free[1], ()):
-        return False
-    x, kernel, _ = site.contraction.axes
-    if site.contraction.window is not None:
-        return len(kernel.window) in (1, 2)
-    is_matrix = not kernel.batch and kernel.contracted == (0,) and kernel.rank == 2
-    return is_matrix and x.contracted == (x.rank - 1,)
-
-
-def _alone(graph: ir.Graph, site: Int8Site) -> Chain:
+def alone(graph: ir.Graph, site: Int8Site) -> Chain:
+    """The chain of a site by itself, with its multiplier and bias: its result can be changed."""
     output = site.epilogue.output
     last = graph.producer[output].index
     return Chain(site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, None)

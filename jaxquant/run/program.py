@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from jaxquant import native
+from jaxquant.backends import platforms
+from jaxquant.backends.choice import fastest_here
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.modes import MODES
 from jaxquant.run import accumulate, lowerings, nonfinite
-from jaxquant.run.fused import FusedCall
-from jaxquant.run.fusion import Fuse, find_chains
+from jaxquant.run.calls import SiteCall, has_kernel
+from jaxquant.run.fusion import find_chains
 from jaxquant.run.lowerings import Evaluation, Hook, Lowering
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
-from jaxquant.run.sequences import FusedSequence, find_sequences, in_order
+from jaxquant.run.sequences import Members, Sequenced, find_sequences, in_order
 from jaxquant.run.weights import StoredWeights
 
 
@@ -30,9 +32,9 @@ class Program:
     Args:
       binding: the model, and which of its sites are int8.
       params: the parameters or their shapes.
-      fuse: what the native kernels take over.
-      packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
-        weight first.
+      table: the backends that run its calls.
+      by_site: a call stands for a site alone, whose result can be seen and changed; else for what
+        follows it too, where a kernel has that.
 
     Attributes:
       equations: those whose float results are needed.
@@ -46,8 +48,8 @@ class Program:
         self,
         binding: Binding,
         params: Any,
-        fuse: Fuse = Fuse.NOTHING,
-        packs_all: bool = True,
+        table: platforms.Table = platforms.XLA_ALONE,
+        by_site: bool = False,
     ):
         self.binding = binding
         self.model = binding.model
@@ -64,13 +66,12 @@ class Program:
         self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
-        self._fuse = fuse if self.mode.tensor_scales else Fuse.NOTHING
-        self._packs_all = packs_all
+        self._backends = table
+        self._by_site = by_site
 
         calls = self._find_calls() if self.mode.tensor_scales else {}
-        self.calls = {call.chain.site.site.name: call for call in calls.values()}
-        found = find_sequences(graph, calls) if self._fuse is Fuse.CHAINS else []
-        self.sequences = [FusedSequence(graph, members, calls) for members in found]
+        self.calls = {each.chain.site.site.name: each for each in calls.values()}
+        self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]
         self.lowerings = self._table(calls)
 
     def run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> evaluate.Environment:
@@ -106,19 +107,23 @@ class Program:
         Those are the sites with an accumulator or a weight.  A site's lowering gives the value at
         the end of its epilogue; so a program whose calls go on behind it has no hooks.
         """
-        assert self._fuse is not Fuse.CHAINS, "a chain goes on behind its site"
+        goes_on = not self._by_site and platforms.kernels(self._backends)
+        assert not goes_on, "a call may go on behind its site, but for by_site=True"
         other = copy.copy(self)
         hooks = {index: hook(site, self.lowerings[index]) for index, site in self._ends().items()}
         other.lowerings = self.lowerings | hooks
         return other
 
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The weights of the native calls as the kernels read them, by site."""
-        return {
-            name: call.pack(layout.get(qparams["params"], call.slot.int8))
-            for name, call in self.calls.items()
-            if call.is_native
-        }
+        """The weights as the kernels read them, by site."""
+        packed = {}
+        for name, each in self.calls.items():
+            backends = platforms.kernels(self._backends)
+            kernel = next((k for k in backends if k.covers(each.call)), None)
+            if kernel is not None:
+                weight = layout.get(qparams["params"], each.slot.int8)
+                packed[name] = kernel.pack(each.call, weight)
+        return packed
 
     def _ends(self) -> dict[int, Int8Site]:
         """The live int8 sites by the index of the equation that ends their epilogue."""
@@ -126,18 +131,29 @@ class Program:
         ends = {self.graph.producer[s.epilogue.output].index: s for s in self.binding.sites}
         return {index: site for index, site in ends.items() if index in live}
 
-    def _find_calls(self) -> dict[int, FusedCall]:
+    def _find_calls(self) -> dict[int, SiteCall]:
         """The calls by the index of the last equation that they stand for."""
+        graph, zero_points = self.graph, self.binding.zero_points
         pools = {eqn.index for eqn in self.early.values()}
         running = [eqn for eqn in self.equations if eqn.index not in pools]
-        chains = find_chains(self.graph, self.binding, running, self.early, self._fuse)
-        zero_points, slots = self.binding.zero_points, self.slots
+
+        def goes_on(site: Int8Site) -> bool:
+            return not self._by_site and has_kernel(self._backends, graph, site, zero_points)
+
+        chains = find_chains(graph, self.binding, running, self.early, goes_on)
         return {
-            last: FusedCall(self.graph, chain, zero_points, slots[chain.site.site.name])
+            last: SiteCall(graph, chain, zero_points, self.slots[chain.site.site.name])
             for last, chain in chains.items()
         }
 
-    def _table(self, calls: Mapping[int, FusedCall]) -> dict[int, Lowering]:
+    def _find_sequences(self, calls: Mapping[int, SiteCall]) -> list[Members]:
+        if self._by_site:
+            return []
+        table = self._backends
+        fused = {last: each for last, each in calls.items() if platforms.covers(table, each.call)}
+        return find_sequences(self.graph, fused, functools.partial(platforms.joins, table))
+
+    def _table(self, calls: Mapping[int, SiteCall]) -> dict[int, Lowering]:
         """Every equation as it is; over that the sites, and over those the calls."""
         members = [sequence.members for sequence in self.sequences]
         ordered = in_order(self.equations, members, calls)
@@ -175,31 +191,26 @@ class Program:
             return accumulate.scaled_in_the_call(self.graph, site, self.weights)
         return accumulate.of_tensors(self.graph, site)
 
-    def _calling(self, call: FusedCall) -> Lowering:
+    def _calling(self, each: SiteCall) -> Lowering:
         def lowering(state: Evaluation) -> evaluate.Values:
-            operands = call.operands(state)
-            return call.keep(state, *call(operands, self._natively([call], [operands])))
+            results = platforms.run(self._backends, each.call, each.operands(state))
+            return each.keep(state, results)
 
         return lowering
 
-    def _calling_sequence(self, sequence: FusedSequence) -> Lowering:
+    def _calling_sequence(self, sequence: Sequenced) -> Lowering:
+        calls = [each.call for each in sequence.calls]
+
         def lowering(state: Evaluation) -> evaluate.Values:
             operands = sequence.operands(state)
-            results = sequence(operands, self._natively(sequence.calls, operands))
+            results = platforms.run_sequence(
+                self._backends, calls, sequence.links, operands, sequence.results
+            )
             return sequence.keep(state, results)
 
         return lowering
 
-    def _natively(self, calls: Sequence[FusedCall], operands: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the kernels are to run calls whose weights are packed, or have to be for it."""
-        if self._fuse is Fuse.NOTHING or not all(call.is_native for call in calls):
-            return False
-        if self._packs_all or any(call.is_worth_packing for call in calls):
-            return True
-        return all("packed" in each for each in operands)
-
 
 def program_by_site(binding: Binding, params: Any) -> Program:
-    """A program whose sites each show their result, by the native kernels where they are faster."""
-    fuse = Fuse.SITES if native.runs_int8_here() else Fuse.NOTHING
-    return Program(binding, params, fuse)
+    """A program whose sites each show their result, by the backends that are fastest here."""
+    return Program(binding, params, fastest_here(), by_site=True)

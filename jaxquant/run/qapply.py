@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends.choice import Choice, check_backend, choose_backend, table_of
 from jaxquant.graph import ir
 from jaxquant.graph.calls import describe
 from jaxquant.graph.model import Model, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
-from jaxquant.run.backend import Backend, check_backend, choose_backend
-from jaxquant.run.fusion import Fuse
 from jaxquant.run.inputs import Ranges, check_kinds, find_strange, has_values
 from jaxquant.run.pickling import NotPickled
 from jaxquant.run.program import Program
@@ -172,11 +171,9 @@ class QuantizedApply(NotPickled):
             is of another kind of dtype.
         """
         self._check_kinds(inputs)
-        fuse = Fuse.CHAINS if self.backend.name == "native" else Fuse.NOTHING
-        # Chosen, the kernels run all that they can; else what they are faster at.
-        packs_all = self._backend == "native"
         binding = bind(self._model(inputs), self.plan)
-        return Program(binding, self.source.params, fuse, packs_all)
+        table = table_of(self._backend, self.backend)
+        return Program(binding, self.source.params, table)
 
     def _model(self, inputs: tuple[Any, ...]) -> Model:
         """The float model for such inputs; what it raises gets a note of those that it took."""
@@ -205,8 +202,8 @@ class QuantizedApply(NotPickled):
         return jax.tree.unflatten(graph.out_tree, empty)
 
     @functools.cached_property
-    def backend(self) -> Backend:
-        return choose_backend(self._backend, self.plan.mode)
+    def backend(self) -> Choice:
+        return choose_backend(self._backend, MODES[self.plan.mode].tensor_scales)
 
     def with_backend(self, backend: str) -> QuantizedApply:
         """The same model on another backend.

@@ -1,4 +1,4 @@
-"""Which fused calls run as one, and running them.
+"""Which calls run as one.
 
 A chain may join the ones before it where it reads nothing that comes of their results by another
 way: an operation between them that is none of them ends the sequence.  Most convolutional networks
@@ -13,18 +13,15 @@ from typing import Any
 
 import jax
 
-from jaxquant import native
+from jaxquant.backends.backend import Call
 from jaxquant.graph import ir
-from jaxquant.jax_shim import choices
-from jaxquant.run.fused import FusedCall
+from jaxquant.run.calls import SiteCall
 from jaxquant.run.lowerings import Evaluation
-
-Results = list[tuple[Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-    """Consecutive fused calls.
+    """Consecutive calls.
 
     Attributes:
       chains: the index of each one's last equation, which names it.
@@ -37,22 +34,25 @@ class Members:
     later: frozenset[int]
 
 
-def find_sequences(graph: ir.Graph, calls: Mapping[int, FusedCall]) -> list[Members]:
+def find_sequences(
+    graph: ir.Graph, calls: Mapping[int, SiteCall], joins: Callable[[Call], bool]
+) -> list[Members]:
     """Sequences of two calls and more.
 
     Args:
       graph: the traced model.
       calls: by the index of their last equation.
+      joins: whether a call may be one of several.
     """
     inside = {k: last for last, call in calls.items() for k in call.chain.members}
     found: list[Members] = []
-    current = _Open(graph)
+    current = _Open(graph, joins)
     for eqn in graph.equations:
         if eqn.index not in inside:
             current.pass_by(eqn)
         elif inside[eqn.index] == eqn.index and not current.join(eqn.index, calls[eqn.index]):
             found.append(current.members())
-            current = _Open(graph)
+            current = _Open(graph, joins)
             current.join(eqn.index, calls[eqn.index])
     found.append(current.members())
     return [members for members in found if len(members.chains) > 1]
@@ -61,9 +61,10 @@ def find_sequences(graph: ir.Graph, calls: Mapping[int, FusedCall]) -> list[Memb
 class _Open:
     """A sequence that grows."""
 
-    def __init__(self, graph: ir.Graph):
+    def __init__(self, graph: ir.Graph, joins: Callable[[Call], bool]):
         self._graph = graph
-        self._calls: dict[int, FusedCall] = {}
+        self._joins = joins
+        self._calls: dict[int, SiteCall] = {}
         self._links: list[Mapping[str, int]] = []
         self._given: dict[tuple[ir.Var, bool], int] = {}  # a tensor in int8 or not: who gives it
         self._outputs: set[ir.Var] = set()
@@ -75,7 +76,7 @@ class _Open:
             self._depends.update(eqn.outputs)
             self._later.add(eqn.index)
 
-    def join(self, last: int, call: FusedCall) -> bool:
+    def join(self, last: int, call: SiteCall) -> bool:
         """Take in a call if it can be run with the others; an open sequence of none takes any."""
         chain = call.chain
         reads = {"x": (chain.site.site.operands[0], True)}
@@ -85,7 +86,7 @@ class _Open:
         outside = {var for name, (var, _) in reads.items() if name not in links}
         if self._calls:
             same = self._batch() == self._graph.shape(chain.output)[0]
-            if not (call.is_plain_conv and same and self._is_plain()):
+            if not (same and all(self._joins(each.call) for each in (call, *self._calls.values()))):
                 return False
             if outside & (self._depends | self._outputs):
                 return False
@@ -102,16 +103,13 @@ class _Open:
     def members(self) -> Members:
         return Members(tuple(self._calls), tuple(self._links), frozenset(self._later))
 
-    def _is_plain(self) -> bool:
-        return all(call.is_plain_conv for call in self._calls.values())
-
     def _batch(self) -> Any:
         first = next(iter(self._calls.values()))
         return self._graph.shape(first.chain.output)[0]
 
 
 def in_order(equations: Sequence[ir.Equation], found: Sequence[Members],
-             calls: Mapping[int, FusedCall]) -> list[ir.Equation]:  # fmt: skip
+             calls: Mapping[int, SiteCall]) -> list[ir.Equation]:  # fmt: skip
     """The equations with those of every sequence next to each other."""
     ordered = list(equations)
     for members in found:
@@ -125,99 +123,60 @@ def in_order(equations: Sequence[ir.Equation], found: Sequence[Members],
     return ordered
 
 
-class FusedSequence:
-    """Fused calls that run as one native call.
+class Sequenced:
+    """Calls that run as one.
 
     Args:
       graph: the traced model.
       members: which.
       calls: by the index of their last equation.
+
+    Attributes:
+      results: those that are read outside: which call, and which of its results.
+      links: for each call the operands that are results of earlier ones.
     """
 
-    def __init__(self, graph: ir.Graph, members: Members, calls: Mapping[int, FusedCall]):
+    def __init__(self, graph: ir.Graph, members: Members, calls: Mapping[int, SiteCall]):
         self.members = members
         self.calls = [calls[last] for last in members.chains]
-        self._results = [
+        self.results = [
             (position, k)
-            for position, call in enumerate(self.calls)
+            for position, each in enumerate(self.calls)
             if self._is_read_outside(graph, position)
-            for k in range(len(call.outputs))
+            for k in range(len(each.call.outputs))
         ]
-        self._outputs = [self.calls[position].outputs[k] for position, k in self._results]
+        self.links = [self._links(position) for position in range(len(self.calls))]
 
     def operands(self, state: Evaluation) -> list[dict[str, jax.Array]]:
         """What every call reads, without what is linked."""
         pairs = zip(self.calls, self.members.links, strict=True)
-        return [call.operands(state, links) for call, links in pairs]
+        return [each.operands(state, links) for each, links in pairs]
 
-    def keep(self, state: Evaluation, results: Results) -> dict[ir.Var, jax.Array]:
-        """The float outputs that others read; the int8 ones are kept, call by call."""
+    def keep(self, state: Evaluation, results: Sequence[jax.Array]) -> dict[ir.Var, jax.Array]:
+        """The float results that others read; the int8 ones are kept, call by call."""
+        by_call: dict[int, list[jax.Array]] = {}
+        for (position, _), value in zip(self.results, results, strict=True):
+            by_call.setdefault(position, []).append(value)
         values: dict[ir.Var, jax.Array] = {}
-        for call, (value, as_int8) in zip(self.calls, results, strict=True):
-            values |= call.keep(state, value, as_int8)
+        for position, each in enumerate(self.calls):
+            values |= each.keep(state, by_call.get(position, ()))
         return values
 
     def _is_read_outside(self, graph: ir.Graph, position: int) -> bool:
         output = self.calls[position].chain.output
         readers = {eqn.index for eqn in graph.consumers.get(output, ())}
         inside: set[int] = set()
-        for call, links in zip(self.calls, self.members.links, strict=True):
+        for each, links in zip(self.calls, self.members.links, strict=True):
             if links.get("x") == position:
-                inside.add(call.chain.site.site.equation)
+                inside.add(each.chain.site.site.equation)
             if links.get("residual") == position:
-                inside.update(call.chain.members)
+                inside.update(each.chain.members)
         return output in graph.output_vars or not readers <= inside
 
-    def __call__(
-        self, operands: Sequence[Mapping[str, jax.Array]], natively: bool = True
-    ) -> Results:
-        """The float32 and the int8 result of every call; None for what stays inside.
-
-        Args:
-          operands: of every call, without what is linked.
-          natively: as of `FusedCall`.
-        """
-        names = [tuple(each) for each in operands]
-
-        def named(run: Callable[..., Any]) -> Callable[..., Any]:
-            def on_arrays(*arrays: jax.Array) -> Any:
-                rest = iter(arrays)
-                return run([{name: next(rest) for name in each} for each in names])
-
-            return on_arrays
-
-        arrays = [value for each in operands for value in each.values()]
-        chosen = self._native if natively else self._portable
-        given = choices.choose_by_platform(
-            named(chosen), named(self._portable), self._outputs, arrays
-        )
-        by_call: dict[int, list[Any]] = {}
-        for (position, _), value in zip(self._results, given, strict=True):
-            by_call.setdefault(position, []).append(value)
-        return [call.by_form(by_call.get(position, ())) for position, call in enumerate(self.calls)]
-
-    def _native(self, operands: Sequence[Mapping[str, jax.Array]]) -> Sequence[jax.Array]:
-        made = []
-        for position, (call, given) in enumerate(zip(self.calls, operands, strict=True)):
-            linked = {name: self._link(*source) for name, source in self._sources(position).items()}
-            made.append(call.conv_call({**given, **linked}))
-        return native.sequence(made, self._results)
-
-    def _portable(self, operands: Sequence[Mapping[str, jax.Array]]) -> Sequence[jax.Array]:
-        results: list[Sequence[jax.Array]] = []
-        for position, (call, given) in enumerate(zip(self.calls, operands, strict=True)):
-            linked = {name: results[at][k] for name, (at, k) in self._sources(position).items()}
-            results.append(call.portable({**given, **linked}))
-        return [results[position][k] for position, k in self._results]
-
-    def _sources(self, position: int) -> dict[str, tuple[int, int]]:
+    def _links(self, position: int) -> dict[str, tuple[int, int]]:
         """Of what a call reads of others: which, and which of its results."""
         found = {}
         for name, at in self.members.links[position].items():
             as_int8 = name == "x" or self.calls[position].chain.residual_int8
-            found[name] = (at, len(self.calls[at].outputs) - 1 if as_int8 else 0)
+            found[name] = (at, len(self.calls[at].call.outputs) - 1 if as_int8 else 0)
         return found
-
-    def _link(self, position: int, result: int) -> native.Link:
-        output = self.calls[position].outputs[result]
-        return native.Link(position, result, output.shape, output.dtype)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.backends.platforms import PLATFORMS
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.model import trace_model
@@ -25,7 +26,7 @@ from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan, observed_tensors
-from jaxquant.run.fusion import is_native
+from jaxquant.run.calls import has_kernel
 from jaxquant.run.qapply import Code, QuantizedApply
 from jaxquant.weights.quantize import quantize_params
 
@@ -90,7 +91,7 @@ def surroundings(graph: ir.Graph, binding: Binding, int8_site: Int8Site) -> Surr
         tuple(root not in graph.inputs for root in roots),
         tuple(binding.zero_points[var] != 0 for var in operands),
         _becomes_int8(graph, binding, int8_site.epilogue.output),
-        is_native(graph, int8_site),
+        has_kernel(PLATFORMS, graph, int8_site, binding.zero_points),
     )
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import jaxquant
 from jaxquant import native
+from jaxquant.backends import operations
 from jaxquant.calibration import histogram as hg
-from jaxquant.native import counting, library
 from tests.native.cases import needs_kernels
 
 pytestmark = needs_kernels
@@ -34,7 +33,7 @@ def reference(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
 
 
 def observe():
-    count = native.counter(hg.portable_counts, hg.MIN_EXPONENT)
+    count = operations.counter(hg.portable_counts, hg.MIN_EXPONENT)
     return jax.jit(functools.partial(hg.observe, count=count))
 
 
@@ -76,24 +75,6 @@ def test_the_order_of_zeros_does_not_matter():
             state = run(values)
             assert not np.signbit(state.min)
             assert not np.signbit(state.max)
-
-
-def test_calibration_counts_so(monkeypatch):
-    seen, original = set(), counting.histogram
-
-    def histogram(x, least_exponent):
-        seen.add(x.shape)
-        return original(x, least_exponent)
-
-    monkeypatch.setattr(counting, "histogram", histogram)
-    params, x = {"w": jnp.eye(4)}, jnp.ones((3, 4))
-    jaxquant.calibrate(params, lambda p, x: x @ p["w"], [x], progress=False)
-    assert seen == {(3, 4)}
-
-
-def test_where_the_kernels_do_not_run_the_portable_form_counts(monkeypatch):
-    monkeypatch.setattr(library, "runs_here", lambda: False)
-    assert native.counter(hg.portable_counts, hg.MIN_EXPONENT) is hg.portable_counts
 
 
 def test_a_sharded_tensor_is_counted_where_its_parts_are():

@@ -12,11 +12,11 @@ from jax import lax
 
 import jaxquant
 from jaxquant import native
+from jaxquant.backends.platforms import PLATFORMS, XLA_ALONE
 from jaxquant.graph import evaluate
 from jaxquant.graph.model import trace_model
 from jaxquant.graph.trace import trace
 from jaxquant.plan.bind import bind
-from jaxquant.run.fusion import Fuse, find_chains
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
 from tests import networks
@@ -71,11 +71,9 @@ def quantized(is_full_quantize: bool = False):
 
 
 def chains(qapply: QuantizedApply, x: jax.Array = X):
-    program = qapply.with_backend("xla").program(x)
-    found = find_chains(
-        program.graph, program.binding, program.equations, program.early, Fuse.CHAINS
-    )
-    return {chain.site.site.name: chain for chain in found.values()}
+    binding = qapply.with_backend("xla").program(x).binding
+    program = Program(binding, qapply.source.params, PLATFORMS)
+    return {name: each.chain for name, each in program.calls.items()}
 
 
 def test_activations_and_outputs_of_chains():
@@ -107,8 +105,9 @@ def test_one_call_a_site_shows_the_results_of_the_xla_lowering(is_full_quantize:
     qparams, qapply = quantized(is_full_quantize)
     binding = bind(trace_model(residual_net, make_params(), (X,)), qapply.plan)
 
-    def run(fuse: Fuse) -> tuple[jax.Array, dict[str, jax.Array]]:
-        program, seen = Program(binding, make_params(), fuse), {}
+    def run(has_kernels: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+        table = PLATFORMS if has_kernels else XLA_ALONE
+        program, seen = Program(binding, make_params(), table, by_site=True), {}
 
         def corrected(site, lowering):
             def correcting(state):
@@ -120,8 +119,8 @@ def test_one_call_a_site_shows_the_results_of_the_xla_lowering(is_full_quantize:
         env = program.hooked(corrected).run(qparams, [X])
         return evaluate.outputs(env), seen
 
-    want, steps = jax.jit(run, static_argnums=0)(Fuse.NOTHING)
-    got, found = jax.jit(run, static_argnums=0)(Fuse.SITES)
+    want, steps = jax.jit(run, static_argnums=0)(False)
+    got, found = jax.jit(run, static_argnums=0)(True)
     assert {"stem", "depthwise", "project", "wide", "head"} <= set(found) == set(steps)
     for name in steps:  # XLA may join a product and a sum into one rounding
         np.testing.assert_allclose(found[name], steps[name], atol=2e-6, rtol=0, err_msg=name)

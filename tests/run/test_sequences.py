@@ -13,9 +13,9 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.backends.platforms import PLATFORMS, XLA_ALONE
 from jaxquant.graph.model import trace_model
 from jaxquant.plan.bind import bind
-from jaxquant.run.fusion import Fuse
 from jaxquant.run.program import Program
 from tests.native.cases import needs_kernels
 
@@ -186,8 +186,9 @@ def test_only_where_whole_chains_run():
     """A comparison of models looks at every site, so that nothing may stay inside of a call."""
     _, qapply = quantized(residual)
     binding = bind(trace_model(residual, jax.tree.map(jnp.asarray, PARAMS), (X,)), qapply.plan)
-    for fuse in (Fuse.NOTHING, Fuse.SITES):
-        assert not Program(binding, PARAMS, fuse).sequences
+    assert Program(binding, PARAMS, PLATFORMS).sequences
+    assert not Program(binding, PARAMS, PLATFORMS, by_site=True).sequences
+    assert not Program(binding, PARAMS, XLA_ALONE).sequences
 
 
 def test_bfloat16():

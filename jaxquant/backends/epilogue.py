@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxquant.graph import ir
+from jaxquant.graph.primitives import Channels
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Int8Site
 
 
 def epilogue(
-    site: Int8Site,
+    movements: Sequence[ir.Equation],
+    channels: Channels,
     value: jax.Array,
     arrays: Mapping[str, jax.Array],
     scales: Sequence[jax.Array] = (),
@@ -21,18 +23,18 @@ def epilogue(
     """The output of a site from its accumulator as float32.
 
     Args:
-      site: the site.
+      movements: the equations that rearrange the accumulator first.
+      channels: where the output channels are behind them.
       value: its accumulator.
       arrays: its multiplier and bias.
       scales: of operands that are scaled in the call; they broadcast to `value`.
     """
-    channels = site.epilogue.channels
     # Scales come together first: where the output is a float, what one step of it is worth is one,
     # while the sum times one of them alone may be beyond (a row of 1e36 on weights of 1e-30).
     worth = functools.reduce(jnp.multiply, scales) if scales else None
-    if worth is not None and site.epilogue.movements:
+    if worth is not None and movements:
         worth = jnp.broadcast_to(worth, value.shape)
-    for eqn in site.epilogue.movements:
+    for eqn in movements:
         (value,) = jaxprs.bind(eqn.primitive, [value], dict(eqn.params))
         if worth is not None:
             (worth,) = jaxprs.bind(eqn.primitive, [worth], dict(eqn.params))

@@ -1,4 +1,4 @@
-"""What runs the convolutions and dots of an int8 model in this process."""
+"""Which backend runs the int8 models of this process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 
 from jaxquant import native
-from jaxquant.plan.modes import MODES
+from jaxquant.backends.platforms import KERNELS_ALWAYS, PLATFORMS, XLA_ALONE, Table
 
 BACKENDS = ("auto", "native", "xla")
 
 
-class Backend(NamedTuple):
+class Choice(NamedTuple):
     """What runs the convolutions and dots, "native" or "xla", and why."""
 
     name: str
@@ -35,22 +35,34 @@ def check_backend(requested: str) -> None:
         native.require()
 
 
-def choose_backend(requested: str, mode: str) -> Backend:
+def choose_backend(requested: str, has_scales: bool) -> Choice:
     """What runs a model: what was asked for, or by "auto" what is faster on this processor.
 
     Compiles and loads the kernels only where they could be chosen.
 
     Args:
       requested: one of `BACKENDS`, as `check_backend` lets it pass.
-      mode: of the model's plan, a key of `jaxquant.plan.modes.MODES`.
+      has_scales: whether the model's scales are known before it runs.
     """
     if requested == "xla":
-        return Backend("xla", "chosen")
-    if not MODES[mode].tensor_scales:
-        return Backend("xla", "the native kernels take scales that are known beforehand")
+        return Choice("xla", "chosen")
+    if not has_scales:
+        return Choice("xla", "the native kernels take scales that are known beforehand")
     if jax.default_backend() != "cpu":
-        return Backend("xla", f"on {jax.default_backend()}")
+        return Choice("xla", f"on {jax.default_backend()}")
     ok, reason = native.available()
     if ok and requested == "auto":
         ok, reason = native.int8_is_faster()
-    return Backend("native" if ok else "xla", reason)
+    return Choice("native" if ok else "xla", reason)
+
+
+def table_of(requested: str, choice: Choice) -> Table:
+    """What runs where, by what was asked for and chosen."""
+    if choice.name == "xla":
+        return XLA_ALONE
+    return KERNELS_ALWAYS if requested == "native" else PLATFORMS
+
+
+def fastest_here() -> Table:
+    """What runs where, with the kernels where they run here and are faster."""
+    return PLATFORMS if native.runs_int8_here() else XLA_ALONE

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxquant import native
+from jaxquant.backends.choice import Choice, check_backend, choose_backend
 from jaxquant.native import library
-from jaxquant.run.backend import Backend, check_backend, choose_backend
 from tests.native.cases import needs_kernels
 
 
@@ -24,12 +24,14 @@ class TestAuto:
     @pytest.mark.parametrize("kernels", ["AMX", "AVX512-VNNI"])
     def test_kernels_that_beat_xla_run(self, monkeypatch: pytest.MonkeyPatch, kernels: str):
         monkeypatch.setattr(library, "instruction_set", lambda: kernels)
-        assert choose_backend("auto", "static") == Backend("native", native.available().reason)
+        assert choose_backend("auto", has_scales=True) == Choice(
+            "native", native.available().reason
+        )
 
     def test_xla_runs_where_the_kernels_are_slower(self, monkeypatch: pytest.MonkeyPatch):
         """Portable code took four to five times XLA's time on AVX2."""
         monkeypatch.setattr(library, "instruction_set", lambda: "portable")
-        name, reason = choose_backend("auto", "static")
+        name, reason = choose_backend("auto", has_scales=True)
         assert name == "xla"
         assert "faster" in reason
         assert "AVX512-VNNI" in reason
@@ -39,13 +41,13 @@ class TestAuto:
     def test_slower_kernels_run_where_they_are_chosen(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(library, "instruction_set", lambda: "portable")
         check_backend("native")
-        assert choose_backend("native", "static").name == "native"
+        assert choose_backend("native", has_scales=True).name == "native"
 
 
 @pytest.mark.parametrize("requested", ["auto", "native"])
-@pytest.mark.parametrize(("platform", "mode"), [("gpu", "static"), ("cpu", "dynamic")])
+@pytest.mark.parametrize(("platform", "has_scales"), [("gpu", True), ("cpu", False)])
 def test_nothing_is_compiled_where_no_kernel_can_run(
-    monkeypatch: pytest.MonkeyPatch, requested: str, platform: str, mode: str
+    monkeypatch: pytest.MonkeyPatch, requested: str, platform: str, has_scales: bool
 ):
     def compile_or_load(*_: object) -> None:
         raise AssertionError("compiles")
@@ -54,14 +56,14 @@ def test_nothing_is_compiled_where_no_kernel_can_run(
     monkeypatch.setattr("jax.default_backend", lambda: platform)
     library.available.cache_clear()
     library.int8_is_faster.cache_clear()
-    name, reason = choose_backend(requested, mode)
+    name, reason = choose_backend(requested, has_scales)
     assert name == "xla"
     assert ("gpu" in reason) == (platform == "gpu")
     assert platform == "cpu" or not (native.runs_here() or native.runs_int8_here())
 
 
 def test_xla_is_chosen():
-    assert str(choose_backend("xla", "static")) == "xla (chosen)"
+    assert str(choose_backend("xla", has_scales=True)) == "xla (chosen)"
 
 
 def test_there_are_three():

@@ -1,0 +1,135 @@
+"""What a backend gives, and the calls that it runs.
+
+A backend is one implementation of the calls of an int8 program: kernels for one kind of device, or
+the operations that XLA has everywhere.  To add one, write a class like `Backend` in a file of its
+own and put it into the table of platforms (`jaxquant.backends.platforms`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import ir
+from jaxquant.graph.contraction import Contraction
+from jaxquant.graph.primitives import Channels
+
+Clamp: TypeAlias = tuple[float, float]
+NO_CLAMP: Clamp = (-math.inf, math.inf)
+Operands: TypeAlias = Mapping[str, jax.Array]
+# An operand that is a result of an earlier call: which call of the sequence, and which result.
+Links: TypeAlias = Mapping[str, tuple[int, int]]
+
+
+class Residual(NamedTuple):
+    """What a call adds: an int8 tensor with a zero point, or a float32 one."""
+
+    is_int8: bool
+    zero_point: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A contraction of an int8 tensor with a stored int8 weight, and what follows it in one pass.
+
+    With q an int8 tensor, zp its zero point and s its scale, so that a value is (q - zp) * s:
+
+        y = sum(q_x * q_w) * multiplier + bias     int32 sums; from here float32
+        y = clip(y, *clamps[0])
+        y = clip(y + (q_r - zp_r) * s_r, *clamps[1])    or + r, of a float32 residual
+        q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
+
+    The sum keeps zp_x * sum(q_w), which the bias takes away; what pads x is zp_x.  The operands are
+    a dict: x, weight, multiplier; and, where there are such, bias, inv_scale, residual,
+    residual_scale, and packed, the weight as `Backend.pack` made it.  The results are y, q, or both
+    in this order.
+
+    Attributes:
+      contraction: what is summed.
+      weight_position: 0 or 1, the weight's place among what is contracted.
+      weight_shape: of the weight as it is stored.
+      movements: the equations that rearrange the sums before they are multiplied.
+      channels: where the output channels are in the result.
+      shape: of the result.
+      zero_point: of x.
+      clamps: before and behind the addition.
+      residual: what is added; None without an addition.
+      gives_float: whether y is a result.
+      out_zero_point: of q; None where q is no result.
+    """
+
+    contraction: Contraction
+    weight_position: int
+    weight_shape: tuple[int, ...]
+    movements: tuple[ir.Equation, ...]
+    channels: Channels
+    shape: tuple[int, ...]
+    zero_point: int
+    clamps: tuple[Clamp, Clamp] = (NO_CLAMP, NO_CLAMP)
+    residual: Residual | None = None
+    gives_float: bool = True
+    out_zero_point: int | None = None
+
+    @property
+    def outputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of each result."""
+        dtypes = [jnp.float32] * self.gives_float + [jnp.int8] * (self.out_zero_point is not None)
+        return [jax.ShapeDtypeStruct(self.shape, dtype) for dtype in dtypes]
+
+    @property
+    def rows(self) -> float:
+        """How many outputs a channel has; infinite where a size varies."""
+        if not all(isinstance(size, int) for size in self.shape):
+            return math.inf
+        free = self.contraction.operands[self.weight_position].free
+        return math.prod(self.shape) / max(math.prod(self.weight_shape[a] for a in free), 1)
+
+
+class Backend(Protocol):
+    """One implementation of calls.  All of them agree bit for bit where results are int8.
+
+    Attributes:
+      name: as users choose it.
+      is_exported: whether an exported program may hold its calls.
+    """
+
+    name: str
+    is_exported: bool
+
+    def covers(self, call: Call, is_packed: bool = True) -> bool:
+        """Whether it has a form of a call, the fastest one where the weight is packed or not."""
+        ...
+
+    def joins(self, call: Call) -> bool:
+        """Whether a call may run as a part of a sequence."""
+        ...
+
+    def pack(self, call: Call, weight: jax.Array) -> jax.Array:
+        """The weight in the layout in which the backend reads it; for any batch and image size."""
+        ...
+
+    def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
+        """The results of one call."""
+        ...
+
+    def sequence(
+        self,
+        calls: Sequence[Call],
+        links: Sequence[Links],
+        operands: Sequence[Operands],
+        results: Sequence[tuple[int, int]],
+    ) -> Sequence[jax.Array]:
+        """Several calls, each of which may read what those before it gave.
+
+        Args:
+          calls: in order; all of them `joins`.
+          links: for each call the operands that are results of earlier ones.
+          operands: for each call the others.
+          results: those that are wanted: which call, and which of its results.
+        """
+        ...

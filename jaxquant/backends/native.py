@@ -1,0 +1,139 @@
+"""The calls of an int8 program by the native kernels of this processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxquant import native
+from jaxquant.backends.backend import Call, Links, Operands
+from jaxquant.backends.conv import ChannelsLast, undilated
+
+# Outputs of a channel from which on packing the weight in a call, for the native kernels, takes no
+# longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
+# and the native ones (two cores, AVX512-VNNI), and longer from 32 rows on.
+_ROWS_WORTH_PACKING = 32
+
+
+class Native:
+    """Runs convolutions of one and two axes, and dots of the last axis with that of a matrix.
+
+    Args:
+      packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
+        weight first.
+    """
+
+    name = "native"
+    is_exported = False  # an export may run where the kernels are not
+
+    def __init__(self, packs_all: bool = False):
+        self._packs_all = packs_all
+
+    def covers(self, call: Call, is_packed: bool = True) -> bool:
+        is_worth_packing = self._packs_all or call.rows >= _ROWS_WORTH_PACKING
+        return (is_packed or is_worth_packing) and has(call)
+
+    def joins(self, call: Call) -> bool:
+        """True for a convolution whose input and result the kernels read and write as they are."""
+        if call.contraction.window is None or not has(call):
+            return False
+        layout = ChannelsLast(call.contraction)
+        return layout.is_plain and layout.window.is_undilated
+
+    def pack(self, call: Call, weight: jax.Array) -> jax.Array:
+        if call.contraction.window is None:
+            return native.pack_dot(weight)
+        layout = ChannelsLast(call.contraction)
+        window = layout.window
+        return native.pack_conv(layout.kernel(weight), window.groups, window.dilation)
+
+    def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
+        if call.contraction.window is not None:
+            layout = ChannelsLast(call.contraction)
+            return [layout.back(y) for y in _results(_convolution(call, operands).run())]
+        is_packed = "packed" in operands
+        y = native.dot(
+            operands["x"],
+            operands["packed" if is_packed else "weight"],
+            operands["multiplier"],
+            operands.get("bias"),
+            columns=call.weight_shape[1] if is_packed else None,
+            **_options(call, operands),
+        )
+        return _results(y)
+
+    def sequence(
+        self,
+        calls: Sequence[Call],
+        links: Sequence[Links],
+        operands: Sequence[Operands],
+        results: Sequence[tuple[int, int]],
+    ) -> Sequence[jax.Array]:
+        made = []
+        for call, linked, others in zip(calls, links, operands, strict=True):
+            read = {name: _link(calls, *source) for name, source in linked.items()}
+            made.append(_convolution(call, {**others, **read}))
+        return native.sequence(made, results)
+
+
+def has(call: Call) -> bool:
+    """True where there are kernels for a call."""
+    if call.movements or call.weight_position != 1:
+        return False
+    if call.channels.axes not in (call.contraction.result.free[1], ()):
+        return False
+    x, weight, _ = call.contraction.axes
+    if call.contraction.window is not None:
+        return len(weight.window) in (1, 2)
+    is_matrix = not weight.batch and weight.contracted == (0,) and weight.rank == 2
+    return is_matrix and x.contracted == (x.rank - 1,)
+
+
+def _results(given: Any) -> Sequence[jax.Array]:
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _convolution(call: Call, operands: Any) -> native.Call:
+    """The call of a convolution, whose results are channels last."""
+    x, contraction = undilated(operands["x"], call.contraction, call.zero_point)
+    layout = ChannelsLast(contraction)
+    packed, options = operands.get("packed"), _options(call, operands)
+    if (residual := options["residual"]) is not None:
+        options["residual"] = residual._replace(value=layout.like_result(residual.value))
+    return native.conv_call(
+        layout.x(x),
+        layout.kernel(operands["weight"]) if packed is None else packed,
+        operands["multiplier"],
+        operands.get("bias"),
+        strides=layout.window.strides,
+        padding=layout.window.padding,
+        dilation=layout.window.dilation,
+        groups=layout.window.groups,
+        kernel_shape=None if packed is None else layout.kernel_shape(call.weight_shape),
+        **options,
+    )
+
+
+def _options(call: Call, operands: Any) -> dict[str, Any]:
+    out = residual = None
+    if call.out_zero_point is not None:
+        out = native.Requantize(operands["inv_scale"], call.out_zero_point)
+    if call.residual is not None:
+        scale = operands.get("residual_scale", 1.0)
+        residual = native.Residual(operands["residual"], scale, call.residual.zero_point)
+    return {
+        "zero_point": call.zero_point,
+        "subtract_zero_point": False,  # the bias does
+        "activation": call.clamps[0],
+        "residual": residual,
+        "activation_after": call.clamps[1],
+        "out": out,
+        "float_out": call.gives_float,
+    }
+
+
+def _link(calls: Sequence[Call], position: int, result: int) -> native.Link:
+    output = calls[position].outputs[result]
+    return native.Link(position, result, output.shape, output.dtype)

@@ -1,0 +1,98 @@
+"""Operations of calibration and recovery that have a kernel too, and where that runs.
+
+Each takes the form that JAX has everywhere, `portable`, and is that form where no kernel runs: on
+other platforms, on several devices, in an export, or where the kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import native
+from jaxquant.graph.contraction import Window
+from jaxquant.jax_shim import choices
+from jaxquant.native import Weighing
+
+__all__ = ["Weighing", "counter", "depthwise", "difference_types", "differences", "kl_search"]
+
+Search: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def counter(portable: choices.Form, least_exponent: int) -> choices.Form:
+    """How a tensor's values are counted; see `jaxquant.native.histogram`.
+
+    In a third of the time of XLA's scatter on two cores (experiments/benchmarks/histogram.py).
+    """
+    if not native.runs_here():
+        return portable
+
+    def natively(x: jax.Array) -> Sequence[jax.Array]:
+        return native.histogram(x, least_exponent)
+
+    def count(x: jax.Array) -> Sequence[jax.Array]:
+        return choices.choose_on_one_cpu(natively, portable, native.histogram_types(), [x])
+
+    return count
+
+
+def kl_search(weighing: Weighing) -> Search | None:
+    """The search `(counts, limit, levels) -> thresholds` without XLA; None where JAX's runs."""
+    if not native.runs_here():
+        return None
+    return functools.partial(native.kl_thresholds, weighing=weighing)
+
+
+def differences(
+    portable: choices.Form, clamp: tuple[float, float], operands: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """How far tensors are apart; see `jaxquant.native.differences`.
+
+    Args:
+      portable: a function of the operands that clips by itself.
+      clamp: the activation, by its bounds.
+      operands: float32 [..., C]: y, ŷ, and perhaps the gain.
+    """
+    if not native.runs_here():
+        return portable(*operands)
+
+    def natively(y: jax.Array, y_hat: jax.Array, *gain: jax.Array) -> Sequence[jax.Array]:
+        return native.differences(y, y_hat, clamp, *gain)
+
+    outputs = difference_types(operands[0].shape[-1])
+    return choices.choose_on_one_cpu(natively, portable, outputs, operands)
+
+
+def difference_types(channels: int) -> list[jax.ShapeDtypeStruct]:
+    """Shape and dtype of what `differences` gives."""
+    return native.difference_types(channels)
+
+
+def depthwise(
+    portable: choices.Form, window: Window, shape: Sequence[int], operands: Sequence[jax.Array]
+) -> jax.Array:
+    """A convolution of each channel with a window of its own; see `jaxquant.native`.
+
+    Args:
+      portable: a function of the operands.
+      window: how the kernel slides.
+      shape: of the result.
+      operands: float32 x [N, H, W, C] and kernel [KH, KW, 1, C].
+    """
+    if not native.runs_here():
+        return portable(*operands)[0]
+
+    def natively(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
+        made = native.float_depthwise(
+            x, kernel, strides=window.strides, padding=window.padding, dilation=window.dilation
+        )
+        return [made]
+
+    outputs = [jax.ShapeDtypeStruct(tuple(shape), jnp.float32)]
+    result: jax.Array = choices.choose_on_one_cpu(natively, portable, outputs, operands)[0]
+    return result

@@ -1,0 +1,113 @@
+"""Where each backend runs: one table, read when a program is lowered.
+
+A program names no platform: each of its calls holds the forms of all of them, and JAX asks for one
+when it compiles, or for several when it exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxquant.backends.backend import Backend, Call, Links, Operands
+from jaxquant.backends.native import Native
+from jaxquant.backends.xla import Xla
+from jaxquant.jax_shim import choices
+
+# Platform, by JAX's name -> its backends, the preferred one first; the last one runs every call.
+Table: TypeAlias = Mapping[str, tuple[Backend, ...]]
+
+XLA = Xla()
+PLATFORMS: Table = {
+    "cpu": (Native(), XLA),
+    "cuda": (XLA,),
+    "rocm": (XLA,),
+    "tpu": (XLA,),
+}
+# Where the kernels are asked for by name, they run all that they can.
+KERNELS_ALWAYS: Table = {**PLATFORMS, "cpu": (Native(packs_all=True), XLA)}
+XLA_ALONE: Table = dict.fromkeys(PLATFORMS, (XLA,))
+
+
+def kernels(table: Table) -> list[Backend]:
+    """The backends of a table that do not run every call."""
+    return [backend for row in table.values() for backend in row[:-1]]
+
+
+def covers(table: Table, call: Call) -> bool:
+    """Whether a backend of the table has a form of its own for a call."""
+    return any(backend.covers(call) for backend in kernels(table))
+
+
+def joins(table: Table, call: Call) -> bool:
+    """Whether a backend of the table takes a call into a sequence."""
+    return any(backend.joins(call) for backend in kernels(table))
+
+
+def run(table: Table, call: Call, operands: Operands) -> Sequence[jax.Array]:
+    """The results of a call, by the backend that the table has for it where it will run."""
+    is_packed = "packed" in operands
+    names = tuple(operands)
+
+    def form(backend: Backend) -> choices.Form:
+        return lambda *arrays: backend.call(call, dict(zip(names, arrays, strict=True)))
+
+    return _chosen(
+        table,
+        lambda backend: backend.covers(call, is_packed),
+        form,
+        call.outputs,
+        list(operands.values()),
+    )
+
+
+def run_sequence(
+    table: Table,
+    calls: Sequence[Call],
+    links: Sequence[Links],
+    operands: Sequence[Operands],
+    results: Sequence[tuple[int, int]],
+) -> Sequence[jax.Array]:
+    """The results of several calls; see `Backend.sequence`."""
+    names = [tuple(each) for each in operands]
+
+    def form(backend: Backend) -> choices.Form:
+        def of_arrays(*arrays: jax.Array) -> Sequence[jax.Array]:
+            rest = iter(arrays)
+            given = [{name: next(rest) for name in each} for each in names]
+            return backend.sequence(calls, links, given, results)
+
+        return of_arrays
+
+    def covers_all(backend: Backend) -> bool:
+        """Together they are worth it where one of them is."""
+        pairs = zip(calls, operands, strict=True)
+        is_fast = any(backend.covers(call, "packed" in each) for call, each in pairs)
+        return is_fast and all(backend.joins(call) for call in calls)
+
+    outputs = [calls[position].outputs[k] for position, k in results]
+    arrays = [value for each in operands for value in each.values()]
+    return _chosen(table, covers_all, form, outputs, arrays)
+
+
+def _chosen(
+    table: Table,
+    covers: Callable[[Backend], bool],
+    form: Callable[[Backend], choices.Form],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[Any],
+) -> Sequence[jax.Array]:
+    rows = {platform: [b for b in row if covers(b)] for platform, row in table.items()}
+    backends = list(dict.fromkeys(backend for row in rows.values() for backend in row[:1]))
+    if len(backends) == 1:  # nothing to choose
+        return form(backends[0])(*operands)
+    backends = list(dict.fromkeys(backend for row in rows.values() for backend in row))
+
+    def pick(place: choices.Place) -> int:
+        row = rows.get(place.platform, [XLA])
+        able = (backend for backend in row if backend.is_exported or not place.is_export)
+        return backends.index(next(able))
+
+    return choices.choose(pick, [form(backend) for backend in backends], outputs, operands)

@@ -1,0 +1,64 @@
+"""The calls of an int8 program in operations that XLA has on every platform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.backends import int8
+from jaxquant.backends.backend import NO_CLAMP, Call, Clamp, Links, Operands
+from jaxquant.backends.epilogue import epilogue
+
+
+class Xla:
+    """Runs every call; XLA fuses what follows a sum with it as it can."""
+
+    name = "xla"
+    is_exported = True
+
+    def covers(self, call: Call, is_packed: bool = True) -> bool:
+        return True
+
+    def joins(self, call: Call) -> bool:
+        return True
+
+    def pack(self, call: Call, weight: jax.Array) -> jax.Array:
+        return weight
+
+    def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
+        arrays = [operands["x"]]
+        arrays.insert(call.weight_position, operands["weight"])
+        sums = int8.accumulate(call.contraction, arrays, [call.zero_point]).astype(jnp.float32)
+        y = _clamp(epilogue(call.movements, call.channels, sums, operands), call.clamps[0])
+        if call.residual is not None:
+            added = operands["residual"]
+            if call.residual.is_int8:
+                scale = operands["residual_scale"]
+                added = int8.dequantize(added, scale, call.residual.zero_point)
+            y = _clamp(y + added, call.clamps[1])
+        results = [y] if call.gives_float else []
+        if call.out_zero_point is not None:
+            results.append(int8.quantize(y, operands["inv_scale"], call.out_zero_point))
+        return results
+
+    def sequence(
+        self,
+        calls: Sequence[Call],
+        links: Sequence[Links],
+        operands: Sequence[Operands],
+        results: Sequence[tuple[int, int]],
+    ) -> Sequence[jax.Array]:
+        given: list[Sequence[jax.Array]] = []
+        for call, linked, others in zip(calls, links, operands, strict=True):
+            read = {name: given[at][k] for name, (at, k) in linked.items()}
+            given.append(self.call(call, {**others, **read}))
+        return [given[position][k] for position, k in results]
+
+
+def _clamp(y: jax.Array, bounds: Clamp) -> jax.Array:
+    if bounds == NO_CLAMP:
+        return y
+    return lax.clamp(jnp.float32(bounds[0]), y, jnp.float32(bounds[1]))

@@ -1,0 +1,110 @@
+"""The calls of a program: what each reads of an evaluation, and what it leaves there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.backends import platforms
+from jaxquant.backends.backend import Call, Residual
+from jaxquant.graph import ir
+from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site
+from jaxquant.run.fusion import Chain, alone
+from jaxquant.run.lowerings import Evaluation
+
+
+class SiteCall:
+    """The call of one chain.
+
+    Attributes:
+      chain: what it stands for.
+      call: what is computed.
+      slot: where its weight is.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        chain: Chain,
+        zero_points: Mapping[ir.Var, int],
+        slot: layout.WeightSlot,
+    ):
+        self.chain = chain
+        self.call = call_of(graph, chain, zero_points)
+        self.slot = slot
+
+    def operands(self, state: Evaluation, linked: Collection[str] = ()) -> dict[str, jax.Array]:
+        """What the call reads, of the arrays of the model and of the tensors so far.
+
+        Args:
+          state: the evaluation.
+          linked: names that are left out.
+        """
+        site, residual = self.chain.site.site, self.chain.residual
+        qparams, quantized = state.qparams, state.quantized
+        found = {"weight": layout.get(qparams["params"], self.slot.int8)}
+        found |= qparams["sites"][site.name]  # multiplier and bias
+        if site.name in qparams.get("packed", {}):
+            found["packed"] = qparams["packed"][site.name]
+        if self.chain.grid is not None:
+            found["inv_scale"] = quantized.inv_scale(self.chain.grid)
+        if residual is not None and self.chain.residual_int8:
+            found["residual_scale"] = quantized.scale(residual)
+        if "x" not in linked:
+            found["x"] = quantized.int8(site.operands[0])
+        if residual is not None and "residual" not in linked:
+            read = quantized.int8 if self.chain.residual_int8 else quantized.float32
+            found["residual"] = read(residual)
+        return {name: jnp.asarray(value) for name, value in found.items()}
+
+    def keep(self, state: Evaluation, results: Sequence[jax.Array]) -> dict[ir.Var, jax.Array]:
+        """The float result, if there is one; the int8 one is kept for those that read it.
+
+        Args:
+          state: the evaluation.
+          results: those of the call; none where they stay inside a sequence.
+        """
+        if results and self.chain.grid is not None:
+            state.quantized.put(self.chain.output, results[-1], self.chain.grid)
+        return {self.chain.output: results[0]} if results and self.chain.float_out else {}
+
+
+def has_kernel(
+    table: platforms.Table, graph: ir.Graph, site: Int8Site, zero_points: Mapping[ir.Var, int]
+) -> bool:
+    """Whether a backend of a table has a form of its own for a site, with what it absorbs."""
+    if site.site.stored_weight is None:
+        return False
+    return platforms.covers(table, call_of(graph, alone(graph, site), zero_points))
+
+
+def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) -> Call:
+    """What a chain computes.
+
+    Args:
+      graph: the traced model.
+      chain: the chain; its site has a stored weight.
+      zero_points: of the int8 tensors.
+    """
+    site, epilogue = chain.site.site, chain.site.epilogue
+    assert site.weight is not None
+    residual = None
+    if chain.residual is not None:
+        zero_point = zero_points[chain.residual] if chain.residual_int8 else 0
+        residual = Residual(chain.residual_int8, zero_point)
+    return Call(
+        contraction=site.product,
+        weight_position=site.weight_position,
+        weight_shape=graph.shape(site.weight),
+        movements=epilogue.movements,
+        channels=epilogue.channels,
+        shape=graph.shape(chain.output),
+        zero_point=zero_points[site.operands[0]],
+        clamps=chain.clamps,
+        residual=residual,
+        gives_float=chain.float_out,
+        out_zero_point=None if chain.grid is None else zero_points[chain.grid],
+    )
