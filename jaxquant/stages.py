@@ -30,7 +30,7 @@ from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.progress import Progress
-from jaxquant.recover.steps import quantize_and_recover
+from jaxquant.recover.steps import quantize_and_recover, with_files
 from jaxquant.report.report import make_report
 from jaxquant.report.sqnr import measure_sqnr
 from jaxquant.run.float_forms import fast_convolutions
@@ -66,9 +66,10 @@ def check_files(config: QuantConfig, calibration_file: Any, recovery_file: Any) 
     """Raise where the path of a file is no path, or nothing would be kept in it."""
     check_path("calibration_file", calibration_file)
     check_path("recovery_file", recovery_file)
-    if recovery_file is not None and "adaround" not in config.all_steps:
+    if recovery_file is not None and not set(with_files()).intersection(config.all_steps):
+        steps = " or ".join(map(repr, with_files()))
         raise ValueError(
-            "recovery_file keeps what the step 'adaround' learned, and recover="
+            f"recovery_file keeps what the step {steps} learned, and recover="
             f"{config.all_steps!r} has no such step; leave recovery_file out, or add the step"
         )
 

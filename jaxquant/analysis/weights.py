@@ -56,7 +56,7 @@ def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> W
     )
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
-    got = got / _equalization(program, site, weight.shape, qparams)
+    got = got / _divisors(program, site, weight.shape, qparams)
     inputs = site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
@@ -76,7 +76,7 @@ def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> floa
     return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
 
 
-def _equalization(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:
+def _divisors(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:
     """What the weight was multiplied by before it was quantized; broadcasts against it."""
     name = program.binding.scales.get(site.operands[0])
     tensor = next((t for t in program.plan.tensors if t.name == name), None)

@@ -38,7 +38,7 @@ class Binding:
       scales: int8 tensor -> the name of the entry that holds its scale.
       zero_points: int8 tensor -> the int8 that stands for zero.
       restorable: the static tensors that follow from a stored weight.
-      per_channel: the int8 tensors whose scale varies along channels (equalized ones).
+      per_channel: the int8 tensors whose scale varies along channels: they are divided by channel.
     """
 
     model: Model
@@ -73,10 +73,10 @@ def _of_grids(
 ) -> tuple[dict[ir.Var, int], frozenset[ir.Var]]:
     """The zero point of every int8 tensor, and those tensors whose scale varies along channels."""
     zero_points = {tensor.name: tensor.zero_point for tensor in tensors}
-    equalized = {tensor.name for tensor in tensors if tensor.channels}
+    divided = {tensor.name for tensor in tensors if tensor.channels}
     return (
         {var: zero_points[name] for var, name in scales.items()},
-        frozenset(var for var, name in scales.items() if name in equalized),
+        frozenset(var for var, name in scales.items() if name in divided),
     )
 
 

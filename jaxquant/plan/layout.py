@@ -9,8 +9,8 @@
                that is no longer read is left out.  Where the weights alone are quantized, "scale"
                is [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
                each uint8.
-               A weight behind an equalized tensor is the parameter
-               times the tensor's equalization.
+               A weight behind a tensor that is divided by channel is
+               the parameter times what it is divided by.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
                bias takes away what the zero point of the input adds to every sum.  Where the
                weight is stored, the input's scale planned and int32 holds it, it is a whole number
@@ -18,7 +18,8 @@
                Where the weights alone are quantized there is no such entry.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get
-               the float back.  Those of an equalized tensor are arrays that broadcast against it.
+               the float back.  Those of a tensor with a scale for each channel are arrays that
+               broadcast against it.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ class TensorPlan:
     """A tensor that is quantized from float.
 
     Tensors of one `group` share their threshold and grid; the group is named after its first.
-    value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.  An equalized tensor has a scale
+    value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.  A divided tensor has a scale
     for each index along the axes `channels`, which `qparams` holds; then `scale` is that which the
-    weights behind it know, who carry the rest (see `jaxquant.recover.equalization`).  A `symmetric`
+    weights behind it know, who carry the rest (`jaxquant.weights.quantize`).  A `symmetric`
     one has zero point 0 because that was asked for.
     """
 

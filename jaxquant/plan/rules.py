@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxquant.calibration.observers import OBSERVERS, Observer
@@ -12,7 +12,13 @@ from jaxquant.graph import kinds
 from jaxquant.graph.sites import Site, matches
 
 DTYPES = ("int8", "float")
-RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")  # in their order
+# The recovery steps in their order: name -> the module of `jaxquant.recover` that has its `STEP`.
+RECOVERY_STEPS: Mapping[str, str] = {
+    "equalization": "equalization",
+    "smoothquant": "equalization",
+    "adaround": "rounding",
+    "bias_correction": "bias_correction",
+}
 WEIGHT_BITS = (8, 4)
 PREFIXES = ("kind:", "module:", "site:")
 

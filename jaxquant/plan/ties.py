@@ -96,10 +96,10 @@ def find_targets(binding: Binding) -> dict[str, Target]:
     """What the multipliers of the sites have to fit, by the names of the sites.
 
     There is none for a site without a stored weight, one whose result is not quantized, and one
-    that meets an equalized tensor.
+    that meets a tensor with a scale for each channel.
     """
     names = {var: binding.scales[var] for var in binding.names}
-    equalized = {names[var] for var in binding.per_channel if var in names}
+    divided = {names[var] for var in binding.per_channel if var in names}
     scales = {t.name: t.scale for t in binding.plan.tensors if t.threshold > 0}
     sums = find_sums(binding.graph, names)
     targets = {}
@@ -107,7 +107,7 @@ def find_targets(binding: Binding) -> dict[str, Target]:
         site, found = int8_site.site, sums.get(int8_site.epilogue.output)
         if found is None or site.stored_weight is None:
             continue
-        if not equalized.isdisjoint(found.together):
+        if not divided.isdisjoint(found.together):
             continue
         alone, together = found.alone & set(scales), found.together & set(scales)
         if len(alone) == 1:

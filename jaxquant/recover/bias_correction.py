@@ -15,26 +15,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.recover.compare import Comparison
 from jaxquant.recover.shift import Shift
+from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.weights.quantize import whole_steps
 
 
-def correct_biases(
-    comparison: Comparison, qparams: Any, examples: Iterable[tuple[Any, ...]]
-) -> Any:
-    """`qparams` with the biases of the int8 sites that have this step, and a weight, corrected.
+def correct_biases(task: Task, draft: Draft) -> Draft:
+    """Correct the biases of the int8 sites that have this step and a weight.
 
-    Args:
-      comparison: both models.
-      qparams: the int8 model's arrays; left as they are.
-      examples: batches of calibration samples; they weigh by their sizes.
+    The samples weigh by the sizes of their batches.
     """
+    comparison, qparams = task.comparison(draft.program), draft.qparams
     sites = dict(qparams["sites"])
     for name in comparison.corrected:  # so that one compiled comparison serves the result too
         sites[name] = {"bias": np.zeros_like(sites[name]["multiplier"]), **sites[name]}
     start = {**qparams, "sites": jax.device_put(sites)}
-    return with_shifts(start, (comparison(start, x, correct=True).shifts for x in examples))
+    with task.progress.stage("bias correction", len(task.examples), "batch") as stage:
+        batches = stage.each(task.examples)
+        qparams = with_shifts(start, (comparison(start, x, correct=True).shifts for x in batches))
+    note = f"{len(comparison.corrected)} sites"
+    return draft.replaced("bias_correction", note, qparams=qparams)
+
+
+STEP = Step(names=("bias_correction",), run=correct_biases)
 
 
 def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:

@@ -39,15 +39,17 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
+from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.grid import SMALLEST_SCALE, Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
-from jaxquant.plan.plan import Plan, TensorPlan
+from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import Seen, Target, reach, watch
 from jaxquant.recover.product import Product
+from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.trial import InputGrid, Trial
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.weights.fold import fold
-from jaxquant.weights.quantize import Equalization
+from jaxquant.weights.quantize import quantize_params
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),
@@ -110,34 +112,64 @@ def find_targets(program: Program, where: Where) -> dict[str, Target]:
     return found
 
 
-def equalize(
-    program: Program,
-    plan: Plan,
-    params: Any,
-    qparams: Any,
-    examples: Sequence[tuple[Any, ...]],
-    where: Where,
-) -> tuple[Plan, Equalization]:
-    """Divide every tensor that gains by it.
+def equalize(task: Task, draft: Draft) -> Draft:
+    """Divide every tensor that gains by it: the channels of what sites with these steps read.
+
+    What a concatenation in float gives has parts that need scales of their own, so its readers are
+    equalized whether that is asked for or not.
+    """
+    plan, binding = draft.program.plan, draft.program.binding
+    where: dict[str, frozenset[str]] = {
+        step: plan.recovered_by(step) for step in STEP.names if step in plan.recover
+    }
+    chosen, behind = list(where), ""
+    joined = frozenset(readers_of_joined(binding)).difference(*where.values())
+    if joined:
+        behind = "" if chosen else " behind concatenations in float"
+        chosen = chosen or ["equalization"]
+        where["equalization"] = where.get("equalization", frozenset()) | joined
+    if not chosen:
+        return draft
+    name, params = " and ".join(chosen), task.source.params
+    everywhere = frozenset(site.site.name for site in binding.sites)
+    targets = len(find_targets(draft.program, dict.fromkeys(where, everywhere)))
+    with task.progress.stage(name):
+        found = find_divided(task, draft, where)
+        note = f"{len(found)} of {targets} tensors{behind}"
+        if not found:
+            return draft if behind else draft.replaced(name, note)
+        tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
+        divisors = {name: divided.factors for name, divided in found.items()}
+        # Other zero points, and scales along channels, are another program.
+        binding = binding.with_tensors(tuple(tensors))
+        return draft.replaced(
+            name,
+            note,
+            program=program_by_site(binding, params),
+            qparams=quantize_params(binding, params, divisors),
+            divisors=divisors,
+        )
+
+
+STEP = Step(names=("equalization", "smoothquant"), run=equalize, is_automatic=True)
+
+
+def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
+    """Tensor name -> how it is divided, for the tensors that gain by it.
 
     Args:
-      program, plan: of the int8 model.
-      params: the float model's.
-      qparams: those of the int8 model without equalization; the gains of its sites are read.
-      examples: batches of calibration samples.
+      task: the float model and the samples.
+      draft: the int8 model, nothing of it divided; the gains of its sites are read.
       where: the sites of each step; where a dot has both, it has the former.
-
-    Returns:
-      The plan with the grids of the divided tensors and the axes along which their scales vary; and
-      tensor name -> what its channels are divided by, see `Divided`.
     """
+    program, plan, params = draft.program, draft.program.plan, task.source.params
     graph = program.graph
     targets = find_targets(program, where)
     if not targets:
-        return plan, {}
+        return {}
     corrected = plan.recovered_by("bias_correction")
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    seen = watch(graph, params, examples, targets)
+    seen = watch(graph, params, task.examples, targets)
     products = [product for target in targets.values() for product in target.readers]
     stored = [p.site.weight for p in products if p.site.weight is not None]
     weights = fold(graph, params, stored, [])[0]
@@ -150,7 +182,7 @@ def equalize(
             trial = Trial(
                 inputs=rows,
                 weight=weight,
-                gains=_gains(program, product.site, planned[name], qparams, len(weight)),
+                gains=_gains(program, product.site, planned[name], draft.qparams, len(weight)),
                 per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
                 centred=product.site.name in corrected,
             )
@@ -161,11 +193,7 @@ def equalize(
         best = _choose(planned[name], seen[name], readers, alphas)
         if best is not None:
             found[name] = best._replace(factors=best.factors.reshape(target.sizes))
-    tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
-    return (
-        dataclasses.replace(plan, tensors=tuple(tensors)),
-        {name: divided.factors for name, divided in found.items()},
-    )
+    return found
 
 
 def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:

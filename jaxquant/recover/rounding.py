@@ -7,7 +7,6 @@ learned on what arrived, and they go on with what it gives then.
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,19 +19,20 @@ from jaxquant.graph.model import FloatModel
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site, bind
 from jaxquant.plan.plan import Plan
-from jaxquant.progress import Progress, Stage
+from jaxquant.progress import Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest, make_source
+from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.walk import walk
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import (
-    Equalization,
+    Divisors,
     along_channels,
-    equalized,
+    undivided,
     whole_steps,
 )
 
@@ -48,45 +48,50 @@ class Wanted(NamedTuple):
     scalars: dict[ir.Var, jax.Array] | None
 
 
-def learn_roundings(
-    source: FloatModel,
-    plan: Plan,
-    qparams: Any,
-    examples: Sequence[tuple[Any, ...]],
-    *,
-    equalization: Equalization | None = None,
-    file: str | os.PathLike[str] | None = None,
-    progress: Progress,
-) -> tuple[Any, dict[str, str]]:
+def learn_roundings(task: Task, draft: Draft) -> Draft:
     """Learn the rounding of every weight that an int8 site with this step has for itself.
 
     At sites that have "bias_correction" too, the mean error of every channel is taken away on the
-    way.
+    way.  Where the samples cannot be joined the first batch alone is learned from.  `task.file`
+    keeps the sites that are done; a later call with the same model, parameters and samples goes on
+    from there.
 
     Args:
-      source: the float model.
-      plan, qparams: the int8 model, with nearest rounding and no corrected biases.
-      examples: batches of calibration samples; the first one alone where they cannot be joined.
-      equalization: what `qparams` were made with.
-      file: keeps the sites that are done; a later call with the same model, parameters and samples
-        goes on from there.
-      progress: shows how many sites are done.
-
-    Returns:
-      The new qparams, and what became of each site that has a weight: "learned", or why not.
+      task: the float model and the samples.
+      draft: the int8 model, with nearest rounding and no corrected biases.
 
     Raises:
       ImportError: optax is not installed.
-      FileError: `file` is damaged, or of another model, other parameters or other samples.
+      FileError: the file is damaged, or of another model, other parameters or other samples.
     """
     adaround.check_optax()
-    with progress.stage("tracing"):
-        params = source.params
+    source, plan, examples = task.source, draft.program.plan, task.examples
+    with task.progress.stage("tracing"):
         inputs, program = _joined(source, plan, examples)
-    roundings = Roundings(file, lambda: make_source(program.graph, params, examples))
-    with progress.stage("adaround", len(program.slots), "site") as stage:
-        learner = _Learner(program, plan, params, equalization or {}, roundings, stage)
-        return learner.learn(qparams, jax.tree.leaves(inputs))
+    roundings = Roundings(task.file, lambda: make_source(program.graph, source.params, examples))
+    with task.progress.stage("adaround", len(program.slots), "site") as stage:
+        learner = _Learner(program, plan, source.params, draft.divisors, roundings, stage)
+        qparams, outcomes = learner.learn(draft.qparams, jax.tree.leaves(inputs))
+    return draft.replaced("adaround", _summary(outcomes), qparams=qparams)
+
+
+STEP = Step(names=("adaround",), run=learn_roundings, check=adaround.check_optax, keeps_file=True)
+
+
+def _summary(outcomes: Mapping[str, str]) -> str:
+    """How many sites were learned, and why the others were not."""
+    learned = sum(outcome == "learned" for outcome in outcomes.values())
+    text = f"{learned} of {len(outcomes)} sites"
+    others: dict[str, list[str]] = {}
+    for name, outcome in outcomes.items():
+        if outcome != "learned":
+            others.setdefault(outcome, []).append(name)
+    reasons = [f"{_names(names)}: {reason}" for reason, names in others.items()]
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} sites"
 
 
 def _joined(
@@ -113,7 +118,7 @@ class _Learner:
         program: Program,
         plan: Plan,
         params: Any,
-        equalization: Equalization,
+        divisors: Divisors,
         roundings: Roundings,
         stage: Stage,
     ):
@@ -121,7 +126,7 @@ class _Learner:
         self._plan = plan
         self._params = params
         self._corrected = plan.recovered_by("bias_correction")
-        self._equalization = equalization
+        self._divisors = divisors
         self._roundings = roundings
         self._stage = stage
         graph = program.graph
@@ -230,7 +235,7 @@ class _Learner:
     def _scaled_weight(self, site: Any, scale: Any) -> tuple[np.ndarray, np.ndarray]:
         """The float64 weight in units of its scale [C] or [], which comes too in float64."""
         binding = self._program.binding
-        weight = equalized(binding, site, self._weights[site.weight], self._equalization)
+        weight = undivided(binding, site, self._weights[site.weight], self._divisors)
         scale = np.asarray(scale, np.float64)
         ratio = weight / along_channels(scale, site.channel_axes, weight.shape)
         near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that

@@ -30,8 +30,8 @@ class Chain:
       residual_int8: True where its int8 form is what is added.
       float_out: True where the output is read in float.
       grid: the tensor on whose scale the output is quantized: itself, or what an early max pool
-        makes of it; None where it is not quantized.  An equalized output leaves as float and is
-        quantized behind the call, which knows one scale for a tensor.
+        makes of it; None where it is not quantized.  An output with a scale for each channel
+        leaves as float and is quantized behind the call, which knows one scale for a tensor.
     """
 
     site: Int8Site

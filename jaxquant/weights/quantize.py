@@ -31,20 +31,21 @@ from jaxquant.weights.fold import channel_vector, fold
 from jaxquant.weights.groups import quantize_groups
 
 LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
-Equalization = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
+Divisors = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
 
 
 def quantize_params(
-    binding: Binding, params: Any, equalization: Equalization | None = None
+    binding: Binding, params: Any, divisors: Divisors | None = None
 ) -> dict[str, Any]:
     """Make `qparams`; see `jaxquant.plan.layout` for its structure.
 
     Args:
       binding: the model and what becomes int8 of it.
       params: its parameters.
-      equalization: see `jaxquant.recover.equalization`; arrays of the rank of their tensors.
+      divisors: what the channels of tensors are divided by before they are quantized, which the
+        weights behind them are multiplied by; arrays of the rank of their tensors.
     """
-    equalization = equalization or {}
+    divisors = divisors or {}
     graph, plan = binding.graph, binding.plan
     paths = layout.leaf_paths(graph, params)
     slots = layout.weight_slots(graph, [s.site for s in binding.sites], paths, plan)
@@ -67,7 +68,7 @@ def quantize_params(
             axes = site.channel_axes
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = once(graph, site, weights[site.weight])
-            weight = equalized(binding, site, weight, equalization)
+            weight = undivided(binding, site, weight, divisors)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
@@ -84,7 +85,7 @@ def quantize_params(
             arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
         qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
-        scale = tensor.scale * _broadcasting(equalization.get(tensor.name, np.ones(())))
+        scale = tensor.scale * _broadcasting(divisors.get(tensor.name, np.ones(())))
         qparams["tensors"][tensor.name] = {
             "scale": np.float32(scale),
             "inv_scale": np.float32(1.0 / scale),
@@ -97,15 +98,15 @@ def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
     return weight[tuple(slice(0, size) for size in stored_shape(graph, site))]
 
 
-def equalized(
+def undivided(
     binding: Binding,
     site: Site,
     weight: np.ndarray,
-    equalization: Equalization,
+    divisors: Divisors,
 ) -> np.ndarray:
-    """A weight in float64, its input channels times the equalization of the site's input."""
+    """A weight in float64, times what the channels of the site's input are divided by."""
     weight = np.asarray(weight).astype(np.float64)
-    factors = equalization.get(binding.scales.get(site.operands[0], ""))
+    factors = divisors.get(binding.scales.get(site.operands[0], ""))
     if factors is None:
         return weight
     return weight * along_weight(site, weight.shape, factors)

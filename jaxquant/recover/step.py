@@ -1,0 +1,85 @@
+"""What a recovery step is: what it is given, what it gives, and when it runs.
+
+To add one, write a file with a `STEP` beside this one, and its name into the table of names
+(`jaxquant.plan.rules.RECOVERY_STEPS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxquant.graph.model import FloatModel
+from jaxquant.progress import Progress
+from jaxquant.recover.compare import Comparison
+from jaxquant.run.program import Program
+from jaxquant.weights.quantize import Divisors
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every step is given beside the int8 model.
+
+    Attributes:
+      source: the float model.
+      examples: batches of calibration samples.
+      file: where a step may keep what took long; None for nowhere.
+      progress: shows the steps.
+    """
+
+    source: FloatModel
+    examples: Sequence[tuple[Any, ...]]
+    file: str | os.PathLike[str] | None
+    progress: Progress
+    _compared: dict[Program, Comparison] = dataclasses.field(default_factory=dict, repr=False)
+
+    def comparison(self, program: Program) -> Comparison:
+        """Both models side by side: compiled once for all that compare with this program."""
+        if program not in self._compared:
+            self._compared[program] = Comparison(program, self.source.params)
+        return self._compared[program]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """The int8 model on its way through the steps, each of which gives another one.
+
+    Attributes:
+      program: what runs; it holds the plan.
+      qparams: its arrays.
+      divisors: what the channels of tensors are divided by before they are quantized.
+      notes: a line for the report of what each step did.
+    """
+
+    program: Program
+    qparams: Any
+    divisors: Divisors = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def replaced(self, name: str, note: str, **changes: Any) -> Draft:
+        """The model with some attributes changed by a step, and a line of what it did."""
+        return dataclasses.replace(self, notes={**self.notes, name: note}, **changes)
+
+
+class Step(NamedTuple):
+    """A recovery step.
+
+    Attributes:
+      names: what it is asked for by; `plan.recovered_by(name)` has the sites.
+      run: gives the repaired model; it leaves the one that it is given as it is.
+      check: raises ImportError where a package that the step needs is not installed.
+      is_automatic: it runs where nobody asks for it, too, and sees for itself what is to be done.
+      keeps_file: it keeps in a file what it did.
+    """
+
+    names: tuple[str, ...]
+    run: Callable[[Task, Draft], Draft]
+    check: Callable[[], None] = lambda: None
+    is_automatic: bool = False
+    keeps_file: bool = False
+
+    def is_asked_for(self, names: Sequence[str]) -> bool:
+        """Whether one of its names is among those that are asked for."""
+        return not set(self.names).isdisjoint(names)
