@@ -20,7 +20,7 @@ from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.grid import levels, make_grid
 from jaxquant.plan.modes import MODES, Mode
-from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan, TensorPlan
+from jaxquant.plan.plan import INT8, Plan, SitePlan, TensorPlan
 from jaxquant.plan.rules import Rule, check_rules, check_skip, matching, setting
 from jaxquant.plan.ties import without_ties
 
@@ -358,7 +358,6 @@ def _site_plan(
         kind=site.kind,
         scope=site.scope,
         weight_path=site.weight_path,
-        status=FLOAT if reason else INT8,
         reason=reason,
         inputs=inputs,
         affine=affine,

@@ -37,17 +37,17 @@ class TensorPlan:
 class SitePlan:
     """One site: int8 with the scale groups of its inputs and its epilogue, or float with a reason.
 
-    `affine` are the operations that the multiplier and bias absorb, `activation` the elementwise
-    ones behind them; `fingerprint` is of how the weight and the affine operands are computed,
-    "" for a site that does not accumulate; `computes_weight`: see `jaxquant.graph.sites.Site`.
-    `recover` are the steps that may repair an int8 site, `weight_bits` those of its stored weight.
+    `reason` is why it is float, "" for an int8 site.  `affine` are the operations that the
+    multiplier and bias absorb, `activation` the elementwise ones behind them; `fingerprint` is of
+    how the weight and the affine operands are computed, "" for a site that does not accumulate;
+    `computes_weight`: see `jaxquant.graph.sites.Site`.  `recover` are the steps that may repair an
+    int8 site, `weight_bits` those of its stored weight.
     """
 
     name: str
     kind: str
     scope: str
     weight_path: str
-    status: str
     reason: str
     inputs: tuple[str, ...]
     affine: tuple[str, ...]
@@ -56,6 +56,11 @@ class SitePlan:
     computes_weight: bool = False
     recover: tuple[str, ...] = ()
     weight_bits: int = 8
+
+    @property
+    def status(self) -> str:
+        """`INT8` or `FLOAT`."""
+        return FLOAT if self.reason else INT8
 
 
 @dataclasses.dataclass(frozen=True)

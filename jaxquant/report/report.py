@@ -225,17 +225,16 @@ def make_report(
     rounded = _float_sites_on_integers(program)
     rows = []
     for site in plan.sites:
-        row: dict[str, Any] = dataclasses.asdict(site)
-        for key in (
-            "affine",
-            "activation",
-            "fingerprint",
-            "computes_weight",
-            "recover",
-            "weight_bits",
-        ):
-            del row[key]
-        row["inputs"], row["epilogue"] = list(site.inputs), list(site.affine + site.activation)
+        row: dict[str, Any] = {
+            "name": site.name,
+            "kind": site.kind,
+            "scope": site.scope,
+            "weight_path": site.weight_path,
+            "status": site.status,
+            "reason": site.reason,
+            "inputs": list(site.inputs),
+            "epilogue": [*site.affine, *site.activation],
+        }
         row["threshold"] = thresholds[site.inputs[0]] if site.inputs else None
         row["weight_scale_min"] = row["weight_scale_max"] = None
         if site.name in program.slots:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant.plan.plan import Plan
+from jaxquant.plan.plan import VERSION, Plan
 from tests import networks
 from tests.plan import full
 
@@ -284,7 +284,7 @@ def test_the_plan_survives_json_and_is_hashable():
     other = full.plan_of(residual_net, params, networks.images(), skip=("stem",))
     assert other != plan
     with pytest.raises(ValueError, match="plan version 0; this release reads"):
-        Plan.from_json(plan.to_json().replace('"version": 1', '"version": 0'))
+        Plan.from_json(plan.to_json().replace(f'"version": {VERSION}', '"version": 0'))
 
 
 def test_other_batch_and_image_sizes():
