@@ -7,6 +7,8 @@ A contraction multiplies two operands and sums.  Of an axis of an operand it mak
     contracted  both operands have it, and it is summed over
     window      of the first operand, along which the second slides (and is summed over); the result
                 has one position for each place of the second
+    chosen      of the second operand: each row of the first meets one of its indices, as a third
+                operand tells (the experts of a ragged dot)
 
 A dot has no window; a convolution has no batch axes: its samples are free axes of the input, its
 output channels those of the kernel, its input channels are contracted.  Where channels fall into
@@ -39,15 +41,16 @@ class Axes:
     free: tuple[int, ...] = ()
     contracted: tuple[int, ...] = ()
     window: tuple[int, ...] = ()
+    chosen: tuple[int, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
         """The axes of a weight that are not summed over, ascending: those of output channels."""
-        return tuple(sorted((*self.batch, *self.free)))
+        return tuple(sorted((*self.batch, *self.free, *self.chosen)))
 
     @property
     def rank(self) -> int:
-        return len(self.batch) + len(self.free) + len(self.contracted) + len(self.window)
+        return len((*self.kept, *self.contracted, *self.window))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Contraction:
     @property
     def is_dot(self) -> bool:
         """True for what `lax.dot_general` does: every part but a window."""
-        return self.window is None
+        return self.window is None and not self.operands[1].chosen
 
     @property
     def takes_weight_first(self) -> bool:
@@ -143,7 +146,7 @@ class Contraction:
         """Why it has no integer form, whatever its operands are; "" where it has one."""
         if self.window is not None and self.window.batch_groups != 1:
             return "batch_group_count is not 1"
-        return ""
+        return "a ragged dot has no int8 form" if self.operands[1].chosen else ""
 
     @property
     def dot_numbers(self) -> DotNumbers:
@@ -179,6 +182,8 @@ class Contraction:
         """The axes along which the result may vary, given those of the operands."""
         if self.window is None:
             places = {self.place(side, axis) for side in (0, 1) for axis in operands[side]}
+            if set(self.operands[1].chosen) & operands[1]:
+                places |= set(self.result.free[0])  # rows differ by what they chose
             return frozenset(place for place in places if place is not None)
         # Padding tells positions apart, groups the channels; samples only the input does.
         samples = set(self.operands[0].free) & operands[0] or self.window.batch_groups != 1
@@ -214,7 +219,7 @@ def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
       ((0, 1), ((0, 1), (2,)))
     """
     contracted, batch = numbers
-    first, second = (
+    return _of_dot(
         Axes(
             batch=_whole(batch[side]),
             free=tuple(a for a in range(rank) if a not in (*contracted[side], *batch[side])),
@@ -222,6 +227,11 @@ def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
         )
         for side, rank in enumerate(ranks[:2])
     )
+
+
+def _of_dot(operands: Iterable[Axes]) -> Contraction:
+    """The batch axes come first in the result, then the free ones of the first operand."""
+    first, second = operands
     shared = len(first.batch)
     middle = shared + len(first.free)
     end = middle + len(second.free)
@@ -231,6 +241,20 @@ def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
 
 def _dot(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
     return dot(params["dimension_numbers"], ranks)
+
+
+def _ragged(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | None:
+    """A dot whose rows are in groups, one after the other, each with a weight of its own.
+
+    None where the groups are of what is summed over, or of batches: no weight is chosen there.
+    """
+    numbers = params["ragged_dot_dimension_numbers"]
+    rows, chosen = numbers.lhs_ragged_dimensions, _whole(numbers.rhs_group_dimensions)
+    first, second = dot(numbers.dot_dimension_numbers, ranks).operands
+    if not chosen or not set(rows) <= set(first.free):
+        return None
+    free = tuple(axis for axis in second.free if axis not in chosen)
+    return _of_dot((first, dataclasses.replace(second, free=free, chosen=chosen)))
 
 
 def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
@@ -261,9 +285,10 @@ def _whole(numbers: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(int(n) if isinstance(n, Integral) else n for n in numbers)
 
 
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction]] = {
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction | None]] = {
     "conv_general_dilated": _conv,
     "dot_general": _dot,
+    "ragged_dot_general": _ragged,
 }
 PRIMITIVES = frozenset(_BUILDERS)
 """The primitives that are contractions, by name."""
