@@ -142,13 +142,6 @@ class Contraction:
         return self.is_dot
 
     @property
-    def unfit(self) -> str:
-        """Why it has no integer form, whatever its operands are; "" where it has one."""
-        if self.window is not None and self.window.batch_groups != 1:
-            return "batch_group_count is not 1"
-        return "a ragged dot has no int8 form" if self.operands[1].chosen else ""
-
-    @property
     def dot_numbers(self) -> DotNumbers:
         """The dimension numbers of `lax.dot_general`."""
         assert self.is_dot, "only a dot has dimension numbers"

@@ -75,16 +75,20 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             continue
         if not takes_constants(graph, source):
             return f"its input holds infinities, which {source.name} puts there"
-    if site.contraction is None:
+    contraction = site.contraction
+    if contraction is None:
         return ""
     for factor in eqn.inputs[:2]:
         if not jnp.issubdtype(graph.dtype(factor), jnp.floating):
             return f"an operand is {graph.dtype(factor)}, not float"
-    if site.weight is None and site.contraction.window is not None:
-        return "its kernel depends on the inputs"
-    if site.contraction.unfit:
-        return site.contraction.unfit
-    terms = site.contraction.terms(graph.shape(eqn.inputs[1]))
+    if contraction.window is not None:
+        if site.weight is None:
+            return "its kernel depends on the inputs"
+        if contraction.window.batch_groups != 1:
+            return "batch_group_count is not 1"
+    elif not contraction.is_dot:
+        return behaviours.WITHOUT_INT8_FORM["ragged dot"]
+    terms = contraction.terms(graph.shape(eqn.inputs[1]))
     if terms > (LARGEST_SUM_OF_TENSORS if site.weight is None else LARGEST_SUM):
         return f"its sums of {terms} products may overflow int32"
     return ""

@@ -154,8 +154,18 @@ def test_every_primitive_of_models_is_in_onnx_or_refused_by_name():
 
 
 def ragged(p, x):
+    """The groups are of what is summed over, so that no weight is chosen."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[1],
+        rhs_group_dimensions=[],
+    )
     sizes = jnp.array([1, 2, 1])
-    return jax.lax.ragged_dot(x @ p["first"], p["experts"], sizes)
+    return jax.lax.ragged_dot_general(x @ p["first"], p["third"], sizes, numbers)
+
+
+def experts(p, x):
+    return jax.lax.ragged_dot(x @ p["first"], p["experts"], jnp.array([1, 2, 1]))
 
 
 def fourier(p, x):
@@ -187,8 +197,9 @@ def factors(p, x):
     return jnp.linalg.cholesky((x @ p["first"]).T @ (x @ p["second"]) + 20 * jnp.eye(4))
 
 
+RAGGED = "a ragged dot has no int8 form"
 PRODUCTS = {
-    "ragged_dot_general": (ragged, "experts", "a ragged dot has no int8 form"),
+    "ragged_dot_general": (ragged, "third", RAGGED),
     "fft": (fourier, "fft", "a Fourier transform has no int8 form"),
     "triangular_solve": (solved, "triangular_solve", "linear algebra has no int8 form"),
     "pure_callback": (called, "pure_callback", "what it runs is not known here"),
@@ -203,10 +214,10 @@ PRODUCTS = {
 def test_what_multiplies_without_an_int8_form_is_in_the_report(mode):
     """All of them in one model, as float with the reason; the dots before them are int8."""
     params = {"first": images(1, (4, 4)), "experts": images(2, (3, 4, 4))}
-    params["second"] = images(3, (4, 4))
+    params |= {"second": images(3, (4, 4)), "third": images(4, (4, 4))}
 
     def apply_fn(p, x):
-        return [function(p, x) for function, _, _ in PRODUCTS.values()]
+        return [experts(p, x), *(function(p, x) for function, _, _ in PRODUCTS.values())]
 
     x = images(0, (4, 4))
     if mode == "weights":
@@ -220,7 +231,9 @@ def test_what_multiplies_without_an_int8_form_is_in_the_report(mode):
     for kind, (_, name, reason) in PRODUCTS.items():
         row = rows[kind]
         assert (row["name"], row["status"], row["reason"]) == (name, "float", reason)
-    assert any(row["status"] == "int8" for row in qapply.report().rows)
+    others = {row["name"]: row for row in qapply.report().rows if row["kind"] == "mul"}
+    assert others["first"]["status"] == "int8"
+    assert others["experts"]["reason"] == ("" if mode == "weights" else RAGGED)
     for a, b in zip(qapply(qparams, x), apply_fn(params, x), strict=True):
         assert np.isfinite(np.asarray(a)).all()
         assert a.shape == b.shape

@@ -43,7 +43,7 @@ def test_the_axes_of_a_dot_are_those_of_its_equation(letters: tuple[str, str]) -
     )
     found = only_contraction(lambda w, x: lax.dot_general(x, w, numbers), *shapes)
     assert found.dot_numbers == numbers
-    assert not found.unfit
+    assert found.is_dot
     out = "".join(batch) + "".join(s for side in letters for s in side if s not in pairs)
     for side in (0, 1):
         for axis, letter in enumerate(letters[side]):
@@ -90,11 +90,19 @@ def test_a_convolution_has_the_same_parts_in_every_layout(layout: Any, x: Any, k
     assert [out[axis] for axis in found.result.window] == [4, 8]
 
 
-def test_groups_of_samples_have_no_integer_form() -> None:
-    def conv(w: jax.Array, x: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, w, (1, 1), "SAME", batch_group_count=2)
+def test_the_rows_of_a_ragged_dot_choose_an_index_of_the_weight() -> None:
+    def mixture(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, w, jnp.array([1, 0, 4]))
 
-    assert "batch_group_count" in only_contraction(conv, (4, 3, 5, 5), (6, 3, 3, 3)).unfit
+    found = only_contraction(mixture, (5, 6), (3, 6, 7))
+    weight = found.operands[1]
+    assert (weight.chosen, weight.contracted, weight.free) == ((0,), (1,), (2,))
+    assert (weight.kept, weight.rank) == ((0, 2), 3)
+    assert [found.place(1, axis) for axis in range(3)] == [None, None, 1]
+    assert found.terms((3, 6, 7)) == 6
+    assert not found.is_dot
+    assert found.varying([frozenset(), frozenset({0})]) == {0}  # other experts, other rows
+    assert found.varying([frozenset(), frozenset({1, 2})]) == {1}
 
 
 def test_what_is_no_product_is_no_contraction() -> None:
