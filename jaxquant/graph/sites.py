@@ -113,15 +113,15 @@ def find_lookups(graph: ir.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def _collect(region: Region) -> Iterator[Site]:
-    graph, softmaxes = region.graph, region.composites.softmaxes
-    within = {i for last, s in softmaxes.items() for i in s.members if i != last}
+    graph, composites = region.graph, region.composites.whole
+    within = {i for last, whole in composites.items() for i in whole.members if i != last}
     bases, normalising = region.composites.bases, region.composites.normalising
     for eqn in graph.equations:
         if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
-        if eqn.index in softmaxes:
-            operands: tuple[ir.Var, ...] = (softmaxes[eqn.index].source,)
-            kind = "softmax"
+        if eqn.index in composites:
+            operands: tuple[ir.Var, ...] = (composites[eqn.index].source,)
+            kind = composites[eqn.index].kind
         else:
             operands, kind = _float_operands(graph, eqn), kinds.kind_of(graph, eqn)
         if kind in _ELEMENTWISE and eqn.outputs[0] in bases:

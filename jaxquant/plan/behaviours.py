@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jaxquant.graph import ir, kinds
+from jaxquant.graph.composites import PATTERNS
 
 ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE, LOOK_UP = (
     "accumulate",
@@ -39,7 +40,7 @@ BY_KIND: Mapping[str, str] = {
     "pool2d": ACCUMULATE,  # average pooling; maximum pooling selects, see `behaviour_of`
     "concat": SELECT,
     **dict.fromkeys(kinds.LAYOUT_KINDS, LAYOUT),
-    "softmax": COMPUTE,
+    **dict.fromkeys(PATTERNS, COMPUTE),
     **dict.fromkeys(kinds.ELEMENTWISE_KINDS, COMPUTE),
     **dict.fromkeys(kinds.ACTIVATION_KINDS, COMPUTE),
     "argmax": DECIDE,

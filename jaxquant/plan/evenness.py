@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
@@ -201,8 +202,8 @@ class _Readers:
         self._graph = model.graph
         self._forms = forms
         self._sites = {site.equation: site for site in sites if not site.inside}
-        self._softmax = {
-            var: site for site in self._sites.values() if site.kind == "softmax"
+        self._composite = {
+            var: site for site in self._sites.values() if site.kind in PATTERNS
             for var in site.operands
         }  # fmt: skip
         self._bases = model.composites.bases
@@ -227,8 +228,8 @@ class _Readers:
             read by convolutions and dots as they come.
           found: the names of sites.
         """
-        if var in self._softmax:
-            found.add(self._softmax[var].name)
+        if var in self._composite:
+            found.add(self._composite[var].name)
         for user in self._graph.consumers.get(var, ()):
             self._read(user, axes, found)
 

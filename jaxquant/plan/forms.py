@@ -19,6 +19,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
@@ -109,7 +110,7 @@ class _Search:
         if kinds.is_join(eqn):
             return takes_constants(self._graph, eqn) and self._leads_to_int8(eqn)
         anchors = (behaviours.ACCUMULATE, behaviours.SELECT, behaviours.DECIDE)
-        return behaviour in anchors or site.kind == "softmax"
+        return behaviour in anchors or site.kind in PATTERNS
 
     def _leads_to_int8(self, eqn: ir.Equation) -> bool:
         """True where an int8 site reads what an equation gives: moved, or as a function of it.
@@ -245,7 +246,7 @@ class _Search:
         """True where a result is in float32 registers: an accumulator or an elementwise site."""
         behaviour = self._behaviour.get(eqn.index)
         return behaviour == behaviours.ACCUMULATE or (
-            behaviour == behaviours.COMPUTE and self._by_equation[eqn.index].kind != "softmax"
+            behaviour == behaviours.COMPUTE and self._by_equation[eqn.index].kind not in PATTERNS
         )
 
     def _spread(self) -> None:
@@ -270,12 +271,11 @@ class _Search:
                 self._int8.difference_update(eqn.outputs)
 
     def _reads_int8(self) -> set[int]:
-        """Float equations that read int8: softmaxes, elementwise ones if their kinds are asked."""
+        """Float equations that read int8: composites, elementwise ones if their kinds are asked."""
         found: set[int] = set()
-        softmaxes = self._composites.softmaxes
         for site in self._sites:
-            if site.kind == "softmax":
-                found.update(softmaxes[site.equation].members)
+            if site.kind in PATTERNS:
+                found.update(self._composites.whole[site.equation].members)
             elif self._behaviour[site.equation] == behaviours.DECIDE:
                 found.add(site.equation)
         if self._elementwise:

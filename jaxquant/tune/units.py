@@ -54,14 +54,13 @@ def find_units(program: Program) -> tuple[Unit, ...]:
     ]
     names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in units}
     live = {eqn.index for eqn in program.equations}
-    softmaxes = program.model.composites.softmaxes
+    composites = program.model.composites.whole
     reading = binding.selects | binding.decisions | binding.forms.reads_int8
     for site in program.model.sites_of(program.mode.lookups):
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue
-        indices: tuple[int, ...] = (site.equation,)
-        if site.kind == "softmax":
-            indices = softmaxes[site.equation].members
+        whole = composites.get(site.equation)
+        indices = (site.equation,) if whole is None else whole.members
         members = tuple(graph.equations[i] for i in indices)
         units.append(Unit(site.name, site.kind, members, site.operands))
     taken = {eqn.index for unit in units for eqn in unit.members}
