@@ -52,7 +52,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.weights = ConfigDict(dict.fromkeys(zoo.MODELS, ""))
     # Settings of single networks, which go before the others. The data of CIFAR-10 are a package.
     config.per_model = ConfigDict({
-        "cifar10_resnet20": {"dataset": "cifar10", "data_dir": "", "tfds": "", "batch_size": 100}
+        name: {"dataset": "cifar10", "data_dir": "", "tfds": "", "batch_size": 100}
+        for name in zoo.MODELS
+        if name.startswith("cifar10_")
     })  # fmt: skip
     if given.runlocal:
         common.run_local(config)

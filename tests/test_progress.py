@@ -12,7 +12,7 @@ import pytest
 import tqdm
 
 import jaxquant
-from jaxquant import progress
+from jaxquant import native, progress
 from jaxquant.progress import Progress
 
 PARAMS = {"w": jnp.asarray([[1.0, -0.5], [0.25, 2.0]])}
@@ -231,10 +231,13 @@ def test_import_warnings_of_tqdm_are_not_passed_on(on_screen, monkeypatch, capsy
     assert "reading: 100%" in capsys.readouterr().err
 
 
-def test_quant_post_tells_its_stages(lines):
+@pytest.mark.parametrize("known", [True, False])
+def test_quant_post_tells_its_stages(lines, monkeypatch, known):
+    monkeypatch.setattr(native, "is_known", lambda: known)
     jaxquant.quant_post(PARAMS, dot, BATCHES)
     *begun, last = lines()
     assert begun == [
+        *([] if known else ["loading the kernels"]),
         "calibrating",
         "calibrating: tracing",
         "calibrating: compiling",

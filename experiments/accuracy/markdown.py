@@ -23,8 +23,13 @@ TITLES = {
     "vgg19": "VGG19",
     "efficientnet_lite0": "EfficientNet-Lite0",
     "cifar10_resnet20": "ResNet20, CIFAR-10",
+    # Trained by us, for as long as there was time, in place of those that no package carries.
+    "cifar10_resnet101": "ResNet101, CIFAR-10 (stand-in)",
+    "cifar10_vgg16": "VGG16, CIFAR-10 (stand-in)",
+    "cifar10_vgg19": "VGG19, CIFAR-10 (stand-in)",
 }
-COLUMNS = (
+# Two tables, each as wide as a page: what int8 costs, and what it takes.
+ACCURACY = (
     "network",
     "method",
     "float32 top-1 / top-5",
@@ -33,12 +38,8 @@ COLUMNS = (
     "top-5 loss [95 %]",
     "agreement",
     "SQNR",
-    "MB",
-    "quantize",
-    "evaluate",
-    "PaddleSlim's loss",
-    "best of peers: loss / agreement / SQNR",
 )
+COST = ("network", "method", "MB", "times smaller", "quantize", "evaluate")
 
 Row = Mapping[str, Any]
 
@@ -53,17 +54,21 @@ def render(
       rows: the finished rows of each.
       notes: for a network whose rows are not all there, why.
     """
-    lines = [_line(COLUMNS), _line(["---"] * 2 + ["---:"] * (len(COLUMNS) - 2))]
-    for model in models:
-        lines += [_line(_cells(model, row)) for row in rows.get(model, ())]
-        if model in notes:
-            blank = [""] * (len(COLUMNS) - 4)
-            lines.append(_line([_title(model), notes[model], *blank, *_others(model)]))
     finished = [row for model in models for row in rows.get(model, ())]
-    parts = ["\n".join(lines), _legend(finished)]
-    if any(best_of_peers(model) for model in models):
-        parts.append(_peers(models))
+    parts = [_table(ACCURACY, [_accuracy(row) for row in finished])]
+    parts.append("\n".join(f"- {_title(m)}: {notes[m]}" for m in models if m in notes))
+    parts += [_table(COST, [_cost(row) for row in finished]), _legend(finished)]
+    if any(map(_has_others, models)):
+        parts.append(_others(models))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> str:
+    """A table whose first columns are text and whose others are figures; "" without rows."""
+    if not rows:
+        return ""
+    rule = ["---"] * texts + ["---:"] * (len(columns) - texts)
+    return "\n".join(map(_line, (columns, rule, *rows)))
 
 
 def no_weights(model: str) -> str:
@@ -101,10 +106,10 @@ def around(path: str | Path) -> tuple[str, str]:
     return parts[0], parts[-1]
 
 
-def _cells(model: str, row: Row) -> list[str]:
+def _accuracy(row: Row) -> list[str]:
     fp32, int8 = row["fp32"], row["int8"]
     return [
-        _title(model),
+        _title(row["model"]),
         row["method"],
         f"{fp32['top1']:.2f} / {fp32['top5']:.2f}",
         f"{int8['top1']:.2f} / {int8['top5']:.2f}",
@@ -112,17 +117,19 @@ def _cells(model: str, row: Row) -> list[str]:
         _loss(row["top5_loss"]),
         f"{row['agreement']:.2f} %",
         "∞" if row["sqnr_db"] is None else f"{_signed(row['sqnr_db'], 1)} dB",
-        f"{fp32['megabytes']:.2f} → {int8['megabytes']:.2f}, "
-        f"1 / {fp32['megabytes'] / int8['megabytes']:.2f}",
-        f"{row['calibration_seconds']:.0f} s",
-        f"{fp32['seconds']:.0f} → {int8['seconds']:.0f} s",
-        *_others(model),
     ]
 
 
-def _others(model: str) -> list[str]:
-    paddleslim, best = PADDLESLIM.get(model), best_of_peers(model)
-    return [_signed(paddleslim.loss, 2) if paddleslim else "–", _figures(best) if best else "–"]
+def _cost(row: Row) -> list[str]:
+    fp32, int8 = row["fp32"], row["int8"]
+    return [
+        _title(row["model"]),
+        row["method"],
+        f"{fp32['megabytes']:.2f} → {int8['megabytes']:.2f}",
+        f"{fp32['megabytes'] / int8['megabytes']:.2f}",
+        f"{row['calibration_seconds']:.0f} s",
+        f"{fp32['seconds']:.0f} → {int8['seconds']:.0f} s",
+    ]
 
 
 def _legend(rows: Sequence[Row]) -> str:
@@ -155,19 +162,28 @@ def _legend(rows: Sequence[Row]) -> str:
     )
 
 
-def _peers(models: Sequence[str]) -> str:
-    lines = [
-        _line(["peer: loss / agreement / SQNR", *PEERS]),
-        _line(["---"] + ["---:"] * len(PEERS)),
-    ]
-    for model in models:
-        if best_of_peers(model):
-            cells = [figures.get(model) for figures in PEERS.values()]
-            lines.append(_line([_title(model), *(_figures(f) if f else "–" for f in cells)]))
-    return "\n".join(lines) + (
-        "\n\nThe peers quantized the same float32 weights with 100 ImageNet calibration images and "
-        "were evaluated on 650 validation images; their best figures above are each the best of "
-        "all. PaddleSlim's losses are its published ones, on the whole validation set. Neither is "
+def _has_others(model: str) -> bool:
+    return model in PADDLESLIM or best_of_peers(model) is not None
+
+
+def _others(models: Sequence[str]) -> str:
+    """What other systems lose on the same networks."""
+    columns = ("loss / agreement / SQNR", *PEERS, "best of these", "PaddleSlim's loss")
+    rows = []
+    for model in filter(_has_others, models):
+        figures = [*(peer.get(model) for peer in PEERS.values()), best_of_peers(model)]
+        paddleslim = PADDLESLIM.get(model)
+        rows.append(
+            [
+                _title(model),
+                *(_figures(f) if f else "–" for f in figures),
+                _signed(paddleslim.loss, 2) if paddleslim else "–",
+            ]
+        )
+    return _table(columns, rows, texts=1) + (
+        "\n\nThese peers quantized the same float32 weights with 100 ImageNet calibration images "
+        "and were evaluated on 650 validation images; the best is of each figure by itself. "
+        "PaddleSlim's losses are its published ones, on the whole validation set. Neither is "
         "measured by this repository (`experiments/accuracy/published.py`)."
     )
 

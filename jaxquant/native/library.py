@@ -33,6 +33,7 @@ __all__ = [
     "Availability",
     "available",
     "int8_is_faster",
+    "is_known",
     "require",
     "runs_here",
     "runs_int8_here",
@@ -75,6 +76,11 @@ def available() -> Availability:
             capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
         return Availability(True, f"{instruction_set()} kernels")
+
+
+def is_known() -> bool:
+    """Whether this process has asked `available` already, which may take long the first time."""
+    return available.cache_info().currsize > 0
 
 
 def instruction_set() -> str:

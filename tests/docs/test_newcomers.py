@@ -147,7 +147,11 @@ def test_a_newcomer_gets_there(name, tmp_path):
 
 def in_clone(clone: Path, command: str) -> None:
     """Runs a command as in a terminal that was just opened there."""
-    environment = {"HOME": str(Path.home()), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    environment = {
+        "HOME": str(Path.home()),  # packages that were fetched before are kept
+        "JAXQUANT_CACHE_DIR": str(clone / ".kernels"),
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+    }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=clone,
