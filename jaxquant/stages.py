@@ -103,9 +103,9 @@ def calibrate(
     allow_batch_dependence: bool = False,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
-    if not native.is_known():
-        with progress.stage("loading the kernels"):  # which compiles them, once on a machine
-            native.available()
+    if not operations.are_loaded():
+        with progress.stage("loading the kernels"):
+            operations.load()
     sweep = _sweep(source, config, options, allow_batch_dependence, progress)
     if jax.process_count() > 1:
         check_alike(params_digests(source.params), is_complete(calibration_file))

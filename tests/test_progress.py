@@ -12,7 +12,8 @@ import pytest
 import tqdm
 
 import jaxquant
-from jaxquant import native, progress
+from jaxquant import progress
+from jaxquant.backends import operations
 from jaxquant.progress import Progress
 
 PARAMS = {"w": jnp.asarray([[1.0, -0.5], [0.25, 2.0]])}
@@ -233,7 +234,7 @@ def test_import_warnings_of_tqdm_are_not_passed_on(on_screen, monkeypatch, capsy
 
 @pytest.mark.parametrize("known", [True, False])
 def test_quant_post_tells_its_stages(lines, monkeypatch, known):
-    monkeypatch.setattr(native, "is_known", lambda: known)
+    monkeypatch.setattr(operations, "are_loaded", lambda: known)
     jaxquant.quant_post(PARAMS, dot, BATCHES)
     *begun, last = lines()
     assert begun == [

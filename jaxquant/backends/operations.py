@@ -19,9 +19,28 @@ from jaxquant.graph.contraction import Window
 from jaxquant.jax_shim import choices
 from jaxquant.native import Weighing
 
-__all__ = ["Weighing", "counter", "depthwise", "difference_types", "differences", "kl_search"]
+__all__ = [
+    "Weighing",
+    "are_loaded",
+    "counter",
+    "depthwise",
+    "difference_types",
+    "differences",
+    "kl_search",
+    "load",
+]
 
 Search: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def are_loaded() -> bool:
+    """Whether this process has loaded the kernels, or knows that it cannot."""
+    return native.is_known()
+
+
+def load() -> None:
+    """Load the kernels, and compile them where this machine has not yet, which takes long."""
+    native.available()
 
 
 def counter(portable: choices.Form, least_exponent: int) -> choices.Form:

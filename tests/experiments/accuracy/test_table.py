@@ -65,7 +65,7 @@ def test_every_network_with_weights_under_every_method(config, tmp_path):
         ("tiny_a", "abs_max"),
         ("tiny_c", None),
     ]
-    assert "| tiny_c | no weights: no package carries them." in text
+    assert "- tiny_c: no weights: no package carries them." in text
     assert [row["images"] for row in rows[:4]] == [6, 6, 5, 5]
     for row in rows[:4]:
         assert row["sites_int8"] == 2
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_where_it_stopped(config, tmp_path):
     before = stamps(tmp_path)
     assert len(before) == 2  # the float logits and a row
     text, rows = finish(plan, failures)
-    assert "| tiny_a | failed: its process ended" in text
+    assert "- tiny_a: failed: its process ended" in text
     assert [row.get("method") for row in rows] == ["KL", None]
 
     rest = plan_of(config, tmp_path)
