@@ -1,4 +1,4 @@
-"""The rooms of the package: what each may import, as `docs/extending.md` states it."""
+"""The rooms of the package: what each may import, as `docs/architecture.md` states it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _own() -> dict[str, set[str]]:
 
 
 def test_every_room_imports_only_those_before_it():
-    text = (ROOT / "docs" / "extending.md").read_text().partition("Imports point one way")[2]
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("Imports point one way")[2]
     order = re.findall(r"`(\w+)`", text.split("\n\n")[1])
     rooms = {module.split(".")[1] for module in imports() if module not in DOORS}
-    assert set(order) == rooms, "docs/extending.md lists every room once"
+    assert set(order) == rooms, "docs/architecture.md lists every room once"
     rank = {room: place for place, room in enumerate(order)}
     upwards = [
         (module, seen)
