@@ -16,11 +16,11 @@ from jaxquant.graph import ir
 
 # One output element depends on one element of each operand (scalars and size-1 axes broadcast).
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
-    tanh xor
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
+    copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le
+    log log1p log2 logistic lt max min mul ne neg nextafter not one_minus_square or polynomial pow
+    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 

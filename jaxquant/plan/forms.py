@@ -331,7 +331,8 @@ class _Search:
 
 # Elementwise functions that magnify an absolute error without bound: they read floats.
 _SINGULAR = frozenset(
-    {"acosh", "atanh", "erf_inv", "integer_pow", "log", "log1p", "pow", "rem", "rsqrt", "tan"}
+    {"acosh", "atanh", "erf_inv", "integer_pow", "log", "log1p", "log2", "polynomial", "pow"}
+    | {"rem", "rsqrt", "tan"}
 )
 
 

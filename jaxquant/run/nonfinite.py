@@ -19,8 +19,8 @@ from jaxquant.plan.bind import Binding
 
 # Of finite operands these may give others.
 _MAKE_THEM = """
-    acos acosh asin atanh cosh cumprod div exp exp2 expm1 log log1p pow reduce_prod rem rsqrt sinh
-    sqrt tan
+    acos acosh asin atanh cosh cumprod div exp exp2 expm1 log log1p log2 pow reduce_prod rem rsqrt
+    sinh sqrt tan
 """
 _MAKES_THEM = frozenset(_MAKE_THEM.split())
 _MANY = 2**16  # values of which the plain sum is worth a second branch to compile

@@ -78,8 +78,8 @@ FLOAT = {
     """,
     "values as they are: an order, a place, a name, a device": """
         add_dependency after_all create_token dce_sink device_put inspect_sharding layout_constraint
-        optimization_barrier reduced_vary_cast_p reshard shard_alike sharding_constraint tie
-        xla_metadata_value
+        optimization_barrier reduced_vary_cast reduced_vary_cast_p relayout reshard shard_alike
+        sharding_constraint tie with_memory_space_constraint xla_metadata_value
     """,
     "a permutation of whole numbers": "lu_pivots_to_permutation",
 }
@@ -89,10 +89,11 @@ ELSEWHERE = {
         all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start
         all_gather_start all_to_all all_to_all_done all_to_all_start axis_index
         global_array_to_host_local_array host_local_array_to_global_array pbroadcast pbroadcast_done
-        pbroadcast_start pmax pmin ppermute ppermute_done ppermute_start precv preduced psend psum
-        psum_done psum_invariant psum_invariant_start psum_start pvary ragged_all_to_all
-        reduce_scatter reduce_scatter_done reduce_scatter_start unreduced_psum unreduced_psum_start
-        unreduced_reduce_scatter unreduced_reduce_scatter_start vary_unreduced_cast_p
+        pbroadcast_dynamic pbroadcast_start pmax pmin ppermute ppermute_done ppermute_start precv
+        preduced psend psum psum_done psum_invariant psum_invariant_start psum_start pvary
+        ragged_all_to_all reduce_scatter reduce_scatter_done reduce_scatter_start unreduced_pmax
+        unreduced_pmin unreduced_psum unreduced_psum_start unreduced_reduce_scatter
+        unreduced_reduce_scatter_start vary_unreduced_cast vary_unreduced_cast_p
     """,
     "mutable references: a pure function has none when it is traced": """
         accum_grad_in_ref addupdate box_get box_set broadcast_to create_linear empty_ref free_ref
@@ -107,11 +108,17 @@ ELSEWHERE = {
 # Their bodies are searched for convolutions and dots.
 BODIES = """
     composite compute_on cond custom_linear_solve custom_partitioning custom_vmap_call eval_jaxpr
-    linear_call remat_opt run_state scan shard_map while xla_metadata_call
+    linear_call program_order remat_opt run_state scan shard_map while xla_metadata_call
 """
 # All primitives of these modules stand inside a kernel, which is one site as a whole, or turn a
 # sparse matrix into another form.
-FAMILIES = ("jax._src.pallas.", "jax.experimental.pallas.", "jax.experimental.sparse.")
+FAMILIES = (
+    "jax._src.pallas.",
+    "jax._src.thunky.",
+    "jax.experimental.pallas.",
+    "jax.experimental.sparse.",
+    "jax.experimental.thunky.",
+)
 
 
 def listed(groups) -> set[str]:
@@ -135,11 +142,11 @@ def test_every_primitive_of_jax_is_known():
 # What an exported ONNX file cannot hold, of the primitives that models have.
 NOT_IN_ONNX = """
     approx_top_k atan2 bessel_i0e bessel_i1e bitcast_convert_type clz complex conj cumlogsumexp
-    digamma eq_to erf_inv from_edtype igamma igamma_grad_a igammac imag iota_2x32_shape le_to lgamma
-    lt_to mulhi name nextafter polygamma population_count real reduce reduce_window reduce_xor
+    digamma dimension_size empty empty2 eq_to erf_inv from_edtype igamma igamma_grad_a igammac imag
+    iota_2x32_shape le_to lgamma lt_to lu_pivots_to_permutation mulhi name nextafter platform_index
+    polygamma population_count real reduce reduce_window reduce_xor
     regularized_incomplete_beta select_and_gather_add select_and_scatter select_and_scatter_add
-    shift_left shift_right_arithmetic shift_right_logical to_edtype unique zeta dimension_size empty
-    empty2 platform_index zeros_like lu_pivots_to_permutation
+    shift_left shift_right_arithmetic shift_right_logical to_edtype unique zeros_like zeta
 """
 
 

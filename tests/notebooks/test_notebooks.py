@@ -28,6 +28,7 @@ def test_they_are_short_and_hold_no_outputs():
 
 
 @pytest.mark.network
+@pytest.mark.optimized  # as users run them
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")

@@ -155,6 +155,24 @@ def _log1p(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Val
     return apply(b, "Log", [apply(b, "Add", [x[0], scalar(b, 1)])])
 
 
+def _log2(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(b, "Mul", [apply(b, "Log", x), scalar(b, float(1 / np.log(2)))])
+
+
+def _one_minus_square(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    """As JAX computes it: (1 + x)(1 - x) keeps its digits where |x| is near 1."""
+    one = scalar(b, 1)
+    return apply(b, "Mul", [apply(b, "Add", [one, *x]), apply(b, "Sub", [one, *x])])
+
+
+def _polynomial(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    """Of the first operand; the others are the coefficients, from the constant one on."""
+    variable, *coefficients, total = x
+    for coefficient in reversed(coefficients):
+        total = apply(b, "Add", [apply(b, "Mul", [total, variable]), coefficient])
+    return total
+
+
 def _erfc(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     return apply(b, "Sub", [scalar(b, 1), apply(b, "Erf", x)])
 
@@ -224,7 +242,10 @@ _COMPOSED: dict[str, Compose] = {
     "integer_pow": _integer_pow,
     "is_finite": _is_finite,
     "log1p": _log1p,
+    "log2": _log2,
     "ne": _ne,
+    "one_minus_square": _one_minus_square,
+    "polynomial": _polynomial,
     "reduce_precision": _identity,
     "rem": _rem,
     "round": _round,

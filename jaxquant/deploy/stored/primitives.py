@@ -28,16 +28,16 @@ _ALLOWED = """
     cumlogsumexp cummax cummin cumprod cumsum digamma dim_as_value div dot_general dynamic_slice
     dynamic_update_slice eigh eq eq_to erf erf_inv erfc exp exp2 expm1 fft floor gather ge gt
     householder_product igamma igamma_grad_a igammac imag integer_pow iota is_finite le le_to lgamma
-    log log1p logistic lt lt_to lu max min mul mulhi name ne neg nextafter not one_minus_square
-    optimization_barrier or pad platform_index polygamma population_count pow qr ragged_dot_general
-    random_bits random_fold_in random_gamma random_seed random_split random_unwrap random_wrap real
-    reduce_and reduce_max reduce_min reduce_or reduce_precision reduce_prod reduce_sum
-    reduce_window_max reduce_window_min reduce_window_sum reduce_xor regularized_incomplete_beta rem
-    reshape rev rng_bit_generator rng_uniform round rsqrt scan scatter scatter-add scatter-max
-    scatter-min scatter-mul scatter-sub schur select_and_gather_add select_and_scatter_add select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh slice sort split sqrt square
-    squeeze stack stop_gradient sub svd tan tanh threefry2x32 tile top_k transpose triangular_solve
-    tridiagonal_solve unstack while xor zeta
+    log log1p log2 logistic lt lt_to lu max min mul mulhi name ne neg nextafter not one_minus_square
+    optimization_barrier or pad platform_index polygamma polynomial population_count pow qr
+    ragged_dot_general random_bits random_fold_in random_gamma random_seed random_split
+    random_unwrap random_wrap real reduce_and reduce_max reduce_min reduce_or reduce_precision
+    reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum reduce_xor
+    regularized_incomplete_beta rem reshape rev rng_bit_generator rng_uniform round rsqrt scan
+    scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub schur select_and_gather_add
+    select_and_scatter_add select_n shift_left shift_right_arithmetic shift_right_logical sign sin
+    sinh slice sort split sqrt square squeeze stack stop_gradient sub svd tan tanh threefry2x32 tile
+    top_k transpose triangular_solve tridiagonal_solve unstack while xor zeta
 """
 _NAMES = frozenset(_ALLOWED.split())
 
