@@ -11,7 +11,7 @@ import numpy as np
 from jaxquant.analysis.advice import cause, matters
 from jaxquant.analysis.analysis import Analysis, TensorAnalysis
 from jaxquant.analysis.measures import Clipping
-from jaxquant.analysis.sweep import Swept, sweep
+from jaxquant.analysis.survey import Surveyed, survey
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.selection import Select
@@ -26,10 +26,10 @@ from jaxquant.progress import Progress
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.tune import sensitivity
+from jaxquant.tune.parts import find_parts
 from jaxquant.tune.scores import Metric, Scores, models_digest
 from jaxquant.tune.sensitivity import Sensitivity
 from jaxquant.tune.switch import Switch
-from jaxquant.tune.units import find_units
 
 
 @named
@@ -119,18 +119,18 @@ def _analyze(
     examples: list[tuple[Any, ...]] = []
     with progress.stage("comparing", total, "batch") as stage:
         kept = _remember(stage.each(batches), examples)
-        swept = sweep(source, qparams, plan, kept, progress)
+        surveyed = survey(source, qparams, plan, kept, progress)
     with progress.stage("measuring weights"):
         program = Program(bind(source.trace(examples[0]), plan), params)
         weights = weight_ranges(program, params, qparams)
-    tensors = {name: _tensor(plan, name, swept) for name in swept.tensors}
-    rows = _rows(program, swept, weights, tensors)
+    tensors = {name: _tensor(plan, name, surveyed) for name in surveyed.tensors}
+    rows = _rows(program, surveyed, weights, tensors)
     quality = {row["name"]: row["own_db"] for row in rows}
     summary: dict[str, Any] = {
         "sites": len(rows),
-        "batches": swept.batches,
-        "output_sqnr_db": swept.outputs.sqnr_db if swept.outputs else None,
-        "output_db": swept.outputs.sample_db if swept.outputs else None,
+        "batches": surveyed.batches,
+        "output_sqnr_db": surveyed.outputs.sqnr_db if surveyed.outputs else None,
+        "output_db": surveyed.outputs.sample_db if surveyed.outputs else None,
     }
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
@@ -159,9 +159,9 @@ def _remember(
         yield inputs
 
 
-def _tensor(plan: Plan, name: str, swept: Swept) -> TensorAnalysis:
+def _tensor(plan: Plan, name: str, surveyed: Surveyed) -> TensorAnalysis:
     tensor = next(t for t in plan.tensors if t.name == name)
-    seen, stats = swept.tensors[name], swept.stats[name]
+    seen, stats = surveyed.tensors[name], surveyed.stats[name]
     return TensorAnalysis(
         stats=stats,
         threshold=tensor.threshold,
@@ -174,19 +174,19 @@ def _tensor(plan: Plan, name: str, swept: Swept) -> TensorAnalysis:
 
 def _rows(
     program: Program,
-    swept: Swept,
+    surveyed: Surveyed,
     weights: Mapping[str, WeightRanges],
     tensors: Mapping[str, TensorAnalysis],
 ) -> list[dict[str, Any]]:
     rows = []
-    for unit in find_units(program):
-        if unit.name not in swept.own:
+    for part in find_parts(program):
+        if part.name not in surveyed.own:
             continue
-        own, accumulated = swept.own[unit.name], swept.accumulated.get(unit.name)
-        ends, weight = swept.ends.get(unit.name), weights.get(unit.name)
+        own, accumulated = surveyed.own[part.name], surveyed.accumulated.get(part.name)
+        ends, weight = surveyed.ends.get(part.name), weights.get(part.name)
         row: dict[str, Any] = {
-            "name": unit.name,
-            "kind": unit.kind,
+            "name": part.name,
+            "kind": part.kind,
             "rank": 0,
             "own_sqnr_db": own.sqnr_db,
             "own_db": own.sample_db,
@@ -199,8 +199,8 @@ def _rows(
             "dead_channels": ends.dead if ends else None,
             "lost_channels": ends.lost if ends else None,
         }
-        names = [program.binding.scales[v] for v in unit.operands if v in program.binding.scales]
-        row |= _input_row(dict.fromkeys(names), swept.tensors, tensors)
+        names = [program.binding.scales[v] for v in part.operands if v in program.binding.scales]
+        row |= _input_row(dict.fromkeys(names), surveyed.tensors, tensors)
         rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.analysis.advice import GOOD_DB
-from jaxquant.analysis.sweep import sweep
+from jaxquant.analysis.survey import survey
 from jaxquant.graph import ir
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding, bind
@@ -91,7 +91,7 @@ def warn_if_poor(
         shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
         own = {
             name: moments.sqnr_db
-            for name, moments in sweep(source, qparams, plan, [inputs], progress).own.items()
+            for name, moments in survey(source, qparams, plan, [inputs], progress).own.items()
         }
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
     warnings.warn(

@@ -148,7 +148,7 @@ class Folder:
 
         A linker makes files as the umask says, which may let others write to them.
         """
-        self._sweep()
+        self._remove_leftovers()
         name = f"{_BUILDING}{secrets.token_hex(8)}"
         os.mkdir(name, 0o700, dir_fd=self._descriptor)
         try:
@@ -160,7 +160,7 @@ class Folder:
         finally:
             shutil.rmtree(name, ignore_errors=True, dir_fd=self._descriptor)
 
-    def _sweep(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove what processes left that were ended while they made something."""
         for name in self.names():
             if name.startswith(_BUILDING):

@@ -59,7 +59,7 @@ class Sums(NamedTuple):
     together: frozenset[str]
 
 
-class Target(NamedTuple):
+class Fit(NamedTuple):
     """What a site's multipliers have to fit: the scale that its sums are quantized on, or a unit.
 
     `tensors` are the names of the scales that are multiples of that unit; none beside a scale.
@@ -77,11 +77,11 @@ def without_ties(binding: Binding) -> Binding:
         return binding
     scales: dict[str, float] = {}
     planned = {tensor.name: tensor.scale for tensor in plan.tensors}
-    for target in find_targets(binding).values():
-        for name in target.tensors:
-            assert target.unit is not None
-            if planned[name] * LARGEST_STEP >= target.unit:
-                scales[name] = odd_multiple(planned[name], target.unit)
+    for fit in find_fits(binding).values():
+        for name in fit.tensors:
+            assert fit.unit is not None
+            if planned[name] * LARGEST_STEP >= fit.unit:
+                scales[name] = odd_multiple(planned[name], fit.unit)
     return binding.with_tensors(
         [_with_scale(t, scales.get(t.group, t.scale)) for t in plan.tensors]
     )
@@ -92,7 +92,7 @@ def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
     return dataclasses.replace(tensor, threshold=threshold, scale=scale)
 
 
-def find_targets(binding: Binding) -> dict[str, Target]:
+def find_fits(binding: Binding) -> dict[str, Fit]:
     """What the multipliers of the sites have to fit, by the names of the sites.
 
     There is none for a site without a stored weight, one whose result is not quantized, and one
@@ -102,7 +102,7 @@ def find_targets(binding: Binding) -> dict[str, Target]:
     divided = {names[var] for var in binding.per_channel if var in names}
     scales = {t.name: t.scale for t in binding.plan.tensors if t.threshold > 0}
     sums = find_sums(binding.graph, names)
-    targets = {}
+    fits = {}
     for int8_site in binding.sites:
         site, found = int8_site.site, sums.get(int8_site.epilogue.output)
         if found is None or site.stored_weight is None:
@@ -112,11 +112,11 @@ def find_targets(binding: Binding) -> dict[str, Target]:
         alone, together = found.alone & set(scales), found.together & set(scales)
         if len(alone) == 1:
             (name,) = alone
-            targets[site.name] = Target(scales[name], None, frozenset())
+            fits[site.name] = Fit(scales[name], None, frozenset())
         elif together:
             unit = unit_of(max(scales[name] for name in together))
-            targets[site.name] = Target(None, unit, together)
-    return targets
+            fits[site.name] = Fit(None, unit, together)
+    return fits
 
 
 def find_sums(graph: ir.Graph, scales: Mapping[ir.Var, str]) -> dict[ir.Var, Sums]:

@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     rows: tuple[Any, ...]
 
 
-class Target(NamedTuple):
+class Divisible(NamedTuple):
     """An int8 tensor, the axes of its input channels (ascending) and the sites that read it."""
 
     var: ir.Var
@@ -50,36 +50,36 @@ def watch(
     graph: ir.Graph,
     params: Any,
     examples: Sequence[tuple[Any, ...]],
-    targets: Mapping[str, Target],
+    tensors: Mapping[str, Divisible],
 ) -> dict[str, Seen]:
     """Run the float model on all examples, in one compiled step."""
-    needed = list(ir.walk_back(graph, [t.var for t in targets.values()]))
+    needed = list(ir.walk_back(graph, [t.var for t in tensors.values()]))
     rng = np.random.default_rng(0)
     count = -(-ROWS // len(examples))
     index = {
         name: [np.sort(rng.permutation(p.positions)[:count]) for p in t.readers]
-        for name, t in targets.items()
+        for name, t in tensors.items()
     }
 
     @jax.jit
     def run(params: Any, flat: list[Any]) -> dict[str, Seen]:
         env = evaluate_float(graph, params, flat, equations=needed)
-        return {name: _seen(env.read(t.var), t, index[name]) for name, t in targets.items()}
+        return {name: _seen(env.read(t.var), t, index[name]) for name, t in tensors.items()}
 
     batches = [jax.device_get(run(params, jax.tree.leaves(inputs))) for inputs in examples]
-    return {name: jax.tree.map(_join, *[batch[name] for batch in batches]) for name in targets}
+    return {name: jax.tree.map(_join, *[batch[name] for batch in batches]) for name in tensors}
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _seen(x: jax.Array, target: Target, index: Sequence[np.ndarray]) -> Seen:
+def _seen(x: jax.Array, tensor: Divisible, index: Sequence[np.ndarray]) -> Seen:
     """The first axis is that of the samples, unless it is one of channels: then x is one."""
     x = x.astype(jnp.float32)
-    rows = tuple(p.inputs(x, 0, at) for p, at in zip(target.readers, index, strict=True))
-    rest = tuple(a for a in range(1, x.ndim) if a not in target.axes)
-    samples = 1 if 0 in target.axes else x.shape[0]
+    rows = tuple(p.inputs(x, 0, at) for p, at in zip(tensor.readers, index, strict=True))
+    rest = tuple(a for a in range(1, x.ndim) if a not in tensor.axes)
+    samples = 1 if 0 in tensor.axes else x.shape[0]
     low, high = (f(x, axis=rest, initial=0).reshape(samples, -1) for f in (jnp.min, jnp.max))
     return Seen(low, high, rows)
 

@@ -43,7 +43,7 @@ from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.grid import SMALLEST_SCALE, Grid, make_grid
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.recover.channels import Seen, Target, reach, watch
+from jaxquant.recover.channels import Divisible, Seen, reach, watch
 from jaxquant.recover.product import Product
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.trial import InputGrid, Trial
@@ -73,8 +73,8 @@ class Divided(NamedTuple):
     grid: Grid
 
 
-def find_targets(program: Program, where: Where) -> dict[str, Target]:
-    """Tensor name -> target, for the tensors all of whose readers have one of the steps.
+def find_divisible(program: Program, where: Where) -> dict[str, Divisible]:
+    """The tensors all of whose readers have one of the steps, by name.
 
     Not among them are tensors whose integers are moved, compared or averaged, inputs of sites that
     share their weight with a site elsewhere, and of dots whose weight has batch axes.
@@ -108,7 +108,7 @@ def find_targets(program: Program, where: Where) -> dict[str, Target]:
         if dots:
             asked |= where.get("smoothquant", frozenset())
         if asked.issuperset(site.name for site in sites):
-            found[name] = Target(var, axes.pop(), products)
+            found[name] = Divisible(var, axes.pop(), products)
     return found
 
 
@@ -132,10 +132,10 @@ def equalize(task: Task, draft: Draft) -> Draft:
         return draft
     name, params = " and ".join(chosen), task.source.params
     everywhere = frozenset(site.site.name for site in binding.sites)
-    targets = len(find_targets(draft.program, dict.fromkeys(where, everywhere)))
+    total = len(find_divisible(draft.program, dict.fromkeys(where, everywhere)))
     with task.progress.stage(name):
         found = find_divided(task, draft, where)
-        note = f"{len(found)} of {targets} tensors{behind}"
+        note = f"{len(found)} of {total} tensors{behind}"
         if not found:
             return draft if behind else draft.replaced(name, note)
         tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
@@ -164,19 +164,19 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
     """
     program, plan, params = draft.program, draft.program.plan, task.source.params
     graph = program.graph
-    targets = find_targets(program, where)
-    if not targets:
+    divisible = find_divisible(program, where)
+    if not divisible:
         return {}
     corrected = plan.recovered_by("bias_correction")
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    seen = watch(graph, params, task.examples, targets)
-    products = [product for target in targets.values() for product in target.readers]
+    seen = watch(graph, params, task.examples, divisible)
+    products = [product for tensor in divisible.values() for product in tensor.readers]
     stored = [p.site.weight for p in products if p.site.weight is not None]
     weights = fold(graph, params, stored, [])[0]
     found: dict[str, Divided] = {}
-    for name, target in targets.items():
+    for name, tensor in divisible.items():
         readers = []
-        for product, rows in zip(target.readers, seen[name].rows, strict=True):
+        for product, rows in zip(tensor.readers, seen[name].rows, strict=True):
             assert product.site.weight is not None
             weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
             trial = Trial(
@@ -186,13 +186,13 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
                 per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
                 centred=product.site.name in corrected,
             )
-            readers.append(_Reader(target, product, trial))
+            readers.append(_Reader(tensor, product, trial))
         equalized = where.get("equalization", frozenset())
-        both = all(product.site.name in equalized for product in target.readers)
+        both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
         best = _choose(planned[name], seen[name], readers, alphas)
         if best is not None:
-            found[name] = best._replace(factors=best.factors.reshape(target.sizes))
+            found[name] = best._replace(factors=best.factors.reshape(tensor.sizes))
     return found
 
 
@@ -207,13 +207,13 @@ def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
 
 
 class _Reader:
-    """A site behind a target, tried with factors for the target's input channels, flattened [I]."""
+    """A site that reads a tensor, tried with factors for its input channels, flattened [I]."""
 
-    def __init__(self, target: Target, product: Product, trial: Trial):
+    def __init__(self, tensor: Divisible, product: Product, trial: Trial):
         self._trial = trial
         assert product.site.weight is not None
         shape = product.graph.shape(product.site.weight)
-        numbers = np.arange(np.prod(target.sizes), dtype=np.int64).reshape(target.sizes)
+        numbers = np.arange(np.prod(tensor.sizes), dtype=np.int64).reshape(tensor.sizes)
         laid = along_weight(product.site, shape, numbers)
         # [G, K], the input channel of each product
         self._channel = product.matrix(np.broadcast_to(laid, shape))[:, :, 0]

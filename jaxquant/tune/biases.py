@@ -20,7 +20,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, compare_outputs
 from jaxquant.run.program import Program
-from jaxquant.tune.units import Unit
+from jaxquant.tune.parts import Part
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import accumulator_terms, epilogue_arrays, whole_steps
 
@@ -67,18 +67,18 @@ def _weight_terms(
     return accumulator_terms(weight, site.channel_axes, unit, zero_point)
 
 
-def has_bias(program: Program, unit: Unit) -> bool:
-    """True for a unit whose bias is corrected."""
+def has_bias(program: Program, part: Part) -> bool:
+    """True for a part whose bias is corrected."""
     corrected = program.plan.recovered_by("bias_correction")
-    return unit.site is not None and unit.name in program.slots and unit.name in corrected
+    return part.site is not None and part.name in program.slots and part.name in corrected
 
 
 def shift_at(
-    unit: Unit, reference: evaluate.Environment, value: jax.Array
+    part: Part, reference: evaluate.Environment, value: jax.Array
 ) -> tuple[Shift, jax.Array]:
-    """How far a unit's channels are off, and the value with their mean error taken away."""
-    assert unit.site is not None
-    epilogue = unit.site.epilogue
+    """How far a part's channels are off, and the value with their mean error taken away."""
+    assert part.site is not None
+    epilogue = part.site.epilogue
     activation = find_activation(reference.graph, epilogue.output)
     compared = compare_outputs(epilogue, activation, reference, value)
     corrected = value + epilogue.channels.spread(compared.mean, value.ndim)

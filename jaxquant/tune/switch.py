@@ -23,10 +23,10 @@ from jaxquant.recover.shift import Shift
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
-from jaxquant.tune.units import Unit, Value, find_units, walk
+from jaxquant.tune.parts import Part, Value, evaluate_parts, find_parts
 
 Chosen: TypeAlias = Mapping[str, Any]
-_REST = ""  # the name of the units that are no sites
+_REST = ""  # the name of the parts that are no sites
 
 
 class Switch:
@@ -50,24 +50,24 @@ class Switch:
     ):
         params = source.params
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
-        self.names = tuple(unit.name for unit in find_units(program) if unit.name)
+        self.names = tuple(part.name for part in find_parts(program) if part.name)
         self._params = params
         self._qparams = without_correction(program, params, qparams)
         self._plan = plan
         self._examples = examples
 
-        def start(inputs: Any) -> tuple[Program, Sequence[Unit], list[Any]]:
+        def start(inputs: Any) -> tuple[Program, Sequence[Part], list[Any]]:
             program = program_by_site(bind(source.trace(inputs), plan), params)
-            return program, find_units(program), jax.tree.leaves(inputs)
+            return program, find_parts(program), jax.tree.leaves(inputs)
 
         def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
-            program, units, flat = start(inputs)
+            program, parts, flat = start(inputs)
             pick = functools.partial(_pick, chosen)
-            return evaluate.outputs(walk(program, units, params, qparams, flat, pick))
+            return evaluate.outputs(evaluate_parts(program, parts, params, qparams, flat, pick))
 
         def shifts(params: Any, qparams: Any, chosen: Chosen, inputs: Any) -> dict[str, Shift]:
-            program, units, flat = start(inputs)
-            return _shifts(program, units, params, qparams, flat, chosen)
+            program, parts, flat = start(inputs)
+            return _shifts(program, parts, params, qparams, flat, chosen)
 
         self._mixed, self._shifts = jax.jit(mixed), jax.jit(shifts)
 
@@ -87,7 +87,7 @@ class Switch:
 
 def _shifts(
     program: Program,
-    units: Sequence[Unit],
+    parts: Sequence[Part],
     params: Any,
     qparams: Any,
     flat: list[Any],
@@ -98,24 +98,24 @@ def _shifts(
     reference = evaluate_float(graph, params, flat)
     found: dict[str, Shift] = {}
 
-    def pick(unit: Unit, as_float: Value, as_int8: Value) -> Any:
-        values = _pick(chosen, unit, as_float, as_int8)
-        if not has_bias(program, unit):
+    def pick(part: Part, as_float: Value, as_int8: Value) -> Any:
+        values = _pick(chosen, part, as_float, as_int8)
+        if not has_bias(program, part):
             return values
-        shift, corrected = shift_at(unit, reference, values[0])
-        on = chosen[unit.name]
-        found[unit.name] = Shift(*(jnp.where(on, part, 0) for part in shift))
+        shift, corrected = shift_at(part, reference, values[0])
+        on = chosen[part.name]
+        found[part.name] = Shift(*(jnp.where(on, sums, 0) for sums in shift))
         return [jnp.where(on, corrected, values[0])]
 
-    walk(program, units, params, qparams, flat, pick)
+    evaluate_parts(program, parts, params, qparams, flat, pick)
     return found
 
 
-def _pick(chosen: Chosen, unit: Unit, as_float: Value, as_int8: Value) -> Any:
+def _pick(chosen: Chosen, part: Part, as_float: Value, as_int8: Value) -> Any:
     """One of the two, and the other is not computed."""
     kinds = [(x.shape, x.dtype) for x in jax.eval_shape(lambda: list(map(jnp.asarray, as_int8())))]
 
     def widened() -> list[Any]:
         return [jnp.asarray(x).astype(dtype) for x, (_, dtype) in zip(as_float(), kinds)]
 
-    return lax.cond(chosen[unit.name], lambda: list(map(jnp.asarray, as_int8())), lambda: widened())
+    return lax.cond(chosen[part.name], lambda: list(map(jnp.asarray, as_int8())), lambda: widened())

@@ -56,7 +56,7 @@ def quantize_params(
         return jax.device_put(qparams)
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-    targets = ties.find_targets(binding)
+    fits = ties.find_fits(binding)
     uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site
@@ -73,7 +73,7 @@ def quantize_params(
             if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
-                growth = _growth(used, targets.get(site.name))
+                growth = _growth(used, fits.get(site.name))
                 int8, scale = quantize_weight(weight, axes, growth)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
@@ -120,18 +120,18 @@ def _broadcasting(factors: np.ndarray) -> np.ndarray:
     return factors.reshape(shape)
 
 
-def _growth(multiplier: np.ndarray, target: ties.Target | None) -> np.ndarray:
+def _growth(multiplier: np.ndarray, fit: ties.Fit | None) -> np.ndarray:
     """By what factor the multipliers of a site grow so that no sum of it comes near a tie: [C]."""
     is_used = (multiplier > 0) & np.isfinite(multiplier)
     used = multiplier[is_used]
     growth = np.ones_like(multiplier)
-    if target is None:
+    if fit is None:
         return growth
-    if target.scale is not None:
-        scale = float(np.float32(target.scale))
+    if fit.scale is not None:
+        scale = float(np.float32(fit.scale))
         growth[is_used] = ties.fractions(used / scale) * scale / used
-    elif target.unit is not None:
-        growth[is_used] = ties.multiples(used, target.unit) / used
+    elif fit.unit is not None:
+        growth[is_used] = ties.multiples(used, fit.unit) / used
     return growth
 
 

@@ -15,8 +15,8 @@ from jaxquant.graph.model import FloatModel, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.run.program import Program
 from jaxquant.tune.biases import without_correction
+from jaxquant.tune.parts import find_parts
 from jaxquant.tune.switch import Switch
-from jaxquant.tune.units import find_units
 from tests import networks
 from tests.analysis import faults
 
@@ -163,7 +163,7 @@ def test_units_of_a_full_quantization_have_softmax_and_pooling():
         params, apply_fn, [x], is_full_quantize=True, progress=False
     )
     program = Program(bind(trace_model(apply_fn, params, (x,)), qapply.plan), params)
-    assert {unit.kind for unit in find_units(program)} >= {"mul", "softmax", "pool2d"}
+    assert {unit.kind for unit in find_parts(program)} >= {"mul", "softmax", "pool2d"}
     analysis = jaxquant.analyze(params, apply_fn, qparams, qapply, [x], progress=False)
     assert {row["kind"] for row in analysis.rows} == {"mul", "softmax", "pool2d"}
 

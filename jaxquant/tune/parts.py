@@ -17,11 +17,11 @@ from jaxquant.run.program import Program
 from jaxquant.run.quantized import QuantizedTensors
 
 Value = Callable[[], Sequence[Any]]
-Choose = Callable[["Unit", Value, Value], Sequence[Any]]
+Choose = Callable[["Part", Value, Value], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unit:
+class Part:
     """One int8 site with what its epilogue absorbs.
 
     Attributes:
@@ -43,16 +43,16 @@ class Unit:
         return self.members[-1]
 
 
-def find_units(program: Program) -> tuple[Unit, ...]:
-    """The units of an int8 program, in evaluation order.
+def find_parts(program: Program) -> tuple[Part, ...]:
+    """The parts of an int8 program, in evaluation order.
 
     Operations that only move int8 values are not among them: they have no error of their own.
     """
     graph, binding = program.graph, program.binding
-    units = [
-        Unit(s.site.name, s.site.kind, _chain(graph, s), s.site.operands, s) for s in binding.sites
+    parts = [
+        Part(s.site.name, s.site.kind, _chain(graph, s), s.site.operands, s) for s in binding.sites
     ]
-    names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in units}
+    names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in parts}
     live = {eqn.index for eqn in program.equations}
     composites = program.model.composites.whole
     reading = binding.selects | binding.decisions | binding.forms.reads_int8
@@ -62,53 +62,53 @@ def find_units(program: Program) -> tuple[Unit, ...]:
         whole = composites.get(site.equation)
         indices = (site.equation,) if whole is None else whole.members
         members = tuple(graph.equations[i] for i in indices)
-        units.append(Unit(site.name, site.kind, members, site.operands))
-    taken = {eqn.index for unit in units for eqn in unit.members}
+        parts.append(Part(site.name, site.kind, members, site.operands))
+    taken = {eqn.index for part in parts for eqn in part.members}
     for index in sorted(live & binding.forms.reads_int8 - taken):
-        units.append(Unit("", "", (graph.equations[index],)))
-    return tuple(sorted(units, key=lambda unit: unit.end.index))
+        parts.append(Part("", "", (graph.equations[index],)))
+    return tuple(sorted(parts, key=lambda part: part.end.index))
 
 
-def walk(
+def evaluate_parts(
     program: Program,
-    units: Sequence[Unit],
+    parts: Sequence[Part],
     params: Any,
     qparams: Mapping[str, Any],
     inputs: Sequence[Any],
     choose: Choose,
 ) -> evaluate.Environment:
-    """Evaluate the float model, with a choice at every unit.
+    """Evaluate the float model, with a choice at every part.
 
     Args:
       program: of the int8 model, each site of which shows its result (`program_by_site`).
-      units: its units.
+      parts: its parts.
       params, qparams: the arrays of both models.
       inputs: the flattened model inputs.
-      choose: (unit, float, int8) -> the values to go on with; both are functions without arguments
-        that compute the unit on the values so far.
+      choose: (part, float, int8) -> the values to go on with; both are functions without arguments
+        that compute the part on the values so far.
 
     Returns:
       The values that were gone on with.
     """
     graph = program.graph
     in_float = evaluate.float_table(graph.equations, fast_convolutions(graph))
-    inner = {eqn.index for unit in units for eqn in unit.members[:-1]}
+    inner = {eqn.index for part in parts for eqn in part.members[:-1]}
     table = {index: lowering for index, lowering in in_float.items() if index not in inner}
-    for unit in units:
-        table[unit.end.index] = _choosing(program, unit, in_float, qparams, choose)
+    for part in parts:
+        table[part.end.index] = _choosing(program, part, in_float, qparams, choose)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     return evaluate.evaluate(graph, leaves, inputs, table)
 
 
 def _choosing(
     program: Program,
-    unit: Unit,
+    part: Part,
     in_float: evaluate.Table[evaluate.Environment],
     qparams: Mapping[str, Any],
     choose: Choose,
 ) -> evaluate.Lowering[evaluate.Environment]:
-    """The lowering of a unit: its members run in float, in int8 or both, as is chosen."""
-    members = [eqn.index for eqn in unit.members]
+    """The lowering of a part: its members run in float, in int8 or both, as is chosen."""
+    members = [eqn.index for eqn in part.members]
     on_float = {index: in_float[index] for index in members}
     on_int8 = {i: program.lowerings[i] for i in members if i in program.lowerings}
 
@@ -123,9 +123,9 @@ def _choosing(
             return results(evaluate.run(inner, on_int8, Evaluation(qparams, inner, quantized)))
 
         def results(inner: evaluate.Environment) -> Sequence[Any]:
-            return [inner.wide(var) for var in unit.end.outputs]
+            return [inner.wide(var) for var in part.end.outputs]
 
-        return dict(zip(unit.end.outputs, choose(unit, as_float, as_int8), strict=True))
+        return dict(zip(part.end.outputs, choose(part, as_float, as_int8), strict=True))
 
     return choosing
 

@@ -28,10 +28,10 @@ from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.quantized import QuantizedTensors
 from jaxquant.tune.biases import has_bias, shift_at, without_correction
-from jaxquant.tune.units import Unit, Value, find_units, walk
+from jaxquant.tune.parts import Part, Value, evaluate_parts, find_parts
 
 
-class Swept(NamedTuple):
+class Surveyed(NamedTuple):
     """What a pass over the data tells; host data.
 
     Attributes:
@@ -63,13 +63,13 @@ class _Batch(NamedTuple):
     tensors: dict[str, Clipping]
 
 
-def sweep(
+def survey(
     source: FloatModel,
     qparams: Mapping[str, Any],
     plan: Plan,
     batches: Iterable[tuple[Any, ...]],
     progress: Progress,
-) -> Swept:
+) -> Surveyed:
     """Measure all sites on all batches.
 
     A site's own error is that with the bias correction which it would have behind the float model.
@@ -110,7 +110,7 @@ def sweep(
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)
     assert total is not None  # an empty data set is refused where it is read
-    return Swept(
+    return Surveyed(
         own=total.own,
         accumulated=total.accumulated,
         ends=total.ends,
@@ -134,28 +134,28 @@ def _measure(
 ) -> tuple[tuple[Any, ...], evaluate.Environment]:
     """The first fields of a `_Batch`, and the float model's values."""
     graph = program.graph
-    units = find_units(program)
+    parts = find_parts(program)
     reference = evaluate_float(graph, params, flat)
     own: dict[str, Moments] = {}
     ends: dict[str, Ends] = {}
 
-    def observe(unit: Unit, as_float: Value, as_int8: Value) -> Any:
+    def observe(part: Part, as_float: Value, as_int8: Value) -> Any:
         wanted = as_float()
-        if unit.name and _is_float(wanted[0]):
+        if part.name and _is_float(wanted[0]):
             got = as_int8()[0]
-            if has_bias(program, unit):
-                got = shift_at(unit, reference, got)[1]
-            own[unit.name] = measures.moments(wanted[0], got)
-            if unit.site is not None and unit.site.epilogue.channels.axes:
-                ends[unit.name] = _ends(unit.site.epilogue, got, reference)
+            if has_bias(program, part):
+                got = shift_at(part, reference, got)[1]
+            own[part.name] = measures.moments(wanted[0], got)
+            if part.site is not None and part.site.epilogue.channels.axes:
+                ends[part.name] = _ends(part.site.epilogue, got, reference)
         return wanted
 
-    walk(program, units, params, plain, flat, observe)
+    evaluate_parts(program, parts, params, plain, flat, observe)
     quantized = program.run(qparams, flat)
     accumulated = {
-        unit.name: measures.moments(reference.read(var), quantized.wide(var))
-        for unit in units
-        if unit.name in own and (var := unit.end.outputs[0]) in quantized
+        part.name: measures.moments(reference.read(var), quantized.wide(var))
+        for part in parts
+        if part.name in own and (var := part.end.outputs[0]) in quantized
     }
     outputs = [
         measures.moments(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
