@@ -84,7 +84,7 @@ class ChannelsLast:
         return (1,) * self._added + tuple(shape[a] for a in self._kernel)
 
     def like_result(self, value: jax.Array) -> jax.Array:
-        """Of an array in the result's layout."""
+        """An array in the layout of the result, with channels last."""
         return self._expand(_transposed(value, self._out), 1)
 
     def back(self, result: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""That the arrays, the plan and the graph of a model belong together."""
+"""Checks that the arrays, the plan and the graph of a model belong together."""
 
 from __future__ import annotations
 

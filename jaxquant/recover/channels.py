@@ -128,7 +128,7 @@ def _tail_index(mean: np.ndarray, square: np.ndarray, count: int) -> float:
     tells = mean > 0
     if not tells.any():
         return 0.0
-    # Of exponential logarithms, those of a power law, it is 2 k / (k + 1) in the mean
+    # The spread of exponential logarithms, those of a power law, is 2 k / (k + 1) in the mean
     spread = np.mean(square[tells] / mean[tells] ** 2) * (count + 1) / count
     bend = 1 - 0.5 / (1 - 1 / spread) if spread > 1 else -np.inf
     return float(max(mean[tells].mean() + min(bend, 0.0), 0.0))

@@ -17,7 +17,7 @@ _FAR = 5.0  # dB
 
 
 class Columns(NamedTuple):
-    """Of y and ŷ in each column, float64 [C], over the values where y is finite.
+    """What is measured of y and ŷ in each column, float64 [C], where y is finite.
 
     Attributes:
       signal, noise: Σ y² and Σ (y - ŷ)²; infinite noise where the int8 model alone is not finite.
@@ -36,7 +36,7 @@ class Columns(NamedTuple):
 
     @staticmethod
     def of(array: np.ndarray) -> Columns:
-        """From what `measure_columns` gives, in float64, which holds the squares of any float32."""
+        """Read what `measure_columns` gives; in float64, which holds the squares of any float32."""
         signal, noise, *others, unit = np.asarray(array, np.float64)
         low, high, int8_low, int8_high, zeros = others
         square = unit**2
@@ -62,7 +62,7 @@ class Columns(NamedTuple):
 
 
 def join(a: Columns, b: Columns) -> Columns:
-    """Of two batches together, in NumPy."""
+    """The columns of two batches together, in NumPy."""
     return Columns(
         signal=a.signal + b.signal,
         noise=a.noise + b.noise,

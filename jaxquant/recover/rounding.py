@@ -222,7 +222,7 @@ class _Learner:
         )
 
     def _rounding(self, name: str, problem: adaround.Problem) -> Rounding:
-        """From the file, or learned and put there."""
+        """The rounding that the file has, or one that is learned and put there."""
         known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
                        np.array([adaround.STEPS, problem.correct], np.int64))  # fmt: skip
         shape = problem.down.shape

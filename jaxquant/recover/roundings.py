@@ -53,7 +53,7 @@ class Source:
     jax: str
 
     def differences(self, other: Source) -> list[str]:
-        """In what `other`, of a file, is of something else; one phrase each."""
+        """One phrase for each way in which a file, made with `other`, does not belong here."""
         found = []
         if self.model != other.model:
             by_jax = f", or jax {other.jax}, which it was made with, traces it otherwise"

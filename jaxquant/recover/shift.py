@@ -26,7 +26,7 @@ class Powers(NamedTuple):
 
     @staticmethod
     def of(array: np.ndarray) -> Powers:
-        """From what `powers` gives, in float64, which holds the squares of any float32."""
+        """Read what `powers` gives; in float64, which holds the squares of any float32."""
         signal, noise, unit = np.asarray(array, np.float64).tolist()
         return Powers(signal * unit**2, noise * unit**2)
 
@@ -46,7 +46,7 @@ class Shift(NamedTuple):
 
     @staticmethod
     def of(sums: Any, unit: Any) -> Shift:
-        """From the first three as one array, [3, C]."""
+        """Read the sums from one array, [3, C]."""
         return Shift(sums[0], sums[1], sums[2], unit)
 
     def sums(self) -> np.ndarray:
@@ -134,7 +134,7 @@ def powers(reference: Any, quantized: Any) -> jax.Array:
 def shift_of(
     off: jax.Array, gain: jax.Array, channels: Channels, unit: jax.Array | float = 1.0
 ) -> Shift:
-    """From y - ŷ and f(y) - f(ŷ), both in a unit; values that are not finite are left out."""
+    """Sum y - ŷ and f(y) - f(ŷ), both in a unit; values that are not finite are left out."""
     slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
     usable = jnp.isfinite(off) & jnp.isfinite(slope)
     weight = jnp.where(usable, jnp.clip(slope, 0, 1), 0)

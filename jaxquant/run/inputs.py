@@ -99,7 +99,7 @@ def _kind(x: Any) -> str:
 
 
 def _range(x: Any) -> Range | None:
-    """Of an array of floats; on its own device, so that two numbers travel."""
+    """The range of an array of floats, found on its device, so that two numbers travel."""
     if not jax.dtypes.issubdtype(jnp.result_type(x), jnp.floating) or not np.size(x):
         return None
     library = jnp if isinstance(x, jax.Array) else np

@@ -174,7 +174,7 @@ class Sequenced:
         return output in graph.output_vars or not readers <= inside
 
     def _links(self, position: int) -> dict[str, tuple[int, int]]:
-        """Of what a call reads of others: which, and which of its results."""
+        """The operands that a call reads of others: whose they are, and which of its results."""
         found = {}
         for name, at in self.members.links[position].items():
             as_int8 = name == "x" or self.calls[position].chain.residual_int8

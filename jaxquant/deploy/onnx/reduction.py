@@ -20,7 +20,7 @@ _REDUCTIONS = {
     "reduce_prod": "ReduceProd",
     "reduce_sum": "ReduceSum",
 }
-# Of truth values, as whole numbers.
+# Truth values are reduced as whole numbers.
 _LOGICAL = {"reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}
 _INDICES = {"argmax": "ArgMax", "argmin": "ArgMin"}
 _AXES_AS_INPUT = {"ReduceSum": 13, "ReduceMax": 18, "ReduceMin": 18, "ReduceProd": 18}

@@ -222,5 +222,5 @@ def _unstack(
     ]
 
 
-# Of several results.
+# The operations that give several results.
 SEVERAL = {"split": _split, "unstack": _unstack}

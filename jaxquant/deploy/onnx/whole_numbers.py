@@ -88,12 +88,12 @@ def larger(b: Nodes, left: Whole, right: Whole) -> Whole:
 
 
 def modulo(b: Nodes, left: Whole, right: Whole) -> Whole:
-    """With the sign of the divisor, as in Python."""
+    """The remainder with the sign of the divisor, as in Python."""
     return _apply(b, "Mod", np.mod, left, right)
 
 
 def floor_divide(b: Nodes, left: Whole, right: Whole) -> Whole:
-    """Rounded down, where ONNX's division of whole numbers rounds towards zero."""
+    """The quotient rounded down, where ONNX's division of whole numbers rounds towards zero."""
     multiple = subtract(b, left, modulo(b, left, right))
     return _apply(b, "Div", np.floor_divide, multiple, right)
 

@@ -1,4 +1,4 @@
-"""From a stored form to the graph, for inputs of any sizes that it allows."""
+"""Makes the graph of a stored form, for inputs of any sizes that it allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a graph to its stored form."""
+"""Makes the stored form of a graph."""
 
 from __future__ import annotations
 
