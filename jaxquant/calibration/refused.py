@@ -24,21 +24,20 @@ def explain(error: Exception, inputs: tuple[Any, ...], batch_size: int | None) -
     >>> explain(ValueError(), ({"image": np.ones((2, 8)), "label": np.ones(2)},), None)
     "calibration called apply_fn(params, *inputs) with inputs of {'image': float32[2, 8], \
 'label': float32[2]}. A dict is one argument: if the model takes one entry of it, pick that with \
-select='image'. An item of ds is a batch here: where it is a single sample, give batch_size="
+select='image'"
     """
-    said = [f"calibration called apply_fn(params, *inputs) with inputs of {describe(inputs)}"]
+    guesses = _guesses(inputs)
     is_of_values = isinstance(error, jax.errors.JAXTypeError)  # a traced `if`, `np.asarray(x)`, ...
     is_told = isinstance(error, CallError | ModelError)
-    if not is_of_values:
-        said += _guesses(inputs)
-    if not is_of_values and not is_told:
-        said.append(
+    if not (guesses or is_of_values or is_told):
+        guesses.append(
             f"batch_size={batch_size} has stacked {batch_size} items of ds on a new first axis: "
             "leave it out where they are batches already"
             if batch_size
             else "An item of ds is a batch here: where it is a single sample, give batch_size="
         )
-    return ". ".join(said)
+    called = f"calibration called apply_fn(params, *inputs) with inputs of {describe(inputs)}"
+    return ". ".join([called, *guesses])
 
 
 def _guesses(inputs: tuple[Any, ...]) -> list[str]:
