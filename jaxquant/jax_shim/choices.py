@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -33,6 +35,20 @@ class Place(NamedTuple):
     is_one_device: bool
 
 
+ONE_CPU = Place("cpu", is_export=False, is_one_device=True)
+_known = contextvars.ContextVar[Place | None]("jaxquant_place", default=None)
+
+
+@contextlib.contextmanager
+def at(place: Place) -> Iterator[None]:
+    """What is traced inside runs at this place and no other: its forms are chosen at once."""
+    token = _known.set(place)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
 def choose(
     pick: Callable[[Place], int],
     forms: Sequence[Form],
@@ -48,6 +64,8 @@ def choose(
       outputs: shape and dtype of the results.
       operands: arrays.
     """
+    if (place := _known.get()) is not None:
+        return list(forms[pick(place)](*operands))
     shapes = tuple((tuple(s.shape), s.dtype) for s in outputs)
     operands = match_varying(operands)
     return list(_choice.bind(*operands, pick=pick, forms=tuple(forms), shapes=shapes))

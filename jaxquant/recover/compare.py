@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, trace
+from jaxquant.graph.pieces import InPieces
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import Int8Site
@@ -43,7 +44,7 @@ class Comparison:
     def __init__(self, program: Program, params: Any):
         self._program = program
         self._params = params
-        self._step = jax.jit(self._compare, compiler_options=compilation.quick_compilation())
+        self._step = InPieces(self._compare, compilation.quick_compilation())
         graph = program.graph
         self._known = static_values(graph, params)
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
