@@ -21,9 +21,9 @@ from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report
-from jaxquant.report.sqnr import Outputs, measure_sqnr
+from jaxquant.report.sqnr import UNKNOWN, measure_quality
 from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.program import Program, program_by_site
+from jaxquant.run.program import program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
 from jaxquant.weights.quantize import quantize_params
 
@@ -226,16 +226,9 @@ def _quantize(
         qparams = quantize_params(binding, params)
         program = program_by_site(binding, params)
     with progress.stage("comparing"):
-        sqnr, outputs = _measured(program, params, qparams, inputs)
-        report = make_report(program, params, qparams, sqnr, outputs, recovery={})
-    warn_if_poor(source, qparams, binding.plan, report, inputs, progress)
+        known = not _has_shapes(inputs)  # of an example that is shapes alone there is nothing
+        comparison = Comparison(program, params)
+        quality = measure_quality(comparison, qparams, inputs) if known else UNKNOWN
+        report = make_report(program, params, qparams, quality, recovery={})
+    warn_if_poor(source, binding.plan, report, inputs)
     return qparams, QuantizedApply(Code(apply_fn, params), binding.plan, report, inputs)
-
-
-def _measured(
-    program: Program, params: Any, qparams: Any, inputs: tuple[Any, ...]
-) -> tuple[dict[str, float], Outputs | None]:
-    """The SQNR on the example; nothing where it is shapes alone."""
-    if _has_shapes(inputs):
-        return {}, None
-    return measure_sqnr(Comparison(program, params), qparams, [inputs])

@@ -32,7 +32,7 @@ from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover, with_files
 from jaxquant.report.report import make_report
-from jaxquant.report.sqnr import measure_sqnr
+from jaxquant.report.sqnr import measure_quality
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
@@ -173,7 +173,7 @@ def quantize(
     if found:
         qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
     inputs = observations.examples[0]
-    warn_if_poor(source, qparams, qapply.plan, qapply.report(), inputs, progress)
+    warn_if_poor(source, qapply.plan, qapply.report(), inputs)
     return qparams, qapply
 
 
@@ -185,12 +185,12 @@ def _build(
     progress: Progress,
 ) -> Built:
     examples = observations.examples
-    qparams, program, comparison, notes = quantize_and_recover(
+    qparams, uncorrected, program, comparison, notes = quantize_and_recover(
         source, binding, examples, file=file, progress=progress
     )
     with progress.stage("comparing"):
-        sqnr, outputs = measure_sqnr(comparison, qparams, examples[:1])
-        report = make_report(program, source.params, qparams, sqnr, outputs, notes)
+        quality = measure_quality(comparison, qparams, examples[0], uncorrected)
+        report = make_report(program, source.params, qparams, quality, notes)
         ranges = ranges_of(examples)
         code = Code(source.apply_fn, source.params)
         qapply = QuantizedApply(code, program.plan, report, examples[0], ranges=ranges)

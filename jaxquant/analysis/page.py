@@ -20,11 +20,13 @@ from jaxquant.graph import kinds
 from jaxquant.progress import Progress, Stage
 from jaxquant.report.report import Report, control_lines
 
+_OWN = "own_sqnr_db"  # of the report, on one batch; an analysis has the same of all its data
 _REPORT_COLUMNS = (
     ("site", "name"),
     ("kind", "kind"),
     ("runs in", "mode"),
     ("threshold", "threshold"),
+    ("own dB", _OWN),
     ("SQNR dB", "sqnr_db"),
     ("why float", "reason"),
 )
@@ -44,9 +46,9 @@ _REPORT_LEGEND = [
     ("threshold", "the |x| of the site's input that maps to the largest integer"),
     ("SQNR dB", "signal to quantization noise at the site's output, all errors before it included"),
 ]
+_OWN_LEGEND = ("own dB", "SQNR where this site alone is quantized")
 _ANALYSIS_LEGEND = [
     ("rank", "1 for the site that costs most"),
-    ("own dB", "SQNR where this site alone is quantized"),
     ("so far dB", "SQNR where it and all before it are"),
     ("cosine", "of the site's output in float and with this site alone quantized"),
     ("clipped %", "of the input's values beyond the threshold"),
@@ -167,7 +169,8 @@ def _table(report: Report, analysis: Analysis | None) -> str:
     found = {} if analysis is None else {row["name"]: row for row in analysis.rows}
     columns: list[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     rows = {row["name"]: row for row in report.rows}
-    columns = [(title, key, rows) for title, key in _REPORT_COLUMNS]
+    told_better = () if analysis is None else (_OWN,)
+    columns = [(title, key, rows) for title, key in _REPORT_COLUMNS if key not in told_better]
     if analysis is not None:
         more = (*_ANALYSIS_COLUMNS, *(_SCORE_COLUMNS if analysis.has_scores else ()))
         columns[-1:-1] = [(title, key, found) for title, key in more]
@@ -189,7 +192,7 @@ def _legend(report: Report, analysis: Analysis | None) -> str:
     """What the kinds and the columns mean."""
     used = {row["kind"] for row in report.rows}
     entries = [(kind, text) for kind, text in kinds.MEANINGS.items() if kind in used]
-    entries += _REPORT_LEGEND
+    entries += [*_REPORT_LEGEND, _OWN_LEGEND]
     if analysis is not None:
         entries += _ANALYSIS_LEGEND + (_SCORE_LEGEND if analysis.has_scores else [])
     body = "".join(

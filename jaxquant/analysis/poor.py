@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.analysis.advice import GOOD_DB
-from jaxquant.analysis.survey import survey
 from jaxquant.graph import ir
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
-from jaxquant.progress import Progress
 from jaxquant.report.report import Report
 
 POOR_SQNR = 5.0  # dB of the outputs, below which a quantization warns
@@ -64,20 +62,17 @@ def _warn_of_lost_columns(report: Report) -> None:
 
 def warn_if_poor(
     source: FloatModel,
-    qparams: Any,
     plan: Plan,
     report: Report,
     inputs: tuple[Any, ...],
-    progress: Progress,
 ) -> None:
     """Warn where the int8 model is far from the float model, with the sites to look at.
 
     Args:
       source: the float model.
-      qparams, plan: the int8 model.
+      plan: of the int8 model.
       report: of it, on `inputs`.
       inputs: the first calibration batch.
-      progress: shows that the sites are looked at; the warning comes after that.
     """
     output = report.summary["output_sqnr_db"]
     if output is None:
@@ -86,13 +81,9 @@ def warn_if_poor(
         _warn_of_lost_columns(report)
         return
     sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
-    with progress.stage("finding where the SQNR falls"):
-        found = falls(bind(source.trace(inputs), plan), sqnr, output)
-        shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
-        own = {
-            name: moments.sqnr_db
-            for name, moments in survey(source, qparams, plan, [inputs], progress).own.items()
-        }
+    own = {r["name"]: r["own_sqnr_db"] for r in report.rows if r["own_sqnr_db"] is not None}
+    found = falls(bind(source.trace(inputs), plan), sqnr, output)
+    shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
     warnings.warn(
         f"the quantized model's outputs have an SQNR of only {output:.1f} dB on the first batch. "

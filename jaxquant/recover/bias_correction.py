@@ -34,7 +34,7 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
         batches = stage.each(task.examples)
         qparams = with_shifts(start, (comparison(start, x, correct=True).shifts for x in batches))
     note = f"{len(comparison.corrected)} sites"
-    return draft.replaced("bias_correction", note, qparams=qparams)
+    return draft.replaced("bias_correction", note, qparams=qparams, uncorrected=start)
 
 
 STEP = Step(names=("bias_correction",), run=correct_biases)

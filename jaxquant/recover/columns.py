@@ -61,19 +61,6 @@ class Columns(NamedTuple):
         return varies & is_constant & is_far & (np.asarray(self.zeros) == 0)
 
 
-def join(a: Columns, b: Columns) -> Columns:
-    """The columns of two batches together, in NumPy."""
-    return Columns(
-        signal=a.signal + b.signal,
-        noise=a.noise + b.noise,
-        low=np.minimum(a.low, b.low),
-        high=np.maximum(a.high, b.high),
-        int8_low=np.minimum(a.int8_low, b.int8_low),
-        int8_high=np.maximum(a.int8_high, b.int8_high),
-        zeros=a.zeros + b.zeros,
-    )
-
-
 def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
     """What `Columns.of` takes, float32 [8, C], of two arrays of one shape.
 

@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
     Attributes:
       sites: site name -> the powers of its output, behind the affine part of its epilogue and
-        before its own shift is taken away.
+        before its own shift is taken away or the float model's value put in its place.
       outputs: the powers of each float output of the model.
       columns: of the same, what `jaxquant.recover.columns.measure_columns` gives.
       shifts: name of each int8 site whose bias is corrected -> its shift.
@@ -59,6 +59,15 @@ class Comparison:
             if s.site.name in program.slots and program.mode.integer
         }
 
+        self._ends = _ends(program)
+        self._named = {var: name for name, var in self._tensors.items() if var is not None}
+
+    @property
+    def with_error(self) -> Collection[str]:
+        """The int8 sites that have an error of their own: not those that only move integers."""
+        produced = {v for i in self._ends for v in self._program.graph.equations[i].outputs}
+        return {name for var, name in self._named.items() if var in produced}
+
     @property
     def output_names(self) -> list[str]:
         """The float outputs by their paths in what the model returns; "output" for a bare array."""
@@ -76,7 +85,9 @@ class Comparison:
         """The sites whose bias takes their shift away: those that have the step."""
         return self._activations.keys() & self._program.plan.recovered_by("bias_correction")
 
-    def __call__(self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool) -> Measured:
+    def __call__(
+        self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool = False, alone: bool = False
+    ) -> Measured:
         """Compare on one batch.
 
         Args:
@@ -84,8 +95,11 @@ class Comparison:
           inputs: the inputs of both models.
           correct: take every site's shift away before going on, so that the shifts of later sites
             are those that remain.
+          alone: go on behind every site with the float model's value, so that what is measured of a
+            site is its own error.
         """
-        found = self._step(self._params, self._known, qparams, jax.tree.leaves(inputs), correct)
+        flat = jax.tree.leaves(inputs)
+        found = self._step(self._params, self._known, qparams, flat, correct, alone)
         by_site, by_output, by_column, shifts = jax.device_get(found)
         return Measured(
             {name: Powers.of(powers) for name, powers in by_site.items()},
@@ -95,7 +109,13 @@ class Comparison:
         )
 
     def _compare(
-        self, params: Any, known: Any, qparams: Any, flat: list[Any], correct: jax.Array
+        self,
+        params: Any,
+        known: Any,
+        qparams: Any,
+        flat: list[Any],
+        correct: jax.Array,
+        alone: jax.Array,
     ) -> tuple[dict[str, jax.Array], list[jax.Array], list[jax.Array], dict[str, jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
         graph = self._program.graph
@@ -124,7 +144,27 @@ class Comparison:
 
             return correcting
 
-        quantized = self._program.hooked(corrected).run(qparams, flat)
+        def followed(lowering: Lowering) -> Lowering:
+            """A lowering whose values are measured, and those of the float model taken for them."""
+
+            def following(state: Evaluation) -> evaluate.Values:
+                values = {}
+                for var, value in lowering(state).items():
+                    values[var] = value
+                    if not _is_float(graph.dtype(var)):
+                        continue
+                    name = self._named.get(var, "")
+                    if name and name not in by_site:
+                        by_site[name] = powers(reference.read(var), value)
+                    wanted = reference.wide(var).astype(value.dtype)
+                    values[var] = jnp.where(alone, wanted, value)
+                return values
+
+            return following
+
+        program = self._program.hooked(corrected)
+        ends = {index: followed(program.lowerings[index]) for index in self._ends}
+        quantized = program.replacing(ends).run(qparams, flat)
         for name, var in self._tensors.items():
             if var is not None and var in quantized and name not in by_site:
                 by_site[name] = powers(reference.read(var), quantized.wide(var))
@@ -135,6 +175,19 @@ class Comparison:
         ]
         by_output = [powers(*pair) for pair in both]
         return by_site, by_output, [measure_columns(*pair) for pair in both], shifts
+
+
+def _ends(program: Program) -> list[int]:
+    """The last equations of what a program computes of int8 tensors, beside what moves integers."""
+    graph, binding = program.graph, program.binding
+    composites = program.model.composites
+    softmaxes = {last: set(each.members) for last, each in composites.softmaxes.items()}
+    reading = binding.forms.reads_int8 | binding.selects
+    last_ones = {last for last, members in softmaxes.items() if members & reading}
+    inner = {index for last, members in softmaxes.items() for index in members - {last}}
+    sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
+    found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
+    return sorted(found)
 
 
 def _is_float(dtype: Any) -> bool:

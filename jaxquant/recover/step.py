@@ -49,12 +49,14 @@ class Draft:
     Attributes:
       program: what runs; it holds the plan.
       qparams: its arrays.
+      uncorrected: the same before bias correction; None without that step.
       divisors: what the channels of tensors are divided by before they are quantized.
       notes: a line for the report of what each step did.
     """
 
     program: Program
     qparams: Any
+    uncorrected: Any = None
     divisors: Divisors = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

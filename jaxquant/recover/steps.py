@@ -24,9 +24,17 @@ STEPS: tuple[Step, ...] = tuple(
 
 
 class Recovered(NamedTuple):
-    """The int8 model after all steps; `notes` has a line of what each did."""
+    """The int8 model after all steps.
+
+    Attributes:
+      qparams, program: of that model.
+      uncorrected: its arrays before bias correction; None without that step.
+      comparison: of it with the float model.
+      notes: a line of what each step did.
+    """
 
     qparams: Any
+    uncorrected: Any
     program: Program
     comparison: Comparison
     notes: dict[str, str]
@@ -70,5 +78,5 @@ def quantize_and_recover(
     for step in STEPS:
         if step.is_automatic or step.is_asked_for(binding.plan.recover):
             draft = step.run(task, draft)
-    comparison = task.comparison(draft.program)
-    return Recovered(draft.qparams, draft.program, comparison, dict(draft.notes))
+    comparison, notes = task.comparison(draft.program), dict(draft.notes)
+    return Recovered(draft.qparams, draft.uncorrected, draft.program, comparison, notes)

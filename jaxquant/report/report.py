@@ -21,7 +21,7 @@ from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import FLOAT, INT8
 from jaxquant.plan.rules import Rule
 from jaxquant.report.coverage import tensor_rows
-from jaxquant.report.sqnr import Outputs
+from jaxquant.report.sqnr import Quality
 from jaxquant.report.table import html_table, text_table
 from jaxquant.run.program import Program
 
@@ -31,12 +31,13 @@ _COLUMNS = (
     ("runs in", "mode"),
     ("threshold", "threshold"),
     ("weight scale", "weight_scale"),
+    ("own dB", "own_sqnr_db"),
     ("SQNR dB", "sqnr_db"),
     ("epilogue", "epilogue"),
     ("why float", "reason"),
 )
-_NUMBERS = ("threshold", "weight_scale", "sqnr_db")
-_IN_HTML_ALONE = ("weight_scale", "reason")  # lines have no room; a reason has one of its own
+_NUMBERS = ("threshold", "weight_scale", "own_sqnr_db", "sqnr_db")
+_IN_HTML_ALONE = ("weight_scale", "epilogue", "reason")  # no room; a reason has a line of its own
 _WIDTH = 80  # characters of a line, where the terminal does not have more
 _SHOWN_TENSORS = 6  # of the float ones, in the text
 _RIGHT = [key in _NUMBERS for _, key in _COLUMNS]
@@ -50,8 +51,9 @@ class Report:
       rows: one dict per site: name, kind, scope, status ("int8": quantized, or "float"), mode (what
         it runs in, in words: "int8", "int8 (dynamic)": the scale of its input is computed in each
         call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold,
-        weight_scale_min, weight_scale_max, sqnr_db, epilogue, weight_path; None where a float site
-        has no such value.
+        weight_scale_min, weight_scale_max, own_sqnr_db (of its output with its own error alone),
+        sqnr_db (with the errors before it too), epilogue, weight_path; None where there is no such
+        value; see `jaxquant.report.sqnr.Quality`.
       tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
@@ -128,7 +130,9 @@ class Report:
         """What the columns and the kinds mean whose names do not say it."""
         used = {row["kind"] for row in self.rows}
         meanings = "; ".join(f"{k}: {text}" for k, text in MEANINGS.items() if k in used)
-        columns = "SQNR: at the site's output, with all errors before it."
+        columns = (
+            "SQNR dB: at the site's output, with all errors before it; own dB: with its own alone."
+        )
         return [f"({columns} Kinds: {meanings}.)" if meanings else f"({columns})"]
 
     def _footer(self) -> str:
@@ -214,8 +218,7 @@ def make_report(
     program: Program,
     params: Any,
     qparams: Any,
-    sqnr: Mapping[str, float],
-    outputs: Outputs | None,
+    quality: Quality,
     recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
@@ -245,7 +248,8 @@ def make_report(
                 float(scale.max()),
             )
         row["mode"] = FLOAT if site.status == FLOAT else label.format(bits=site.weight_bits)
-        row["sqnr_db"] = sqnr.get(site.name)
+        row["own_sqnr_db"] = quality.own.get(site.name)
+        row["sqnr_db"] = quality.sites.get(site.name)
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)
@@ -261,7 +265,7 @@ def make_report(
         "kinds": by_kind,
         "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
         "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
-        "output_sqnr_db": outputs.sqnr_db if outputs else None,
+        "output_sqnr_db": quality.outputs.sqnr_db if quality.outputs else None,
         "bytes_before": tree_bytes(params),
         "bytes_after": tree_bytes(qparams),
         "algo": plan.algo,
@@ -271,7 +275,7 @@ def make_report(
         "recovery": dict(recovery),
         "read_dequantized": sorted({r.site.weight_path for r in program.restored.values()}),
     }
-    return Report(rows, tensors, summary, outputs.rows if outputs else ())
+    return Report(rows, tensors, summary, quality.outputs.rows if quality.outputs else ())
 
 
 def _float_sites_on_integers(program: Program) -> set[str]:
@@ -326,5 +330,5 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1f}" if key == "sqnr_db" else f"{value:.4g}"
+        return f"{value:.1f}" if key.endswith("_db") else f"{value:.4g}"
     return str(value)

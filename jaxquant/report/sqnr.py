@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxquant.recover.columns import Columns, join
-from jaxquant.recover.compare import Comparison
-from jaxquant.recover.shift import Powers
+from jaxquant.recover.bias_correction import with_shifts
+from jaxquant.recover.columns import Columns
+from jaxquant.recover.compare import Comparison, Measured
 
 
 class Outputs(NamedTuple):
@@ -28,44 +27,72 @@ class Outputs(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def measure_sqnr(
-    comparison: Comparison, qparams: Any, examples: Sequence[tuple[Any, ...]]
-) -> tuple[dict[str, float], Outputs | None]:
-    """The SQNR in dB of every site's output and of the model's outputs, over some batches.
+class Quality(NamedTuple):
+    """How far an int8 model is from the float model; 10 log10(Σ y² / Σ (y - ŷ)²) in dB throughout.
 
-    Both models run whole, so the noise of earlier sites counts: 10 log10(Σ y² / Σ (y - ŷ)²).  A
-    site's output is taken behind the affine part of its epilogue.
+    Minus infinity where the int8 model gives NaN or infinity and the float model does not.
 
-    Returns:
-      Site name -> SQNR, without the sites inside control flow; and that of the float outputs of the
-      model, None where it has none.  Minus infinity where the int8 model gives NaN or infinity and
-      the float model does not.
+    Attributes:
+      sites: site -> SQNR of its output, both models run whole, so that the noise of earlier sites
+        counts; taken behind the affine part of its epilogue.  Without sites inside control flow.
+      own: int8 site -> likewise, where it reads what the float model gives; in a model whose biases
+        are corrected, with the correction that it would have there.  Without sites that only move
+        integers.
+      outputs: of the float outputs of the model; None where it has none.
     """
-    measured = [comparison(qparams, inputs, correct=False) for inputs in examples]
-    sites_db = {name: _ratio(m.sites[name] for m in measured) for name in measured[0].sites}
-    powers = [each for m in measured for each in m.outputs]
-    if not powers:
-        return sites_db, None
+
+    sites: Mapping[str, float]
+    own: Mapping[str, float]
+    outputs: Outputs | None
+
+
+UNKNOWN = Quality({}, {}, None)
+
+
+def measure_quality(
+    comparison: Comparison, qparams: Any, inputs: tuple[Any, ...], uncorrected: Any = None
+) -> Quality:
+    """Compare both models on one batch.
+
+    Args:
+      comparison: of the two.
+      qparams: the int8 model's arrays.
+      inputs: the batch.
+      uncorrected: the same before bias correction; None without that step.  A corrected bias takes
+        away the mean error that has gathered up to its site, so a site behind a bad one would look
+        bad by itself: its bias expects what the bad one does.
+    """
+    measured = comparison(qparams, inputs)
+    if uncorrected is not None:
+        qparams = with_shifts(uncorrected, [comparison(uncorrected, inputs, alone=True).shifts])
+    alone = comparison(qparams, inputs, alone=True)
+    return Quality(
+        sites={name: decibel(*powers) for name, powers in measured.sites.items()},
+        own={n: decibel(*alone.sites[n]) for n in comparison.with_error if n in alone.sites},
+        outputs=_outputs(comparison, measured),
+    )
+
+
+def _outputs(comparison: Comparison, measured: Measured) -> Outputs | None:
+    if not measured.outputs:
+        return None
     rows = [
-        _output_row(name, _ratio(m.outputs[k] for m in measured), [m.columns[k] for m in measured])
-        for k, name in enumerate(comparison.output_names)
+        _output_row(name, decibel(*powers), columns)
+        for name, powers, columns in zip(
+            comparison.output_names, measured.outputs, measured.columns, strict=True
+        )
     ]
-    return sites_db, Outputs(_ratio(powers), rows)
+    signal, noise = (sum(part) for part in zip(*measured.outputs, strict=True))
+    return Outputs(decibel(signal, noise), rows)
 
 
-def _output_row(name: str, sqnr_db: float, batches: Sequence[Columns]) -> dict[str, Any]:
-    columns = functools.reduce(join, batches)
+def _output_row(name: str, sqnr_db: float, columns: Columns) -> dict[str, Any]:
     kept = columns.sqnr_db
     row = {"name": name, "sqnr_db": sqnr_db, "worst_column": None, "worst_column_db": None}
     if not np.isnan(kept).all():
         worst = int(np.nanargmin(kept))
         row |= {"worst_column": worst, "worst_column_db": float(kept[worst])}
     return row | {"lost_columns": [int(k) for k in np.flatnonzero(columns.lost)]}
-
-
-def _ratio(powers: Iterable[Powers]) -> float:
-    signal, noise = (float(sum(map(float, p))) for p in zip(*powers, strict=True))
-    return decibel(signal, noise)
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -109,9 +109,14 @@ class Program:
         """
         goes_on = not self._by_site and platforms.kernels(self._backends)
         assert not goes_on, "a call may go on behind its site, but for by_site=True"
+        return self.replacing(
+            {index: hook(site, self.lowerings[index]) for index, site in self._ends().items()}
+        )
+
+    def replacing(self, others: Mapping[int, Lowering]) -> Program:
+        """The program with other lowerings in place of some of its own."""
         other = copy.copy(self)
-        hooks = {index: hook(site, self.lowerings[index]) for index, site in self._ends().items()}
-        other.lowerings = self.lowerings | hooks
+        other.lowerings = {**self.lowerings, **others}
         return other
 
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:

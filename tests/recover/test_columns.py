@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.recover.columns import Columns, join, measure_columns
+from jaxquant.recover.columns import Columns, measure_columns
 
 
 def columns(y, y_hat) -> Columns:
@@ -33,12 +33,6 @@ def test_columns_of_any_size(size: float):
 
 def test_a_lost_column_varies_without_a_zero_and_is_one_value_in_int8():
     assert columns(Y, Y_HAT).lost.tolist() == [False, True, False, False]
-
-
-def test_batches_are_joined():
-    whole, parts = columns(Y, Y_HAT), (columns(Y[k : k + 1], Y_HAT[k : k + 1]) for k in (0, 1))
-    for expected, found in zip(whole, join(*parts), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_what_is_not_finite():

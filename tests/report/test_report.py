@@ -23,6 +23,7 @@ KEYS = {
     "threshold",
     "weight_scale_min",
     "weight_scale_max",
+    "own_sqnr_db",
     "sqnr_db",
     "epilogue",
     "inputs",
@@ -116,6 +117,42 @@ def test_sqnr_is_infinite_where_int8_is_exact_and_that_of_the_outputs_elsewhere(
     assert rows["matmul"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
 
 
+def chain(p, x):
+    return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+
+@pytest.mark.parametrize("recover", [(), ("bias_correction",)])
+def test_a_site_behind_a_bad_one_is_good_by_itself(recover):
+    """The input of the first site is clipped to a thirtieth."""
+    params = {"a": networks.images(0, (6, 8)), "b": networks.images(1, (8, 3))}
+    x = networks.whole_numbers((16, 6))
+    clipping = jaxquant.histogram_observer(
+        lambda stats, levels: [s.abs_max / (1 if k else 30) for k, s in enumerate(stats)]
+    )
+    with pytest.warns(UserWarning, match="only"):
+        _, qapply = jaxquant.quant_post(
+            params, chain, [x], algo=clipping, recover=recover, progress=False
+        )
+    first, second = qapply.report().rows
+    assert first["own_sqnr_db"] < 10
+    assert first["own_sqnr_db"] == pytest.approx(first["sqnr_db"], abs=0.5)
+    assert second["sqnr_db"] < 10 < 30 < second["own_sqnr_db"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_own_errors_are_those_of_an_analysis_on_the_same_batch(full):
+    """Pooling too, whose error is none of the site behind it."""
+    x = networks.images()
+    params = networks.plain_params()
+    qparams, qapply = jaxquant.quant_post(
+        params, networks.plain_net, [x], is_full_quantize=full, progress=False
+    )
+    analysis = jaxquant.analyze(params, networks.plain_net, qparams, qapply, [x], progress=False)
+    wanted = {row["name"]: row["own_sqnr_db"] for row in analysis.rows}
+    found = {row["name"]: row["own_sqnr_db"] for row in qapply.report().rows}
+    assert found == pytest.approx(wanted, abs=0.3)
+
+
 def test_summary(quantized, report):
     qparams = quantized[2]
     summary = dict(report.summary)
@@ -134,9 +171,9 @@ def test_summary(quantized, report):
 def test_text(report):
     text = str(report)
     lines = text.splitlines()
-    heads = ["site", "kind", "runs", "in", "threshold", "SQNR", "dB", "epilogue"]
-    assert lines[0].split() == heads
-    assert lines[2].split() == ["exact", "mul", "int8", "127", "inf", "add", "max"]
+    heads = ["site", "kind", "runs", "in", "threshold"]
+    assert lines[0].split() == [*heads, "own", "dB", "SQNR", "dB"]
+    assert lines[2].split() == ["exact", "mul", "int8", "127", "inf", "inf"]
     assert lines[5] == "    'matmul' is not in quantizable_op_type"
     assert "mul: a dot with a weight (a Dense or Linear layer)" in " ".join(text.split())
     assert all(len(line) <= 80 for line in lines)
@@ -178,10 +215,11 @@ def test_html_is_well_formed_and_escaped(report):
     parser.close()
     assert parser.open == []
     assert parser.rows == 5
-    assert len(parser.cells) == 5 * 8
+    assert len(parser.cells) == 5 * 9
     assert BAD in parser.cells
     assert "<b>" not in text
-    assert parser.cells[8:14] == ["exact", "mul", "int8", "127", "1", "inf"]
+    assert parser.cells[9:16] == ["exact", "mul", "int8", "127", "1", "inf", "inf"]
+    assert parser.cells[16] == "add max"
 
 
 def test_json_is_strict_and_holds_everything(report):
