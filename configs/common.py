@@ -61,7 +61,7 @@ SETTINGS: settings.Settings = {
     ),
     "optimize_for": ("size", "or speed: what int8 makes slower here stays float"),
     "save_model_path": ("", "where to save the int8 model, a .safetensors file; empty: nowhere"),
-    "progress": (True, "show a progress bar"),
+    "progress": (True, "show what is being done"),
 }
 
 

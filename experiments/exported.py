@@ -118,7 +118,11 @@ def run(config: ConfigDict, processors: str = "any") -> None:
                 print(f"{runtime}: not installed")
                 continue
             path = folder / f"{runtime}.onnx"
-            form = {"runtime": OPTIONS[runtime], "processors": processors}
+            form = {
+                "runtime": OPTIONS[runtime],
+                "processors": processors,
+                "progress": config.progress,
+            }
             jaxquant.export_onnx(path, qparams, qapply, channels_first=True, **form)
             found = make(path, folder)
             got = [found.run(_channels_first(x)) for x in images]
@@ -150,7 +154,7 @@ def one_step_off(images: list[np.ndarray], qapply: Any) -> list[np.ndarray]:
 def saved(folder: Path, qparams: Any, qapply: Any, setup: Setup, images: np.ndarray) -> str:
     """Whether a fresh process gives the same bits, and the size of the file."""
     path, given, result = folder / "model.safetensors", folder / "x.npy", folder / "y.npy"
-    jaxquant.save_quantized_model(path, qparams, qapply)
+    jaxquant.save_quantized_model(path, qparams, qapply, progress=setup.progress)
     np.save(given, images)
     subprocess.run([sys.executable, "-c", _LOAD, path, given, result], check=True)
     here = np.asarray(qapply.with_backend("xla")(qparams, images))  # as the saved program runs

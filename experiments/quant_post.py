@@ -78,7 +78,8 @@ def run(config: ConfigDict) -> tuple[str, dict[str, Any], Any]:
     seconds = time.perf_counter() - started
     if saved:
         Path(saved).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        jaxquant.save_quantized_model(Path(saved).expanduser(), qparams, qapply)
+        file = Path(saved).expanduser()
+        jaxquant.save_quantized_model(file, qparams, qapply, progress=config.progress)
         print(f"the int8 model: {saved}", flush=True)
 
     fp32 = setup.evaluate_float()

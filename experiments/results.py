@@ -106,4 +106,5 @@ def write(workdir: Path, config: dict[str, Any], result: dict[str, Any], qapply:
     write_text(workdir / "report.txt", f"{report}\n")
     details = {"summary": report.summary, "rows": report.rows}
     write_text(workdir / "report.json", json.dumps(details, indent=2, default=float) + "\n")
-    jaxquant.report_html(workdir / "report.html", qapply, title=config["model"])
+    page = workdir / "report.html"
+    jaxquant.report_html(page, qapply, title=config["model"], progress=config["progress"])

@@ -1,5 +1,6 @@
 """From the settings of an experiment to its network and its images."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from experiments.evaluate import Evaluation, evaluate
 from experiments.loader import batches
 from experiments.preprocessing import Preprocessing
 from experiments.weights.tree import Variables, random_variables, template
+from jaxquant.progress import Progress
 
 
 class Setup(NamedTuple):
@@ -26,11 +28,18 @@ class Setup(NamedTuple):
     evaluation: data.Dataset
     batch_size: int
     workers: int
+    progress: bool
 
     def evaluate(self, model: Callable[[np.ndarray], jax.Array]) -> Evaluation:
         """What a model, images -> logits, says about the images to evaluate on."""
         images = batches(self.evaluation, self.preprocessing, self.batch_size, self.workers)
-        return evaluate(model, images, self.batch_size)
+        size = self.evaluation.size
+        total = None if size is None else math.ceil(size / self.batch_size)
+        with (
+            Progress("the evaluation", self.progress) as shown,
+            shown.stage("evaluating", total, "batch") as stage,
+        ):
+            return evaluate(model, stage.each(images), self.batch_size)
 
     def evaluate_float(self) -> Evaluation:
         """What the network itself says about them."""
@@ -52,7 +61,8 @@ def prepare(config: ConfigDict) -> Setup:
     module, variables = load_model(config)
     preprocessing = model_input(config)
     chosen = choose_data(config, preprocessing.size)
-    return Setup(module, variables, preprocessing, *chosen, config.batch_size, config.workers)
+    batch_size, workers, progress = config.batch_size, config.workers, config.progress
+    return Setup(module, variables, preprocessing, *chosen, batch_size, workers, progress)
 
 
 def load_model(config: ConfigDict) -> tuple[nn.Module, Variables]:

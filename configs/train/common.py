@@ -45,7 +45,7 @@ SETTINGS: settings.Settings = {
     "checkpoint_steps": (0, "steps between two checkpoints; 0: once an epoch"),
     "keep": (2, "newest checkpoints to keep"),
     "eval_epochs": (1.0, "epochs between two evaluations; 0: only at the end"),
-    "progress": (True, "show a progress bar"),
+    "progress": (True, "show what is being done"),
 }
 
 

@@ -28,7 +28,8 @@ def measure(network: Network, methods: Sequence[Method], workdir: str) -> None:
       methods: those whose rows are not finished.
       workdir: where to keep them.
     """
-    store, setup = Store(workdir), prepare(network.config)
+    store = Store(workdir)
+    setup = prepare(network.config)._replace(progress=False)  # processes write side by side
     fp32 = store.evaluation(network)
     if fp32 is None:
         _say(network.name, "float32 ...")
@@ -70,6 +71,7 @@ def _quantized(
         setup.module.apply,
         observations,
         **method.options,
+        progress=False,
     )
     seconds = calibration_seconds + time.perf_counter() - started
     model = jax.jit(qapply)

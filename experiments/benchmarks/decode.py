@@ -77,7 +77,7 @@ def main() -> None:
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
         models: dict[str, tuple[Any, Any]] = {"float32": (params, step)}
         for name, form in FORMS.items():
-            models[name] = jaxquant.quant_weights(params, step, shapes, **form)
+            models[name] = jaxquant.quant_weights(params, step, shapes, progress=False, **form)
         programs = {}
         for name, (arrays, apply_fn) in models.items():
             compiled = jax.jit(apply_fn).lower(arrays, *inputs).compile()

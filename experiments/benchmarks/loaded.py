@@ -25,7 +25,7 @@ def measure(network: str, batch: int, rounds: int, weights: str | None) -> None:
         case = Case(network, batch, Path(folder), weights)
         qparams, qapply = case.int8()
         path, start = Path(folder) / "model.safetensors", time.perf_counter()
-        jaxquant.save_quantized_model(path, qparams, qapply)
+        jaxquant.save_quantized_model(path, qparams, qapply, progress=False)
         saved = time.perf_counter()
         loaded, loaded_apply = jaxquant.load_quantized_model(path)
         done = time.perf_counter()

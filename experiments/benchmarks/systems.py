@@ -56,7 +56,9 @@ class Case:
         int8.
         """
         path = self.folder / "int8.onnx"
-        jaxquant.export_onnx(path, *self.int8(True), channels_first=True, processors="vnni")
+        jaxquant.export_onnx(
+            path, *self.int8(True), channels_first=True, processors="vnni", progress=False
+        )
         return path
 
     @functools.cache  # noqa: B019

@@ -29,6 +29,7 @@ from jaxquant.plan.bind import bind
 from jaxquant.plan.liveness import live_equations
 from jaxquant.plan.modes import MODES, WEIGHT_ONLY
 from jaxquant.plan.plan import VERSION, Plan
+from jaxquant.progress import Progress
 from jaxquant.report.report import Report
 from jaxquant.run.program import Program
 from jaxquant.run.qapply import QuantizedApply, check_qparams
@@ -46,6 +47,7 @@ def save_quantized_model(
     *,
     shapes: Any = None,
     constraints: Sequence[str] = (),
+    progress: bool = True,
 ) -> None:
     """Save an int8 model in one file, from which `load_quantized_model` makes it again.
 
@@ -64,6 +66,7 @@ def save_quantized_model(
       constraints: what holds for every size with a name, where the model needs it: ("s <= 512",)
         for a model that reads `positions[:s]` of 512.  `qapply` refuses other sizes.  Written with
         <=, >= or ==, as `jax.export.symbolic_args_specs` takes them.
+      progress: show what is being done, as `jaxquant.quant_post`.
 
     Raises:
       ValueError: `qparams` and `qapply` do not belong together, an array, container or operation
@@ -83,19 +86,22 @@ def save_quantized_model(
       [[1.0, 1.0, 1.0, 1.0]]
       >>> folder.cleanup()
     """
-    plain = tree.plain(qparams, qapply)
-    stored = make_stored(qapply, shapes, constraints)
-    check_program(_example_program(stored, qapply.plan), plain, stored.example)
-    parts = {
-        "plan.json": dataclasses.asdict(qapply.plan),
-        "report.json": _plain_report(qapply.report()),
-        "graph.json": dataclasses.asdict(stored.form),
-    }
-    tensors = {**tree.flatten(plain), **stored.arrays}
-    for name, value in parts.items():
-        tensors[f"{_PARTS}/{name}"] = packing.pack(dump_json(value, name))
-    versions = {"jaxquant": __version__, "jax": jax.__version__}
-    atomic.write_file(path, container.chunks(tensors, versions, FORMAT))
+    with Progress("save_quantized_model", progress) as shown:
+        with shown.stage("tracing"):
+            plain = tree.plain(qparams, qapply)
+            stored = make_stored(qapply, shapes, constraints)
+            check_program(_example_program(stored, qapply.plan), plain, stored.example)
+        with shown.stage("saving"):
+            parts = {
+                "plan.json": dataclasses.asdict(qapply.plan),
+                "report.json": _plain_report(qapply.report()),
+                "graph.json": dataclasses.asdict(stored.form),
+            }
+            tensors = {**tree.flatten(plain), **stored.arrays}
+            for name, value in parts.items():
+                tensors[f"{_PARTS}/{name}"] = packing.pack(dump_json(value, name))
+            versions = {"jaxquant": __version__, "jax": jax.__version__}
+            atomic.write_file(path, container.chunks(tensors, versions, FORMAT))
 
 
 def make_stored(

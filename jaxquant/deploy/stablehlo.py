@@ -9,6 +9,7 @@ from typing import Any
 from jaxquant.deploy import program, tree
 from jaxquant.files import atomic
 from jaxquant.keywords import named
+from jaxquant.progress import Progress
 
 
 @named
@@ -19,6 +20,7 @@ def export_stablehlo(
     *,
     shapes: Any = None,
     constraints: Sequence[str] = (),
+    progress: bool = True,
 ) -> None:
     """Write the int8 program as portable StableHLO, for CPU, GPU (CUDA) and TPU.
 
@@ -27,7 +29,7 @@ def export_stablehlo(
 
     Args:
       path: of the file to write.
-      qparams, qapply, shapes, constraints: as for `jaxquant.save_quantized_model`.
+      qparams, qapply, shapes, constraints, progress: as for `jaxquant.save_quantized_model`.
 
     Raises:
       ValueError, OSError: as `jaxquant.save_quantized_model`.
@@ -47,7 +49,10 @@ def export_stablehlo(
       (3, 4)
       >>> folder.cleanup()
     """
-    plain = tree.plain(qparams, qapply)
-    inputs = program.symbolic_inputs(qapply, shapes, constraints)
-    exported = program.export_program(plain, qapply.with_backend("xla"), inputs)
-    atomic.write_file(path, [program.serialize(exported)])
+    with Progress("export_stablehlo", progress) as shown:
+        with shown.stage("lowering"):
+            plain = tree.plain(qparams, qapply)
+            inputs = program.symbolic_inputs(qapply, shapes, constraints)
+            exported = program.export_program(plain, qapply.with_backend("xla"), inputs)
+        with shown.stage("saving"):
+            atomic.write_file(path, [program.serialize(exported)])

@@ -21,6 +21,7 @@ from jaxquant.deploy.onnx.target import Target
 from jaxquant.files import atomic
 from jaxquant.graph.contraction import DENSE
 from jaxquant.keywords import named
+from jaxquant.progress import Progress
 
 OPSETS = range(13, 24)
 _CHANNELS_FIRST = (0, 3, 1, 2)
@@ -46,6 +47,7 @@ def export_onnx(
     processors: str = "any",
     shapes: Any = None,
     constraints: Sequence[str] = (),
+    progress: bool = True,
 ) -> None:
     """Write an int8 model as ONNX, in the QDQ form that runtimes turn into int8 kernels.
 
@@ -72,7 +74,7 @@ def export_onnx(
         transposed convolutions, which are float32.  "vnni" (x86 with AVX512-VNNI, AVX-VNNI or AMX),
         "arm" and "gpu" are for those alone: all weights are int8, which is faster on them, and what
         TensorRT and the drivers of phones ask for.
-      shapes, constraints: see `jaxquant.save_quantized_model`.
+      shapes, constraints, progress: see `jaxquant.save_quantized_model`.
 
     Raises:
       ValueError: the model holds an operation that is not covered (the message names it and its
@@ -91,13 +93,15 @@ def export_onnx(
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     target = Target(runtime, processors)
-    lowered = lower("ONNX", qparams, qapply, shapes, constraints)
     builder = Builder(opset)
-    quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
-    emitter = Emitter(lowered, quantizer, control_flow.TABLE)
-    model = _model(emitter, channels_first)
-    contents = model.SerializeToString(deterministic=True)
-    atomic.write_file(path, [contents])
+    with Progress("export_onnx", progress) as shown:
+        with shown.stage("tracing"):
+            lowered = lower("ONNX", qparams, qapply, shapes, constraints)
+        with shown.stage("writing the graph"):
+            quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
+            model = _model(Emitter(lowered, quantizer, control_flow.TABLE), channels_first)
+        with shown.stage("saving"):
+            atomic.write_file(path, [model.SerializeToString(deterministic=True)])
 
 
 def _first_factors(model: Lowered) -> frozenset[str]:
