@@ -251,7 +251,8 @@ def _convert(options: argparse.Namespace) -> int:
     qparams, qapply = load_quantized_model(options.path)
     # One text is for all inputs, several are for one each.
     shapes = tuple(options.shapes) if len(options.shapes) > 1 else next(iter(options.shapes), None)
-    sizes: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
+    options_of_both: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
+    options_of_both["progress"] = False  # a command says nothing beside its result
     if options.to == "onnx":
         export_onnx(
             output,
@@ -261,10 +262,10 @@ def _convert(options: argparse.Namespace) -> int:
             channels_first=options.channels_first,
             runtime=options.runtime,
             processors=options.processors,
-            **sizes,
+            **options_of_both,
         )
     else:
-        export_stablehlo(output, qparams, qapply, **sizes)
+        export_stablehlo(output, qparams, qapply, **options_of_both)
     size = os.path.getsize(output)
     if options.json:
         print(json.dumps({"output": output, "format": options.to, "bytes": size}))
