@@ -180,11 +180,10 @@ class Comparison:
 def _ends(program: Program) -> list[int]:
     """The last equations of what a program computes of int8 tensors, beside what moves integers."""
     graph, binding = program.graph, program.binding
-    composites = program.model.composites
-    softmaxes = {last: set(each.members) for last, each in composites.softmaxes.items()}
+    wholes = {last: set(c.members) for last, c in program.model.composites.whole.items()}
     reading = binding.forms.reads_int8 | binding.selects
-    last_ones = {last for last, members in softmaxes.items() if members & reading}
-    inner = {index for last, members in softmaxes.items() for index in members - {last}}
+    last_ones = {last for last, members in wholes.items() if members & reading}
+    inner = {index for last, members in wholes.items() for index in members - {last}}
     sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
     found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
     return sorted(found)
