@@ -23,8 +23,8 @@ from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
+from jaxquant.plan.candidates import in_skip_scope
 from jaxquant.plan.constants import takes_constants
-from jaxquant.plan.select import in_skip_scope
 
 
 @dataclasses.dataclass(frozen=True)

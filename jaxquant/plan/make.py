@@ -12,8 +12,9 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
-from jaxquant.plan import behaviours, select
+from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding, bind, group_entries
+from jaxquant.plan.candidates import candidates, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig, name_of
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
@@ -32,7 +33,7 @@ def observed_tensors(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     and dots alone are int8, so that these choices can be changed later.
     """
     graph, found, names = model.graph, model.sites, model.names
-    sites = select.reported(graph, found, config)
+    sites = reported(graph, found, config)
     check_sites(sites)
     _check_patterns(found, config)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False, rules=())
@@ -40,14 +41,14 @@ def observed_tensors(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
     for choice in (weighted, without_skips, config):
-        chosen = select.candidates(graph, found, choice)
+        chosen = candidates(graph, found, choice)
         forms = _forms(model, found, chosen, choice)
         entries |= {names[var]: var for var in forms.entries}
         tied |= tied_tensors(graph, chosen, forms, names)
     entries |= {name: var for name, var in tied.items() if name not in entries}
     if not entries:
         raise _nothing_left(
-            {f"{s.kind}: {select.reason_for_float(graph, s, found, config)}" for s in sites}
+            {f"{s.kind}: {reason_for_float(graph, s, found, config)}" for s in sites}
         )
     return entries
 
@@ -69,7 +70,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
     """
     graph, names, mode = model.graph, model.names, MODES[config.mode]
     found = model.sites_of(mode.lookups)
-    sites = select.reported(graph, found, config)
+    sites = reported(graph, found, config)
     check_sites(sites)
     _check_patterns(found, config)
     if observations is None:
@@ -87,7 +88,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         if site.name in allowed:
             reason = _unused(graph, site, forms)
         else:
-            reason = select.reason_for_float(graph, site, found, config)
+            reason = reason_for_float(graph, site, found, config)
         plan_of_site = _site_plan(graph, site, reason, mode, forms, groups)
         plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
     if not any(plan.status == INT8 for plan in plans):
@@ -122,7 +123,7 @@ def _draft(
     model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
 ) -> _Draft:
     graph = model.graph
-    chosen = select.candidates(graph, found, config)
+    chosen = candidates(graph, found, config)
     with_scales = chosen if MODES[config.mode].tensor_scales else ()
     forms = _forms(model, found, with_scales, config)
     if observations is None:
@@ -153,7 +154,7 @@ def _forms(
 ) -> Forms:
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
-    sites = select.reported(model.graph, found, config)
+    sites = reported(model.graph, found, config)
     barred = {s.equation for s in sites if s.name not in allowed and not s.inside}
     return find_forms(model, chosen, config.kinds, barred)
 

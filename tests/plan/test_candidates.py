@@ -8,8 +8,8 @@ import pytest
 from jax import lax
 
 from jaxquant.graph.trace import trace
+from jaxquant.plan.candidates import reason_for_float
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.select import reason_for_float
 from tests import networks
 
 
