@@ -131,7 +131,7 @@ def other_function(p, x):
         ),
         ({"params": PARAMS | {"b": jnp.ones(2)}}, r"params\['b'\] .*in the file missing"),
         ({"apply_fn": other_function}, "apply_fn computes something else"),
-        ({"observer": "avg"}, "algo is 'avg', in the file 'KL', which keeps statistics of its own"),
+        ({"algo": "avg"}, "algo is 'avg', in the file 'KL', which keeps statistics of its own"),
         ({"is_full_quantize": True}, "holds nothing on.*is_full_quantize is True, in the file F"),
         ({"batch_nums": 2}, "batch_nums is 2, in the file None"),
         ({"select": 0}, "select is '0', in the file 'None'"),
