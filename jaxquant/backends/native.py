@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ _ROWS_WORTH_PACKING = 32
 
 
 class Native:
-    """Runs convolutions of one and two axes, and dots of the last axis with that of a matrix.
+    """Runs convolutions of one and two axes, and dots of x's last axes with a weight's first ones.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -44,7 +45,7 @@ class Native:
 
     def pack(self, call: Call, weight: jax.Array) -> jax.Array:
         if call.contraction.window is None:
-            return native.pack_dot(weight)
+            return native.pack_dot(_matrix(call, weight))
         layout = ChannelsLast(call.contraction)
         window = layout.window
         return native.pack_conv(layout.kernel(weight), window.groups, window.dilation)
@@ -53,16 +54,18 @@ class Native:
         if call.contraction.window is not None:
             layout = ChannelsLast(call.contraction)
             return [layout.back(y) for y in _results(_convolution(call, operands).run())]
-        is_packed = "packed" in operands
+        x, axes, packed = operands["x"], call.contraction.operands, operands.get("packed")
+        lead = x.shape[: len(axes[0].free)]
+        channels = [call.weight_shape[a] for a in axes[1].free]
         y = native.dot(
-            operands["x"],
-            operands["packed" if is_packed else "weight"],
+            x.reshape(*lead, math.prod(x.shape[len(lead) :])),
+            _matrix(call, operands["weight"]) if packed is None else packed,
             operands["multiplier"],
             operands.get("bias"),
-            columns=call.weight_shape[1] if is_packed else None,
+            columns=None if packed is None else math.prod(channels),
             **_options(call, operands),
         )
-        return _results(y)
+        return [each.reshape(*lead, *channels) for each in _results(y)]
 
     def sequence(
         self,
@@ -87,8 +90,18 @@ def has(call: Call) -> bool:
     x, weight, _ = call.contraction.axes
     if call.contraction.window is not None:
         return len(weight.window) in (1, 2)
-    is_matrix = not weight.batch and weight.contracted == (0,) and weight.rank == 2
-    return is_matrix and x.contracted == (x.rank - 1,)
+    # A product of matrices, but for shapes: the kernels of a `DenseGeneral`, of any rank.
+    summed = len(weight.contracted)
+    are_last = x.contracted == tuple(range(x.rank - summed, x.rank))
+    are_first = weight.contracted == tuple(range(summed))
+    has_both = summed > 0 and bool(weight.free) and not weight.batch
+    return call.contraction.is_dot and has_both and are_first and are_last
+
+
+def _matrix(call: Call, weight: jax.Array) -> jax.Array:
+    """The weight of a dot as [K, N]."""
+    summed = len(call.contraction.operands[1].contracted)
+    return weight.reshape(math.prod(weight.shape[:summed]), math.prod(weight.shape[summed:]))
 
 
 def _results(given: Any) -> Sequence[jax.Array]:
