@@ -251,9 +251,12 @@ def _choose(
       readers: the sites behind it.
       alphas: the exponents to try.
     """
+    # What wins has to beat the tensor as it is by some margin: the rows are few, and a scale for
+    # each channel keeps the tensor out of the calls that know one scale.
     own = Grid(tensor.scale, tensor.zero_point)
     least = _WORTH * sum(reader.error(_input_grid(own), None) for reader in readers)
     largest = np.max([reader.largest(seen.high.shape[1]) for reader in readers], axis=0)
+    # A channel whose weights are all zero may be divided by anything that is finite.
     largest = np.where(largest > 0, largest, largest.max(initial=0.0) or 1.0)
     best = None
     for grid in [own] if tensor.symmetric else candidate_grids(own, seen):

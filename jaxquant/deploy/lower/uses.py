@@ -63,6 +63,8 @@ class Uses:
 
         Runtimes quantize before those, so they run the site before them in int8.
         """
+        # The network clips first and quantizes then.  Both orders give the same integers, so a
+        # runtime may turn them round where nobody reads the float in between.
         reader = self._only_reader(var)
         if var in self.network.outputs:
             return False

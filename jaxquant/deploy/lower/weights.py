@@ -109,6 +109,8 @@ def make_weight(
       bias: [C] or None.
       input_scale: of the tensor that the weight meets.
     """
+    # A runtime multiplies the scales of weight and input in float32.  Those products are the steps,
+    # and where float32 has such a scale they are the site's multipliers to the last bit.
     along = [1] * int8.ndim
     along[axis] = -1
     multiplier = multiplier.astype(np.float64)
