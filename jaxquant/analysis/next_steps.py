@@ -37,7 +37,8 @@ def next_steps(report: Report, analysis: Analysis | None) -> list[str]:
         )
     others = [r["name"] for r in report.rows if r["status"] == FLOAT and r["kind"] not in by_kind]
     if others:
-        found.append(f"{len(others)} other sites are float; the table has the reason of each.")
+        count = "One other site is" if len(others) == 1 else f"{len(others)} other sites are"
+        found.append(f"{count} float; the table has the reason of each.")
     if analysis is None:
         found.append("jaxquant.analyze(..., metric=...) adds the errors and costs of each site.")
     elif not analysis.has_scores:

@@ -59,6 +59,7 @@ _SCORE_LEGEND = [
     ("alone in int8", "what the metric loses where this site alone is quantized"),
     ("float gives", "what it gains where this site alone stays float"),
 ]
+_TEXTS = ("name", "kind", "mode", "reason", "cause")  # columns that hold no numbers
 _DETAILED = 6  # sites with pictures of their own
 _DPI = 180  # of the pictures, twice that of
 _CSS_DPI = 90  # the page, so that they are sharp on every screen
@@ -175,8 +176,9 @@ def _table(report: Report, analysis: Analysis | None) -> str:
         more = (*_ANALYSIS_COLUMNS, *(_SCORE_COLUMNS if analysis.has_scores else ()))
         columns[-1:-1] = [(title, key, found) for title, key in more]
     head = "".join(
-        f'<th aria-sort="none"><button type="button">{html.escape(title)}</button></th>'
-        for title, _, _ in columns
+        f'<th class="{"text" if key in _TEXTS else "number"}" aria-sort="none">'
+        f'<button type="button">{html.escape(title)}</button></th>'
+        for title, key, _ in columns
     )
     body = []
     for name, row in rows.items():

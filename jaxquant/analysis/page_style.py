@@ -36,6 +36,7 @@ th button { font: inherit; font-weight: 600; color: inherit; border: 0; backgrou
 th[aria-sort=ascending] button::after { content: " ▲"; }
 th[aria-sort=descending] button::after { content: " ▼"; }
 td { padding: 4px 8px; border-top: 1px solid var(--line); white-space: nowrap; }
+th.number { text-align: right; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.float td { color: var(--dim); }
 pre { background: var(--raised); padding: 12px; overflow-x: auto; }
