@@ -99,8 +99,15 @@ def _kind(x: Any) -> str:
 
 
 def _range(x: Any) -> Range | None:
-    """The range of an array of floats, found on its device, so that two numbers travel."""
+    """The range of an array of floats, found where it is, so that two numbers travel."""
     if not jax.dtypes.issubdtype(jnp.result_type(x), jnp.floating) or not np.size(x):
         return None
-    library = jnp if isinstance(x, jax.Array) else np
+    library = np if _is_in_memory(x) else jnp  # NumPy has nothing to compile
     return Range(float(library.min(x)), float(library.max(x)))
+
+
+def _is_in_memory(x: Any) -> bool:
+    """True where NumPy reads the array as it is: no copy from a device or another process."""
+    if not isinstance(x, jax.Array):
+        return True
+    return x.is_fully_addressable and all(device.platform == "cpu" for device in x.devices())
