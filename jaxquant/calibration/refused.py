@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.graph.calls import CallError, ModelError, describe
+from jaxquant.graph.calls import CallError, ModelError, shapes_text
 
 _COLOURS = (1, 3)
 
@@ -36,7 +36,7 @@ select='image'"
             if batch_size
             else "An item of ds is a batch here: where it is a single sample, give batch_size="
         )
-    called = f"calibration called apply_fn(params, *inputs) with inputs of {describe(inputs)}"
+    called = f"calibration called apply_fn(params, *inputs) with inputs of {shapes_text(inputs)}"
     return ". ".join([called, *guesses])
 
 

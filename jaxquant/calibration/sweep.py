@@ -24,7 +24,7 @@ from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
 from jaxquant.calibration.refused import explain
 from jaxquant.graph import ir
-from jaxquant.graph.calls import describe
+from jaxquant.graph.calls import shapes_text
 from jaxquant.graph.checks import check_no_randomness, check_weights
 from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
 from jaxquant.graph.model import FloatModel, Model
@@ -116,7 +116,7 @@ class Sweep:
         if not self._done.batches:
             self.start(inputs)
         done = self._done
-        is_new = describe(jax.tree.map(ir.struct, inputs)) not in self._known
+        is_new = shapes_text(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
             known = self._known_of(inputs)
             seen, own = self._step(done.own, self._params, known, *inputs)
@@ -208,7 +208,7 @@ class Sweep:
 
     def _known_of(self, inputs: tuple[Any, ...]) -> dict[ir.Var, np.ndarray]:
         """What the model computes of its parameters alone."""
-        shapes = describe(jax.tree.map(ir.struct, inputs))
+        shapes = shapes_text(jax.tree.map(ir.struct, inputs))
         if shapes not in self._known:
             self._known[shapes] = static_values(self._source.trace(inputs).graph, self._params)
         return self._known[shapes]
@@ -221,7 +221,7 @@ class Sweep:
         if tuple(tensors) != self._names:
             raise ValueError(
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
-                f"{describe(inputs)}"
+                f"{shapes_text(inputs)}"
             )
         needed = list(ir.walk_back(graph, list(tensors.values())))
         flat = jax.tree.leaves(inputs)
@@ -253,7 +253,7 @@ def with_example(
     if not examples:
         return (inputs,)
     fits = sum(map(_batch_length, examples)) + _batch_length(inputs) <= _KEPT_SAMPLES
-    alike = fits and describe(inputs) == describe(examples[0])
+    alike = fits and shapes_text(inputs) == shapes_text(examples[0])
     return (*examples, inputs) if alike else examples
 
 

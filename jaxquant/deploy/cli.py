@@ -139,7 +139,7 @@ def _command(commands: Any, name: str, run: Any, text: str, epilog: str) -> Any:
 def _inspect(options: argparse.Namespace) -> int:
     _, metadata, digest = container.read(options.path, FORMAT)
     qparams, qapply = load_quantized_model(options.path, sha256=digest)
-    found = describe(options.path, digest, metadata, qparams, qapply)
+    found = inspection(options.path, digest, metadata, qparams, qapply)
     if options.json:
         print(json.dumps(found, indent=1))
         return SAME
@@ -152,7 +152,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return SAME
 
 
-def describe(
+def inspection(
     path: str,
     digest: str,
     metadata: Mapping[str, str],

@@ -42,10 +42,10 @@ float32[2, 3]; `train` must be an input too, or be fixed around the function: \
         raise CallError(_difference(signature, inputs)) from None
 
 
-def describe(inputs: Any) -> str:
+def shapes_text(inputs: Any) -> str:
     """The dtypes and shapes of a pytree of inputs.
 
-    >>> describe((jnp.ones((2, 3)), {"mask": jnp.ones(2, bool)}))
+    >>> shapes_text((jnp.ones((2, 3)), {"mask": jnp.ones(2, bool)}))
     "float32[2, 3], {'mask': bool[2]}"
     """
     shown = jax.tree.map(lambda x: _Shown(f"{jnp.result_type(x)}{list(np.shape(x))}"), inputs)
@@ -85,7 +85,7 @@ def _difference(signature: inspect.Signature, inputs: Sequence[Any]) -> str:
     count = f"{len(inputs)} input{'' if len(inputs) == 1 else 's'}"
     said = (
         f"apply_fn({', '.join(signature.parameters)}) is called with its parameters and {count}, "
-        f"{describe(tuple(inputs))}"
+        f"{shapes_text(tuple(inputs))}"
     )
     taken = sum(p.kind in _BY_POSITION for p in parameters) - 1
     if taken < 1:

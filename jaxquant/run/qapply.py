@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxquant.backends.choice import Choice, check_backend, choose_backend, table_of
 from jaxquant.graph import ir
-from jaxquant.graph.calls import describe
+from jaxquant.graph.calls import shapes_text
 from jaxquant.graph.model import Model, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
@@ -182,8 +182,9 @@ class QuantizedApply(NotPickled):
         except Exception as error:
             if self.inputs is not None:
                 error.add_note(
-                    f"qapply was called with inputs of {describe(inputs)}; it was quantized with "
-                    f"{describe(self.inputs)}, and takes other sizes where the float model does"
+                    f"qapply was called with inputs of {shapes_text(inputs)}; it was quantized "
+                    f"with {shapes_text(self.inputs)}, and takes other sizes where the float model "
+                    "does"
                 )
             raise
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy import program, tree
-from jaxquant.deploy.describe import describe
 from jaxquant.deploy.lower.scales import Scales
 from jaxquant.deploy.lower.uses import Uses
 from jaxquant.deploy.network import Int8Node, Network
+from jaxquant.deploy.to_network import to_network
 from jaxquant.plan.modes import STATIC
 
 
@@ -68,7 +68,7 @@ def lower(
     plain = tree.plain(qparams, qapply)
     inputs = program.symbolic_inputs(qapply, shapes, constraints)
     with program.explained(inputs):
-        network, constants = describe(qapply.with_backend("xla").program(*inputs), inputs)
+        network, constants = to_network(qapply.with_backend("xla").program(*inputs), inputs)
     scales = Scales(qapply.plan, plain["tensors"])
     return Lowered(
         network=network,

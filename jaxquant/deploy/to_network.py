@@ -21,7 +21,7 @@ from jaxquant.run.program import Program
 MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
 
 
-def describe(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
+def to_network(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
     """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
     outputs = jax.tree.unflatten(program.graph.out_tree, program.graph.outputs)
     names = _names(inputs[0] if len(inputs) == 1 else inputs, "input"), _names(outputs, "output")
