@@ -11,9 +11,8 @@ rewritten, exactly, until it is of the fast forms:
   three and more          become a sum over the first axis of the window
   depthwise, small window is a sum of shifted products, which XLA fuses
   1x1                     is a dot
-  few input channels      are padded with channels of zeros
 
-A convolution with other groups stays as it is; the native kernels have it.
+What is left is in the form of its platform (`jaxquant.backends.direct`).
 
 XLA would undo the first two, since it folds transposes and padding into the convolution; and of
 int8 padded and dilated with zeros that gives wrong sums on CPU (jax 0.10; jax 0.12 fails to compile
@@ -31,12 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.backends import direct
 from jaxquant.graph import symbolic
 from jaxquant.graph.contraction import Contraction, Window
 
-# XLA's int8 convolution of fewer input channels, or of this few to as few, is slow on CPU.
-_FEW_CHANNELS = 16
-_PADDED_CHANNELS = 32
 # A depthwise window of at most this many taps runs as shifted multiply-adds.
 _MAX_TAPS = 64
 
@@ -168,18 +165,7 @@ def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> j
         window = dataclasses.replace(window, padding=((0, 0), (0, 0)))
     if _is_pointwise(kernel, window):
         return _pointwise_by_dot(x, kernel, window)
-    if window.groups == 1 and _has_few_channels(kernel):
-        x, kernel = (_with_channels(x, -1), _with_channels(kernel, -2))
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=window.strides,
-        padding=window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=window.groups,
-        preferred_element_type=jnp.int32,
-    )
+    return direct.convolve(x, kernel, window)
 
 
 def _pad(x: jax.Array, padding: Pads, zero_point: int) -> jax.Array:
@@ -261,15 +247,3 @@ def _pointwise_by_dot(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Ar
     kernel = lax.squeeze(kernel, range(kernel.ndim - 2))
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return lax.dot_general(x, kernel, contract, preferred_element_type=jnp.int32)
-
-
-def _has_few_channels(kernel: jax.Array) -> bool:
-    inputs, outputs = kernel.shape[-2:]
-    return inputs < _FEW_CHANNELS or (inputs == _FEW_CHANNELS and outputs <= _FEW_CHANNELS)
-
-
-def _with_channels(value: jax.Array, axis: int) -> jax.Array:
-    """An operand with zeros as further input channels."""
-    pads = [(0, 0, 0)] * value.ndim
-    pads[axis] = (0, _PADDED_CHANNELS - value.shape[axis], 0)
-    return lax.pad(value, jnp.int8(0), pads)
