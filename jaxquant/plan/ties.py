@@ -16,8 +16,14 @@ makes much of one.  So multipliers and scales are chosen such that next to none 
 A multiplier is made larger, never smaller, by way of the weight's scale.  In the first case by less
 than 2^-11 of it where a q below 4096 gives that, or r is small (then q is 1 / r, and the distance
 r / 2).  In the second to the next multiple: where the rounding of the weights is not small beside a
-scale, r is so large that this is some percent.  A multiplier below two units takes a multiple of
-half, a quarter, ... of the unit and grows by half of itself at most; there a tie is possible.
+scale, r is so large that this is some percent.
+
+A channel whose multiplier is far below the scale gives next to nothing but its bias, a number that
+comes back in every position of every sample: if it is near a tie, all of them are.  Its multiplier
+becomes a whole unit, or 2^-15 of the scale, however much that is more: what its weights lose is
+some hundredths of an integer.  Only where somebody else reads its float values, a float operation
+or the caller, are they kept: a multiplier below two units takes a multiple of half, a quarter, ...
+of the unit and grows by half of itself at most; there a tie is possible.
 """
 
 from __future__ import annotations
@@ -39,7 +45,8 @@ LARGEST_STEP = 2.0**-6  # by what part of it a scale may change to be an odd mul
 _NUMERATORS = 16  # tried at a time
 _LARGEST_RATIO = 64.0  # beyond which a ratio stays: one more in the sum is so many integers
 _BITS = 14  # of the multiple that the largest scale is of the unit, less one
-_FEWEST = 2  # units in a multiplier
+_FEWEST = 2  # units in a multiplier whose float values are read
+LEAST_RATIO = 2.0**-15  # of a multiplier to a scale where they are not
 
 _SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
 _SELECTING = frozenset(_SELECTED.split())
@@ -62,12 +69,17 @@ class Sums(NamedTuple):
 class Fit(NamedTuple):
     """What a site's multipliers have to fit: the scale that its sums are quantized on, or a unit.
 
-    `tensors` are the names of the scales that are multiples of that unit; none beside a scale.
+    Attributes:
+      scale: what the sums are quantized on by themselves, or None.
+      unit: what their multipliers are multiples of, or None.
+      tensors: the names of the scales that are multiples of that unit; none beside a scale.
+      is_read: whether a float operation or the caller reads the sums in float too.
     """
 
     scale: float | None
     unit: float | None
     tensors: frozenset[str]
+    is_read: bool
 
 
 def without_ties(binding: Binding) -> Binding:
@@ -102,6 +114,7 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     divided = {names[var] for var in binding.per_channel if var in names}
     scales = {t.name: t.scale for t in binding.plan.tensors if t.threshold > 0}
     sums = find_sums(binding.graph, names)
+    read = _read_in_float(binding, sums)
     fits = {}
     for int8_site in binding.sites:
         site, found = int8_site.site, sums.get(int8_site.epilogue.output)
@@ -110,13 +123,44 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
         if not divided.isdisjoint(found.together):
             continue
         alone, together = found.alone & set(scales), found.together & set(scales)
+        is_read = not read.isdisjoint(found.together)
         if len(alone) == 1:
             (name,) = alone
-            fits[site.name] = Fit(scales[name], None, frozenset())
+            fits[site.name] = Fit(scales[name], None, frozenset(), is_read)
         elif together:
             unit = unit_of(max(scales[name] for name in together))
-            fits[site.name] = Fit(None, unit, together)
+            fits[site.name] = Fit(None, unit, together, is_read)
     return fits
+
+
+def _read_in_float(binding: Binding, sums: Mapping[ir.Var, Sums]) -> frozenset[str]:
+    """The scales of those sums that a float operation or the caller reads in float too."""
+    graph, forms = binding.graph, binding.forms
+    in_int8 = {int8_site.site.equation for int8_site in binding.sites}
+    in_int8 |= forms.moves | forms.reads_int8
+
+    def reads_float(eqn: ir.Equation, var: ir.Var) -> bool:
+        if _hands_on(graph, eqn) and eqn.outputs[0] in sums:
+            return False
+        return eqn.index not in in_int8 or var not in forms.int8
+
+    return frozenset(
+        name
+        for var, found in sums.items()
+        if var in graph.outputs
+        or any(reads_float(eqn, var) for eqn in graph.consumers.get(var, ()))
+        for name in found.together
+    )
+
+
+def _adds(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True for a sum of two activations."""
+    return eqn.name in _ADDING and sum(not graph.static[v] for v in eqn.input_vars) == 2
+
+
+def _hands_on(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True for what moves, selects or adds."""
+    return _adds(graph, eqn) or eqn.name in _SELECTING or primitives.is_movement(graph, eqn)
 
 
 def find_sums(graph: ir.Graph, scales: Mapping[ir.Var, str]) -> dict[ir.Var, Sums]:
@@ -139,12 +183,11 @@ def find_sums(graph: ir.Graph, scales: Mapping[ir.Var, str]) -> dict[ir.Var, Sum
         parent[root(var)] = root(first.setdefault(name, var))
     added: set[ir.Var] = set()
     for eqn in reversed(graph.equations):
-        operands = [v for v in eqn.input_vars if not graph.static[v]]
-        adds = eqn.name in _ADDING and len(operands) == 2
-        if not (adds or eqn.name in _SELECTING or primitives.is_movement(graph, eqn)):
+        if not _hands_on(graph, eqn):
             continue
         (output,) = eqn.outputs
-        for var in operands:
+        adds = _adds(graph, eqn)
+        for var in (v for v in eqn.input_vars if not graph.static[v]):
             parent[root(var)] = root(output)
             reached[var] = reached.get(var, frozenset()) | reached.get(output, frozenset())
             if adds or output in added:
@@ -202,16 +245,21 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, ratio)
 
 
-def multiples(multiplier: np.ndarray, unit: float) -> np.ndarray:
-    """The least multiples of `unit` that are not below; of its half, quarter, ... below two units.
+def multiples(multiplier: np.ndarray, unit: float, is_read: bool) -> np.ndarray:
+    """The least multiples of `unit` that are not below.
 
     Args:
       multiplier: float64 [C], positive.
+      unit: a power of two.
+      is_read: take multiples of the unit's half, quarter, ... for a multiplier below two units.
 
     Example:
-      >>> multiples(np.array([4.1, 2.0, 1.1]), 1.0).tolist()
-      [5.0, 2.0, 1.5]
+      >>> multiples(np.array([4.1, 2.0, 1.1, 0.1]), 1.0, True).tolist()
+      [5.0, 2.0, 1.5, 0.125]
+      >>> multiples(np.array([4.1, 2.0, 1.1, 0.1]), 1.0, False).tolist()
+      [5.0, 2.0, 2.0, 1.0]
     """
-    part = np.minimum(np.floor(np.log2(multiplier / unit / _FEWEST)), 0.0)
-    step = unit * np.exp2(part)
+    step = np.full(multiplier.shape, unit)
+    if is_read:
+        step *= np.exp2(np.minimum(np.floor(np.log2(multiplier / unit / _FEWEST)), 0.0))
     return np.ceil(multiplier / step * (1 - 2.0**-23)) * step

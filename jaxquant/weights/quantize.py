@@ -129,9 +129,10 @@ def _growth(multiplier: np.ndarray, fit: ties.Fit | None) -> np.ndarray:
         return growth
     if fit.scale is not None:
         scale = float(np.float32(fit.scale))
-        growth[is_used] = ties.fractions(used / scale) * scale / used
+        ratio = used / scale if fit.is_read else np.maximum(used / scale, ties.LEAST_RATIO)
+        growth[is_used] = ties.fractions(ratio) * scale / used
     elif fit.unit is not None:
-        growth[is_used] = ties.multiples(used, fit.unit) / used
+        growth[is_used] = ties.multiples(used, fit.unit, fit.is_read) / used
     return growth
 
 
