@@ -21,9 +21,10 @@ scale, r is so large that this is some percent.
 A channel whose multiplier is far below the scale gives next to nothing but its bias, a number that
 comes back in every position of every sample: if it is near a tie, all of them are.  Its multiplier
 becomes a whole unit, or 2^-15 of the scale, however much that is more: what its weights lose is
-some hundredths of an integer.  Only where somebody else reads its float values, a float operation
-or the caller, are they kept: a multiplier below two units takes a multiple of half, a quarter, ...
-of the unit and grows by half of itself at most; there a tie is possible.
+some hundredths of an integer.  They are kept only where somebody else reads its float values, a
+float operation or the caller, or where a part of the sums is quantized on a scale far below: a
+multiplier below two units takes a multiple of half, a quarter, ... of the unit and grows by half
+of itself at most; there a tie is possible.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _LARGEST_RATIO = 64.0  # beyond which a ratio stays: one more in the sum is so m
 _BITS = 14  # of the multiple that the largest scale is of the unit, less one
 _FEWEST = 2  # units in a multiplier whose float values are read
 LEAST_RATIO = 2.0**-15  # of a multiplier to a scale where they are not
+_UNLIKE = 8.0  # times another scale: the hundredths of an integer are tenths there
 
 _SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
 _SELECTING = frozenset(_SELECTED.split())
@@ -73,13 +75,14 @@ class Fit(NamedTuple):
       scale: what the sums are quantized on by themselves, or None.
       unit: what their multipliers are multiples of, or None.
       tensors: the names of the scales that are multiples of that unit; none beside a scale.
-      is_read: whether a float operation or the caller reads the sums in float too.
+      keeps_small: whether a channel far below the scales matters: a float operation or the caller
+        reads it, or a part of the sums is quantized on a scale far below the others.
     """
 
     scale: float | None
     unit: float | None
     tensors: frozenset[str]
-    is_read: bool
+    keeps_small: bool
 
 
 def without_ties(binding: Binding) -> Binding:
@@ -123,14 +126,20 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
         if not divided.isdisjoint(found.together):
             continue
         alone, together = found.alone & set(scales), found.together & set(scales)
-        is_read = not read.isdisjoint(found.together)
+        keeps_small = not read.isdisjoint(found.together) or _are_unlike(scales, together)
         if len(alone) == 1:
             (name,) = alone
-            fits[site.name] = Fit(scales[name], None, frozenset(), is_read)
+            fits[site.name] = Fit(scales[name], None, frozenset(), keeps_small)
         elif together:
             unit = unit_of(max(scales[name] for name in together))
-            fits[site.name] = Fit(None, unit, together, is_read)
+            fits[site.name] = Fit(None, unit, together, keeps_small)
     return fits
+
+
+def _are_unlike(scales: Mapping[str, float], names: frozenset[str]) -> bool:
+    """True where next to nothing on one of these scales is much on another."""
+    some = [scales[name] for name in names]
+    return max(some, default=1.0) > _UNLIKE * min(some, default=1.0)
 
 
 def _read_in_float(binding: Binding, sums: Mapping[ir.Var, Sums]) -> frozenset[str]:
@@ -245,13 +254,13 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(found), found, ratio)
 
 
-def multiples(multiplier: np.ndarray, unit: float, is_read: bool) -> np.ndarray:
+def multiples(multiplier: np.ndarray, unit: float, keeps_small: bool) -> np.ndarray:
     """The least multiples of `unit` that are not below.
 
     Args:
       multiplier: float64 [C], positive.
       unit: a power of two.
-      is_read: take multiples of the unit's half, quarter, ... for a multiplier below two units.
+      keeps_small: take multiples of the unit's half, quarter, ... for a multiplier below two units.
 
     Example:
       >>> multiples(np.array([4.1, 2.0, 1.1, 0.1]), 1.0, True).tolist()
@@ -260,6 +269,6 @@ def multiples(multiplier: np.ndarray, unit: float, is_read: bool) -> np.ndarray:
       [5.0, 2.0, 2.0, 1.0]
     """
     step = np.full(multiplier.shape, unit)
-    if is_read:
+    if keeps_small:
         step *= np.exp2(np.minimum(np.floor(np.log2(multiplier / unit / _FEWEST)), 0.0))
     return np.ceil(multiplier / step * (1 - 2.0**-23)) * step

@@ -129,10 +129,10 @@ def _growth(multiplier: np.ndarray, fit: ties.Fit | None) -> np.ndarray:
         return growth
     if fit.scale is not None:
         scale = float(np.float32(fit.scale))
-        ratio = used / scale if fit.is_read else np.maximum(used / scale, ties.LEAST_RATIO)
+        ratio = used / scale if fit.keeps_small else np.maximum(used / scale, ties.LEAST_RATIO)
         growth[is_used] = ties.fractions(ratio) * scale / used
     elif fit.unit is not None:
-        growth[is_used] = ties.multiples(used, fit.unit, fit.is_read) / used
+        growth[is_used] = ties.multiples(used, fit.unit, fit.keeps_small) / used
     return growth
 
 

@@ -42,7 +42,7 @@ def test_a_ratio_beyond_all_fractions_stays():
 
 @hypothesis.given(hnp.arrays(np.float64, 8, elements=st.floats(1e-9, 1e9)))
 def test_a_multiple_is_above_by_half_at_most(multiplier):
-    found = ties.multiples(multiplier, 1.0, is_read=True)
+    found = ties.multiples(multiplier, 1.0, keeps_small=True)
     assert (found >= multiplier * (1 - 1e-6)).all()
     assert (found <= multiplier * 1.5 + (multiplier >= 2)).all()
     assert (found[multiplier >= 2] % 1 == 0).all()
@@ -50,7 +50,7 @@ def test_a_multiple_is_above_by_half_at_most(multiplier):
 
 @hypothesis.given(hnp.arrays(np.float64, 8, elements=st.floats(1e-9, 1e9)))
 def test_a_multiple_is_whole_where_nobody_reads_it_in_float(multiplier):
-    found = ties.multiples(multiplier, 1.0, is_read=False)
+    found = ties.multiples(multiplier, 1.0, keeps_small=False)
     assert (found >= multiplier * (1 - 1e-6)).all()
     assert (found <= multiplier + 1).all()
     assert (found % 1 == 0).all()
