@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends.zero_points import ZeroPoints
 from jaxquant.graph import ir
 from jaxquant.graph.contraction import Contraction
 from jaxquant.graph.primitives import Channels
@@ -46,8 +47,9 @@ class Call:
 
     The sum keeps zp_x * sum(q_w), which the bias takes away; what pads x is zp_x.  The operands are
     a dict: x, weight, multiplier; and, where there are such, bias, inv_scale, residual,
-    residual_scale, and packed, the weight as `Backend.pack` made it.  The results are y, q, or both
-    in this order.
+    residual_scale, and packed, the weight as `Backend.pack` made it.  Where the zero points vary,
+    they are operands too, int32 []: zero_point, and, where the residual is int8 and where q is a
+    result, residual_zero_point and out_zero_point.  The results are y, q, or both in this order.
 
     Attributes:
       contraction: what is summed.
@@ -61,6 +63,8 @@ class Call:
       residual: what is added; None without an addition.
       gives_float: whether y is a result.
       out_zero_point: of q; None where q is no result.
+      varies: whether the zero points are operands, since they vary from step to step of a loop; the
+        numbers here are not read then, and `out_zero_point` only tells whether q is a result.
     """
 
     contraction: Contraction
@@ -74,6 +78,19 @@ class Call:
     residual: Residual | None = None
     gives_float: bool = True
     out_zero_point: int | None = None
+    varies: bool = False
+
+    def zero_points(self, operands: Mapping[str, Any]) -> ZeroPoints:
+        """The zero points of a call with these operands: its own numbers, or arrays among them."""
+        adds_int8 = self.residual is not None and self.residual.is_int8
+        if self.varies:
+            return ZeroPoints(
+                operands["zero_point"],
+                operands["residual_zero_point"] if adds_int8 else 0,
+                0 if self.out_zero_point is None else operands["out_zero_point"],
+            )
+        residual = self.residual.zero_point if self.residual is not None and adds_int8 else 0
+        return ZeroPoints(self.zero_point, residual, self.out_zero_point or 0)
 
     @property
     def outputs(self) -> list[jax.ShapeDtypeStruct]:

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.backends import direct
+from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import symbolic
 from jaxquant.graph.contraction import Contraction, Window
 
@@ -115,7 +116,7 @@ def window_of(contraction: Contraction) -> Window:
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, contraction: Contraction, zero_point: int = 0
+    x: jax.Array, kernel: jax.Array, contraction: Contraction, zero_point: ZeroPoint = 0
 ) -> jax.Array:
     """Convolution of int8 arrays to int32.
 
@@ -128,7 +129,7 @@ def conv(
 
 
 def undilated(
-    x: jax.Array, contraction: Contraction, zero_point: int
+    x: jax.Array, contraction: Contraction, zero_point: ZeroPoint
 ) -> tuple[jax.Array, Contraction]:
     """The input dilated and padded beforehand where it is dilated or its padding negative."""
     window = window_of(contraction)
@@ -138,7 +139,7 @@ def undilated(
 
 
 def _fully_padded(
-    x: jax.Array, contraction: Contraction, window: Window, zero_point: int
+    x: jax.Array, contraction: Contraction, window: Window, zero_point: ZeroPoint
 ) -> tuple[jax.Array, Contraction]:
     """The input padded and dilated with its zero point, and the convolution that is left."""
     config = [(0, 0, 0)] * x.ndim
@@ -154,13 +155,13 @@ def _fully_padded(
     return x, dataclasses.replace(contraction, window=left)
 
 
-def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:
+def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: ZeroPoint) -> jax.Array:
     """Channels last; any number of spatial axes."""
     if _is_small_depthwise(kernel, window) and _is_decided(x, kernel, window):
         return _depthwise_by_taps(_pad(x, window.padding, zero_point), kernel, window)
     if x.ndim > 4:
         return _by_first_axis(x, kernel, window, zero_point)
-    if zero_point:
+    if not is_zero(zero_point):
         x = _pad(x, window.padding, zero_point)
         window = dataclasses.replace(window, padding=((0, 0), (0, 0)))
     if _is_pointwise(kernel, window):
@@ -168,13 +169,15 @@ def _conv(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> j
     return direct.convolve(x, kernel, window)
 
 
-def _pad(x: jax.Array, padding: Pads, zero_point: int) -> jax.Array:
+def _pad(x: jax.Array, padding: Pads, zero_point: ZeroPoint) -> jax.Array:
     if all(pads == (0, 0) for pads in padding):
         return x
     return lax.pad(x, jnp.int8(zero_point), [(0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)])
 
 
-def _by_first_axis(x: jax.Array, kernel: jax.Array, window: Window, zero_point: int) -> jax.Array:
+def _by_first_axis(
+    x: jax.Array, kernel: jax.Array, window: Window, zero_point: ZeroPoint
+) -> jax.Array:
     """The sum over the first axis of the window of convolutions with one spatial axis less."""
     first = (window.padding[0], *((0, 0),) * (x.ndim - 3))
     x, rest = _pad(x, first, zero_point), window.without_first()

@@ -13,28 +13,29 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.backends.conv import conv
+from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import ir
 from jaxquant.graph.contraction import Contraction
 from jaxquant.graph.contraction import dot as make_dot
 from jaxquant.jax_shim import jaxprs
 
 
-def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: int = 0) -> jax.Array:
+def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
     """Round `x * inv_scale` half to even, add the zero point and saturate; any shape, to int8."""
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
-    if zero_point:
+    if not is_zero(zero_point):
         scaled = scaled + jnp.float32(zero_point)
     return lax.clamp(jnp.float32(-128), scaled, jnp.float32(127)).astype(jnp.int8)
 
 
-def dequantize(x: jax.Array, scale: jax.Array, zero_point: int = 0) -> jax.Array:
+def dequantize(x: jax.Array, scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
     """What int8 values stand for, as float32; any shape."""
     value = x.astype(jnp.float32)
-    return (value - jnp.float32(zero_point) if zero_point else value) * scale
+    return (value if is_zero(zero_point) else value - jnp.float32(zero_point)) * scale
 
 
 def accumulate(
-    contraction: Contraction, operands: Sequence[jax.Array], zero_points: Sequence[int]
+    contraction: Contraction, operands: Sequence[jax.Array], zero_points: Sequence[ZeroPoint]
 ) -> jax.Array:
     """A convolution or dot of a tensor with a weight, to int32.
 
@@ -51,7 +52,7 @@ def combine(
     eqn: ir.Equation,
     contraction: Contraction | None,
     operands: Sequence[jax.Array],
-    zero_points: Sequence[int],
+    zero_points: Sequence[ZeroPoint],
 ) -> jax.Array:
     """A dot of two tensors, or a sum over one, of the values less their zero points; to int32."""
     if contraction is not None:
@@ -59,6 +60,27 @@ def combine(
     values = [x.astype(jnp.int32) - z for x, z in zip(operands, zero_points, strict=True)]
     (total,) = jaxprs.bind(eqn.primitive, values, dict(eqn.params))
     return total
+
+
+def gather(eqn: ir.Equation, operands: Sequence[jax.Array], zero_point: ZeroPoint) -> jax.Array:
+    """A gather of an int8 array; of an index out of range, where floats give NaN, the zero point.
+
+    Args:
+      eqn: the gather.
+      operands: the int8 array and the indices.
+      zero_point: of the array.
+    """
+    x, *indices = operands
+    params = {**eqn.params, "fill_value": 0}
+    if not isinstance(zero_point, jax.Array):
+        params["fill_value"] = zero_point
+        (result,) = jaxprs.bind(eqn.primitive, operands, params)
+        return result
+    # The value to fill with has to be known: 0, of integers less their zero point.  That may
+    # overflow; int8 wraps, so adding the zero point again gives the integer that was there.
+    shift = zero_point.astype(jnp.int8)
+    (shifted,) = jaxprs.bind(eqn.primitive, [x - shift, *indices], params)
+    return shifted + shift
 
 
 def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.Array:
@@ -115,7 +137,9 @@ def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contract
 
 
 def dot_of_tensors(
-    operands: tuple[jax.Array, jax.Array], contraction: Contraction, zero_points: Sequence[int]
+    operands: tuple[jax.Array, jax.Array],
+    contraction: Contraction,
+    zero_points: Sequence[ZeroPoint],
 ) -> jax.Array:
     """`dot` of two tensors less their zero points, by the sums along the contracted axes.
 
@@ -123,11 +147,11 @@ def dot_of_tensors(
     """
     total = dot(operands, contraction)
     z, w = zero_points
-    if w:
+    if not is_zero(w):
         total = total - w * _sums(operands[0], contraction, 0)
-    if z:
+    if not is_zero(z):
         total = total - z * _sums(operands[1], contraction, 1)
-    if z and w:
+    if not (is_zero(z) or is_zero(w)):
         total = total + z * w * contraction.terms(operands[1].shape)
     return total
 

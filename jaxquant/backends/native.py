@@ -83,7 +83,7 @@ class Native:
 
 def has(call: Call) -> bool:
     """True where there are kernels for a call."""
-    if call.movements or call.weight_position != 1:
+    if call.varies or call.movements or call.weight_position != 1:
         return False
     if call.channels.axes not in (call.contraction.result.free[1], ()):
         return False

@@ -31,17 +31,18 @@ class Xla:
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
         arrays = [operands["x"]]
         arrays.insert(call.weight_position, operands["weight"])
-        sums = int8.accumulate(call.contraction, arrays, [call.zero_point]).astype(jnp.float32)
+        zero_points = call.zero_points(operands)
+        sums = int8.accumulate(call.contraction, arrays, [zero_points.x]).astype(jnp.float32)
         y = _clamp(epilogue(call.movements, call.channels, sums, operands), call.clamps[0])
         if call.residual is not None:
             added = operands["residual"]
             if call.residual.is_int8:
                 scale = operands["residual_scale"]
-                added = int8.dequantize(added, scale, call.residual.zero_point)
+                added = int8.dequantize(added, scale, zero_points.residual)
             y = _clamp(y + added, call.clamps[1])
         results = [y] if call.gives_float else []
         if call.out_zero_point is not None:
-            results.append(int8.quantize(y, operands["inv_scale"], call.out_zero_point))
+            results.append(int8.quantize(y, operands["inv_scale"], zero_points.out))
         return results
 
     def sequence(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxquant.backends import int8
 from jaxquant.backends.epilogue import epilogue
+from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import Int8Site
@@ -79,7 +80,7 @@ def _sum(
     graph: ir.Graph,
     site: Site,
     operands: Sequence[jax.Array],
-    zero_points: Sequence[int],
+    zero_points: Sequence[ZeroPoint],
     env: evaluate.Environment,
 ) -> jax.Array:
     """The accumulator of a site without a stored weight, as float32."""
@@ -92,7 +93,7 @@ def _sum(
 
 
 def _with_computed_weight(
-    graph: ir.Graph, site: Site, x: jax.Array, zero_point: int, env: evaluate.Environment
+    graph: ir.Graph, site: Site, x: jax.Array, zero_point: ZeroPoint, env: evaluate.Environment
 ) -> jax.Array:
     """The sum with a weight that the program computes and quantizes, as float32."""
     assert site.weight is not None
@@ -101,7 +102,7 @@ def _with_computed_weight(
     operands = [x, weight] if site.weight_position else [weight, x]
     total = int8.accumulate(site.product, operands, [zero_point])
     channels = output_channels(graph, site)
-    if zero_point:
+    if not is_zero(zero_point):
         offset = zero_point * _weight_sums(weight, axes)
         total = total - channels.spread(offset, total.ndim)
     return total.astype(jnp.float32) * channels.spread(scale, total.ndim)

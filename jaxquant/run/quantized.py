@@ -135,6 +135,5 @@ class QuantizedTensors:
         if eqn.name == "reduce_window_max":
             return [pooling.max_pool(operands[0], eqn)]
         if eqn.name == "gather":
-            # of an index out of range, where a float gather gives NaN
-            params["fill_value"] = self.zero_point(eqn.outputs[0])
+            return [int8.gather(eqn, operands, self.zero_point(eqn.outputs[0]))]
         return jaxprs.bind(eqn.primitive, operands, params)

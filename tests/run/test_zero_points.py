@@ -15,6 +15,7 @@ from jax import lax
 import jaxquant
 from jaxquant.backends import int8
 from jaxquant.graph import contraction
+from jaxquant.graph.trace import trace
 from jaxquant.plan.plan import TensorPlan
 from tests import reference
 from tests.backends.test_conv import compile_fast, convolutions, settings
@@ -31,11 +32,16 @@ def integers(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 @hypothesis.given(
     convolution=st.one_of(convolutions(), convolutions(depthwise=True)),
     zero=st.sampled_from((-128, -5, 31, 127)),
+    varies=st.booleans(),
 )
-def test_convolution_pads_with_the_zero_point(convolution, zero):
+def test_convolution_pads_with_the_zero_point(convolution, zero, varies):
     lhs, rhs, params = convolution
     x, kernel = integers(0, lhs), integers(1, rhs)
-    got = compile_fast(lambda x, kernel: int8_conv(x, kernel, params, zero))(x, kernel)
+
+    def run(x: jax.Array, kernel: jax.Array, *point: jax.Array) -> jax.Array:
+        return int8_conv(x, kernel, params, point[0] if varies else zero)
+
+    got = compile_fast(run)(x, kernel, *[np.int32(zero)] * varies)
     spec = params["dimension_numbers"]
     sums = kernel.astype(np.int64).transpose(spec.rhs_spec).reshape(rhs[spec.rhs_spec[0]], -1)
     want = reference.conv(x.astype(np.int64) - zero, kernel, **params)
@@ -62,6 +68,8 @@ def test_dot_of_two_tensors(zeros, equation, shapes):
     numbers = eqn.params["dimension_numbers"]
     given = contraction.dot(numbers, (len(a), len(b)))
     got = int8.dot_of_tensors(tuple(map(jnp.asarray, pair)), given, z)
+    varying = int8.dot_of_tensors(tuple(map(jnp.asarray, pair)), given, list(map(jnp.int32, z)))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(varying))
     wide = [jnp.asarray(x.astype(np.int64) - w, jnp.float32) for x, w in zip(pair, z)]
     want = lax.dot_general(*wide, numbers, precision="highest")
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want).astype(np.int64))
@@ -73,6 +81,33 @@ def test_quantize_saturates_and_rounds_to_even():
         -128, -128, -128, -126, 126, 127, 127]  # fmt: skip
     back = int8.dequantize(int8.quantize(x, jnp.float32(1), -128), jnp.float32(1), -128)
     assert back.tolist() == [0.0, 0.0, 0.0, 2.0, 254.0, 255.0, 255.0]
+
+
+def test_quantize_and_back_with_a_zero_point_that_varies():
+    x = jnp.linspace(-300.0, 300.0, 241)
+    for zero in (-128, 0, 77):
+        known = int8.quantize(x, jnp.float32(1), zero)
+        varying = jax.jit(int8.quantize)(x, jnp.float32(1), jnp.int32(zero))
+        np.testing.assert_array_equal(known, varying)
+        back = jax.jit(int8.dequantize)(varying, jnp.float32(0.25), jnp.int32(zero))
+        np.testing.assert_array_equal(back, int8.dequantize(known, jnp.float32(0.25), zero))
+
+
+@pytest.mark.parametrize("zero", [-128, 0, 100])
+@pytest.mark.parametrize("varies", [False, True])
+def test_gather_fills_with_the_zero_point(zero, varies):
+    x, indices = np.arange(-128, 128, dtype=np.int8).reshape(64, 4), np.array([3, 70, 63, 0])
+
+    def floats(params: Any, x: jax.Array, indices: jax.Array) -> jax.Array:
+        return jnp.take(x, indices, axis=0, mode="fill")
+
+    graph = trace(floats, {}, (jnp.asarray(x, jnp.float32), jnp.asarray(indices)))
+    (eqn,) = (eqn for eqn in graph.equations if eqn.name == "gather")
+    point = jnp.int32(zero) if varies else zero
+    got = int8.gather(eqn, [jnp.asarray(x), jnp.asarray(indices)[:, None]], point)
+    want = x[indices % 64]
+    want[1] = zero
+    np.testing.assert_array_equal(got, want)
 
 
 def grid(tensor: TensorPlan, x: np.ndarray) -> np.ndarray:
