@@ -71,7 +71,8 @@ class Observations:
 
     Attributes:
       tensors: tensor name -> statistics, for every tensor that may become int8.
-      batches, samples: how many were seen; a sample is an entry of the first input's first axis.
+      batches, samples: how many were seen; a sample is an entry of the first axis of the
+        first input that has one.
       examples: the first batches, those of the first one's shapes and up to 64 samples; they give
         the input shapes and the data on which the float and the int8 model are compared.
       observer: the `jaxquant.Observer` that kept statistics of its own; None for none.

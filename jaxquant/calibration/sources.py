@@ -163,7 +163,11 @@ def _first_axis(whole: Any) -> int:
                 "batches."
             )
         if not leaf.shape:
-            raise ValueError(f"{name} is a scalar, but the first axis of ds must count its samples")
+            raise ValueError(
+                f"a tuple or dict as ds is a whole dataset in memory, so {name}, a scalar, needs a "
+                "first axis that counts samples. Where it is a batch, with a counter or a cache, "
+                "pass a list of batches: [ds]"
+            )
         lengths[name] = int(leaf.shape[0])
     if len(set(lengths.values())) > 1:
         raise ValueError(

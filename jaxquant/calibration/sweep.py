@@ -276,8 +276,9 @@ def stats_of(state: histogram.Histogram) -> TensorStats:
 
 
 def _batch_length(inputs: tuple[Any, ...]) -> int:
-    leaves = jax.tree.leaves(inputs)
-    return int(np.shape(leaves[0])[0]) if leaves and np.ndim(leaves[0]) else 1
+    """How many samples a batch has: the first axis of its first array; counters have none."""
+    lengths = [np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)]
+    return int(lengths[0]) if lengths else 1
 
 
 def _check_addressable(inputs: tuple[Any, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax import export
 
+from jaxquant.deploy.plain_trees import plain_tree, with_lists
 from jaxquant.deploy.shapes import input_specs
 from jaxquant.deploy.stored.read import StoredGraph
 from jaxquant.graph import ir
@@ -28,8 +29,8 @@ def symbolic_inputs(
     Args:
       qapply: the model.
       shapes: a string like "b, h, w, 3" or "1, 224, 224, 3", or a tuple of one for each input,
-        see `input_specs`.  None makes the first axis of every input array the batch; of a loaded
-        model, what the file says.
+        see `input_specs`.  None makes the first axis of every input array that has one the batch;
+        of a loaded model, what the file says.
       constraints: what is known of the sizes with names, such as "s <= 512".
 
     Raises:
@@ -53,15 +54,16 @@ def symbolic_inputs(
 
 
 def _batched(example: tuple[Any, ...]) -> Any:
-    leaves = [ir.struct(leaf) for leaf in jax.tree.leaves(example)]
-    sizes = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
-    if len(sizes) != 1 or None in sizes:
+    """The texts for the inputs: the first axis is the batch, of all but numbers (counters)."""
+    structs = jax.tree.map(ir.struct, example)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(structs)]
+    if len({shape[0] for shape in shapes if shape}) != 1:
         raise ValueError(
-            f"the model's inputs have the shapes {[leaf.shape for leaf in leaves]}; which axis is "
-            "the batch is not clear. Give shapes=(...), one string for each input, such as "
-            '("batch, 128", "5"); see jax.export.symbolic_args_specs'
+            f"the model's inputs have the shapes {shapes}; which axis is the batch is not clear. "
+            'Give shapes=(...), one string for each input, such as ("batch, 128", "5"); see '
+            "jax.export.symbolic_args_specs"
         )
-    return f"{BATCH}, ..."
+    return jax.tree.map(lambda leaf: f"{BATCH}, ..." if leaf.shape else "", structs)
 
 
 def export_program(
@@ -72,12 +74,22 @@ def export_program(
 ) -> export.Exported:
     """Export `qapply`; `inputs` are shapes and dtypes, symbolic where they may vary.
 
+    The program takes and gives plain dicts where `qapply` has containers of Flax, and lists where
+    it has dicts with the keys 0, 1, 2, ...
+
     Raises:
       ValueError: the model cannot be traced for such inputs, or calls code of another library.
     """
-    structs = jax.tree.map(ir.struct, qparams)
+    structs, own = jax.tree.map(ir.struct, qparams), jax.tree.structure(inputs)
+
+    def plain_qapply(qparams: Mapping[str, Any], *plain_inputs: Any) -> Any:
+        given = jax.tree.unflatten(own, jax.tree.leaves(plain_inputs))
+        return with_lists(plain_tree(qapply(qparams, *given)))
+
+    plain_qapply.__name__ = qapply.__name__
     with explained(inputs), compilation.without_source_locations():
-        exported = export.export(jax.jit(qapply), platforms=tuple(platforms))(structs, *inputs)
+        to_export = export.export(jax.jit(plain_qapply), platforms=tuple(platforms))
+        exported = to_export(structs, *with_lists(plain_tree(inputs)))
     check_portable(exported)
     return exported
 
@@ -172,7 +184,7 @@ def serialize(exported: export.Exported) -> bytes:
     """
     try:
         return bytes(exported.serialize(vjp_order=0))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"the model's inputs or outputs cannot be saved ({error}). Let apply_fn take and "
             "return tuples, lists and dicts, or register the class with "

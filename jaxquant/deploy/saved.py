@@ -61,8 +61,8 @@ def save_quantized_model(
       qapply: the function that came with them.
       shapes: which sizes of the inputs may vary, as `jax.export.symbolic_args_specs` takes it:
         "b, h, w, 3" for one input, a tuple of such strings for several.  None: the first axis of
-        every input array is the batch, all other sizes are those of the calibration data; of a
-        loaded model, what the file says.
+        every input array that has one is the batch, all other sizes are those of the calibration
+        data; of a loaded model, what the file says.
       constraints: what holds for every size with a name, where the model needs it: ("s <= 512",)
         for a model that reads `positions[:s]` of 512.  `qapply` refuses other sizes.  Written with
         <=, >= or ==, as `jax.export.symbolic_args_specs` takes them.
@@ -164,7 +164,9 @@ def load_quantized_model(
       `(qparams, qapply)`: the arrays on the default device, and the `qapply` that was saved: on the
       same backends, as fast, to be prepared, exported, differentiated and saved again.  Its inputs
       have the dtypes and shapes of the model that was saved, with any batch size, or what `shapes`
-      let vary.  `qapply.plan` and `qapply.report()` are those of the model that was saved.
+      let vary; where it took a container of Flax, as the state of `nnx.split`, it takes and gives
+      the dict (`nnx.to_pure_dict`).  `qapply.plan` and `qapply.report()` are those of the model
+      that was saved.
 
     Raises:
       FileError: a ValueError; the file is refused, and the message says which part and why.

@@ -50,7 +50,9 @@ def nnx_classes(apply_fn: Callable[..., Any], params: Any) -> Mapping[str, str]:
         return {}
     for value in _held(apply_fn):
         if isinstance(value, nnx.GraphDef):
-            model = nnx.merge(value, params)
+            # Any values will do, and those of `params` need not be all: `nnx.split` with filters
+            # hands caches and counters to the function beside them.
+            model = nnx.merge(value, dict.fromkeys(range(value.num_leaves), 0))
             return {
                 "/".join(map(str, path)): type(module).__name__
                 for path, module in nnx.iter_modules(model)

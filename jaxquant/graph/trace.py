@@ -14,6 +14,10 @@ from jaxquant.graph import contraction, flax_tags, ir, symbolic
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.jax_shim import jaxprs
 
+# The variable collection that training updates.  Others are results of a call like any other:
+# caches of a decoder, intermediates.
+_STATISTICS = "batch_stats"
+
 
 def trace(
     apply_fn: Callable[..., Any],
@@ -242,6 +246,12 @@ def _hint(error: Exception, params: Any) -> str | None:
             "pass a deterministic function, e.g. "
             "`lambda p, x: model.apply(p, x, train=False)` or `deterministic=True`"
         )
+    if name == "ModifyScopeVariableError" and f'collection "{_STATISTICS}"' not in text:
+        return (
+            f"apply_fn updates variables while it runs ({text}). A cache or another state goes in "
+            "as an input and comes back as a result: `lambda p, cache, x: "
+            "model.apply({**p, 'cache': cache}, x, mutable=['cache'])`"
+        )
     if name == "ModifyScopeVariableError":
         return (
             f"apply_fn updates variables while it runs ({text}). Pass the model in inference mode: "
@@ -255,11 +265,6 @@ def _hint(error: Exception, params: Any) -> str | None:
             "{'params': ...} and, with BatchNorm, 'batch_stats'"
         )
     return None
-
-
-# The variable collection that training updates.  Others are results of a call like any other:
-# caches of a decoder, intermediates.
-_STATISTICS = "batch_stats"
 
 
 def _refuse_updates(params: Any, out_shape: Any) -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import export
 
+from jaxquant.deploy.plain_trees import plain_tree
 from jaxquant.deploy.stored import replay, sizes, values
 from jaxquant.deploy.stored.form import Constant, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import decode_tree
@@ -71,7 +72,7 @@ class StoredGraph:
           ValueError: the inputs are not of the structure, the dtypes or the shapes that the model
             was saved with, or the form is damaged.
         """
-        structs = jax.tree.map(ir.struct, tuple(inputs))
+        structs = jax.tree.map(ir.struct, plain_tree(tuple(inputs)))
         known = self._sizes(structs)
         builder = replay.Replay(self.form, self._closed_over, known)
         flat = jax.tree.leaves(structs)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.deploy.plain_trees import plain_structure
 from jaxquant.deploy.stored import primitives, values
 from jaxquant.deploy.stored.form import (
     Atom,
@@ -91,8 +92,8 @@ class _Writer:
                 for var, value in graph.constants.items()
             ),
             inputs=tuple(_tensor(graph.avals[v]) for v in graph.inputs),
-            input_tree=encode_tree(jax.tree.structure(inputs)),
-            output_tree=encode_tree(graph.out_tree),
+            input_tree=encode_tree(plain_structure(jax.tree.structure(inputs))),
+            output_tree=encode_tree(plain_structure(graph.out_tree)),
             example=tuple(
                 _example(spec.shape, ir.struct(leaf).shape)
                 for spec, leaf in zip(

@@ -1,0 +1,108 @@
+"""Decoders, whose cache goes in and comes back: quantized in each mode, saved, called by steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant
+from jaxquant.deploy.plain_trees import plain_tree, with_lists
+from tests import decoders
+from tests.deploy.models import same_bits
+
+ONE_BY_ONE = (1,) * decoders.LENGTH
+
+
+def sqnr(wanted, found):
+    noise = jnp.square(wanted - found).sum()
+    return float(10 * jnp.log10(jnp.square(wanted).sum() / noise))
+
+
+def calibrated(model, counts=ONE_BY_ONE, **settings):
+    """The int8 decoder, and its input."""
+    params, cache, apply_fn = model
+    float_apply = jax.jit(apply_fn)
+    *_, given = decoders.decode(float_apply, params, cache, decoders.tokens(0, 8), counts)
+    settings = {"algo": "abs_max", "recover": (), **settings}
+    return jaxquant.quant_post(params, apply_fn, given, progress=False, **settings)
+
+
+def dynamic(model):
+    params, cache, apply_fn = model
+    return jaxquant.quant_dynamic(
+        params, apply_fn, [(cache, decoders.tokens(0, 1))], progress=False
+    )
+
+
+def weights(model):
+    params, cache, apply_fn = model
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (cache, decoders.tokens(0, 1))
+    )
+    return jaxquant.quant_weights(params, apply_fn, shapes, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "quantize"),
+    [
+        (decoders.linen, calibrated),
+        (decoders.linen, weights),
+        (decoders.nnx_, calibrated),
+        (decoders.nnx_, dynamic),
+        (decoders.plain, dynamic),
+        (decoders.plain, weights),
+    ],
+)
+def test_steps_follow_the_float_model(make, quantize):
+    model = params, cache, apply_fn = make()
+    qparams, qapply = quantize(model)
+    sequence = decoders.tokens(1, 8)
+    wanted, state, _ = decoders.decode(jax.jit(apply_fn), params, cache, sequence, ONE_BY_ONE)
+    found, int8_state, _ = decoders.decode(qapply, qparams, cache, sequence, ONE_BY_ONE)
+    assert sqnr(wanted, found) > 15  # thresholds of one sequence of random tokens
+    assert jax.tree.structure(state) == jax.tree.structure(int8_state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(int8_state), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            assert a == b == decoders.LENGTH
+
+
+def test_a_linen_decoder_is_saved_with_a_batch_that_varies(tmp_path):
+    model = decoders.linen()
+    qparams, qapply = weights(model)
+    jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "m")
+    # Counters have no batch; the rest has.
+    cache = jax.tree.map(lambda x: jnp.repeat(x[:1], 3, 0) if x.ndim else x, model[1])
+    given = cache, decoders.tokens(2, 1, batch=3)
+    assert same_bits(apply(loaded, *given), qapply(qparams, *given))
+
+
+def test_the_state_of_an_nnx_decoder_is_a_dict_in_a_file(tmp_path):
+    _, state, _ = model = decoders.nnx_()
+    qparams, qapply = weights(model)
+    sequence, counts = decoders.tokens(3, 3), (1, 1, 1)
+    wanted, last, _ = decoders.decode(qapply, qparams, state, sequence, counts)
+    last = plain_tree(last)
+
+    jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "m")
+    found, cache, _ = decoders.decode(apply, loaded, plain_tree(state), sequence, counts)
+    assert same_bits((found, cache), (wanted, last))
+
+    jaxquant.export_stablehlo(tmp_path / "e", qparams, qapply)
+    exported = jax.export.deserialize(bytearray((tmp_path / "e").read_bytes()))
+    start = with_lists(plain_tree(state))
+    found, cache, _ = decoders.decode(exported.call, qparams, start, sequence, counts)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert jax.tree.structure(cache) == jax.tree.structure(start)
+
+
+def test_a_cache_that_is_not_mutable_says_how_to_hand_it_on():
+    params, cache, _ = decoders.linen()
+
+    def forgets(params, cache, tokens):
+        return decoders.LinenDecoder().apply({**params, "cache": cache}, tokens)
+
+    with pytest.raises(ValueError, match=r"mutable=\['cache'\]"):
+        jaxquant.quant_dynamic(params, forgets, [(cache, decoders.tokens(0, 1))])
