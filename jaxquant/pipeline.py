@@ -51,7 +51,9 @@ def quant_post(
         `params` (an array; a tuple of arrays for several arguments; a dict is one argument), or
         a callable that returns a fresh iterator.  An array, or a tuple or dict of arrays, is a
         whole data set with samples along the first axis.  tensorflow-datasets (`tfds.as_numpy`,
-        `tfds.data_source`), tf.data and Grain pass as they are.
+        `tfds.data_source`), tf.data and Grain pass as they are.  Batches may have several shapes,
+        as prompts and single tokens of a decoder or texts of several lengths: the model is compiled
+        for each, what they show counts together, and `qapply` takes them all.
       config: how the model is quantized, a `jaxquant.QuantConfig`; or its fields as keywords:
         `algo`, `hist_percent`, `quantizable_op_type`, `is_full_quantize`, `weight_quantize_type`,
         `activation_quantize_type`, `recover`, `skip`, `skip_first_last`, `optimize_for` and
@@ -156,7 +158,8 @@ def calibrate(
     been seen, without running the model, and refuses a `ds` that gives others, as one that shuffles
     anew does, or a generator that was read in part (pass a callable that makes it).  Once the file
     is complete `ds` is not read at all; nor is it compared, so name another file for other data.
-    The file holds up to 64 samples of the data, beside the statistics.
+    The file holds up to 64 samples of the data, and the first batch of each of up to four shapes,
+    beside the statistics.
 
     Returns:
       The observations, from which `jaxquant.quantize` makes the int8 model, with any `algo`.  They

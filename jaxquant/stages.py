@@ -150,7 +150,8 @@ def quantize(
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
     with progress.stage("tracing"):
-        model = trace_with_batch_sizes(source, observations.examples[0])
+        first, *others = observations.examples
+        model = trace_with_batch_sizes(source, first, others)
         check_weights(model.graph, model.sites, source.params)
     found: Rules = ()
     if config.optimize_for == "speed":

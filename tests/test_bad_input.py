@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jaxquant
+from jaxquant.graph.calls import shapes_text
 from jaxquant.plan.config import QuantConfig
 from tests import networks
 
@@ -148,15 +149,20 @@ def test_no_guess_at_the_data_where_the_function_cannot_be_traced():
 
 
 def test_batches_that_do_not_fit_each_other():
-    with pytest.raises(ValueError, match=r"batch 1 of ds differs from batch 0: .*float32\[3,5\]"):
+    with pytest.raises(TypeError) as info:
         jaxquant.calibrate(PARAMS, mlp, [X, jnp.ones((3, 5))], progress=False)
+    said = notes(info.value)
+    assert "with inputs of float32[3, 5]" in said
+    assert (
+        f"That is batch 1; batch 0, which the model took, has inputs of {shapes_text((X,))}" in said
+    )
 
 
 def test_a_batch_size_that_changes_the_graph_names_the_batch():
     def apply_fn(p, x):
         return mlp(p, x) if x.shape[0] > 1 else x @ p["head"]["w"]
 
-    with pytest.raises(ValueError, match="batch 1 gives another graph than batch 0"):
+    with pytest.raises(ValueError, match=r"batch 1 gives another graph than batch 0.* sites fc "):
         jaxquant.calibrate(PARAMS, apply_fn, [X, X[:1]], progress=False)
 
 

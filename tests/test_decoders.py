@@ -67,6 +67,42 @@ def test_steps_follow_the_float_model(make, quantize):
             assert a == b == decoders.LENGTH
 
 
+def test_prefill_and_steps_are_calibrated_together():
+    params, cache, apply_fn = model = decoders.plain(rotary=True)
+    counts = (4, 1, 2, 1)
+    qparams, qapply = calibrated(model, counts, algo="KL", recover=("bias_correction",))
+    sequence = decoders.tokens(1, 8)
+    for feed in (counts, (1, 7), (8,)):
+        wanted, *_ = decoders.decode(jax.jit(apply_fn), params, cache, sequence, feed)
+        found, *_ = decoders.decode(qapply, qparams, cache, sequence, feed)
+        assert sqnr(wanted, found) > 20
+
+
+def relative(p, tokens):
+    """Attention that multiplies queries by rows of a table, by the distance of the keys."""
+    at = jnp.arange(tokens.shape[1])
+    x = p["embed"]["w"][tokens]
+    rows = p["positions"]["w"][at[None, :] - at[:, None]]
+    scores = x @ x.swapaxes(1, 2) + jnp.einsum("bqd,qkd->bqk", x, rows)
+    return jax.nn.softmax(scores) @ x @ p["head"]["w"]
+
+
+def test_a_weight_of_the_texts_length_is_computed_where_lengths_vary():
+    params = decoders.plain_params()
+    ds = [(decoders.tokens(k, n),) for k, n in enumerate((8, 5))]
+    qparams, qapply = jaxquant.quant_post(
+        params, relative, ds, algo="abs_max", recover=(), progress=False
+    )
+    (x,) = ds[0]
+    wanted = relative(params, x[:, :3])
+    assert sqnr(wanted, qapply(qparams, x[:, :3])) > 20
+    assert qparams["params"]["positions"]["w"].dtype == jnp.float32
+
+    qparams, qapply = jaxquant.quant_dynamic(params, relative, x, progress=False)
+    with pytest.raises(ValueError, match=r"another graph .* sites positions differ"):
+        qapply(qparams, x[:, :3])
+
+
 def test_a_linen_decoder_is_saved_with_a_batch_that_varies(tmp_path):
     model = decoders.linen()
     qparams, qapply = weights(model)

@@ -51,7 +51,7 @@ def stack_samples(samples: Sequence[Batch], where: str) -> Batch:
     (array([1., 2.], dtype=float32),)
     """
     for index, sample in enumerate(samples):
-        problem = _difference(sample, samples[0], skip_axes=0)
+        problem = _difference(sample, samples[0], sizes=True)
         if problem:
             raise ValueError(
                 f"{where}: the samples cannot be stacked, because sample {index} differs from "
@@ -62,7 +62,7 @@ def stack_samples(samples: Sequence[Batch], where: str) -> Batch:
 
 
 class BatchChecker:
-    """Checks that batches fit together: one structure, with a first axis that may vary.
+    """Checks that batches fit together: one structure, with sizes that may vary.
 
     >>> checker = BatchChecker()
     >>> checker.check((np.zeros((4, 3)),))
@@ -83,7 +83,7 @@ class BatchChecker:
 
         Raises:
           ValueError: the batch has no leaf or no sample, or differs from the first in structure, in
-            a dtype, or in a shape beyond its first axis.
+            a dtype, or in a number of axes.
         """
         where = f"batch {self.count}"
         leaves = jax.tree_util.tree_leaves_with_path(batch)
@@ -96,10 +96,10 @@ class BatchChecker:
                 )
         if self._first is None:
             self._first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-        if problem := _difference(batch, self._first, skip_axes=1):
+        if problem := _difference(batch, self._first, sizes=False):
             raise ValueError(
-                f"{where} of ds differs from batch 0: {problem}. Only the first axis may vary "
-                "between batches."
+                f"{where} of ds differs from batch 0: {problem}. Only sizes may vary between "
+                "batches, where the model takes them."
             )
         self.count += 1
 
@@ -134,8 +134,8 @@ def _stack(*leaves: Array) -> Array:
     return jnp.stack(leaves) if is_jax else np.stack(leaves)
 
 
-def _difference(tree: Any, expected: Any, *, skip_axes: int) -> str | None:
-    """Says where two trees of arrays differ, leaving out the first `skip_axes` axes' lengths."""
+def _difference(tree: Any, expected: Any, *, sizes: bool) -> str | None:
+    """Says where two trees of arrays differ: in structure, dtypes, ranks and, if asked, sizes."""
     structures: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(expected)
     if structures[0] != structures[1]:
         return f"{_spell_tree(tree)} instead of {_spell_tree(expected)}"
@@ -144,7 +144,7 @@ def _difference(tree: Any, expected: Any, *, skip_axes: int) -> str | None:
         is_alike = (
             leaf.dtype == wanted.dtype
             and leaf.ndim == wanted.ndim
-            and leaf.shape[skip_axes:] == wanted.shape[skip_axes:]
+            and (not sizes or leaf.shape == wanted.shape)
         )
         if not is_alike:
             return f"{_leaf_name(path)} is {_spell(leaf)} instead of {_spell(wanted)}"

@@ -59,7 +59,7 @@ def iterate(
         converted.
 
     Returns:
-      An iterator over tuples of arguments. All have one structure; only their first axis may vary.
+      An iterator over tuples of arguments. All have one structure; sizes may vary.
 
     Raises:
       TypeError: `ds`, `batch_size`, `batch_nums` or `select` is of no usable type, or a leaf of a

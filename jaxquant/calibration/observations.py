@@ -73,8 +73,9 @@ class Observations:
       tensors: tensor name -> statistics, for every tensor that may become int8.
       batches, samples: how many were seen; a sample is an entry of the first axis of the
         first input that has one.
-      examples: the first batches, those of the first one's shapes and up to 64 samples; they give
-        the input shapes and the data on which the float and the int8 model are compared.
+      examples: the first batches, up to 64 samples, and at least one of each of the first four
+        shapes; they give the input shapes and the data on which the float and the int8 model are
+        compared.
       observer: the `jaxquant.Observer` that kept statistics of its own; None for none.
       states: tensor name -> its state, in NumPy.
       origin: digests of the model and the parameters that they are of, and the options.

@@ -68,7 +68,7 @@ def save_observations(path: str | os.PathLike[str], observations: Observations) 
     """Save what `jaxquant.calibrate` observed; `load_observations` and `quantize` read it.
 
     The file is a safetensors file, written beside `path` and renamed.  It holds up to 64 samples of
-    the calibration data.
+    the calibration data, and the first batch of each of up to four shapes.
 
     Raises:
       ValueError: the inputs of the model are no arrays in dicts, lists and tuples.

@@ -195,11 +195,11 @@ def _examples_of_first(examples: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any
     from jax.experimental import multihost_utils
 
     leaves, tree = jax.tree.flatten(examples[:1])
-    shapes = _gather({str(k): np.array(np.shape(x), np.int32) for k, x in enumerate(leaves)})
     count = _gather({"n": np.array([len(examples)], np.int32)})["n"][0, 0]
     found = []
     for number in range(int(count)):
         own = jax.tree.leaves(examples[number]) if number < len(examples) else leaves
+        shapes = _gather({str(k): np.array(np.shape(x), np.int32) for k, x in enumerate(own)})
         wanted = [tuple(shapes[str(k)][0]) for k in range(len(leaves))]
         filled = [
             np.asarray(x) if np.shape(x) == shape else np.zeros(shape, np.asarray(x).dtype)

@@ -14,11 +14,11 @@ _COLOURS = (1, 3)
 
 
 def explain(error: Exception, inputs: tuple[Any, ...], batch_size: int | None) -> str:
-    """The inputs of the first batch, and of the usual mistakes those that it looks like.
+    """The inputs of a batch, and of the usual mistakes those that it looks like.
 
     Args:
       error: what the model raised while it was traced.
-      inputs: of the first batch.
+      inputs: of the batch.
       batch_size: the argument of that name.
 
     >>> explain(ValueError(), ({"image": np.ones((2, 8)), "label": np.ones(2)},), None)

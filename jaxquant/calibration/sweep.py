@@ -8,6 +8,7 @@ the device.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from jaxquant.jax_shim import compilation
 from jaxquant.progress import SILENT, Progress
 
 _KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
+_KEPT_SHAPES = 4  # likewise: each costs every recovery step a compilation
+_MANY_SHAPES = 16  # of which each is compiled
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
 
 
@@ -42,6 +45,9 @@ def run_sweep(sweep: Sweep, batches: Iterable[tuple[Any, ...]]) -> Observations:
     Raises:
       ValueError: a batch does not fit the model or gives another graph, an activation is NaN or
         infinite, or all batches hold one value.
+
+    Warns:
+      UserWarning: the batches have many shapes.
     """
     for inputs in batches:
         sweep.add(inputs)
@@ -118,6 +124,8 @@ class Sweep:
         done = self._done
         is_new = shapes_text(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
+            if is_new:
+                self._trace(inputs)
             known = self._known_of(inputs)
             seen, own = self._step(done.own, self._params, known, *inputs)
             state, bad = histogram.fold(done.state, seen, np.int32(done.batches))
@@ -175,11 +183,7 @@ class Sweep:
             return self._start(inputs)
 
     def _start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
-        try:
-            model = self._source.trace(inputs)
-        except Exception as error:
-            error.add_note(explain(error, inputs, self._options.get("batch_size")))
-            raise
+        model = self._trace(inputs)
         check_no_randomness(model.graph)
         check_weights(model.graph, model.sites, self._params)
         if not self._allow_batch_dependence:
@@ -191,6 +195,26 @@ class Sweep:
         own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
         self._done = _Done(stacked([histogram.init()] * len(self._names)), own)
         return self._origin, self._names
+
+    def _trace(self, inputs: tuple[Any, ...]) -> Model:
+        """The model for a batch of sizes that were not seen before."""
+        try:
+            model = self._source.trace(inputs)
+        except Exception as error:
+            error.add_note(explain(error, inputs, self._options.get("batch_size")))
+            if self._known:
+                error.add_note(
+                    f"That is batch {self._done.batches}; batch 0, which the model took, has "
+                    f"inputs of {shapes_text(jax.tree.map(ir.struct, self._done.examples[0]))}"
+                )
+            raise
+        if len(self._known) == _MANY_SHAPES:
+            warnings.warn(
+                f"ds has had batches of more than {_MANY_SHAPES} shapes, and the model is compiled "
+                "for each; pad or cut the samples to a few lengths",
+                stacklevel=2,
+            )
+        return model
 
     def restore(self, seen: Observations) -> None:
         """Go on, after `start`, from what `observations` gave, of the same tensors and observer."""
@@ -218,11 +242,15 @@ class Sweep:
     ) -> tuple[histogram.Counts, Any]:
         model = self._source.trace(inputs)
         graph, tensors = model.graph, self._tensors_of(model)
-        if tuple(tensors) != self._names:
+        if tensors.keys() != set(self._names):
+            sites = {name.partition("/input")[0] for name in tensors.keys() ^ set(self._names)}
             raise ValueError(
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
-                f"{shapes_text(inputs)}"
+                f"{shapes_text(inputs)}, and the sites {', '.join(sorted(sites)[:5])} differ. "
+                "Batches may have several shapes where the model computes the same with each; "
+                "quantize what else it computes by itself"
             )
+        tensors = {name: tensors[name] for name in self._names}
         needed = list(ir.walk_back(graph, list(tensors.values())))
         flat = jax.tree.leaves(inputs)
         env = evaluate_model(
@@ -249,12 +277,24 @@ class Sweep:
 def with_example(
     examples: tuple[tuple[Any, ...], ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], ...]:
-    """The examples, with one more batch where it fits beside them."""
+    """The examples, with one more batch where it is to be kept beside them.
+
+    Those are up to 64 samples of shapes that are there, and the first of each other shape, up to
+    four.  One that differs in its first axis alone, as the last batch of a data set, tells nothing
+    new for what it costs to compile.
+    """
     if not examples:
         return (inputs,)
-    fits = sum(map(_batch_length, examples)) + _batch_length(inputs) <= _KEPT_SAMPLES
-    alike = fits and shapes_text(inputs) == shapes_text(examples[0])
-    return (*examples, inputs) if alike else examples
+    shapes = {shapes_text(example) for example in examples}
+    if shapes_text(inputs) in shapes:
+        samples = sum(map(_batch_length, (*examples, inputs)))
+        return (*examples, inputs) if samples <= _KEPT_SAMPLES else examples
+    is_other = _sizes_of_a_sample(inputs) not in map(_sizes_of_a_sample, examples)
+    return (*examples, inputs) if is_other and len(shapes) < _KEPT_SHAPES else examples
+
+
+def _sizes_of_a_sample(inputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    return [np.shape(x)[1:] for x in jax.tree.leaves(inputs)]
 
 
 def stacked(states: Sequence[histogram.Histogram]) -> State:

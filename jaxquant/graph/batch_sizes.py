@@ -1,4 +1,4 @@
-"""Which weights a model makes to the size of the batch.
+"""Which weights a model makes to the size of the batch, or to another size of its inputs.
 
 A learned query that is broadcast along the batch (Perceiver, DETR, SigLIP's pooling head) is
 static, as a weight is, but its shape belongs to the batch that was traced.  Where it only holds
@@ -8,13 +8,16 @@ program computes it for the batch at hand.
 
 One trace does not show this: with a batch of one, a broadcast along it leaves no equation, and
 `jnp.matmul` drops the axis.  So models with such operands are traced again, with a batch of one and
-with twice the batch.
+with twice the batch.  Rows of a table that are looked up by the positions of a text (relative
+position embeddings) have its length; where the data has texts of several lengths, the model is
+traced for those too.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +27,9 @@ from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.sites import Site
 
 
-def trace_with_batch_sizes(source: FloatModel, inputs: tuple[Any, ...]) -> Model:
+def trace_with_batch_sizes(
+    source: FloatModel, inputs: tuple[Any, ...], others: Sequence[tuple[Any, ...]] = ()
+) -> Model:
     """The model for some inputs, with `sized_by_batch` of its graph found.
 
     A model that takes no other batch has no such operand.
@@ -32,16 +37,13 @@ def trace_with_batch_sizes(source: FloatModel, inputs: tuple[Any, ...]) -> Model
     Args:
       source: the float model.
       inputs: arrays or `ShapeDtypeStruct`s.
+      others: inputs that the model takes too, of any shapes.
     """
     model = source.trace(inputs)
     graph = model.graph
     suspects = [site for site in model.with_lookups if _may_follow(graph, site)]
     found: set[ir.Var] = set()
-    size = batch_size(inputs)
-    for other_size in (1, 2 * size or 2) if suspects and size is not None else ():
-        other = trace_for(source, inputs, other_size) if other_size != size else None
-        if other is None:
-            continue
+    for other in _traces(source, inputs, others) if suspects else ():
         there = {site.name: site for site in other.with_lookups}
         found |= {
             site.weight
@@ -53,6 +55,20 @@ def trace_with_batch_sizes(source: FloatModel, inputs: tuple[Any, ...]) -> Model
     if not found:
         return model
     return Model(dataclasses.replace(graph, sized_by_batch=frozenset(found)))
+
+
+def _traces(
+    source: FloatModel, inputs: tuple[Any, ...], others: Sequence[tuple[Any, ...]]
+) -> Iterator[Model]:
+    """The model for other batch sizes, as far as it takes them, and for other inputs."""
+    size = batch_size(inputs)
+    for other_size in (1, 2 * size or 2) if size is not None else ():
+        if other_size == size:
+            continue
+        if (resized := trace_for(source, inputs, other_size)) is not None:
+            yield resized
+    own = source.trace(inputs)
+    yield from (model for model in map(source.trace, others) if model is not own)
 
 
 def _may_follow(graph: ir.Graph, site: Site) -> bool:

@@ -32,7 +32,8 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
     start = {**qparams, "sites": jax.device_put(sites)}
     with task.progress.stage("bias correction", len(task.examples), "batch") as stage:
         batches = stage.each(task.examples)
-        qparams = with_shifts(start, (comparison(start, x, correct=True).shifts for x in batches))
+        shifts = (task.comparison(draft.program, x)(start, x, correct=True).shifts for x in batches)
+        qparams = with_shifts(start, shifts)
     note = f"{len(comparison.corrected)} sites"
     return draft.replaced("bias_correction", note, qparams=qparams, uncorrected=start)
 

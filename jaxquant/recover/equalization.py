@@ -169,7 +169,7 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
         return {}
     corrected = plan.recovered_by("bias_correction")
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    seen = watch(graph, params, task.examples, divisible)
+    seen = watch(graph, params, task.alike, divisible)
     products = [product for tensor in divisible.values() for product in tensor.readers]
     stored = [p.site.weight for p in products if p.site.weight is not None]
     weights = fold(graph, params, stored, [])[0]

@@ -11,10 +11,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from jaxquant.graph.model import FloatModel
+from jaxquant.plan.bind import bind
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.weights.quantize import Divisors
 
 
@@ -24,7 +28,7 @@ class Task:
 
     Attributes:
       source: the float model.
-      examples: batches of calibration samples.
+      examples: batches of calibration samples, which may be of several shapes.
       file: where a step may keep what took long; None for nowhere.
       progress: shows the steps.
     """
@@ -33,13 +37,33 @@ class Task:
     examples: Sequence[tuple[Any, ...]]
     file: str | os.PathLike[str] | None
     progress: Progress
-    _compared: dict[Program, Comparison] = dataclasses.field(default_factory=dict, repr=False)
+    _compared: dict[Any, Comparison] = dataclasses.field(default_factory=dict, repr=False)
 
-    def comparison(self, program: Program) -> Comparison:
-        """Both models side by side: compiled once for all that compare with this program."""
-        if program not in self._compared:
-            self._compared[program] = Comparison(program, self.source.params)
-        return self._compared[program]
+    @property
+    def alike(self) -> Sequence[tuple[Any, ...]]:
+        """The examples of the first one's shapes."""
+        first = _shapes(self.examples[0])
+        return [inputs for inputs in self.examples if _shapes(inputs) == first]
+
+    def comparison(self, program: Program, inputs: tuple[Any, ...] | None = None) -> Comparison:
+        """Both models side by side: compiled once for all that compare with this program.
+
+        Args:
+          program: the int8 model.
+          inputs: of the shapes to compare for; None for those that the program is for.
+        """
+        own = tuple(program.graph.shape(var) for var in program.graph.inputs)
+        shapes = own if inputs is None else _shapes(inputs)
+        if (program, shapes) not in self._compared:
+            params, here = self.source.params, program
+            if inputs is not None and shapes != own:
+                here = program_by_site(bind(self.source.trace(inputs), program.plan), params)
+            self._compared[program, shapes] = Comparison(here, params)
+        return self._compared[program, shapes]
+
+
+def _shapes(inputs: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(x) for x in jax.tree.leaves(inputs))
 
 
 @dataclasses.dataclass(frozen=True)

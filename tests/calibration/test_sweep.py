@@ -8,7 +8,7 @@ import pytest
 
 import jaxquant
 from jaxquant.calibration import histogram
-from jaxquant.calibration.sweep import Sweep
+from jaxquant.calibration.sweep import Sweep, with_example
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import observed_tensors
@@ -99,6 +99,32 @@ def test_a_ragged_last_batch_counts_by_its_elements():
     seen = calibrate((s for s in x), batch_size=5)
     assert (seen.batches, seen.samples) == (2, 7)
     assert_stats(seen.tensors["w/input"], [x])
+
+
+def lengths(*sizes):
+    return [(np.ones((2, n, 4), np.float32) * n,) for n in sizes]
+
+
+def test_batches_of_several_lengths_count_together():
+    batches = [x * np.float32([1, 2, 3, 4]) for (x,) in lengths(3, 1, 5, 3)]
+    seen = calibrate(batches)
+    assert_stats(seen.tensors["w/input"], batches)
+    assert (seen.batches, seen.samples) == (4, 8)
+
+
+def test_examples_are_of_up_to_four_shapes():
+    kept = ()
+    for inputs in lengths(3, 1, 3, 5, 7, 9, 1):
+        kept = with_example(kept, inputs)
+    assert [x.shape[1] for (x,) in kept] == [3, 1, 3, 5, 7, 1]
+    (ragged,) = lengths(3)[0]
+    assert with_example(kept, (ragged[:1],)) is kept
+
+
+def test_many_shapes_of_batches_are_warned_of(monkeypatch):
+    monkeypatch.setattr("jaxquant.calibration.sweep._MANY_SHAPES", 2)
+    with pytest.warns(UserWarning, match="more than 2 shapes"):
+        calibrate(lengths(3, 2, 3, 1))
 
 
 def test_one_trace_per_input_shape():
