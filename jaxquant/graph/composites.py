@@ -138,6 +138,8 @@ def _returns_to_base(
     gathered, stack = {eqn.outputs[0]}, [eqn.outputs[0]]
     while stack:
         for user in graph.consumers.get(stack.pop(), ()):
+            if not user.outputs:  # it has an effect alone, or a choice hands on what it was given
+                continue
             if origins.get(user.outputs[0]) != origin or user.outputs[0] in gathered:
                 continue
             if primitives.is_elementwise(user) and any(

@@ -35,7 +35,7 @@ def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> s
 
 def _parameter(graph: ir.Graph, eqn: ir.Equation) -> str:
     """The path of a parameter that an equation reads beside an activation; "" without one."""
-    if graph.static[eqn.outputs[0]]:
+    if not eqn.outputs or graph.static[eqn.outputs[0]]:
         return ""
     for var in eqn.input_vars:
         if graph.static[var]:
