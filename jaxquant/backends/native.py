@@ -83,7 +83,7 @@ class Native:
 
 def has(call: Call) -> bool:
     """True where there are kernels for a call."""
-    if call.varies or call.movements or call.weight_position != 1:
+    if call.movements or call.weight_position != 1:
         return False
     if call.channels.axes not in (call.contraction.result.free[1], ()):
         return False
@@ -110,7 +110,7 @@ def _results(given: Any) -> Sequence[jax.Array]:
 
 def _convolution(call: Call, operands: Any) -> native.Call:
     """The call of a convolution, whose results are channels last."""
-    x, contraction = undilated(operands["x"], call.contraction, call.zero_point)
+    x, contraction = undilated(operands["x"], call.contraction, call.zero_points(operands).x)
     layout = ChannelsLast(contraction)
     packed, options = operands.get("packed"), _options(call, operands)
     if (residual := options["residual"]) is not None:
@@ -131,13 +131,14 @@ def _convolution(call: Call, operands: Any) -> native.Call:
 
 def _options(call: Call, operands: Any) -> dict[str, Any]:
     out = residual = None
+    zero_points = call.zero_points(operands)
     if call.out_zero_point is not None:
-        out = native.Requantize(operands["inv_scale"], call.out_zero_point)
+        out = native.Requantize(operands["inv_scale"], zero_points.out)
     if call.residual is not None:
         scale = operands.get("residual_scale", 1.0)
-        residual = native.Residual(operands["residual"], scale, call.residual.zero_point)
+        residual = native.Residual(operands["residual"], scale, zero_points.residual)
     return {
-        "zero_point": call.zero_point,
+        "zero_point": zero_points.x,
         "subtract_zero_point": False,  # the bias does
         "activation": call.clamps[0],
         "residual": residual,

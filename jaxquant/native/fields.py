@@ -1,16 +1,23 @@
 """The numbers that a call gives the kernels, as records of named fields, one table for both sides.
 
-XLA passes a handler flat lists of integers and floats.  What each of them means is said here alone:
-Python builds the records by name, and the compiler gets the names of their fields, in order, from
+XLA passes a handler flat lists of integers and floats; the zero points are one of its operands,
+since they may vary from call to call.  What each of the numbers means is said here alone: Python
+builds the records by name, and the compiler gets the names of their fields, in order, from
 `definitions`, so that the structs of `src/fields.h` have the same fields.  A field that one side
 lacks is an error of the type checker or of the compiler, never a number in another's place.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 NONE = -1  # the place of a tensor that a step does not have
+# A number, or an int32 [] array of the program.
+ZeroPoint: TypeAlias = int | jax.Array
 
 
 class Geometry(NamedTuple):
@@ -39,18 +46,25 @@ class Geometry(NamedTuple):
     groups: int
 
 
-class Quantized(NamedTuple):
-    """The zero points, as those of int8 tensors also where a tensor is uint8.
+class ZeroPoints(NamedTuple):
+    """The zero points, as those of int8 tensors also where a tensor is uint8; an int32 operand.
 
     Attributes:
-      input, residual, output: the zero point of each.
-      subtracts: 1 where the sums take the input's zero point away, 0 where the bias does.
+      input: of the input, which pads it.
+      subtracted: what the sums take away: that of the input, or 0 where the bias takes it away.
+      residual, output: of each; 0 where there is none.
     """
 
-    input: int
-    residual: int
-    output: int
-    subtracts: int
+    input: ZeroPoint
+    subtracted: ZeroPoint
+    residual: ZeroPoint
+    output: ZeroPoint
+
+    def operand(self) -> Any:
+        """int32 [4]: a constant, or computed in the program where one of them varies."""
+        if any(isinstance(point, jax.Array) for point in self):
+            return jnp.stack([jnp.asarray(point, jnp.int32) for point in self])
+        return np.asarray(self, np.int32)
 
 
 class Clamps(NamedTuple):
@@ -76,7 +90,7 @@ class Places(NamedTuple):
     The operands of the sequence come first, then its results, then what lies between its steps.
 
     Attributes:
-      x, packed, multiplier, bias, inv_scale, residual_scale: what the step reads.
+      x, packed, multiplier, bias, inv_scale, residual_scale, zero_points: what the step reads.
       residual_f, residual_q: the residual where it is float32, and where it is int8.
       out_f, out_q: the float32 and the int8 result.
     """
@@ -87,13 +101,14 @@ class Places(NamedTuple):
     bias: int
     inv_scale: int
     residual_scale: int
+    zero_points: int
     residual_f: int
     residual_q: int
     out_f: int
     out_q: int
 
 
-RECORDS = (Geometry, Quantized, Clamps, Image, Places)
+RECORDS = (Geometry, ZeroPoints, Clamps, Image, Places)
 
 
 def definitions() -> tuple[str, ...]:

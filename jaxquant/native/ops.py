@@ -28,14 +28,14 @@ import numpy as np
 
 from jaxquant.native import library
 from jaxquant.native.call import Static, call
-from jaxquant.native.fields import Clamps, Geometry, Quantized
+from jaxquant.native.fields import Clamps, Geometry, ZeroPoint, ZeroPoints
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.window import output_size
 
 Clamp = tuple[float, float]
 _NO_CLAMP: Clamp = (-math.inf, math.inf)
 # The places of a call's operands, in the order in which its handler takes them (`src/fused.h`).
-X, PACKED, MULTIPLIER, BIAS, INV_SCALE, RESIDUAL_SCALE, RESIDUAL = range(7)
+X, PACKED, MULTIPLIER, BIAS, INV_SCALE, RESIDUAL_SCALE, ZERO_POINTS, RESIDUAL = range(8)
 
 
 class Residual(NamedTuple):
@@ -43,14 +43,14 @@ class Residual(NamedTuple):
 
     value: jax.Array
     scale: Any = 1.0
-    zero_point: int = 0
+    zero_point: ZeroPoint = 0
 
 
 class Requantize(NamedTuple):
     """How the output becomes int8: inverse scale, zero point, int8 or uint8."""
 
     inv_scale: Any
-    zero_point: int = 0
+    zero_point: ZeroPoint = 0
     dtype: Any = jnp.int8
 
 
@@ -60,7 +60,8 @@ class Call(NamedTuple):
     Attributes:
       static: what it is compiled for.
       operands: x, the packed weight, multiplier, bias (empty for none), inverse scale of the
-        output, scale of the residual, and perhaps the residual: at the places `X` to `RESIDUAL`.
+        output, scale of the residual, zero points, and perhaps the residual: at the places `X` to
+        `RESIDUAL`.
     """
 
     static: Static
@@ -98,7 +99,7 @@ def conv_call(
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    zero_point: int = 0,
+    zero_point: ZeroPoint = 0,
     subtract_zero_point: bool = True,
     activation: Clamp = _NO_CLAMP,
     residual: Residual | None = None,
@@ -118,7 +119,7 @@ def conv_call(
       padding: (before, after) of rows and columns; not negative.
       dilation: of the kernel.
       groups: of the channels; C for a depthwise convolution.
-      zero_point: of x.
+      zero_point: of x; an int, or an int32 [] array, as every zero point.
       subtract_zero_point: False where the bias takes away zero_point * sum(q_w), as that of
         jaxquant's `qparams` does: the sums keep it then.
       activation: clip behind the bias.
@@ -177,7 +178,7 @@ def dot(
     multiplier: jax.Array,
     bias: jax.Array | None = None,
     *,
-    zero_point: int = 0,
+    zero_point: ZeroPoint = 0,
     subtract_zero_point: bool = True,
     activation: Clamp = _NO_CLAMP,
     residual: Residual | None = None,
@@ -229,7 +230,7 @@ def _with_epilogue(
     multiplier: jax.Array,
     bias: jax.Array | None,
     out_shape: tuple[int, ...],
-    zero_point: tuple[int, bool],
+    zero_point: tuple[ZeroPoint, bool],
     clamps: tuple[Clamp, Clamp],
     residual: Residual | None,
     out: Requantize | None,
@@ -250,7 +251,7 @@ def _with_epilogue(
     operands = [x, packed, multiplier, bias]
     operands.append(jnp.asarray(1.0 if out is None else out.inv_scale, jnp.float32))
     operands.append(jnp.asarray(1.0 if residual is None else residual.scale, jnp.float32))
-    residual_zero_point = 0
+    residual_zero_point: ZeroPoint = 0
     if residual is not None:
         _check_dtype("the residual", residual.value, ("int8", "uint8", "float32"))
         if residual.value.shape != (x.shape[0], *out_shape):
@@ -258,20 +259,23 @@ def _with_epilogue(
                 f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
             )
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
-        operands.append(residual.value)
-    quantized = Quantized(
-        input=_centred(zero_point[0], x.dtype),
+    of_input, is_subtracted = _centred(zero_point[0], x.dtype), zero_point[1]
+    zero_points = ZeroPoints(
+        input=of_input,
+        subtracted=of_input if is_subtracted else 0,
         residual=residual_zero_point,
         output=0 if out is None else _centred(out.zero_point, out.dtype),
-        subtracts=int(zero_point[1]),
     )
+    operands.append(zero_points.operand())
+    if residual is not None:
+        operands.append(residual.value)
     (low, high), (low_after, high_after) = clamps
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(
         target,
         tuple((out_shape, dtype) for dtype in out_dtypes),
         (X,) if residual is None else (X, RESIDUAL),
-        (geometry, ("quantized", quantized), ("clamps", bounds)),
+        (geometry, ("clamps", bounds)),
     )
     return Call(static, operands)
 
@@ -288,6 +292,6 @@ def _check_dtype(name: str, value: jax.Array, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value.dtype}; expected {' or '.join(allowed)}")
 
 
-def _centred(zero_point: int, dtype: Any) -> int:
+def _centred(zero_point: ZeroPoint, dtype: Any) -> ZeroPoint:
     """The zero point of the int8 value, of one that is given for the stored type."""
-    return int(zero_point) - (128 if np.dtype(dtype) == np.uint8 else 0)
+    return zero_point - 128 if np.dtype(dtype) == np.uint8 else zero_point

@@ -23,6 +23,7 @@ from jaxquant.native.ops import (
     PACKED,
     RESIDUAL,
     RESIDUAL_SCALE,
+    ZERO_POINTS,
     Call,
     X,
 )
@@ -86,14 +87,14 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
     ordered = [*wanted, *(key for key in every if key not in wanted)]
     places = {key: len(operands) + place for place, key in enumerate(ordered)}
     records: dict[str, list[int | float]] = {
-        "places": [], "images": [], "geometry": [], "quantized": [], "clamps": []
+        "places": [], "images": [], "geometry": [], "clamps": []
     }  # fmt: skip
     for index, each in enumerate(calls):
         takes = [places[x.call, x.result] if isinstance(x, Link) else x for x in taken[index]]
         gives = [places[index, k] for k in range(len(each.static.outputs))]
         records["places"] += _places(each, takes, gives)
         records["images"] += Image(*each.operands[X].shape[1:])
-        for name in ("geometry", "quantized", "clamps"):
+        for name in ("geometry", "clamps"):
             records[name] += dict(each.static.attributes)[name]
     outputs = tuple(calls[index].static.outputs[k] for index, k in wanted)
     attributes = tuple((name, tuple(numbers)) for name, numbers in records.items())
@@ -119,6 +120,7 @@ def _places(each: Call, takes: Sequence[int], gives: Sequence[int]) -> Places:
         bias=takes[BIAS] if each.operands[BIAS].size else NONE,
         inv_scale=takes[INV_SCALE],
         residual_scale=takes[RESIDUAL_SCALE],
+        zero_points=takes[ZERO_POINTS],
         residual_f=residual if is_float else NONE,
         residual_q=NONE if is_float else residual,
         out_f=by_dtype.get("float32", NONE),

@@ -1,18 +1,22 @@
-"""Which dots the native kernels have, and that they give what XLA's forms do."""
+"""Which calls the native kernels have, and that they give what XLA's forms and NumPy do."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.backends.backend import Call
+from jaxquant.backends.backend import Backend, Call
 from jaxquant.backends.native import Native, has
 from jaxquant.backends.xla import Xla
 from jaxquant.graph import contraction
 from jaxquant.graph.primitives import Channels
-from tests.native.cases import int8_values, needs_kernels
+from tests.backends import calls
+from tests.native.cases import int8_values, needs_kernels, with_variants
 
 DOTS = {
     "dense": ((40, 6), (6, 5), (((1,), (0,)), ((), ()))),
@@ -70,3 +74,84 @@ def test_a_dot_of_any_rank_gives_what_xla_gives(name: str, is_packed: bool) -> N
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_product_of_matrices_is_left_to_xla(name: str) -> None:
     assert not has(call_of(*OTHERS[name]))
+
+
+FORMS = [form for form in calls.FORMS if form != "three axes"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_points_that_vary(form: str) -> None:
+    given = calls.example(form, "both results")
+    assert has(given.call)
+    packed = Native().pack(given.call, jnp.asarray(given.operands["weight"]))
+    calls.check_in_a_loop(Native(), given, packed=packed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_points_that_are_known(form: str) -> None:
+    calls.check_known(Native(), calls.example(form, "int8"))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("form", "epilogue"),
+    [("dense", "both results"), ("depthwise", "int8 residual"),
+     *(("many channels", epilogue) for epilogue in calls.EPILOGUES)],
+)  # fmt: skip
+def test_by_every_instruction_set(form: str, epilogue: str) -> None:
+    with_variants(lambda: calls.check_in_a_loop(Native(), calls.example(form, epilogue)))
+
+
+@needs_kernels
+def test_a_call_whose_zero_points_vary_is_covered_as_one_whose_are_known() -> None:
+    for form in calls.FORMS:
+        call = calls.example(form, "int8").call
+        varying = dataclasses.replace(call, varies=True)
+        assert Native().covers(varying, False) == Native().covers(call, False)
+        assert Native().joins(varying) == Native().joins(call)
+
+
+@needs_kernels
+def test_a_sequence_whose_zero_points_vary() -> None:
+    """Three convolutions, each with points of its own; the last one adds what the first gives."""
+    made = [calls.example("depthwise", name) for name in ("int8", "int8", "both results")]
+    varying = [dataclasses.replace(each.call, varies=True) for each in made]
+    links = [{}, {"x": (0, 0)}, {"x": (1, 0), "residual": (0, 0)}]
+    results = [(2, 0), (2, 1), (0, 0)]
+    points = calls.stacked_steps()
+    stacked = [
+        calls.as_operands(call, jax.tree.map(lambda of_steps, k=k: jnp.roll(of_steps, k), points))
+        for k, call in enumerate(varying)
+    ]
+
+    def run(backend: Backend) -> Any:
+        def step(carry: None, points: Any) -> Any:
+            operands = [
+                {key: jnp.asarray(value) for key, value in each.operands.items() if key not in read}
+                for each, read in zip(made, links, strict=True)
+            ]
+            given = [{**own, **new} for own, new in zip(operands, points, strict=True)]
+            return None, list(backend.sequence(varying, links, given, results))
+
+        return jax.jit(lambda stacked: jax.lax.scan(step, None, stacked)[1])(stacked)
+
+    want = run(Xla())
+    for got in with_variants(lambda: run(Native())).values():
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@needs_kernels
+def test_zero_points_under_vmap() -> None:
+    """A mapped axis of zero points is one call for each of them."""
+    given = calls.example("padded", "int8 residual")
+    call = dataclasses.replace(given.call, varies=True)
+    operands = {k: jnp.asarray(v) for k, v in given.operands.items()}
+    mapped = jax.vmap(
+        lambda points: Native().call(call, {**operands, **calls.as_operands(call, points)})
+    )
+    (got,) = jax.jit(mapped)(calls.stacked_steps())
+    for at, points in enumerate(calls.STEPS):
+        np.testing.assert_array_equal(got[at], given.want(points)[0])

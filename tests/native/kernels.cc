@@ -167,7 +167,8 @@ struct Case {
         residual_q(random.bytes(outputs())), multiplier(random.reals(s.o, 1e-4f, 1e-3f)),
         bias(random.reals(s.o, -20.0f, 20.0f)), residual_f(random.reals(outputs(), -9.0f, 9.0f)) {
     const bool is_int8 = random.from(0, 3) > 0;
-    input = {x.data(), is_int8, int32_t(random.from(-128, 127)), random.from(0, 1) == 1};
+    const int32_t zero_point = int32_t(random.from(-128, 127));
+    input = {x.data(), is_int8, zero_point, random.from(0, 1) ? zero_point : 0};
     Epilogue& e = epilogue;
     e.multiplier = multiplier.data();
     if (random.from(0, 1)) e.bias = bias.data();
@@ -185,7 +186,7 @@ struct Case {
 
   int64_t outputs() const { return s.n * s.oh * s.ow * s.o; }
 
-  // x less its zero point, or 0 outside; with the zero point where the bias is to take it away.
+  // x, or its zero point outside, less what the sums take away.
   int64_t read(int64_t image, int64_t row, int64_t column, int64_t channel) const {
     const bool inside = row >= 0 && row < s.h && column >= 0 && column < s.w;
     int64_t value = input.zero_point;
@@ -193,7 +194,7 @@ struct Case {
       const int8_t byte = x[((image * s.h + row) * s.w + column) * s.c + channel];
       value = input.is_int8 ? int64_t(byte) : int64_t(uint8_t(byte)) - 128;
     }
-    return value - (input.subtracts ? input.zero_point : 0);
+    return value - input.subtracted;
   }
 
   // The results of plain loops.
@@ -294,7 +295,7 @@ void check_sequence(Random& random, int64_t n) {
     Step step{};
     step.shape = each.s, step.shape.n = 1;
     step.packed = each.weights.data(), step.epilogue = each.epilogue;
-    step.is_int8 = true, step.subtracts = each.input.subtracts;
+    step.is_int8 = true, step.subtracted = each.input.subtracted;
     step.zero_point = each.input.zero_point;
     step.x = i, step.residual_f = kNone, step.residual_q = i == 2 ? 1 : kNone;
     step.out_f = kNone, step.out_q = i + 1;

@@ -28,24 +28,25 @@ pytestmark = needs_kernels
 compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def assert_sums(conv: Conv, zero_point: int, unsigned: bool) -> None:
+def assert_sums(conv: Conv, zero_point: int, unsigned: bool, varies: bool = False) -> None:
+    """`varies`: the zero point is an argument of the program, not a number in it."""
     x, kernel = int8_values(0, conv.x_shape), int8_values(1, conv.kernel_shape, low=-127)
     expected = conv.sums(x, kernel, zero_point)
     if unsigned:
         x, zero_point = (x.astype(np.int16) + 128).astype(np.uint8), zero_point + 128
 
     @compile_fast
-    def run(x: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
+    def run(x: jax.Array, kernel: jax.Array, point: jax.Array) -> dict[str, jax.Array]:
         packed = native.pack_conv(kernel, conv.groups, conv.dilation)
         return with_variants(
             lambda: native.conv(
-                x, packed, jnp.float32(1), zero_point=zero_point,
+                x, packed, jnp.float32(1), zero_point=point if varies else zero_point,
                 kernel_shape=conv.kernel_shape, **conv.options,
             )
         )  # fmt: skip
 
     assert np.abs(expected).max(initial=0) < 2**24  # float32 holds them
-    for variant, got in run(x, kernel).items():
+    for variant, got in run(x, kernel, np.int32(zero_point)).items():
         np.testing.assert_array_equal(got, expected, err_msg=variant)
 
 
@@ -54,19 +55,19 @@ zero_points = st.sampled_from((0, 0, -128, 127, 3))
 
 class TestSums:
     @settings
-    @hypothesis.given(convolutions(), zero_points, st.booleans())
-    def test_conv(self, conv: Conv, zero_point: int, unsigned: bool):
-        assert_sums(conv, zero_point, unsigned)
+    @hypothesis.given(convolutions(), zero_points, st.booleans(), st.booleans())
+    def test_conv(self, conv: Conv, zero_point: int, unsigned: bool, varies: bool):
+        assert_sums(conv, zero_point, unsigned, varies)
 
     @settings
-    @hypothesis.given(convolutions(depthwise=True), zero_points, st.booleans())
-    def test_depthwise(self, conv: Conv, zero_point: int, unsigned: bool):
-        assert_sums(conv, zero_point, unsigned)
+    @hypothesis.given(convolutions(depthwise=True), zero_points, st.booleans(), st.booleans())
+    def test_depthwise(self, conv: Conv, zero_point: int, unsigned: bool, varies: bool):
+        assert_sums(conv, zero_point, unsigned, varies)
 
     @settings
-    @hypothesis.given(convolutions(grouped=True), zero_points, st.booleans())
-    def test_grouped(self, conv: Conv, zero_point: int, unsigned: bool):
-        assert_sums(conv, zero_point, unsigned)
+    @hypothesis.given(convolutions(grouped=True), zero_points, st.booleans(), st.booleans())
+    def test_grouped(self, conv: Conv, zero_point: int, unsigned: bool, varies: bool):
+        assert_sums(conv, zero_point, unsigned, varies)
 
     @pytest.mark.parametrize(
         "conv",

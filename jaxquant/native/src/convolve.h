@@ -7,12 +7,12 @@
 
 namespace jaxquant {
 
-// x [n, h, w, c] as a call gives it.  Where `subtracts` is false the bias takes the zero point away.
+// x [n, h, w, c] as a call gives it, with the zero point that pads it; the sums take `subtracted` away
+// from each of its values: the zero point, or 0 where the bias takes that away.
 struct Input {
   const void* data;
   bool is_int8;  // else uint8
-  int32_t zero_point;
-  bool subtracts;
+  int32_t zero_point, subtracted;
 };
 
 inline PackedMatrix packed_matrix(const ConvShape& s) {
@@ -31,11 +31,11 @@ template <class Set>
 void convolve_by(Threads& threads, const Input& x, const ConvShape& s, const int8_t* packed,
                  const Epilogue& epilogue) {
   if (s.depthwise()) {
-    depthwise<Set>(threads, Activations::as_u8(x.data, x.is_int8, x.zero_point, x.subtracts), s,
+    depthwise<Set>(threads, Activations::as_u8(x.data, x.is_int8, x.zero_point, x.subtracted), s,
                    packed, epilogue);
     return;
   }
-  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracts);
+  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracted);
   conv(threads, a, s, Product<Set>(packed_matrix(s), packed, epilogue, s.o, a.zero_point));
 }
 
@@ -43,7 +43,7 @@ void convolve_by(Threads& threads, const Input& x, const ConvShape& s, const int
 template <class Set>
 void multiply_by(Threads& threads, const Input& x, int64_t rows, int64_t inputs, int64_t columns,
                  const int8_t* packed, const Epilogue& epilogue) {
-  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracts);
+  const Activations a = Set::activations(x.data, x.is_int8, x.zero_point, x.subtracted);
   dot(threads, a, rows, inputs,
       Product<Set>(packed_dot(inputs, columns), packed, epilogue, columns, a.zero_point));
 }

@@ -12,8 +12,8 @@ namespace jaxquant {
 struct Geometry {
   int64_t JAXQUANT_GEOMETRY;
 };
-struct Quantized {
-  int64_t JAXQUANT_QUANTIZED;
+struct ZeroPoints {
+  int32_t JAXQUANT_ZEROPOINTS;
 };
 struct Clamps {
   float JAXQUANT_CLAMPS;

@@ -12,16 +12,15 @@ namespace jaxquant {
 struct EpilogueArguments {
   ffi::AnyBuffer multiplier, bias;            // [C]; the bias may be empty
   ffi::AnyBuffer inv_scale, residual_scale;   // []
+  ZeroPoints zero_points;
   ffi::RemainingArgs residual;                // none or one
   ffi::RemainingRets outs;                    // float32, int8 or uint8
-  Ints quantized;                             // `Quantized`
   Floats clamps;                              // `Clamps`
 };
 
 inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue& e) {
-  const auto& [multiplier, bias, inv_scale, residual_scale, residual, outs, numbers, clamps] = a;
-  if (!holds<Quantized>(numbers) || !holds<Clamps>(clamps)) return invalid("wrong attributes");
-  const Quantized quantized = record<Quantized>(numbers);
+  const auto& [multiplier, bias, inv_scale, residual_scale, zero_points, residual, outs, clamps] = a;
+  if (!holds<Clamps>(clamps)) return invalid("wrong attributes");
   if (int64_t(multiplier.element_count()) < outputs) return invalid("the multiplier is too short");
   e.multiplier = multiplier.typed_data<float>();
   if (bias.element_count() > 0) {
@@ -38,11 +37,11 @@ inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue&
       e.residual_flip = flip_of(buffer->element_type());
     }
     e.residual_scale = *residual_scale.typed_data<float>();
-    e.residual_zero_point = int32_t(quantized.residual);
+    e.residual_zero_point = zero_points.residual;
   }
   e.set_clamps(record<Clamps>(clamps), residual.size() > 0);
   e.inv_scale = *inv_scale.typed_data<float>();
-  e.zero_point = int32_t(quantized.output);
+  e.zero_point = zero_points.output;
   for (size_t i = 0; i < a.outs.size(); ++i) {
     auto out = a.outs.get<ffi::AnyBuffer>(i);
     if (!out.has_value()) return invalid("an output cannot be written");
@@ -62,29 +61,39 @@ inline ConvShape conv_shape(int64_t n, const Image& image, const Geometry& g) {
           g.dilation_h, g.dilation_w, g.pad_h, g.pad_w, g.groups};
 }
 
-inline Input input_of(ffi::AnyBuffer x, const Quantized& quantized) {
-  return {x.untyped_data(), x.element_type() == ffi::S8, int32_t(quantized.input),
-          quantized.subtracts != 0};
+// The operand that holds the zero points.
+using ZeroPointsBuffer = ffi::Buffer<ffi::S32, 1>;
+
+inline ffi::Span<const int32_t> numbers_of(const ZeroPointsBuffer& zero_points) {
+  return {zero_points.typed_data(), zero_points.element_count()};
+}
+
+inline Input input_of(ffi::AnyBuffer x, const ZeroPoints& zero_points) {
+  return {x.untyped_data(), x.element_type() == ffi::S8, zero_points.input,
+          zero_points.subtracted};
 }
 
 inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
                                ffi::AnyBuffer multiplier, ffi::AnyBuffer bias,
                                ffi::AnyBuffer inv_scale, ffi::AnyBuffer residual_scale,
-                               ffi::RemainingArgs residual, ffi::RemainingRets outs, Ints geometry,
-                               Ints quantized, Floats clamps) {
+                               ZeroPointsBuffer zero_points, ffi::RemainingArgs residual,
+                               ffi::RemainingRets outs, Ints geometry, Floats clamps) {
   const auto in = x.dimensions();
-  if (in.size() != 4 || !holds<Geometry>(geometry)) return invalid("wrong shapes");
+  const auto numbers = numbers_of(zero_points);
+  if (in.size() != 4 || !holds<Geometry>(geometry) || !holds<ZeroPoints>(numbers))
+    return invalid("wrong shapes");
+  const ZeroPoints points = record<ZeroPoints>(numbers);
   const ConvShape s = conv_shape(in[0], {in[1], in[2], in[3]}, record<Geometry>(geometry));
   Epilogue epilogue;
   EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
-                          residual, outs, quantized, clamps};
+                          points, residual, outs, clamps};
   ffi::Error error = read_epilogue(given, s.o, epilogue);
   if (error.failure()) return error;
   if (s.n * s.oh * s.ow * s.o == 0) return error;
   XlaThreads threads(pool, s.n * s.oh * s.ow * s.o * s.kh * s.kw * (s.c / s.groups));
   if (int64_t(packed.element_count()) != packed_size(s))
     return invalid("the weights are packed for another kernel shape");
-  const Input input = input_of(x, record<Quantized>(quantized));
+  const Input input = input_of(x, points);
   return with_memory([&] {
     convolve(threads, input, s, packed.typed_data<int8_t>(), epilogue);
   });
@@ -93,20 +102,22 @@ inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
 inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
                               ffi::AnyBuffer multiplier, ffi::AnyBuffer bias,
                               ffi::AnyBuffer inv_scale, ffi::AnyBuffer residual_scale,
-                              ffi::RemainingArgs residual, ffi::RemainingRets outs,
-                              int64_t columns, Ints quantized, Floats clamps) {
+                              ZeroPointsBuffer zero_points, ffi::RemainingArgs residual,
+                              ffi::RemainingRets outs, int64_t columns, Floats clamps) {
   const auto in = x.dimensions();
-  if (in.size() != 2) return invalid("a dot takes a matrix");
+  const auto numbers = numbers_of(zero_points);
+  if (in.size() != 2 || !holds<ZeroPoints>(numbers)) return invalid("wrong shapes");
+  const ZeroPoints points = record<ZeroPoints>(numbers);
   Epilogue epilogue;
   EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
-                          residual, outs, quantized, clamps};
+                          points, residual, outs, clamps};
   ffi::Error error = read_epilogue(given, columns, epilogue);
   if (error.failure()) return error;
   if (in[0] * columns == 0) return error;
   if (int64_t(packed.element_count()) != packed_dot(in[1], columns).size())
     return invalid("the weights are packed for another shape");
   XlaThreads threads(pool, in[0] * in[1] * columns);
-  const Input input = input_of(x, record<Quantized>(quantized));
+  const Input input = input_of(x, points);
   return with_memory([&] {
     multiply(threads, input, in[0], in[1], columns, packed.typed_data<int8_t>(), epilogue);
   });
@@ -120,18 +131,17 @@ class SequenceReader {
       : args_(args), rets_(rets), tensors_(args.size() + rets.size()) {}
 
   // Reads the records of every step, one of each kind.
-  ffi::Error read(Ints places, Ints images, Ints geometry, Ints quantized, Floats clamps) {
+  ffi::Error read(Ints places, Ints images, Ints geometry, Floats clamps) {
     const int64_t count = int64_t(clamps.size() * sizeof(float) / sizeof(Clamps));
     if (!holds<Places>(places, count) || !holds<Image>(images, count) ||
-        !holds<Geometry>(geometry, count) || !holds<Quantized>(quantized, count) ||
-        !holds<Clamps>(clamps, count))
+        !holds<Geometry>(geometry, count) || !holds<Clamps>(clamps, count))
       return invalid("wrong attributes");
     // No step has more tensors between it and others than it has places.
     most_tensors_ = int64_t(tensors_.size()) + int64_t(places.size());
     for (int64_t i = 0; i < count && ok_; ++i) {
       read_step(record<Places>(places, i),
                 conv_shape(1, record<Image>(images, i), record<Geometry>(geometry, i)),
-                record<Quantized>(quantized, i), record<Clamps>(clamps, i));
+                record<Clamps>(clamps, i));
     }
     return ok_ ? ffi::Error::Success() : invalid("the steps of a sequence do not fit its tensors");
   }
@@ -190,25 +200,24 @@ class SequenceReader {
     check(batch == batch_ && int64_t(buffer.size_bytes()) == batch * t.bytes);
   }
 
-  void read_step(const Places& places, const ConvShape& s, const Quantized& quantized,
-                 const Clamps& clamps) {
+  void read_step(const Places& places, const ConvShape& s, const Clamps& clamps) {
     Step step{};
     step.x = places.x, step.residual_f = places.residual_f, step.residual_q = places.residual_q;
     step.out_f = places.out_f, step.out_q = places.out_q;
     step.shape = s;
     step.packed = operand<int8_t>(places.packed, packed_size(s));
     step.is_int8 = true;
-    step.zero_point = int32_t(quantized.input);
-    step.subtracts = quantized.subtracts;
     Epilogue& e = step.epilogue;
     e.multiplier = operand<float>(places.multiplier, s.o);
     if (places.bias != kNone) e.bias = operand<float>(places.bias, s.o);
     const float* inv_scale = operand<float>(places.inv_scale, 1);
     const float* residual_scale = operand<float>(places.residual_scale, 1);
+    const ZeroPoints* zero_points =
+        operand<ZeroPoints>(places.zero_points, sizeof(ZeroPoints) / sizeof(int32_t));
     if (!ok_) return;
+    step.zero_point = zero_points->input, step.subtracted = zero_points->subtracted;
     e.inv_scale = *inv_scale, e.residual_scale = *residual_scale;
-    e.residual_zero_point = int32_t(quantized.residual);
-    e.zero_point = int32_t(quantized.output);
+    e.residual_zero_point = zero_points->residual, e.zero_point = zero_points->output;
     e.set_clamps(clamps, step.residual_f != kNone || step.residual_q != kNone);
     const int64_t out = s.oh * s.ow * s.o;
     tensor(step.x, s.h * s.w * s.c, false);
@@ -230,11 +239,11 @@ class SequenceReader {
 
 inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args,
                                    ffi::RemainingRets rets, Ints places, Ints images,
-                                   Ints geometry, Ints quantized, Floats clamps) {
+                                   Ints geometry, Floats clamps) {
   ffi::Error error = ffi::Error::Success();
   const ffi::Error memory = with_memory([&] {
     SequenceReader reader(args, rets);
-    error = reader.read(places, images, geometry, quantized, clamps);
+    error = reader.read(places, images, geometry, clamps);
     if (error.failure() || reader.batch() == 0) return;
     XlaThreads threads(pool, reader.products());
     Team team(threads);
@@ -243,7 +252,7 @@ inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args
   return memory.failure() ? memory : error;
 }
 
-// x, packed weights, multiplier, bias, two scales, perhaps a residual; one output or two.
+// x, packed weights, multiplier, bias, two scales, zero points, perhaps a residual; one output or two.
 inline auto fused_operands() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -253,6 +262,7 @@ inline auto fused_operands() {
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
+      .Arg<ZeroPointsBuffer>()
       .RemainingArgs()
       .RemainingRets();
 }

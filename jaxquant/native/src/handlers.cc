@@ -133,13 +133,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
                               jaxquant::fused_operands()
                                   .Attr<xla::ffi::Span<const int64_t>>("geometry")
-                                  .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
                               jaxquant::fused_operands()
                                   .Attr<int64_t>("columns")
-                                  .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_sequence, jaxquant::sequence_handler,
@@ -150,7 +148,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_sequence, jaxquant::sequence_handler,
                                   .Attr<xla::ffi::Span<const int64_t>>("places")
                                   .Attr<xla::ffi::Span<const int64_t>>("images")
                                   .Attr<xla::ffi::Span<const int64_t>>("geometry")
-                                  .Attr<xla::ffi::Span<const int64_t>>("quantized")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
 // Called without XLA: [tensors, bins], and [tensors] of the others.

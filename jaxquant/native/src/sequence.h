@@ -33,8 +33,8 @@ struct Tensor {
 struct Step {
   ConvShape shape;  // of a batch of one
   const int8_t* packed;
-  bool is_int8, subtracts;
-  int32_t zero_point;
+  bool is_int8;
+  int32_t zero_point, subtracted;
   Epilogue epilogue;  // its tensors are these:
   int64_t x, residual_f, residual_q, out_f, out_q;
 
@@ -216,8 +216,8 @@ class Sequence {
       shape.n = samples.count;
       if (shape.oh * shape.ow * shape.o == 0) continue;
       Some some(threads, 1 + samples.count * step.products() / kProductsOfThread);
-      convolve(some, {find(step.x, samples), step.is_int8, step.zero_point, step.subtracts}, shape,
-               step.packed, epilogue);
+      convolve(some, {find(step.x, samples), step.is_int8, step.zero_point, step.subtracted},
+               shape, step.packed, epilogue);
     }
   }
   static constexpr int64_t kProductsOfThread = 1 << 16;  // which is awake

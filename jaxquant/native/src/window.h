@@ -50,16 +50,15 @@ struct Activations {
 
   // Kernels that multiply u8 by s8 read an int8 tensor as q + 128, and uint8 as it is.
   static Activations as_u8(const void* data, bool is_int8, int32_t zero_point,
-                           bool subtract = true) {
+                           int32_t subtracted) {
     return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0),
-            uint8_t(zero_point + 128), (subtract ? zero_point : 0) + 128, false};
+            uint8_t(zero_point + 128), subtracted + 128, false};
   }
   // Kernels that multiply s8 by s8 as well read either as it is stored.
   static Activations as_stored(const void* data, bool is_int8, int32_t zero_point,
-                               bool subtract = true) {
-    if (!is_int8) return as_u8(data, false, zero_point, subtract);
-    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), subtract ? zero_point : 0,
-            true};
+                               int32_t subtracted) {
+    if (!is_int8) return as_u8(data, false, zero_point, subtracted);
+    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), subtracted, true};
   }
 
   void copy(uint8_t* to, const uint8_t* from, int64_t n) const {
