@@ -230,5 +230,6 @@ def _quantize(
         comparison = Comparison(program, params)
         quality = measure_quality(comparison, qparams, inputs) if known else UNKNOWN
         report = make_report(program, params, qparams, quality, recovery={})
-    warn_if_poor(source, binding.plan, report, inputs)
-    return qparams, QuantizedApply(Code(apply_fn, params), binding.plan, report, inputs)
+    plan = binding.whole_plan
+    warn_if_poor(source, plan, report, inputs)
+    return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)

@@ -194,7 +194,7 @@ def _build(
         report = make_report(program, source.params, qparams, quality, notes)
         ranges = ranges_of(examples)
         code = Code(source.apply_fn, source.params)
-        qapply = QuantizedApply(code, program.plan, report, examples[0], ranges=ranges)
+        qapply = QuantizedApply(code, program.whole_plan, report, examples[0], ranges=ranges)
     return Built(qparams, qapply)
 
 

@@ -23,7 +23,7 @@ IMAGE = (4, 8, 8, 3)
 def observe(params, apply_fn, *inputs) -> Observations:
     """What `jaxquant.calibrate` gives for one batch, ranges alone, with one small compilation."""
     model = trace_model(apply_fn, params, inputs)
-    graph, tensors = model.graph, observed_tensors(model, QuantConfig())
+    graph, tensors = model.graph, observed_tensors(model, QuantConfig()).tensors
 
     @jax.jit
     def run(params, inputs):

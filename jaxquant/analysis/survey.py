@@ -91,8 +91,8 @@ def survey(
         return _Batch(own, accumulated, ends, outputs, tensors), seen
 
     params = source.params
-    names = [tensor.name for tensor in plan.tensors]
-    stats = stacked([histogram.init()] * max(len(names), 1))
+    names: list[str] = []
+    stats = stacked([histogram.init()])
     total: _Batch | None = None
     ranges: list[dict[str, Any]] = []
     plain: Any = None
@@ -101,6 +101,8 @@ def survey(
             with progress.stage("tracing"):
                 program = program_by_site(bind(source.trace(inputs), plan), params)
                 plain = without_correction(program, params, qparams)
+                names = [tensor.name for tensor in program.plan.tensors]
+                stats = stacked([histogram.init()] * max(len(names), 1))
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
             found, seen = step(params, qparams, plain, *inputs)
             found = measures.widened(found)

@@ -9,14 +9,13 @@ from typing import Any, Literal
 import jax
 
 from jaxquant.errors import nearest
-from jaxquant.graph import evaluate, ir
+from jaxquant.graph import evaluate, ir, loops
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.model import Model
 from jaxquant.graph.regions import Region
 from jaxquant.graph.sites import Site, matches
 from jaxquant.graph.trace import trace
-from jaxquant.jax_shim import jaxprs
 
 Captured = dict[str, jax.Array]
 
@@ -143,25 +142,13 @@ def _capturing_scan(
 
     def capturing(env: evaluate.Environment) -> evaluate.Values:
         (body,) = region.bodies(eqn)
-        operands = [env.read(x) for x in eqn.inputs]
-        n_consts, n_carry = jaxprs.scan_counts(eqn.params)
-        consts, rest = operands[:n_consts], operands[n_consts:]
 
-        def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], tuple[list[Any], Captured]]:
-            flat = [*consts, *carry, *xs]
-            inner, seen = _evaluate(body, {}, flat, wanted, of)
-            results = [inner.read(x) for x in body.graph.outputs]
-            return results[:n_carry], (results[n_carry:], seen)
+        def step(given: loops.Given) -> loops.Gives:
+            inner, seen = _evaluate(body, *body.split(given.values), wanted, of)
+            return loops.Gives([inner.read(x) for x in body.graph.outputs], seen)
 
-        carry, (ys, seen) = jax.lax.scan(
-            step,
-            rest[:n_carry],
-            rest[n_carry:],
-            length=eqn.params["length"],
-            reverse=eqn.params["reverse"],
-            unroll=eqn.params["unroll"],
-        )
-        captured.update(seen)
-        return dict(zip(eqn.outputs, [*carry, *ys], strict=True))
+        found = loops.run(eqn, [env.read(x) for x in eqn.inputs], [step])
+        captured.update(found.stacked)
+        return dict(zip(eqn.outputs, found.results, strict=True))
 
     return capturing

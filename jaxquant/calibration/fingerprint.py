@@ -23,7 +23,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function among the parameters 
 def make_origin(
     graph: ir.Graph,
     params: Any,
-    tensor: ir.Var,
+    tensor: Any,
     observer: Observer | None,
     options: Mapping[str, Any],
 ) -> Origin:
@@ -32,14 +32,14 @@ def make_origin(
     Args:
       graph: the traced function.
       params: its parameters.
-      tensor: one that is observed, on which `observer` is traced.
+      tensor: shape and dtype of one that is observed, on which `observer` is traced.
       observer: what keeps statistics of its own.
       options: see `Origin`.
     """
     return Origin(
         model=model_digest(graph),
         params=params_digests(params),
-        observer="" if observer is None else _observer_digest(observer, graph.avals[tensor]),
+        observer="" if observer is None else _observer_digest(observer, tensor),
         options=dict(options),
         jax=jax.__version__,
     )

@@ -207,6 +207,30 @@ def _fold_program() -> Callable[..., tuple[Histogram, jax.Array]]:
     return jax.jit(folding, donate_argnums=0, compiler_options=options)
 
 
+def joined(states: Histogram, seen: Counts) -> Histogram:
+    """The states of T tensors with what was counted in one step of a loop, inside a program."""
+
+    def one(state: Histogram, *seen: jax.Array) -> Histogram:
+        counts, extremes, size = seen
+        return merge(state, _of_batch(counts, extremes, size, 0))
+
+    return jax.vmap(one)(states, *seen)
+
+
+def as_counts(states: Histogram) -> Counts:
+    """The states of T tensors over the steps of a loop as what is counted of one batch.
+
+    Example:
+      >>> states = jax.tree.map(lambda x: x[None], init())
+      >>> seen = as_counts(joined(states, count_all([jnp.ones(3)])))
+      >>> seen.extremes.tolist(), seen.sizes.tolist()
+      ([[1.0, 1.0]], [3])
+    """
+    extremes = jnp.stack([states.min, states.max], axis=-1)
+    bad = (states.first_bad >= 0)[:, None]
+    return Counts(states.lo, jnp.where(bad, jnp.nan, extremes), states.count_lo)
+
+
 def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.graph.layer_names import layer_suffix
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorStats:
@@ -88,6 +90,15 @@ class Observations:
     observer: Any = None
     states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
+
+    def of_layer(self, layer: Sequence[int]) -> Observations:
+        """The statistics of one layer of the scans over stacked weights, under plain names."""
+        suffix = layer_suffix(layer)
+
+        def chosen(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {k.removesuffix(suffix): v for k, v in found.items() if k.endswith(suffix)}
+
+        return dataclasses.replace(self, tensors=chosen(self.tensors), states=chosen(self.states))
 
     def __repr__(self) -> str:
         return (

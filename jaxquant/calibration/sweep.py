@@ -20,14 +20,16 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.alive import Alive
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.fingerprint import make_origin
+from jaxquant.calibration.inside import Watch, observe
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
+from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer
 from jaxquant.calibration.processes import reduce_processes
 from jaxquant.calibration.refused import explain
 from jaxquant.graph import ir
 from jaxquant.graph.calls import shapes_text
 from jaxquant.graph.checks import check_no_randomness, check_weights
-from jaxquant.graph.evaluate import Forms, evaluate_model, no_forms
+from jaxquant.graph.evaluate import Forms, no_forms
 from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
@@ -69,7 +71,7 @@ class Sweep:
 
     Args:
       source: the float model.
-      tensors_of: model -> tensor name -> tensor; gives the same names for every input shape.
+      tensors_of: model -> what is observed of it; gives the same names for every input shape.
       observer: what keeps statistics of its own beside those that are kept always.
       options: what the observations record of the arguments; see `Origin`.
       count: how tensors are counted.
@@ -81,7 +83,7 @@ class Sweep:
     def __init__(
         self,
         source: FloatModel,
-        tensors_of: Callable[[Model], Mapping[str, ir.Var]],
+        tensors_of: Callable[[Model], Observed],
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
         count: histogram.Counter = histogram.portable_counts,
@@ -188,10 +190,11 @@ class Sweep:
         check_weights(model.graph, model.sites, self._params)
         if not self._allow_batch_dependence:
             check_independence(self._source, inputs, self._forms)
-        tensors = self._tensors_of(model)
-        self._names = tuple(tensors)
-        first = next(iter(tensors.values()))
-        self._origin = make_origin(model.graph, self._params, first, self._observer, self._options)
+        observed = self._tensors_of(model)
+        self._names = observed.names
+        self._origin = make_origin(
+            model.graph, self._params, observed.any_tensor, self._observer, self._options
+        )
         own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
         self._done = _Done(stacked([histogram.init()] * len(self._names)), own)
         return self._origin, self._names
@@ -240,27 +243,25 @@ class Sweep:
     def _observe(
         self, own: Any, params: Any, known: Any, *inputs: Any
     ) -> tuple[histogram.Counts, Any]:
-        model = self._source.trace(inputs)
-        graph, tensors = model.graph, self._tensors_of(model)
-        if tensors.keys() != set(self._names):
-            sites = {name.partition("/input")[0] for name in tensors.keys() ^ set(self._names)}
+        observed = self._tensors_of(self._source.trace(inputs))
+        if differing := {*observed.names} ^ {*self._names}:
+            sites = {name.partition("/input")[0] for name in differing}
             raise ValueError(
                 f"batch {self._done.batches} gives another graph than batch 0: its inputs are of "
                 f"{shapes_text(inputs)}, and the sites {', '.join(sorted(sites)[:5])} differ. "
                 "Batches may have several shapes where the model computes the same with each; "
                 "quantize what else it computes by itself"
             )
-        tensors = {name: tensors[name] for name in self._names}
-        needed = list(ir.walk_back(graph, list(tensors.values())))
-        flat = jax.tree.leaves(inputs)
-        env = evaluate_model(
-            graph, params, flat, equations=needed, known=known, forms=self._forms(graph)
-        )
-        values = [env.read(var) for var in tensors.values()]
-        seen = histogram.count_all(values, self._count)
-        if self._observer is not None:
-            own = tuple(map(self._observer.update, own, values))
-        return seen, own
+        # Batches of another shape may come by the tensors in another order.
+        theirs = dict(zip(self._names, own, strict=False))
+        there = [theirs[name] for name in observed.names] if own else ()
+        watch = Watch(self._count, self._observer, self._forms)
+        seen = observe(observed, params, jax.tree.leaves(inputs), there, watch, known)
+        order = [observed.names.index(name) for name in self._names]
+        if order == list(range(len(order))):
+            return seen.counts, seen.own
+        counts = jax.tree.map(lambda x: x[jnp.asarray(order)], seen.counts)
+        return counts, tuple(seen.own[place] for place in order) if own else ()
 
     def _check_finite(self) -> None:
         if self._bad is None:

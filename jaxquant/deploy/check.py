@@ -80,10 +80,21 @@ def check_arrays(program: Program, qparams: Mapping[str, Any]) -> None:
 
 
 def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
-    graph, plan = program.graph, program.plan
-    float32 = np.dtype(np.float32)
+    graph = program.graph
     for var, path in program.float_paths.items():
         yield ("params", *path), ((tuple(graph.shape(var)),), graph.dtype(var))
+    yield from _wanted_by_sites(program)
+
+
+def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
+    """What the sites of a program and of its loops read, those inside by layers."""
+    graph, plan = program.graph, program.plan
+    float32 = np.dtype(np.float32)
+    for body in (body for bodies in program.bodies.values() for body in bodies):
+        layers = () if body.model.layers is None else (body.model.layers,)
+        for path, (shapes, dtype) in _wanted_by_sites(body):
+            is_shared = path in body.body.shared
+            yield path, (tuple((*(() if is_shared else layers), *s) for s in shapes), dtype)
     integer = MODES[plan.mode].integer
     for int8_site in program.binding.sites:
         site = int8_site.site
@@ -109,3 +120,5 @@ def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
     for tensor in plan.tensors:
         for name in ("scale", "inv_scale"):
             yield ("tensors", tensor.name, name), ((), float32)
+        if program.model.scans:
+            yield ("tensors", tensor.name, "zero_point"), (((),), np.dtype(np.int32))

@@ -126,7 +126,7 @@ class _Describer:
             self._arrays[name] = np.asarray(jax.device_get(value))
         return Body(
             region.key,
-            tuple(inner._number(var) for var in graph.inputs),
+            tuple(inner._number(var) for var in region.arguments),
             tuple(inner._node(eqn) for eqn in graph.equations),
             tuple(inner._atom(atom) for atom in graph.outputs),
         )

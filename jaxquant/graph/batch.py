@@ -163,7 +163,7 @@ def _through_bodies(
         feeding = [found.get(x) if isinstance(x, int) else None for x in region.operands]
         carries = region.carries
         while True:  # what a step leaves in the carry, the next one reads
-            given = {v: o for v, o in zip(body.one.inputs, feeding, strict=True) if o is not None}
+            given = {v: o for v, o in zip(region.arguments, feeding, strict=True) if o is not None}
             inner = _follow(body, given)
             results = [inner.get(x) if isinstance(x, int) else None for x in body.one.outputs]
             new = {k: results[out] for k, out in carries.items() if results[out] and not feeding[k]}
@@ -207,7 +207,7 @@ def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
     body = region.graph
     carried = [x for k in region.carries.values() if isinstance(x := body.outputs[k], int)]
     read = {v for e in ir.walk_back(body, carried) for v in e.input_vars} | {*carried}
-    slices = [body.inputs[k] for k in region.scanned]
+    slices = [region.arguments[k] for k in region.scanned]
     return any(not body.static[v] and v in read for v in slices)
 
 

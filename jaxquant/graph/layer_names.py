@@ -1,8 +1,8 @@
-"""How messages name the layer of an operation that has no weight."""
+"""Names of layers: in messages, of operations that have no weight; of those of a scan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir
 from jaxquant.graph.primitives import is_elementwise
@@ -47,3 +47,13 @@ def _parameter(graph: ir.Graph, eqn: ir.Equation) -> str:
 
 def _spell(cls: str, name: str) -> str:
     return f"{cls} {name!r}" if cls else f"the layer of {name!r}"
+
+
+def layer_suffix(layer: Sequence[int]) -> str:
+    """What the name of a tensor ends in that is there once for each layer of a scan: "[3]".
+
+    Example:
+      >>> layer_suffix([3]), layer_suffix([])
+      ('[3]', '')
+    """
+    return "".join(f"[{number}]" for number in layer)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxquant.graph import ir
 from jaxquant.graph.composites import Composites
-from jaxquant.graph.regions import Region
-from jaxquant.graph.sites import Site, find_lookups, find_sites, tensor_names
+from jaxquant.graph.regions import CONTROL_FLOW, Region
+from jaxquant.graph.sites import (
+    Site,
+    find_lookups,
+    find_sites,
+    from_outside,
+    tensor_names,
+    within,
+)
 from jaxquant.graph.trace import trace
 
 
@@ -25,14 +32,97 @@ class Model:
 
     Attributes:
       graph: what the function computes.
+      body: the region that it is, of a loop or a choice of another model; None for a whole model.
+      holder: the model that holds the body; None for a whole model.
     """
 
     graph: ir.Graph
+    body: Region | None = None
+    holder: Model | None = None
 
     @functools.cached_property
     def root(self) -> Region:
         """The model's own graph as a region, which holds the others."""
-        return Region(self.graph)
+        return self.body or Region(self.graph)
+
+    @property
+    def whole(self) -> Model:
+        """The outermost model."""
+        return self if self.holder is None else self.holder.whole
+
+    @functools.cached_property
+    def bodies(self) -> Mapping[int, tuple[Model, ...]]:
+        """The bodies of loops and choices as models of their own, by the index of their equation.
+
+        Their leaves are what the loop reads of the parameters: of a scan over stacked parameters
+        one slice.  The test of a `while` is none of them, and neither is a loop without a step.
+        """
+        found = {}
+        for eqn in self.graph.equations:
+            if eqn.name not in CONTROL_FLOW or eqn.params.get("length") == 0:
+                continue
+            if eqn.outputs and self.graph.static[eqn.outputs[0]]:
+                continue
+            bodies = [body for body in self.root.bodies(eqn) if body.key != "cond_jaxpr"]
+            found[eqn.index] = tuple(Model(body.graph, body, self) for body in bodies)
+        return found
+
+    @functools.cached_property
+    def layers(self) -> int | None:
+        """How many layers a scan has whose weights are stacked; None for what is no such scan."""
+        if self.body is None or self.body.equation is None or not self.sliced & self._weighty:
+            return None
+        return int(self.body.equation.params["length"])
+
+    def varies_by_layer(self, var: ir.Var) -> tuple[bool, ...]:
+        """Whether a static tensor differs from layer to layer, for each of the `scans` around.
+
+        Empty in a whole model.
+        """
+        if self.body is None or self.holder is None:
+            return ()
+        sources = {v for v in self.graph.sources(var) if v in self.graph.leaves}
+        outside = [self.holder.varies_by_layer(v) for v in self._operands_of(sources)]
+        around = tuple(any(each) for each in zip(*outside, strict=True)) or (False,) * len(
+            self.holder.scans
+        )
+        return around if self.layers is None else (*around, bool(sources & self.sliced))
+
+    @property
+    def scans(self) -> tuple[int, ...]:
+        """The numbers of layers of the scans over stacked weights around it, outermost first."""
+        around = () if self.holder is None else self.holder.scans
+        return around if self.layers is None else (*around, self.layers)
+
+    @functools.cached_property
+    def leaf_operands(self) -> Mapping[ir.Var, ir.Var]:
+        """The leaves of a body -> the static tensors of the holder's graph that they stand for."""
+        assert self.body is not None
+        pairs = zip(self.body.arguments, self.body.operands, strict=True)
+        return {
+            var: atom for var, atom in pairs if var in self.graph.leaves and isinstance(atom, int)
+        }
+
+    @functools.cached_property
+    def sliced(self) -> frozenset[ir.Var]:
+        """The leaves that are another slice in each step."""
+        if self.body is None:
+            return frozenset()
+        taken = {self.body.arguments[k] for k in self.body.scanned}
+        return frozenset(taken.intersection(self.graph.leaves))
+
+    @functools.cached_property
+    def _weighty(self) -> frozenset[ir.Var]:
+        """The leaves that weights are made of, those of the bodies inside too."""
+        read = {site.weight for site in self.with_lookups if site.weight is not None}
+        for bodies in self.bodies.values():
+            read |= {v for body in bodies for v in body._operands_of(body._weighty)}
+        sources = {v for var in read for v in self.graph.sources(var)}
+        return frozenset(sources.intersection(self.graph.leaves))
+
+    def _operands_of(self, leaves: Collection[ir.Var]) -> list[ir.Var]:
+        """The tensors of the holder that leaves of this body stand for."""
+        return [self.leaf_operands[var] for var in self.graph.leaves if var in leaves]
 
     @functools.cached_property
     def regions(self) -> tuple[Region, ...]:
@@ -47,13 +137,46 @@ class Model:
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """Every operation of a known kind that depends on the inputs, in evaluation order."""
-        return find_sites(self.root)
+        return self._shown(self.whole._everywhere)
 
     @functools.cached_property
     def with_lookups(self) -> tuple[Site, ...]:
         """The sites and the embeddings; the sites have the same names as without."""
-        found = (*self.sites, *find_lookups(self.graph, self.sites))
-        return tuple(sorted(found, key=lambda site: site.location))
+        found = (*self.whole._everywhere, *self.whole._lookups)
+        return self._shown(sorted(found, key=lambda site: site.location))
+
+    @property
+    def located(self) -> Sequence[Site]:
+        """The sites and embeddings of the whole model, those in bodies too, as it has them."""
+        return self.whole.with_lookups
+
+    @functools.cached_property
+    def in_bodies(self) -> frozenset[str]:
+        """The names of the sites and embeddings in `bodies`, and in those inside these."""
+        return frozenset(
+            site.name
+            for bodies in self.bodies.values()
+            for body in bodies
+            for site in body.with_lookups
+        )
+
+    @functools.cached_property
+    def _everywhere(self) -> tuple[Site, ...]:
+        """The sites of a whole model, those in bodies with the tensors of these."""
+        return find_sites(self.root)
+
+    @functools.cached_property
+    def _lookups(self) -> tuple[Site, ...]:
+        return find_lookups(self.root, self._everywhere)
+
+    def _shown(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        """Those of some sites of the whole model that are in this one."""
+        own = self.root.location
+        return tuple(
+            from_outside(within(site, self.root))
+            for site in sites
+            if site.location[: len(own)] == own
+        )
 
     def sites_of(self, lookups: bool) -> tuple[Site, ...]:
         """The sites, with the embeddings where a mode takes them for sites."""

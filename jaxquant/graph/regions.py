@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxquant.graph import ir
@@ -28,12 +28,14 @@ class Region:
       holder: the region that the equation is in; None for the model's own.
       equation: the one that holds the body; None for the model's own.
       number: which of the equation's bodies it is.
+      arguments: the graph's tensors that the operands become, in their order: of one that is
+        computed from parameters a leaf of the graph, of another an input.
       key: the equation's parameter that holds the body: "jaxpr" of a scan, "cond_jaxpr" and
         "body_jaxpr" of a while loop, "branches" of a choice.
-      operands: for each input of the graph the atom of the holder's graph that it reads, by a loop
+      operands: for each argument the atom of the holder's graph that it reads, by a loop
         in the first step; None where that is not known.
-      scanned: the positions of the inputs that read one slice of their operand each step.
-      carries: position of an input -> position of the output that it reads in the next step.
+      scanned: the positions of the arguments that read one slice of their operand each step.
+      carries: position of an argument -> position of the output that it reads in the next step.
       results: for each output of the graph the position of the equation's result that it ends in,
         the last step's or all of them stacked; None where it ends in none.
     """
@@ -43,6 +45,7 @@ class Region:
     equation: ir.Equation | None = None
     number: int = 0
     key: str = ""
+    arguments: tuple[ir.Var, ...] = ()
     operands: tuple[ir.Atom | None, ...] = ()
     scanned: frozenset[int] = frozenset()
     carries: Mapping[int, int] = dataclasses.field(default_factory=dict)
@@ -80,6 +83,12 @@ class Region:
                 for number, (key, jaxpr, consts) in found
             )
         return self._bodies[eqn.index]
+
+    def split(self, values: Sequence[Any]) -> tuple[dict[ir.Var, Any], list[Any]]:
+        """The values of the arguments of a body as those of its leaves and of its inputs."""
+        given = dict(zip(self.arguments, values, strict=True))
+        leaves = {var: given[var] for var in self.graph.leaves}
+        return leaves, [given[var] for var in self.graph.inputs]
 
     def walk(self) -> Iterator[Region]:
         """The region, and the bodies of the loops and choices in it that depend on the inputs."""
@@ -123,5 +132,5 @@ def _bound(
         None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
         for k, atom in enumerate(operands)
     ]
-    graph = trace_body(holder.graph, eqn, jaxpr, consts, constant)
-    return Region(graph, holder, eqn, number, key, operands, scanned, carries, ends)
+    graph, arguments = trace_body(holder.graph, eqn, jaxpr, consts, constant)
+    return Region(graph, holder, eqn, number, key, arguments, operands, scanned, carries, ends)

@@ -36,9 +36,10 @@ class Site:
       weight_path: the parameter path of its weight, "" where it has none.
       location: the index of its equation; inside control flow, the index of the equation that
         holds the body, the number of the body, and so on inwards.
-      output: the tensor that the equation produces; None inside control flow.
+      output: the tensor that the equation produces; None inside control flow, but in the body's
+        own model.
       operands: the float tensors that it reads and that depend on the inputs; () inside control
-        flow.
+        flow, but in the body's own model.
       contraction: what a convolution or dot does with the axes of its operands; None of another
         operation.
       weight: the static operand of a convolution or dot; None where it has none.
@@ -101,15 +102,35 @@ class Site:
 def find_sites(root: Region) -> tuple[Site, ...]:
     """Every operation of a known kind that depends on the inputs, in evaluation order.
 
-    Those inside control flow are among them.
+    Those inside control flow are among them; their tensors are those of the body's graph.
     """
     return _name(list(_collect(root)))
 
 
-def find_lookups(graph: ir.Graph, sites: Sequence[Site]) -> tuple[Site, ...]:
+def find_lookups(root: Region, sites: Sequence[Site]) -> tuple[Site, ...]:
     """The embeddings, the rows that are looked up in a weight, beside the other `sites`."""
-    lookups = [_lookup(graph, eqn) for eqn in graph.equations if _reads(graph, eqn)]
+    lookups = [
+        _lookup(region, eqn)
+        for region in root.walk()
+        for eqn in region.graph.equations
+        if _reads(region.graph, eqn)
+    ]
     return tuple(_name_lookups(lookups, sites))
+
+
+def within(site: Site, region: Region) -> Site:
+    """A site of a whole model as the model of a body that holds it has it."""
+    depth = len(region.location)
+    return dataclasses.replace(
+        site, location=site.location[depth:], inside=site.inside[len(region.inside) :]
+    )
+
+
+def from_outside(site: Site) -> Site:
+    """A site as a model shows it: of one inside control flow without the tensors of the body."""
+    if not site.inside:
+        return site
+    return dataclasses.replace(site, output=None, operands=(), weight=None)
 
 
 def _collect(region: Region) -> Iterator[Site]:
@@ -129,10 +150,7 @@ def _collect(region: Region) -> Iterator[Site]:
         if eqn.index in normalising:
             continue  # the mean in x - mean(x), and what is made of it
         if kind and _has_floats(graph, eqn):
-            site = _site(region, eqn, kind, operands)
-            if site.inside:
-                site = dataclasses.replace(site, output=None, operands=(), weight=None)
-            yield site
+            yield _site(region, eqn, kind, operands)
         elif not kind:
             for body in region.bodies(eqn):
                 yield from _collect(body)
@@ -221,8 +239,8 @@ def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
     return kinds.is_lookup(graph, eqn) and not graph.static[eqn.outputs[0]]
 
 
-def _lookup(graph: ir.Graph, eqn: ir.Equation) -> Site:
-    table = eqn.input_vars[0]
+def _lookup(region: Region, eqn: ir.Equation) -> Site:
+    graph, table = region.graph, eqn.input_vars[0]
     sources = graph.sources(table)
     path = graph.paths[tracing.largest(graph, sources)] if sources else ""
     return Site(
@@ -231,10 +249,11 @@ def _lookup(graph: ir.Graph, eqn: ir.Equation) -> Site:
         scope=eqn.scope,
         modules=eqn.modules or _classes_of(graph, path),
         weight_path=path,
-        location=(eqn.index,),
+        location=(*region.location, eqn.index),
         output=eqn.outputs[0],
         weight=table,
         weight_position=0,
+        inside=region.inside,
     )
 
 

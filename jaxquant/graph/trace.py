@@ -73,23 +73,27 @@ def trace(
 
 def trace_body(
     outer: ir.Graph, eqn: ir.Equation, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
-) -> ir.Graph:
-    """The graph of a control-flow body.
+) -> tuple[ir.Graph, tuple[ir.Var, ...]]:
+    """The graph of a control-flow body, and the tensors that its operands become, in their order.
 
-    `operands` are the atoms of `outer` that feed the body's inputs, or None where the body's input
-    is not an operand (a loop's carry, an index); a static operand makes its input static.
+    `operands` are the atoms of `outer` that feed the body, or None where what feeds it is not an
+    operand (a loop's carry, an index).  One that is computed from parameters becomes a leaf, named
+    after the largest of them; the others become inputs.
     """
     builder = _Builder(outer.differentiable)
-    invars = []
+    invars: list[ir.Var] = []
+    leaves: list[ir.Var] = []
     for var, operand in zip(jaxpr.invars, operands, strict=True):
-        if isinstance(operand, int) and outer.static[operand]:
-            sources = outer.sources(operand)
-            path = outer.paths[largest(outer, sources)] if sources else ""
-            invars.append(builder.source(var.aval, path))
+        is_static = isinstance(operand, int) and outer.static[operand]
+        if is_static and (sources := outer.sources(operand)):
+            path = outer.paths[largest(outer, sources)]
+            leaves.append(builder.source(var.aval, path))
+            invars.append(leaves[-1])
         else:
             invars.append(builder.new(var.aval, static=False))
     outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
-    return builder.graph((), invars, outputs, None)
+    inputs = [var for var in invars if var not in leaves]
+    return builder.graph(leaves, inputs, outputs, None), tuple(invars)
 
 
 def largest(graph: ir.Graph, sources: Sequence[ir.Var]) -> ir.Var:

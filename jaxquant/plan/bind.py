@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from jaxquant.graph import ir, kinds
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
-from jaxquant.plan import behaviours
+from jaxquant.plan import behaviours, layout
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.modes import MODES
@@ -29,7 +32,8 @@ class Binding:
     """A plan in a model.
 
     Attributes:
-      model, plan: what was bound.
+      model: what was bound.
+      plan: its part in the model's own graph, without that in loops and choices.
       sites: the quantized sites that accumulate or that have a weight.
       selects: the indices of the equations of int8 sites that select values.
       decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
@@ -39,6 +43,8 @@ class Binding:
       zero_points: int8 tensor -> the int8 that stands for zero.
       restorable: the static tensors that follow from a stored weight.
       per_channel: the int8 tensors whose scale varies along channels: they are divided by channel.
+      bodies: the plan in loops and choices, by the index of their equation.
+      layer: of a body, which one of the layers of the scans around it.
     """
 
     model: Model
@@ -52,10 +58,68 @@ class Binding:
     zero_points: Mapping[ir.Var, int]
     restorable: Mapping[ir.Var, Restored]
     per_channel: frozenset[ir.Var]
+    bodies: Mapping[int, tuple[BoundBody, ...]] = dataclasses.field(default_factory=dict)
+    layer: tuple[int, ...] = ()
 
     @property
     def graph(self) -> ir.Graph:
         return self.model.graph
+
+    @functools.cached_property
+    def whole_plan(self) -> Plan:
+        """The plan with its parts in the bodies, the sites in evaluation order."""
+        if not self.bodies:
+            return self.plan
+        places = {site.name: site.location for site in self.model.whole.located}
+        sites = [site for part in self._parts() for site in part.sites]
+        once = {site.name: site for site in sites}  # there once for each layer
+        return dataclasses.replace(
+            self.plan,
+            sites=tuple(sorted(once.values(), key=lambda site: places[site.name])),
+            tensors=tuple(tensor for part in self._parts() for tensor in part.tensors),
+        )
+
+    def _parts(self) -> Iterator[Plan]:
+        tensors = tuple(tensor.in_layer(self.layer) for tensor in self.plan.tensors)
+        yield dataclasses.replace(self.plan, tensors=tensors)
+        for bodies in self.bodies.values():
+            for body in bodies:
+                for layer in body.layers:
+                    yield from layer._parts()
+
+    def weight_slots(self, params: Any) -> dict[str, layout.WeightSlot]:
+        """Where the weights of its sites are, those of its bodies too; of a whole model.
+
+        Args:
+          params: the parameters or their shapes.
+        """
+        paths = layout.leaf_paths(self.graph, params).values()
+        parts = [(part.graph, [each.site for each in part.sites]) for part in self.programs()]
+        return layout.weight_slots(parts, paths, self.whole_plan)
+
+    def programs(self) -> Iterator[Binding]:
+        """Itself and the first layer of all its bodies: what there is a program of."""
+        yield self
+        for body in (body for bodies in self.bodies.values() for body in bodies):
+            yield from body.layers[0].programs()
+
+    def in_bodies(self, change: Callable[[Binding], Binding]) -> Binding:
+        """The same with its bodies changed."""
+        bodies = {
+            index: tuple(
+                dataclasses.replace(body, layers=tuple(map(change, body.layers))) for body in bodies
+            )
+            for index, bodies in self.bodies.items()
+        }
+        return dataclasses.replace(self, bodies=bodies)
+
+    @property
+    def holds_int8(self) -> bool:
+        """Whether a site in it or in its bodies is quantized."""
+        inside = (body.layers[0] for bodies in self.bodies.values() for body in bodies)
+        return any(site.status == INT8 for site in self.plan.sites) or any(
+            layer.holds_int8 for layer in inside
+        )
 
     def with_tensors(self, tensors: Sequence[TensorPlan]) -> Binding:
         """The same tensors on other grids."""
@@ -66,6 +130,40 @@ class Binding:
             zero_points=zero_points,
             per_channel=per_channel,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundBody:
+    """The plan of a body of a loop or a choice.
+
+    Attributes:
+      model: the body.
+      layers: its binding; where the weights are stacked, one for each layer, which differ in the
+        grids of the tensors alone.
+    """
+
+    model: Model
+    layers: tuple[Binding, ...]
+
+    def shared_weights(self, slots: Mapping[str, layout.WeightSlot]) -> set[tuple[str, ...]]:
+        """Where in `qparams` the weights are that its layers have in common.
+
+        Args:
+          slots: of the whole model.
+        """
+        found: set[tuple[str, ...]] = set()
+        if self.model.layers is None:
+            return found
+        level = len(self.model.scans) - 1
+        for part in self.layers[0].programs():
+            for each in part.sites:
+                site = each.site
+                if site.name not in slots or site.weight is None:
+                    continue
+                if not part.model.varies_by_layer(site.weight)[level]:
+                    slot = slots[site.name]
+                    found |= {("params", *slot.int8), ("params", *slot.scale)}
+        return found
 
 
 def _of_grids(
@@ -86,9 +184,79 @@ def bind(model: Model, plan: Plan) -> Binding:
     Raises:
       ValueError: the graph has other sites or int8 tensors than the plan.
     """
+    known = {site.name for site in model.located}
+    differing = [site.name for site in plan.sites if site.name not in known]
+    # Which rearrangements there are may depend on the batch; the int8 tensors are compared.
+    if lost := [name for name in differing if not kinds.is_layout(_kind(plan, name))]:
+        raise _other_graph(lost)
+    binding = _bind(model, plan, ())
+    tensors = {tensor.name for tensor in binding.whole_plan.tensors}
+    if strange := {tensor.name for tensor in plan.tensors} ^ tensors:
+        raise _other_graph(strange)
+    return binding
+
+
+def _kind(plan: Plan, name: str) -> str:
+    return next(site.kind for site in plan.sites if site.name == name)
+
+
+def _bind(model: Model, plan: Plan, layer: tuple[int, ...]) -> Binding:
+    """Bind the part of a whole plan that is in a model, for one layer of the scans around it."""
+    own = part_of(plan, model, layer)
+    binding = _bind_graph(model, own)
+    bodies = {
+        index: tuple(_bind_body(body, plan, layer) for body in inside)
+        for index, inside in model.bodies.items()
+    }
+    return dataclasses.replace(binding, bodies=bodies, layer=layer)
+
+
+def _bind_body(body: Model, plan: Plan, around: tuple[int, ...]) -> BoundBody:
+    """Bind the layers of a body, for one layer of the scans around it."""
+    layer, *others = layers_of(body, around)
+    first = _bind(body, plan, layer)
+    if first.bodies:
+        return BoundBody(body, (first, *(_bind(body, plan, other) for other in others)))
+    rest = (
+        dataclasses.replace(first.with_tensors(part_of(plan, body, other).tensors), layer=other)
+        for other in others
+    )
+    return BoundBody(body, (first, *rest))
+
+
+def layers_of(body: Model, around: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The layers of a body, for one layer of the scans around it."""
+    if body.layers is None:
+        return [around]
+    return [(*around, number) for number in range(body.layers)]
+
+
+def part_of(plan: Plan, model: Model, layer: tuple[int, ...]) -> Plan:
+    """The part of a whole plan in a model's own graph, its tensors with their plain names."""
+    own = {site.name for site in model.with_lookups if not is_elsewhere(model, site)}
+    suffix = layer_suffix(layer)
+    entries = {f"{name}{suffix}" for name in model.names.values()}
+    return dataclasses.replace(
+        plan,
+        sites=tuple(site for site in plan.sites if site.name in own),
+        tensors=tuple(tensor.by_itself() for tensor in plan.tensors if tensor.name in entries),
+    )
+
+
+def is_elsewhere(model: Model, site: Site) -> bool:
+    """True for a site that is in a body of its own model."""
+    return bool(site.inside) and site.name in model.in_bodies
+
+
+def _bind_graph(model: Model, plan: Plan) -> Binding:
+    """Bind what is in a model's own graph."""
     graph, mode = model.graph, MODES[plan.mode]
     planned = {site.name: site for site in plan.sites}
-    found = [_as_planned(site, planned) for site in model.sites_of(mode.lookups)]
+    found = [
+        _as_planned(site, planned)
+        for site in model.sites_of(mode.lookups)
+        if not is_elsewhere(model, site)
+    ]
     here = {site.name: site for site in found}
     differing = [
         name

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
@@ -31,24 +32,23 @@ def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tup
     )
 
 
-def candidates(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
-    """The sites that become int8 where that is of use."""
-    return tuple(site for site in found if not reason_for_float(graph, site, found, config))
+def candidates(model: Model, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """Those of the sites of a model's own graph that become int8 where that is of use."""
+    return tuple(site for site in found if not reason_for_float(model, site, config))
 
 
-def reason_for_float(
-    graph: ir.Graph, site: Site, found: Sequence[Site], config: QuantConfig
-) -> str:
-    """Why the site stays float; "" where it may become int8."""
+def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
+    """Why a site of a model's own graph stays float; "" where it may become int8."""
+    graph = model.graph
     if in_skip_scope(site.scope):
         return f"inside jax.named_scope({SKIP_SCOPE!r})"
     rule = _last_on_dtype(config.all_rules, site)
     if rule is not None and rule.dtype == "float":
         return rule.reason or f"rule {rule.pattern!r}"
-    if rule is None and config.skip_first_last and site.name in _first_and_last(found):
+    if rule is None and config.skip_first_last and site.name in _first_and_last(model.located):
         return "first or last layer (skip_first_last)"
     if site.inside:
-        return f"inside {'/'.join(site.inside)}: control flow runs in float"
+        return f"inside {'/'.join(site.inside)}, which runs in float"
     if site.kind in kinds.PRODUCTS:
         return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:

@@ -20,12 +20,16 @@
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get
                the float back.  Those of a tensor with a scale for each channel are arrays that
                broadcast against it.
+
+All of these have a leading axis, the layers, for what is inside a scan over stacked weights (one
+for each such scan around it), but for a weight that the layers share; and a tensor has its zero
+points, int32 [L], beside its scales.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,29 +116,36 @@ def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
 
 
 def weight_slots(
-    graph: ir.Graph,
-    sites: Sequence[Site],
-    paths: Mapping[ir.Var, tuple[str, ...]],
+    parts: Sequence[tuple[ir.Graph, Sequence[Site]]],
+    paths: Iterable[tuple[str, ...]],
     plan: Plan,
 ) -> dict[str, WeightSlot]:
-    """Site name -> the place of its int8 weight; sites with the same weight share one."""
+    """Site name -> the place of its int8 weight; sites of a graph with the same weight share one.
+
+    Args:
+      parts: the graphs of a model, its own first, and the quantized sites of each.
+      paths: of the parameters.
+      plan: the whole plan.
+    """
     integer = MODES[plan.mode].integer
     bits = {site.name: site.weight_bits for site in plan.sites}
+    by_name = {"/".join(path): path for path in paths}
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
     found = {}
-    for site in sites:
-        weight = site.stored_weight
-        if weight is None:
-            continue
-        view = weight_view(graph, site, integer)
-        key = (graph.expression(view.var), view.channels, bits[site.name])
-        if key not in slots:
-            source = trace.largest(graph, graph.sources(weight))
-            path = paths.get(source, (graph.paths[source],))
-            slots[key] = WeightSlot(path, views.get(path, 0), bits[site.name])
-            views[path] = views.get(path, 0) + 1
-        found[site.name] = slots[key]
+    for number, (graph, sites) in enumerate(parts):
+        for site in sites:
+            weight = site.stored_weight
+            if weight is None:
+                continue
+            view = weight_view(graph, site, integer)
+            key = (number, graph.expression(view.var), view.channels, bits[site.name])
+            if key not in slots:
+                name = graph.paths[trace.largest(graph, graph.sources(weight))]
+                path = by_name.get(name, (name,))
+                slots[key] = WeightSlot(path, views.get(path, 0), bits[site.name])
+                views[path] = views.get(path, 0) + 1
+            found[site.name] = slots[key]
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxquant.graph import ir
+from jaxquant.graph.model import Model
 from jaxquant.plan.bind import Binding
 
 
@@ -90,7 +91,38 @@ class _Demand:
         elif eqn.index in forms.reads_int8:
             self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
         else:
-            self._stack += [(v, False) for v in eqn.input_vars]
+            needed = operands_of_loop(self._binding, eqn)
+            self._stack += [(v, False) for v in eqn.input_vars if v in needed]
+
+
+def operands_of_loop(binding: Binding, eqn: ir.Equation) -> frozenset[ir.Var]:
+    """The tensors that an equation reads: of a loop without the weights that are int8 inside."""
+    bodies = binding.bodies.get(eqn.index, ())
+    if not any(body.layers[0].holds_int8 for body in bodies):
+        return frozenset(eqn.input_vars)
+    leaves = [
+        (body.model.leaf_operands, float_leaves(body.model.graph, body.layers[0]))
+        for body in bodies
+    ]
+    unread = {var for operands, _ in leaves for var in operands.values()}
+    unread -= {operands[leaf] for operands, read in leaves for leaf in read}
+    given = [x for body in bodies for x in _inputs_of(body.model)]
+    others = {*given, *_of_test(eqn)}
+    return frozenset(v for v in eqn.input_vars if v not in unread or v in others)
+
+
+def _inputs_of(body: Model) -> list[ir.Atom]:
+    """The operands that a body does not read as parameters."""
+    assert body.body is not None
+    pairs = zip(body.body.arguments, body.body.operands, strict=True)
+    return [x for var, x in pairs if var not in body.leaf_operands and x is not None]
+
+
+def _of_test(eqn: ir.Equation) -> tuple[ir.Atom, ...]:
+    """What the test of a loop or the choice of a branch reads."""
+    if eqn.name == "while":
+        return eqn.inputs[: eqn.params["cond_nconsts"]]
+    return eqn.inputs[:1] if eqn.name == "cond" else ()
 
 
 def read_in_float(
@@ -110,7 +142,7 @@ def read_in_float(
         elif eqn.index in forms.reads_int8:
             found.update(v for v in eqn.input_vars if v not in forms.int8)
         else:
-            found.update(eqn.input_vars)
+            found.update(operands_of_loop(binding, eqn))
     for index in forms.moves:
         found.update(v for v in graph.equations[index].input_vars if v not in forms.int8)
     return frozenset(found)

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.calibration.observations import Observations, TensorStats, merge
+from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer, check_thresholds
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.bind import Binding, bind, group_entries
+from jaxquant.plan.bind import Binding, bind, group_entries, is_elsewhere, layers_of
 from jaxquant.plan.candidates import candidates, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig, name_of
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
@@ -26,31 +27,47 @@ from jaxquant.plan.rules import Rule, check_rules, check_skip, matching, setting
 from jaxquant.plan.ties import without_ties
 
 
-def observed_tensors(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
-    """Tensor name -> tensor, for all that a quantization by `config` may need a threshold of.
+def observed_tensors(model: Model, config: QuantConfig) -> Observed:
+    """The tensors that a quantization by `config` may need a threshold of.
 
     Those that become int8 without the skips are among them, and those that do when convolutions
     and dots alone are int8, so that these choices can be changed later.
     """
-    graph, found, names = model.graph, model.sites, model.names
-    sites = reported(graph, found, config)
+    sites = reported(model.graph, model.sites, config)
     check_sites(sites)
-    _check_patterns(found, config)
+    _check_patterns(model.sites, config)
+    observed = _observed(model, config)
+    if not observed.names:
+        raise _nothing_left({f"{s.kind}: {reason_for_float(model, s, config)}" for s in sites})
+    return observed
+
+
+def _observed(model: Model, config: QuantConfig) -> Observed:
+    bodies = {
+        index: tuple(_observed(body, config) for body in bodies)
+        for index, bodies in model.bodies.items()
+    }
+    return Observed(model, _observed_in_graph(model, config), bodies)
+
+
+def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
+    """Tensor name -> tensor, of those in a model's own graph."""
+    graph, names, found = model.graph, model.names, _own_sites(model, lookups=False)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False, rules=())
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
     for choice in (weighted, without_skips, config):
-        chosen = candidates(graph, found, choice)
+        chosen = candidates(model, found, choice)
         forms = _forms(model, found, chosen, choice)
         entries |= {names[var]: var for var in forms.entries}
         tied |= tied_tensors(graph, chosen, forms, names)
-    entries |= {name: var for name, var in tied.items() if name not in entries}
-    if not entries:
-        raise _nothing_left(
-            {f"{s.kind}: {reason_for_float(graph, s, found, config)}" for s in sites}
-        )
-    return entries
+    return entries | {name: var for name, var in tied.items() if name not in entries}
+
+
+def _own_sites(model: Model, lookups: bool) -> tuple[Site, ...]:
+    """The sites in a model's own part of the plan: those in no body with a part of its own."""
+    return tuple(site for site in model.sites_of(lookups) if not is_elsewhere(model, site))
 
 
 def make_plan(model: Model, observations: Observations | None, config: QuantConfig) -> Binding:
@@ -68,16 +85,71 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
       ValueError: a skip pattern matches nothing, the model has no site, none is left, or the
         observations lack a tensor.
     """
-    graph, names, mode = model.graph, model.names, MODES[config.mode]
-    found = model.sites_of(mode.lookups)
-    sites = reported(graph, found, config)
-    check_sites(sites)
+    found = model.sites_of(MODES[config.mode].lookups)
+    check_sites(reported(model.graph, found, config))
     _check_patterns(found, config)
+    sites, tensors = _plan_region(model, observations, config, ())
+    places = {site.name: site.location for site in found}
+    sites.sort(key=lambda plan: places[plan.name])
+    if not any(plan.status == INT8 for plan in sites):
+        raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in sites})
+    plan = Plan(
+        sites=tuple(sites),
+        tensors=tuple(tensors),
+        kinds=tuple(sorted(config.kinds)),
+        weight_quantize_type=config.weight_quantize_type,
+        algo=config.algo_name,
+        mode=config.mode,
+        group_size=config.group_size,
+    )
+    return without_ties(bind(model, plan))
+
+
+def _plan_region(
+    model: Model,
+    observations: Observations | None,
+    config: QuantConfig,
+    around: tuple[int, ...],
+) -> tuple[list[SitePlan], list[TensorPlan]]:
+    """The plan of a model, with its bodies, for one layer of the scans around it.
+
+    What becomes int8 is the same in all layers, for which there is one program: what one layer
+    cannot have is float in all of them.
+    """
+    layers = layers_of(model, around)
+    seen = [None if observations is None else observations.of_layer(layer) for layer in layers]
+    found = _own_sites(model, MODES[config.mode].lookups)
+    while True:
+        drafts = [_drafted(model, found, each, config) for each in seen]
+        rules = {rule: None for draft in drafts for rule in draft.config.rules}
+        new = [rule for rule in rules if rule not in config.rules]
+        config = config.with_rules(new)
+        if all(draft.config.rules == config.rules for draft in drafts):
+            break
+    sites = _site_plans(model, found, drafts[0])
+    tensors: list[TensorPlan] = []
+    for layer, draft in zip(layers, drafts, strict=True):
+        tensors += [tensor.in_layer(layer) for tensor in draft.tensors]
+        for body in (body for bodies in model.bodies.values() for body in bodies):
+            inner_sites, inner_tensors = _plan_region(body, observations, config, layer)
+            tensors += inner_tensors
+            sites += [] if layer != layers[0] else inner_sites
+    return sites, tensors
+
+
+def _drafted(
+    model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
+) -> _Draft:
     if observations is None:
-        draft = _draft(model, found, None, config)
-    else:
-        draft = _with_even_parts(model, found, observations, config)
+        return _draft(model, found, None, config)
+    return _with_even_parts(model, found, observations, config)
+
+
+def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[SitePlan]:
+    """The plans of the sites in a model's own graph."""
+    graph, names, mode = model.graph, model.names, MODES[draft.config.mode]
     config, chosen, forms = draft.config, draft.chosen, draft.forms
+    sites = reported(graph, found, config)
     groups = {var: names[entry] for var, entry in group_entries(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -88,21 +160,10 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         if site.name in allowed:
             reason = _unused(graph, site, forms)
         else:
-            reason = reason_for_float(graph, site, found, config)
+            reason = reason_for_float(model, site, config)
         plan_of_site = _site_plan(graph, site, reason, mode, forms, groups)
         plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
-    if not any(plan.status == INT8 for plan in plans):
-        raise _nothing_left({f"{plan.kind}: {plan.reason}" for plan in plans})
-    plan = Plan(
-        sites=tuple(plans),
-        tensors=draft.tensors,
-        kinds=tuple(sorted(config.kinds)),
-        weight_quantize_type=config.weight_quantize_type,
-        algo=config.algo_name,
-        mode=config.mode,
-        group_size=config.group_size,
-    )
-    return without_ties(bind(model, plan))
+    return plans
 
 
 def _check_patterns(found: Sequence[Site], config: QuantConfig) -> None:
@@ -123,7 +184,7 @@ def _draft(
     model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
 ) -> _Draft:
     graph = model.graph
-    chosen = candidates(graph, found, config)
+    chosen = candidates(model, found, config)
     with_scales = chosen if MODES[config.mode].tensor_scales else ()
     forms = _forms(model, found, with_scales, config)
     if observations is None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.modes import STATIC
 from jaxquant.plan.rules import RECOVERY_STEPS
 
@@ -22,6 +23,9 @@ class TensorPlan:
     for each index along the axes `channels`, which `qparams` holds; then `scale` is that which the
     weights behind it know, who carry the rest (`jaxquant.weights.quantize`).  A `symmetric`
     one has zero point 0 because that was asked for.
+
+    Of a tensor inside a scan over stacked weights there is one for each layer: `layer` are its
+    numbers, those of the outermost scan first, which the name ends in: "blocks/mlp/input[3]".
     """
 
     name: str
@@ -31,6 +35,24 @@ class TensorPlan:
     zero_point: int
     channels: tuple[int, ...] = ()
     symmetric: bool = False
+    layer: tuple[int, ...] = ()
+
+    def in_layer(self, layer: tuple[int, ...]) -> TensorPlan:
+        """The same with the names that it has among those of all layers."""
+        suffix = layer_suffix(layer)
+        return dataclasses.replace(
+            self, name=self.name + suffix, group=self.group + suffix, layer=layer
+        )
+
+    def by_itself(self) -> TensorPlan:
+        """The same with the names that it has in its own layer."""
+        group = self.group.removesuffix(layer_suffix(self.layer))
+        return dataclasses.replace(self, name=self.base, group=group, layer=())
+
+    @property
+    def base(self) -> str:
+        """The name that it shares with the other layers, under which its arrays are stacked."""
+        return self.name.removesuffix(layer_suffix(self.layer))
 
 
 @dataclasses.dataclass(frozen=True)

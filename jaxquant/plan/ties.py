@@ -87,6 +87,7 @@ class Fit(NamedTuple):
 
 def without_ties(binding: Binding) -> Binding:
     """A plan with scales that are odd multiples of a unit where sums are quantized together."""
+    binding = binding.in_bodies(without_ties)
     plan = binding.plan
     if plan.weight_quantize_type != "channel_wise_abs_max" or not plan.tensors:
         return binding

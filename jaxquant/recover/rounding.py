@@ -65,7 +65,7 @@ def learn_roundings(task: Task, draft: Draft) -> Draft:
       FileError: the file is damaged, or of another model, other parameters or other samples.
     """
     adaround.check_optax()
-    source, plan, examples = task.source, draft.program.plan, task.alike
+    source, plan, examples = task.source, draft.program.whole_plan, task.alike
     with task.progress.stage("tracing"):
         inputs, program = _joined(source, plan, examples)
     roundings = Roundings(task.file, lambda: make_source(program.graph, source.params, examples))

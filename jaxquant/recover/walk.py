@@ -46,7 +46,7 @@ def walk(program: Program, qparams: Mapping[str, Any], inputs: Sequence[Any], vi
             if site.site.name not in program.calls:
                 return lowering(state)
             each, var = program.calls[site.site.name], site.site.operands[0]
-            visit(site, state.quantized.int8(var), state.quantized.zero_point(var))
+            visit(site, state.quantized.int8(var), program.binding.zero_points[var])
             compiled = jax.jit(functools.partial(XLA.call, each.call))
             return each.keep(state, compiled(each.operands(state)))
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import MEANINGS
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan import layout
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.plan import FLOAT, INT8
+from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.plan.rules import Rule
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.sqnr import Quality
@@ -50,7 +51,8 @@ class Report:
     Attributes:
       rows: one dict per site: name, kind, scope, status ("int8": quantized, or "float"), mode (what
         it runs in, in words: "int8", "int8 (dynamic)": the scale of its input is computed in each
-        call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold,
+        call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold and
+        threshold_max (the least and the largest of the layers, inside a scan over stacked weights),
         weight_scale_min, weight_scale_max, own_sqnr_db (of its output with its own error alone),
         sqnr_db (with the errors before it too), epilogue, weight_path; None where there is no such
         value; see `jaxquant.report.sqnr.Quality`.
@@ -222,9 +224,9 @@ def make_report(
     recovery: Mapping[str, str],
 ) -> Report:
     """Collect the report's plain data; nothing of it holds a device array."""
-    plan = program.plan
+    plan = program.whole_plan
     label = MODES[plan.mode].label
-    thresholds = {t.group: t.threshold for t in plan.tensors}
+    thresholds = _thresholds(plan)
     rounded = _float_sites_on_integers(program)
     rows = []
     for site in plan.sites:
@@ -238,7 +240,9 @@ def make_report(
             "inputs": list(site.inputs),
             "epilogue": [*site.affine, *site.activation],
         }
-        row["threshold"] = thresholds[site.inputs[0]] if site.inputs else None
+        row["threshold"], row["threshold_max"] = thresholds.get(
+            site.inputs[0] if site.inputs else "", (None, None)
+        )
         row["weight_scale_min"] = row["weight_scale_max"] = None
         if site.name in program.slots:
             path = program.slots[site.name].scale
@@ -276,6 +280,16 @@ def make_report(
         "read_dequantized": sorted({r.site.weight_path for r in program.restored.values()}),
     }
     return Report(rows, tensors, summary, quality.outputs.rows if quality.outputs else ())
+
+
+def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Group -> the least and the largest threshold of its layers."""
+    found: dict[str, tuple[float, float]] = {}
+    for tensor in plan.tensors:
+        group = tensor.group.removesuffix(layer_suffix(tensor.layer))
+        low, high = found.get(group, (tensor.threshold, tensor.threshold))
+        found[group] = min(low, tensor.threshold), max(high, tensor.threshold)
+    return found
 
 
 def _float_sites_on_integers(program: Program) -> set[str]:
@@ -318,14 +332,20 @@ def _wrapped(line: str, width: int) -> str:
     )
 
 
+def _span(low: float | None, high: float | None, digits: int) -> str:
+    if low is None:
+        return "-"
+    text = f"{low:.{digits}g}"
+    return text if high is None or low == high else f"{text} to {high:.{digits}g}"
+
+
 def _cell(row: Mapping[str, Any], key: str) -> str:
     if key == "epilogue":
         return " ".join(row["epilogue"])
     if key == "weight_scale":
-        low, high = row["weight_scale_min"], row["weight_scale_max"]
-        if low is None:
-            return "-"
-        return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        return _span(row["weight_scale_min"], row["weight_scale_max"], 3)
+    if key == "threshold":
+        return _span(row["threshold"], row.get("threshold_max"), 4)
     value = row[key]
     if value is None:
         return "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import jax
@@ -31,9 +32,10 @@ class SiteCall:
         chain: Chain,
         zero_points: Mapping[ir.Var, int],
         slot: layout.WeightSlot,
+        varies: bool = False,
     ):
         self.chain = chain
-        self.call = call_of(graph, chain, zero_points)
+        self.call = dataclasses.replace(call_of(graph, chain, zero_points), varies=varies)
         self.slot = slot
 
     def operands(self, state: Evaluation, linked: Collection[str] = ()) -> dict[str, jax.Array]:
@@ -58,6 +60,12 @@ class SiteCall:
         if residual is not None and "residual" not in linked:
             read = quantized.int8 if self.chain.residual_int8 else quantized.float32
             found["residual"] = read(residual)
+        if self.call.varies:
+            found["zero_point"] = quantized.zero_point(site.operands[0])
+            if residual is not None and self.chain.residual_int8:
+                found["residual_zero_point"] = quantized.zero_point(residual)
+            if self.chain.grid is not None:
+                found["out_zero_point"] = quantized.zero_point(self.chain.grid)
         return {name: jnp.asarray(value) for name, value in found.items()}
 
     def keep(self, state: Evaluation, results: Sequence[jax.Array]) -> dict[ir.Var, jax.Array]:

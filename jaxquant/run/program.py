@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.backends import platforms
 from jaxquant.backends.choice import fastest_here
@@ -16,9 +17,11 @@ from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.modes import MODES
-from jaxquant.run import accumulate, lowerings, nonfinite
+from jaxquant.plan.plan import Plan
+from jaxquant.run import accumulate, loops, lowerings, nonfinite
 from jaxquant.run.calls import SiteCall, has_kernel
 from jaxquant.run.fusion import find_chains
+from jaxquant.run.loops import Inside
 from jaxquant.run.lowerings import Evaluation, Hook, Lowering
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
@@ -35,8 +38,11 @@ class Program:
       table: the backends that run its calls.
       by_site: a call stands for a site alone, whose result can be seen and changed; else for what
         follows it too, where a kernel has that.
+      body: of a body of a loop or choice, where it is; its `params` are None.
 
     Attributes:
+      whole_plan: the plan with its parts in loops and choices; `plan` is that of its own graph.
+      bodies: the programs of the bodies that hold int8 sites, by the index of their equation.
       equations: those whose float results are needed.
       lowerings: what runs, by the index of the equation that it stands for, in order.  A lowering
         of several equations has the index of the last one, and the others have no entry.
@@ -50,24 +56,33 @@ class Program:
         params: Any,
         table: platforms.Table = platforms.XLA_ALONE,
         by_site: bool = False,
+        body: Inside | None = None,
     ):
         self.binding = binding
         self.model = binding.model
         self.graph = graph = binding.graph
         self.plan = plan = binding.plan
         self.mode = MODES[plan.mode]
-        paths = layout.leaf_paths(graph, params)
-        self.slots = layout.weight_slots(graph, [s.site for s in self.binding.sites], paths, plan)
+        self.slots = binding.weight_slots(params) if body is None else body.slots
         self.weights = StoredWeights(graph, plan, self.slots)
         live = live_equations(graph, self.binding)
         self.equations = live.equations
         self.restored = {var: self.binding.restorable[var] for var in live.restored}
         leaves = float_leaves(graph, self.binding)
-        self.float_paths = layout.float_paths(leaves, paths, self.slots)
+        self.float_paths: Mapping[ir.Var, tuple[str, ...]] = {}
+        if body is None:
+            paths = layout.leaf_paths(graph, params)
+            self.float_paths = layout.float_paths(leaves, paths, self.slots)
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
         self._backends = table
         self._by_site = by_site
+        self.body = body or Inside((binding,), self.slots)
+        self.bodies = {
+            eqn.index: self._programs(eqn)
+            for eqn in self.equations
+            if any(each.layers[0].holds_int8 for each in binding.bodies.get(eqn.index, ()))
+        }
 
         calls = self._find_calls() if self.mode.tensor_scales else {}
         self.calls = {each.chain.site.site.name: each for each in calls.values()}
@@ -81,21 +96,43 @@ class Program:
           qparams: its arrays.
           inputs: the flattened model inputs.
         """
-        return self._run(qparams, inputs).env
+        return self._run(qparams, inputs, self._leaves(qparams)).env
 
     def outputs(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
         """The model's outputs, in their own pytree; NaN where floats were that int8 cannot hold."""
-        state = self._run(qparams, inputs)
+        state = self._run(qparams, inputs, self._leaves(qparams))
         return nonfinite.with_marks(evaluate.outputs(state.env), state.quantized.marks)
 
-    def _run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> Evaluation:
-        leaves = {
-            var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()
-        }
-        leaves |= {var: self.weights.restore(r, qparams) for var, r in self.restored.items()}
+    def results(
+        self, qparams: Mapping[str, Any], leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]
+    ) -> list[Any]:
+        """What a body gives in one step; NaN where floats were that int8 cannot hold.
+
+        Args:
+          qparams: the arrays of its sites, of one layer.
+          leaves: the values of its leaves, as far as they are read in float.
+          inputs: those of its inputs.
+        """
+        state = self._run(qparams, inputs, leaves)
+        values = [jnp.asarray(state.env.read(x)) for x in self.graph.outputs]
+        return list(nonfinite.with_marks(values, state.quantized.marks))
+
+    def _leaves(self, qparams: Mapping[str, Any]) -> dict[ir.Var, Any]:
+        return {var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()}
+
+    def _run(
+        self, qparams: Mapping[str, Any], inputs: Sequence[Any], leaves: Mapping[ir.Var, Any]
+    ) -> Evaluation:
+        restored = {var: self.weights.restore(r, qparams) for var, r in self.restored.items()}
+        leaves = {**leaves, **restored}
         env = evaluate.Environment(self.graph, leaves, inputs)
         quantized = QuantizedTensors(
-            env, self.binding, qparams["tensors"], self.early, self._origins
+            env,
+            self.binding,
+            qparams["tensors"],
+            self.early,
+            self._origins,
+            self.body.varies,
         )
         state = Evaluation(qparams, env, quantized)
         evaluate.run(env, self.lowerings, state)
@@ -130,11 +167,28 @@ class Program:
                 packed[name] = kernel.pack(each.call, weight)
         return packed
 
+    def _programs(self, eqn: ir.Equation) -> tuple[Program, ...]:
+        """The programs of the bodies of a loop or choice."""
+        found = []
+        for number, body in enumerate(self.binding.bodies[eqn.index]):
+            layers = [
+                layer
+                for each in self.body.layers
+                for layer in each.bodies[eqn.index][number].layers
+            ]
+            inside = Inside(tuple(layers), self.slots, body.shared_weights(self.slots))
+            found.append(Program(layers[0], None, self._backends, self._by_site, inside))
+        return tuple(found)
+
     def _ends(self) -> dict[int, Int8Site]:
         """The live int8 sites by the index of the equation that ends their epilogue."""
         live = {eqn.index for eqn in self.equations}
         ends = {self.graph.producer[s.epilogue.output].index: s for s in self.binding.sites}
         return {index: site for index, site in ends.items() if index in live}
+
+    @functools.cached_property
+    def whole_plan(self) -> Plan:
+        return self.binding.whole_plan
 
     def _find_calls(self) -> dict[int, SiteCall]:
         """The calls by the index of the last equation that they stand for."""
@@ -147,7 +201,9 @@ class Program:
 
         chains = find_chains(graph, self.binding, running, self.early, goes_on)
         return {
-            last: SiteCall(graph, chain, zero_points, self.slots[chain.site.site.name])
+            last: SiteCall(
+                graph, chain, zero_points, self.slots[chain.site.site.name], self.body.varies
+            )
             for last, chain in chains.items()
         }
 
@@ -165,6 +221,8 @@ class Program:
         table = {eqn.index: lowerings.in_float(eqn) for eqn in ordered}
         table |= {eqn.index: self._on_int8(eqn) for eqn in self.equations if self._reads_int8(eqn)}
         table |= {index: self._of_site(site) for index, site in self._ends().items()}
+        for index, bodies in self.bodies.items():
+            table[index] = loops.lowering(self.graph.equations[index], bodies)
         table |= {last: self._calling(call) for last, call in calls.items()}
 
         # What a call or a sequence stands for has no entry of its own.

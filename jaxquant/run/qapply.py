@@ -291,7 +291,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
             "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
             f"'sites' and 'tensors'), got {_describe(qparams)}"
         )
-    tensors = {tensor.name for tensor in plan.tensors}
+    tensors = {tensor.base for tensor in plan.tensors}
     integer = MODES[plan.mode].integer
     sites = {site.name for site in plan.sites if site.fingerprint and integer}
     differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))

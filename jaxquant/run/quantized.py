@@ -33,6 +33,7 @@ class QuantizedTensors:
         tensors: Mapping[str, Any],
         early: Mapping[ir.Var, ir.Equation],
         origins: Mapping[ir.Var, frozenset[ir.Var]] = MappingProxyType({}),
+        varies: bool = False,
     ) -> None:
         self.graph = env.graph
         self._env = env
@@ -40,6 +41,7 @@ class QuantizedTensors:
         self._tensors = tensors
         self._early = early
         self._origins = origins
+        self._varies = varies
         self._marked: set[ir.Var] = set()
         self.marks: list[jax.Array] = []
         self._values: dict[ir.Var, jax.Array] = {}
@@ -87,8 +89,10 @@ class QuantizedTensors:
     def read(self, atom: ir.Atom) -> Any:
         return evaluate.narrow(self.wide(atom), self.graph.dtype(atom))
 
-    def zero_point(self, var: ir.Var) -> int:
-        """The int8 that stands for zero."""
+    def zero_point(self, var: ir.Var) -> int | jax.Array:
+        """The int8 that stands for zero; an int32 where it differs from layer to layer."""
+        if self._varies:
+            return self._scale_entry(var)["zero_point"]
         return self._binding.zero_points[var]
 
     def _pooled(self, var: ir.Var) -> jax.Array:

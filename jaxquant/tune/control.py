@@ -231,7 +231,7 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
     for algo in ALGORITHMS:
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
-        thresholds = _thresholds(search.plan_of(rules).plan, groups)
+        thresholds = _thresholds(search.plan_of(rules).whole_plan, groups)
         if thresholds in tried:
             continue
         if not search.may_go_on():

@@ -180,7 +180,7 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
         recover=(),
     )
     traced = trace_model(model.apply_fn, model.params, model.inputs)
-    names = observed_tensors(traced, config)
+    names = observed_tensors(traced, config).names
     stats = map(_stats, model.has_zero_point)
     observations = Observations(
         dict(zip(names, stats, strict=True)), batches=1, samples=1, examples=(model.inputs,)

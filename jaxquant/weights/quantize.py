@@ -10,7 +10,7 @@ is float64 on the host; the results are float32.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout, ties
-from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.bind import Binding, BoundBody, Int8Site
 from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import group_layout
@@ -45,19 +45,109 @@ def quantize_params(
       divisors: what the channels of tensors are divided by before they are quantized, which the
         weights behind them are multiplied by; arrays of the rank of their tensors.
     """
-    divisors = divisors or {}
+    slots = binding.weight_slots(params)
+    qparams = _quantize(binding, params, slots, divisors or {})
+    _put_float_leaves(qparams["params"], binding, slots, params)
+    return jax.device_put(qparams)
+
+
+def _quantize(
+    binding: Binding,
+    params: Any,
+    slots: Mapping[str, layout.WeightSlot],
+    divisors: Divisors,
+) -> dict[str, Any]:
+    """The arrays of a model and of its bodies, without the parameters that stay float.
+
+    Args:
+      binding: the model, or a layer of a body.
+      params: the values of the leaves of its graph, as a pytree.
+      slots: of the whole model.
+      divisors: see `quantize_params`.
+    """
+    qparams = _quantize_graph(binding, params, slots, divisors)
+    for index in binding.bodies:
+        for body in binding.bodies[index]:
+            if body.layers[0].holds_int8:
+                merge(qparams, _quantize_body(body, binding.graph, params, slots))
+    return qparams
+
+
+def _quantize_body(
+    body: BoundBody, outer: ir.Graph, params: Any, slots: Mapping[str, layout.WeightSlot]
+) -> dict[str, Any]:
+    """The arrays of the layers of a body, stacked.
+
+    Args:
+      body: the body of a loop or choice.
+      outer: the graph that holds the loop.
+      params: the values of its leaves.
+      slots: of the whole model.
+    """
+    operands = body.model.leaf_operands
+    values, _ = fold(outer, params, list(operands.values()), [])
+    layers = []
+    for number, layer in enumerate(body.layers):
+        leaves = [
+            values[operand][number] if var in body.model.sliced else values[operand]
+            for var, operand in operands.items()
+        ]
+        layers.append(_quantize(layer, leaves, slots, {}))
+    if body.model.layers is None:
+        return layers[0]
+    return stack_layers(layers, body.shared_weights(slots))
+
+
+def stack_layers(
+    layers: Sequence[Mapping[str, Any]], shared: Collection[tuple[str, ...]]
+) -> dict[str, Any]:
+    """The arrays of several layers along a leading axis.
+
+    Args:
+      layers: nested dicts; a bias that some layers lack is zero there.
+      shared: the paths of arrays that all layers have in common, of which there is one.
+    """
+    flat = [dict(_flat(layer)) for layer in layers]
+    found: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    for path, example in {path: x for each in flat for path, x in each.items()}.items():
+        if path in shared:
+            layout.put(found, path, example)
+            continue
+        there = [each.get(path, np.zeros_like(example)) for each in flat]
+        layout.put(found, path, np.stack(there))
+    return found
+
+
+def _flat(tree: Mapping[str, Any], head: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*head, key))
+        else:
+            yield (*head, key), value
+
+
+def merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Put the arrays of a nested dict into another one."""
+    for path, value in _flat(other):
+        layout.put(tree, path, value)
+
+
+def _quantize_graph(
+    binding: Binding,
+    params: Any,
+    slots: Mapping[str, layout.WeightSlot],
+    divisors: Divisors,
+) -> dict[str, Any]:
+    """The arrays of the sites in a model's own graph."""
     graph, plan = binding.graph, binding.plan
-    paths = layout.leaf_paths(graph, params)
-    slots = layout.weight_slots(graph, [s.site for s in binding.sites], paths, plan)
     qparams: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
-    _put_float_leaves(qparams["params"], graph, binding, paths, slots, params)
     if not MODES[plan.mode].integer:
         _put_grouped_weights(qparams["params"], graph, binding, slots, params, plan)
-        return jax.device_put(qparams)
+        return qparams
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
     fits = ties.find_fits(binding)
-    uses = collections.Counter(slots.values())
+    uses = collections.Counter(slots[s.site.name] for s in binding.sites if s.site.name in slots)
     for int8_site in binding.sites:
         site = int8_site.site
         planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
@@ -70,7 +160,8 @@ def quantize_params(
             weight = once(graph, site, weights[site.weight])
             weight = undivided(binding, site, weight, divisors)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
-            if per_channel and uses[slots[site.name]] == 1 and len(planned) == len(site.operands):
+            alone = uses[slots[site.name]] == 1 and all(binding.model.varies_by_layer(site.weight))
+            if per_channel and alone and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
                 growth = _growth(used, fits.get(site.name))
@@ -90,7 +181,9 @@ def quantize_params(
             "scale": np.float32(scale),
             "inv_scale": np.float32(1.0 / scale),
         }
-    return jax.device_put(qparams)
+        if binding.model.scans:
+            qparams["tensors"][tensor.name]["zero_point"] = np.int32(tensor.zero_point)
+    return qparams
 
 
 def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
@@ -325,12 +418,12 @@ def _put_grouped_weights(
 
 def _put_float_leaves(
     tree: dict[str, Any],
-    graph: ir.Graph,
     binding: Binding,
-    paths: dict[ir.Var, tuple[str, ...]],
-    slots: dict[str, layout.WeightSlot],
+    slots: Mapping[str, layout.WeightSlot],
     params: Any,
 ) -> None:
+    graph = binding.graph
+    paths = layout.leaf_paths(graph, params)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     for var, path in layout.float_paths(float_leaves(graph, binding), paths, slots).items():
         layout.put(tree, path, leaves[var])

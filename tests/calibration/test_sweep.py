@@ -233,13 +233,15 @@ def test_all_zero_activations():
     assert stats.counts[0] == 8
 
 
-def test_tensors_inside_control_flow_are_not_needed():
+def test_tensors_inside_loops_are_observed_over_all_steps():
     def apply_fn(p, x):
         return jax.lax.fori_loop(0, 2, lambda _, c: c @ p["loop"], x) @ p["w"]
 
     seen = calibrate([np.ones((2, 4), np.float32)], apply_fn, W | {"loop": jnp.eye(4) * 2})
-    assert list(seen.tensors) == ["w/input"]
+    assert list(seen.tensors) == ["w/input", "loop/input"]
     assert seen.tensors["w/input"].abs_max == 4
+    loop = seen.tensors["loop/input"]
+    assert (loop.min, loop.max, loop.count) == (1, 2, 16)
 
 
 def test_linen_dropout_in_inference_mode():

@@ -35,8 +35,10 @@ def test_a_scan_binds_constants_carries_and_slices():
     assert [path(body, k) for k in range(3)] == ["shared", None, "layers"]
     assert root.graph.inputs == (body.operands[1],)  # the carry starts with x
     assert (dict(body.carries), body.scanned, body.results) == ({1: 0}, {2}, (0, 1))
-    assert [body.graph.static[var] for var in body.graph.inputs] == [True, False, True]
-    assert [body.graph.shape(var) for var in body.graph.inputs] == [(3, 3), (4, 3), (3, 3)]
+    assert [body.graph.static[var] for var in body.arguments] == [True, False, True]
+    assert body.graph.leaves == (body.arguments[0], body.arguments[2])
+    assert body.graph.inputs == (body.arguments[1],)
+    assert [body.graph.shape(var) for var in body.arguments] == [(3, 3), (4, 3), (3, 3)]
 
 
 def test_a_while_loop_binds_its_test_and_its_body():
@@ -79,7 +81,7 @@ def test_regions_nest_and_each_knows_its_holder():
     assert inner.inside == ("scan", "scan")
     (site,) = model.sites
     assert (site.location[:-1], site.inside) == (inner.location, inner.inside)
-    assert inner.graph.paths[inner.graph.inputs[0]] == "layers"
+    assert inner.graph.paths[inner.graph.leaves[0]] == "layers"
 
 
 def test_a_loop_over_parameters_alone_is_no_region():

@@ -288,7 +288,7 @@ def test_named_scopes_are_in_the_sites_scope():
 
 
 def tensors(apply_fn, params, *inputs):
-    return observed_tensors(trace_model(apply_fn, params, inputs), QuantConfig())
+    return observed_tensors(trace_model(apply_fn, params, inputs), QuantConfig()).tensors
 
 
 def test_readers_of_one_tensor_share_its_name():

@@ -37,7 +37,7 @@ def binding_of(apply_fn, params, *inputs, **config) -> Binding:
 
 def _observed(model, inputs, abs_max: Callable[[str], float], config):
     options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
-    stats = {name: _stats(abs_max(name)) for name in observed_tensors(model, options)}
+    stats = {name: _stats(abs_max(name)) for name in observed_tensors(model, options).names}
     return Observations(stats, 1, 1, (inputs,)), options
 
 
@@ -72,10 +72,10 @@ def quantize(apply_fn, params, *inputs, **config) -> Int8Model:
     """Full quantization unless `config` says else; thresholds are 127 times a power of two."""
     model = trace_model(apply_fn, params, inputs)
     options = QuantConfig(**{**networks.OPTIONS, "is_full_quantize": True, **config})
-    bounds = _bounds(model.graph, observed_tensors(model, options), params, inputs)
+    bounds = _bounds(model.graph, observed_tensors(model, options).tensors, params, inputs)
     binding = make_plan(model, *_observed(model, inputs, bounds.__getitem__, config))
     qparams = quantize_params(binding, params)
-    plan = binding.plan
+    plan = binding.whole_plan
     return Int8Model(plan, qparams, QuantizedApply(Code(apply_fn, params), plan, None))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxquant.graph.trace import trace
+from jaxquant.graph.model import trace_model
 from jaxquant.plan.candidates import reason_for_float
 from jaxquant.plan.config import QuantConfig
 from tests import networks
@@ -38,5 +38,5 @@ def test_what_has_no_int8_form_says_why(
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (weight, x))
     params, example = shapes
     (site,) = networks.find(apply_fn, params, example)
-    graph = trace(apply_fn, params, (example,))
-    assert reason_for_float(graph, site, (site,), QuantConfig(is_full_quantize=True)) == reason
+    model = trace_model(apply_fn, params, (example,))
+    assert reason_for_float(model, site, QuantConfig(is_full_quantize=True)) == reason

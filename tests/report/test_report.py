@@ -21,6 +21,7 @@ KEYS = {
     "mode",
     "reason",
     "threshold",
+    "threshold_max",
     "weight_scale_min",
     "weight_scale_max",
     "own_sqnr_db",

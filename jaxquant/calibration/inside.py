@@ -1,0 +1,217 @@
+"""Observe the tensors of a model, those inside its loops and choices too, in one evaluation.
+
+Inside a scan over stacked weights the statistics of each layer stay apart; those of another loop
+are of all its steps together, and those of a branch of the steps that choose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.calibration import histogram
+from jaxquant.calibration.observed import Observed
+from jaxquant.calibration.observers import Observer
+from jaxquant.graph import evaluate, ir, loops
+
+
+class Seen(NamedTuple):
+    """What one evaluation shows of T tensors, in the order of `Observed.names`.
+
+    Attributes:
+      counts: of their histograms.
+      own: the observer's state of each, () without an observer.
+    """
+
+    counts: histogram.Counts
+    own: tuple[Any, ...]
+
+
+class Watch(NamedTuple):
+    """How tensors are observed.
+
+    Attributes:
+      counter: counts a tensor.
+      observer: keeps statistics of its own; None for none.
+      forms: those of the float model's equations that run faster here.
+    """
+
+    counter: histogram.Counter
+    observer: Observer | None
+    forms: evaluate.Forms
+
+
+def observe(
+    observed: Observed,
+    params: Any,
+    inputs: Sequence[Any],
+    own: Sequence[Any],
+    watch: Watch,
+    known: Mapping[ir.Var, Any],
+) -> Seen:
+    """Evaluate a float model and observe it.
+
+    Args:
+      observed: its tensors.
+      params: its parameters.
+      inputs: the flattened inputs.
+      own: the observer's states so far.
+      watch: how.
+      known: see `jaxquant.graph.evaluate.evaluate_model`.
+    """
+    graph = observed.model.graph
+    inside = _Inside(observed, own, watch)
+    env = evaluate.evaluate_model(
+        graph,
+        params,
+        inputs,
+        equations=_needed(observed),
+        known=known,
+        forms={**watch.forms(graph), **inside.lowerings()},
+    )
+    return inside.seen(env)
+
+
+def _needed(observed: Observed) -> list[ir.Equation]:
+    """The equations that the observed tensors depend on, and the loops with such inside."""
+    graph, roots = observed.model.graph, list(observed.tensors.values())
+    for index, bodies in observed.bodies.items():
+        if any(body.names for body in bodies):
+            roots += graph.equations[index].outputs
+    return list(ir.walk_back(graph, roots))
+
+
+class _Inside:
+    """One evaluation of a graph: what is seen of its tensors and of its bodies."""
+
+    def __init__(self, observed: Observed, own: Sequence[Any], watch: Watch) -> None:
+        self._observed = observed
+        self._watch = watch
+        self._own = own
+        self._seen: dict[int, Seen] = {}
+        self._bodies = {
+            index: bodies
+            for index, bodies in observed.bodies.items()
+            if any(body.names for body in bodies)
+        }
+
+    def lowerings(self) -> dict[int, evaluate.Lowering[evaluate.Environment]]:
+        """Those of the loops and choices, which note what is seen inside."""
+        found, place = {}, len(self._observed.tensors)
+        for index, bodies in self._bodies.items():
+            size = sum(_size(body) for body in bodies)
+            eqn = self._observed.model.graph.equations[index]
+            found[index] = self._lowering(eqn, bodies, self._own[place : place + size])
+            place += size
+        return found
+
+    def seen(self, env: evaluate.Environment) -> Seen:
+        """What was seen, once the graph is evaluated."""
+        values = [env.read(var) for var in self._observed.tensors.values()]
+        update = self._watch.observer.update if self._watch.observer is not None else None
+        own = tuple(map(update, self._own[: len(values)], values)) if update is not None else ()
+        parts = [histogram.count_all(values, self._watch.counter)] if values else []
+        for index in self._bodies:
+            parts.append(self._seen[index].counts)
+            own += self._seen[index].own
+        return Seen(_concatenated(parts), own)
+
+    def _lowering(
+        self, eqn: ir.Equation, bodies: Sequence[Observed], own: Sequence[Any]
+    ) -> evaluate.Lowering[evaluate.Environment]:
+        run = _layer_by_layer if bodies[0].model.layers is not None else _all_steps
+
+        def lowering(env: evaluate.Environment) -> evaluate.Values:
+            operands = [env.read(x) for x in eqn.inputs]
+            results, self._seen[eqn.index] = run(eqn, operands, bodies, own, self._watch)
+            return dict(zip(eqn.outputs, results, strict=True))
+
+        return lowering
+
+
+def _layer_by_layer(
+    eqn: ir.Equation,
+    operands: Sequence[Any],
+    bodies: Sequence[Observed],
+    own: Sequence[Any],
+    watch: Watch,
+) -> tuple[Sequence[Any], Seen]:
+    """Run a scan over stacked weights; the states of its tensors go through it with them."""
+    (body,) = bodies
+    width = len(body.names)
+    stacked = tuple(_stack(own[place::width]) for place in range(width)) if own else ()
+
+    def step(given: loops.Given) -> loops.Gives:
+        results, seen = _step(body, given.values, given.sliced, watch)
+        return loops.Gives(results, seen)
+
+    found = loops.run(eqn, operands, [step], sliced=stacked)
+    counts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.stacked.counts)
+    layers = range(eqn.params["length"])
+    states = [jax.tree.map(lambda x, n=n: x[n], found.stacked.own) for n in layers]
+    return found.results, Seen(counts, tuple(state for each in states for state in each))
+
+
+def _all_steps(
+    eqn: ir.Equation,
+    operands: Sequence[Any],
+    bodies: Sequence[Observed],
+    own: Sequence[Any],
+    watch: Watch,
+) -> tuple[Sequence[Any], Seen]:
+    """Run another loop, or a choice; what is seen in its steps is joined on the way."""
+    sizes = [len(body.names) for body in bodies]
+    empty = jax.tree.map(lambda x: jnp.stack([x] * sum(sizes)), histogram.init())
+
+    def step_of(number: int) -> loops.Step:
+        place = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
+
+        def step(given: loops.Given) -> loops.Gives:
+            states, kept = given.kept
+            results, seen = _step(bodies[number], given.values, kept[place], watch)
+            if sizes[number]:
+                some = jax.tree.map(lambda x: x[place], states)
+                some = histogram.joined(some, seen.counts)
+                states = jax.tree.map(lambda x, y: x.at[place].set(y), states, some)
+            if kept:
+                kept = (*kept[: place.start], *seen.own, *kept[place.stop :])
+            return loops.Gives(results, None, (states, kept))
+
+        return step
+
+    steps = [step_of(number) for number in range(len(bodies))]
+    found = loops.run(eqn, operands, steps, kept=(empty, tuple(own)))
+    states, kept = found.kept
+    return found.results, Seen(histogram.as_counts(states), kept)
+
+
+def _step(
+    body: Observed, values: Sequence[Any], own: Sequence[Any], watch: Watch
+) -> tuple[list[Any], Seen]:
+    """One step of a body: what it gives, and what is seen in it."""
+    graph, inside = body.model.graph, _Inside(body, own, watch)
+    leaves, inputs = body.model.root.split(values)
+    table = evaluate.float_table(graph.equations, {**watch.forms(graph), **inside.lowerings()})
+    env = evaluate.evaluate(graph, leaves, inputs, table)
+    return [env.read(x) for x in graph.outputs], inside.seen(env)
+
+
+def _size(body: Observed) -> int:
+    """How many statistics there are of a body, in all its layers."""
+    return len(body.names) * (body.model.layers or 1)
+
+
+def _stack(states: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
+
+
+def _concatenated(parts: Sequence[histogram.Counts]) -> histogram.Counts:
+    if not parts:
+        shapes = ((0, histogram.BINS), jnp.uint32), ((0, 2), jnp.float32), ((0,), jnp.uint32)
+        return histogram.Counts(*(jnp.zeros(*each) for each in shapes))
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

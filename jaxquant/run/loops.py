@@ -1,0 +1,123 @@
+"""Loops and choices with int8 sites inside: the loop stays a loop, its body is an int8 program.
+
+A scan over stacked weights goes over the stacked arrays of its sites too, so that each step has
+those of one layer; what other loops hold is the same in all their steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph import loops as graph_loops
+from jaxquant.graph.model import Model
+from jaxquant.plan import layout
+from jaxquant.plan.bind import Binding
+from jaxquant.run.lowerings import Evaluation, Lowering
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """Where the program of a body is.
+
+    Attributes:
+      layers: its bindings in all layers of all the scans around it, which differ in their grids.
+      slots: where the weights of the whole model are.
+      shared: the paths of the weights that the layers of its own scan have in common.
+    """
+
+    layers: tuple[Binding, ...]
+    slots: Mapping[str, layout.WeightSlot]
+    shared: Collection[tuple[str, ...]] = ()
+
+    @property
+    def varies(self) -> bool:
+        """Whether the layers have different zero points, so that these are no constants."""
+        return any(layer.zero_points != self.layers[0].zero_points for layer in self.layers)
+
+
+class Body(Protocol):
+    """The program of a body; a `jaxquant.run.program.Program` is one."""
+
+    model: Model
+    binding: Binding
+    body: Inside
+
+    def results(
+        self, qparams: Mapping[str, Any], leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]
+    ) -> list[Any]: ...
+
+
+def lowering(eqn: ir.Equation, bodies: Sequence[Body]) -> Lowering:
+    """The lowering of a loop or choice.
+
+    Args:
+      eqn: its equation.
+      bodies: the programs of its bodies.
+    """
+
+    def run(state: Evaluation) -> evaluate.Values:
+        env = state.env
+        operands = [
+            env.read(x) if isinstance(x, ir.Literal) or x in env else None for x in eqn.inputs
+        ]
+        arrays = [arrays_of(body, state.qparams) for body in bodies]
+
+        steps = [_step(body, every) for body, (every, _) in zip(bodies, arrays, strict=True)]
+        found = graph_loops.run(eqn, operands, steps, sliced=arrays[0][1])
+        return dict(zip(eqn.outputs, found.results, strict=True))
+
+    return run
+
+
+def _step(body: Body, every: Mapping[str, Any]) -> graph_loops.Step:
+    """One step of an int8 program.
+
+    Args:
+      body: the program.
+      every: the arrays that are the same in all steps.
+    """
+
+    def step(given: graph_loops.Given) -> graph_loops.Gives:
+        qparams = joined(every, given.sliced or {})
+        return graph_loops.Gives(body.results(qparams, *body.model.root.split(given.values)))
+
+    return step
+
+
+def arrays_of(body: Body, qparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of the sites of a body: those of all its steps, and those with a layer for each.
+
+    Args:
+      body: the program of the body.
+      qparams: the arrays of the model around it.
+    """
+    every: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    stacked: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    layered = body.model.layers is not None
+    for part in body.binding.programs():
+        for name in (each.site.name for each in part.sites):
+            if name in body.body.slots:
+                slot = body.body.slots[name]
+                for path in (slot.int8, slot.scale):
+                    one = every if not layered or ("params", *path) in body.body.shared else stacked
+                    layout.put(one["params"], path, layout.get(qparams["params"], path))
+            for entry in ("sites", "packed"):
+                if name in qparams.get(entry, {}):
+                    one = stacked if layered else every
+                    one.setdefault(entry, {})[name] = qparams[entry][name]
+        for tensor in part.plan.tensors:
+            one = stacked if layered else every
+            one["tensors"][tensor.name] = qparams["tensors"][tensor.name]
+    return every, stacked
+
+
+def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts with different leaves as one."""
+    found = dict(a)
+    for key, value in b.items():
+        both = key in found and isinstance(value, Mapping)
+        found[key] = joined(found[key], value) if both else value
+    return found
