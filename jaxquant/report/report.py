@@ -51,8 +51,8 @@ class Report:
     Attributes:
       rows: one dict per site: name, kind, scope, status ("int8": quantized, or "float"), mode (what
         it runs in, in words: "int8", "int8 (dynamic)": the scale of its input is computed in each
-        call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold and
-        threshold_max (the least and the largest of the layers, inside a scan over stacked weights),
+        call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold,
+        threshold_max (inside a scan over stacked weights the least and the largest of the layers),
         weight_scale_min, weight_scale_max, own_sqnr_db (of its output with its own error alone),
         sqnr_db (with the errors before it too), epilogue, weight_path; None where there is no such
         value; see `jaxquant.report.sqnr.Quality`.

@@ -173,15 +173,14 @@ def test_shapes_say_what_may_vary(tmp_path):
         jaxquant.save_quantized_model(tmp_path / "o", qparams, qapply, shapes="b, 8")
 
 
-def test_a_batch_that_is_not_clear_is_an_error(tmp_path):
+def test_an_input_without_axes_leaves_the_batch_clear(tmp_path):
     params = {"w": jnp.eye(4)}
     qparams, qapply = quantize(
         params, lambda p, x, t: x @ p["w"] * t, jnp.ones((3, 4)), jnp.ones(())
     )
-    with pytest.raises(ValueError, match=r"which axis is the batch is not clear. Give shapes="):
-        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
-    loaded, apply = round_trip(tmp_path / "m", qparams, qapply, shapes=("b, 4", ""))
-    assert apply(loaded, jnp.ones((5, 4)), jnp.float32(2)).tolist() == [[2.0] * 4] * 5
+    for options in ({}, {"shapes": ("b, 4", "")}):
+        loaded, apply = round_trip(tmp_path / "m", qparams, qapply, **options)
+        assert apply(loaded, jnp.ones((5, 4)), jnp.float32(2)).tolist() == [[2.0] * 4] * 5
 
 
 def _heads(p, x):

@@ -26,7 +26,7 @@ from tests import networks
 def plan_of(apply_fn, params, *inputs, **config) -> Plan:
     """The plan of a function, with a threshold of 1 for every tensor; compiles nothing."""
     model = trace_model(apply_fn, params, inputs)
-    return make_plan(model, *_observed(model, inputs, lambda name: 1.0, config)).plan
+    return make_plan(model, *_observed(model, inputs, lambda name: 1.0, config)).whole_plan
 
 
 def binding_of(apply_fn, params, *inputs, **config) -> Binding:
