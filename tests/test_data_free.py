@@ -217,16 +217,16 @@ def test_a_poor_model_warns_with_advice_for_the_mode():
         jaxquant.quant_weights({"w": weight}, lambda p, x: x @ p["w"], x, weight_bits=4)
 
 
-def test_control_flow_stays_float_and_is_reported():
+def test_stacked_weights_inside_a_scan_are_int8():
     def apply_fn(p, x):
         y, _ = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["stack"])
         return y @ p["w"]
 
     params = {"stack": networks.images(0, (2, 12, 12)), "w": DENSE["a"]["w"]}
-    _, qapply = jaxquant.quant_dynamic(params, apply_fn, SHAPE12)
+    qparams, qapply = jaxquant.quant_dynamic(params, apply_fn, SHAPE12)
     found = rows(qapply)
-    assert found["stack"]["mode"] == "float"
-    assert "control flow" in found["stack"]["reason"]
+    assert found["stack"]["mode"] == "int8 (dynamic)"
+    assert qparams["params"]["stack"]["int8"].shape == (2, 12, 12)
     assert found["w"]["mode"] == "int8 (dynamic)"
 
 

@@ -200,7 +200,7 @@ def loops(p, x):
     return x @ p["last"]
 
 
-def test_control_flow_runs_in_float_and_is_reported():
+def test_sites_inside_loops_and_choices_are_int8():
     rng = np.random.default_rng(0)
     names = ["first", "scan", "fori", "cond", "while", "remat", "last"]
     params = {
@@ -208,16 +208,32 @@ def test_control_flow_runs_in_float_and_is_reported():
         for name in names
     }
     x = networks.images(0, (4, 6))
-    qparams, qapply = networks.quantize(params, loops, x)
+    qparams, qapply = jaxquant.quant_post(params, loops, [x], progress=False)
     found = rows(qapply)
     assert list(found) == names
     int8 = [name for name, row in found.items() if row["status"] == "int8"]
-    assert int8 == ["first", "remat", "last"]
-    inside = {"scan": "scan", "fori": "scan", "cond": "cond", "while": "while"}
-    for name, primitive in inside.items():
-        assert found[name]["reason"] == f"inside {primitive}: control flow runs in float"
-        np.testing.assert_array_equal(qparams["params"][name], params[name])
+    assert int8 == names
+    assert qparams["params"]["scan"]["int8"].shape == (2, 6, 6)
+    assert qparams["params"]["scan"]["scale"].shape == (2, 6)
+    assert qparams["params"]["fori"]["int8"].shape == (6, 6)
+    assert qparams["sites"]["scan"]["multiplier"].shape == (2, 6)
+    assert qparams["tensors"]["scan/input"]["scale"].shape == (2,)
+    assert qparams["tensors"]["while/input"]["scale"].shape == ()
     assert sqnr(loops(params, x), qapply(qparams, x)) > 20
+
+
+def test_a_branch_that_calibration_never_chose_stays_float():
+    def apply_fn(p, x):
+        x = x @ p["first"]
+        return jax.lax.cond(x.sum() > 1e6, lambda c: c @ p["rare"], lambda c: c @ p["often"], x)
+
+    params = {name: networks.images(k, (6, 6)) for k, name in enumerate(["first", "rare", "often"])}
+    x = networks.images(0, (4, 6))
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], progress=False)
+    found = rows(qapply)
+    assert found["often"]["status"] == "int8"
+    assert "calibration never got there" in found["rare"]["reason"]
+    np.testing.assert_array_equal(qparams["params"]["rare"], params["rare"])
 
 
 def test_functions_with_their_own_derivatives_are_quantized():

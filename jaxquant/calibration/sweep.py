@@ -101,6 +101,7 @@ class Sweep:
         self._allow_batch_dependence = allow_batch_dependence
         self._progress = progress
         self._names: tuple[str, ...] = ()
+        self._outside: tuple[str, ...] = ()  # those of the model's own graph
         self._known: dict[str, Any] = {}
         quick = compilation.quick_compilation()
         self._step = jax.jit(self._observe, compiler_options=quick)
@@ -145,7 +146,8 @@ class Sweep:
         self._check_finite()
         self._alive.check()
         observations = self.observations()
-        unseen = [name for name, stats in observations.tensors.items() if stats.count == 0]
+        # A branch may never be chosen; what is there stays float then.
+        unseen = [name for name in self._outside if observations.tensors[name].count == 0]
         if unseen:
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
@@ -191,7 +193,7 @@ class Sweep:
         if not self._allow_batch_dependence:
             check_independence(self._source, inputs, self._forms)
         observed = self._tensors_of(model)
-        self._names = observed.names
+        self._names, self._outside = observed.names, tuple(observed.tensors)
         self._origin = make_origin(
             model.graph, self._params, observed.any_tensor, self._observer, self._options
         )

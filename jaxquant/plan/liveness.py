@@ -107,7 +107,7 @@ def operands_of_loop(binding: Binding, eqn: ir.Equation) -> frozenset[ir.Var]:
     unread = {var for operands, _ in leaves for var in operands.values()}
     unread -= {operands[leaf] for operands, read in leaves for leaf in read}
     given = [x for body in bodies for x in _inputs_of(body.model)]
-    others = {*given, *_of_test(eqn)}
+    others = {x for x in (*given, *_of_test(eqn)) if isinstance(x, int)}
     return frozenset(v for v in eqn.input_vars if v not in unread or v in others)
 
 

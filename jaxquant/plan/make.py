@@ -142,7 +142,24 @@ def _drafted(
 ) -> _Draft:
     if observations is None:
         return _draft(model, found, None, config)
+    if _is_unseen(model, found, observations, config):
+        rules = [Rule(f"site:{site.name}", dtype="float", reason=_UNSEEN) for site in found]
+        config = config.with_rules(rules)
     return _with_even_parts(model, found, observations, config)
+
+
+def _is_unseen(
+    model: Model, found: Sequence[Site], observations: Observations, config: QuantConfig
+) -> bool:
+    """True for the body of a loop or choice that no calibration batch ran."""
+    if model.body is None:
+        return False
+    entries = _forms(model, found, candidates(model, found, config), config).entries
+    stats = [observations.tensors.get(model.names[var]) for var in entries]
+    return any(each is not None and each.count == 0 for each in stats)
+
+
+_UNSEEN = "calibration never got there: no step of the loop was run, or the branch not chosen"
 
 
 def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[SitePlan]:
