@@ -85,9 +85,12 @@ class Region:
         return self._bodies[eqn.index]
 
     def split(self, values: Sequence[Any]) -> tuple[dict[ir.Var, Any], list[Any]]:
-        """The values of the arguments of a body as those of its leaves and of its inputs."""
+        """The values of the arguments of a body as those of its leaves and of its inputs.
+
+        Those that no step reads in float are None, and no leaves: the weights that are integers.
+        """
         given = dict(zip(self.arguments, values, strict=True))
-        leaves = {var: given[var] for var in self.graph.leaves}
+        leaves = {var: given[var] for var in self.graph.leaves if given[var] is not None}
         return leaves, [given[var] for var in self.graph.inputs]
 
     def walk(self) -> Iterator[Region]:
