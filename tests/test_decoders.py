@@ -1,5 +1,7 @@
 """Decoders, whose cache goes in and comes back: quantized in each mode, saved, called by steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,43 @@ def test_a_weight_of_the_texts_length_is_computed_where_lengths_vary():
     qparams, qapply = jaxquant.quant_dynamic(params, relative, x, progress=False)
     with pytest.raises(ValueError, match=r"another graph .* sites positions differ"):
         qapply(qparams, x[:, :3])
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_texts_of_any_length_after_saving(rotary, tmp_path):
+    """A table of positions cut at the length, or angles made of it; a mask by positions."""
+    apply_fn = functools.partial(decoders.whole_sequence, rotary=rotary)
+    inputs = decoders.tokens(0, 5), np.arange(5) < np.array([[5], [4]])
+    qparams, qapply = jaxquant.quant_dynamic(
+        decoders.plain_params(), apply_fn, [inputs], progress=False
+    )
+    shapes = {"shapes": ("b, s", "b, s")}
+    jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply, **shapes)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "m")
+    for batch, length in ((3, 8), (1, 1)):
+        given = decoders.tokens(1, length, batch), np.ones((batch, length), bool)
+        assert same_bits(apply(loaded, *given), qapply(qparams, *given))
+    if not rotary:
+        with pytest.raises(ValueError, match="saved for s <= 8"):
+            apply(loaded, decoders.tokens(1, 9), np.ones((2, 9), bool))
+
+    jaxquant.export_stablehlo(tmp_path / "e", qparams, qapply, **shapes)
+    exported = jax.export.deserialize(bytearray((tmp_path / "e").read_bytes()))
+    np.testing.assert_allclose(exported.call(qparams, *given), qapply(qparams, *given), atol=1e-4)
+
+
+def test_prompts_of_any_length_after_saving(tmp_path):
+    params, cache, apply_fn = decoders.plain()
+    given = cache, decoders.tokens(0, 3)
+    qparams, qapply = jaxquant.quant_dynamic(params, apply_fn, [given], progress=False)
+    shapes = {name: "b, ..." if array.ndim else "" for name, array in cache.items()}, "b, s"
+    jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply, shapes=shapes)
+    loaded, apply = jaxquant.load_quantized_model(tmp_path / "m")
+    model, saved = (
+        decoders.decode(*both, decoders.plain_cache(1), decoders.tokens(2, 8, 1), (5, 1, 2))[:2]
+        for both in ((qapply, qparams), (apply, loaded))
+    )
+    assert same_bits(saved, model)
 
 
 def test_a_linen_decoder_is_saved_with_a_batch_that_varies(tmp_path):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax import export
 
+from jaxquant.deploy.assumptions import assumed_in, undecided
 from jaxquant.deploy.plain_trees import plain_tree, with_lists
 from jaxquant.deploy.shapes import input_specs
 from jaxquant.deploy.stored.read import StoredGraph
@@ -19,6 +19,9 @@ from jaxquant.run.qapply import QuantizedApply
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH = "batch"  # the name of the symbolic dimension
+_MOST_ASSUMPTIONS = 16  # about sizes: each costs a trace
+
+Traced = TypeVar("Traced")
 
 
 def symbolic_inputs(
@@ -37,13 +40,11 @@ def symbolic_inputs(
       ValueError: the first axes of the inputs differ, or `shapes` or `constraints` does not fit the
         inputs.
     """
-    if isinstance(constraints, str):
-        raise ValueError(f"constraints={constraints!r} is a text; give a tuple: ({constraints!r},)")
     example = qapply.inputs
     if example is None:
         raise ValueError("this qapply does not know the shapes of its inputs")
-    if shapes is None and not constraints and isinstance(qapply.source, StoredGraph):
-        return qapply.source.specs()
+    if shapes is None and isinstance(qapply.source, StoredGraph):
+        return qapply.source.specs(constraints)
     if shapes is None:
         shapes = _batched(example)
     try:
@@ -66,13 +67,64 @@ def _batched(example: tuple[Any, ...]) -> Any:
     return jax.tree.map(lambda leaf: f"{BATCH}, ..." if leaf.shape else "", structs)
 
 
+def traced(
+    qapply: QuantizedApply,
+    shapes: Any,
+    constraints: Sequence[str],
+    trace: Callable[[tuple[Any, ...]], Traced],
+) -> Traced:
+    """What a function gives for the inputs of a model, with symbolic sizes.
+
+    Where it fails because JAX cannot decide about a size, and the model takes inputs for which it
+    goes one way alone (a text that is no longer than the table of its positions), it is tried again
+    with that for a constraint.
+
+    Args:
+      qapply, shapes, constraints: see `symbolic_inputs`.
+      trace: takes shapes and dtypes.
+
+    Raises:
+      ValueError: as `symbolic_inputs`, or the model cannot be traced for such inputs.
+    """
+    if isinstance(constraints, str):
+        raise ValueError(f"constraints={constraints!r} is a text; give a tuple: ({constraints!r},)")
+    assumed: tuple[str, ...] = ()
+    while True:
+        inputs = symbolic_inputs(qapply, shapes, (*constraints, *assumed))
+        try:
+            return trace(inputs)
+        except Exception as error:
+            found = assumed_in(error, inputs, qapply.inputs)
+            if (
+                found is None
+                or found.constraint in assumed
+                or len(assumed) == _MOST_ASSUMPTIONS
+                or _takes(qapply, found.beyond)
+            ):
+                _explain(error, inputs)
+                raise
+        assumed = (*assumed, found.constraint)
+
+
+def _takes(qapply: QuantizedApply, inputs: tuple[Any, ...] | None) -> bool:
+    """Whether the float model can be traced for some shapes; None are those that it may take."""
+    if inputs is None:
+        return True
+    try:
+        qapply.source(inputs)
+    except Exception:  # whatever the model says of sizes that it does not take
+        return False
+    return True
+
+
 def export_program(
     qparams: Mapping[str, Any],
     qapply: QuantizedApply,
-    inputs: tuple[Any, ...],
+    shapes: Any = None,
+    constraints: Sequence[str] = (),
     platforms: Sequence[str] = PLATFORMS,
 ) -> export.Exported:
-    """Export `qapply`; `inputs` are shapes and dtypes, symbolic where they may vary.
+    """Export `qapply`, for sizes as `symbolic_inputs` has them.
 
     The program takes and gives plain dicts where `qapply` has containers of Flax, and lists where
     it has dicts with the keys 0, 1, 2, ...
@@ -80,34 +132,33 @@ def export_program(
     Raises:
       ValueError: the model cannot be traced for such inputs, or calls code of another library.
     """
-    structs, own = jax.tree.map(ir.struct, qparams), jax.tree.structure(inputs)
+    structs, own = jax.tree.map(ir.struct, qparams), jax.tree.structure(qapply.inputs)
 
     def plain_qapply(qparams: Mapping[str, Any], *plain_inputs: Any) -> Any:
         given = jax.tree.unflatten(own, jax.tree.leaves(plain_inputs))
         return with_lists(plain_tree(qapply(qparams, *given)))
 
     plain_qapply.__name__ = qapply.__name__
-    with explained(inputs), compilation.without_source_locations():
+
+    def trace(inputs: tuple[Any, ...]) -> export.Exported:
         to_export = export.export(jax.jit(plain_qapply), platforms=tuple(platforms))
-        exported = to_export(structs, *with_lists(plain_tree(inputs)))
+        return to_export(structs, *with_lists(plain_tree(inputs)))
+
+    with compilation.without_source_locations():
+        exported = traced(qapply, shapes, constraints, trace)
     check_portable(exported)
     return exported
 
 
-@contextlib.contextmanager
-def explained(inputs: tuple[Any, ...]) -> Iterator[None]:
-    """An error about the inputs' sizes becomes a ValueError that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, TypeError) and not _is_symbolic_trouble(error):
-            raise ValueError(
-                f"the model takes no inputs of {_shapes(inputs)}: {error}\n"
-                "Give shapes=... with the sizes that it takes, and numbers where they cannot vary: "
-                "without it the first axis of every input is the batch"
-            ) from error
-        if not _is_symbolic_trouble(error):
-            raise
+def _explain(error: Exception, inputs: tuple[Any, ...]) -> None:
+    """Raise a ValueError that says what to do, where an error is about the inputs' sizes."""
+    if isinstance(error, TypeError) and not _is_symbolic_trouble(error):
+        raise ValueError(
+            f"the model takes no inputs of {_shapes(inputs)}: {error}\n"
+            "Give shapes=... with the sizes that it takes, and numbers where they cannot vary: "
+            "without it the first axis of every input is the batch"
+        ) from error
+    if _is_symbolic_trouble(error):
         raise ValueError(
             f"the model computes something else for some sizes of {_shapes(inputs)}: {error}\n"
             f"Give shapes=... with numbers in place of the sizes that cannot vary{_advice(error)}"
@@ -125,25 +176,14 @@ def _is_symbolic_trouble(error: Exception) -> bool:
     return (
         type(error).__name__.startswith(names)
         or "symbolic" in text.lower()
-        or _UNDECIDED.search(text) is not None
+        or undecided(error) is not None
     )
-
-
-_COMPARISON = re.compile(r"comparison '(.+?)' (<=|>=|<|>) '(.+?)' is inconclusive")
-_UNDECIDED = re.compile(r"\b(?:min|max)\((\d+), (\w+)\)")  # such as a size cut at that of a table
 
 
 def _advice(error: Exception) -> str:
     """The constraint that would decide what an error could not, as the end of a sentence."""
-    text = str(error)
-    if found := _COMPARISON.search(text):
-        left, sign, right = found.groups()
-        # jax.export reads <=, >= and == alone.
-        strict = {"<": f"{left} <= {right} - 1", ">": f"{left} >= {right} + 1"}
-        known = strict.get(sign, f"{left} {sign} {right}")
-    elif found := _UNDECIDED.search(text):
-        known = f"{found[2]} <= {found[1]}"
-    else:
+    known = undecided(error)
+    if known is None:
         return ""
     return f', or say what holds for every size that you serve: constraints=("{known}",), perhaps'
 

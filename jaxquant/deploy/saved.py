@@ -63,9 +63,10 @@ def save_quantized_model(
         "b, h, w, 3" for one input, a tuple of such strings for several.  None: the first axis of
         every input array that has one is the batch, all other sizes are those of the calibration
         data; of a loaded model, what the file says.
-      constraints: what holds for every size with a name, where the model needs it: ("s <= 512",)
-        for a model that reads `positions[:s]` of 512.  `qapply` refuses other sizes.  Written with
-        <=, >= or ==, as `jax.export.symbolic_args_specs` takes them.
+      constraints: what holds for every size with a name, where the model computes something else
+        for others: ("s >= 2",).  A loaded `qapply` refuses other sizes.  Written with <=, >= or ==,
+        as `jax.export.symbolic_args_specs` takes them.  Where the model takes no others ("s <= 512"
+        of one that reads `positions[:s]` of 512), that is found without being told.
       progress: show what is being done, as `jaxquant.quant_post`.
 
     Raises:
@@ -117,9 +118,9 @@ def make_stored(
     """
     if isinstance(qapply.source, StoredGraph) and shapes is None and not constraints:
         return qapply.source
-    inputs = program.symbolic_inputs(qapply, shapes, constraints)
-    with program.explained(inputs):
-        graph = qapply.source(inputs).graph
+    inputs, graph = program.traced(
+        qapply, shapes, constraints, lambda inputs: (inputs, qapply.source(inputs).graph)
+    )
     paths = layout.leaf_paths(graph, qapply.source.params)
     example = qapply.inputs
     assert example is not None, "symbolic_inputs refuses that"

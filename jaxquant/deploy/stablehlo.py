@@ -52,7 +52,7 @@ def export_stablehlo(
     with Progress("export_stablehlo", progress) as shown:
         with shown.stage("lowering"):
             plain = tree.plain(qparams, qapply)
-            inputs = program.symbolic_inputs(qapply, shapes, constraints)
-            exported = program.export_program(plain, qapply.with_backend("xla"), inputs)
+            by_xla = qapply.with_backend("xla")
+            exported = program.export_program(plain, by_xla, shapes, constraints)
         with shown.stage("saving"):
             atomic.write_file(path, [program.serialize(exported)])

@@ -183,6 +183,17 @@ def test_an_input_without_axes_leaves_the_batch_clear(tmp_path):
         assert apply(loaded, jnp.ones((5, 4)), jnp.float32(2)).tolist() == [[2.0] * 4] * 5
 
 
+def test_a_batch_that_is_not_clear_is_an_error(tmp_path):
+    params = {"w": jnp.eye(4)}
+    qparams, qapply = quantize(
+        params, lambda p, x, t: x @ p["w"] * t, jnp.ones((3, 4)), jnp.ones((4,))
+    )
+    with pytest.raises(ValueError, match=r"which axis is the batch is not clear. Give shapes="):
+        jaxquant.save_quantized_model(tmp_path / "m", qparams, qapply)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply, shapes=("b, 4", "4"))
+    assert apply(loaded, jnp.ones((5, 4)), jnp.full(4, 2.0)).tolist() == [[2.0] * 4] * 5
+
+
 def _heads(p, x):
     """A factor behind a reshape that splits the channels: multi-head attention's queries."""
     return (x @ p["w"]).reshape(x.shape[0], 5, 2, 4) * 0.5
@@ -237,11 +248,12 @@ def by_mode(mode, params, apply_fn, x):
 
 
 def test_constraints_say_what_is_known_of_the_sizes(tmp_path):
-    """A table of positions is cut at the length: that it is long enough has to be said."""
+    """Beyond a table of positions the model does without: that it is long enough has to be said."""
     params = {"positions": images(1, (16, 4)), "w": images(2, (4, 3))}
 
     def apply_fn(p, x):
-        return (x + p["positions"][: x.shape[1]]) @ p["w"]
+        length = x.shape[1]
+        return (x + p["positions"][:length] if length <= 16 else x) @ p["w"]
 
     qparams, qapply = quantize(params, apply_fn, images(0, (2, 5, 4)))
     known = {"shapes": "b, s, 4", "constraints": ("s <= 16",)}

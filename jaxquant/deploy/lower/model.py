@@ -66,9 +66,10 @@ def lower(
             "jaxquant.export_stablehlo"
         )
     plain = tree.plain(qparams, qapply)
-    inputs = program.symbolic_inputs(qapply, shapes, constraints)
-    with program.explained(inputs):
-        network, constants = to_network(qapply.with_backend("xla").program(*inputs), inputs)
+    by_xla = qapply.with_backend("xla")
+    network, constants = program.traced(
+        by_xla, shapes, constraints, lambda inputs: to_network(by_xla.program(*inputs), inputs)
+    )
     scales = Scales(qapply.plan, plain["tensors"])
     return Lowered(
         network=network,

@@ -58,12 +58,16 @@ class StoredGraph:
             raise ValueError("its inputs are no tuple of arguments")
         self.example: tuple[Any, ...] = example
 
-    def specs(self) -> tuple[Any, ...]:
-        """Shapes and dtypes of the inputs, with sizes that vary, as the model was saved with."""
+    def specs(self, constraints: Sequence[str] = ()) -> tuple[Any, ...]:
+        """Shapes and dtypes of the inputs, with sizes that vary, as the model was saved with.
+
+        Args:
+          constraints: what is known of the sizes beside what the file says.
+        """
         texts = [", ".join(map(str, tensor.shape)) for tensor in self.form.inputs]
         shapes = jax.tree.unflatten(self._input_tree, texts)
-        constraints = self.form.constraints
-        return tuple(export.symbolic_args_specs(self.example, shapes, constraints=constraints))
+        known = (*self.form.constraints, *constraints)
+        return tuple(export.symbolic_args_specs(self.example, shapes, constraints=known))
 
     def __call__(self, inputs: Sequence[Any]) -> Model:
         """The model for inputs of these shapes, which may have symbolic sizes.
