@@ -3,33 +3,43 @@
 A deep model repeats its layers, and XLA compiles each of them anew: of a comparison of 24 equal
 layers that is nearly all of the time.  So a function is cut where XLA cannot fuse over, at its
 convolutions, dots and native calls, and pieces that compute the same of tensors of the same shapes
-share what is compiled.  A function with few repetitions is compiled whole, and so is one that runs
-elsewhere than on one CPU device.
+share what is compiled.  Each piece costs the compiler some milliseconds however small it is, so
+what need not be apart to be shared is joined again: a function without repetition is one piece.
+One that runs elsewhere than on one CPU device is compiled whole.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.alike import number_alike
 from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import choices, jaxprs
 
-_MOST_DIFFERENT = 0.5  # of all pieces; of more the compiler's fixed cost for each takes longer
+_Equations = Sequence[ir.Equation]
 
 
 class _Piece(NamedTuple):
     """Some equations in order, with the tensors that they read and those that others read."""
 
     key: Hashable
-    equations: tuple[ir.Equation, ...]
+    equations: _Equations
     reads: tuple[ir.Var, ...]
     gives: tuple[ir.Var, ...]
     done: tuple[ir.Var, ...]  # what nothing reads behind this piece
+
+
+class _Known(NamedTuple):
+    """A function for arguments of one structure and shapes: its pieces with their programs."""
+
+    graph: ir.Graph
+    programs: tuple[tuple[_Piece, Callable[..., Any]], ...]
 
 
 class InPieces:
@@ -44,8 +54,7 @@ class InPieces:
         self._function = function
         self._options = dict(options)
         self._whole = jax.jit(function, compiler_options=self._options)
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
-        self._known: dict[Hashable, tuple[ir.Graph, list[_Piece]]] = {}
+        self._known: dict[Hashable, _Known] = {}
 
     def __call__(self, *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
@@ -54,51 +63,54 @@ class InPieces:
         structs = tuple(map(ir.struct, leaves))
         key = tree, tuple((s.shape, s.dtype) for s in structs)
         if key not in self._known:
-            with choices.at(choices.ONE_CPU):
-                graph = trace(lambda _, *given: self._function(*given), (), args)
-            self._known[key] = graph, _cut(graph)
-        graph, pieces = self._known[key]
-        if len({piece.key for piece in pieces}) > _MOST_DIFFERENT * len(pieces):
-            return self._whole(*args)
+            self._known[key] = self._compile(args)
+        graph, programs = self._known[key]
         values: dict[ir.Var, Any] = {**graph.constants}
         values.update(zip(graph.inputs, leaves, strict=True))
-        for piece in pieces:
-            results = self._compile(piece)(*(values[var] for var in piece.reads))
+        for piece, program in programs:
+            results = program(*(values[var] for var in piece.reads))
             for var in piece.done:
                 values.pop(var, None)
             values.update(zip(piece.gives, results, strict=True))
         flat = [x.value if isinstance(x, ir.Literal) else values[x] for x in graph.outputs]
         return jax.tree.unflatten(graph.out_tree, flat)
 
-    def _compile(self, piece: _Piece) -> Callable[..., Any]:
-        if piece.key not in self._compiled:
+    def _compile(self, args: tuple[Any, ...]) -> _Known:
+        """One program for all pieces that have one key; XLA compiles it when it is first run."""
+        with choices.at(choices.ONE_CPU):
+            graph = trace(lambda _, *given: self._function(*given), (), args)
+        pieces = _cut(graph)
+        different = {piece.key: piece for piece in pieces}
+        programs = {
+            key: jax.jit(_evaluation(piece), compiler_options=self._options)
+            for key, piece in different.items()
+        }
+        return _Known(graph, tuple((piece, programs[piece.key]) for piece in pieces))
 
-            def run(*operands: Any) -> list[Any]:
-                values = dict(zip(piece.reads, operands, strict=True))
-                for eqn in piece.equations:
-                    given = [
-                        x.value if isinstance(x, ir.Literal) else values[x] for x in eqn.inputs
-                    ]
-                    results = jaxprs.bind(eqn.primitive, given, dict(eqn.params))
-                    values.update(zip(eqn.outputs, results, strict=True))
-                return [values[var] for var in piece.gives]
 
-            self._compiled[piece.key] = jax.jit(run, compiler_options=self._options)
-        return self._compiled[piece.key]
+def _evaluation(piece: _Piece) -> Callable[..., list[Any]]:
+    """What a piece computes, as a function of the tensors that it reads."""
+
+    def evaluate(*operands: Any) -> list[Any]:
+        values = dict(zip(piece.reads, operands, strict=True))
+        for eqn in piece.equations:
+            given = [x.value if isinstance(x, ir.Literal) else values[x] for x in eqn.inputs]
+            results = jaxprs.bind(eqn.primitive, given, dict(eqn.params))
+            values.update(zip(eqn.outputs, results, strict=True))
+        return [values[var] for var in piece.gives]
+
+    return evaluate
 
 
 def _cut(graph: ir.Graph) -> list[_Piece]:
-    """The live equations, a new piece wherever XLA cannot fuse over."""
+    """The live equations in as few pieces as share what can be shared."""
     groups: list[list[ir.Equation]] = []
     for eqn in _in_order_of_need(graph):
         if not groups or _starts_piece(graph, eqn):
             groups.append([])
         groups[-1].append(eqn)
-    last: dict[ir.Var, int] = {}
-    for number, group in enumerate(groups):
-        last.update((var, number) for eqn in group for var in eqn.input_vars)
-    last.update((var, len(groups)) for var in graph.output_vars)
-    return [_piece(graph, number, group, last) for number, group in enumerate(groups)]
+    numbers = number_alike(eqn for group in groups for eqn in group)
+    return _join(graph, _pieces(graph, groups, numbers), numbers)
 
 
 def _in_order_of_need(graph: ir.Graph) -> list[ir.Equation]:
@@ -137,76 +149,75 @@ def _is_on_one_cpu(leaves: Sequence[Any]) -> bool:
     return jax.default_backend() == "cpu" and all(len(each) == 1 for each in devices)
 
 
+def _join(graph: ir.Graph, pieces: Sequence[_Piece], numbers: Mapping[int, int]) -> list[_Piece]:
+    """Neighbours that never come without each other as one piece: fewer programs, as much shared.
+
+    What does not repeat becomes one piece between two that do.  Where the links of a chain are
+    alike each time but not how they hang together, nothing of the whole would be shared, and it
+    stays in its links.
+    """
+    chains = [pieces[part] for part in _chains([piece.key for piece in pieces])]
+    joined = [[eqn for piece in chain for eqn in piece.equations] for chain in chains]
+    links = [tuple(piece.key for piece in chain) for chain in chains]
+    wholes: dict[Hashable, set[Hashable]] = {}
+    for keys, whole in zip(links, _pieces(graph, joined, numbers), strict=True):
+        wholes.setdefault(keys, set()).add(whole.key)
+    groups: list[_Equations] = []
+    for keys, chain, equations in zip(links, chains, joined, strict=True):
+        is_alike = len(wholes[keys]) == 1
+        groups += [equations] if is_alike else [piece.equations for piece in chain]
+    return _pieces(graph, groups, numbers)
+
+
+def _chains(keys: Sequence[Hashable]) -> list[slice]:
+    """Where keys follow each other that do so wherever one of them is.
+
+    Example:
+      >>> [(part.start, part.stop) for part in _chains("abxyzxyzc")]
+      [(0, 2), (2, 5), (5, 8), (8, 9)]
+    """
+    count, together = Counter(keys), Counter(itertools.pairwise(keys))
+    starts = [
+        place
+        for place, (before, here) in enumerate(itertools.pairwise(keys), 1)
+        if not count[before] == count[here] == together[before, here]
+    ]
+    return [slice(*ends) for ends in itertools.pairwise((0, *starts, len(keys)))]
+
+
+def _pieces(
+    graph: ir.Graph, groups: Sequence[_Equations], numbers: Mapping[int, int]
+) -> list[_Piece]:
+    """A piece of each group of equations."""
+    last: dict[ir.Var, int] = {}
+    for number, group in enumerate(groups):
+        last.update((var, number) for eqn in group for var in eqn.input_vars)
+    last.update((var, len(groups)) for var in graph.output_vars)
+    return [_piece(graph, number, group, last, numbers) for number, group in enumerate(groups)]
+
+
 def _piece(
-    graph: ir.Graph, number: int, group: Sequence[ir.Equation], last: Mapping[ir.Var, int]
+    graph: ir.Graph,
+    number: int,
+    group: _Equations,
+    last: Mapping[ir.Var, int],
+    numbers: Mapping[int, int],
 ) -> _Piece:
     made = [var for eqn in group for var in eqn.outputs]
     inside = set(made)
     read = dict.fromkeys(var for eqn in group for var in eqn.input_vars if var not in inside)
     gives = [var for var in made if last.get(var, -1) > number]
+    # What the piece computes, in names of its own: places among what it reads and makes.
     local = {var: place for place, var in enumerate((*read, *made))}
     lines = tuple(
-        (
-            eqn.name,
-            _params_key(eqn.params),
-            tuple(_literal_key(x) if isinstance(x, ir.Literal) else local[x] for x in eqn.inputs),
-            tuple(local[var] for var in eqn.outputs),
-        )
+        (numbers[eqn.index], *(local[var] for var in (*eqn.input_vars, *eqn.outputs)))
         for eqn in group
     )
     shapes = tuple((graph.shape(var), graph.dtype(var)) for var in read)
     return _Piece(
         (lines, shapes, tuple(local[var] for var in gives)),
-        tuple(group),
+        group,
         tuple(read),
         tuple(gives),
         tuple(var for var in read if last[var] == number),
     )
-
-
-def _literal_key(literal: ir.Literal) -> Hashable:
-    return ("literal", literal.value.dtype.name, literal.value.tobytes())
-
-
-def _params_key(params: Mapping[str, Any]) -> Hashable:
-    """Equal for equations of one primitive that compute the same."""
-    return _key({name: value for name, value in params.items() if name not in _UNREAD})
-
-
-# Rules for derivatives and batching, which nobody asks for in a compiled piece.
-_UNREAD = frozenset({"rule", "jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd"})
-
-
-def _key(value: Any) -> Hashable:
-    """Equal for values that mean the same; of functions, for one alone."""
-    if isinstance(value, jaxprs.ClosedJaxpr):
-        return (_jaxpr_key(value.jaxpr), tuple(map(_key, value.consts)))
-    if isinstance(value, jaxprs.Jaxpr):
-        return _jaxpr_key(value)
-    if isinstance(value, Mapping):
-        return tuple(sorted((str(name), _key(each)) for name, each in value.items()))
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return tuple(map(_key, value))
-    if isinstance(value, (np.ndarray, np.generic)):
-        return (value.shape, value.dtype.name, value.tobytes())
-    return value if isinstance(value, Hashable) else id(value)
-
-
-def _jaxpr_key(jaxpr: Any) -> Hashable:
-    local: dict[Any, int] = {}
-
-    def place(atom: Any) -> Hashable:
-        if isinstance(atom, jaxprs.Literal):
-            return ("literal", str(atom.aval), _key(np.asarray(atom.val)))
-        return local.setdefault(atom, len(local))
-
-    for var in (*jaxpr.constvars, *jaxpr.invars):
-        place(var)
-    lines = []
-    for eqn in jaxpr.eqns:
-        operands = tuple(place(x) for x in eqn.invars)
-        params = _params_key(eqn.params)
-        results = tuple(place(x) for x in eqn.outvars)
-        lines.append((eqn.primitive.name, params, operands, results))
-    avals = tuple(str(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars))
-    return (tuple(lines), avals, tuple(place(x) for x in jaxpr.outvars))

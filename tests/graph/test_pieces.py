@@ -61,6 +61,43 @@ def test_a_function_without_repetition_is_one_program():
     assert compilations(InPieces(once, {}), layers(1)[0], X) == 1
 
 
+def test_what_does_not_repeat_is_joined():
+    def between(params, x):
+        x = jnp.tanh(jnp.tanh(x @ params[0]["a"]) @ params[0]["b"][:, :4])
+        for layer in params:
+            x = jnp.tanh(x @ layer["a"][:4, :4])
+        return jnp.tanh(x @ params[0]["b"][:4]) @ params[0]["a"]
+
+    run, params = InPieces(between, {}), layers(5)
+    assert compilations(run, params, X) == 3  # before, each layer, and behind
+    want = jax.jit(between)(params, X)
+    np.testing.assert_allclose(run(params, X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_two_dots_are_one_piece_each():
+    def pairs(params, x):
+        for layer in params:
+            x = jnp.tanh(jnp.tanh(x @ layer["a"]) * 2.0 @ layer["b"])
+        return x
+
+    params = layers(5)
+    assert compilations(InPieces(pairs, {}), params, X) == 1
+
+
+def test_layers_that_hang_together_in_another_way_share_their_dots():
+    def crossed(params, start):
+        x = start
+        for number, layer in enumerate(params):
+            beside = (x, start, layer["a"])[(0, 0, 1, 2, 1, 1, 2, 0)[number]]
+            x = jnp.tanh(x @ layer["a"]) @ layer["b"] * beside
+        return x
+
+    run, params, start = InPieces(crossed, {}), layers(8), layers(1)[0]["b"]
+    assert compilations(run, params, start) == 2
+    want = jax.jit(crossed)(params, start)
+    np.testing.assert_allclose(run(params, start), want, rtol=1e-5, atol=1e-6)
+
+
 def test_other_constants_and_window_sizes_are_other_pieces():
     def mixed(w, x):
         for number in range(3):
