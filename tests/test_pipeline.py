@@ -195,7 +195,7 @@ def loops(p, x):
     x = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["scan"])[0]
     x = jax.lax.fori_loop(0, 2, lambda _, c: c @ p["fori"], x)
     x = jax.lax.cond(x.sum() > 0, lambda c: c @ p["cond"], lambda c: c * 2, x)
-    x = jax.lax.while_loop(lambda c: jnp.abs(c).max() > 0.5, lambda c: c @ p["while"], x)
+    x = jax.lax.while_loop(lambda c: jnp.abs(c).max() > 0.002, lambda c: c @ p["while"], x)
     x = jax.checkpoint(lambda c: jnp.tanh(c @ p["remat"]))(x)
     return x @ p["last"]
 

@@ -31,14 +31,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxquant.graph import ir, primitives
+from jaxquant.graph import ir
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.plan import TensorPlan
+from jaxquant.plan.sums import Part, Sums, find_sums, hands_on
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
 LARGEST_DENOMINATOR = 4096  # beyond which no smaller excess is looked for
@@ -49,23 +51,6 @@ _BITS = 14  # of the multiple that the largest scale is of the unit, less one
 _FEWEST = 2  # units in a multiplier whose float values are read
 LEAST_RATIO = 2.0**-15  # of a multiplier to a scale where they are not
 _UNLIKE = 8.0  # times another scale: the hundredths of an integer are tenths there
-
-_SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
-_SELECTING = frozenset(_SELECTED.split())
-_ADDING = frozenset({"add", "add_any", "sub"})
-
-
-class Sums(NamedTuple):
-    """Where the float value of a tensor is quantized.
-
-    Attributes:
-      alone: the scales on which it is quantized by itself, moved or selected from; none where it is
-        added to another tensor before.
-      together: those of all that is quantized from it and what it is added to or selected with.
-    """
-
-    alone: frozenset[str]
-    together: frozenset[str]
 
 
 class Fit(NamedTuple):
@@ -87,8 +72,7 @@ class Fit(NamedTuple):
 
 def without_ties(binding: Binding) -> Binding:
     """A plan with scales that are odd multiples of a unit where sums are quantized together."""
-    binding = binding.in_bodies(without_ties)
-    plan = binding.plan
+    plan = binding.whole_plan
     if plan.weight_quantize_type != "channel_wise_abs_max" or not plan.tensors:
         return binding
     scales: dict[str, float] = {}
@@ -98,9 +82,13 @@ def without_ties(binding: Binding) -> Binding:
             assert fit.unit is not None
             if planned[name] * LARGEST_STEP >= fit.unit:
                 scales[name] = odd_multiple(planned[name], fit.unit)
-    return binding.with_tensors(
-        [_with_scale(t, scales.get(t.group, t.scale)) for t in plan.tensors]
-    )
+
+    def changed(part: Binding) -> Binding:
+        suffix = layer_suffix(part.layer)
+        tensors = [_with_scale(t, scales.get(t.group + suffix, t.scale)) for t in part.plan.tensors]
+        return part.with_tensors(tensors).in_bodies(changed)
+
+    return changed(binding)
 
 
 def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
@@ -112,29 +100,51 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     """What the multipliers of the sites have to fit, by the names of the sites.
 
     There is none for a site without a stored weight, one whose result is not quantized, and one
-    that meets a tensor with a scale for each channel.
+    that meets a tensor with a scale for each channel.  The name of a site in a layer of a scan ends
+    in its number, and so do those of scales.
+
+    Args:
+      binding: of a whole model.
     """
-    names = {var: binding.scales[var] for var in binding.names}
-    divided = {names[var] for var in binding.per_channel if var in names}
-    scales = {t.name: t.scale for t in binding.plan.tensors if t.threshold > 0}
-    sums = find_sums(binding.graph, names)
-    read = _read_in_float(binding, sums)
+    whole = Part.of(binding)
+    sums = find_sums(whole)
+    parts = list(_pairs(binding, whole))
+    divided: set[str] = set()
+    scales: dict[str, float] = {}
+    for bound, part in parts:
+        divided |= {name for var, name in part.scales.items() if var in bound.per_channel}
+        suffix = layer_suffix(bound.layer)
+        scales |= {t.name + suffix: t.scale for t in bound.plan.tensors if t.threshold > 0}
+    read = frozenset[str]().union(
+        *(_read_in_float(bound, part, sums[part], part is whole) for bound, part in parts)
+    )
     fits = {}
-    for int8_site in binding.sites:
-        site, found = int8_site.site, sums.get(int8_site.epilogue.output)
-        if found is None or site.stored_weight is None:
-            continue
-        if not divided.isdisjoint(found.together):
-            continue
-        alone, together = found.alone & set(scales), found.together & set(scales)
-        keeps_small = not read.isdisjoint(found.together) or _are_unlike(scales, together)
-        if len(alone) == 1:
-            (name,) = alone
-            fits[site.name] = Fit(scales[name], None, frozenset(), keeps_small)
-        elif together:
-            unit = unit_of(max(scales[name] for name in together))
-            fits[site.name] = Fit(None, unit, together, keeps_small)
+    for bound, part in parts:
+        for int8_site in bound.sites:
+            site, found = int8_site.site, sums[part].get(int8_site.epilogue.output)
+            if found is None or site.stored_weight is None:
+                continue
+            if not divided.isdisjoint(found.together):
+                continue
+            alone, together = found.alone & set(scales), found.together & set(scales)
+            keeps_small = not read.isdisjoint(found.together) or _are_unlike(scales, together)
+            name = site.name + layer_suffix(bound.layer)
+            if len(alone) == 1:
+                (scale,) = alone
+                fits[name] = Fit(scales[scale], None, frozenset(), keeps_small)
+            elif together:
+                unit = unit_of(max(scales[each] for each in together))
+                fits[name] = Fit(None, unit, together, keeps_small)
     return fits
+
+
+def _pairs(binding: Binding, part: Part) -> Iterator[tuple[Binding, Part]]:
+    """A part and those in it, each with its binding."""
+    yield binding, part
+    for index, bodies in part.bodies.items():
+        for (_, layers), body in zip(bodies, binding.bodies[index], strict=True):
+            for inner, layer in zip(layers, body.layers, strict=True):
+                yield from _pairs(layer, inner)
 
 
 def _are_unlike(scales: Mapping[str, float], names: frozenset[str]) -> bool:
@@ -143,73 +153,26 @@ def _are_unlike(scales: Mapping[str, float], names: frozenset[str]) -> bool:
     return max(some, default=1.0) > _UNLIKE * min(some, default=1.0)
 
 
-def _read_in_float(binding: Binding, sums: Mapping[ir.Var, Sums]) -> frozenset[str]:
+def _read_in_float(
+    binding: Binding, part: Part, sums: Mapping[ir.Var, Sums], is_whole: bool
+) -> frozenset[str]:
     """The scales of those sums that a float operation or the caller reads in float too."""
     graph, forms = binding.graph, binding.forms
     in_int8 = {int8_site.site.equation for int8_site in binding.sites}
     in_int8 |= forms.moves | forms.reads_int8
 
     def reads_float(eqn: ir.Equation, var: ir.Var) -> bool:
-        if _hands_on(graph, eqn) and eqn.outputs[0] in sums:
+        if hands_on(part, eqn) and any(output in sums for output in eqn.outputs):
             return False
         return eqn.index not in in_int8 or var not in forms.int8
 
     return frozenset(
         name
         for var, found in sums.items()
-        if var in graph.outputs
+        if (is_whole and var in graph.outputs)
         or any(reads_float(eqn, var) for eqn in graph.consumers.get(var, ()))
         for name in found.together
     )
-
-
-def _adds(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    """True for a sum of two activations."""
-    return eqn.name in _ADDING and sum(not graph.static[v] for v in eqn.input_vars) == 2
-
-
-def _hands_on(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    """True for what moves, selects or adds."""
-    return _adds(graph, eqn) or eqn.name in _SELECTING or primitives.is_movement(graph, eqn)
-
-
-def find_sums(graph: ir.Graph, scales: Mapping[ir.Var, str]) -> dict[ir.Var, Sums]:
-    """The tensors whose values arrive at a quantization by moving, selecting and adding alone.
-
-    Args:
-      graph: the traced model.
-      scales: the tensors that are quantized from float -> the names of their scales.
-    """
-    parent: dict[ir.Var, ir.Var] = {}
-
-    def root(var: ir.Var) -> ir.Var:
-        while (above := parent.setdefault(var, var)) != var:
-            var = above
-        return var
-
-    reached = {var: frozenset({name}) for var, name in scales.items()}
-    first: dict[str, ir.Var] = {}
-    for var, name in scales.items():  # one scale has one unit
-        parent[root(var)] = root(first.setdefault(name, var))
-    added: set[ir.Var] = set()
-    for eqn in reversed(graph.equations):
-        if not _hands_on(graph, eqn):
-            continue
-        (output,) = eqn.outputs
-        adds = _adds(graph, eqn)
-        for var in (v for v in eqn.input_vars if not graph.static[v]):
-            parent[root(var)] = root(output)
-            reached[var] = reached.get(var, frozenset()) | reached.get(output, frozenset())
-            if adds or output in added:
-                added.add(var)
-    together: dict[ir.Var, frozenset[str]] = {}
-    for var, found in reached.items():
-        together[root(var)] = together.get(root(var), frozenset()) | found
-    return {
-        var: Sums(frozenset() if var in added else found, together[root(var)])
-        for var, found in reached.items()
-        if found
-    }
 
 
 def unit_of(largest: float) -> float:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout, ties
 from jaxquant.plan.bind import Binding, BoundBody, Int8Site
@@ -46,7 +47,8 @@ def quantize_params(
         weights behind them are multiplied by; arrays of the rank of their tensors.
     """
     slots = binding.weight_slots(params)
-    qparams = _quantize(binding, params, slots, divisors or {})
+    fits = ties.find_fits(binding) if MODES[binding.plan.mode].tensor_scales else {}
+    qparams = _quantize(binding, params, slots, fits, divisors or {})
     _put_float_leaves(qparams["params"], binding, slots, params)
     return jax.device_put(qparams)
 
@@ -55,6 +57,7 @@ def _quantize(
     binding: Binding,
     params: Any,
     slots: Mapping[str, layout.WeightSlot],
+    fits: Mapping[str, ties.Fit],
     divisors: Divisors,
 ) -> dict[str, Any]:
     """The arrays of a model and of its bodies, without the parameters that stay float.
@@ -62,19 +65,23 @@ def _quantize(
     Args:
       binding: the model, or a layer of a body.
       params: the values of the leaves of its graph, as a pytree.
-      slots: of the whole model.
+      slots, fits: of the whole model.
       divisors: see `quantize_params`.
     """
-    qparams = _quantize_graph(binding, params, slots, divisors)
+    qparams = _quantize_graph(binding, params, slots, fits, divisors)
     for index in binding.bodies:
         for body in binding.bodies[index]:
             if body.layers[0].holds_int8:
-                merge(qparams, _quantize_body(body, binding.graph, params, slots))
+                merge(qparams, _quantize_body(body, binding.graph, params, slots, fits))
     return qparams
 
 
 def _quantize_body(
-    body: BoundBody, outer: ir.Graph, params: Any, slots: Mapping[str, layout.WeightSlot]
+    body: BoundBody,
+    outer: ir.Graph,
+    params: Any,
+    slots: Mapping[str, layout.WeightSlot],
+    fits: Mapping[str, ties.Fit],
 ) -> dict[str, Any]:
     """The arrays of the layers of a body, stacked.
 
@@ -82,7 +89,7 @@ def _quantize_body(
       body: the body of a loop or choice.
       outer: the graph that holds the loop.
       params: the values of its leaves.
-      slots: of the whole model.
+      slots, fits: of the whole model.
     """
     operands = body.model.leaf_operands
     values, _ = fold(outer, params, list(operands.values()), [])
@@ -92,7 +99,7 @@ def _quantize_body(
             values[operand][number] if var in body.model.sliced else values[operand]
             for var, operand in operands.items()
         ]
-        layers.append(_quantize(layer, leaves, slots, {}))
+        layers.append(_quantize(layer, leaves, slots, fits, {}))
     if body.model.layers is None:
         return layers[0]
     return stack_layers(layers, body.shared_weights(slots))
@@ -136,6 +143,7 @@ def _quantize_graph(
     binding: Binding,
     params: Any,
     slots: Mapping[str, layout.WeightSlot],
+    fits: Mapping[str, ties.Fit],
     divisors: Divisors,
 ) -> dict[str, Any]:
     """The arrays of the sites in a model's own graph."""
@@ -146,7 +154,6 @@ def _quantize_graph(
         return qparams
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-    fits = ties.find_fits(binding)
     uses = collections.Counter(slots[s.site.name] for s in binding.sites if s.site.name in slots)
     for int8_site in binding.sites:
         site = int8_site.site
@@ -164,7 +171,7 @@ def _quantize_graph(
             if per_channel and alone and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
-                growth = _growth(used, fits.get(site.name))
+                growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
                 int8, scale = quantize_weight(weight, axes, growth)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))

@@ -1,0 +1,185 @@
+"""Where the sums of convolutions and dots are quantized: by moving, selecting and adding alone.
+
+What goes round a loop, or from one layer of a scan to the next, is followed there: a residual
+stream is quantized by the sites of all layers behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from jaxquant.graph import ir, primitives
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.model import Model
+from jaxquant.plan.bind import Binding
+
+_SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
+_SELECTING = frozenset(_SELECTED.split())
+_ADDING = frozenset({"add", "add_any", "sub"})
+
+
+class Sums(NamedTuple):
+    """Where the float value of a tensor is quantized.
+
+    Attributes:
+      alone: the scales on which it is quantized by itself, moved or selected from; none where it is
+        added to another tensor before.
+      together: those of all that is quantized from it and what it is added to or selected with.
+    """
+
+    alone: frozenset[str]
+    together: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A graph, or one layer of a loop's body, with what is quantized in it.
+
+    Attributes:
+      graph: it.
+      scales: the tensors that are quantized from float -> the names of their scales.
+      bodies: of its loops and choices, by the index of their equation: each body, and its layers.
+    """
+
+    graph: ir.Graph
+    scales: Mapping[ir.Var, str]
+    bodies: Mapping[int, Sequence[tuple[Model, Sequence[Part]]]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @staticmethod
+    def of(binding: Binding) -> Part:
+        """The part that a binding is of, with those in it."""
+        suffix = layer_suffix(binding.layer)
+        return Part(
+            binding.graph,
+            {var: binding.scales[var] + suffix for var in binding.names},
+            {
+                index: [(body.model, [Part.of(layer) for layer in body.layers]) for body in bodies]
+                for index, bodies in binding.bodies.items()
+                if any(body.layers[0].holds_int8 for body in bodies)
+            },
+        )
+
+
+_Node: TypeAlias = tuple[Part, ir.Var]
+
+
+def find_sums(part: Part) -> dict[Part, dict[ir.Var, Sums]]:
+    """The tensors whose values arrive at a quantization by moving, selecting and adding alone.
+
+    Args:
+      part: a whole model.
+
+    Returns:
+      Of it and of each part in it, the tensors.
+    """
+    search = _Search()
+    search.visit(part)
+    return search.found()
+
+
+class _Search:
+    """Follows values backwards, from where they are quantized."""
+
+    def __init__(self) -> None:
+        self._parent: dict[_Node, _Node] = {}
+        self._reached: dict[_Node, frozenset[str]] = {}
+        self._first: dict[str, _Node] = {}
+        self._added: set[_Node] = set()
+        self._parts: dict[Part, None] = {}
+
+    def found(self) -> dict[Part, dict[ir.Var, Sums]]:
+        together: dict[_Node, frozenset[str]] = {}
+        for node, names in self._reached.items():
+            root = self._root(node)
+            together[root] = together.get(root, frozenset()) | names
+        sums: dict[Part, dict[ir.Var, Sums]] = {part: {} for part in self._parts}
+        for node, names in self._reached.items():
+            if names:
+                alone = frozenset[str]() if node in self._added else names
+                sums[node[0]][node[1]] = Sums(alone, together[self._root(node)])
+        return sums
+
+    def visit(self, part: Part) -> None:
+        """Follow the values of a part; where those of its outputs go is known."""
+        self._parts[part] = None
+        for var, name in part.scales.items():
+            node = part, var
+            self._reached[node] = self._reached.get(node, frozenset()) | {name}
+            # One scale has one unit.
+            self._parent[self._root(node)] = self._root(self._first.setdefault(name, node))
+        for eqn in reversed(part.graph.equations):
+            if eqn.index in part.bodies:
+                for model, layers in part.bodies[eqn.index]:
+                    self._loop(part, eqn, model, layers)
+            elif _hands_on(part.graph, eqn):
+                for var in (v for v in eqn.input_vars if not part.graph.static[v]):
+                    self._link((part, var), (part, eqn.outputs[0]), _adds(part.graph, eqn))
+
+    def _loop(self, part: Part, eqn: ir.Equation, body: Model, layers: Sequence[Part]) -> None:
+        """Follow the values through the layers of a body, the last one first."""
+        region = body.root
+        operands = dict(zip(region.arguments, region.operands, strict=True))
+        carried = {region.arguments[k]: out for k, out in region.carries.items()}
+        backwards = list(layers) if eqn.params.get("reverse") else list(reversed(layers))
+        behind: Part | None = None
+        for layer in backwards:
+            for position, result in enumerate(region.results):
+                out = layer.graph.outputs[position]
+                if not isinstance(out, int) or result is None or layer.graph.static[out]:
+                    continue
+                if position not in carried.values() or behind is None:
+                    self._link((layer, out), (part, eqn.outputs[result]))
+            for argument, position in carried.items():
+                out = layer.graph.outputs[position]
+                if behind is not None and isinstance(out, int):
+                    self._link((layer, out), (behind, argument))
+            self.visit(layer)
+            if body.layers is None and carried:  # a step comes behind itself
+                for argument, position in carried.items():
+                    out = layer.graph.outputs[position]
+                    if isinstance(out, int):
+                        self._link((layer, out), (layer, argument))
+                self.visit(layer)
+            behind = layer
+            for argument, operand in operands.items():
+                if argument not in carried and argument not in body.leaf_operands:
+                    self._enter(part, operand, layer, argument)
+        first = backwards[-1]
+        for argument in carried:
+            self._enter(part, operands[argument], first, argument)
+
+    def _enter(self, part: Part, operand: ir.Atom | None, layer: Part, argument: ir.Var) -> None:
+        if isinstance(operand, int) and not part.graph.static[operand]:
+            self._link((part, operand), (layer, argument))
+
+    def _link(self, node: _Node, behind: _Node, adds: bool = False) -> None:
+        """A value is handed on, as it is or added to another one."""
+        self._parent[self._root(node)] = self._root(behind)
+        reached = self._reached.get(node, frozenset()) | self._reached.get(behind, frozenset())
+        self._reached[node] = reached
+        if adds or behind in self._added:
+            self._added.add(node)
+
+    def _root(self, node: _Node) -> _Node:
+        while (above := self._parent.setdefault(node, node)) != node:
+            node = above
+        return node
+
+
+def hands_on(part: Part, eqn: ir.Equation) -> bool:
+    """True for what moves, selects or adds, and for a loop whose values are followed."""
+    return eqn.index in part.bodies or _hands_on(part.graph, eqn)
+
+
+def _adds(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True for a sum of two activations."""
+    return eqn.name in _ADDING and sum(not graph.static[v] for v in eqn.input_vars) == 2
+
+
+def _hands_on(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True for what moves, selects or adds."""
+    return _adds(graph, eqn) or eqn.name in _SELECTING or primitives.is_movement(graph, eqn)
