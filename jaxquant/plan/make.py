@@ -88,7 +88,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
     found = model.sites_of(MODES[config.mode].lookups)
     check_sites(reported(model.graph, found, config))
     _check_patterns(found, config)
-    sites, tensors = _plan_region(model, observations, config, ())
+    sites, tensors = _plan_region(model, observations, config, [()])
     places = {site.name: site.location for site in found}
     sites.sort(key=lambda plan: places[plan.name])
     if not any(plan.status == INT8 for plan in sites):
@@ -109,14 +109,14 @@ def _plan_region(
     model: Model,
     observations: Observations | None,
     config: QuantConfig,
-    around: tuple[int, ...],
+    around: Sequence[tuple[int, ...]],
 ) -> tuple[list[SitePlan], list[TensorPlan]]:
-    """The plan of a model, with its bodies, for one layer of the scans around it.
+    """The plan of a model, with its bodies, for all layers of the scans around it.
 
     What becomes int8 is the same in all layers, for which there is one program: what one layer
     cannot have is float in all of them.
     """
-    layers = layers_of(model, around)
+    layers = [layer for outer in around for layer in layers_of(model, outer)]
     seen = [None if observations is None else observations.of_layer(layer) for layer in layers]
     found = _own_sites(model, MODES[config.mode].lookups)
     while True:
@@ -130,10 +130,10 @@ def _plan_region(
     tensors: list[TensorPlan] = []
     for layer, draft in zip(layers, drafts, strict=True):
         tensors += [tensor.in_layer(layer) for tensor in draft.tensors]
-        for body in (body for bodies in model.bodies.values() for body in bodies):
-            inner_sites, inner_tensors = _plan_region(body, observations, config, layer)
-            tensors += inner_tensors
-            sites += [] if layer != layers[0] else inner_sites
+    for body in (body for bodies in model.bodies.values() for body in bodies):
+        inner_sites, inner_tensors = _plan_region(body, observations, config, layers)
+        sites += inner_sites
+        tensors += inner_tensors
     return sites, tensors
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant
@@ -34,14 +34,15 @@ def dequantized(params):
     )
 
 
-def told(qapply, program):
-    """Names the site that is not quantized though a step may come to it."""
+def told(qapply, program, is_observed=True):
+    """Every weight has a row, with a reason where no step reads it, or none in calibration."""
     rows = {row["name"]: row for row in qapply.report().rows}
     weights = {f"w{number}" for number in range(programs.size(program))}
     assert weights == set(rows)
     idle = {f"w{number}" for number in programs.idle(program)}
-    assert {name for name, row in rows.items() if row["status"] != "int8"} == idle
-    assert all(rows[name]["reason"] for name in idle)
+    left = {name for name, row in rows.items() if row["status"] != "int8"}
+    assert left == idle if is_observed else left >= idle
+    assert all(rows[name]["reason"] for name in left)
 
 
 def weights_alone(program, seed):
@@ -69,15 +70,20 @@ def dynamic(program, seed):
 
 def static(program, seed):
     """What a step gives is off by a few steps of the grid that all steps share."""
-    assume(programs.is_reached(program))
     params, x = programs.make_params(program, seed), values(seed)
     apply_fn = programs.as_it_is(program)
     settings = {"algo": "abs_max", "recover": (), **QUIET}
     qparams, qapply = jaxquant.quant_post(params, apply_fn, [x, -x], **settings)
-    told(qapply, program)
-    expected = programs.unrolled(program)(params, x)
-    np.testing.assert_allclose(qapply(qparams, x), expected, rtol=0, atol=0.06)
+    is_reached = programs.is_reached(program)
+    told(qapply, program, is_observed=is_reached)
+    found, expected = qapply(qparams, x), programs.unrolled(program)(params, x)
+    assert np.isfinite(found).all()
+    if is_reached:  # else a small error may choose another branch
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.06)
 
+
+# Where a small error chooses another branch, the model is told to be poor, and is.
+pytestmark = pytest.mark.filterwarnings("ignore:the quantized model's outputs have an SQNR")
 
 CHECKS = {check.__name__: check for check in (weights_alone, dynamic, static)}
 
