@@ -65,9 +65,7 @@ MODES: dict[str, Any] = {
     "8 bits": functools.partial(without_data, jaxquant.quant_weights),
     "dynamic": functools.partial(without_data, jaxquant.quant_dynamic),
     "static": static,
-    "full": functools.partial(static, is_full_quantize=True),
 }
-SOME = [pytest.param(name, marks=pytest.mark.slow if name == "full" else ()) for name in MODES]
 
 
 def statuses_of_dots(qapply):
@@ -75,7 +73,7 @@ def statuses_of_dots(qapply):
     return {row["name"]: row["status"] for row in rows}
 
 
-@pytest.mark.parametrize("mode", SOME)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_loop_gives_the_tokens_of_its_step_called_from_python(mode):
     params = make_params()
     expected, calls = from_python(jax.jit(functools.partial(step, params)))
