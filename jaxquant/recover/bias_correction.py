@@ -2,9 +2,11 @@
 
 M. Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, 2019,
 section 4.2; here the error is measured on calibration data, sites in order, each behind the
-corrected ones before it.  The paper's error is that of the pre-activations.  Where an activation
-flattens them (most of what a ReLU sees is negative) their mean says little of what goes on, so the
-mean is weighted by the activation's slope; see `jaxquant.recover.shift.Shift`.
+corrected ones before it.  Inside a scan over stacked weights each layer has its own, behind the
+corrected layers before it; in another loop one is for all steps.  The paper's error is that of the
+pre-activations.  Where an activation flattens them (most of what a ReLU sees is negative) their
+mean says little of what goes on, so the mean is weighted by the activation's slope; see
+`jaxquant.recover.shift.Shift`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
     return draft.replaced("bias_correction", note, qparams=qparams, uncorrected=start)
 
 
-STEP = Step(names=("bias_correction",), run=correct_biases)
+STEP = Step(names=("bias_correction",), run=correct_biases, reaches_inside=True)
 
 
 def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:

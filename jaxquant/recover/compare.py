@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxquant.graph import evaluate, trace
+from jaxquant.graph import trace
 from jaxquant.graph.pieces import InPieces
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
-from jaxquant.plan.bind import Int8Site
-from jaxquant.recover.activation import find_activation
 from jaxquant.recover.columns import Columns, measure_columns
-from jaxquant.recover.shift import Powers, Shift, compare_outputs, powers
+from jaxquant.recover.pair import Asked, Pair, Seen, is_float
+from jaxquant.recover.shift import Powers, Shift, powers
 from jaxquant.run.float_forms import evaluate_float
-from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
+
+Layer = tuple[int, ...]  # one of the scans over stacked weights around a site, outermost first
 
 
 class Measured(NamedTuple):
@@ -26,13 +27,16 @@ class Measured(NamedTuple):
 
     Attributes:
       sites: site name -> the powers of its output, behind the affine part of its epilogue and
-        before its own shift is taken away or the float model's value put in its place.
+        before its own shift is taken away or the float model's value put in its place; inside a
+        loop over all its steps, in a branch of those that took it, and missing without one.
+      layers: of the sites inside scans over stacked weights, instead: the same for each layer.
       outputs: the powers of each float output of the model.
       columns: of the same, what `jaxquant.recover.columns.measure_columns` gives.
       shifts: name of each int8 site whose bias is corrected -> its shift.
     """
 
     sites: dict[str, Powers]
+    layers: dict[str, Mapping[Layer, Powers]]
     outputs: list[Powers]
     columns: list[Columns]
     shifts: dict[str, Shift]
@@ -45,28 +49,13 @@ class Comparison:
         self._program = program
         self._params = params
         self._step = InPieces(self._compare, compilation.quick_compilation())
-        graph = program.graph
-        self._known = static_values(graph, params)
-        ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
-        self._tensors = {
-            site.name: ends.get(site.name, site.output)
-            for site in program.model.sites_of(program.mode.lookups)
-            if site.output is not None and _is_float(graph.dtype(site.output))
-        }
-        self._activations = {
-            s.site.name: find_activation(graph, s.epilogue.output)
-            for s in program.binding.sites
-            if s.site.name in program.slots and program.mode.integer
-        }
-
-        self._ends = _ends(program)
-        self._named = {var: name for name, var in self._tensors.items() if var is not None}
+        self._known = static_values(program.graph, params)
+        self._pair = Pair(program)
 
     @property
     def with_error(self) -> Collection[str]:
         """The int8 sites that have an error of their own: not those that only move integers."""
-        produced = {v for i in self._ends for v in self._program.graph.equations[i].outputs}
-        return {name for var, name in self._named.items() if var in produced}
+        return set().union(*(pair.with_error for pair in self._pair.walk()))
 
     @property
     def output_names(self) -> list[str]:
@@ -77,13 +66,13 @@ class Comparison:
         return [
             trace.path_name(path) if path else "output"
             for (path, _), x in zip(paths, graph.outputs, strict=True)
-            if _is_float(graph.dtype(x))
+            if is_float(graph.dtype(x))
         ]
 
     @property
     def corrected(self) -> Collection[str]:
         """The sites whose bias takes their shift away: those that have the step."""
-        return self._activations.keys() & self._program.plan.recovered_by("bias_correction")
+        return set().union(*(pair.corrected for pair in self._pair.walk()))
 
     def __call__(
         self, qparams: Any, inputs: tuple[Any, ...], *, correct: bool = False, alone: bool = False
@@ -100,12 +89,14 @@ class Comparison:
         """
         flat = jax.tree.leaves(inputs)
         found = self._step(self._params, self._known, qparams, flat, correct, alone)
-        by_site, by_output, by_column, shifts = jax.device_get(found)
+        seen, by_output, by_column = jax.device_get(found)
+        by_site, shifts = seen
         return Measured(
-            {name: Powers.of(powers) for name, powers in by_site.items()},
+            {n: Powers.of(x) for n, x in by_site.items() if x.ndim == 1 and _was_seen(x)},
+            {n: _by_layer(x) for n, x in by_site.items() if x.ndim > 1},
             [Powers.of(powers) for powers in by_output],
             [Columns.of(each) for each in by_column],
-            {name: Shift.of(sums, by_site[name][2]) for name, sums in shifts.items()},
+            {name: Shift.of(sums, by_site[name][..., 2]) for name, sums in shifts.items()},
         )
 
     def _compare(
@@ -116,78 +107,26 @@ class Comparison:
         flat: list[Any],
         correct: jax.Array,
         alone: jax.Array,
-    ) -> tuple[dict[str, jax.Array], list[jax.Array], list[jax.Array], dict[str, jax.Array]]:
+    ) -> tuple[Seen, list[jax.Array], list[jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
         graph = self._program.graph
         reference = evaluate_float(graph, params, flat, known=known)
-        shifts: dict[str, jax.Array] = {}
-        by_site: dict[str, jax.Array] = {}
-
-        correctable = self.corrected
-
-        def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
-            """The site's lowering, compared with the float model, its shift taken away."""
-            name, epilogue = site.site.name, site.epilogue
-            if name not in self._activations:
-                return lowering
-
-            def correcting(state: Evaluation) -> evaluate.Values:
-                value = lowering(state)[epilogue.output]
-                activation = self._activations[name]
-                compared = compare_outputs(epilogue, activation, reference, value)
-                by_site[name] = compared.powers
-                if name not in correctable:
-                    return {epilogue.output: value}
-                shifts[name] = compared.shift
-                step = jnp.where(correct, compared.mean, 0)
-                return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
-
-            return correcting
-
-        def followed(lowering: Lowering) -> Lowering:
-            """A lowering whose values are measured, and those of the float model taken for them."""
-
-            def following(state: Evaluation) -> evaluate.Values:
-                values = {}
-                for var, value in lowering(state).items():
-                    values[var] = value
-                    if not _is_float(graph.dtype(var)):
-                        continue
-                    name = self._named.get(var, "")
-                    if name and name not in by_site:
-                        by_site[name] = powers(reference.read(var), value)
-                    wanted = reference.wide(var).astype(value.dtype)
-                    values[var] = jnp.where(alone, wanted, value)
-                return values
-
-            return following
-
-        program = self._program.hooked(corrected)
-        ends = {index: followed(program.lowerings[index]) for index in self._ends}
-        quantized = program.replacing(ends).run(qparams, flat)
-        for name, var in self._tensors.items():
-            if var is not None and var in quantized and name not in by_site:
-                by_site[name] = powers(reference.read(var), quantized.wide(var))
+        quantized, seen = self._pair.run(reference, qparams, flat, Asked(correct, alone))
         both = [
             (jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
             for x in graph.outputs
-            if _is_float(graph.dtype(x))
+            if is_float(graph.dtype(x))
         ]
         by_output = [powers(*pair) for pair in both]
-        return by_site, by_output, [measure_columns(*pair) for pair in both], shifts
+        return seen, by_output, [measure_columns(*pair) for pair in both]
 
 
-def _ends(program: Program) -> list[int]:
-    """The last equations of what a program computes of int8 tensors, beside what moves integers."""
-    graph, binding = program.graph, program.binding
-    wholes = {last: set(c.members) for last, c in program.model.composites.whole.items()}
-    reading = binding.forms.reads_int8 | binding.selects
-    last_ones = {last for last, members in wholes.items() if members & reading}
-    inner = {index for last, members in wholes.items() for index in members - {last}}
-    sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
-    found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
-    return sorted(found)
+def _was_seen(array: np.ndarray) -> bool:
+    """Whether there was a step that showed the site, whose powers these are."""
+    return bool(array[2] > 0)
 
 
-def _is_float(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+def _by_layer(arrays: np.ndarray) -> dict[Layer, Powers]:
+    """The powers of each layer that was seen, of [L, 3] or with an axis for each scan."""
+    layers = np.ndindex(arrays.shape[:-1])
+    return {layer: Powers.of(arrays[layer]) for layer in layers if _was_seen(arrays[layer])}

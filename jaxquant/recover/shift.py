@@ -34,6 +34,8 @@ class Powers(NamedTuple):
 class Shift(NamedTuple):
     """How far a site's channels are off, [C] each, of JAX or of NumPy.
 
+    Of a site inside a scan over stacked weights [L, C], with a layer for each step, and `unit` [L].
+
     With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
     values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ), Σ w (y - ŷ)² and Σ w.
     `unit` [] is what y - ŷ is measured in.
@@ -46,13 +48,13 @@ class Shift(NamedTuple):
 
     @staticmethod
     def of(sums: Any, unit: Any) -> Shift:
-        """Read the sums from one array, [3, C]."""
-        return Shift(sums[0], sums[1], sums[2], unit)
+        """Read the sums from one array, [3, C] or [L, 3, C]."""
+        return Shift(sums[..., 0, :], sums[..., 1, :], sums[..., 2, :], unit)
 
     def sums(self) -> np.ndarray:
-        """float64 [3, C], the first three with a unit of 1."""
-        unit = np.float64(self.unit)
-        factors = np.array([[unit], [unit**2], [1.0]])
+        """float64 [3, C] or [3, L, C], the first three with a unit of 1."""
+        unit = np.asarray(self.unit, np.float64)[..., None]
+        factors = np.stack([unit, unit**2, np.ones_like(unit)])
         return np.asarray([self.difference, self.square, self.weight], np.float64) * factors
 
     def mean(self) -> Any:
@@ -129,6 +131,34 @@ def powers(reference: Any, quantized: Any) -> jax.Array:
         return *unread, scaled(reference, quantized)
 
     return operations.differences(portable, NO_CLAMP, operands)[2]
+
+
+def add_powers(powers: jax.Array, others: jax.Array) -> jax.Array:
+    """What `powers` gives of two parts of a tensor, [..., 3] each, as of the whole.
+
+    In the larger of their units, so that no square overflows; a unit of 0 is of nothing seen.
+    """
+    unit = jnp.maximum(powers[..., 2], others[..., 2])
+    parts = [_in_unit(x[..., :2, None], (2, 2), x[..., 2], unit) for x in (powers, others)]
+    return jnp.concatenate([(parts[0] + parts[1])[..., 0], unit[..., None]], axis=-1)
+
+
+def add_shifts(
+    shift: jax.Array, unit: jax.Array, other: jax.Array, its_unit: jax.Array
+) -> jax.Array:
+    """The first three of a `Shift`, [..., 3, C], of two parts, in the larger of the two units."""
+    larger = jnp.maximum(unit, its_unit)
+    powers = 1, 2, 0
+    return _in_unit(shift, powers, unit, larger) + _in_unit(other, powers, its_unit, larger)
+
+
+def _in_unit(
+    sums: jax.Array, degrees: tuple[int, ...], unit: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """Sums [..., K, C] of K powers of differences in a unit [...], in another one."""
+    ratio = unit / jnp.where(wanted > 0, wanted, 1)
+    factors = jnp.stack([ratio**degree for degree in degrees], axis=-1)[..., None]
+    return jnp.where(jnp.isinf(sums), sums, sums * factors)
 
 
 def shift_of(

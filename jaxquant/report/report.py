@@ -54,8 +54,10 @@ class Report:
         call, "int8 weights" and "int4 weights": it computes in float, "float"), reason, threshold,
         threshold_max (inside a scan over stacked weights the least and the largest of the layers),
         weight_scale_min, weight_scale_max, own_sqnr_db (of its output with its own error alone),
-        sqnr_db (with the errors before it too), epilogue, weight_path; None where there is no such
-        value; see `jaxquant.report.sqnr.Quality`.
+        sqnr_db (with the errors before it too), by_layer (inside scans over stacked weights one
+        dict for each layer: name, own_sqnr_db, sqnr_db; those of the row are of the worst layer),
+        epilogue, weight_path; None where there is no such value; see
+        `jaxquant.report.sqnr.Quality`.
       tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
@@ -254,6 +256,7 @@ def make_report(
         row["mode"] = FLOAT if site.status == FLOAT else label.format(bits=site.weight_bits)
         row["own_sqnr_db"] = quality.own.get(site.name)
         row["sqnr_db"] = quality.sites.get(site.name)
+        row["by_layer"] = _by_layer(site.name, quality)
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)
@@ -282,6 +285,17 @@ def make_report(
     return Report(rows, tensors, summary, quality.outputs.rows if quality.outputs else ())
 
 
+def _by_layer(name: str, quality: Quality) -> list[dict[str, Any]] | None:
+    """The layers of a site inside scans over stacked weights; None for another site."""
+    if name not in quality.layers:
+        return None
+    own = quality.own_layers.get(name, {})
+    return [
+        {"name": name + layer_suffix(layer), "own_sqnr_db": own.get(layer), "sqnr_db": sqnr_db}
+        for layer, sqnr_db in quality.layers[name].items()
+    ]
+
+
 def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
     """Group -> the least and the largest threshold of its layers."""
     found: dict[str, tuple[float, float]] = {}
@@ -308,9 +322,13 @@ def _float_sites_on_integers(program: Program) -> set[str]:
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no infinity."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [_finite(x) if isinstance(x, Mapping) else x for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: finite(value) for key, value in values.items()}
 
 
 def tree_bytes(tree: Any) -> int:

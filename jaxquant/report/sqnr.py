@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxquant.recover.bias_correction import with_shifts
 from jaxquant.recover.columns import Columns
-from jaxquant.recover.compare import Comparison, Measured
+from jaxquant.recover.compare import Comparison, Layer, Measured
 
 
 class Outputs(NamedTuple):
@@ -34,16 +35,23 @@ class Quality(NamedTuple):
 
     Attributes:
       sites: site -> SQNR of its output, both models run whole, so that the noise of earlier sites
-        counts; taken behind the affine part of its epilogue.  Without sites inside control flow.
+        counts; taken behind the affine part of its epilogue.  Inside a loop over all its steps, in
+        which the float model says how many they are, which branch is taken and what integers are;
+        inside a scan over stacked weights that of its worst layer.  Without sites that no step
+        showed, and float ones in a loop or branch that has no int8 site.
       own: int8 site -> likewise, where it reads what the float model gives; in a model whose biases
         are corrected, with the correction that it would have there.  Without sites that only move
         integers.
+      layers, own_layers: of the sites inside scans over stacked weights the same for each layer,
+        by its numbers in the scans around it, outermost first.
       outputs: of the float outputs of the model; None where it has none.
     """
 
     sites: Mapping[str, float]
     own: Mapping[str, float]
     outputs: Outputs | None
+    layers: Mapping[str, Mapping[Layer, float]] = MappingProxyType({})
+    own_layers: Mapping[str, Mapping[Layer, float]] = MappingProxyType({})
 
 
 UNKNOWN = Quality({}, {}, None)
@@ -66,11 +74,32 @@ def measure_quality(
     if uncorrected is not None:
         qparams = with_shifts(uncorrected, [comparison(uncorrected, inputs, alone=True).shifts])
     alone = comparison(qparams, inputs, alone=True)
+    with_error = comparison.with_error
+    layers = _layers(measured)
+    own_layers = {name: each for name, each in _layers(alone).items() if name in with_error}
+    own = {name: x for name, x in _sites(alone).items() if name in with_error}
     return Quality(
-        sites={name: decibel(*powers) for name, powers in measured.sites.items()},
-        own={n: decibel(*alone.sites[n]) for n in comparison.with_error if n in alone.sites},
+        sites=_sites(measured) | _worst(layers),
+        own=own | _worst(own_layers),
         outputs=_outputs(comparison, measured),
+        layers=layers,
+        own_layers=own_layers,
     )
+
+
+def _sites(measured: Measured) -> dict[str, float]:
+    return {name: decibel(*powers) for name, powers in measured.sites.items()}
+
+
+def _layers(measured: Measured) -> dict[str, dict[Layer, float]]:
+    return {
+        name: {layer: decibel(*powers) for layer, powers in layers.items()}
+        for name, layers in measured.layers.items()
+    }
+
+
+def _worst(layers: Mapping[str, Mapping[Layer, float]]) -> dict[str, float]:
+    return {name: min(each.values()) for name, each in layers.items() if each}
 
 
 def _outputs(comparison: Comparison, measured: Measured) -> Outputs | None:

@@ -89,14 +89,20 @@ class Program:
         self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]
         self.lowerings = self._table(calls)
 
-    def run(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> evaluate.Environment:
+    def run(
+        self,
+        qparams: Mapping[str, Any],
+        inputs: Sequence[Any],
+        leaves: Mapping[ir.Var, Any] | None = None,
+    ) -> evaluate.Environment:
         """Evaluate the program.
 
         Args:
           qparams: its arrays.
-          inputs: the flattened model inputs.
+          inputs: the flattened model inputs; of a body the values of its inputs.
+          leaves: of a body, the values of its leaves, as far as they are read in float.
         """
-        return self._run(qparams, inputs, self._leaves(qparams)).env
+        return self._run(qparams, inputs, self._leaves(qparams) if leaves is None else leaves).env
 
     def outputs(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
         """The model's outputs, in their own pytree; NaN where floats were that int8 cannot hold."""

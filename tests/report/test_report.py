@@ -22,6 +22,7 @@ KEYS = {
     "reason",
     "threshold",
     "threshold_max",
+    "by_layer",
     "weight_scale_min",
     "weight_scale_max",
     "own_sqnr_db",

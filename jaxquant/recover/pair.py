@@ -1,0 +1,357 @@
+"""A graph in both forms: what its sites are off, in one evaluation, inside loops and choices too.
+
+A loop with int8 sites inside runs once, its float body and its int8 body together, each on a carry
+of its own.  The float model leads: it says how many steps a `while` takes and which branch a
+choice, and its integers (an index, a token that was chosen) the int8 body reads too, so that both
+write the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import evaluate, ir, loops
+from jaxquant.plan.bind import Int8Site
+from jaxquant.recover.activation import find_activation
+from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers
+from jaxquant.run.float_forms import fast_convolutions
+from jaxquant.run.loops import arrays_of, joined
+from jaxquant.run.lowerings import Evaluation, Lowering
+from jaxquant.run.program import Program
+
+
+class Asked(NamedTuple):
+    """What is to be done behind a site, each a truth value.
+
+    Attributes:
+      correct: take the site's shift away before going on.
+      alone: go on with the float model's value.
+    """
+
+    correct: jax.Array
+    alone: jax.Array
+
+
+class Seen(NamedTuple):
+    """What was seen of sites, by their names.
+
+    With a leading axis for each scan over stacked weights around a site; in other loops summed over
+    the steps, with a unit of 0 where there was no step.
+
+    Attributes:
+      powers: what `jaxquant.recover.shift.powers` gives, [3].
+      shifts: of the sites whose bias is corrected, the first three of a `Shift`, [3, C], in the
+        unit that is in `powers`.
+    """
+
+    powers: dict[str, jax.Array]
+    shifts: dict[str, jax.Array]
+
+    def plus(self, other: Seen) -> Seen:
+        """What was seen here and in a step of sites that are all known here."""
+        both, shifts = dict(self.powers), dict(self.shifts)
+        for name, found in other.powers.items():
+            both[name] = add_powers(self.powers[name], found)
+        for name, found in other.shifts.items():
+            units = self.powers[name][..., 2], other.powers[name][..., 2]
+            shifts[name] = add_shifts(self.shifts[name], units[0], found, units[1])
+        return Seen(both, shifts)
+
+
+class Pair:
+    """A graph, the model's own or a body's, in float and in int8.
+
+    Attributes:
+      program: its int8 form.
+      bodies: the bodies with int8 sites inside, by the index of the equation that holds them.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        graph = program.graph
+        ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
+        self._tensors = {
+            site.name: ends.get(site.name, site.output)
+            for site in program.model.sites_of(program.mode.lookups)
+            if site.output is not None and is_float(graph.dtype(site.output))
+        }
+        self._activations = {
+            s.site.name: find_activation(graph, s.epilogue.output)
+            for s in program.binding.sites
+            if s.site.name in program.slots and program.mode.integer
+        }
+        self._ends = _ends(program)
+        self._named = {var: name for name, var in self._tensors.items() if var is not None}
+        self.bodies = {
+            index: tuple(Pair(body) for body in bodies) for index, bodies in program.bodies.items()
+        }
+
+    def walk(self) -> Iterator[Pair]:
+        """Itself and the bodies inside."""
+        yield self
+        for bodies in self.bodies.values():
+            for body in bodies:
+                yield from body.walk()
+
+    @property
+    def with_error(self) -> set[str]:
+        """The int8 sites of this graph that have an error of their own."""
+        produced = {v for i in self._ends for v in self.program.graph.equations[i].outputs}
+        return {name for var, name in self._named.items() if var in produced}
+
+    @property
+    def corrected(self) -> set[str]:
+        """The sites of this graph whose bias takes their shift away."""
+        return self._activations.keys() & self.program.plan.recovered_by("bias_correction")
+
+    def run(
+        self,
+        reference: evaluate.Environment,
+        qparams: Mapping[str, Any],
+        inputs: Sequence[Any],
+        asked: Asked,
+        leaves: Mapping[ir.Var, Any] | None = None,
+    ) -> tuple[evaluate.Environment, Seen]:
+        """Run the int8 form beside the values of the float one.
+
+        Args:
+          reference: the values of the float form.
+          qparams: the arrays of the int8 form.
+          inputs: of the int8 form.
+          asked: what is done behind each site.
+          leaves: of a body, those of its int8 form.
+
+        Returns:
+          The values of the int8 form; what was seen.
+        """
+        graph = self.program.graph
+        shifts: dict[str, jax.Array] = {}
+        by_site: dict[str, jax.Array] = {}
+
+        correctable = self.corrected
+
+        def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
+            """The site's lowering, compared with the float model, its shift taken away."""
+            name, epilogue = site.site.name, site.epilogue
+            if name not in self._activations:
+                return lowering
+
+            def correcting(state: Evaluation) -> evaluate.Values:
+                value = lowering(state)[epilogue.output]
+                activation = self._activations[name]
+                compared = compare_outputs(epilogue, activation, reference, value)
+                by_site[name] = compared.powers
+                if name not in correctable:
+                    return {epilogue.output: value}
+                shifts[name] = compared.shift
+                step = jnp.where(asked.correct, compared.mean, 0)
+                return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
+
+            return correcting
+
+        def looped(index: int) -> Lowering:
+            """The lowering of a loop or choice that runs both forms of its bodies."""
+            eqn = graph.equations[index]
+
+            def looping(state: Evaluation) -> evaluate.Values:
+                results, seen = _run_both(eqn, self.bodies[index], reference, state, asked)
+                by_site.update(seen.powers)
+                shifts.update(seen.shifts)
+                return dict(zip(eqn.outputs, results, strict=True))
+
+            return looping
+
+        def led(index: int, lowering: Lowering) -> Lowering:
+            """A lowering whose integers are those of the float model."""
+            whole = [var for var in graph.equations[index].outputs if _is_integer(graph.dtype(var))]
+            if not whole:
+                return lowering
+            return lambda state: {**lowering(state), **{var: reference.wide(var) for var in whole}}
+
+        def followed(lowering: Lowering) -> Lowering:
+            """A lowering whose values are measured, and those of the float model taken for them."""
+
+            def following(state: Evaluation) -> evaluate.Values:
+                values = {}
+                for var, value in lowering(state).items():
+                    values[var] = value
+                    if not is_float(graph.dtype(var)):
+                        continue
+                    name = self._named.get(var, "")
+                    if name and name not in by_site:
+                        by_site[name] = powers(reference.read(var), value)
+                    wanted = reference.wide(var).astype(value.dtype)
+                    values[var] = jnp.where(asked.alone, wanted, value)
+                return values
+
+            return following
+
+        program = self.program.hooked(corrected)
+        program = program.replacing({index: looped(index) for index in self.bodies})
+        if program.model.body is not None:
+            program = program.replacing({k: led(k, each) for k, each in program.lowerings.items()})
+        ends = {index: followed(program.lowerings[index]) for index in self._ends}
+        quantized = program.replacing(ends).run(qparams, inputs, leaves)
+        for name, var in self._tensors.items():
+            if var is not None and var in quantized and name not in by_site:
+                by_site[name] = powers(reference.read(var), quantized.wide(var))
+        return quantized, Seen(by_site, shifts)
+
+    def step(
+        self, values: Sequence[Any], own: Sequence[Any], qparams: Mapping[str, Any], asked: Asked
+    ) -> tuple[list[jax.Array], list[jax.Array], Seen]:
+        """One step of a body.
+
+        Args:
+          values: of its arguments in the float model.
+          own: those in the int8 model; None where they are not read.
+          qparams: the arrays of its sites, of one layer.
+          asked: what is done behind each site.
+
+        Returns:
+          The results of the float body and of the int8 one; what was seen.
+        """
+        graph, region = self.program.graph, self.program.model.root
+        table = evaluate.float_table(graph.equations, fast_convolutions(graph))
+        reference = evaluate.evaluate(graph, *region.split(values), table)
+        leaves, inputs = region.split(own)
+        quantized, seen = self.run(reference, qparams, inputs, asked, leaves)
+        wanted = [jnp.asarray(reference.read(x)) for x in graph.outputs]
+        results = [
+            jnp.where(asked.alone, want, jnp.asarray(quantized.read(x)))
+            if is_float(graph.dtype(x))
+            else want
+            for want, x in zip(wanted, graph.outputs, strict=True)
+        ]
+        return wanted, results, seen
+
+
+class _Operands(NamedTuple):
+    """What the int8 form of a body reads, by the positions of its arguments.
+
+    Attributes:
+      fixed: what every step reads alike.
+      start: what the first step reads in place of a carry.
+      sliced: what each step reads a slice of.
+    """
+
+    fixed: dict[int, Any]
+    start: dict[int, Any]
+    sliced: dict[int, Any]
+
+
+def _operands(body: Pair, env: evaluate.Environment) -> _Operands:
+    region = body.program.model.root
+    found = _Operands({}, {}, {})
+    for place, atom in enumerate(region.operands):
+        is_there = isinstance(atom, ir.Literal) or (atom is not None and atom in env)
+        value = env.read(atom) if atom is not None and is_there else None
+        if place in region.scanned:
+            found.sliced[place] = value
+        elif place in region.carries:
+            found.start[place] = value
+        else:
+            found.fixed[place] = value
+    return found
+
+
+def _run_both(
+    eqn: ir.Equation,
+    bodies: Sequence[Pair],
+    reference: evaluate.Environment,
+    state: Evaluation,
+    asked: Asked,
+) -> tuple[Sequence[Any], Seen]:
+    """Run a loop or choice in both forms at once.
+
+    The float form is the loop that JAX sees; the int8 form's carry is kept beside its own.
+
+    Args:
+      eqn: the equation.
+      bodies: what it holds.
+      reference: the values of the float model around it.
+      state: the evaluation of the int8 model around it.
+      asked: what is done behind each site.
+
+    Returns:
+      The results of the int8 form; what was seen.
+    """
+    arrays = [arrays_of(body.program, state.qparams) for body in bodies]
+    operands = [_operands(body, state.env) for body in bodies]
+    layered = bodies[0].program.model.layers is not None
+    nothing = unlayered = Seen({}, {})
+    if not layered:
+        for body, given, (every, _) in zip(bodies, operands, arrays, strict=True):
+            unseen = _unseen(body, given, every, asked)
+            unlayered = Seen(unlayered.powers | unseen.powers, unlayered.shifts | unseen.shifts)
+
+    def step_of(number: int) -> loops.Step:
+        body, every, fixed = bodies[number], arrays[number][0], operands[number].fixed
+        carries = body.program.model.root.carries
+
+        def step(given: loops.Given) -> loops.Gives:
+            carry, sums = given.kept
+            layer, slices = given.sliced or ({}, {})
+            places = {**fixed, **carry, **slices}
+            own = [places[place] for place in range(len(places))]
+            wanted, results, seen = body.step(given.values, own, joined(every, layer), asked)
+            if eqn.name == "cond":
+                return loops.Gives(wanted, None, (results, sums.plus(seen)))
+            carry = {place: results[output] for place, output in carries.items()}
+            others = [x for k, x in enumerate(results) if k not in carries.values()]
+            kept = carry, sums if layered else sums.plus(seen)
+            return loops.Gives(wanted, (others, seen if layered else nothing), kept)
+
+        return step
+
+    found = loops.run(
+        eqn,
+        [reference.read(x) for x in eqn.inputs],
+        [step_of(number) for number in range(len(bodies))],
+        sliced=(arrays[0][1], operands[0].sliced),
+        kept=(operands[0].start, unlayered),
+    )
+    kept, sums = found.kept
+    if eqn.name == "cond":
+        return kept, sums
+    carries = bodies[0].program.model.root.carries
+    results = {output: kept[place] for place, output in carries.items()}
+    others, layers = found.stacked or ([], nothing)
+    rest = [place for place in range(len(eqn.outputs)) if place not in results]
+    results |= dict(zip(rest, others, strict=True))
+    return [results[place] for place in range(len(eqn.outputs))], layers if layered else sums
+
+
+def _unseen(body: Pair, given: _Operands, every: Mapping[str, Any], asked: Asked) -> Seen:
+    """What is seen of a body's sites in no step: zeros of the shapes of what one step shows."""
+    graph, arguments = body.program.graph, body.program.model.root.arguments
+    values = [jax.ShapeDtypeStruct(graph.shape(var), graph.dtype(var)) for var in arguments]
+    there = {**given.fixed, **given.start, **given.sliced}
+    own = [None if there[place] is None else value for place, value in enumerate(values)]
+    shapes = jax.eval_shape(lambda a, b: body.step(a, b, every, asked)[2], values, own)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _ends(program: Program) -> list[int]:
+    """The last equations of what a program computes of int8 tensors, beside what moves integers."""
+    graph, binding = program.graph, program.binding
+    wholes = {last: set(c.members) for last, c in program.model.composites.whole.items()}
+    reading = binding.forms.reads_int8 | binding.selects
+    last_ones = {last for last, members in wholes.items() if members & reading}
+    inner = {index for last, members in wholes.items() for index in members - {last}}
+    sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
+    found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
+    return sorted(found | program.bodies.keys())
+
+
+def _is_integer(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.integer))
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a tensor of this dtype holds floats."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
