@@ -38,8 +38,16 @@ def observed_tensors(model: Model, config: QuantConfig) -> Observed:
     _check_patterns(model.sites, config)
     observed = _observed(model, config)
     if not observed.names:
-        raise _nothing_left({f"{s.kind}: {reason_for_float(model, s, config)}" for s in sites})
+        raise _nothing_left(_reasons(model, config))
     return observed
+
+
+def _reasons(model: Model, config: QuantConfig) -> set[str]:
+    """Why the sites of a model stay float, those of its bodies too."""
+    sites = reported(model.graph, _own_sites(model, lookups=False), config)
+    found = {f"{site.kind}: {reason_for_float(model, site, config)}" for site in sites}
+    bodies = (body for bodies in model.bodies.values() for body in bodies)
+    return found.union(*(_reasons(body, config) for body in bodies))
 
 
 def _observed(model: Model, config: QuantConfig) -> Observed:

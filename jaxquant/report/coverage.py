@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,8 +57,11 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
             if eqn.index in forms.reads_int8 and var in forms.int8:
                 continue
             if not graph.static[var] and jnp.issubdtype(graph.dtype(var), jnp.floating):
-                add(var, FLOAT, f"read by {eqn.name}, which has no int8 form")
-    return list(rows.values())
+                inside = eqn.index in program.bodies
+                why = "goes from step to step in float" if inside else "has no int8 form"
+                add(var, FLOAT, f"read by {eqn.name}, which {why}")
+    within = [tensor_rows(body) for bodies in program.bodies.values() for body in bodies]
+    return [*rows.values(), *itertools.chain.from_iterable(within)]
 
 
 def _float_reason(site: Site, planned: dict[str, Any]) -> str:
