@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph import loops as graph_loops
 from jaxquant.graph.model import Model
@@ -48,6 +51,8 @@ class Body(Protocol):
     def results(
         self, qparams: Mapping[str, Any], leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]
     ) -> list[Any]: ...
+
+    def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]: ...
 
 
 def lowering(eqn: ir.Equation, bodies: Sequence[Body]) -> Lowering:
@@ -106,12 +111,39 @@ def arrays_of(body: Body, qparams: Mapping[str, Any]) -> tuple[dict[str, Any], d
                     layout.put(one["params"], path, layout.get(qparams["params"], path))
             for entry in ("sites", "packed"):
                 if name in qparams.get(entry, {}):
-                    one = stacked if layered else every
+                    in_all = entry == "packed" and _is_shared(body, name)
+                    one = stacked if layered and not in_all else every
                     one.setdefault(entry, {})[name] = qparams[entry][name]
         for tensor in part.plan.tensors:
             one = stacked if layered else every
             one["tensors"][tensor.name] = qparams["tensors"][tensor.name]
     return every, stacked
+
+
+def pack(body: Body, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The packed weights of a body, stacked as the weights themselves are.
+
+    Args:
+      body: the program of the body.
+      qparams: the arrays of the model around it.
+    """
+    every, stacked = arrays_of(body, qparams)
+    if body.model.layers is None:
+        return body.pack(every)
+    layers = [
+        body.pack(joined(every, jax.tree.map(lambda x, n=number: x[n], stacked)))
+        for number in range(body.model.layers)
+    ]
+    return {
+        name: first if _is_shared(body, name) else jnp.stack([layer[name] for layer in layers])
+        for name, first in layers[0].items()
+    }
+
+
+def _is_shared(body: Body, name: str) -> bool:
+    """Whether the layers of a body have the weight of a site in common."""
+    slots = body.body.slots
+    return name in slots and ("params", *slots[name].int8) in body.body.shared
 
 
 def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,8 +163,11 @@ class Program:
         return other
 
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The weights as the kernels read them, by site."""
-        packed = {}
+        """The weights as the kernels read them, by site; those in a scan for each layer."""
+        packed: dict[str, jax.Array] = {}
+        for bodies in self.bodies.values():
+            for body in bodies:
+                packed |= loops.pack(body, qparams)
         for name, each in self.calls.items():
             backends = platforms.kernels(self._backends)
             kernel = next((k for k in backends if k.covers(each.call)), None)
