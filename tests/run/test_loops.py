@@ -35,7 +35,8 @@ def quantized():
 def test_zero_points_differ_from_layer_to_layer(quantized):
     qparams, _, _ = quantized
     zero_points = np.asarray(qparams["tensors"]["layers/down/input"]["zero_point"])
-    assert zero_points.shape == (3,) and len(set(zero_points.tolist())) > 1
+    assert zero_points.shape == (3,)
+    assert len(set(zero_points.tolist())) > 1
 
 
 def test_weights_are_packed_for_each_layer_or_once(quantized):
