@@ -73,7 +73,8 @@ class Analysis:
       tensors: name -> `TensorAnalysis` of each quantized tensor.
       weights: site -> [C], the largest magnitude of each output channel of its weight.
       summary: sites, batches, output_sqnr_db, output_db; with a metric: float_score, int8_score,
-        curve (a list of [sites in float, int8 share of the sites, score]).
+        curve (a list of [sites in float, int8 share of the sites, score]); where there are such,
+        inside_loops: the int8 sites inside loops and choices, which are not measured.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -141,6 +142,10 @@ class Analysis:
             )
         if self.has_scores:
             lines.append(f"Metric: float {s['float_score']:.6g}, int8 {s['int8_score']:.6g}.")
+        if inside := s.get("inside_loops"):
+            shown = ", ".join(inside[:_SHOWN]) + (", ..." if inside[_SHOWN:] else "")
+            scores = "; the metric has them in float" if self.has_scores else ""
+            lines.append(f"Not measured, since they are inside loops{scores}: {shown}.")
         lines += self.advice() or ["No site stands out."]
         return "\n".join(lines)
 

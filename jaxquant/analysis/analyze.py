@@ -52,7 +52,8 @@ def analyze(
     Both models run side by side over `ds`, all sites measured in one compiled step: the error of
     each site alone (its inputs those of the float model) and the error that has gathered up to it.
     With a metric every site is also run alone in int8, and alone in float, by one compiled program
-    that takes the choice as an argument.
+    that takes the choice as an argument.  The sites inside loops and choices are named and not
+    measured; the programs that a metric is asked of have them in float.
 
     Args:
       params, apply_fn: the float model.
@@ -132,6 +133,8 @@ def _analyze(
         "output_sqnr_db": surveyed.outputs.sqnr_db if surveyed.outputs else None,
         "output_db": surveyed.outputs.sample_db if surveyed.outputs else None,
     }
+    if inside := plan.int8_among(program.model.in_bodies):
+        summary["inside_loops"] = inside
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
         switch = Switch(source, qparams, plan, examples)

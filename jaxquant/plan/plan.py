@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from typing import Any
 
 from jaxquant.graph.layer_names import layer_suffix
@@ -112,6 +113,10 @@ class Plan:
     def recovered_by(self, step: str) -> frozenset[str]:
         """The names of the sites that have a recovery step."""
         return frozenset(site.name for site in self.sites if step in site.recover)
+
+    def int8_among(self, names: Collection[str]) -> list[str]:
+        """The names of its int8 sites that are among some, in evaluation order."""
+        return [s.name for s in self.sites if s.status == INT8 and s.name in names]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

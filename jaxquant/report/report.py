@@ -210,6 +210,9 @@ def control_lines(control: Mapping[str, Any]) -> list[str]:
         f"{control['score']:.6g}; the target of {control['target']:.6g} is {verdict}."
         + (" The time budget was spent." if control["out_of_time"] else "")
     ]
+    if inside := control.get("inside_loops"):
+        shown = ", ".join(inside[:_SHOWN_TENSORS]) + (", ..." if inside[_SHOWN_TENSORS:] else "")
+        lines.append(f"  sites inside loops are left as they are: {shown}")
     for step in control["steps"]:
         kept = "kept" if step["kept"] else "not kept"
         lines.append(
