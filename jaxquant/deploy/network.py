@@ -6,7 +6,7 @@ Exporters read it.  The arrays are in `qparams` and in `constants`, by name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,13 @@ class Body:
     Attributes:
       key: the parameter of the JAX primitive that it is, such as "cond_jaxpr".
       inputs: what the operation sets before the nodes run.
-      nodes: its operations, in order, on floats.
+      nodes: its operations, in order, int8 sites among them.
       outputs: what it gives.
     """
 
     key: str
     inputs: tuple[Var, ...]
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node | Int8Node, ...]
     outputs: tuple[Atom, ...]
 
 
@@ -82,7 +82,7 @@ class Int8Node:
     """An accumulating int8 site, up to the end of its epilogue.
 
     Attributes:
-      name, kind: of the site.
+      name, kind: of the site; in an unrolled scan the name ends in the layer, "[3]".
       node: its operation; the outputs are those of the float operation.
       operands: the int8 tensors that it reads.
       weight: the name of its int8 weight in `qparams`, "" where it has none stored.
@@ -109,6 +109,14 @@ class Int8Node:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slice:
+    """An entry of an array along its first axes: of stacked weights those of a layer."""
+
+    array: str
+    index: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Network:
     """An int8 network.
 
@@ -122,6 +130,7 @@ class Network:
       scales: int8 tensor (likewise) -> the entry that says what its values are worth.
       leaves: tensor (likewise) -> the name of the float array in `qparams`.
       constants: tensors (likewise) that depend on no parameter -> the name of their array.
+      slices: names of arrays that are a part of one with another name, each behind its own.
     """
 
     tensors: tuple[Tensor, ...]
@@ -135,3 +144,15 @@ class Network:
     scales: Mapping[str, str]
     leaves: Mapping[str, str]
     constants: Mapping[str, str]
+    slices: Mapping[str, Slice]
+
+    def walk(self) -> Iterator[Node | Int8Node]:
+        """What runs, with what runs in the bodies of loops and choices."""
+        yield from _walk(self.nodes)
+
+
+def _walk(nodes: Sequence[Node | Int8Node]) -> Iterator[Node | Int8Node]:
+    for node in nodes:
+        yield node
+        for body in node.bodies if isinstance(node, Node) else ():
+            yield from _walk(body.nodes)

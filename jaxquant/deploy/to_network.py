@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import enum
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Scalar, Tensor
+from jaxquant.deploy import constants
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Slice, Tensor
+from jaxquant.deploy.plain_values import plain, scalar
 from jaxquant.files import tensor_names
-from jaxquant.graph import evaluate, ir, trace
-from jaxquant.graph.regions import Region
+from jaxquant.graph import ir, trace
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.regions import CONTROL_FLOW, Region
+from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
-
-MAX_CONSTANT = 2**20  # elements of a folded tensor; a larger one is computed in the network
 
 
 def to_network(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
     """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
-    outputs = jax.tree.unflatten(program.graph.out_tree, program.graph.outputs)
-    names = _names(inputs[0] if len(inputs) == 1 else inputs, "input"), _names(outputs, "output")
-    return _Describer(program).run(*names)
+    graph = program.graph
+    outputs = jax.tree.unflatten(graph.out_tree, graph.outputs)
+    described = _Describer(program, program.binding, program.model.root, _Found(), [])
+    numbers = tuple(described.number(var) for var in graph.inputs)
+    described.describe()
+    found = described.found
+    network = Network(
+        outputs=described.outputs(),
+        inputs=numbers,
+        input_names=_names(inputs[0] if len(inputs) == 1 else inputs, "input"),
+        output_names=_names(outputs, "output"),
+        nodes=tuple(described.nodes),
+        moves=tuple(found.moves),
+        entries=found.entries,
+        scales=found.scales,
+        leaves=found.leaves,
+        constants=found.constants,
+        slices=found.slices,
+        tensors=tuple(found.tensors),
+    )
+    return network, found.arrays
 
 
 def _names(tree: Any, root: str) -> tuple[str, ...]:
@@ -33,158 +55,356 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
-_WITH_BODIES = frozenset({"scan", "while", "cond"})
+@dataclasses.dataclass
+class _Found:
+    """What is found of a network, by its model's own graph and by those of its bodies.
+
+    `folded` is where the constants of a body are, which all its steps share; the rest are the
+    attributes of a `Network` of these names.
+    """
+
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    moves: list[Node] = dataclasses.field(default_factory=list)
+    entries: dict[str, str] = dataclasses.field(default_factory=dict)
+    scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    leaves: dict[str, str] = dataclasses.field(default_factory=dict)
+    constants: dict[str, str] = dataclasses.field(default_factory=dict)
+    slices: dict[str, Slice] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    folded: dict[tuple[tuple[int, ...], ir.Var], str] = dataclasses.field(default_factory=dict)
+
+    def new(self, tensor: Tensor) -> int:
+        """The number of another tensor."""
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def slice_of(self, name: str, index: tuple[int, ...]) -> str:
+        """The name of an entry of an array; a "~" before a bracket is in no other name."""
+        if not index:
+            return name
+        part = f"{name}~{layer_suffix(index)}"
+        self.slices[part] = Slice(name, index)
+        return part
 
 
 class _Describer:
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._region, self._graph = program.model.root, program.graph
-        self._numbers: dict[ir.Var, int] = {}
-        self._tensors: list[Tensor] = []
-        self._nodes: list[Node | Int8Node] = []
-        self._leaves: dict[str, str] = {}
-        self._constants: dict[str, str] = {}
-        self._arrays: dict[str, np.ndarray] = {}
-        self._static_done: set[ir.Var] = set()
+    """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
-    def run(
-        self, input_names: tuple[str, ...], output_names: tuple[str, ...]
-    ) -> tuple[Network, dict[str, np.ndarray]]:
-        graph, binding, forms = self._graph, self._program.binding, self._program.binding.forms
+    Args:
+      program: of the graph.
+      binding: of its layer, which differs from the program's in its grids alone.
+      region: the graph as one of the model's.
+      found: what is described so far.
+      nodes: where the operations go.
+      outer: the describer of the graph that holds the body; None for the model's own graph.
+      step: which step of an unrolled scan this is; None for no such step.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        binding: Binding,
+        region: Region,
+        found: _Found,
+        nodes: list[Node | Int8Node],
+        outer: _Describer | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.program = program
+        self.binding = binding
+        self.region = region
+        self.graph = region.graph
+        self.found = found
+        self.nodes = nodes
+        self._outer = outer
+        self._step = step
+        self._numbers: dict[ir.Var, int] = {}
+        self._static_done: set[ir.Var] = set()
+        self._unstacked: dict[ir.Var, tuple[int, ...]] = {}
+
+    def describe(self) -> None:
+        """Add the operations of the graph, in the order of a program."""
+        graph, binding, forms = self.graph, self.binding, self.binding.forms
+        suffix = layer_suffix(binding.layer)
         by_index = {graph.producer[s.epilogue.output].index: s for s in binding.sites}
-        inputs = tuple(self._number(var) for var in graph.inputs)
-        moves = []
+        for tensors, names in (
+            (self.found.entries, binding.names),
+            (self.found.scales, binding.scales),
+        ):
+            tensors |= {str(self.number(var)): name + suffix for var, name in names.items()}
         for index in sorted(forms.moves):
             eqn = graph.equations[index]
-            self._need_static(eqn.inputs)
-            moves.append(self._node(eqn))
-        for eqn in self._program.equations:
+            self.need_static(eqn.inputs)
+            self.found.moves.append(self.node(eqn))
+        for eqn in self.program.equations:
             if eqn.index in by_index:
-                self._nodes.append(self._site(by_index[eqn.index]))
+                self.nodes.append(self._site(by_index[eqn.index]))
+            elif eqn.index in self.program.bodies:
+                self._loop(eqn)
             elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
                 selects = eqn.index in binding.selects
                 if not selects:
-                    self._need_static(eqn.inputs)
+                    self.need_static(eqn.inputs)
                 reads = eqn.index in forms.reads_int8 or eqn.index in binding.decisions
-                self._nodes.append(self._node(eqn, reads_int8=reads, selects=selects))
-        self._need_static(graph.outputs)
-        network = Network(
-            outputs=tuple(self._atom(x) for x in graph.outputs),
-            inputs=inputs,
-            input_names=input_names,
-            output_names=output_names,
-            nodes=tuple(self._nodes),
-            moves=tuple(moves),
-            entries={str(self._number(var)): name for var, name in binding.names.items()},
-            scales={str(self._number(var)): name for var, name in binding.scales.items()},
-            leaves=self._leaves,
-            constants=self._constants,
-            tensors=tuple(self._tensors),
-        )
-        return network, self._arrays
+                self.nodes.append(self.node(eqn, reads_int8=reads, selects=selects))
+        self.need_static(graph.outputs)
 
-    def _number(self, var: ir.Var) -> int:
+    def number(self, var: ir.Var) -> int:
         if var not in self._numbers:
-            self._numbers[var] = len(self._tensors)
-            shape = tuple(d if isinstance(d, int) else str(d) for d in self._graph.shape(var))
-            self._tensors.append(Tensor(shape, str(self._graph.dtype(var))))
+            shape = tuple(d if isinstance(d, int) else str(d) for d in self.graph.shape(var))
+            self._numbers[var] = self.found.new(Tensor(shape, str(self.graph.dtype(var))))
         return self._numbers[var]
 
-    def _atom(self, atom: ir.Atom) -> Atom:
-        return _scalar(atom.value) if isinstance(atom, ir.Literal) else self._number(atom)
+    def outputs(self) -> tuple[Atom, ...]:
+        """What the graph gives."""
+        return tuple(self.atom(x) for x in self.graph.outputs)
 
-    def _node(self, eqn: ir.Equation, reads_int8: bool = False, selects: bool = False) -> Node:
+    def atom(self, atom: ir.Atom) -> Atom:
+        return scalar(atom.value) if isinstance(atom, ir.Literal) else self.number(atom)
+
+    def node(
+        self,
+        eqn: ir.Equation,
+        reads_int8: bool = False,
+        selects: bool = False,
+        bodies: tuple[Body, ...] | None = None,
+    ) -> Node:
+        """An equation as it is; its bodies, but for those that are given, are in float."""
         params = jaxprs.portable_params(eqn.name, eqn.params)
         return Node(
             op=eqn.name,
-            inputs=tuple(self._atom(x) for x in eqn.inputs),
-            outputs=tuple(self._number(v) for v in eqn.outputs),
-            params={key: _plain(value) for key, value in params.items()},
+            inputs=tuple(self.atom(x) for x in eqn.inputs),
+            outputs=tuple(self.number(v) for v in eqn.outputs),
+            params={key: plain(value) for key, value in params.items()},
             scope=eqn.scope,
             reads_int8=reads_int8,
             selects=selects,
-            bodies=self._bodies(eqn),
-            contraction=self._graph.contractions.get(eqn.index),
+            bodies=self._bodies(eqn) if bodies is None else bodies,
+            contraction=self.graph.contractions.get(eqn.index),
             source=jaxprs.line_of(eqn.source_info),
         )
 
     def _bodies(self, eqn: ir.Equation) -> tuple[Body, ...]:
         """The bodies of a loop or a choice; of what else holds programs, none."""
-        if eqn.name not in _WITH_BODIES:
+        if eqn.name not in CONTROL_FLOW:
             return ()
-        return tuple(map(self._body, self._region.bodies(eqn)))
+        return tuple(map(self._body, self.region.bodies(eqn)))
 
     def _body(self, region: Region) -> Body:
-        """A body; its tensors get numbers of this network."""
-        inner, graph = _Describer(self._program), region.graph
-        inner._region, inner._graph, inner._tensors = region, graph, self._tensors
-        inner._constants, inner._arrays = self._constants, self._arrays
-        for var, value in graph.constants.items():
-            name = f"constants/{len(self._arrays)}"
-            self._constants[str(inner._number(var))] = name
-            self._arrays[name] = np.asarray(jax.device_get(value))
+        """A body in float; its tensors get numbers of this network."""
+        inner, graph = self._inside(region, self.program, self.binding, []), region.graph
+        for var in graph.constants:
+            inner.fold(var)
         return Body(
             region.key,
-            tuple(inner._number(var) for var in region.arguments),
-            tuple(inner._node(eqn) for eqn in graph.equations),
-            tuple(inner._atom(atom) for atom in graph.outputs),
+            tuple(inner.number(var) for var in region.arguments),
+            tuple(inner.node(eqn) for eqn in graph.equations),
+            inner.outputs(),
         )
 
+    def _inside(
+        self,
+        region: Region,
+        program: Program,
+        binding: Binding,
+        nodes: list[Node | Int8Node],
+        step: int | None = None,
+    ) -> _Describer:
+        """The describer of a body of this graph; its arguments are those of the class."""
+        return _Describer(program, binding, region, self.found, nodes, self, step)
+
+    def _loop(self, eqn: ir.Equation) -> None:
+        """A loop or a choice that holds int8 sites.
+
+        A scan over stacked weights is unrolled: its layers have grids of their own, which runtimes
+        take as constants alone.  The others stay what they are, with int8 sites in their bodies.
+        """
+        programs, bound = self.program.bodies[eqn.index], self.binding.bodies[eqn.index]
+        if programs[0].model.layers is not None:
+            self._unroll(eqn, programs[0], bound[0].layers)
+            return
+        inner = iter(zip(programs, bound, strict=True))
+        bodies, unread = [], set[int]()
+        for region in self.region.bodies(eqn):
+            if region.key == "cond_jaxpr":  # a test, which is in float
+                bodies.append(self._body(region))
+                continue
+            program, body = next(inner)
+            described = self._inside(region, program, body.layers[0], [])
+            bodies.append(described.as_body())
+            unread |= described.not_given()
+        # What every step reads alike of the parameters, the bodies have themselves.
+        first = {"scan": 0, "while": eqn.params.get("cond_nconsts", 0), "cond": 1}[eqn.name]
+        inputs = [x for k, x in enumerate(eqn.inputs) if k - first not in unread]
+        self.need_static(inputs)
+        node = self.node(eqn, bodies=tuple(bodies))
+        counts = {}
+        for key in {"num_consts", "body_nconsts"} & set(node.params):
+            counts[key] = node.params[key] - sum(k < node.params[key] for k in unread)
+        inputs_left = tuple(self.atom(x) for x in inputs)
+        self.nodes.append(
+            dataclasses.replace(node, inputs=inputs_left, params={**node.params, **counts})
+        )
+
+    def not_given(self) -> set[int]:
+        """The positions of the arguments of a body that the loop does not give to its steps.
+
+        Those are parameters: the body reads them, or only their int8 form, from where they are.
+        """
+        region = self.region
+        read = float_leaves(self.graph, self.binding)
+        return {
+            k
+            for k, var in enumerate(region.arguments)
+            if var in self.graph.leaves and not (k in region.scanned and var in read)
+        }
+
+    def as_body(self) -> Body:
+        """The graph as what a loop repeats, or as a branch."""
+        self.describe()
+        unread = self.not_given()
+        arguments = [v for k, v in enumerate(self.region.arguments) if k not in unread]
+        inputs = tuple(self.number(var) for var in arguments)
+        return Body(self.region.key, inputs, tuple(self.nodes), self.outputs())
+
+    def _unroll(self, eqn: ir.Equation, program: Program, layers: Sequence[Binding]) -> None:
+        """The steps of a scan one after the other, each with the arrays of its layer."""
+        region = program.model.root
+        fixed, carried = jaxprs.scan_counts(eqn.params)
+        given = [
+            None if var in region.graph.leaves else x
+            for var, x in zip(region.arguments, eqn.inputs, strict=True)
+        ]
+        self.need_static(given)
+        atoms = [None if x is None else self.atom(x) for x in given]
+        slices = {k: self._unstack(eqn.inputs[k]) for k in region.scanned if given[k] is not None}
+        carry = atoms[fixed : fixed + carried]
+        stacks: dict[int, tuple[Atom, ...]] = {}
+        steps = range(len(layers))
+        for step in reversed(steps) if eqn.params["reverse"] else steps:
+            inner = self._inside(region, program, layers[step], self.nodes, step)
+            for k, var in enumerate(region.arguments):
+                atom = slices[k][step] if k in slices else atoms[k]
+                if k in region.carries:
+                    atom = carry[k - fixed]
+                if atom is not None:
+                    inner.alias(var, atom)
+            inner.describe()
+            carry, stacks[step] = list(inner.outputs()[:carried]), inner.outputs()[carried:]
+        for var, atom in zip(eqn.outputs, carry, strict=False):
+            assert atom is not None, "a carry is computed"
+            self.alias(var, atom)
+        for k, var in enumerate(eqn.outputs[carried:]):
+            parts = tuple(stacks[step][k] for step in steps)
+            self._add("stack", parts, (self.number(var),), {"axis": 0})
+
+    def alias(self, var: ir.Var, atom: Atom) -> None:
+        """Add that a tensor of this graph is one of another, whose int8 form may be another."""
+        self._add("optimization_barrier", (atom,), (self.number(var),), {})
+
+    def _add(
+        self, op: str, inputs: tuple[Atom, ...], outputs: tuple[int, ...], params: dict[str, Any]
+    ) -> None:
+        scope = "" if self.region.equation is None else self.region.equation.scope
+        self.nodes.append(Node(op, inputs, outputs, params, scope))
+
+    def _unstack(self, atom: ir.Atom) -> tuple[int, ...]:
+        """The numbers of the entries of a tensor along its first axis, which is added once."""
+        assert isinstance(atom, int), "what a scan goes along is no scalar"
+        if atom not in self._unstacked:
+            tensor = self.found.tensors[self.number(atom)]
+            length = int(tensor.shape[0])
+            entry = Tensor(tensor.shape[1:], tensor.dtype)
+            self._unstacked[atom] = tuple(self.found.new(entry) for _ in range(length))
+            numbers = self._unstacked[atom]
+            self._add("unstack", (self.number(atom),), numbers, {"axis": 0})
+        return self._unstacked[atom]
+
     def _site(self, int8_site: Int8Site) -> Int8Node:
-        graph, site, epilogue = self._graph, int8_site.site, int8_site.epilogue
+        graph, site, epilogue = self.graph, int8_site.site, int8_site.epilogue
         eqn = graph.equations[site.equation]
         weight, computed = "", None
         axes: tuple[int, ...] = ()
         if site.weight is not None:
             axes = site.channel_axes
             if site.computes_weight:
-                self._need_static((site.weight,))
-                computed = self._number(site.weight)
+                self.need_static((site.weight,))
+                computed = self.number(site.weight)
             else:
-                weight = tensor_names.join(("params", *self._program.slots[site.name].int8))
+                weight = self._stored(self.program.slots[site.name].int8, site)
         return Int8Node(
-            name=site.name,
+            name=site.name + layer_suffix(self.binding.layer),
             kind=site.kind,
-            node=self._node(eqn),
-            operands=tuple(self._number(v) for v in site.operands),
+            node=self.node(eqn),
+            operands=tuple(self.number(v) for v in site.operands),
             weight=weight,
             computed_weight=computed,
             weight_position=site.weight_position,
             weight_axes=axes,
-            movements=tuple(self._node(e) for e in epilogue.movements),
+            movements=tuple(self.node(e) for e in epilogue.movements),
             channel_sizes=tuple(int(size) for size in epilogue.channels.sizes),
             channel_axes=epilogue.channels.axes,
-            output=self._number(epilogue.output),
+            output=self.number(epilogue.output),
         )
 
-    def _need_static(self, atoms: Any) -> None:
+    def need_static(self, atoms: Any) -> None:
         """Give the static tensors among `atoms` a leaf, a constant or nodes that compute them."""
-        graph = self._graph
+        graph = self.graph
         for var in atoms:
             if not isinstance(var, int) or not graph.static[var] or var in self._static_done:
                 continue
             self._static_done.add(var)
-            key = str(self._number(var))
-            if var in self._program.float_paths:
-                path = ("params", *self._program.float_paths[var])
-                self._leaves[key] = tensor_names.join(path)
-            elif var in self._program.restored:
+            if var in self.program.restored:
                 self._restore(var)
-            elif self._is_foldable(var):
-                name = f"constants/{len(self._arrays)}"
-                self._constants[key] = name
-                self._arrays[name] = self._fold(var)
+            elif var in self.program.float_paths:
+                path = ("params", *self.program.float_paths[var])
+                self.found.leaves[str(self.number(var))] = tensor_names.join(path)
+            elif var in graph.leaves and self._outer is not None:
+                self._take_leaf(var, self._outer)
+            elif constants.is_foldable(graph, var):
+                self.fold(var)
             elif var in graph.producer:
                 eqn = graph.producer[var]
-                self._need_static(eqn.inputs)
-                self._nodes.append(self._node(eqn))
+                self.need_static(eqn.inputs)
+                self.nodes.append(self.node(eqn))
+
+    def _take_leaf(self, var: ir.Var, outer: _Describer) -> None:
+        """Take a leaf of a body, in float, from the graph around it: of a step its slice."""
+        position = self.region.arguments.index(var)
+        is_slice = position in self.region.scanned
+        if is_slice and self._step is None:
+            return  # the loop gives it to each step
+        operand = self.region.operands[position]
+        assert isinstance(operand, int), "a leaf stands for a parameter"
+        outer.need_static((operand,))
+        source, own = str(outer.number(operand)), str(self.number(var))
+        index = (self._step,) if is_slice and self._step is not None else ()
+        for names in (self.found.leaves, self.found.constants):
+            if source in names:
+                names[own] = self.found.slice_of(names[source], index)
+                return
+        self.alias(var, outer._unstack(operand)[index[0]] if index else outer.number(operand))
+
+    def fold(self, var: ir.Var) -> None:
+        """Give a tensor that depends on nothing its array, which the steps of a loop share."""
+        key = self.region.location, var
+        if key not in self.found.folded:
+            name = self.found.folded[key] = f"constants/{len(self.found.arrays)}"
+            self.found.arrays[name] = constants.fold(self.graph, var)
+        self.found.constants[str(self.number(var))] = self.found.folded[key]
+
+    def _stored(self, path: tuple[str, ...], site: Site) -> str:
+        """The name of what is stored of a weight; where layers have their own, of one layer's."""
+        assert site.weight is not None
+        varies = self.binding.model.varies_by_layer(site.weight)
+        index = tuple(k for k, own in zip(self.binding.layer, varies, strict=True) if own)
+        return self.found.slice_of(tensor_names.join(("params", *path)), index)
 
     def _restore(self, var: ir.Var) -> None:
         """Nodes that compute a static tensor from the integers of a weight and their scales."""
-        program = self._program
+        program = self.program
         site = program.restored[var].site
-        view = layout.weight_view(self._graph, site, program.mode.integer)
+        view = layout.weight_view(self.graph, site, program.mode.integer)
         is_per_channel = program.plan.weight_quantize_type == "channel_wise_abs_max"
         channels = math.prod(view.shape[d] for d in view.channels)
         slot = program.slots[site.name]
@@ -203,20 +423,20 @@ class _Describer:
         numbers: dict[ir.Var, int] = {}
         for path, source in zip(stored, steps.inputs, strict=True):
             numbers[source] = self._new(steps, source)
-            self._leaves[str(numbers[source])] = tensor_names.join(("params", *path))
+            self.found.leaves[str(numbers[source])] = self._stored(path, site)
         for eqn in steps.equations:
             for output in eqn.outputs:
                 is_result = output == steps.outputs[0]
-                numbers[output] = self._number(var) if is_result else self._new(steps, output)
-            self._nodes.append(
+                numbers[output] = self.number(var) if is_result else self._new(steps, output)
+            self.nodes.append(
                 Node(
                     op=eqn.name,
                     inputs=tuple(
-                        _scalar(x.value) if isinstance(x, ir.Literal) else numbers[x]
+                        scalar(x.value) if isinstance(x, ir.Literal) else numbers[x]
                         for x in eqn.inputs
                     ),
                     outputs=tuple(numbers[x] for x in eqn.outputs),
-                    params={key: _plain(value) for key, value in eqn.params.items()},
+                    params={key: plain(value) for key, value in eqn.params.items()},
                     scope="",
                     contraction=steps.contractions.get(eqn.index),
                 )
@@ -224,53 +444,4 @@ class _Describer:
 
     def _new(self, graph: ir.Graph, var: ir.Var) -> int:
         """A number for a tensor of another graph."""
-        self._tensors.append(Tensor(graph.shape(var), str(graph.dtype(var))))
-        return len(self._tensors) - 1
-
-    def _is_foldable(self, var: ir.Var) -> bool:
-        """True for a tensor of known size that no parameter is in."""
-        if var in self._graph.constants:
-            return True
-        if var in self._graph.leaves or set(self._graph.sources(var)) & set(self._graph.leaves):
-            return False
-        behind = list(ir.walk_back(self._graph, [var]))
-        if any(eqn.name == "dim_as_value" for eqn in behind):  # a size that varies
-            return False
-        shapes = [self._graph.shape(v) for eqn in behind for v in (*eqn.input_vars, *eqn.outputs)]
-        known = all(isinstance(size, int) for shape in shapes for size in shape)
-        return known and math.prod(self._graph.shape(var)) <= MAX_CONSTANT
-
-    def _fold(self, var: ir.Var) -> np.ndarray:
-        table = evaluate.float_table(ir.walk_back(self._graph, [var]))
-        env = evaluate.evaluate(self._graph, {}, [None] * len(self._graph.inputs), table)
-        return np.asarray(jax.device_get(env.read(var)))
-
-
-def _scalar(value: np.ndarray) -> Scalar:
-    number = np.asarray(value).item() if value.dtype.kind in "biu" else float(value)
-    if isinstance(number, float) and not math.isfinite(number):
-        return Scalar(str(number), str(value.dtype))
-    return Scalar(number, str(value.dtype))
-
-
-def _plain(value: Any) -> Any:
-    """A parameter of a primitive as plain data; what has no such form becomes its type's name."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: _plain(item) for key, item in value._asdict().items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return str(np.dtype(value))
-    if jax.export.is_symbolic_dim(value):
-        return str(value)
-    if hasattr(value, "lhs_spec") or hasattr(value, "offset_dims"):
-        return {k: _plain(v) for k, v in vars(value).items() if not k.startswith("_")}
-    return f"<{type(value).__name__}>"
+        return self.found.new(Tensor(graph.shape(var), str(graph.dtype(var))))

@@ -80,12 +80,16 @@ class Binding:
         )
 
     def _parts(self) -> Iterator[Plan]:
-        tensors = tuple(tensor.in_layer(self.layer) for tensor in self.plan.tensors)
-        yield dataclasses.replace(self.plan, tensors=tensors)
-        for bodies in self.bodies.values():
-            for body in bodies:
-                for layer in body.layers:
-                    yield from layer._parts()
+        for part in self.all_layers():
+            tensors = tuple(tensor.in_layer(part.layer) for tensor in part.plan.tensors)
+            yield dataclasses.replace(part.plan, tensors=tensors)
+
+    def all_layers(self) -> Iterator[Binding]:
+        """Itself and all layers of all its bodies."""
+        yield self
+        for body in (body for bodies in self.bodies.values() for body in bodies):
+            for layer in body.layers:
+                yield from layer.all_layers()
 
     def weight_slots(self, params: Any) -> dict[str, layout.WeightSlot]:
         """Where the weights of its sites are, those of its bodies too; of a whole model.

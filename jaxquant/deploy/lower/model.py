@@ -13,6 +13,8 @@ from jaxquant.deploy.lower.scales import Scales
 from jaxquant.deploy.lower.uses import Uses
 from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.to_network import to_network
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.modes import STATIC
 
 
@@ -23,7 +25,7 @@ class Lowered:
     Attributes:
       network: its operations.
       arrays: its parameters and constants, by the names that the network has for them.
-      sites: name of an int8 site -> the arrays of its epilogue.
+      sites: name of an int8 site, in an unrolled scan of one layer's -> the arrays of its epilogue.
       scales: the grids of its int8 tensors.
       uses: who makes and reads its tensors.
     """
@@ -67,16 +69,26 @@ def lower(
         )
     plain = tree.plain(qparams, qapply)
     by_xla = qapply.with_backend("xla")
-    network, constants = program.traced(
-        by_xla, shapes, constraints, lambda inputs: to_network(by_xla.program(*inputs), inputs)
-    )
+
+    def describe(inputs: tuple[Any, ...]) -> tuple[Binding, Network, dict[str, np.ndarray]]:
+        traced = by_xla.program(*inputs)
+        return traced.binding, *to_network(traced, inputs)
+
+    binding, network, constants = program.traced(by_xla, shapes, constraints, describe)
     scales = Scales(qapply.plan, plain["tensors"])
+    arrays = {**tree.flatten(plain), **constants}
+    for name, part in network.slices.items():
+        arrays[name] = arrays[part.array][part.index]
     return Lowered(
         network=network,
-        arrays={**tree.flatten(plain), **constants},
+        arrays=arrays,
         sites={
-            name: {key: np.asarray(array) for key, array in arrays.items()}
-            for name, arrays in plain["sites"].items()
+            each.site.name + layer_suffix(part.layer): {
+                key: np.asarray(array[part.layer])
+                for key, array in plain["sites"][each.site.name].items()
+            }
+            for part in binding.all_layers()
+            for each in part.sites
         },
         scales=scales,
         uses=Uses(network, scales),

@@ -15,11 +15,14 @@ class Scales:
 
     Args:
       plan: of the model.
-      tensors: what `qparams` holds under this name.
+      tensors: what `qparams` holds under this name, stacked where a tensor has layers.
     """
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Mapping[str, Any]]) -> None:
-        self._tensors = tensors
+        self._scales = {
+            tensor.name: np.asarray(tensors[tensor.base]["scale"])[tensor.layer]
+            for tensor in plan.tensors
+        }
         self._zero_points = {tensor.name: tensor.zero_point for tensor in plan.tensors}
         self._divided = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.channels}
 
@@ -27,7 +30,7 @@ class Scales:
         """What one step of a tensor is worth; of a divided one, to the weights behind it."""
         if entry in self._divided:
             return float(np.float32(self._divided[entry]))
-        return float(np.asarray(self._tensors[entry]["scale"]))
+        return float(self._scales[entry])
 
     def zero_point(self, entry: str) -> int:
         """The int8 integer that stands for zero."""
@@ -42,4 +45,4 @@ class Scales:
 
     def divisors(self, entry: str) -> np.ndarray:
         """What a divided tensor is divided by: float64, broadcasting against it."""
-        return np.asarray(self._tensors[entry]["scale"], np.float64) / self.scale(entry)
+        return self._scales[entry].astype(np.float64) / self.scale(entry)

@@ -25,7 +25,10 @@ class Uses:
         self.moves = {var: node for node in network.moves for var in node.outputs}
         self._readers: dict[Var, list[Node | Int8Node]] = {}
         self._makers: dict[Var, Node | Int8Node] = {}
-        for node in network.nodes:
+        self._results = {x for x in network.outputs if isinstance(x, int)}
+        for node in network.walk():
+            bodies = node.bodies if isinstance(node, Node) else ()
+            self._results |= {x for body in bodies for x in body.outputs if isinstance(x, int)}
             ends = (node.output,) if isinstance(node, Int8Node) else node.outputs
             self._makers.update(dict.fromkeys(ends, node))
             inputs = node.operands if isinstance(node, Int8Node) else node.inputs
@@ -66,11 +69,12 @@ class Uses:
         # The network clips first and quantizes then.  Both orders give the same integers, so a
         # runtime may turn them round where nobody reads the float in between.
         reader = self._only_reader(var)
-        if var in self.network.outputs:
+        if var in self._results:
             return False
         if reader is not None and str(var) not in self.network.entries:
             clips = (with_scalar(reader, "max") or with_scalar(reader, "min")) is not None
-            is_transparent = clips or reader.op == "reduce_window_max"
+            # between the steps of an unrolled loop a tensor has another number
+            is_transparent = clips or reader.op in ("reduce_window_max", "optimization_barrier")
             return is_transparent and self.is_quantized(reader.outputs[0])
         readers = self._readers.get(var, [])
         floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
@@ -84,7 +88,7 @@ class Uses:
             return None
         (var,) = node.outputs
         reader = self._only_reader(var)
-        if reader is None or with_scalar(reader, "min") is None or var in self.network.outputs:
+        if reader is None or with_scalar(reader, "min") is None or var in self._results:
             return None
         if str(var) in self.network.scales or self.network.tensors[var].dtype not in _FLOATS:
             return None

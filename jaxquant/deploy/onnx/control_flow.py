@@ -1,7 +1,8 @@
 """Loops and choices: scan, while and cond become Scan, Loop and If.
 
-Their bodies run in float.  A body is a graph of its own, which may read what was emitted before it;
-everything that it takes and gives has its axes in order and all its copies.
+A body is a graph of its own, with int8 sites or without, which may read what was emitted before it;
+everything that it takes and gives has its axes in order and all its copies.  Scans over stacked
+weights that are int8 are none of these: they are unrolled (`jaxquant.deploy.to_network`).
 """
 
 from __future__ import annotations
@@ -102,8 +103,7 @@ def _inlined(e: Emitter, body: Body, inputs: Sequence[Var], values: Sequence[Val
     """The results of a body, added to the graph that is being built."""
     for var, value in zip(inputs, values, strict=True):
         e.set_input(var, value)
-    for node in body.nodes:
-        e.emit(node)
+    e.emit(body.nodes)
     return [_output(e, body, atom) for atom in body.outputs]
 
 

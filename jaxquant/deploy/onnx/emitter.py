@@ -34,22 +34,28 @@ class Emitter:
     Args:
       model: what is exported.
       quantizer: what makes the int8 forms.
+      emit_site: gives the float result of an int8 site.
       with_bodies: the operations that hold others, such as loops, and what emits them.
     """
 
     def __init__(
-        self, model: Lowered, quantizer: Quantizer, with_bodies: Mapping[str, EmitBodies]
+        self,
+        model: Lowered,
+        quantizer: Quantizer,
+        emit_site: Callable[[Emitter, Int8Node], Value],
+        with_bodies: Mapping[str, EmitBodies],
     ) -> None:
         self.model = model
         self.network = model.network
         self.builder: Builder = quantizer.builder
         self.quantizer = quantizer
+        self._emit_site = emit_site
         self._with_bodies = with_bodies
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
         self._layouts: dict[Var, Sequence[int]] = {}
-        for node in self.network.nodes:
+        for node in self.network.walk():
             given = node.node.contraction if isinstance(node, Int8Node) else None
             if isinstance(node, Int8Node) and given is not None and given.window is not None:
                 self._layouts.setdefault(node.operands[0], contraction.input_order(given))
@@ -57,26 +63,22 @@ class Emitter:
     def set_input(self, var: Var, value: Value) -> None:
         self._floats[var] = value
 
-    def run(self, emit_site: Callable[[Emitter, Int8Node], Value]) -> None:
-        """Emit every node of the network, its sites by `emit_site`.
+    def emit(self, nodes: Sequence[Node | Int8Node]) -> None:
+        """Emit operations in their order: those of the network, or of the body of a loop.
 
         Raises:
           ValueError: an operation is not covered; the message names it and where it is.
         """
-        for node in self.network.nodes:
+        for node in nodes:
             if isinstance(node, Int8Node):
                 with self._at(node.name, f"site {node.name!r}"):
-                    self._floats[node.output] = emit_site(self, node)
+                    self._floats[node.output] = self._emit_site(self, node)
             elif node.selects:
                 for var in node.outputs:
                     self._floats[var] = self.dequantized(var)
             else:
-                self.emit(node)
-
-    def emit(self, node: Node) -> None:
-        """Emit an operation on floats; of the network, or of the body of a loop."""
-        with self._at(node.scope, self.model.uses.place(node)):
-            self._float_node(node)
+                with self._at(node.scope, self.model.uses.place(node)):
+                    self._float_node(node)
 
     def value(self, atom: Atom) -> Value:
         """The float (or whole-number) value of a tensor."""

@@ -99,7 +99,9 @@ def export_onnx(
             lowered = lower("ONNX", qparams, qapply, shapes, constraints)
         with shown.stage("writing the graph"):
             quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
-            model = _model(Emitter(lowered, quantizer, control_flow.TABLE), channels_first)
+            model = _model(
+                Emitter(lowered, quantizer, emit_site, control_flow.TABLE), channels_first
+            )
         with shown.stage("saving"):
             atomic.write_file(path, [model.SerializeToString(deterministic=True)])
 
@@ -108,7 +110,7 @@ def _first_factors(model: Lowered) -> frozenset[str]:
     """The entries of the tensors that come first in a product of two activations."""
     return frozenset(
         model.entries(node)[0]
-        for node in model.network.nodes
+        for node in model.network.walk()
         if isinstance(node, Int8Node)
         and node.node.contraction is not None
         and not (node.weight or node.computed_weight is not None)
@@ -127,7 +129,7 @@ def _model(emitter: Emitter, channels_first: bool) -> Any:
         builder.name_sizes(value.name, value.physical)
         inputs.append(_info(onnx, value, tensor.dtype))
         emitter.set_input(var, value)
-    emitter.run(emit_site)
+    emitter.emit(network.nodes)
     for name, atom in zip(network.output_names, network.outputs, strict=True):
         value, dtype = emitter.value(atom), emitter.dtype(atom)
         if isinstance(atom, int):
