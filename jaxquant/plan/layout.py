@@ -163,6 +163,15 @@ def put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
+def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested dicts with different leaves as one."""
+    found = dict(a)
+    for key, value in b.items():
+        both = key in found and isinstance(value, Mapping)
+        found[key] = joined(found[key], value) if both else value
+    return found
+
+
 def float_paths(
     needed: Sequence[ir.Var],
     paths: Mapping[ir.Var, tuple[str, ...]],

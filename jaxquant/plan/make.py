@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxquant.calibration.observations import Observations, TensorStats, merge
+from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observed import Observed
-from jaxquant.calibration.observers import Observer, check_thresholds
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
@@ -16,14 +15,14 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding, bind, group_entries, is_elsewhere, layers_of
 from jaxquant.plan.candidates import candidates, reason_for_float, reported
-from jaxquant.plan.config import QuantConfig, name_of
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
-from jaxquant.plan.grid import levels, make_grid
 from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import INT8, Plan, SitePlan, TensorPlan
 from jaxquant.plan.rules import Rule, check_rules, check_skip, matching, setting
+from jaxquant.plan.tensors import plan_tensors, tensor_settings
 from jaxquant.plan.ties import without_ties
 
 
@@ -215,8 +214,8 @@ def _draft(
     if observations is None:
         return _Draft(config, chosen, forms, ())
     constants = constants_in(graph, chosen, forms)
-    settings = _tensor_settings(chosen, forms, model.names, config)
-    tensors = _plan_tensors(forms, model.names, constants, observations, settings, config)
+    settings = tensor_settings(chosen, forms, model.names, config)
+    tensors = plan_tensors(forms, model.names, constants, observations, settings, config)
     return _Draft(config, chosen, forms, tensors)
 
 
@@ -251,88 +250,6 @@ def _nothing_left(reasons: set[str]) -> ValueError:
     return ValueError(f"no site is left to quantize ({'; '.join(first)}{others})")
 
 
-def _plan_tensors(
-    forms: Forms,
-    names: Mapping[ir.Var, str],
-    constants: Mapping[ir.Var, Sequence[str]],
-    observations: Observations,
-    settings: Mapping[str, _TensorSettings],
-    config: QuantConfig,
-) -> tuple[TensorPlan, ...]:
-    """The grids of the tensors that are quantized from float.
-
-    Args:
-      settings: group -> how its grid is chosen.
-      constants: the tensor that stands for a group -> the constants that its scale has to hold.
-        They tell of its range alone: how often a constant is there says nothing of the activations.
-    """
-    missing = [names[var] for var in forms.entries if names[var] not in observations.tensors]
-    if missing:
-        raise ValueError(
-            f"the observations hold nothing on {', '.join(map(repr, missing[:5]))}; calibrate with "
-            "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
-        )
-    groups: dict[str, list[str]] = {}
-    beside: dict[str, list[TensorStats]] = {}
-    heads = group_entries(forms)
-    for var in forms.entries:
-        group = names[heads[var]]
-        groups.setdefault(group, []).append(names[var])
-        beside[group] = [
-            observations.tensors[name]
-            for name in constants.get(forms.group[var], ())
-            if name in observations.tensors
-        ]
-    _check_alive([observations.tensors[names[var]] for var in forms.entries])
-    stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
-    steps = [
-        levels(s.min, s.max, not settings[group].symmetric)
-        for group, s in zip(groups, stats, strict=True)
-    ]
-    tensors = []
-    algos = [settings[group].algo for group in groups]
-    thresholds = _thresholds(observations, config, groups, stats, steps, algos)
-    for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
-        held = beside[group]
-        threshold = max([threshold, *(constant.abs_max for constant in held)])
-        low = min([seen.min, *(constant.min for constant in held)])
-        high = max([seen.max, *(constant.max for constant in held)])
-        symmetric = settings[group].symmetric
-        grid = make_grid(threshold, low, high, not symmetric)
-        tensors += [
-            TensorPlan(name, group, threshold, *grid, symmetric=symmetric) for name in members
-        ]
-    return tuple(tensors)
-
-
-class _TensorSettings(NamedTuple):
-    """How the grid of a group is chosen."""
-
-    algo: str | Observer
-    symmetric: bool
-
-
-def _tensor_settings(
-    chosen: Sequence[Site], forms: Forms, names: Mapping[ir.Var, str], config: QuantConfig
-) -> dict[str, _TensorSettings]:
-    """Group -> its settings: of the rules that match the sites that read it, the last ones win."""
-    rules = config.all_rules
-    heads = group_entries(forms)
-    places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
-    for site in chosen:
-        read = {names[heads[var]] for var in site.operands if var in heads}
-        for group in read:
-            places[group].update(matching(rules, site))
-    symmetric = config.activation_quantize_type == "symmetric"
-    return {
-        group: _TensorSettings(
-            setting(rules, found, "algo", config.algo),
-            setting(rules, found, "symmetric", symmetric),
-        )
-        for group, found in places.items()
-    }
-
-
 def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
     """The plan of an int8 site with what the rules set for it."""
     rules = config.all_rules
@@ -342,63 +259,6 @@ def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
         for name in ("recover", "weight_bits")
     }
     return dataclasses.replace(plan, **settings)
-
-
-def _check_alive(stats: Sequence[TensorStats]) -> None:
-    """Raise ValueError where calibration saw zeros alone; a tensor or two may be zero."""
-    if stats and not any(seen.abs_max for seen in stats):
-        raise ValueError(
-            "every tensor that was calibrated was all zero: ds holds no data, as a loader that "
-            "fails silently gives it. Look at a batch, and calibrate on samples as the model will "
-            "be served"
-        )
-
-
-def _thresholds(
-    observations: Observations,
-    config: QuantConfig,
-    groups: Mapping[str, Sequence[str]],
-    stats: Sequence[TensorStats],
-    steps: Sequence[int],
-    algos: Sequence[str | Observer],
-) -> list[float]:
-    """The threshold of each group, by its own algo; those of one algo are searched together."""
-    found: dict[str, float] = {}
-    for algo in dict.fromkeys(algos):
-        places = [place for place, other in enumerate(algos) if other == algo]
-        names = list(groups)
-        some = {names[place]: groups[names[place]] for place in places}
-        thresholds = _searched(
-            observations, config, algo, some, [stats[k] for k in places], [steps[k] for k in places]
-        )
-        found |= zip(some, thresholds, strict=True)
-    return [found[group] for group in groups]
-
-
-def _searched(
-    observations: Observations,
-    config: QuantConfig,
-    algo: str | Observer,
-    groups: Mapping[str, Sequence[str]],
-    stats: Sequence[TensorStats],
-    steps: Sequence[int],
-) -> list[float]:
-    """The threshold of each group by one algo."""
-    observer = config.observer_of(algo)
-    if observer.keeps_histogram:
-        return check_thresholds(observer.threshold(stats, steps), list(groups))
-    if observations.observer != observer:
-        raise ValueError(
-            f"algo={name_of(algo)!r} keeps statistics of its own, and these observations were "
-            "made without it; pass it to jaxquant.calibrate as algo"
-        )
-    members = [(name, step) for group, step in zip(groups.values(), steps, strict=True)
-               for name in group]  # fmt: skip
-    names = [name for name, _ in members]
-    states = [observations.states[name] for name in names]
-    found = observer.threshold(states, [step for _, step in members])
-    by_name = dict(zip(names, check_thresholds(found, names), strict=True))
-    return [max(by_name[name] for name in group) for group in groups.values()]
 
 
 def _absorbed(graph: ir.Graph, chosen: Sequence[Site]) -> set[tuple[int, ...]]:

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, loops
+from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers
 from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.loops import arrays_of, joined
+from jaxquant.run.loops import arrays_of
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
 
@@ -298,7 +299,7 @@ def _run_both(
             layer, slices = given.sliced or ({}, {})
             places = {**fixed, **carry, **slices}
             own = [places[place] for place in range(len(places))]
-            wanted, results, seen = body.step(given.values, own, joined(every, layer), asked)
+            wanted, results, seen = body.step(given.values, own, layout.joined(every, layer), asked)
             if eqn.name == "cond":
                 return loops.Gives(wanted, None, (results, sums.plus(seen)))
             carry = {place: results[output] for place, output in carries.items()}

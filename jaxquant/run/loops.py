@@ -86,7 +86,7 @@ def _step(body: Body, every: Mapping[str, Any]) -> graph_loops.Step:
     """
 
     def step(given: graph_loops.Given) -> graph_loops.Gives:
-        qparams = joined(every, given.sliced or {})
+        qparams = layout.joined(every, given.sliced or {})
         return graph_loops.Gives(body.results(qparams, *body.model.root.split(given.values)))
 
     return step
@@ -131,7 +131,7 @@ def pack(body: Body, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
     if body.model.layers is None:
         return body.pack(every)
     layers = [
-        body.pack(joined(every, jax.tree.map(lambda x, n=number: x[n], stacked)))
+        body.pack(layout.joined(every, jax.tree.map(lambda x, n=number: x[n], stacked)))
         for number in range(body.model.layers)
     ]
     return {
@@ -144,12 +144,3 @@ def _is_shared(body: Body, name: str) -> bool:
     """Whether the layers of a body have the weight of a site in common."""
     slots = body.body.slots
     return name in slots and ("params", *slots[name].int8) in body.body.shared
-
-
-def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested dicts with different leaves as one."""
-    found = dict(a)
-    for key, value in b.items():
-        both = key in found and isinstance(value, Mapping)
-        found[key] = joined(found[key], value) if both else value
-    return found

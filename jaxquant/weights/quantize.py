@@ -69,10 +69,10 @@ def _quantize(
       divisors: see `quantize_params`.
     """
     qparams = _quantize_graph(binding, params, slots, fits, divisors)
-    for index in binding.bodies:
-        for body in binding.bodies[index]:
-            if body.layers[0].holds_int8:
-                merge(qparams, _quantize_body(body, binding.graph, params, slots, fits))
+    for body in (body for bodies in binding.bodies.values() for body in bodies):
+        if body.layers[0].holds_int8:
+            inside = _quantize_body(body, binding.graph, params, slots, fits)
+            qparams = layout.joined(qparams, inside)
     return qparams
 
 
@@ -131,12 +131,6 @@ def _flat(tree: Mapping[str, Any], head: tuple[str, ...] = ()) -> Iterator[tuple
             yield from _flat(value, (*head, key))
         else:
             yield (*head, key), value
-
-
-def merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Put the arrays of a nested dict into another one."""
-    for path, value in _flat(other):
-        layout.put(tree, path, value)
 
 
 def _quantize_graph(
