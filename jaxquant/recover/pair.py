@@ -1,26 +1,23 @@
 """A graph in both forms: what its sites are off, in one evaluation, inside loops and choices too.
 
-A loop with int8 sites inside runs once, its float body and its int8 body together, each on a carry
-of its own.  The float model leads: it says how many steps a `while` takes and which branch a
-choice, and its integers (an index, a token that was chosen) the int8 body reads too, so that both
-write the same text.
+A loop with int8 sites inside runs once, its float body and its int8 body together, see
+`jaxquant.run.both_forms`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant.graph import evaluate, ir, loops
-from jaxquant.plan import layout
+from jaxquant.graph import evaluate, ir
 from jaxquant.plan.bind import Int8Site
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers
-from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.loops import arrays_of
+from jaxquant.run import both_forms
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
 
@@ -53,14 +50,18 @@ class Seen(NamedTuple):
     shifts: dict[str, jax.Array]
 
     def plus(self, other: Seen) -> Seen:
-        """What was seen here and in a step of sites that are all known here."""
-        both, shifts = dict(self.powers), dict(self.shifts)
-        for name, found in other.powers.items():
-            both[name] = add_powers(self.powers[name], found)
-        for name, found in other.shifts.items():
+        """What was seen here and in another step, of the sites that either shows."""
+        both, shifts = {**other.powers, **self.powers}, {**other.shifts, **self.shifts}
+        for name in self.powers.keys() & other.powers.keys():
+            both[name] = add_powers(self.powers[name], other.powers[name])
+        for name in self.shifts.keys() & other.shifts.keys():
             units = self.powers[name][..., 2], other.powers[name][..., 2]
-            shifts[name] = add_shifts(self.shifts[name], units[0], found, units[1])
+            shifts[name] = add_shifts(self.shifts[name], units[0], other.shifts[name], units[1])
         return Seen(both, shifts)
+
+    def nothing(self) -> Seen:
+        """Zeros: a unit of 0 is of nothing seen."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
 
 
 class Pair:
@@ -159,19 +160,18 @@ class Pair:
             eqn = graph.equations[index]
 
             def looping(state: Evaluation) -> evaluate.Values:
-                results, seen = _run_both(eqn, self.bodies[index], reference, state, asked)
+                forms = [
+                    both_forms.Form(body.program, functools.partial(body.step, asked=asked))
+                    for body in self.bodies[index]
+                ]
+                results, seen = both_forms.run(
+                    eqn, forms, reference, state.env, state.qparams, none=Seen({}, {})
+                )
                 by_site.update(seen.powers)
                 shifts.update(seen.shifts)
                 return dict(zip(eqn.outputs, results, strict=True))
 
             return looping
-
-        def led(index: int, lowering: Lowering) -> Lowering:
-            """A lowering whose integers are those of the float model."""
-            whole = [var for var in graph.equations[index].outputs if _is_integer(graph.dtype(var))]
-            if not whole:
-                return lowering
-            return lambda state: {**lowering(state), **{var: reference.wide(var) for var in whole}}
 
         def followed(lowering: Lowering) -> Lowering:
             """A lowering whose values are measured, and those of the float model taken for them."""
@@ -194,7 +194,10 @@ class Pair:
         program = self.program.hooked(corrected)
         program = program.replacing({index: looped(index) for index in self.bodies})
         if program.model.body is not None:
-            program = program.replacing({k: led(k, each) for k, each in program.lowerings.items()})
+            lowerings = program.lowerings.items()
+            program = program.replacing(
+                {k: both_forms.led(graph.equations[k], each, reference) for k, each in lowerings}
+            )
         ends = {index: followed(program.lowerings[index]) for index in self._ends}
         quantized = program.replacing(ends).run(qparams, inputs, leaves)
         for name, var in self._tensors.items():
@@ -204,7 +207,7 @@ class Pair:
 
     def step(
         self, values: Sequence[Any], own: Sequence[Any], qparams: Mapping[str, Any], asked: Asked
-    ) -> tuple[list[jax.Array], list[jax.Array], Seen]:
+    ) -> both_forms.Both[Seen]:
         """One step of a body.
 
         Args:
@@ -212,14 +215,10 @@ class Pair:
           own: those in the int8 model; None where they are not read.
           qparams: the arrays of its sites, of one layer.
           asked: what is done behind each site.
-
-        Returns:
-          The results of the float body and of the int8 one; what was seen.
         """
-        graph, region = self.program.graph, self.program.model.root
-        table = evaluate.float_table(graph.equations, fast_convolutions(graph))
-        reference = evaluate.evaluate(graph, *region.split(values), table)
-        leaves, inputs = region.split(own)
+        graph = self.program.graph
+        reference = both_forms.float_body(self.program, values)
+        leaves, inputs = self.program.model.root.split(own)
         quantized, seen = self.run(reference, qparams, inputs, asked, leaves)
         wanted = [jnp.asarray(reference.read(x)) for x in graph.outputs]
         results = [
@@ -228,113 +227,7 @@ class Pair:
             else want
             for want, x in zip(wanted, graph.outputs, strict=True)
         ]
-        return wanted, results, seen
-
-
-class _Operands(NamedTuple):
-    """What the int8 form of a body reads, by the positions of its arguments.
-
-    Attributes:
-      fixed: what every step reads alike.
-      start: what the first step reads in place of a carry.
-      sliced: what each step reads a slice of.
-    """
-
-    fixed: dict[int, Any]
-    start: dict[int, Any]
-    sliced: dict[int, Any]
-
-
-def _operands(body: Pair, env: evaluate.Environment) -> _Operands:
-    region = body.program.model.root
-    found = _Operands({}, {}, {})
-    for place, atom in enumerate(region.operands):
-        is_there = isinstance(atom, ir.Literal) or (atom is not None and atom in env)
-        value = env.read(atom) if atom is not None and is_there else None
-        if place in region.scanned:
-            found.sliced[place] = value
-        elif place in region.carries:
-            found.start[place] = value
-        else:
-            found.fixed[place] = value
-    return found
-
-
-def _run_both(
-    eqn: ir.Equation,
-    bodies: Sequence[Pair],
-    reference: evaluate.Environment,
-    state: Evaluation,
-    asked: Asked,
-) -> tuple[Sequence[Any], Seen]:
-    """Run a loop or choice in both forms at once.
-
-    The float form is the loop that JAX sees; the int8 form's carry is kept beside its own.
-
-    Args:
-      eqn: the equation.
-      bodies: what it holds.
-      reference: the values of the float model around it.
-      state: the evaluation of the int8 model around it.
-      asked: what is done behind each site.
-
-    Returns:
-      The results of the int8 form; what was seen.
-    """
-    arrays = [arrays_of(body.program, state.qparams) for body in bodies]
-    operands = [_operands(body, state.env) for body in bodies]
-    layered = bodies[0].program.model.layers is not None
-    nothing = unlayered = Seen({}, {})
-    if not layered:
-        for body, given, (every, _) in zip(bodies, operands, arrays, strict=True):
-            unseen = _unseen(body, given, every, asked)
-            unlayered = Seen(unlayered.powers | unseen.powers, unlayered.shifts | unseen.shifts)
-
-    def step_of(number: int) -> loops.Step:
-        body, every, fixed = bodies[number], arrays[number][0], operands[number].fixed
-        carries = body.program.model.root.carries
-
-        def step(given: loops.Given) -> loops.Gives:
-            carry, sums = given.kept
-            layer, slices = given.sliced or ({}, {})
-            places = {**fixed, **carry, **slices}
-            own = [places[place] for place in range(len(places))]
-            wanted, results, seen = body.step(given.values, own, layout.joined(every, layer), asked)
-            if eqn.name == "cond":
-                return loops.Gives(wanted, None, (results, sums.plus(seen)))
-            carry = {place: results[output] for place, output in carries.items()}
-            others = [x for k, x in enumerate(results) if k not in carries.values()]
-            kept = carry, sums if layered else sums.plus(seen)
-            return loops.Gives(wanted, (others, seen if layered else nothing), kept)
-
-        return step
-
-    found = loops.run(
-        eqn,
-        [reference.read(x) for x in eqn.inputs],
-        [step_of(number) for number in range(len(bodies))],
-        sliced=(arrays[0][1], operands[0].sliced),
-        kept=(operands[0].start, unlayered),
-    )
-    kept, sums = found.kept
-    if eqn.name == "cond":
-        return kept, sums
-    carries = bodies[0].program.model.root.carries
-    results = {output: kept[place] for place, output in carries.items()}
-    others, layers = found.stacked or ([], nothing)
-    rest = [place for place in range(len(eqn.outputs)) if place not in results]
-    results |= dict(zip(rest, others, strict=True))
-    return [results[place] for place in range(len(eqn.outputs))], layers if layered else sums
-
-
-def _unseen(body: Pair, given: _Operands, every: Mapping[str, Any], asked: Asked) -> Seen:
-    """What is seen of a body's sites in no step: zeros of the shapes of what one step shows."""
-    graph, arguments = body.program.graph, body.program.model.root.arguments
-    values = [jax.ShapeDtypeStruct(graph.shape(var), graph.dtype(var)) for var in arguments]
-    there = {**given.fixed, **given.start, **given.sliced}
-    own = [None if there[place] is None else value for place, value in enumerate(values)]
-    shapes = jax.eval_shape(lambda a, b: body.step(a, b, every, asked)[2], values, own)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return both_forms.Both(wanted, results, seen)
 
 
 def _ends(program: Program) -> list[int]:
@@ -347,10 +240,6 @@ def _ends(program: Program) -> list[int]:
     sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
     found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
     return sorted(found | program.bodies.keys())
-
-
-def _is_integer(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
 def is_float(dtype: Any) -> bool:

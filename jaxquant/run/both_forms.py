@@ -1,0 +1,190 @@
+"""Run a loop or choice in two forms at once, its float body and another one of it in each step.
+
+Each form has a carry of its own.  The float form leads: it says how many steps a `while` takes and
+which branch a choice, and its integers (an index, a token that was chosen) the other form reads
+too, so that both write the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.graph import evaluate, ir, loops
+from jaxquant.plan import layout
+from jaxquant.run.float_forms import fast_convolutions
+from jaxquant.run.loops import Body, arrays_of
+
+
+class Sums(Protocol):
+    """What is seen in a step and adds up over steps: a pytree of arrays.
+
+    In a scan over stacked weights nothing is added: there is one for each layer, along a leading
+    axis.
+    """
+
+    def plus(self, other: Self) -> Self:
+        """What was seen here and in another step, which may have seen less."""
+        ...
+
+    def nothing(self) -> Self:
+        """What no step shows, in arrays of these shapes."""
+        ...
+
+
+Seen = TypeVar("Seen", bound=Sums)
+
+
+class Both(NamedTuple, Generic[Seen]):
+    """What a step gives.
+
+    Attributes:
+      in_float: the results of the float body.
+      other: the results of its other form.
+      seen: what was seen.
+    """
+
+    in_float: list[jax.Array]
+    other: list[jax.Array]
+    seen: Seen
+
+
+class Form(NamedTuple, Generic[Seen]):
+    """A body in two forms.
+
+    Attributes:
+      body: its int8 program, which tells what of `qparams` it reads.
+      step: (values of the arguments in the float model, values in the other form or None where
+        these are not read, `qparams` of one layer) -> what a step gives.
+    """
+
+    body: Body
+    step: Callable[[Sequence[Any], Sequence[Any], Mapping[str, Any]], Both[Seen]]
+
+
+class _Operands(NamedTuple):
+    """What the other form of a body reads, by the positions of its arguments.
+
+    Attributes:
+      fixed: what every step reads alike.
+      start: what the first step reads in place of a carry.
+      sliced: what each step reads a slice of.
+    """
+
+    fixed: dict[int, Any]
+    start: dict[int, Any]
+    sliced: dict[int, Any]
+
+
+def run(
+    eqn: ir.Equation,
+    forms: Sequence[Form[Seen]],
+    reference: evaluate.Environment,
+    env: evaluate.Environment,
+    qparams: Mapping[str, Any],
+    none: Seen,
+) -> tuple[list[Any], Seen]:
+    """Run a loop or choice in both forms at once.
+
+    The float form is the loop that JAX sees; the other form's carry is kept beside its own.
+
+    Args:
+      eqn: the equation.
+      forms: of what it holds.
+      reference: the values of the float model around it.
+      env: those of the other form around it.
+      qparams: the arrays of the int8 model around it.
+      none: what is seen of no site at all.
+
+    Returns:
+      The results of the other form; what was seen.
+    """
+    bodies = [form.body for form in forms]
+    arrays = [arrays_of(body, qparams) for body in bodies]
+    operands = [_operands(body, env) for body in bodies]
+    layered = bodies[0].model.layers is not None
+    unlayered = none
+    if not layered:
+        for form, given, (every, _) in zip(forms, operands, arrays, strict=True):
+            unlayered = unlayered.plus(_unseen(form, given, every))
+
+    def step_of(number: int) -> loops.Step:
+        form, every, fixed = forms[number], arrays[number][0], operands[number].fixed
+        carries = form.body.model.root.carries
+
+        def step(given: loops.Given) -> loops.Gives:
+            carry, sums = given.kept
+            layer, slices = given.sliced or ({}, {})
+            places = {**fixed, **carry, **slices}
+            own = [places[place] for place in range(len(places))]
+            both = form.step(given.values, own, layout.joined(every, layer))
+            if eqn.name == "cond":
+                return loops.Gives(both.in_float, None, (both.other, sums.plus(both.seen)))
+            carry = {place: both.other[output] for place, output in carries.items()}
+            others = [x for k, x in enumerate(both.other) if k not in carries.values()]
+            kept = carry, sums if layered else sums.plus(both.seen)
+            return loops.Gives(both.in_float, (others, both.seen if layered else none), kept)
+
+        return step
+
+    found = loops.run(
+        eqn,
+        [reference.read(x) for x in eqn.inputs],
+        [step_of(number) for number in range(len(bodies))],
+        sliced=(arrays[0][1], operands[0].sliced),
+        kept=(operands[0].start, unlayered),
+    )
+    kept, sums = found.kept
+    if eqn.name == "cond":
+        return list(kept), sums
+    carries = bodies[0].model.root.carries
+    results = {output: kept[place] for place, output in carries.items()}
+    others, layers = found.stacked or ([], none)
+    rest = [place for place in range(len(eqn.outputs)) if place not in results]
+    results |= dict(zip(rest, others, strict=True))
+    return [results[place] for place in range(len(eqn.outputs))], layers if layered else sums
+
+
+def float_body(body: Body, values: Sequence[Any]) -> evaluate.Environment:
+    """The values of one step of a body in float, of those of its arguments."""
+    graph = body.model.graph
+    table = evaluate.float_table(graph.equations, fast_convolutions(graph))
+    return evaluate.evaluate(graph, *body.model.root.split(values), table)
+
+
+def led(
+    eqn: ir.Equation, lowering: evaluate.Lowering[evaluate.State], reference: evaluate.Environment
+) -> evaluate.Lowering[evaluate.State]:
+    """The lowering of an equation of a body in the other form, its integers the float form's."""
+    graph = reference.graph
+    whole = [var for var in eqn.outputs if jnp.issubdtype(graph.dtype(var), jnp.integer)]
+    if not whole:
+        return lowering
+    return lambda state: {**lowering(state), **{var: reference.wide(var) for var in whole}}
+
+
+def _operands(body: Body, env: evaluate.Environment) -> _Operands:
+    region = body.model.root
+    found = _Operands({}, {}, {})
+    for place, atom in enumerate(region.operands):
+        is_there = isinstance(atom, ir.Literal) or (atom is not None and atom in env)
+        value = env.read(atom) if atom is not None and is_there else None
+        if place in region.scanned:
+            found.sliced[place] = value
+        elif place in region.carries:
+            found.start[place] = value
+        else:
+            found.fixed[place] = value
+    return found
+
+
+def _unseen(form: Form[Seen], given: _Operands, every: Mapping[str, Any]) -> Seen:
+    """What is seen of a body's sites in no step."""
+    graph, arguments = form.body.model.graph, form.body.model.root.arguments
+    values = [jax.ShapeDtypeStruct(graph.shape(var), graph.dtype(var)) for var in arguments]
+    there = {**given.fixed, **given.start, **given.sliced}
+    own = [None if there[place] is None else value for place, value in enumerate(values)]
+    return jax.eval_shape(lambda a, b: form.step(a, b, every).seen, values, own).nothing()
