@@ -41,7 +41,7 @@ class Progress:
       shown: False for a call that shows nothing.
 
     >>> with Progress("calibrate", shown=False) as progress:
-    ...     with progress.stage("calibrating", total=2, unit="batch") as stage:
+    ...     with progress.stage("calibrating", total=2, noun="batch") as stage:
     ...         print(sum(stage.each([1, 2])))
     3
     """
@@ -82,15 +82,15 @@ class Progress:
         if error is None:
             self._say(f"{self._call} took {_spell(time.monotonic() - self._started)}{self._times}")
 
-    def stage(self, name: str, total: int | None = None, unit: str = "") -> Stage:
+    def stage(self, name: str, total: int | None = None, noun: str = "") -> Stage:
         """A stage, to be opened by `with`.
 
         Args:
           name: what is being done, "calibrating".
           total: how many steps it has; None where that is not known.
-          unit: what a step is called; empty for a stage that has no steps.
+          noun: what a step is called; empty for a stage that has no steps.
         """
-        return Stage(self, name, total, unit)
+        return Stage(self, name, total, noun)
 
     def _begin(self, stage: Stage) -> None:
         if not self._shown:
@@ -181,16 +181,16 @@ class Stage:
     """A part of a call's work; made by `Progress.stage` and opened by `with`.
 
     Attributes:
-      name, total, unit: as there.
+      name, total, noun: as there.
       done: the steps so far.
       started: by `time.monotonic()`.
     """
 
-    def __init__(self, progress: Progress, name: str, total: int | None, unit: str):
+    def __init__(self, progress: Progress, name: str, total: int | None, noun: str):
         self._progress = progress
         self.name = name
         self.total = total
-        self.unit = unit
+        self.noun = noun
         self.done = 0
         self.started = 0.0
 
@@ -210,7 +210,7 @@ class Stage:
     def __str__(self) -> str:
         """The name, and how many steps are done."""
         of = "" if self.total is None else f" of {self.total}"
-        return f"{self.name}, {self.unit} {self.done}{of}" if self.unit else self.name
+        return f"{self.name}, {self.noun} {self.done}{of}" if self.noun else self.name
 
     def step(self) -> None:
         """Count a step as done."""
@@ -256,8 +256,8 @@ def _is_logged() -> bool:
 
 
 def _draw(tqdm: Callable[..., Any], stage: Stage, leave: bool) -> Any:
-    if stage.unit:
-        form = {"total": stage.total, "unit": stage.unit}
+    if stage.noun:
+        form = {"total": stage.total, "unit": stage.noun}
     else:
         form = {"bar_format": "{desc}: {elapsed}{postfix}"}
     return tqdm(desc=stage.name, dynamic_ncols=True, leave=leave, **form)

@@ -26,7 +26,7 @@ class Moments(NamedTuple):
     signal: Any
     noise: Any
     power: Any
-    product: Any
+    cross: Any
     decibels: Any
     samples: Any
     unit: Any = 1.0
@@ -34,10 +34,10 @@ class Moments(NamedTuple):
     def widened(self) -> Moments:
         """With a unit of 1, in float64: the squares of any float32."""
         square = float(self.unit) ** 2
-        powers = (float(x) * square for x in (self.signal, self.noise, self.power, self.product))
-        signal, noise, power, product = powers
+        powers = (float(x) * square for x in (self.signal, self.noise, self.power, self.cross))
+        signal, noise, power, cross = powers
         counts = float(self.decibels), float(self.samples)
-        return Moments(signal, noise, power, product, *counts)
+        return Moments(signal, noise, power, cross, *counts)
 
     @property
     def sqnr_db(self) -> float:
@@ -59,7 +59,7 @@ class Moments(NamedTuple):
         if self.signal == 0 and self.power == 0:
             return 1.0
         norm = math.sqrt(float(self.signal)) * math.sqrt(float(self.power))
-        return float(self.product) / norm if norm > 0 and math.isfinite(norm) else 0.0
+        return float(self.cross) / norm if norm > 0 and math.isfinite(norm) else 0.0
 
 
 class Ends(NamedTuple):
@@ -131,7 +131,7 @@ def moments(y: jax.Array, other: jax.Array) -> Moments:
         signal=jnp.sum(signals),
         noise=jnp.where(lost, jnp.inf, jnp.sum(noises)),
         power=jnp.sum(other**2),
-        product=jnp.sum(y * other),
+        cross=jnp.sum(y * other),
         decibels=jnp.sum(jnp.where(used, jnp.where(lost, _LEAST_DB, decibels), 0)),
         samples=jnp.sum(used).astype(jnp.float32),
         unit=unit,

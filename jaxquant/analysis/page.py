@@ -103,7 +103,7 @@ def report_html(
       ...     "SQNR of every site" in page.read_text()
       True
     """
-    atomic.check_target(path)
+    atomic.check_writable(path)
     report = qapply.report()
     if report is None:
         raise ValueError("this qapply has no report: quantize the model with jaxquant.quant_post")

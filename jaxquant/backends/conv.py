@@ -199,7 +199,7 @@ def _taps_of(x: jax.Array, axis: int, at: int, size: int, stride: int, dilation:
 
 def _is_small_depthwise(kernel: jax.Array, window: Window) -> bool:
     taps = math.prod(kernel.shape[:-2])
-    return window.groups > 1 and kernel.shape[-2] == 1 and taps <= _MAX_TAPS
+    return window.feature_groups > 1 and kernel.shape[-2] == 1 and taps <= _MAX_TAPS
 
 
 def _is_decided(x: jax.Array, kernel: jax.Array, window: Window) -> bool:
@@ -220,7 +220,7 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
     XLA fuses the sum into one loop over the output.
     """
     spatial = kernel.ndim - 2
-    copies = kernel.shape[-1] // window.groups  # outputs of a channel
+    copies = kernel.shape[-1] // window.feature_groups  # outputs of a channel
     # By `lax` alone: there are many of these, and jax.numpy's operators take long to trace.
     weights = lax.convert_element_type(kernel.reshape(-1, kernel.shape[-1]), jnp.int32)
     total = None
@@ -241,7 +241,7 @@ def _depthwise_by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
 def _is_pointwise(kernel: jax.Array, window: Window) -> bool:
     """True for a window of one element that stays inside the input."""
     inside = all(pads == (0, 0) for pads in window.padding)
-    return window.groups == 1 and inside and math.prod(kernel.shape[:-2]) == 1
+    return window.feature_groups == 1 and inside and math.prod(kernel.shape[:-2]) == 1
 
 
 def _pointwise_by_dot(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

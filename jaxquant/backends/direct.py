@@ -61,7 +61,7 @@ def with_enough_channels(x: jax.Array, kernel: jax.Array, window: Window) -> jax
     """Few input channels are filled up with zeros."""
     inputs, outputs = kernel.shape[-2:]
     is_few = inputs < _FEW_CHANNELS or (inputs == _FEW_CHANNELS and outputs <= _FEW_CHANNELS)
-    if window.groups == 1 and is_few:
+    if window.feature_groups == 1 and is_few:
         x, kernel = _with_channels(x, -1), _with_channels(kernel, -2)
     return as_it_is(x, kernel, window)
 
@@ -71,7 +71,7 @@ def by_way_of_float32(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Ar
 
     Above 2^24 they are rounded as float32, which is what all sums become behind them anyway.
     """
-    if window.groups > 1:
+    if window.feature_groups > 1:
         return _groups_in_float32(x, kernel, window)
     if math.prod(kernel.shape[:-1]) <= _EXACT_TERMS:
         return _convolution(x, kernel, window, jnp.float32).astype(jnp.int32)
@@ -92,7 +92,7 @@ def _groups_in_float32(x: jax.Array, kernel: jax.Array, window: Window) -> jax.A
     terms = []
     for start in range(0, max(inputs, 1), most):
         end = min(start + most, inputs)
-        part = _channels_of_groups(x, window.groups, start, end)
+        part = _channels_of_groups(x, window.feature_groups, start, end)
         term = _convolution(part, kernel[:, :, start:end], window, jnp.float32)
         terms.append(term.astype(jnp.int32))
     return sum(terms[1:], start=terms[0])
@@ -116,7 +116,7 @@ def _convolution(
         padding=window.padding,
         rhs_dilation=window.dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=window.groups,
+        feature_group_count=window.feature_groups,
         preferred_element_type=sums,
     )
 

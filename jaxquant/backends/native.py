@@ -48,7 +48,7 @@ class Native:
             return native.pack_dot(_matrix(call, weight))
         layout = ChannelsLast(call.contraction)
         window = layout.window
-        return native.pack_conv(layout.kernel(weight), window.groups, window.dilation)
+        return native.pack_conv(layout.kernel(weight), window.feature_groups, window.dilation)
 
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
         if call.contraction.window is not None:
@@ -123,7 +123,7 @@ def _convolution(call: Call, operands: Any) -> native.Call:
         strides=layout.window.strides,
         padding=layout.window.padding,
         dilation=layout.window.dilation,
-        groups=layout.window.groups,
+        groups=layout.window.feature_groups,
         kernel_shape=None if packed is None else layout.kernel_shape(call.weight_shape),
         **options,
     )

@@ -33,13 +33,13 @@ class Xla:
         arrays.insert(call.weight_position, operands["weight"])
         zero_points = call.zero_points(operands)
         sums = int8.accumulate(call.contraction, arrays, [zero_points.x]).astype(jnp.float32)
-        y = _clamp(epilogue(call.movements, call.channels, sums, operands), call.clamps[0])
+        y = _clip(epilogue(call.movements, call.channels, sums, operands), call.clamps[0])
         if call.residual is not None:
             added = operands["residual"]
             if call.residual.is_int8:
                 scale = operands["residual_scale"]
                 added = int8.dequantize(added, scale, zero_points.residual)
-            y = _clamp(y + added, call.clamps[1])
+            y = _clip(y + added, call.clamps[1])
         results = [y] if call.gives_float else []
         if call.out_zero_point is not None:
             results.append(int8.quantize(y, operands["inv_scale"], zero_points.out))
@@ -59,7 +59,7 @@ class Xla:
         return [given[position][k] for position, k in results]
 
 
-def _clamp(y: jax.Array, bounds: Clamp) -> jax.Array:
+def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:
     if bounds == NO_CLAMP:
         return y
     return lax.clamp(jnp.float32(bounds[0]), y, jnp.float32(bounds[1]))

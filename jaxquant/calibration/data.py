@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxquant.calibration.batches import Batch, BatchChecker, stack_samples, to_arrays
-from jaxquant.calibration.selection import Select, check_select, pick_arguments
+from jaxquant.calibration.selection import Select, check_select, select_arguments
 from jaxquant.calibration.sources import (
     check_source,
-    describe_empty,
+    empty_message,
     is_in_memory,
     num_items,
     num_samples,
@@ -139,7 +139,7 @@ def _checked_batches(
         yield batch
 
     if checker.count == 0:
-        raise ValueError(describe_empty(ds))
+        raise ValueError(empty_message(ds))
     if batch_nums is not None and checker.count < batch_nums:
         is_unsplit = batch_size is None and is_in_memory(source)
         hint = ": in memory it is one batch, unless batch_size splits it." if is_unsplit else "."
@@ -155,10 +155,10 @@ def _batches(source: Any, batch_size: int | None, select: Select) -> Iterator[Ba
             yield to_arrays(arguments, f"batch {index}")
     elif batch_size is None:
         for where, item in read_items(source, None):
-            yield to_arrays(pick_arguments(item, select, where), where)
+            yield to_arrays(select_arguments(item, select, where), where)
     else:
         samples = (
-            to_arrays(pick_arguments(item, select, where), where)
+            to_arrays(select_arguments(item, select, where), where)
             for where, item in read_items(source, batch_size)
         )
         for index in itertools.count():

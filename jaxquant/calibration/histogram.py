@@ -193,11 +193,11 @@ def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histo
       >>> states.count_lo.tolist(), first_bad.tolist()
       ([3], [-1])
     """
-    return _fold_program()(states, *seen, batch_index)
+    return _compiled_fold()(states, *seen, batch_index)
 
 
 @functools.cache
-def _fold_program() -> Callable[..., tuple[Histogram, jax.Array]]:
+def _compiled_fold() -> Callable[..., tuple[Histogram, jax.Array]]:
     def one(state: Histogram, *seen: jax.Array) -> tuple[Histogram, jax.Array]:
         merged = merge(state, _of_batch(*seen))
         return merged, merged.first_bad + 0

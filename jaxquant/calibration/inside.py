@@ -81,7 +81,7 @@ def _needed(observed: Observed) -> list[ir.Equation]:
     for index, bodies in observed.bodies.items():
         if any(body.names for body in bodies):
             roots += graph.equations[index].outputs
-    return list(ir.walk_back(graph, roots))
+    return list(ir.upstream(graph, roots))
 
 
 class _Inside:

@@ -41,7 +41,7 @@ def sweep_with_file(
       FileError: the file is damaged, or of another model, other parameters or options, or `batches`
         do not begin with those that the interrupted sweep has seen.
     """
-    atomic.check_target(path)
+    atomic.check_writable(path)
     digests: list[bytes] = []
     if os.path.exists(path):
         saved = observations_file.read(path)
@@ -51,7 +51,7 @@ def sweep_with_file(
         _skip(path, batches, saved.digests)
         sweep.restore(seen)
         digests += saved.digests
-    return _run(path, sweep, batches, digests)
+    return _observe(path, sweep, batches, digests)
 
 
 def load_checked(
@@ -135,7 +135,7 @@ def check_saved(
         raise FileError(f"{os.fspath(path)}: {error}") from None
 
 
-def _run(
+def _observe(
     path: str | os.PathLike[str],
     sweep: Sweep,
     batches: Iterator[tuple[Any, ...]],

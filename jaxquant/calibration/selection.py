@@ -9,7 +9,7 @@ Key: TypeAlias = str | int
 Select: TypeAlias = Key | Sequence[Key] | Callable[[Any], Any] | None
 
 
-def pick_arguments(item: Any, select: Select, where: str) -> tuple[Any, ...]:
+def select_arguments(item: Any, select: Select, where: str) -> tuple[Any, ...]:
     """Picks from an item the tuple of arguments that `apply_fn` takes after params.
 
     Args:
@@ -23,9 +23,9 @@ def pick_arguments(item: Any, select: Select, where: str) -> tuple[Any, ...]:
     Raises:
       ValueError: `select` names an entry that the item lacks.
 
-    >>> pick_arguments({"image": 1.0, "label": 3}, "image", "batch 0")
+    >>> select_arguments({"image": 1.0, "label": 3}, "image", "batch 0")
     (1.0,)
-    >>> pick_arguments((1.0, 3), None, "batch 0")
+    >>> select_arguments((1.0, 3), None, "batch 0")
     (1.0, 3)
     """
     if select is None:
@@ -34,7 +34,7 @@ def pick_arguments(item: Any, select: Select, where: str) -> tuple[Any, ...]:
         try:
             return _as_arguments(select(item))
         except Exception as error:
-            error.add_note(f"Raised by select in {where} of ds, on {_describe(item)}.")
+            error.add_note(f"Raised by select in {where} of ds, on {_outline(item)}.")
             raise
     if isinstance(select, str | int):
         return _as_arguments(_entry(item, select, where))
@@ -80,10 +80,10 @@ def _entry(item: Any, key: Key, where: str) -> Any:
             return item[key]
         if key in getattr(item, "_fields", ()):
             return getattr(item, str(key))
-    raise ValueError(f"select={key!r} does not fit {where} of ds, which is {_describe(item)}")
+    raise ValueError(f"select={key!r} does not fit {where} of ds, which is {_outline(item)}")
 
 
-def _describe(item: Any) -> str:
+def _outline(item: Any) -> str:
     if isinstance(item, Mapping):
         return f"a {type(item).__name__} with the keys {list(item)}"
     if fields := getattr(item, "_fields", None):

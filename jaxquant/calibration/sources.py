@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.calibration.selection import Select, pick_arguments
+from jaxquant.calibration.selection import Select, select_arguments
 
 
 def check_source(ds: Any) -> None:
@@ -80,7 +80,7 @@ def slice_in_memory(
     """Yields the arguments of each batch of a dataset in memory; one batch without `batch_size`.
 
     Raises:
-      TypeError, ValueError: as `num_samples` and `pick_arguments`.
+      TypeError, ValueError: as `num_samples` and `select_arguments`.
 
     >>> [x.tolist() for (x,) in slice_in_memory(np.arange(5), 2, None)]
     [[0, 1], [2, 3], [4]]
@@ -90,7 +90,7 @@ def slice_in_memory(
     step = batch_size or max(total, 1)
     for index, start in enumerate(range(0, total, step)):
         part = jax.tree.map(lambda leaf, window=slice(start, start + step): leaf[window], whole)
-        yield pick_arguments(part, select, f"batch {index}") if callable(select) else part
+        yield select_arguments(part, select, f"batch {index}") if callable(select) else part
 
 
 def read_items(source: Any, batch_size: int | None) -> Iterator[tuple[str, Any]]:
@@ -128,10 +128,10 @@ def num_items(ds: Any) -> int | None:
     return None
 
 
-def describe_empty(ds: Any) -> str:
+def empty_message(ds: Any) -> str:
     """Says that a dataset gave no batch, and what is likely the cause.
 
-    >>> describe_empty([])
+    >>> empty_message([])
     'ds is empty: it gave no batch (ds is a list).'
     """
     text = f"ds is empty: it gave no batch (ds is {_name(ds)})."
@@ -149,7 +149,7 @@ def _whole(source: Any, select: Select) -> Any:
     """The part of a dataset in memory that is sliced; a function selects from slices."""
     if callable(select):
         return dict(source) if isinstance(source, Mapping) else source
-    return pick_arguments(source, select, "the whole")
+    return select_arguments(source, select, "the whole")
 
 
 def _first_axis(whole: Any) -> int:

@@ -114,7 +114,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
         by_group, pairs = list(groups.shape), list(groups.shape)
         by_group[groups.axis] = groups.groups
         pairs[groups.axis] = -(-pairs[groups.axis] // 2)
-        stored = (shape, np.int8) if slot.bits == 8 else (tuple(pairs), np.uint8)
+        stored = (shape, np.int8) if slot.weight_bits == 8 else (tuple(pairs), np.uint8)
         yield ("params", *slot.int8), ((stored[0],), np.dtype(stored[1]))
         yield ("params", *slot.scale), ((tuple(by_group),), float32)
     for tensor in plan.tensors:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        return int(options.action(options))
     except (ValueError, OSError, ImportError) as error:
         print(f"jaxquant {options.command}: {error}", file=sys.stderr)
         return FAILED
@@ -130,9 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, text: str, epilog: str) -> Any:
+def _command(commands: Any, name: str, action: Any, text: str, epilog: str) -> Any:
     parser = commands.add_parser(name, help=text, description=f"Tell or do: {text}.", epilog=epilog)
-    parser.set_defaults(run=run)
+    parser.set_defaults(action=action)
     return parser
 
 

@@ -18,7 +18,7 @@ def is_foldable(graph: ir.Graph, var: ir.Var) -> bool:
         return True
     if var in graph.leaves or set(graph.sources(var)) & set(graph.leaves):
         return False
-    behind = list(ir.walk_back(graph, [var]))
+    behind = list(ir.upstream(graph, [var]))
     if any(eqn.name == "dim_as_value" for eqn in behind):  # a size that varies
         return False
     shapes = [graph.shape(v) for eqn in behind for v in (*eqn.input_vars, *eqn.outputs)]
@@ -28,6 +28,6 @@ def is_foldable(graph: ir.Graph, var: ir.Var) -> bool:
 
 def fold(graph: ir.Graph, var: ir.Var) -> np.ndarray:
     """The value of such a tensor."""
-    table = evaluate.float_table(ir.walk_back(graph, [var]))
+    table = evaluate.float_table(ir.upstream(graph, [var]))
     env = evaluate.evaluate(graph, {}, [None] * len(graph.inputs), table)
     return np.asarray(jax.device_get(env.read(var)))

@@ -42,7 +42,7 @@ class Tensor:
 class Node:
     """One operation, by the name and the parameters of its JAX primitive.
 
-    `reads_int8` tells that operands with an int8 form are read dequantized; `selects` that the
+    `reads_int8` tells that operands with an int8 form are read dequantized; `picks` that the
     result is int8 and this is its dequantized value.  `bodies` are those of a loop or a choice.
     `contraction` says what a convolution or dot does with the axes of its operands; None of others.
     `source` is where the model says so, as "file.py:12"; "" where that is not known.
@@ -54,7 +54,7 @@ class Node:
     params: Mapping[str, Any]
     scope: str
     reads_int8: bool = False
-    selects: bool = False
+    picks: bool = False
     bodies: tuple[Body, ...] = ()
     contraction: Contraction | None = None
     source: str = ""

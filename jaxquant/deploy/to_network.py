@@ -29,16 +29,16 @@ def to_network(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict
     """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
     graph = program.graph
     outputs = jax.tree.unflatten(graph.out_tree, graph.outputs)
-    described = _Describer(program, program.binding, program.model.root, _Found(), [])
-    numbers = tuple(described.number(var) for var in graph.inputs)
-    described.describe()
-    found = described.found
+    translated = _Translator(program, program.binding, program.model.root, _Found(), [])
+    numbers = tuple(translated.number(var) for var in graph.inputs)
+    translated.add_equations()
+    found = translated.found
     network = Network(
-        outputs=described.outputs(),
+        outputs=translated.outputs(),
         inputs=numbers,
         input_names=_names(inputs[0] if len(inputs) == 1 else inputs, "input"),
         output_names=_names(outputs, "output"),
-        nodes=tuple(described.nodes),
+        nodes=tuple(translated.nodes),
         moves=tuple(found.moves),
         entries=found.entries,
         scales=found.scales,
@@ -87,16 +87,16 @@ class _Found:
         return part
 
 
-class _Describer:
+class _Translator:
     """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
     Args:
       program: of the graph.
       binding: of its layer, which differs from the program's in its grids alone.
       region: the graph as one of the model's.
-      found: what is described so far.
+      found: what is translated so far.
       nodes: where the operations go.
-      outer: the describer of the graph that holds the body; None for the model's own graph.
+      outer: the translator of the graph that holds the body; None for the model's own graph.
       step: which step of an unrolled scan this is; None for no such step.
     """
 
@@ -107,7 +107,7 @@ class _Describer:
         region: Region,
         found: _Found,
         nodes: list[Node | Int8Node],
-        outer: _Describer | None = None,
+        outer: _Translator | None = None,
         step: int | None = None,
     ) -> None:
         self.program = program
@@ -122,7 +122,7 @@ class _Describer:
         self._static_done: set[ir.Var] = set()
         self._unstacked: dict[ir.Var, tuple[int, ...]] = {}
 
-    def describe(self) -> None:
+    def add_equations(self) -> None:
         """Add the operations of the graph, in the order of a program."""
         graph, binding, forms = self.graph, self.binding, self.binding.forms
         suffix = layer_suffix(binding.layer)
@@ -142,11 +142,11 @@ class _Describer:
             elif eqn.index in self.program.bodies:
                 self._loop(eqn)
             elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
-                selects = eqn.index in binding.selects
-                if not selects:
+                picks = eqn.index in binding.picks
+                if not picks:
                     self.need_static(eqn.inputs)
                 reads = eqn.index in forms.reads_int8 or eqn.index in binding.decisions
-                self.nodes.append(self.node(eqn, reads_int8=reads, selects=selects))
+                self.nodes.append(self.node(eqn, reads_int8=reads, picks=picks))
         self.need_static(graph.outputs)
 
     def number(self, var: ir.Var) -> int:
@@ -166,7 +166,7 @@ class _Describer:
         self,
         eqn: ir.Equation,
         reads_int8: bool = False,
-        selects: bool = False,
+        picks: bool = False,
         bodies: tuple[Body, ...] | None = None,
     ) -> Node:
         """An equation as it is; its bodies, but for those that are given, are in float."""
@@ -178,7 +178,7 @@ class _Describer:
             params={key: plain(value) for key, value in params.items()},
             scope=eqn.scope,
             reads_int8=reads_int8,
-            selects=selects,
+            picks=picks,
             bodies=self._bodies(eqn) if bodies is None else bodies,
             contraction=self.graph.contractions.get(eqn.index),
             source=jaxprs.line_of(eqn.source_info),
@@ -209,9 +209,9 @@ class _Describer:
         binding: Binding,
         nodes: list[Node | Int8Node],
         step: int | None = None,
-    ) -> _Describer:
-        """The describer of a body of this graph; its arguments are those of the class."""
-        return _Describer(program, binding, region, self.found, nodes, self, step)
+    ) -> _Translator:
+        """The translator of a body of this graph; its arguments are those of the class."""
+        return _Translator(program, binding, region, self.found, nodes, self, step)
 
     def _loop(self, eqn: ir.Equation) -> None:
         """A loop or a choice that holds int8 sites.
@@ -230,9 +230,9 @@ class _Describer:
                 bodies.append(self._body(region))
                 continue
             program, body = next(inner)
-            described = self._inside(region, program, body.layers[0], [])
-            bodies.append(described.as_body())
-            unread |= described.not_given()
+            translated = self._inside(region, program, body.layers[0], [])
+            bodies.append(translated.as_body())
+            unread |= translated.not_given()
         # What every step reads alike of the parameters, the bodies have themselves.
         first = {"scan": 0, "while": eqn.params.get("cond_nconsts", 0), "cond": 1}[eqn.name]
         inputs = [x for k, x in enumerate(eqn.inputs) if k - first not in unread]
@@ -261,7 +261,7 @@ class _Describer:
 
     def as_body(self) -> Body:
         """The graph as what a loop repeats, or as a branch."""
-        self.describe()
+        self.add_equations()
         unread = self.not_given()
         arguments = [v for k, v in enumerate(self.region.arguments) if k not in unread]
         inputs = tuple(self.number(var) for var in arguments)
@@ -289,7 +289,7 @@ class _Describer:
                     atom = carry[k - fixed]
                 if atom is not None:
                     inner.alias(var, atom)
-            inner.describe()
+            inner.add_equations()
             carry, stacks[step] = list(inner.outputs()[:carried]), inner.outputs()[carried:]
         for var, atom in zip(eqn.outputs, carry, strict=False):
             assert atom is not None, "a carry is computed"
@@ -368,7 +368,7 @@ class _Describer:
                 self.need_static(eqn.inputs)
                 self.nodes.append(self.node(eqn))
 
-    def _take_leaf(self, var: ir.Var, outer: _Describer) -> None:
+    def _take_leaf(self, var: ir.Var, outer: _Translator) -> None:
         """Take a leaf of a body, in float, from the graph around it: of a step its slice."""
         position = self.region.arguments.index(var)
         is_slice = position in self.region.scanned

@@ -20,8 +20,8 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
       ValueError: `path` is a folder, a link or another thing that is not a plain file.
       OSError: the file cannot be written; the old one is as it was.
     """
-    target = check_target(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    file_path = check_writable(path)
+    temporary = file_path.with_name(f".{file_path.name}.{secrets.token_hex(8)}.part")
     # Made by the system with the permissions of a new file: the process has one umask for all of
     # its threads, which could only be read by setting it.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -30,31 +30,31 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            if target.exists():
-                os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+            if file_path.exists():
+                os.fchmod(file.fileno(), file_path.stat().st_mode & 0o777)
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        os.replace(temporary, file_path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(target.parent)
+    _sync_folder(file_path.parent)
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_writable(path: str | os.PathLike[str]) -> Path:
     """The path, once it is known that `write_file` may write there.
 
     Raises:
       ValueError: `path` is a folder, a link or another thing that is not a plain file.
     """
-    target = Path(path)
-    if target.is_symlink():
-        raise ValueError(f"{target} is a link; give the path of the file itself")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{target} exists and is not a plain file; give the path of a file")
-    if not target.name or not target.parent.is_dir():
-        raise ValueError(f"{target}: there is no folder {target.parent}; make it first")
-    return target
+    file_path = Path(path)
+    if file_path.is_symlink():
+        raise ValueError(f"{file_path} is a link; give the path of the file itself")
+    if file_path.exists() and not file_path.is_file():
+        raise ValueError(f"{file_path} exists and is not a plain file; give the path of a file")
+    if not file_path.name or not file_path.parent.is_dir():
+        raise ValueError(f"{file_path}: there is no folder {file_path.parent}; make it first")
+    return file_path
 
 
 def _sync_folder(folder: Path) -> None:

@@ -187,7 +187,7 @@ def _treats_as_one(
         return False
     params = eqn.params
     if (contraction := pair.one.contractions.get(eqn.index)) is not None:
-        if contraction.groups != pair.two.contractions[other.index].groups:
+        if contraction.feature_groups != pair.two.contractions[other.index].feature_groups:
             return False  # `jax.vmap` makes a group of each sample
         summed = [set(own.contracted) for own in contraction.operands]
         summed[0] |= set(contraction.operands[0].window)
@@ -206,7 +206,7 @@ def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
     (region,) = pair.first.bodies(eqn)
     body = region.graph
     carried = [x for k in region.carries.values() if isinstance(x := body.outputs[k], int)]
-    read = {v for e in ir.walk_back(body, carried) for v in e.input_vars} | {*carried}
+    read = {v for e in ir.upstream(body, carried) for v in e.input_vars} | {*carried}
     slices = [region.arguments[k] for k in region.scanned]
     return any(not body.static[v] and v in read for v in slices)
 

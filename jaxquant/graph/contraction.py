@@ -72,7 +72,7 @@ class Window:
       dilation: the distance between two neighbours in the kernel.
       input_dilation: likewise in the input, with zeros between them: more than 1 in a transposed
         convolution.
-      groups: into how many groups the channels fall.
+      feature_groups: into how many groups the channels fall.
       batch_groups: into how many the samples do, each with output channels of its own.
     """
 
@@ -80,7 +80,7 @@ class Window:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     input_dilation: tuple[int, ...]
-    groups: int = 1
+    feature_groups: int = 1
     batch_groups: int = 1
 
     @property
@@ -122,9 +122,9 @@ class Contraction:
         return (*self.operands, self.result)
 
     @property
-    def groups(self) -> int:
+    def feature_groups(self) -> int:
         """Into how many groups the contracted axis falls; the second operand has one of them."""
-        return 1 if self.window is None else self.window.groups
+        return 1 if self.window is None else self.window.feature_groups
 
     @property
     def has_batch(self) -> bool:
@@ -255,7 +255,9 @@ def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
     samples, channels, *positions = spec.lhs_spec
     outputs, inputs, *taps = spec.rhs_spec
     out_samples, out_channels, *out_positions = spec.out_spec
-    groups, batch_groups = _whole([params["feature_group_count"], params["batch_group_count"]])
+    feature_groups, batch_groups = _whole(
+        [params["feature_group_count"], params["batch_group_count"]]
+    )
     return Contraction(
         operands=(
             Axes((), _whole([samples]), _whole([channels]), _whole(positions)),
@@ -267,7 +269,7 @@ def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
             padding=tuple((low, high) for low, high in map(_whole, params["padding"])),
             dilation=_whole(params["rhs_dilation"]),
             input_dilation=_whole(params["lhs_dilation"]),
-            groups=groups,
+            feature_groups=feature_groups,
             batch_groups=batch_groups,
         ),
     )

@@ -100,7 +100,7 @@ def _reshape(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axe
     before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
     if eqn.params.get("dimensions") is not None:
         return None
-    groups = primitives.reshape_groups(before, after)
+    groups = primitives.reshaped_axes(before, after)
     return frozenset(d for old, new in groups if operands[0] & set(old) for d in new)
 
 

@@ -225,7 +225,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def walk_back(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:
+def upstream(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:
     """The equations that `roots` depend on, in evaluation order."""
     needed: set[int] = set()
     stack = list(roots)

@@ -233,6 +233,6 @@ def _conv_kind(contraction: Contraction, window: Window, kernel_shape: tuple[int
     if any(d != 1 for d in window.input_dilation):
         return "conv2d_transpose"
     (inputs,) = contraction.operands[1].contracted
-    if window.groups > 1 and kernel_shape[inputs] == 1:
+    if window.feature_groups > 1 and kernel_shape[inputs] == 1:
         return "depthwise_conv2d"
     return "conv2d"

@@ -27,7 +27,7 @@ def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> s
             if not path:
                 behind += [v for v in user.outputs if v not in seen]
                 seen.update(user.outputs)
-    for before in reversed([*ir.walk_back(graph, eqn.input_vars)]):
+    for before in reversed([*ir.upstream(graph, eqn.input_vars)]):
         if path := _parameter(graph, before):
             return f"the layer behind params[{path!r}]"
     return "apply_fn"

@@ -39,7 +39,7 @@ class _Known(NamedTuple):
     """A function for arguments of one structure and shapes: its pieces with their programs."""
 
     graph: ir.Graph
-    programs: tuple[tuple[_Piece, Callable[..., Any]], ...]
+    compiled: tuple[tuple[_Piece, Callable[..., Any]], ...]
 
 
 class InPieces:
@@ -64,11 +64,11 @@ class InPieces:
         key = tree, tuple((s.shape, s.dtype) for s in structs)
         if key not in self._known:
             self._known[key] = self._compile(args)
-        graph, programs = self._known[key]
+        graph, compiled = self._known[key]
         values: dict[ir.Var, Any] = {**graph.constants}
         values.update(zip(graph.inputs, leaves, strict=True))
-        for piece, program in programs:
-            results = program(*(values[var] for var in piece.reads))
+        for piece, function in compiled:
+            results = function(*(values[var] for var in piece.reads))
             for var in piece.done:
                 values.pop(var, None)
             values.update(zip(piece.gives, results, strict=True))
@@ -81,11 +81,11 @@ class InPieces:
             graph = trace(lambda _, *given: self._function(*given), (), args)
         pieces = _cut(graph)
         different = {piece.key: piece for piece in pieces}
-        programs = {
+        compiled = {
             key: jax.jit(_evaluation(piece), compiler_options=self._options)
             for key, piece in different.items()
         }
-        return _Known(graph, tuple((piece, programs[piece.key]) for piece in pieces))
+        return _Known(graph, tuple((piece, compiled[piece.key]) for piece in pieces))
 
 
 def _evaluation(piece: _Piece) -> Callable[..., list[Any]]:

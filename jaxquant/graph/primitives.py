@@ -99,7 +99,7 @@ def follow_axes(graph: ir.Graph, eqn: ir.Equation, axes: frozenset[int]) -> froz
     if eqn.name == "broadcast_in_dim":
         return frozenset(eqn.params["broadcast_dimensions"][axis] for axis in axes)
     if eqn.name == "reshape":
-        groups = reshape_groups(graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0]))
+        groups = reshaped_axes(graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0]))
         return frozenset(new for old, all_new in groups if axes & set(old) for new in all_new)
     if eqn.name in ("squeeze", "reduce_max", "reduce_min"):
         removed = eqn.params["dimensions" if eqn.name == "squeeze" else "axes"]
@@ -158,7 +158,7 @@ class Channels:
 
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}
-        for old, new in reshape_groups(before, after):
+        for old, new in reshaped_axes(before, after):
             inside = [a for a in old if a in self.axes]
             if not inside:
                 continue
@@ -182,7 +182,7 @@ class Channels:
         return Channels(tuple(sizes), tuple(found))
 
 
-def reshape_groups(
+def reshaped_axes(
     before: tuple[int, ...], after: tuple[int, ...]
 ) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the smallest runs of axes with equal products; axes of 1 are in none.
@@ -196,15 +196,15 @@ def reshape_groups(
         (i, j)
         for i in range(len(old) + 1)
         for j in range(len(new) + 1)
-        if _same_product([before[a] for a in old[:i]], [after[a] for a in new[:j]])
-        or _same_product([before[a] for a in old[i:]], [after[a] for a in new[j:]])
+        if _same_size([before[a] for a in old[:i]], [after[a] for a in new[:j]])
+        or _same_size([before[a] for a in old[i:]], [after[a] for a in new[j:]])
     ]
     return [
         (old[start[0] : end[0]], new[start[1] : end[1]]) for start, end in itertools.pairwise(cuts)
     ]
 
 
-def _same_product(left: Sequence[int], right: Sequence[int]) -> bool:
+def _same_size(left: Sequence[int], right: Sequence[int]) -> bool:
     """True where both products are equal, and not 0, which would tell nothing."""
-    product = math.prod(left)
-    return bool(product == math.prod(right)) and product != 0
+    size = math.prod(left)
+    return bool(size == math.prod(right)) and size != 0

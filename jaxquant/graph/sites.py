@@ -75,7 +75,7 @@ class Site:
         return None if self.computes_weight else self.weight
 
     @property
-    def product(self) -> Contraction:
+    def as_contraction(self) -> Contraction:
         """The contraction of a convolution or dot."""
         assert self.contraction is not None, f"site {self.name!r} is no convolution or dot"
         return self.contraction
@@ -83,12 +83,12 @@ class Site:
     @property
     def weight_axes(self) -> Axes:
         """The axes of the weight of a convolution or dot."""
-        return self.product.operands[self.weight_position]
+        return self.as_contraction.operands[self.weight_position]
 
     @property
     def input_axes(self) -> Axes:
         """The axes of what a convolution or dot multiplies its weight by."""
-        return self.product.operands[1 - self.weight_position]
+        return self.as_contraction.operands[1 - self.weight_position]
 
     @property
     def channel_axes(self) -> tuple[int, ...]:

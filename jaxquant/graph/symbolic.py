@@ -30,7 +30,7 @@ def restore_slices(graph: ir.Graph) -> ir.Graph:
 
     Those of `jax.image.resize` stay: they are gathers whatever the sizes, and a kind of their own.
     """
-    return _Restorer(graph).run()
+    return _Restorer(graph).restored()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Restorer:
         self._equations: list[ir.Equation] = []
         self._same: dict[ir.Var, ir.Atom] = {}
 
-    def run(self) -> ir.Graph:
+    def restored(self) -> ir.Graph:
         for eqn in self._graph.equations:
             inputs = tuple(self._atom(x) for x in eqn.inputs)
             is_index = eqn.name == "gather" and kinds.RESIZE_CALL not in eqn.calls
@@ -180,7 +180,7 @@ def _known_indices(graph: ir.Graph, atom: ir.Atom) -> np.ndarray | None:
         return np.asarray(atom.value)
     if not graph.static[atom] or graph.sources(atom):
         return None
-    equations = list(ir.walk_back(graph, [atom]))
+    equations = list(ir.upstream(graph, [atom]))
     shapes = [graph.shape(v) for eqn in equations for v in (*eqn.input_vars, *eqn.outputs)]
     symbolic = any(not isinstance(size, int) for shape in shapes for size in shape)
     if symbolic or any(eqn.name == "dim_as_value" for eqn in equations):

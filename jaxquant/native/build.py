@@ -115,7 +115,7 @@ def _remembering_timeouts(folder: Folder, command: list[str], flags: tuple[str, 
 
 
 def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _Loaded:
-    version = _run([*command, "--version"])
+    version = _printed_by([*command, "--version"])
     present = _processor(folder, command, version)
     family = f"kernels-{_name(command, flags, version)}"
     name = f"{family}-{hashed([present.text.encode()], 12)}.so"
@@ -124,7 +124,9 @@ def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _
     with folder.workshop() as workshop:
         compiling = [*command, *_FLAGS, *flags]
         try:
-            needs = processor.needed(_run([*compiling, "-dM", "-E", "-x", "c++", os.devnull]))
+            needs = processor.needed(
+                _printed_by([*compiling, "-dM", "-E", "-x", "c++", os.devnull])
+            )
             if present.features is not None and (lacks := needs - present.features):
                 raise BuildError(
                     f"{shlex.join(compiling)} uses {', '.join(sorted(lacks))}, which this "
@@ -132,7 +134,7 @@ def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _
                 )
             headers = ["-isystem", jax.ffi.include_dir()]
             output = workshop.path / "library.so"
-            _run([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
+            _printed_by([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
             made = workshop.sealed(output.name, needs)
         except BuildError:
             if (found := _for_a_lesser_processor(folder, family, present)) is None:
@@ -172,7 +174,7 @@ def _processor(folder: Folder, command: list[str], version: str) -> processor.Pr
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
         compiling = [*command, *any_processor, str(_SOURCES / _PROCESSOR), "-o", str(output)]
-        _run(compiling)
+        _printed_by(compiling)
         made = workshop.sealed(output.name, frozenset())
         present = _ask(made)
         workshop.store(made, name)
@@ -212,7 +214,7 @@ def _name(command: list[str], flags: tuple[str, ...], version: str = "") -> str:
     return hashed([*parts, *map(os.fsencode, texts)], 20)
 
 
-def _run(command: list[str]) -> str:
+def _printed_by(command: list[str]) -> str:
     """What a compiler prints.
 
     It reads nothing, and is the leader of a group of processes, so that those that it started end

@@ -165,8 +165,8 @@ class Folder:
         for name in self.names():
             if name.startswith(_BUILDING):
                 with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-                    if time.time() - status.st_mtime > _BUILDING_SECONDS:
+                    found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+                    if time.time() - found.st_mtime > _BUILDING_SECONDS:
                         shutil.rmtree(name, ignore_errors=True, dir_fd=self._descriptor)
 
     def remember_failure(self, name: str, reason: str) -> None:
@@ -187,8 +187,8 @@ class Folder:
     def _open(self, name: str) -> int:
         """A descriptor of a file of ours."""
         descriptor = os.open(name, _READ, dir_fd=self._descriptor)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or _not_ours(status):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or _not_ours(found):
             os.close(descriptor)
             raise PermissionError(f"{self.path / name} is no file of this user alone")
         return descriptor
@@ -226,11 +226,11 @@ class Workshop:
             descriptor = os.open(name, _READ, dir_fd=self._descriptor)
         except OSError as error:
             raise BuildError(f"the compiler left no library: {error}") from None
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
             os.close(descriptor)
             raise BuildError("the compiler left an empty library, though it reported success")
-        if not _is_whole(descriptor, status.st_size):
+        if not _is_whole(descriptor, found.st_size):
             os.close(descriptor)
             raise BuildError("the compiler left half a library, though it reported success")
         os.fchmod(descriptor, 0o600)
@@ -271,12 +271,12 @@ def _is_there(path: pathlib.Path) -> bool:
     return True
 
 
-def _not_ours(status: os.stat_result) -> str | None:
+def _not_ours(found: os.stat_result) -> str | None:
     """What lets others write to a file or folder; None where nothing does."""
-    if status.st_uid != os.geteuid():
-        return f"belongs to user {status.st_uid}, not to this process's user {os.geteuid()}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"is writable by others (mode {stat.S_IMODE(status.st_mode):o})"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, not to this process's user {os.geteuid()}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"is writable by others (mode {stat.S_IMODE(found.st_mode):o})"
     return None
 
 

@@ -21,13 +21,13 @@ class Static:
     """What a call is compiled for.
 
     Attributes:
-      target: the handler.
+      handler: the name of its function in the library.
       outputs: shape and dtype of every result, of one sample: without the batch.
       batched: which operands have the batch as their leading axis; the first one does.
       attributes: of the handler, by name.
     """
 
-    target: str
+    handler: str
     outputs: tuple[tuple[tuple[int, ...], str], ...]
     batched: tuple[int, ...]
     attributes: tuple[tuple[str, Any], ...]
@@ -138,4 +138,4 @@ def _ffi_call(static: Static, *operands: jax.Array) -> Any:
             # All records are whole numbers but for the bounds of clips (`jaxquant.native.fields`).
             kind = np.float32 if name == "clamps" else np.int64
             attributes[name] = np.asarray(value, kind)
-    return list(jax.ffi.ffi_call(static.target, results)(*operands, **attributes))
+    return list(jax.ffi.ffi_call(static.handler, results)(*operands, **attributes))

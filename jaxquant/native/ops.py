@@ -224,7 +224,7 @@ def dot(
 
 
 def _with_epilogue(
-    target: str,
+    handler: str,
     x: jax.Array,
     packed: jax.Array,
     multiplier: jax.Array,
@@ -272,7 +272,7 @@ def _with_epilogue(
     (low, high), (low_after, high_after) = clamps
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(
-        target,
+        handler,
         tuple((out_shape, dtype) for dtype in out_dtypes),
         (X,) if residual is None else (X, RESIDUAL),
         (geometry, ("clamps", bounds)),

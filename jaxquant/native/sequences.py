@@ -70,7 +70,7 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
     for each in calls:
         dtypes = {jnp.dtype(x.dtype).name for x in (each.operands[X], *each.operands[RESIDUAL:])}
         dtypes |= {dtype for _, dtype in each.static.outputs}
-        if each.static.target != library.CONV or "uint8" in dtypes:
+        if each.static.handler != library.CONV or "uint8" in dtypes:
             raise ValueError("a sequence is of convolutions, of int8 tensors and not uint8 ones")
         taken.append([])
         for k, value in enumerate(each.operands):

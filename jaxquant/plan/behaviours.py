@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.composites import PATTERNS
 
-ACCUMULATE, SELECT, LAYOUT, COMPUTE, DECIDE, LOOK_UP = (
+ACCUMULATE, PICK, LAYOUT, COMPUTE, DECIDE, LOOK_UP = (
     "accumulate",
-    "select",
+    "pick",
     "layout",
     "compute",
     "decide",
@@ -37,8 +37,8 @@ BY_KIND: Mapping[str, str] = {
     "mean": ACCUMULATE,
     "bilinear_interp": ACCUMULATE,
     "trilinear_interp": ACCUMULATE,
-    "pool2d": ACCUMULATE,  # average pooling; maximum pooling selects, see `behaviour_of`
-    "concat": SELECT,
+    "pool2d": ACCUMULATE,  # average pooling; maximum pooling picks, see `behaviour_of`
+    "concat": PICK,
     **dict.fromkeys(kinds.LAYOUT_KINDS, LAYOUT),
     **dict.fromkeys(PATTERNS, COMPUTE),
     **dict.fromkeys(kinds.ELEMENTWISE_KINDS, COMPUTE),
@@ -63,5 +63,5 @@ WITHOUT_INT8_FORM: Mapping[str, str] = {
 def behaviour_of(kind: str, eqn: ir.Equation) -> str:
     """How the equation of a site meets int8 tensors."""
     if kind == "pool2d" and not eqn.name.endswith("_sum"):
-        return SELECT
+        return PICK
     return LOOK_UP if kind == kinds.LOOKUP_KIND else BY_KIND[kind]

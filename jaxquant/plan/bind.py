@@ -35,7 +35,7 @@ class Binding:
       model: what was bound.
       plan: its part in the model's own graph, without that in loops and choices.
       sites: the quantized sites that accumulate or that have a weight.
-      selects: the indices of the equations of int8 sites that select values.
+      picks: the indices of the equations of int8 sites that pick values.
       decisions: the indices of the equations of int8 sites that decide (argmax, comparisons).
       forms: which tensors are int8.
       names: entry tensor -> its name in the plan and in `qparams["tensors"]`.
@@ -50,7 +50,7 @@ class Binding:
     model: Model
     plan: Plan
     sites: tuple[Int8Site, ...]
-    selects: frozenset[int]
+    picks: frozenset[int]
     decisions: frozenset[int]
     forms: Forms
     names: Mapping[ir.Var, str]
@@ -98,14 +98,14 @@ class Binding:
           params: the parameters or their shapes.
         """
         paths = layout.leaf_paths(self.graph, params).values()
-        parts = [(part.graph, [each.site for each in part.sites]) for part in self.programs()]
+        parts = [(part.graph, [each.site for each in part.sites]) for part in self.all_graphs()]
         return layout.weight_slots(parts, paths, self.whole_plan)
 
-    def programs(self) -> Iterator[Binding]:
+    def all_graphs(self) -> Iterator[Binding]:
         """Itself and the first layer of all its bodies: what there is a program of."""
         yield self
         for body in (body for bodies in self.bodies.values() for body in bodies):
-            yield from body.layers[0].programs()
+            yield from body.layers[0].all_graphs()
 
     def in_bodies(self, change: Callable[[Binding], Binding]) -> Binding:
         """The same with its bodies changed."""
@@ -159,7 +159,7 @@ class BoundBody:
         if self.model.layers is None:
             return found
         level = len(self.model.scans) - 1
-        for part in self.layers[0].programs():
+        for part in self.layers[0].all_graphs():
             for each in part.sites:
                 site = each.site
                 if site.name not in slots or site.weight is None:
@@ -284,7 +284,7 @@ def _bind_graph(model: Model, plan: Plan) -> Binding:
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
-    bound, by_behaviour = [], {behaviours.SELECT: set[int](), behaviours.DECIDE: set[int]()}
+    bound, by_behaviour = [], {behaviours.PICK: set[int](), behaviours.DECIDE: set[int]()}
     for site in chosen:
         behaviour = behaviours.behaviour_of(site.kind, graph.equations[site.equation])
         if behaviour in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
@@ -296,13 +296,13 @@ def _bind_graph(model: Model, plan: Plan) -> Binding:
             bound.append(Int8Site(site, epilogue))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
-    scales = {var: names[entry] for var, entry in group_entries(forms).items()}
+    scales = {var: names[entry] for var, entry in family_heads(forms).items()}
     zero_points, per_channel = _of_grids(scales, plan.tensors)
     return Binding(
         model,
         plan,
         tuple(bound),
-        frozenset(by_behaviour[behaviours.SELECT]),
+        frozenset(by_behaviour[behaviours.PICK]),
         frozenset(by_behaviour[behaviours.DECIDE]),
         forms,
         entries,
@@ -339,9 +339,9 @@ def _other_graph(names: Sequence[str] | set[str]) -> ValueError:
     )
 
 
-def group_entries(forms: Forms) -> dict[ir.Var, ir.Var]:
-    """Every int8 tensor -> the first entry of its scale group."""
+def family_heads(forms: Forms) -> dict[ir.Var, ir.Var]:
+    """Every int8 tensor -> the first entry of its family."""
     first: dict[ir.Var, ir.Var] = {}
     for entry in forms.entries:
-        first.setdefault(forms.group[entry], entry)
-    return {var: first[group] for var, group in forms.group.items()}
+        first.setdefault(forms.family[entry], entry)
+    return {var: first[family] for var, family in forms.family.items()}

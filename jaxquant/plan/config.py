@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import MODES, STATIC, WEIGHT_ONLY
-from jaxquant.plan.rules import Rule, check_bits, check_known, check_pattern, names, steps
+from jaxquant.plan.rules import Rule, check_known, check_pattern, check_weight_bits, names, steps
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class QuantConfig:
         object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
         if not self.quantizable_op_type:
             raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
-        check_bits(self.weight_bits)
+        check_weight_bits(self.weight_bits)
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(

@@ -124,7 +124,7 @@ def output_channels(graph: ir.Graph, site: Site) -> Channels:
     side = site.weight_position
     weight_shape = graph.shape(graph.equations[site.equation].inputs[side])
     shared = shared_axes(graph, site) if site.stored_weight is not None else ()
-    places = {axis: site.product.place(side, axis) for axis in site.channel_axes}
+    places = {axis: site.as_contraction.place(side, axis) for axis in site.channel_axes}
     found = {axis: at for axis, at in places.items() if axis not in shared and at is not None}
     return Channels(tuple(weight_shape[axis] for axis in found), tuple(found.values()))
 

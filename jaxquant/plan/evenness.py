@@ -40,12 +40,12 @@ _POINTS = 8  # of each bin of a histogram, at which the rounding error is taken
 
 
 def constants_in(graph: ir.Graph, sites: Iterable[Site], forms: Forms) -> dict[ir.Var, list[str]]:
-    """The tensor that stands for a group -> the names of the constants that are on its scale."""
+    """The tensor that stands for a family -> the names of the constants that are on its scale."""
     found: dict[ir.Var, list[str]] = {}
     for site in sites:
         eqn = graph.equations[site.equation]
         if not site.inside and eqn.index in forms.moves:
-            found.setdefault(forms.group[eqn.outputs[0]], []).extend(constants_of(graph, site))
+            found.setdefault(forms.family[eqn.outputs[0]], []).extend(constants_of(graph, site))
     return found
 
 
@@ -107,15 +107,15 @@ def find_uneven(
     """
     graph, names = model.graph, model.names
     grids = {tensor.name: tensor for tensor in tensors}
-    groups: dict[ir.Var, TensorPlan] = {}
+    families: dict[ir.Var, TensorPlan] = {}
     largest: dict[ir.Var, float] = {}
     for entry in forms.entries:
-        group = forms.group[entry]
-        groups[group] = grids[names[entry]]
-        largest[group] = max(largest.get(group, 0.0), stats[names[entry]].abs_max)
-    for group, beside in constants_in(graph, sites, forms).items():
+        family = forms.family[entry]
+        families[family] = grids[names[entry]]
+        largest[family] = max(largest.get(family, 0.0), stats[names[entry]].abs_max)
+    for family, beside in constants_in(graph, sites, forms).items():
         held = [stats[name].abs_max for name in beside if name in stats]
-        largest[group] = max(largest[group], *held, 0.0)
+        largest[family] = max(largest[family], *held, 0.0)
     readers = _Readers(model, sites, forms)
     found: dict[str, str] = {}
     for site in sites:
@@ -128,16 +128,16 @@ def find_uneven(
         given = _named(graph, site, eqn.outputs, names).values()
         whole = {name: stats[name] for name in read if name in stats}
         parts = whole if is_join else {name: stats[name] for name in given if name in stats}
-        group = forms.group[eqn.outputs[0]]
-        if not (parts and whole) or group not in groups:
+        family = forms.family[eqn.outputs[0]]
+        if not (parts and whole) or family not in families:
             continue
-        # What the other members of the group do to this tie is another tie's matter.
+        # What the other members of the family do to this tie is another tie's matter.
         reach = max(part.abs_max for part in whole.values())
-        share = min(1.0, reach / largest[group]) if largest[group] > 0 else 1.0
+        share = min(1.0, reach / largest[family]) if largest[family] > 0 else 1.0
         grid = dataclasses.replace(
-            groups[group],
-            threshold=groups[group].threshold * share,
-            scale=groups[group].scale * share,
+            families[family],
+            threshold=families[family].threshold * share,
+            scale=families[family].scale * share,
         )
         lost = _worst(parts, grid)
         if lost is None:
@@ -299,4 +299,4 @@ def _joined_axes(eqn: ir.Equation) -> frozenset[int]:
 
 def _sums_over(site: Site, axes: frozenset[int]) -> bool:
     """True for a convolution or dot whose every output sums over all of these axes of its input."""
-    return site.product.groups == 1 and axes <= frozenset(input_axes(site))
+    return site.as_contraction.feature_groups == 1 and axes <= frozenset(input_axes(site))

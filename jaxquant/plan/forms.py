@@ -36,14 +36,14 @@ class Forms:
       int8: every tensor with an int8 form, entries included.
       moves: the indices of the equations that hand int8 through.
       reads_int8: the indices of float equations that read the int8 form of their operands.
-      group: int8 tensor -> the tensor that stands for all that share its scale.
+      family: int8 tensor -> the tensor that stands for all that share its scale.
     """
 
     entries: tuple[ir.Var, ...]
     int8: frozenset[ir.Var]
     moves: frozenset[int]
     reads_int8: frozenset[int]
-    group: Mapping[ir.Var, ir.Var]
+    family: Mapping[ir.Var, ir.Var]
 
 
 def find_forms(
@@ -61,7 +61,7 @@ def find_forms(
         let elementwise equations read int8, "relu" lets a ReLU of an int8 tensor stay int8.
       barred: the indices of equations that stay float, so that they hand no int8 through.
     """
-    return _Search(model, sites, listed, barred).run()
+    return _Search(model, sites, listed, barred).found()
 
 
 class _Search:
@@ -90,7 +90,7 @@ class _Search:
         self._int8: set[ir.Var] = set()
         self._moves: set[int] = set()
 
-    def run(self) -> Forms:
+    def found(self) -> Forms:
         for site in self._sites:
             if self._is_anchor(site):
                 self._need_operands(site)
@@ -101,7 +101,7 @@ class _Search:
             frozenset(self._int8),
             frozenset(self._moves),
             frozenset(self._reads_int8()),
-            self._groups(),
+            self._families(),
         )
 
     def _is_anchor(self, site: Site) -> bool:
@@ -109,7 +109,7 @@ class _Search:
         eqn, behaviour = self._graph.equations[site.equation], self._behaviour[site.equation]
         if kinds.is_join(eqn):
             return takes_constants(self._graph, eqn) and self._leads_to_int8(eqn)
-        anchors = (behaviours.ACCUMULATE, behaviours.SELECT, behaviours.DECIDE)
+        anchors = (behaviours.ACCUMULATE, behaviours.PICK, behaviours.DECIDE)
         return behaviour in anchors or site.kind in PATTERNS
 
     def _leads_to_int8(self, eqn: ir.Equation) -> bool:
@@ -135,7 +135,7 @@ class _Search:
     @functools.cached_property
     def _read_by_sites(self) -> frozenset[ir.Var]:
         """The tensors that sites compute on in int8, or decide by."""
-        moving = (behaviours.SELECT, behaviours.LAYOUT)
+        moving = (behaviours.PICK, behaviours.LAYOUT)
         found: set[ir.Var] = set()
         for site in self._sites:
             if self._behaviour[site.equation] not in moving:
@@ -150,7 +150,7 @@ class _Search:
     def _need_operands(self, site: Site) -> None:
         for operand in site.operands:
             self._need(operand)
-        if self._behaviour[site.equation] == behaviours.SELECT:
+        if self._behaviour[site.equation] == behaviours.PICK:
             eqn = self._graph.equations[site.equation]
             self._moves.add(eqn.index)
             self._int8.update(eqn.outputs)
@@ -176,7 +176,7 @@ class _Search:
             return False
         if self._relu and primitives.is_relu(eqn) and self._is_selected(eqn.input_vars[0]):
             return True  # max(q, 0) on the scale that the tensor has
-        if self._behaviour.get(eqn.index) in (behaviours.SELECT, behaviours.LAYOUT):
+        if self._behaviour.get(eqn.index) in (behaviours.PICK, behaviours.LAYOUT):
             return True
         if eqn.name == "convert_element_type" and eqn.inputs[0] in self._int8:
             return True  # between float types: the integers are the same
@@ -185,7 +185,7 @@ class _Search:
     def _is_selected(self, var: ir.Var) -> bool:
         """True where a tensor is int8 by selection: it was never float, so there is no epilogue."""
         eqn = self._graph.producer.get(var)
-        return eqn is not None and self._behaviour.get(eqn.index) == behaviours.SELECT
+        return eqn is not None and self._behaviour.get(eqn.index) == behaviours.PICK
 
     def _moved(self, eqn: ir.Equation) -> tuple[ir.Var, ...]:
         """The operands whose values an equation hands through."""
@@ -311,7 +311,7 @@ class _Search:
             and eqn.index not in named
         ]
 
-    def _groups(self) -> dict[ir.Var, ir.Var]:
+    def _families(self) -> dict[ir.Var, ir.Var]:
         parent = {var: var for var in self._int8}
 
         def find(var: ir.Var) -> ir.Var:

@@ -30,7 +30,7 @@ def along_weight(site: Site, weight: Sequence[int], factors: np.ndarray) -> np.n
       the values of its own group.
     """
     shape = [1] * len(weight)
-    if (groups := site.product.groups) > 1:
+    if (groups := site.as_contraction.feature_groups) > 1:
         (outputs,), (inputs,) = site.weight_axes.free, site.weight_axes.contracted
         rows = factors.reshape(groups, -1).repeat(weight[outputs] // groups, axis=0)  # [O, I]
         shape[outputs], shape[inputs] = rows.shape

@@ -46,16 +46,16 @@ class WeightSlot:
     """The place of one int8 weight: a parameter's path and the name of its entry there.
 
     A parameter that is used in several ways (two transforms, two channel axes) has an entry each.
-    Its entry is named after the `bits` of its integers.
+    Its entry is named after the `weight_bits` of its integers.
     """
 
     path: tuple[str, ...]
     view: int
-    bits: int = 8
+    weight_bits: int = 8
 
     @property
     def int8(self) -> tuple[str, ...]:
-        name = f"int{self.bits}"
+        name = f"int{self.weight_bits}"
         return (*self.path, f"{name}_{self.view}" if self.view else name)
 
     @property

@@ -30,7 +30,7 @@ def live_equations(graph: ir.Graph, binding: Binding) -> Live:
     Demand runs backwards from the model's outputs.  It is for a tensor's float or for its int8
     form; an accumulating site stands for everything up to the end of its epilogue.
     """
-    return _Demand(graph, binding).run()
+    return _Demand(graph, binding).found()
 
 
 def float_leaves(graph: ir.Graph, binding: Binding) -> list[ir.Var]:
@@ -46,7 +46,7 @@ class _Demand:
         self._by_output = {s.epilogue.output: s.site for s in binding.sites}
         self._stack = [(var, False) for var in graph.output_vars]
 
-    def run(self) -> Live:
+    def found(self) -> Live:
         live: set[int] = set()
         restored: set[ir.Var] = set()
         sources: set[ir.Var] = set()
@@ -86,7 +86,7 @@ class _Demand:
             self._stack += [(v, v in forms.int8) for v in read]
             if site.computes_weight and site.weight is not None:
                 self._stack.append((site.weight, False))
-        elif eqn.index in self._binding.selects:
+        elif eqn.index in self._binding.picks:
             self._stack.append((var, True))
         elif eqn.index in forms.reads_int8:
             self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
@@ -137,7 +137,7 @@ def read_in_float(
             site = ends[eqn.outputs[0]].site
             if site.computes_weight and site.weight is not None:
                 found.add(site.weight)
-        elif eqn.index in binding.selects:
+        elif eqn.index in binding.picks:
             continue
         elif eqn.index in forms.reads_int8:
             found.update(v for v in eqn.input_vars if v not in forms.int8)

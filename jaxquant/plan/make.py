@@ -13,7 +13,7 @@ from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.bind import Binding, bind, group_entries, is_elsewhere, layers_of
+from jaxquant.plan.bind import Binding, bind, family_heads, is_elsewhere, layers_of
 from jaxquant.plan.candidates import candidates, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
@@ -174,7 +174,7 @@ def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[Site
     graph, names, mode = model.graph, model.names, MODES[draft.config.mode]
     config, chosen, forms = draft.config, draft.chosen, draft.forms
     sites = reported(graph, found, config)
-    groups = {var: names[entry] for var, entry in group_entries(forms).items()}
+    families = {var: names[entry] for var, entry in family_heads(forms).items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
     plans = []
@@ -185,7 +185,7 @@ def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[Site
             reason = _unused(graph, site, forms)
         else:
             reason = reason_for_float(model, site, config)
-        plan_of_site = _site_plan(graph, site, reason, mode, forms, groups)
+        plan_of_site = _site_plan(graph, site, reason, mode, forms, families)
         plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
     return plans
 
@@ -287,14 +287,14 @@ def _site_plan(
     reason: str,
     mode: Mode,
     forms: Forms,
-    groups: Mapping[ir.Var, str],
+    families: Mapping[ir.Var, str],
 ) -> SitePlan:
     inputs: tuple[str, ...] = ()
     affine: tuple[str, ...] = ()
     activation: tuple[str, ...] = ()
     digest = ""
     if not reason:
-        inputs = tuple(dict.fromkeys(groups[v] for v in site.operands if v in groups))
+        inputs = tuple(dict.fromkeys(families[v] for v in site.operands if v in families))
         eqn = graph.equations[site.equation]
         if behaviours.behaviour_of(site.kind, eqn) in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
             epilogue = find_epilogue(graph, site, None if mode.integer else 0)

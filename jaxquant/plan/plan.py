@@ -19,7 +19,7 @@ INT8, FLOAT = "int8", "float"
 class TensorPlan:
     """A tensor that is quantized from float.
 
-    Tensors of one `group` share their threshold and grid; the group is named after its first.
+    Tensors of one `family` share their threshold and grid; the family is named after its first.
     value = (int8 - zero_point) * scale; see `jaxquant.plan.grid`.  A divided tensor has a scale
     for each index along the axes `channels`, which `qparams` holds; then `scale` is that which the
     weights behind it know, who carry the rest (`jaxquant.weights.quantize`).  A `symmetric`
@@ -30,7 +30,7 @@ class TensorPlan:
     """
 
     name: str
-    group: str
+    family: str
     threshold: float
     scale: float
     zero_point: int
@@ -42,13 +42,13 @@ class TensorPlan:
         """The same with the names that it has among those of all layers."""
         suffix = layer_suffix(layer)
         return dataclasses.replace(
-            self, name=self.name + suffix, group=self.group + suffix, layer=layer
+            self, name=self.name + suffix, family=self.family + suffix, layer=layer
         )
 
     def by_itself(self) -> TensorPlan:
         """The same with the names that it has in its own layer."""
-        group = self.group.removesuffix(layer_suffix(self.layer))
-        return dataclasses.replace(self, name=self.base, group=group, layer=())
+        family = self.family.removesuffix(layer_suffix(self.layer))
+        return dataclasses.replace(self, name=self.base, family=family, layer=())
 
     @property
     def base(self) -> str:
@@ -58,7 +58,7 @@ class TensorPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SitePlan:
-    """One site: int8 with the scale groups of its inputs and its epilogue, or float with a reason.
+    """One site: int8 with the families of its inputs and its epilogue, or float with a reason.
 
     `reason` is why it is float, "" for an int8 site.  `affine` are the operations that the
     multiplier and bias absorb, `activation` the elementwise ones behind them; `fingerprint` is of

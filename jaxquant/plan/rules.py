@@ -80,7 +80,7 @@ class Rule:
         if self.symmetric is not None and not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric is True or False, got {self.symmetric!r}")
         if self.weight_bits is not None:
-            check_bits(self.weight_bits)
+            check_weight_bits(self.weight_bits)
         if not isinstance(self.reason, str):
             raise ValueError(f"reason is a text, got {self.reason!r}")
 
@@ -181,7 +181,7 @@ def names(argument: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def check_bits(value: object) -> None:
+def check_weight_bits(value: object) -> None:
     """Raise ValueError where weights are not stored in so many bits."""
     if type(value) is not int or value not in WEIGHT_BITS:
         raise ValueError(f"weight_bits is 8 or 4, got {value!r}")

@@ -1,4 +1,4 @@
-"""The grids of the tensors that are quantized from float: their thresholds, by group."""
+"""The grids of the tensors that are quantized from float: their thresholds, by family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxquant.calibration.observations import Observations, TensorStats, merge
 from jaxquant.calibration.observers import Observer, check_thresholds
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
-from jaxquant.plan.bind import group_entries
+from jaxquant.plan.bind import family_heads
 from jaxquant.plan.config import QuantConfig, name_of
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import levels, make_grid
@@ -28,8 +28,8 @@ def plan_tensors(
     """The grids of the tensors that are quantized from float.
 
     Args:
-      settings: group -> how its grid is chosen.
-      constants: the tensor that stands for a group -> the constants that its scale has to hold.
+      settings: family -> how its grid is chosen.
+      constants: the tensor that stands for a family -> the constants that its scale has to hold.
         They tell of its range alone: how often a constant is there says nothing of the activations.
     """
     missing = [names[var] for var in forms.entries if names[var] not in observations.tensors]
@@ -38,41 +38,41 @@ def plan_tensors(
             f"the observations hold nothing on {', '.join(map(repr, missing[:5]))}; calibrate with "
             "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
         )
-    groups: dict[str, list[str]] = {}
+    families: dict[str, list[str]] = {}
     beside: dict[str, list[TensorStats]] = {}
-    heads = group_entries(forms)
+    heads = family_heads(forms)
     for var in forms.entries:
-        group = names[heads[var]]
-        groups.setdefault(group, []).append(names[var])
-        beside[group] = [
+        family = names[heads[var]]
+        families.setdefault(family, []).append(names[var])
+        beside[family] = [
             observations.tensors[name]
-            for name in constants.get(forms.group[var], ())
+            for name in constants.get(forms.family[var], ())
             if name in observations.tensors
         ]
     _check_alive([observations.tensors[names[var]] for var in forms.entries])
-    stats = [merge([observations.tensors[t] for t in members]) for members in groups.values()]
+    stats = [merge([observations.tensors[t] for t in members]) for members in families.values()]
     steps = [
-        levels(s.min, s.max, not settings[group].symmetric)
-        for group, s in zip(groups, stats, strict=True)
+        levels(s.min, s.max, not settings[family].symmetric)
+        for family, s in zip(families, stats, strict=True)
     ]
     tensors = []
-    algos = [settings[group].algo for group in groups]
-    thresholds = _thresholds(observations, config, groups, stats, steps, algos)
-    for (group, members), seen, threshold in zip(groups.items(), stats, thresholds, strict=True):
-        held = beside[group]
+    algos = [settings[family].algo for family in families]
+    thresholds = _thresholds(observations, config, families, stats, steps, algos)
+    for (family, members), seen, threshold in zip(families.items(), stats, thresholds, strict=True):
+        held = beside[family]
         threshold = max([threshold, *(constant.abs_max for constant in held)])
         low = min([seen.min, *(constant.min for constant in held)])
         high = max([seen.max, *(constant.max for constant in held)])
-        symmetric = settings[group].symmetric
+        symmetric = settings[family].symmetric
         grid = make_grid(threshold, low, high, not symmetric)
         tensors += [
-            TensorPlan(name, group, threshold, *grid, symmetric=symmetric) for name in members
+            TensorPlan(name, family, threshold, *grid, symmetric=symmetric) for name in members
         ]
     return tuple(tensors)
 
 
 class TensorSettings(NamedTuple):
-    """How the grid of a group is chosen."""
+    """How the grid of a family is chosen."""
 
     algo: str | Observer
     symmetric: bool
@@ -83,19 +83,19 @@ def tensor_settings(
 ) -> dict[str, TensorSettings]:
     """Group -> its settings: of the rules that match the sites that read it, the last ones win."""
     rules = config.all_rules
-    heads = group_entries(forms)
+    heads = family_heads(forms)
     places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
     for site in chosen:
         read = {names[heads[var]] for var in site.operands if var in heads}
-        for group in read:
-            places[group].update(matching(rules, site))
+        for family in read:
+            places[family].update(matching(rules, site))
     symmetric = config.activation_quantize_type == "symmetric"
     return {
-        group: TensorSettings(
+        family: TensorSettings(
             setting(rules, found, "algo", config.algo),
             setting(rules, found, "symmetric", symmetric),
         )
-        for group, found in places.items()
+        for family, found in places.items()
     }
 
 
@@ -112,45 +112,45 @@ def _check_alive(stats: Sequence[TensorStats]) -> None:
 def _thresholds(
     observations: Observations,
     config: QuantConfig,
-    groups: Mapping[str, Sequence[str]],
+    families: Mapping[str, Sequence[str]],
     stats: Sequence[TensorStats],
     steps: Sequence[int],
     algos: Sequence[str | Observer],
 ) -> list[float]:
-    """The threshold of each group, by its own algo; those of one algo are searched together."""
+    """The threshold of each family, by its own algo; those of one algo are searched together."""
     found: dict[str, float] = {}
     for algo in dict.fromkeys(algos):
         places = [place for place, other in enumerate(algos) if other == algo]
-        names = list(groups)
-        some = {names[place]: groups[names[place]] for place in places}
+        names = list(families)
+        some = {names[place]: families[names[place]] for place in places}
         thresholds = _searched(
             observations, config, algo, some, [stats[k] for k in places], [steps[k] for k in places]
         )
         found |= zip(some, thresholds, strict=True)
-    return [found[group] for group in groups]
+    return [found[family] for family in families]
 
 
 def _searched(
     observations: Observations,
     config: QuantConfig,
     algo: str | Observer,
-    groups: Mapping[str, Sequence[str]],
+    families: Mapping[str, Sequence[str]],
     stats: Sequence[TensorStats],
     steps: Sequence[int],
 ) -> list[float]:
-    """The threshold of each group by one algo."""
+    """The threshold of each family by one algo."""
     observer = config.observer_of(algo)
     if observer.keeps_histogram:
-        return check_thresholds(observer.threshold(stats, steps), list(groups))
+        return check_thresholds(observer.threshold(stats, steps), list(families))
     if observations.observer != observer:
         raise ValueError(
             f"algo={name_of(algo)!r} keeps statistics of its own, and these observations were "
             "made without it; pass it to jaxquant.calibrate as algo"
         )
-    members = [(name, step) for group, step in zip(groups.values(), steps, strict=True)
-               for name in group]  # fmt: skip
+    members = [(name, step) for family, step in zip(families.values(), steps, strict=True)
+               for name in family]  # fmt: skip
     names = [name for name, _ in members]
     states = [observations.states[name] for name in names]
     found = observer.threshold(states, [step for _, step in members])
     by_name = dict(zip(names, check_thresholds(found, names), strict=True))
-    return [max(by_name[name] for name in group) for group in groups.values()]
+    return [max(by_name[name] for name in family) for family in families.values()]

@@ -85,7 +85,9 @@ def without_ties(binding: Binding) -> Binding:
 
     def changed(part: Binding) -> Binding:
         suffix = layer_suffix(part.layer)
-        tensors = [_with_scale(t, scales.get(t.group + suffix, t.scale)) for t in part.plan.tensors]
+        tensors = [
+            _with_scale(t, scales.get(t.family + suffix, t.scale)) for t in part.plan.tensors
+        ]
         return part.with_tensors(tensors).in_bodies(changed)
 
     return changed(binding)

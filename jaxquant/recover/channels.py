@@ -53,7 +53,7 @@ def watch(
     tensors: Mapping[str, Divisible],
 ) -> dict[str, Seen]:
     """Run the float model on all examples, in one compiled step."""
-    needed = list(ir.walk_back(graph, [t.var for t in tensors.values()]))
+    needed = list(ir.upstream(graph, [t.var for t in tensors.values()]))
     rng = np.random.default_rng(0)
     count = -(-ROWS // len(examples))
     index = {

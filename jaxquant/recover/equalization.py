@@ -89,11 +89,11 @@ def find_divisible(program: Program, where: Where) -> dict[str, Divisible]:
                 users.setdefault(program.slots[site.name], set()).add(var)
     # What is read in float would be equalized along with it.
     shared = {program.slots[restored.site.name] for restored in program.restored.values()}
-    groups = list(binding.forms.group.values())
+    families = list(binding.forms.family.values())
     found = {}
     for var, name in binding.names.items():
         sites = readers.get(var, [])
-        alone = groups.count(binding.forms.group[var]) == 1
+        alone = families.count(binding.forms.family[var]) == 1
         stored = all(s.name in program.slots and users[program.slots[s.name]] == {var}
                      and program.slots[s.name] not in shared for s in sites)  # fmt: skip
         decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))
@@ -103,7 +103,7 @@ def find_divisible(program: Program, where: Where) -> dict[str, Divisible]:
         axes = {input_axes(p.site) for p in products}
         if len(axes) > 1 or any(p.reason for p in products):
             continue
-        dots = all(p.site.product.window is None for p in products)
+        dots = all(p.site.as_contraction.window is None for p in products)
         asked = where.get("equalization", frozenset())
         if dots:
             asked |= where.get("smoothquant", frozenset())

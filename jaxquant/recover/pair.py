@@ -234,7 +234,7 @@ def _ends(program: Program) -> list[int]:
     """The last equations of what a program computes of int8 tensors, beside what moves integers."""
     graph, binding = program.graph, program.binding
     wholes = {last: set(c.members) for last, c in program.model.composites.whole.items()}
-    reading = binding.forms.reads_int8 | binding.selects
+    reading = binding.forms.reads_int8 | binding.picks
     last_ones = {last for last, members in wholes.items() if members & reading}
     inner = {index for last, members in wholes.items() for index in members - {last}}
     sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}

@@ -30,7 +30,7 @@ class Product:
     @property
     def reason(self) -> str:
         """Why the site has no such form; "" where it has one."""
-        return "its weight has batch axes" if self.site.product.has_batch else ""
+        return "its weight has batch axes" if self.site.as_contraction.has_batch else ""
 
     @property
     def output(self) -> ir.Var:
@@ -62,7 +62,7 @@ class Product:
 
     def inputs(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
         """float32 [R, G, K]: the values that enter each sum, less the zero point."""
-        if (window := self.site.product.window) is not None:
+        if (window := self.site.as_contraction.window) is not None:
             return self._patches(window, x, zero, index)
         own = self.site.input_axes
         rows = x.transpose((*own.free, *own.contracted)).reshape(self.positions, -1)[index]
@@ -72,7 +72,7 @@ class Product:
         """[G, K, C/G] from a weight."""
         ordered, own = weight.transpose(self._weight_order), self.site.weight_axes
         if self._sums_last:
-            groups = self.site.product.groups
+            groups = self.site.as_contraction.feature_groups
             rows = ordered.reshape(groups, weight.shape[own.free[0]] // groups, -1)
             return rows.transpose(0, 2, 1)
         return ordered.reshape(1, math.prod(weight.shape[a] for a in own.contracted), -1)
@@ -86,7 +86,7 @@ class Product:
     @property
     def _sums_last(self) -> bool:
         """True where a weight is brought into the order [G, C/G, K] first: that of a kernel."""
-        return self.site.product.window is not None
+        return self.site.as_contraction.window is not None
 
     @property
     def _weight_order(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class Product:
 
     def _patches(self, window: Window, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
         """What the window holds at each position; padding and dilation hold zeros."""
-        own, kernel, result = self.site.product.axes
+        own, kernel, result = self.site.as_contraction.axes
         assert self.site.weight is not None
         shape = self.graph.shape(self.site.weight)
         axes = self._position_axes
@@ -116,4 +116,4 @@ class Product:
             rows = x[(samples, *where)].astype(jnp.float32) - jnp.float32(zero)
             taps.append(jnp.where(inside[:, None], rows, jnp.float32(0)))
         stacked = jnp.stack(taps, axis=-1)  # [R, input channels, taps]
-        return stacked.reshape(len(index), self.site.product.groups, -1)
+        return stacked.reshape(len(index), self.site.as_contraction.feature_groups, -1)

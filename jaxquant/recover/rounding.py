@@ -25,7 +25,7 @@ from jaxquant.recover.activation import Activation, RowFunction, find_activation
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest, make_source
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.recover.walk import walk
+from jaxquant.recover.stepwise import run_stepwise
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
@@ -167,7 +167,7 @@ class _Learner:
                 self._learn_site(int8_site, x, zero, wanted[name], qparams)
             self._stage.step()
 
-        walk(self._program, qparams, [jnp.asarray(x) for x in flat], weigh)
+        run_stepwise(self._program, qparams, [jnp.asarray(x) for x in flat], weigh)
         return qparams, self.outcomes
 
     def _reference(self, params: Any, flat: list[Any]) -> dict[str, Wanted]:

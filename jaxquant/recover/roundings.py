@@ -83,7 +83,7 @@ class _Record(NamedTuple):
     """One site of the file: the digest of its problem, and its rounding with the bits packed."""
 
     digest: bytes
-    bits: np.ndarray
+    packed: np.ndarray
     errors: tuple[float, float]
 
 
@@ -109,7 +109,7 @@ class Roundings:
             return
         self._source = source()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.check_target(self._path)
+        atomic.check_writable(self._path)
         if self._path.exists():
             self._records = _read(self._path, self._source)
 
@@ -123,10 +123,10 @@ class Roundings:
         if record is None or record.digest != digest:
             return None
         size = int(np.prod(shape))
-        bits = np.unpackbits(record.bits)
-        if len(record.bits) != -(-size // 8) or bits[size:].any():
+        bits = np.unpackbits(record.packed)
+        if len(record.packed) != -(-size // 8) or bits[size:].any():
             raise FileError(
-                f"recovery_file={str(self._path)!r}: site {name!r} has {len(record.bits)} bytes, "
+                f"recovery_file={str(self._path)!r}: site {name!r} has {len(record.packed)} bytes, "
                 f"which are no rounding of {size} weights. Delete the file to begin anew"
             )
         return Rounding(bits[:size].astype(bool).reshape(shape), *record.errors)
@@ -138,7 +138,7 @@ class Roundings:
         errors = (float(rounding.nearest), float(rounding.learned))
         self._records[name] = _Record(digest, np.packbits(rounding.up), errors)
         records = list(self._records.values())
-        tensors = {f"up/{k}": record.bits for k, record in enumerate(records)}
+        tensors = {f"up/{k}": record.packed for k, record in enumerate(records)}
         digests = b"".join(record.digest for record in records)
         tensors["digests"] = np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST)
         tensors["errors"] = np.array([record.errors for record in records], np.float64)

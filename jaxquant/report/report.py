@@ -303,9 +303,9 @@ def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
     """Group -> the least and the largest threshold of its layers."""
     found: dict[str, tuple[float, float]] = {}
     for tensor in plan.tensors:
-        group = tensor.group.removesuffix(layer_suffix(tensor.layer))
-        low, high = found.get(group, (tensor.threshold, tensor.threshold))
-        found[group] = min(low, tensor.threshold), max(high, tensor.threshold)
+        family = tensor.family.removesuffix(layer_suffix(tensor.layer))
+        low, high = found.get(family, (tensor.threshold, tensor.threshold))
+        found[family] = min(low, tensor.threshold), max(high, tensor.threshold)
     return found
 
 
@@ -317,7 +317,7 @@ def _float_sites_on_integers(program: Program) -> set[str]:
     for site in program.model.with_lookups:
         if site.weight is None or site.name in quantized:
             continue
-        behind = {v for eqn in ir.walk_back(graph, [site.weight]) for v in eqn.input_vars}
+        behind = {v for eqn in ir.upstream(graph, [site.weight]) for v in eqn.input_vars}
         if program.restored.keys() & {*behind, site.weight}:
             found.add(site.name)
     return found

@@ -49,7 +49,7 @@ def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeig
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             operands.insert(site.weight_position, weights.integers(site, state.qparams))
-            total = int8.accumulate(site.product, operands, zero_points)
+            total = int8.accumulate(site.as_contraction, operands, zero_points)
             value = total.astype(jnp.float32)
         return _finished(int8_site, value, state, scales)
 
@@ -100,7 +100,7 @@ def _with_computed_weight(
     axes = site.channel_axes
     weight, scale = _quantize_weight(env.wide(site.weight), axes)
     operands = [x, weight] if site.weight_position else [weight, x]
-    total = int8.accumulate(site.product, operands, [zero_point])
+    total = int8.accumulate(site.as_contraction, operands, [zero_point])
     channels = output_channels(graph, site)
     if not is_zero(zero_point):
         offset = zero_point * _weight_sums(weight, axes)

@@ -27,7 +27,7 @@ _FEWEST_ROWS, _MOST_ROWS = 16, 256
 _ROWS_EACH = 4
 
 
-def product(x: jax.Array, stored: StoredWeight, precision: Any = None) -> jax.Array:
+def dot(x: jax.Array, stored: StoredWeight, precision: Any = None) -> jax.Array:
     """`x` times a stored weight that is a matrix, [K, N], or [N, K] where K is its last axis.
 
     Args:

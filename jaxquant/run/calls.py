@@ -104,7 +104,7 @@ def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) ->
         zero_point = zero_points[chain.residual] if chain.residual_int8 else 0
         residual = Residual(chain.residual_int8, zero_point)
     return Call(
-        contraction=site.product,
+        contraction=site.as_contraction,
         weight_position=site.weight_position,
         weight_shape=graph.shape(site.weight),
         movements=epilogue.movements,

@@ -26,7 +26,7 @@ def quantize_operands(
     """What a convolution or dot reads beside its weight, as `quantize_operand` gives it."""
     shapes = [env.graph.shape(atom) for atom in eqn.inputs]
     found = [
-        quantize_operand(site.product, position, env.wide(atom), shapes[1 - position])
+        quantize_operand(site.as_contraction, position, env.wide(atom), shapes[1 - position])
         for position, atom in enumerate(eqn.inputs)
         if atom != site.weight
     ]
@@ -78,7 +78,7 @@ def _conv_input(
     """A scale for each sample and feature group."""
     own, (samples, channels) = contraction.operands[0], contraction.result.free
     rows = x.transpose((*own.free, *own.contracted, *own.window))
-    rows = rows.reshape(rows.shape[0], contraction.groups, -1)
+    rows = rows.reshape(rows.shape[0], contraction.feature_groups, -1)
     scale, inverse = _grid(jnp.max(jnp.abs(rows), axis=2, initial=0))
     inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
     spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)

@@ -82,7 +82,11 @@ def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | N
     contraction = graph.contractions.get(eqn.index)
     if contraction is None or contraction.axes != _NHWC or contraction.window is None:
         return None
-    window, kernel, groups = contraction.window, graph.shape(eqn.inputs[1]), contraction.groups
+    window, kernel, groups = (
+        contraction.window,
+        graph.shape(eqn.inputs[1]),
+        contraction.feature_groups,
+    )
     if (
         window.batch_groups != 1
         or {*window.input_dilation} != {1}

@@ -102,7 +102,7 @@ def arrays_of(body: Body, qparams: Mapping[str, Any]) -> tuple[dict[str, Any], d
     every: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     stacked: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     layered = body.model.layers is not None
-    for part in body.binding.programs():
+    for part in body.binding.all_graphs():
         for name in (each.site.name for each in part.sites):
             if name in body.body.slots:
                 slot = body.body.slots[name]

@@ -247,10 +247,10 @@ class Program:
 
     def _reads_int8(self, eqn: ir.Equation) -> bool:
         binding = self.binding
-        return eqn.index in binding.selects | binding.decisions | binding.forms.reads_int8
+        return eqn.index in binding.picks | binding.decisions | binding.forms.reads_int8
 
     def _on_int8(self, eqn: ir.Equation) -> Lowering:
-        if eqn.index in self.binding.selects:
+        if eqn.index in self.binding.picks:
             return lowerings.selected(eqn)
         if eqn.index in self.binding.decisions:
             return lowerings.decided(eqn)

@@ -254,7 +254,7 @@ class QuantizedApply(NotPickled):
         return {**qparams, "packed": jax.jit(program.pack)(qparams)}
 
     def __repr__(self) -> str:
-        return describe_plan(self.plan)
+        return plan_line(self.plan)
 
     def _repr_html_(self) -> str:
         report = self.report()
@@ -275,7 +275,7 @@ def _strange(difference: str) -> str:
     )
 
 
-def describe_plan(plan: Plan) -> str:
+def plan_line(plan: Plan) -> str:
     """One line on an int8 model."""
     quantized = sum(site.status == INT8 for site in plan.sites)
     return (
@@ -289,7 +289,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
     if not isinstance(qparams, Mapping) or set(qparams) - {"packed"} != _ENTRIES:
         raise ValueError(
             "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
-            f"'sites' and 'tensors'), got {_describe(qparams)}"
+            f"'sites' and 'tensors'), got {_outline(qparams)}"
         )
     tensors = {tensor.base for tensor in plan.tensors}
     integer = MODES[plan.mode].integer
@@ -302,7 +302,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
         )
 
 
-def _describe(value: Any) -> str:
+def _outline(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict of {sorted(map(str, value))[:5]}"
     return type(value).__name__

@@ -53,7 +53,7 @@ def _as_matrix(site: Site, view: WeightView, stored: StoredWeight) -> tuple[int,
 
     Its summed axes are the first or the last, and it has others than those.
     """
-    layout, contraction = stored.layout, site.product
+    layout, contraction = stored.layout, site.as_contraction
     if not contraction.is_dot or any(m.name != "transpose" for m in view.movements):
         return None
     if contraction.has_batch or layout.order != tuple(range(len(layout.order))):
@@ -97,7 +97,7 @@ def _by_blocks(
         scale=stored.scale.reshape(scale_shape),
         layout=layout.as_matrix(shape),
     )
-    value = blocks.product(rows, matrix, eqn.params["precision"])
+    value = blocks.dot(rows, matrix, eqn.params["precision"])
     ascending = sorted(own, key=lambda a: order[a])
     value = value.reshape(
         [*(x.shape[a] for a in free), *(layout.permuted[order[a]] for a in ascending)]

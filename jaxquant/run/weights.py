@@ -47,7 +47,7 @@ class StoredWeights:
         view, slot = self.view(site), self._slots[site.name]
         groups = group_layout(view.shape, view.channels, self._plan.group_size)
         scale = layout.get(qparams["params"], slot.scale)
-        return StoredWeight(self.integers(site, qparams), scale, groups, slot.bits)
+        return StoredWeight(self.integers(site, qparams), scale, groups, slot.weight_bits)
 
     def restore(self, restored: Restored, qparams: Mapping[str, Any]) -> jax.Array:
         """A static tensor that float equations read, from the integers of a weight."""

@@ -9,21 +9,21 @@ from jaxquant.plan import ties
 from jaxquant.plan.plan import Plan, TensorPlan
 
 
-def groups_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:
-    """The tensor groups that these sites read."""
+def families_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:
+    """The tensor families that these sites read."""
     inputs: Mapping[str, tuple[str, ...]] = {site.name: site.inputs for site in plan.sites}
-    return tuple(dict.fromkeys(group for name in sites for group in inputs[name]))
+    return tuple(dict.fromkeys(family for name in sites for family in inputs[name]))
 
 
 def changed_sites(before: Plan, after: Plan) -> tuple[str, ...]:
     """The sites whose type, or the grid of whose input, differs."""
     old = {site.name: site for site in before.sites}
-    grids = [{tensor.group: tensor for tensor in plan.tensors} for plan in (before, after)]
+    grids = [{tensor.family: tensor for tensor in plan.tensors} for plan in (before, after)]
     found = []
     for site in after.sites:
         same = old[site.name].status == site.status and all(
-            group in grids[0] and _is_same(grids[0][group], grids[1][group])
-            for group in site.inputs
+            family in grids[0] and _is_same(grids[0][family], grids[1][family])
+            for family in site.inputs
         )
         if not same:
             found.append(site.name)

@@ -26,7 +26,7 @@ from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
-from jaxquant.tune.changes import changed_sites, groups_of
+from jaxquant.tune.changes import changed_sites, families_of
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.scores import Scores, score
 from jaxquant.tune.sensitivity import measure
@@ -231,12 +231,12 @@ def _rank(
 
 
 def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
-    groups = groups_of(search.full.plan, suspects)
-    tried = {_thresholds(search.full.plan, groups)}
+    families = families_of(search.full.plan, suspects)
+    tried = {_thresholds(search.full.plan, families)}
     for algo in ALGORITHMS:
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
-        thresholds = _thresholds(search.plan_of(rules).whole_plan, groups)
+        thresholds = _thresholds(search.plan_of(rules).whole_plan, families)
         if thresholds in tried:
             continue
         if not search.may_go_on():
@@ -301,9 +301,9 @@ def _names(names: Sequence[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _thresholds(plan: Plan, groups: Sequence[str]) -> tuple[float, ...]:
-    by_group = {tensor.group: tensor.threshold for tensor in plan.tensors}
-    return tuple(by_group[group] for group in groups)
+def _thresholds(plan: Plan, families: Sequence[str]) -> tuple[float, ...]:
+    by_family = {tensor.family: tensor.threshold for tensor in plan.tensors}
+    return tuple(by_family[family] for family in families)
 
 
 def _is_installed(step: str) -> bool:

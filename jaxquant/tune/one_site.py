@@ -69,7 +69,7 @@ class OneSite(NamedTuple):
     weight_quantize_type: str
 
 
-class Programs(NamedTuple):
+class BothForms(NamedTuple):
     """Both forms, compiled when they are first called: `result = program(*arguments, result)`.
 
     They take the same arguments, so that handing these over costs both the same, and write over the
@@ -152,7 +152,7 @@ def _quantize(x: jax.Array) -> jax.Array:
     return lax.clamp(jnp.float32(-128), rounded, jnp.float32(127)).astype(jnp.int8)
 
 
-def programs(model: OneSite) -> Programs:
+def both_forms(model: OneSite) -> BothForms:
     """The site in float, as a float site of `qapply` runs, and in int8, as `qapply` runs it.
 
     Quantizing the operands is part of the latter; the weight is packed beforehand.
@@ -168,7 +168,7 @@ def programs(model: OneSite) -> Programs:
     compiled = functools.partial(jax.jit, keep_unused=True, donate_argnums=3)
     arguments = (model.params, qapply.prepare(qparams), model.inputs)
     result = jax.eval_shape(model.apply_fn, model.params, *model.inputs)
-    return Programs(compiled(in_float), compiled(in_int8), arguments, result)
+    return BothForms(compiled(in_float), compiled(in_int8), arguments, result)
 
 
 def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:

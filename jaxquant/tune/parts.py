@@ -55,7 +55,7 @@ def find_parts(program: Program) -> tuple[Part, ...]:
     names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in parts}
     live = {eqn.index for eqn in program.equations}
     composites = program.model.composites.whole
-    reading = binding.selects | binding.decisions | binding.forms.reads_int8
+    reading = binding.picks | binding.decisions | binding.forms.reads_int8
     for site in program.model.sites_of(program.mode.lookups):
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue

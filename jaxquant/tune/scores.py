@@ -69,7 +69,7 @@ class Scores:
         self._digest = digest
         self._known: dict[str, float] = {}
         if path is not None:
-            atomic.check_target(path)
+            atomic.check_writable(path)
             if os.path.exists(path):
                 self._known = _read(path, digest)
                 self._check_metric()

@@ -26,11 +26,11 @@ from jaxquant.plan.make import make_plan
 from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.tune.one_site import (
-    Programs,
+    BothForms,
     Surroundings,
+    both_forms,
     key,
     one_site,
-    programs,
     surroundings,
 )
 
@@ -99,11 +99,11 @@ def _time(
     with progress.stage("timing", len(different), "site") as stage:
         for each in stage.each(different.values()):
             model = one_site(graph, each.site, each.around, config.weight_quantize_type)
-            found.append(slowdown(programs(model)))
+            found.append(slowdown(both_forms(model)))
     return dict(zip(different, _of_the_first_process(found), strict=True))
 
 
-def slowdown(timed: Programs) -> float:
+def slowdown(timed: BothForms) -> float:
     """How many times as long int8 takes as float: the median over rounds, in which both take turns.
 
     1 where it is not slower in three of four rounds.

@@ -26,7 +26,7 @@ def fold(
     wanted = list(dict.fromkeys([*weights, *operands]))
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     given = jax.device_get({var: leaves[var] for var in wanted if var in leaves})
-    known = static_values(graph, params, ir.walk_back(graph, wanted))
+    known = static_values(graph, params, ir.upstream(graph, wanted))
     left = [var for var in wanted if var not in given and var not in known]
     spread = set(left) - set(weights)
     found = {**known, **given, **_compiled(graph, leaves, left, spread)}
@@ -50,7 +50,7 @@ def _compiled(
     """Values in one compiled call; of those in `spread` one along an axis of copies."""
     if not wanted:
         return {}
-    table = evaluate.float_table(ir.walk_back(graph, wanted))
+    table = evaluate.float_table(ir.upstream(graph, wanted))
 
     @jax.jit
     def run(leaves: Mapping[ir.Var, Any]) -> dict[ir.Var, Any]:

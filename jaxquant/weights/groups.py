@@ -17,14 +17,14 @@ _LARGEST = {8: 127, 4: 7}
 
 
 def quantize_groups(
-    weight: np.ndarray, layout: GroupLayout, bits: int
+    weight: np.ndarray, layout: GroupLayout, weight_bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a weight by groups.
 
     Args:
       weight: floats, any shape.
       layout: its groups.
-      bits: 8 or 4.
+      weight_bits: 8 or 4.
 
     Returns:
       The integers: int8 in the weight's own shape, or packed as `pack` does, uint8 [..., K/2, ...]
@@ -33,7 +33,7 @@ def quantize_groups(
     Example:
       >>> from jaxquant.plan.groups import group_layout
       >>> weight = np.array([[7.0], [-1.0], [14.0], [2.0]])
-      >>> packed, scale = quantize_groups(weight, group_layout((4, 1), (1,), 2), bits=4)
+      >>> packed, scale = quantize_groups(weight, group_layout((4, 1), (1,), 2), weight_bits=4)
       >>> unpack(packed, 0, 4).tolist(), scale.tolist()
       ([[7], [-1], [7], [1]], [[1.0], [2.0]])
     """
@@ -43,14 +43,14 @@ def quantize_groups(
     padded = np.zeros((*rows.shape[:-1], groups * size))
     padded[..., :length] = rows
     padded = padded.reshape(*rows.shape[:-1], groups, size)
-    largest = _LARGEST[bits]
+    largest = _LARGEST[weight_bits]
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
     scale = np.where(threshold > 0, np.maximum(threshold / largest, SMALLEST_SCALE), 1.0)
     integers = np.clip(np.rint(padded / scale[..., None]), -largest, largest).astype(np.int8)
     integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
     integers = np.moveaxis(integers, -1, layout.axis)
     scale = np.moveaxis(scale, -1, layout.axis)
-    if bits == 4:
+    if weight_bits == 4:
         return pack(integers, layout.axis), scale
     return integers.reshape(layout.permuted).transpose(layout.inverse), scale
 

@@ -412,7 +412,7 @@ def _put_grouped_weights(
     for slot, view in views.items():
         weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
         groups = group_layout(view.shape, view.channels, plan.group_size)
-        integers, scale = quantize_groups(weight, groups, slot.bits)
+        integers, scale = quantize_groups(weight, groups, slot.weight_bits)
         layout.put(tree, slot.int8, integers)
         layout.put(tree, slot.scale, scale.astype(np.float32))
 

@@ -81,7 +81,7 @@ def test_a_convolution_has_the_same_parts_in_every_layout(layout: Any, x: Any, k
     assert [kernel[a] for a in (*given_kernel.free, *given_kernel.contracted)] == [6, 2]
     assert [kernel[a] for a in given_kernel.window] == [3, 2]
     assert found.terms(kernel) == 2 * 3 * 2
-    assert (found.groups, found.has_batch) == (2, False)
+    assert (found.feature_groups, found.has_batch) == (2, False)
     window = found.window
     assert window is not None
     assert (window.strides, window.padding, window.dilation) == ((2, 1), ((1, 0), (0, 2)), (1, 3))

@@ -26,7 +26,7 @@ def plan_of(apply_fn, *inputs, params=PARAMS, **config) -> Plan:
 
 def groups(plan: Plan) -> dict[str, str]:
     """Quantized tensor -> its scale group."""
-    return {tensor.name: tensor.group for tensor in plan.tensors}
+    return {tensor.name: tensor.family for tensor in plan.tensors}
 
 
 def sites(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -66,7 +66,7 @@ def test_a_relu_of_a_tensor_that_is_int8_by_selection_keeps_its_scale():
 
     plan = plan_of(apply_fn)
     assert {t.name for t in plan.tensors} == {"a/input", "concat/input", "concat/input_1"}
-    assert len({t.group for t in plan.tensors}) == 2
+    assert len({t.family for t in plan.tensors}) == 2
 
 
 def test_a_skipped_rearrangement_hands_no_int8_through():

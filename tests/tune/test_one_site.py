@@ -12,9 +12,9 @@ from jaxquant.graph.model import trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.tune.one_site import (
     Surroundings,
+    both_forms,
     key,
     one_site,
-    programs,
     quantized,
     surroundings,
 )
@@ -78,7 +78,7 @@ def test_both_forms_compute_the_site(form, is_computed, has_zero_point, is_quant
     model = one_site(graph, site, around, "channel_wise_abs_max")
     if has_zero_point:
         model = model._replace(inputs=tuple(abs(x) for x in model.inputs))
-    forms = programs(model)
+    forms = both_forms(model)
     want, got = (
         program(*forms.arguments, jnp.zeros(forms.result.shape, forms.result.dtype))
         for program in (forms.in_float, forms.in_int8)
@@ -94,7 +94,7 @@ def test_both_forms_compute_the_site(form, is_computed, has_zero_point, is_quant
 @pytest.mark.parametrize("form", ["convolution", "depthwise", "dot"])
 def test_the_int8_form_is_what_runs_on_the_backend(form, backend):
     graph, site = dot_of(*FORMS[form])
-    forms = programs(one_site(graph, site, ALONE, "channel_wise_abs_max"))
+    forms = both_forms(one_site(graph, site, ALONE, "channel_wise_abs_max"))
     in_int8, in_float = (
         p.lower(*forms.arguments, forms.result).as_text() for p in (forms.in_int8, forms.in_float)
     )

@@ -10,7 +10,7 @@ import pytest
 
 import jaxquant
 from jaxquant.tune import control, speed
-from jaxquant.tune.one_site import Programs
+from jaxquant.tune.one_site import BothForms
 from tests import networks
 from tests.analysis import faults
 from tests.analysis.test_analyze import accuracy
@@ -220,4 +220,4 @@ def test_a_slow_site_gets_fewer_rounds(monkeypatch):
 
 
 def programs_named(*names):
-    return Programs(*names, (), jax.ShapeDtypeStruct((1,), jnp.float32))
+    return BothForms(*names, (), jax.ShapeDtypeStruct((1,), jnp.float32))

@@ -22,7 +22,7 @@ class ConvForm:
       strides, dilation: of the window.
       padding: (before, after); with zeros, or what a transposed one leaves away of its result.
       beyond: how many positions a transposed one's result has behind its last window.
-      groups: of the channels.
+      feature_groups: of the channels.
       outputs, inputs: the axes of the JAX kernel along output channels and a group's input ones.
       spatial: its other axes.
       channels: the kernel's sizes along `outputs` and `inputs`.
@@ -34,7 +34,7 @@ class ConvForm:
     dilation: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     beyond: tuple[int, ...]
-    groups: int
+    feature_groups: int
     outputs: int
     inputs: int
     spatial: tuple[int, ...]
@@ -43,14 +43,14 @@ class ConvForm:
     @property
     def is_pointwise(self) -> bool:
         """True for a convolution that looks at one position at a time."""
-        ones = {*self.window, self.groups} == {1}
+        ones = {*self.window, self.feature_groups} == {1}
         return not self.is_transposed and ones and not any(map(any, self.padding))
 
     @property
     def is_depthwise(self) -> bool:
         """True for one filter for each input channel."""
-        one_each = self.channels == (self.groups, 1)
-        return not self.is_transposed and self.groups > 1 and one_each
+        one_each = self.channels == (self.feature_groups, 1)
+        return not self.is_transposed and self.feature_groups > 1 and one_each
 
     def kernel(self, array: np.ndarray, order: Sequence[int]) -> np.ndarray:
         """The JAX kernel with its axes in this order, run backwards where it has to be."""
@@ -81,7 +81,7 @@ def conv_form(contraction: Contraction, kernel_shape: Sequence[int]) -> ConvForm
         dilation=tuple(window.dilation),
         padding=tuple((low, high) for low, high in window.padding),
         beyond=(0,) * len(sizes),
-        groups=window.groups,
+        feature_groups=window.feature_groups,
         outputs=outputs,
         inputs=inputs,
         spatial=tuple(spatial),
@@ -99,7 +99,7 @@ def _transposed(form: ConvForm, input_dilation: Sequence[int]) -> ConvForm:
 
     The gradient's padding is what the flipped kernel reaches over the edge beyond the padding here.
     """
-    if any(stride != 1 for stride in form.strides) or form.groups != 1:
+    if any(stride != 1 for stride in form.strides) or form.feature_groups != 1:
         raise NotCovered("a transposed convolution with strides or groups")
     reach = [(size - 1) * d for size, d in zip(form.window, form.dilation, strict=True)]
     pads = [(r - low, r - high) for r, (low, high) in zip(reach, form.padding, strict=True)]

@@ -70,11 +70,11 @@ def lower(
     plain = tree.plain(qparams, qapply)
     by_xla = qapply.with_backend("xla")
 
-    def describe(inputs: tuple[Any, ...]) -> tuple[Binding, Network, dict[str, np.ndarray]]:
+    def as_network(inputs: tuple[Any, ...]) -> tuple[Binding, Network, dict[str, np.ndarray]]:
         traced = by_xla.program(*inputs)
         return traced.binding, *to_network(traced, inputs)
 
-    binding, network, constants = program.traced(by_xla, shapes, constraints, describe)
+    binding, network, constants = program.traced(by_xla, shapes, constraints, as_network)
     scales = Scales(qapply.plan, plain["tensors"])
     arrays = {**tree.flatten(plain), **constants}
     for name, part in network.slices.items():

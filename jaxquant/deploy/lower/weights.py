@@ -126,12 +126,12 @@ def make_weight(
     return Weight(folded, scale, steps, None if bias is None else bias.astype(np.float64), axis)
 
 
-def _factor(product: np.ndarray, other: np.float32) -> np.ndarray:
-    """float32 [C] that gives `product` when multiplied by `other` in float32, or the next to it."""
-    nearest = (product.astype(np.float64) / other).astype(np.float32)
+def _factor(wanted: np.ndarray, other: np.float32) -> np.ndarray:
+    """float32 [C] that gives `wanted` when multiplied by `other` in float32, or the next to it."""
+    nearest = (wanted.astype(np.float64) / other).astype(np.float32)
     below, above = (np.nextafter(nearest, np.float32(bound)) for bound in (0, np.inf))
     choices = [nearest, below, above]
-    return np.select([choice * other == product for choice in choices], choices, nearest)
+    return np.select([choice * other == wanted for choice in choices], choices, nearest)
 
 
 def _quantize_weight(weight: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ def conv(
         "strides": list(form.strides),
         "pads": [low for low, _ in form.padding] + [high for _, high in form.padding],
         "dilations": list(form.dilation),
-        "group": form.groups,
+        "group": form.feature_groups,
     }
     if any(form.beyond):
         attributes["output_padding"] = list(form.beyond)
@@ -111,7 +111,9 @@ def dot(
         name = value.name
         if len(free) != 1 or len(contracted) != 1:
             rows, columns = (free, contracted) if side == 0 else (contracted, free)
-            name = b.node("Reshape", [name, b.shape([*batch, _product(rows), _product(columns)])])
+            name = b.node(
+                "Reshape", [name, b.shape([*batch, _joined_size(rows), _joined_size(columns)])]
+            )
         names.append(name)
     name = b.node("MatMul", names)
     if any(len(own.free) != 1 for own in contraction.operands):
@@ -119,7 +121,7 @@ def dot(
     return Value(name, shape, straight(len(shape)))
 
 
-def _product(sizes: Sequence[Size]) -> Size:
+def _joined_size(sizes: Sequence[Size]) -> Size:
     varying = [size for size in sizes if isinstance(size, str)]
     if len(varying) == 1 and len(sizes) == 1:
         return varying[0]

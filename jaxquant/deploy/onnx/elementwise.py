@@ -202,7 +202,7 @@ def _rem(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value
     return apply(b, "Mod", x, fmod=1)
 
 
-def _select(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _where(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     if len(x) != 3 or dtypes[0] != "bool":
         raise NotCovered("a choice between other than two cases")
     if dtypes[1] == "bool":  # which runtimes' Where does not take
@@ -250,7 +250,7 @@ _COMPOSED: dict[str, Compose] = {
     "rem": _rem,
     "round": _round,
     "rsqrt": _rsqrt,
-    "select_n": _select,
+    "select_n": _where,
     "square": _square,
     "stop_gradient": _identity,
 }

@@ -73,7 +73,7 @@ class Emitter:
             if isinstance(node, Int8Node):
                 with self._at(node.name, f"site {node.name!r}"):
                     self._floats[node.output] = self._emit_site(self, node)
-            elif node.selects:
+            elif node.picks:
                 for var in node.outputs:
                     self._floats[var] = self.dequantized(var)
             else:

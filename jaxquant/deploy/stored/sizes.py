@@ -114,14 +114,14 @@ class _Parser:
         if depth > _MAX_DEPTH:
             raise ValueError(f"the size {self._text[:60]!r} has too many brackets in each other")
         negative = self._take("-")
-        total = self._product(depth)
+        total = self._factors(depth)
         if negative:
             total = ("*", ("number", -1), total)
         while True:
             if self._take("+"):
-                total = ("+", total, self._product(depth))
+                total = ("+", total, self._factors(depth))
             elif self._take("-"):
-                total = ("+", total, ("*", ("number", -1), self._product(depth)))
+                total = ("+", total, ("*", ("number", -1), self._factors(depth)))
             else:
                 return total
 
@@ -129,11 +129,11 @@ class _Parser:
         if self._place != len(self._tokens):
             raise self._error()
 
-    def _product(self, depth: int) -> tuple[Any, ...]:
-        product = self._power(depth)
+    def _factors(self, depth: int) -> tuple[Any, ...]:
+        factors = self._power(depth)
         while self._take("*"):
-            product = ("*", product, self._power(depth))
-        return product
+            factors = ("*", factors, self._power(depth))
+        return factors
 
     def _power(self, depth: int) -> tuple[Any, ...]:
         base = self._atom(depth)

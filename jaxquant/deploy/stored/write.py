@@ -47,7 +47,7 @@ def store(
     Raises:
       ValueError: the graph holds what has no stored form; the message names it.
     """
-    return _Writer(graph).run(inputs, example, paths, needed)
+    return _Writer(graph).written(inputs, example, paths, needed)
 
 
 class _Writer:
@@ -56,7 +56,7 @@ class _Writer:
         self._bodies: list[Body] = []
         self._arrays: dict[str, np.ndarray] = {}
 
-    def run(
+    def written(
         self,
         inputs: tuple[Any, ...],
         example: tuple[Any, ...],

@@ -17,7 +17,9 @@ from jaxquant.run.program import Program
 Visit = Callable[[Int8Site, jax.Array, int], None]
 
 
-def walk(program: Program, qparams: Mapping[str, Any], inputs: Sequence[Any], visit: Visit) -> None:
+def run_stepwise(
+    program: Program, qparams: Mapping[str, Any], inputs: Sequence[Any], visit: Visit
+) -> None:
     """Run a program uncompiled, an equation at a time, and forget what is not read again.
 
     So whole calibration sets fit, and a site's arrays may change just before they are read.
@@ -65,7 +67,7 @@ def find_last_reads(program: Program) -> dict[ir.Var, int]:
         stack = [*(site.operands if site else eqn.input_vars)]
         if site and site.weight is not None:
             stack.append(site.weight)
-        if eqn.index in binding.selects:
+        if eqn.index in binding.picks:
             stack += eqn.outputs
         while stack:
             var = stack.pop()
