@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import ir
-from jaxquant.recover.product import Product
-from jaxquant.run.float_forms import evaluate_float
+from jaxquant.graph.model import Model
+from jaxquant.recover.divisible import Divisible, Layer, Seen
+from jaxquant.recover.looks import Look, States, look_at
+from jaxquant.recover.parts import is_repeated
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples
 _TOP = 8  # samples that tell of a channel's tail
@@ -19,69 +19,84 @@ _RARE = 1e-5  # of the samples may lie beyond a channel's range
 HEADROOM = 2.0  # of a channel's range over what calibration showed of it, at the least
 
 
-class Seen(NamedTuple):
-    """What the float model showed of one tensor.
-
-    Attributes:
-      low, high: float32 [N, I], the least and largest value of N samples' I channels, 0 included.
-      rows: for each site that reads it, float32 [R, G, K]; see `jaxquant.recover.product`.
-    """
-
-    low: Any
-    high: Any
-    rows: tuple[Any, ...]
-
-
-class Divisible(NamedTuple):
-    """An int8 tensor, the axes of its input channels (ascending) and the sites that read it."""
-
-    var: ir.Var
-    axes: tuple[int, ...]
-    readers: tuple[Product, ...]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Its shape, with size 1 but along the channels."""
-        shape = self.readers[0].graph.shape(self.var)
-        return [size if axis in self.axes else 1 for axis, size in enumerate(shape)]
-
-
 def watch(
-    graph: ir.Graph,
+    model: Model,
     params: Any,
     examples: Sequence[tuple[Any, ...]],
-    tensors: Mapping[str, Divisible],
-) -> dict[str, Seen]:
-    """Run the float model on all examples, in one compiled step."""
-    needed = list(ir.upstream(graph, [t.var for t in tensors.values()]))
-    rng = np.random.default_rng(0)
-    count = -(-ROWS // len(examples))
-    index = {
-        name: [np.sort(rng.permutation(p.positions)[:count]) for p in t.readers]
-        for name, t in tensors.items()
-    }
+    tensors: Sequence[Divisible],
+) -> dict[str, dict[Layer, Seen]]:
+    """Run the float model on all examples, in one compiled step.
+
+    In a loop whose steps share a layer the rows are drawn from all steps, and ranges are over them.
+
+    Returns:
+      Tensor name -> layer -> what was seen; without the layers that no example came to.
+    """
+    looks: dict[Model, dict[str, Look]] = {}
+    for tensor in tensors:
+        looks.setdefault(tensor.model, {})[tensor.name] = tensor.look
+    drawn = _draw(model, tensors, -(-ROWS // len(examples)))
+    start = {tensor.name: tensor.start(drawn[tensor.name]) for tensor in tensors}
 
     @jax.jit
-    def run(params: Any, flat: list[Any]) -> dict[str, Seen]:
-        env = evaluate_float(graph, params, flat, equations=needed)
-        return {name: _seen(env.read(t.var), t, index[name]) for name, t in tensors.items()}
+    def run(params: Any, flat: list[Any], states: States) -> States:
+        return look_at(looks, model, jax.tree.leaves(params), flat, states)
 
-    batches = [jax.device_get(run(params, jax.tree.leaves(inputs))) for inputs in examples]
-    return {name: jax.tree.map(_join, *[batch[name] for batch in batches]) for name in tensors}
+    found: dict[str, dict[Layer, list[Seen]]] = {tensor.name: {} for tensor in tensors}
+    for inputs in examples:
+        states = jax.device_get(run(params, jax.tree.leaves(inputs), start))
+        for tensor in tensors:
+            state = states[tensor.name]
+            for layer in np.ndindex(tensor.model.scans):
+                if state.steps[layer]:
+                    seen = jax.tree.map(lambda x, layer=layer: x[layer], state.seen)
+                    found[tensor.name].setdefault(layer, []).append(seen)
+    return {
+        name: {layer: jax.tree.map(_join, *seen) for layer, seen in layers.items()}
+        for name, layers in found.items()
+    }
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _seen(x: jax.Array, tensor: Divisible, index: Sequence[np.ndarray]) -> Seen:
-    """The first axis is that of the samples, unless it is one of channels: then x is one."""
-    x = x.astype(jnp.float32)
-    rows = tuple(p.inputs(x, 0, at) for p, at in zip(tensor.readers, index, strict=True))
-    rest = tuple(a for a in range(1, x.ndim) if a not in tensor.axes)
-    samples = 1 if 0 in tensor.axes else x.shape[0]
-    low, high = (f(x, axis=rest, initial=0).reshape(samples, -1) for f in (jnp.min, jnp.max))
-    return Seen(low, high, rows)
+def _draw(
+    model: Model, tensors: Sequence[Divisible], count: int
+) -> dict[str, dict[Layer, list[np.ndarray]]]:
+    """For each tensor and layer the output positions of its readers' rows.
+
+    They are drawn in the order in which a model without scans has the tensors, so that it draws the
+    same ones.
+    """
+    rng = np.random.default_rng(0)
+    found: dict[str, dict[Layer, list[np.ndarray]]] = {tensor.name: {} for tensor in tensors}
+    for tensor, layer in _in_order(model, tensors, ()):
+        draws = [rng.permutation(product.positions) for product in tensor.readers]
+        if is_repeated(tensor.model):  # a step has few of the positions of all
+            draws = [np.resize(draw, count) for draw in draws]
+        found[tensor.name][layer] = [np.sort(draw[:count]) for draw in draws]
+    return found
+
+
+def _in_order(
+    model: Model, tensors: Sequence[Divisible], layer: Layer
+) -> Iterator[tuple[Divisible, Layer]]:
+    """The tensors of a graph and of its bodies, layer by layer, in the order of evaluation."""
+    own = [tensor for tensor in tensors if tensor.model is model]
+    for index, bodies in sorted(model.bodies.items()):
+        while own and own[0].first_reader < index:
+            yield own.pop(0), layer
+        for body in bodies:
+            if body.layers is None:
+                yield from _in_order(body, tensors, layer)
+                continue
+            numbers = range(body.layers)
+            is_reversed = model.graph.equations[index].params["reverse"]
+            for number in reversed(numbers) if is_reversed else numbers:
+                yield from _in_order(body, tensors, (*layer, number))
+    for tensor in own:
+        yield tensor, layer
 
 
 def reach(peaks: np.ndarray) -> np.ndarray:

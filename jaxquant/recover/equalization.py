@@ -25,91 +25,43 @@ see exceed a channel's largest value often, the tensor's seldom.
 Zero points are chosen after dividing.  Where one channel is far larger than the others, the plan's
 grid knows no other: behind a GELU, whose least value is -0.17, a channel of 90 leaves no step below
 zero, whatever the others are divided by.  The zero points of the divided channels are tried beside
-the plan's (`candidate_grids`).
+the plan's (`jaxquant.recover.factors.candidate_grids`).
+
+Inside a scan over stacked weights each layer has factors of its own; where the layers have a weight
+behind the tensor in common, all have the same, each on the grid that it had.  In another loop they
+are for all steps, and tried on rows of all.  Nothing of them goes round a loop: a tensor is divided
+where it is quantized, and the carry is float.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
+from jaxquant.plan.bind import Binding
 from jaxquant.plan.evenness import readers_of_joined
-from jaxquant.plan.grid import SMALLEST_SCALE, Grid, make_grid
-from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.recover.channels import Divisible, Seen, reach, watch
-from jaxquant.recover.product import Product
+from jaxquant.recover.channels import watch
+from jaxquant.recover.divisible import Divisible, Seen, Where, find_divisible
+from jaxquant.recover.factors import Divided, Reader, Tried, choose
+from jaxquant.recover.parts import Part
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.recover.trial import InputGrid, Trial
-from jaxquant.run.program import Program, program_by_site
+from jaxquant.recover.trial import Trial
+from jaxquant.run.program import program_by_site
 from jaxquant.weights.fold import fold
-from jaxquant.weights.quantize import quantize_params
+from jaxquant.weights.quantize import Divisors, quantize_params
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),
     "smoothquant": (0.5,),
 }
-Where = Mapping[str, frozenset[str]]  # step -> the names of the sites that have it
-_WORTH = 0.9  # an equalization is worth it where the error falls to this part
-_SMALLEST = 1 / 64  # of the middle channel's range: the least range of a channel
-
-
-class Divided(NamedTuple):
-    """How a tensor is quantized after dividing.
-
-    Attributes:
-      factors: float64 of the tensor's rank, of size 1 but along its input channels: what the
-        channels are divided by.
-      grid: what the divided tensor is quantized on.
-    """
-
-    factors: np.ndarray
-    grid: Grid
-
-
-def find_divisible(program: Program, where: Where) -> dict[str, Divisible]:
-    """The tensors all of whose readers have one of the steps, by name.
-
-    Not among them are tensors whose integers are moved, compared or averaged, inputs of sites that
-    share their weight with a site elsewhere, and of dots whose weight has batch axes.
-    """
-    graph, binding = program.graph, program.binding
-    readers: dict[ir.Var, list[Site]] = {}
-    users: dict[layout.WeightSlot, set[ir.Var]] = {}
-    for site in (s.site for s in binding.sites):
-        for var in site.operands:
-            readers.setdefault(var, []).append(site)
-            if site.name in program.slots:
-                users.setdefault(program.slots[site.name], set()).add(var)
-    # What is read in float would be equalized along with it.
-    shared = {program.slots[restored.site.name] for restored in program.restored.values()}
-    families = list(binding.forms.family.values())
-    found = {}
-    for var, name in binding.names.items():
-        sites = readers.get(var, [])
-        alone = families.count(binding.forms.family[var]) == 1
-        stored = all(s.name in program.slots and users[program.slots[s.name]] == {var}
-                     and program.slots[s.name] not in shared for s in sites)  # fmt: skip
-        decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))
-        if not (sites and alone and stored) or decided:
-            continue
-        products = tuple(Product(graph, site) for site in sites)
-        axes = {input_axes(p.site) for p in products}
-        if len(axes) > 1 or any(p.reason for p in products):
-            continue
-        dots = all(p.site.as_contraction.window is None for p in products)
-        asked = where.get("equalization", frozenset())
-        if dots:
-            asked |= where.get("smoothquant", frozenset())
-        if asked.issuperset(site.name for site in sites):
-            found[name] = Divisible(var, axes.pop(), products)
-    return found
 
 
 def equalize(task: Task, draft: Draft) -> Draft:
@@ -118,30 +70,41 @@ def equalize(task: Task, draft: Draft) -> Draft:
     What a concatenation in float gives has parts that need scales of their own, so its readers are
     equalized whether that is asked for or not.
     """
-    plan, binding = draft.program.plan, draft.program.binding
+    binding, params = draft.program.binding, task.source.params
+    plan = binding.whole_plan
     where: dict[str, frozenset[str]] = {
         step: plan.recovered_by(step) for step in STEP.names if step in plan.recover
     }
     chosen, behind = list(where), ""
-    joined = frozenset(readers_of_joined(binding)).difference(*where.values())
+    joined = frozenset[str]().union(*map(readers_of_joined, binding.all_graphs()))
+    joined = joined.difference(*where.values())
     if joined:
         behind = "" if chosen else " behind concatenations in float"
         chosen = chosen or ["equalization"]
         where["equalization"] = where.get("equalization", frozenset()) | joined
     if not chosen:
         return draft
-    name, params = " and ".join(chosen), task.source.params
-    everywhere = frozenset(site.site.name for site in binding.sites)
-    total = len(find_divisible(draft.program, dict.fromkeys(where, everywhere)))
+    name, everywhere = " and ".join(chosen), frozenset(s.name for s in plan.sites if not s.reason)
+    anywhere = find_divisible(draft.program, dict.fromkeys(where, everywhere))
+    total = sum(math.prod(tensor.model.scans) for tensor in anywhere)
     with task.progress.stage(name):
         found = find_divided(task, draft, where)
         note = f"{len(found)} of {total} tensors{behind}"
         if not found:
             return draft if behind else draft.replaced(name, note)
-        tensors = [_divided(t, found[t.name]) if t.name in found else t for t in plan.tensors]
-        divisors = {name: divided.factors for name, divided in found.items()}
+
+        def changed(part: Binding) -> Binding:
+            suffix = layer_suffix(part.layer)
+            tensors = [
+                _divided(tensor, found[tensor.name + suffix])
+                if tensor.name + suffix in found
+                else tensor
+                for tensor in part.plan.tensors
+            ]
+            return part.with_tensors(tensors).in_bodies(changed)
+
         # Other zero points, and scales along channels, are another program.
-        binding = binding.with_tensors(tuple(tensors))
+        binding, divisors = changed(binding), _divisors(anywhere, found)
         return draft.replaced(
             name,
             note,
@@ -151,49 +114,69 @@ def equalize(task: Task, draft: Draft) -> Draft:
         )
 
 
-STEP = Step(names=("equalization", "smoothquant"), run=equalize, is_automatic=True)
+STEP = Step(
+    names=("equalization", "smoothquant"), run=equalize, is_automatic=True, reaches_inside=True
+)
 
 
 def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
-    """Tensor name -> how it is divided, for the tensors that gain by it.
+    """Tensor name -> how it is divided, for the tensors that gain by it; that of each layer.
 
     Args:
       task: the float model and the samples.
       draft: the int8 model, nothing of it divided; the gains of its sites are read.
       where: the sites of each step; where a dot has both, it has the former.
     """
-    program, plan, params = draft.program, draft.program.plan, task.source.params
-    graph = program.graph
-    divisible = find_divisible(program, where)
+    divisible = find_divisible(draft.program, where)
     if not divisible:
         return {}
-    corrected = plan.recovered_by("bias_correction")
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    seen = watch(graph, params, task.alike, divisible)
-    products = [product for tensor in divisible.values() for product in tensor.readers]
-    stored = [p.site.weight for p in products if p.site.weight is not None]
-    weights = fold(graph, params, stored, [])[0]
+    program, params = draft.program, task.source.params
+    corrected = program.whole_plan.recovered_by("bias_correction")
+    equalized = where.get("equalization", frozenset())
+    seen = watch(program.model, params, task.alike, divisible)
+    parts = {
+        (part.program.model, part.layer): part
+        for part in Part(program, program.binding, draft.qparams, params).walk()
+    }
+    weights = {place: _weights(part, divisible) for place, part in parts.items()}
     found: dict[str, Divided] = {}
-    for name, tensor in divisible.items():
-        readers = []
-        for product, rows in zip(tensor.readers, seen[name].rows, strict=True):
-            assert product.site.weight is not None
-            weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
-            trial = Trial(
-                inputs=rows,
-                weight=weight,
-                gains=_gains(program, product.site, planned[name], draft.qparams, len(weight)),
-                per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
-                centred=product.site.name in corrected,
-            )
-            readers.append(_Reader(tensor, product, trial))
-        equalized = where.get("equalization", frozenset())
+    for tensor in divisible:
         both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
-        best = _choose(planned[name], seen[name], readers, alphas)
-        if best is not None:
-            found[name] = best._replace(factors=best.factors.reshape(tensor.sizes))
+        for layers in tensor.layers_alike():
+            if not all(layer in seen[tensor.name] for layer in layers):
+                continue  # a branch that these samples do not take
+            places = [(tensor.model, layer) for layer in layers]
+            tried = [
+                _tried(parts[at], tensor, seen[tensor.name][at[1]], weights[at], corrected)
+                for at in places
+            ]
+            for at, best in zip(places, choose(tried, alphas), strict=False):
+                factors = best.factors.reshape(tensor.sizes)
+                found[parts[at].named(tensor.name)] = best._replace(factors=factors)
     return found
+
+
+def _weights(part: Part, divisible: Sequence[Divisible]) -> dict[ir.Var, np.ndarray]:
+    """The float weights behind those of some tensors that are in a part."""
+    sites = [p.site for t in divisible if t.model is part.program.model for p in t.readers]
+    stored = [site.weight for site in sites if site.weight is not None]
+    return fold(part.program.graph, part.params, stored, [])[0]
+
+
+def _divisors(divisible: Sequence[Divisible], found: Mapping[str, Divided]) -> Divisors:
+    """What channels are divided by: of a tensor that is divided in some layers, ones in the others.
+
+    The scales of the layers are stacked, so that all have one for each channel.
+    """
+    divisors: dict[str, np.ndarray] = {}
+    for tensor in divisible:
+        names = [tensor.name + layer_suffix(layer) for layer in np.ndindex(tensor.model.scans)]
+        if found.keys().isdisjoint(names):
+            continue
+        for name in names:
+            divisors[name] = found[name].factors if name in found else np.ones(tensor.sizes)
+    return divisors
 
 
 def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
@@ -206,110 +189,41 @@ def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
     return dataclasses.replace(tensor, threshold=threshold, channels=channels, **grid._asdict())
 
 
-class _Reader:
-    """A site that reads a tensor, tried with factors for its input channels, flattened [I]."""
-
-    def __init__(self, tensor: Divisible, product: Product, trial: Trial):
-        self._trial = trial
-        assert product.site.weight is not None
-        shape = product.graph.shape(product.site.weight)
-        numbers = np.arange(np.prod(tensor.sizes), dtype=np.int64).reshape(tensor.sizes)
-        laid = along_weight(product.site, shape, numbers)
-        # [G, K], the input channel of each product
-        self._channel = product.matrix(np.broadcast_to(laid, shape))[:, :, 0]
-
-    def largest(self, channels: int) -> np.ndarray:
-        """[I], the largest |weight| behind each input channel."""
-        largest = np.zeros(channels)
-        np.maximum.at(largest, self._channel, np.abs(self._trial.weight).max(axis=2))
-        return largest
-
-    def error(self, grid: InputGrid, factors: np.ndarray | None) -> float:
-        return self._trial.error(grid, None if factors is None else factors[self._channel])
-
-
-def _gains(
-    program: Program, site: Site, tensor: TensorPlan, qparams: Any, groups: int
-) -> np.ndarray:
-    """[G, O], what the epilogue multiplies a site's output by."""
-    scale = np.asarray(layout.get(qparams["params"], program.slots[site.name].scale), np.float64)
-    gains = np.asarray(qparams["sites"][site.name]["multiplier"]) / (scale * tensor.scale)
-    return gains.reshape(groups, -1)
-
-
-def _choose(
-    tensor: TensorPlan,
+def _tried(
+    part: Part,
+    tensor: Divisible,
     seen: Seen,
-    readers: Sequence[_Reader],
-    alphas: Sequence[float],
-) -> Divided | None:
-    """The factors [I] and the grid of least error; None where none is better than none.
+    weights: Mapping[ir.Var, np.ndarray],
+    corrected: frozenset[str],
+) -> Tried:
+    """A tensor in a part.
 
     Args:
-      tensor: its plan; where it is not symmetric, other zero points are tried too.
-      seen: what the float model showed of it.
-      readers: the sites behind it.
-      alphas: the exponents to try.
+      part: it.
+      tensor, seen: the tensor, and what the float model showed of it there.
+      weights: the float weights of the sites behind it.
+      corrected: the sites whose bias takes their mean error away.
     """
-    # What wins has to beat the tensor as it is by some margin: the rows are few, and a scale for
-    # each channel keeps the tensor out of the calls that know one scale.
-    own = Grid(tensor.scale, tensor.zero_point)
-    least = _WORTH * sum(reader.error(_input_grid(own), None) for reader in readers)
-    largest = np.max([reader.largest(seen.high.shape[1]) for reader in readers], axis=0)
-    # A channel whose weights are all zero may be divided by anything that is finite.
-    largest = np.where(largest > 0, largest, largest.max(initial=0.0) or 1.0)
-    best = None
-    for grid in [own] if tensor.symmetric else candidate_grids(own, seen):
-        inputs = _input_grid(grid)
-        ranges = _ranges(inputs, seen)
-        # A step is no larger than the tensor's was, unless the channel reaches further on this side
-        most = np.maximum(ranges, own.scale / grid.scale)
-        for alpha in alphas:
-            factors = ranges**alpha / largest ** (1 - alpha)
-            factors = factors * np.max(ranges / factors)  # no channel beyond the grid
-            factors = np.clip(factors, SMALLEST_SCALE / grid.scale, most)
-            if (found := sum(reader.error(inputs, factors) for reader in readers)) < least:
-                best, least = Divided(factors, grid), found
-    return best
-
-
-def _input_grid(grid: Grid) -> InputGrid:
-    return InputGrid(grid.scale, -128.0 - grid.zero_point, 127.0 - grid.zero_point)
-
-
-def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
-    """The tensor's own grid, and those with the zero points that fit its divided channels.
-
-    Each channel divided by its width lies in [-r, 1 - r].  One zero point covers all channels, as
-    far as they reach to either side; another is that of the middle channel, for where one that is
-    unlike the others (all negative beside a GELU's) would cost them half of their steps.  The scale
-    is the one with which the tensor's own range is covered, on the side where that takes more.
-    """
-    low, high = -seen.low.min(axis=0), seen.high.max(axis=0)
-    width = low + high
-    below = (low / np.where(width > 0, width, 1.0))[width > 0].astype(np.float64)
-    if not below.size:
-        return [own]
-    middle = float(np.median(below))
-    ends = {(float(below.max()), 1 - float(below.min())), (middle, 1 - middle)}
-    points = {make_grid(max(end), -end[0], end[1]).zero_point for end in ends} - {own.zero_point}
-    there = _input_grid(own)
-    grids = [own]
-    for zero_point in sorted(points):
-        here = _input_grid(Grid(own.scale, zero_point))
-        wider = max(
-            there.highest / here.highest if here.highest > 0 else 0.0,
-            there.lowest / here.lowest if here.lowest < 0 else 0.0,
+    plan = part.binding.plan
+    planned = next(each for each in plan.tensors if each.name == tensor.name)
+    readers = []
+    for product, rows in zip(tensor.readers, seen.rows, strict=True):
+        assert product.site.weight is not None
+        weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
+        trial = Trial(
+            inputs=rows,
+            weight=weight,
+            gains=_gains(part, product.site, planned, len(weight)),
+            per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
+            centred=product.site.name in corrected,
         )
-        grids.append(Grid(own.scale * wider, zero_point))
-    return grids
+        readers.append(Reader(tensor, product, trial))
+    return Tried(planned, seen, readers)
 
 
-def _ranges(grid: InputGrid, seen: Seen) -> np.ndarray:
-    """[I], how much of a grid each channel may take up."""
-    shown = np.maximum(
-        seen.high / (grid.step * grid.highest) if grid.highest > 0 else 0.0,
-        seen.low / (grid.step * grid.lowest) if grid.lowest < 0 else 0.0,
-    )
-    ranges = np.minimum(reach(shown), 1.0)
-    return np.maximum(ranges, _SMALLEST * np.median(ranges))
+def _gains(part: Part, site: Site, tensor: TensorPlan, groups: int) -> np.ndarray:
+    """[G, O], what the epilogue multiplies a site's output by."""
+    qparams, slot = part.qparams, part.program.slots[site.name]
+    scale = np.asarray(layout.get(qparams["params"], slot.scale), np.float64)
+    gains = np.asarray(qparams["sites"][site.name]["multiplier"]) / (scale * tensor.scale)
+    return gains.reshape(groups, -1)

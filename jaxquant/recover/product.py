@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jaxquant.graph import ir
 from jaxquant.graph.contraction import Window
 from jaxquant.graph.sites import Site
 from jaxquant.plan.epilogue import output_channels
+
+Index: TypeAlias = np.ndarray | jax.Array  # int [R], of output positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +58,12 @@ class Product:
         """How many output positions there are; the samples of the batch run slowest."""
         return math.prod(self._output[a] for a in self._position_axes)
 
-    def outputs(self, y: jax.Array, index: np.ndarray) -> jax.Array:
+    def outputs(self, y: jax.Array, index: Index) -> jax.Array:
         """[R, C] of the site's output, behind the equation itself."""
         rows = y.transpose((*self._position_axes, *self._channel_axes))
         return rows.reshape(self.positions, -1)[index]
 
-    def inputs(self, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
+    def inputs(self, x: jax.Array, zero: int | jax.Array, index: Index) -> jax.Array:
         """float32 [R, G, K]: the values that enter each sum, less the zero point."""
         if (window := self.site.as_contraction.window) is not None:
             return self._patches(window, x, zero, index)
@@ -94,25 +97,27 @@ class Product:
         summed = (*own.contracted, *own.window)
         return (*own.free, *summed) if self._sums_last else (*summed, *own.free)
 
-    def _patches(self, window: Window, x: jax.Array, zero: int, index: np.ndarray) -> jax.Array:
+    def _patches(
+        self, window: Window, x: jax.Array, zero: int | jax.Array, index: Index
+    ) -> jax.Array:
         """What the window holds at each position; padding and dilation hold zeros."""
         own, kernel, result = self.site.as_contraction.axes
         assert self.site.weight is not None
         shape = self.graph.shape(self.site.weight)
         axes = self._position_axes
-        places = np.unravel_index(index, [self._output[a] for a in axes])
+        places = jnp.unravel_index(jnp.asarray(index), [self._output[a] for a in axes])
         at = dict(zip(axes, places, strict=True))
         samples = at[result.free[0][0]]
         x = x.transpose((*own.free, *own.window, *own.contracted))
         taps = []
         for offset in itertools.product(*(range(shape[a]) for a in kernel.window)):
-            where, inside = [], np.ones(len(index), bool)
+            where, inside = [], jnp.ones(len(index), bool)
             for d, tap in enumerate(offset):
                 step = at[result.window[d]] * window.strides[d]
                 step = step + tap * window.dilation[d] - window.padding[d][0]
-                source, between = np.divmod(step, window.input_dilation[d])
+                source, between = jnp.divmod(step, window.input_dilation[d])
                 inside &= (between == 0) & (source >= 0) & (source < x.shape[1 + d])
-                where.append(np.clip(source, 0, x.shape[1 + d] - 1))
+                where.append(jnp.clip(source, 0, x.shape[1 + d] - 1))
             rows = x[(samples, *where)].astype(jnp.float32) - jnp.float32(zero)
             taps.append(jnp.where(inside[:, None], rows, jnp.float32(0)))
         stacked = jnp.stack(taps, axis=-1)  # [R, input channels, taps]

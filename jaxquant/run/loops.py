@@ -40,6 +40,11 @@ class Inside:
         """Whether the layers have different zero points, so that these are no constants."""
         return any(layer.zero_points != self.layers[0].zero_points for layer in self.layers)
 
+    @property
+    def per_channel(self) -> frozenset[ir.Var]:
+        """The tensors that are divided by channel in some layer, and so by ones in the others."""
+        return frozenset[ir.Var]().union(*(layer.per_channel for layer in self.layers))
+
 
 class Body(Protocol):
     """The program of a body; a `jaxquant.run.program.Program` is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -186,7 +187,8 @@ class Program:
                 for layer in each.bodies[eqn.index][number].layers
             ]
             inside = Inside(tuple(layers), self.slots, body.shared_weights(self.slots))
-            found.append(Program(layers[0], None, self._backends, self._by_site, inside))
+            binding = dataclasses.replace(layers[0], per_channel=inside.per_channel)
+            found.append(Program(binding, None, self._backends, self._by_site, inside))
         return tuple(found)
 
     def _ends(self) -> dict[int, Int8Site]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.copies import without_copies
+from jaxquant.graph.model import Model
 from jaxquant.graph.static_values import static_values
 from jaxquant.plan.epilogue import AffineStep
 
@@ -39,6 +40,25 @@ def fold(
         {var: whole(var) for var in weights},
         {v: found[v] if v in spread else without_copies(graph, v, whole(v)) for v in operands},
     )
+
+
+def leaves_of_layers(body: Model, outer: ir.Graph, params: Any) -> list[list[np.ndarray]]:
+    """The values of the leaves of a loop's or a choice's body, as far as they are static outside.
+
+    Args:
+      body: the body.
+      outer: the graph that holds the loop.
+      params: the values of its leaves, as a pytree.
+
+    Returns:
+      For each layer of a scan over stacked weights, views of the stacked arrays; else one list.
+    """
+    operands = body.leaf_operands
+    values, _ = fold(outer, params, list(operands.values()), [])
+    return [
+        [values[v][number] if var in body.sliced else values[v] for var, v in operands.items()]
+        for number in range(body.layers or 1)
+    ]
 
 
 def _compiled(

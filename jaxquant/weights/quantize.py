@@ -28,11 +28,13 @@ from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
-from jaxquant.weights.fold import channel_vector, fold
+from jaxquant.weights.fold import channel_vector, fold, leaves_of_layers
 from jaxquant.weights.groups import quantize_groups
 
 LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it
-Divisors = Mapping[str, np.ndarray]  # tensor -> what its channels are divided by
+# Tensor, with its layer -> what its channels are divided by.  Where one layer of a tensor is there
+# all are, with ones where nothing is divided: their scales are stacked.
+Divisors = Mapping[str, np.ndarray]
 
 
 def quantize_params(
@@ -71,35 +73,31 @@ def _quantize(
     qparams = _quantize_graph(binding, params, slots, fits, divisors)
     for body in (body for bodies in binding.bodies.values() for body in bodies):
         if body.layers[0].holds_int8:
-            inside = _quantize_body(body, binding.graph, params, slots, fits)
+            leaves = leaves_of_layers(body.model, binding.graph, params)
+            inside = _quantize_body(body, leaves, slots, fits, divisors)
             qparams = layout.joined(qparams, inside)
     return qparams
 
 
 def _quantize_body(
     body: BoundBody,
-    outer: ir.Graph,
-    params: Any,
+    leaves: Sequence[Sequence[np.ndarray]],
     slots: Mapping[str, layout.WeightSlot],
     fits: Mapping[str, ties.Fit],
+    divisors: Divisors,
 ) -> dict[str, Any]:
     """The arrays of the layers of a body, stacked.
 
     Args:
       body: the body of a loop or choice.
-      outer: the graph that holds the loop.
-      params: the values of its leaves.
+      leaves: the values of its leaves in each layer.
       slots, fits: of the whole model.
+      divisors: see `quantize_params`.
     """
-    operands = body.model.leaf_operands
-    values, _ = fold(outer, params, list(operands.values()), [])
-    layers = []
-    for number, layer in enumerate(body.layers):
-        leaves = [
-            values[operand][number] if var in body.model.sliced else values[operand]
-            for var, operand in operands.items()
-        ]
-        layers.append(_quantize(layer, leaves, slots, fits, {}))
+    layers = [
+        _quantize(layer, values, slots, fits, divisors)
+        for layer, values in zip(body.layers, leaves, strict=True)
+    ]
     if body.model.layers is None:
         return layers[0]
     return stack_layers(layers, body.shared_weights(slots))
@@ -177,7 +175,8 @@ def _quantize_graph(
             arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
         qparams["sites"][site.name] = arrays
     for tensor in plan.tensors:
-        scale = tensor.scale * _broadcasting(divisors.get(tensor.name, np.ones(())))
+        factors = divisors.get(tensor.name + layer_suffix(binding.layer), np.ones(()))
+        scale = tensor.scale * _broadcasting(factors)
         qparams["tensors"][tensor.name] = {
             "scale": np.float32(scale),
             "inv_scale": np.float32(1.0 / scale),
@@ -200,7 +199,8 @@ def undivided(
 ) -> np.ndarray:
     """A weight in float64, times what the channels of the site's input are divided by."""
     weight = np.asarray(weight).astype(np.float64)
-    factors = divisors.get(binding.scales.get(site.operands[0], ""))
+    name = binding.scales.get(site.operands[0], "") + layer_suffix(binding.layer)
+    factors = divisors.get(name)
     if factors is None:
         return weight
     return weight * along_weight(site, weight.shape, factors)

@@ -30,7 +30,8 @@ class Scales:
         """What one step of a tensor is worth; of a divided one, to the weights behind it."""
         if entry in self._divided:
             return float(np.float32(self._divided[entry]))
-        return float(self._scales[entry])
+        # One for each channel, all alike, where other layers are divided by channel.
+        return float(self._scales[entry].flat[0])
 
     def zero_point(self, entry: str) -> int:
         """The int8 integer that stands for zero."""

@@ -1,0 +1,108 @@
+"""The float model with looks at some of its tensors, inside loops and choices too.
+
+Each look keeps a state, which one evaluation of its graph changes.  Inside a scan over stacked
+weights each layer has a state of its own, along a leading axis; in another loop, and in a choice,
+one state goes through the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxquant.graph import evaluate, ir, loops
+from jaxquant.graph.model import Model
+from jaxquant.run.float_forms import fast_convolutions
+
+States: TypeAlias = dict[str, Any]
+
+
+class Look(NamedTuple):
+    """What is done with tensors of a graph.
+
+    Attributes:
+      reads: the tensors.
+      update: gives the state behind an evaluation of the graph; all its arrays keep their shapes
+        and dtypes.
+    """
+
+    reads: tuple[ir.Var, ...]
+    update: Callable[[Any, evaluate.Environment], Any]
+
+
+Looks: TypeAlias = Mapping[Model, Mapping[str, Look]]
+
+
+def look_at(looks: Looks, model: Model, params: Sequence[Any], flat: Any, states: States) -> States:
+    """Evaluate a model for what is looked at.
+
+    Args:
+      looks: of each graph, by names that are unique in the whole model.
+      model: the whole model.
+      params: the values of its leaves, in their order.
+      flat: its flattened inputs.
+      states: of all looks.
+
+    Returns:
+      The states behind it.
+    """
+    leaves = dict(zip(model.graph.leaves, params, strict=True))
+    return _evaluated(looks, model, leaves, flat, states)[1]
+
+
+def _evaluated(
+    looks: Looks, model: Model, leaves: Mapping[ir.Var, Any], inputs: Any, states: States
+) -> tuple[evaluate.Environment, States]:
+    graph, own = model.graph, looks.get(model, {})
+    roots = [var for look in own.values() for var in look.reads]
+    if model.body is not None:
+        roots += graph.output_vars
+    seen: States = {}
+    forms = dict(fast_convolutions(graph))
+    for index, bodies in model.bodies.items():
+        if names := [name for body in bodies for name in _names(looks, body)]:
+            eqn = graph.equations[index]
+            some = {name: states[name] for name in names}
+            forms[index] = _looping(looks, eqn, bodies, some, seen)
+            roots += eqn.outputs
+    table = evaluate.float_table(ir.upstream(graph, roots), forms)
+    env = evaluate.evaluate(graph, leaves, inputs, table)
+    return env, {**seen, **{name: look.update(states[name], env) for name, look in own.items()}}
+
+
+def _looping(
+    looks: Looks, eqn: ir.Equation, bodies: Sequence[Model], states: States, seen: States
+) -> evaluate.Lowering[evaluate.Environment]:
+    """The lowering of a loop or choice, which puts the states behind it into `seen`."""
+    is_layered = bodies[0].layers is not None
+
+    def step_of(body: Model) -> loops.Step:
+        def step(given: loops.Given) -> loops.Gives:
+            before = given.sliced if is_layered else given.kept
+            leaves, inputs = body.root.split(given.values)
+            env, after = _evaluated(looks, body, leaves, inputs, before)
+            results = [env.read(x) for x in body.graph.outputs]
+            if is_layered:
+                return loops.Gives(results, after)
+            return loops.Gives(results, None, {**before, **after})
+
+        return step
+
+    def lowering(env: evaluate.Environment) -> evaluate.Values:
+        operands = [env.read(x) for x in eqn.inputs]
+        steps = [step_of(body) for body in bodies]
+        if is_layered:
+            found = loops.run(eqn, operands, steps, sliced=states)
+            seen.update(found.stacked)
+        else:
+            found = loops.run(eqn, operands, steps, kept=states)
+            seen.update(found.kept)
+        return dict(zip(eqn.outputs, found.results, strict=True))
+
+    return lowering
+
+
+def _names(looks: Looks, model: Model) -> list[str]:
+    """The names of the looks of a graph and of its bodies."""
+    inside = (body for bodies in model.bodies.values() for body in bodies)
+    return [*looks.get(model, {}), *(name for body in inside for name in _names(looks, body))]

@@ -1,0 +1,116 @@
+"""Recovery steps inside loops: each layer is repaired as in a Python loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jaxquant
+from tests.loops import measure
+
+WIDTH = 16
+STEPS = ("equalization", "bias_correction")
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+X = np.asarray(draw(0, 64, WIDTH))
+
+
+def quantize(params: Any, apply_fn: Any, batches: Any = (X[:24], X[24:48]), **options: Any) -> Any:
+    options = {"recover": STEPS, "algo": "abs_max", "progress": False, **options}
+    return jaxquant.quant_post(params, apply_fn, list(batches), **options)
+
+
+def uneven_layers(*layers: int) -> dict[str, jax.Array]:
+    """Layers of which every other one has hidden channels of very unlike ranges, one of them 0."""
+    ranges = np.ones((*layers, WIDTH))
+    ranges.reshape(-1, WIDTH)[::2] = np.logspace(-2, 0, WIDTH)
+    inner = draw(1, *layers, WIDTH, WIDTH) / 4
+    return {
+        "a": inner * jnp.asarray(ranges, jnp.float32)[..., None, :].at[..., 3].set(0),
+        "b": draw(2, *layers, WIDTH, WIDTH) / 8 / jnp.asarray(ranges, jnp.float32)[..., None],
+    }
+
+
+def layer(x: jax.Array, p: Any) -> jax.Array:
+    return x + jax.nn.gelu(x @ p["a"]) @ p["b"]
+
+
+def scanned(p: Any, x: jax.Array) -> jax.Array:
+    def inner(x: jax.Array, p: Any) -> Any:
+        return layer(x, p), None
+
+    def outer(x: jax.Array, p: Any) -> Any:
+        return lax.scan(inner, x, p, reverse=True)[0], None
+
+    return lax.scan(outer, x, p["layers"], unroll=2)[0] @ p["head"]
+
+
+def by_hand(p: Any, x: jax.Array) -> jax.Array:
+    for some in p["layers"]:
+        for each in reversed(some):
+            x = layer(x, each)
+    return x @ p["head"]
+
+
+def test_layers_of_nested_scans_are_equalized_as_in_a_python_loop():
+    layers, head = uneven_layers(2, 2), draw(3, WIDTH, 4)
+    apart = [[jax.tree.map(lambda w, k=(i, j): w[k], layers) for j in (0, 1)] for i in (0, 1)]
+    qparams, qapply = quantize({"layers": layers, "head": head}, scanned)
+    others, unrolled = quantize({"layers": apart, "head": head}, by_hand)
+
+    found, wanted = measure.flat(qparams), measure.flat(others)
+    for path, array in wanted.items():
+        parts = path.split("/")
+        numbers = tuple(int(part) for part in parts if part.isdigit())
+        stacked = found["/".join(part for part in parts if not part.isdigit())]
+        np.testing.assert_array_equal(
+            stacked[numbers], np.broadcast_to(array, stacked[numbers].shape), path
+        )
+    divided = {tensor.name for tensor in qapply.plan.tensors if tensor.channels}
+    assert {"layers/b/input[0][0]", "layers/b/input[1][0]"} <= divided
+    assert "layers/b/input[0][1]" not in divided
+    assert found["tensors/layers/b/input/scale"].shape == (2, 2, WIDTH)
+    told = qapply.report().summary["recovery"]["equalization"]
+    assert told == unrolled.report().summary["recovery"]["equalization"]
+    np.testing.assert_allclose(qapply(qparams, X), unrolled(others, X), rtol=0, atol=1e-5)
+
+
+def repeated(p: Any, x: jax.Array) -> jax.Array:
+    """Layers that have their second weight in common, then a loop over one layer."""
+
+    def step(x: jax.Array, a: jax.Array) -> Any:
+        return layer(x, {"a": a, "b": p["b"]}), None
+
+    x = lax.scan(step, x, p["a"])[0]
+    start = jnp.zeros((), jnp.int32), x
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, layer(c[1], p["loop"])), start)[
+        1
+    ]
+
+
+def test_what_steps_have_in_common_is_divided_alike():
+    one = jax.tree.map(lambda w: w[0], uneven_layers(1))
+    params = {"a": jnp.stack([one["a"], one["a"] * 2]), "b": one["b"], "loop": one}
+    found = {}
+    for recover in ((), ("equalization",)):
+        qparams, qapply = quantize(params, repeated, recover=recover)
+        found[recover] = measure.sqnr(repeated(params, X[48:]), qapply(qparams, X[48:]))
+    assert found[("equalization",)] > found[()] + 3
+
+    tensors = {tensor.name: tensor for tensor in qapply.plan.tensors}
+    assert tensors["loop/b/input"].channels == (1,)
+    assert qparams["params"]["b"]["int8"].shape == (WIDTH, WIDTH)
+    scales = np.asarray(qparams["tensors"]["b/input"]["scale"])
+    steps = np.float32([[tensors[f"b/input[{k}]"].scale] for k in (0, 1)])
+    assert steps[0] != steps[1]
+    factors = scales / steps
+    np.testing.assert_allclose(factors[0], factors[1], rtol=1e-6)
+    assert factors.max() > 2 * factors.min()
