@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate
 from jaxquant.calibration.dependence import check_independence
@@ -232,4 +233,5 @@ def _quantize(
         report = make_report(program, params, qparams, quality, recovery={})
     plan = binding.whole_plan
     warn_if_poor(source, plan, report, inputs)
+    warn_if_larger(params, qparams)
     return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)

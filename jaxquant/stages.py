@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.backends import operations
 from jaxquant.calibration import histogram
@@ -175,6 +176,7 @@ def quantize(
         qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
     inputs = observations.examples[0]
     warn_if_poor(source, qapply.plan, qapply.report(), inputs)
+    warn_if_larger(source.params, qparams)
     return qparams, qapply
 
 

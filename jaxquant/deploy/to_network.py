@@ -17,7 +17,6 @@ from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.regions import CONTROL_FLOW, Region
-from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site
@@ -331,7 +330,7 @@ class _Translator:
                 self.need_static((site.weight,))
                 computed = self.number(site.weight)
             else:
-                weight = self._stored(self.program.slots[site.name].int8, site)
+                weight = self._stored(self.program.slots[site.name].int8, site.weight)
         return Int8Node(
             name=site.name + layer_suffix(self.binding.layer),
             kind=site.kind,
@@ -393,37 +392,43 @@ class _Translator:
             self.found.arrays[name] = constants.fold(self.graph, var)
         self.found.constants[str(self.number(var))] = self.found.folded[key]
 
-    def _stored(self, path: tuple[str, ...], site: Site) -> str:
-        """The name of what is stored of a weight; where layers have their own, of one layer's."""
-        assert site.weight is not None
-        varies = self.binding.model.varies_by_layer(site.weight)
+    def _stored(self, path: tuple[str, ...], var: ir.Var) -> str:
+        """The name of what is stored of a weight; where layers have their own, of one layer's.
+
+        Args:
+          path: where it is in `qparams`.
+          var: the weight, or what follows from it.
+        """
+        varies = self.binding.model.varies_by_layer(var)
         index = tuple(k for k, own in zip(self.binding.layer, varies, strict=True) if own)
         return self.found.slice_of(tensor_names.join(("params", *path)), index)
 
     def _restore(self, var: ir.Var) -> None:
         """Nodes that compute a static tensor from the integers of a weight and their scales."""
         program = self.program
-        site = program.restored[var].site
-        view = layout.weight_view(self.graph, site, program.mode.integer)
+        restored = program.restored[var]
+        site, layers = restored.site, restored.stacked
+        view = layout.weight_view(restored.stored_in, site, program.mode.integer)
         is_per_channel = program.plan.weight_quantize_type == "channel_wise_abs_max"
         channels = math.prod(view.shape[d] for d in view.channels)
         slot = program.slots[site.name]
+        per_channel = (channels,) if is_per_channel else ()
         stored = {
-            slot.int8: jax.ShapeDtypeStruct(view.shape, np.int8),
-            slot.scale: jax.ShapeDtypeStruct((channels,) if is_per_channel else (), np.float32),
+            slot.int8: jax.ShapeDtypeStruct((*layers, *view.shape), np.int8),
+            slot.scale: jax.ShapeDtypeStruct((*layers, *per_channel), np.float32),
         }
 
         def restore(_: Any, *arrays: jax.Array) -> jax.Array:
             params: dict[str, Any] = {}
             for path, array in zip(stored, arrays, strict=True):
                 layout.put(params, path, array)
-            return program.weights.restore(program.restored[var], {"params": params})
+            return program.weights.restore(restored, {"params": params})
 
         steps = trace.trace(restore, (), tuple(stored.values()))
         numbers: dict[ir.Var, int] = {}
         for path, source in zip(stored, steps.inputs, strict=True):
             numbers[source] = self._new(steps, source)
-            self.found.leaves[str(numbers[source])] = self._stored(path, site)
+            self.found.leaves[str(numbers[source])] = self._stored(path, var)
         for eqn in steps.equations:
             for output in eqn.outputs:
                 is_result = output == steps.outputs[0]

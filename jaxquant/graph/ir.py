@@ -137,30 +137,6 @@ class Graph:
                 found[current] = None
         return sorted(found)
 
-    @functools.cached_property
-    def _static_keys(self) -> dict[Var, Any]:
-        keys: dict[Var, Any] = {}
-        interned: dict[Any, int] = {}
-
-        def intern(key: Any) -> int:
-            return interned.setdefault(key, len(interned))
-
-        for var in (*self.leaves, *self.constants):
-            keys[var] = intern(("source", var))
-        for eqn in self.equations:
-            if not self.static[eqn.outputs[0]] if eqn.outputs else True:
-                continue
-            operands = tuple(
-                ("literal", x.value.dtype.name, x.value.tobytes())
-                if isinstance(x, Literal)
-                else keys.get(x, ("var", x))
-                for x in eqn.inputs
-            )
-            params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
-            for position, var in enumerate(eqn.outputs):
-                keys[var] = intern((eqn.name, params, operands, position))
-        return keys
-
     def fingerprint(self, atom: Atom) -> str:
         """A digest of how a static tensor is computed from parameters, named by their paths.
 
@@ -215,10 +191,6 @@ class Graph:
                 sizes = zip(params[name], shape, strict=True)
                 params[name] = tuple(None if size == whole else size for size, whole in sizes)
         return {k: str(v) for k, v in sorted(params.items())}
-
-    def expression(self, var: Var) -> Any:
-        """A hashable that is equal for static tensors computed in the same way."""
-        return self._static_keys.get(var, ("var", var))
 
 
 def _digest(*parts: str) -> str:

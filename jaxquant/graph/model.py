@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.graph import ir
 from jaxquant.graph.composites import Composites
+from jaxquant.graph.expressions import Expression, Expressions
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.graph.sites import (
     Site,
@@ -123,6 +124,34 @@ class Model:
     def _operands_of(self, leaves: Collection[ir.Var]) -> list[ir.Var]:
         """The tensors of the holder that leaves of this body stand for."""
         return [self.leaf_operands[var] for var in self.graph.leaves if var in leaves]
+
+    def expression(self, var: ir.Var) -> Expression:
+        """Equal for static tensors of the whole model, its bodies too, that are stored alike.
+
+        Those are computed alike, but what a scan reads of a tensor, another slice in each step,
+        counts as the same in all scans over it that are equally deep.  The scans of a nest have
+        steps of their own, so that their slices of one tensor are two.
+        """
+        return self._expressions[var]
+
+    @functools.cached_property
+    def _expressions(self) -> Mapping[ir.Var, Expression]:
+        numbers, place = self.whole._numbers, self.root.location
+        sources = {
+            var: numbers.number("source", place, var)
+            for var in (*self.graph.leaves, *self.graph.constants)
+        }
+        if self.holder is not None:
+            for var, operand in self.leaf_operands.items():
+                outside = self.holder.expression(operand)
+                depth = len(self.scans)
+                is_slice = var in self.sliced
+                sources[var] = numbers.number("slice", depth, outside) if is_slice else outside
+        return numbers.of_graph(self.graph, sources)
+
+    @functools.cached_property
+    def _numbers(self) -> Expressions:
+        return Expressions()
 
     @functools.cached_property
     def regions(self) -> tuple[Region, ...]:

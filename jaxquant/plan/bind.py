@@ -98,7 +98,7 @@ class Binding:
           params: the parameters or their shapes.
         """
         paths = layout.leaf_paths(self.graph, params).values()
-        parts = [(part.graph, [each.site for each in part.sites]) for part in self.all_graphs()]
+        parts = [(part.model, [each.site for each in part.sites]) for part in self.all_graphs()]
         return layout.weight_slots(parts, paths, self.whole_plan)
 
     def all_graphs(self) -> Iterator[Binding]:
@@ -206,13 +206,27 @@ def _kind(plan: Plan, name: str) -> str:
 
 def _bind(model: Model, plan: Plan, layer: tuple[int, ...]) -> Binding:
     """Bind the part of a whole plan that is in a model, for one layer of the scans around it."""
-    own = part_of(plan, model, layer)
-    binding = _bind_graph(model, own)
     bodies = {
         index: tuple(_bind_body(body, plan, layer) for body in inside)
         for index, inside in model.bodies.items()
     }
+    binding = _bind_graph(model, part_of(plan, model, layer), _stored_inside(model, bodies))
     return dataclasses.replace(binding, bodies=bodies, layer=layer)
+
+
+def _stored_inside(
+    model: Model, bodies: Mapping[int, tuple[BoundBody, ...]]
+) -> dict[ir.Var, Restored]:
+    """How the operands of loops and choices follow from what is stored for the sites in these."""
+    found = {}
+    for body in (body for inside in bodies.values() for body in inside):
+        restored = body.layers[0].restorable
+        for leaf, operand in body.model.leaf_operands.items():
+            if leaf in restored:
+                slices = model.graph.shape(operand)[0] if leaf in body.model.sliced else None
+                site, inside = restored[leaf].site, restored[leaf]
+                found[operand] = Restored(site, model.graph, (), inside, slices)
+    return found
 
 
 def _bind_body(body: Model, plan: Plan, around: tuple[int, ...]) -> BoundBody:
@@ -252,8 +266,8 @@ def is_elsewhere(model: Model, site: Site) -> bool:
     return bool(site.inside) and site.name in model.in_bodies
 
 
-def _bind_graph(model: Model, plan: Plan) -> Binding:
-    """Bind what is in a model's own graph."""
+def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> Binding:
+    """Bind what is in a model's own graph; for `inside` see `jaxquant.plan.restore.restorable`."""
     graph, mode = model.graph, MODES[plan.mode]
     planned = {site.name: site for site in plan.sites}
     found = [
@@ -308,7 +322,7 @@ def _bind_graph(model: Model, plan: Plan) -> Binding:
         entries,
         scales,
         zero_points,
-        restorable(graph, [each.site for each in bound], mode.integer),
+        restorable(graph, [each.site for each in bound], mode.integer, inside),
         per_channel,
     )
 

@@ -35,6 +35,7 @@ from typing import Any
 import jax
 
 from jaxquant.graph import copies, ir, trace
+from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.modes import MODES
@@ -116,14 +117,16 @@ def leaf_paths(graph: ir.Graph, params: Any) -> dict[ir.Var, tuple[str, ...]]:
 
 
 def weight_slots(
-    parts: Sequence[tuple[ir.Graph, Sequence[Site]]],
+    parts: Sequence[tuple[Model, Sequence[Site]]],
     paths: Iterable[tuple[str, ...]],
     plan: Plan,
 ) -> dict[str, WeightSlot]:
-    """Site name -> the place of its int8 weight; sites of a graph with the same weight share one.
+    """Site name -> the place of its int8 weight; sites with the same weight share one.
+
+    Those in loops and choices share it with those outside, and with one another.
 
     Args:
-      parts: the graphs of a model, its own first, and the quantized sites of each.
+      parts: a model and its bodies, outermost first, and the quantized sites of each.
       paths: of the parameters.
       plan: the whole plan.
     """
@@ -133,13 +136,14 @@ def weight_slots(
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
     found = {}
-    for number, (graph, sites) in enumerate(parts):
+    for model, sites in parts:
+        graph = model.graph
         for site in sites:
             weight = site.stored_weight
             if weight is None:
                 continue
             view = weight_view(graph, site, integer)
-            key = (number, graph.expression(view.var), view.channels, bits[site.name])
+            key = (model.expression(view.var), view.channels, bits[site.name])
             if key not in slots:
                 name = graph.paths[trace.largest(graph, graph.sources(weight))]
                 path = by_name.get(name, (name,))

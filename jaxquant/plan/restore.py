@@ -5,17 +5,22 @@ that is an output: next to the int8 site something reads the weight, or what it 
 float.  There the integers times their scales are read, so that no float array is kept beside them.
 Where what is read does not follow from what is stored (a parameter of which the weight is a
 normalized form), the parameter stays in float as well.
+
+A site in a loop may store what is read in float outside: an embedding whose matrix is the output
+layer of a loop that generates, stacked weights that a scan reads layer by layer.  So what a loop
+reads follows from what is stored for the sites inside.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from jaxquant.graph import ir, primitives
+from jaxquant.graph.expressions import find_expressions
 from jaxquant.graph.sites import Site
 from jaxquant.plan.layout import weight_view
 
@@ -26,14 +31,36 @@ class Restored:
 
     Attributes:
       site: the site.
-      undone: the equations that led from the tensor to what is stored, the last one first.
+      graph: that the tensor is in.
+      undone: the equations that led from the tensor to what is stored, or to what a loop or choice
+        reads, the last one first.
+      inside: where the site is in the body of a loop or choice, how what its steps read follows.
+      slices: how many slices a scan with the site takes of what it reads; None where it takes none.
     """
 
     site: Site
+    graph: ir.Graph
     undone: tuple[ir.Equation, ...]
+    inside: Restored | None = None
+    slices: int | None = None
 
-    def apply(self, graph: ir.Graph, value: jax.Array) -> jax.Array:
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The sizes of the leading axes of what is stored, which are none of the site's weight."""
+        own = () if self.slices is None else (self.slices,)
+        return own if self.inside is None else (*own, *self.inside.stacked)
+
+    @property
+    def stored_in(self) -> ir.Graph:
+        """The graph that the site is in."""
+        return self.graph if self.inside is None else self.inside.stored_in
+
+    def apply(self, value: jax.Array) -> jax.Array:
         """The tensor, from the dequantized value of what is stored."""
+        if self.inside is not None:
+            each = self.inside.apply
+            value = each(value) if self.slices is None else jax.vmap(each)(value)
+        graph = self.graph
         for eqn in self.undone:
             source = next(x for x in eqn.inputs if isinstance(x, int))
             if eqn.name == "transpose":
@@ -45,38 +72,48 @@ class Restored:
         return value
 
 
-def restorable(graph: ir.Graph, sites: Sequence[Site], integer: bool) -> dict[ir.Var, Restored]:
+def restorable(
+    graph: ir.Graph, sites: Sequence[Site], integer: bool, inside: Mapping[ir.Var, Restored]
+) -> dict[ir.Var, Restored]:
     """Static tensor -> how it follows from a stored weight.
 
     Args:
-      graph: the traced model.
-      sites: the quantized ones.
+      graph: of a model or a body.
+      sites: the quantized ones in it.
       integer: whether their operations take integers; see `jaxquant.plan.layout.weight_view`.
+      inside: how operands of loops and choices follow from the weights of sites in these.
     """
     found: dict[ir.Var, Restored] = {}
     for site in sites:
         if site.stored_weight is None:
             continue
         view = weight_view(graph, site, integer)
-        if view.shape != graph.shape(view.var):
-            continue  # it is stored without its copies
-        var = view.var
-        undone: tuple[ir.Equation, ...] = ()
-        while True:
-            found.setdefault(var, Restored(site, undone))
-            eqn = graph.producer.get(var)
-            if eqn is None or not _can_be_undone(graph, eqn):
-                break
-            undone = (*undone, eqn)
-            var = eqn.input_vars[0]
-    by_expression = {graph.expression(var): restored for var, restored in found.items()}
+        if view.shape == graph.shape(view.var):  # else it is stored without its copies
+            _add_undone(graph, view.var, Restored(site, graph, ()), found)
+    for var, restored in inside.items():
+        _add_undone(graph, var, restored, found)
+    expressions = find_expressions(graph)
+    by_expression = {expressions[var]: restored for var, restored in found.items()}
     twins = {
-        var: by_expression[graph.expression(var)]
+        var: by_expression[expressions[var]]
         for eqn in graph.equations
         for var in eqn.outputs
-        if graph.static[var] and graph.expression(var) in by_expression
+        if graph.static[var] and expressions[var] in by_expression
     }
     return twins | found
+
+
+def _add_undone(
+    graph: ir.Graph, var: ir.Var, restored: Restored, found: dict[ir.Var, Restored]
+) -> None:
+    """Add a tensor and what it was made of by equations that can be undone."""
+    while True:
+        found.setdefault(var, restored)
+        eqn = graph.producer.get(var)
+        if eqn is None or not _can_be_undone(graph, eqn):
+            break
+        restored = dataclasses.replace(restored, undone=(*restored.undone, eqn))
+        var = eqn.input_vars[0]
 
 
 def _can_be_undone(graph: ir.Graph, eqn: ir.Equation) -> bool:

@@ -131,7 +131,7 @@ class _Learner:
         self._stage = stage
         graph = program.graph
         stored = [s for s in program.binding.sites if s.site.name in program.slots]
-        uses = collections.Counter(program.slots[s.site.name] for s in stored)
+        uses = collections.Counter(program.slots.values())
         self._products: dict[str, Product] = {}
         self.outcomes: dict[str, str] = {}
         self._index: dict[str, np.ndarray] = {}

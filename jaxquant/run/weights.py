@@ -51,13 +51,20 @@ class StoredWeights:
 
     def restore(self, restored: Restored, qparams: Mapping[str, Any]) -> jax.Array:
         """A static tensor that float equations read, from the integers of a weight."""
-        site = restored.site
-        view = self.view(site)
-        if self._integer:
-            weight = self.integers(site, qparams)
-            scale = layout.get(qparams["params"], self._slots[site.name].scale)
-            spread = [n if d in view.channels else 1 for d, n in enumerate(view.shape)]
-            value = weight.astype(jnp.float32) * (scale.reshape(spread) if scale.ndim else scale)
-        else:
-            value = dequantize_weight(self.in_groups(site, qparams))
-        return restored.apply(self._graph, value.astype(self._graph.dtype(view.var)))
+        graph, slot = restored.stored_in, self._slots[restored.site.name]
+        view = layout.weight_view(graph, restored.site, self._integer)
+
+        def floats(integers: jax.Array, scale: jax.Array) -> jax.Array:
+            if self._integer:
+                spread = [n if d in view.channels else 1 for d, n in enumerate(view.shape)]
+                unit = scale.reshape(spread) if scale.ndim else scale
+                value = integers.astype(jnp.float32) * unit
+            else:
+                groups = group_layout(view.shape, view.channels, self._plan.group_size)
+                value = dequantize_weight(StoredWeight(integers, scale, groups, slot.weight_bits))
+            return value.astype(graph.dtype(view.var))
+
+        for _ in restored.stacked:
+            floats = jax.vmap(floats)
+        stored = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+        return restored.apply(floats(*stored))

@@ -146,7 +146,7 @@ def _quantize_graph(
         return qparams
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
-    uses = collections.Counter(slots[s.site.name] for s in binding.sites if s.site.name in slots)
+    uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site
         planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
