@@ -172,6 +172,19 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any) -> np.ndarray:
     return result
 
 
+def ragged_dot(x: Any, weight: Any, sizes: Sequence[int], zero_point: int = 0) -> np.ndarray:
+    """int64 [M, N] of x [M, K] and a weight [G, K, N]; rows behind the groups are zero."""
+    x, weight = np.asarray(x).astype(np.int64) - zero_point, np.asarray(weight).astype(np.int64)
+    result = np.zeros((x.shape[0], weight.shape[2]), np.int64)
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            if row < x.shape[0]:
+                result[row] = [sum(x[row] * column) for column in weight[group].T]
+            row += 1
+    return result
+
+
 def window(
     x: Any,
     size: Sequence[int],

@@ -45,7 +45,9 @@ class Call:
         y = clip(y + (q_r - zp_r) * s_r, *clamps[1])    or + r, of a float32 residual
         q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
 
-    The sum keeps zp_x * sum(q_w), which the bias takes away; what pads x is zp_x.  The operands are
+    The sum keeps zp_x * sum(q_w), which the bias takes away; what pads x is zp_x.  Of a ragged dot
+    it keeps none; the multiplier is times `relative_scale`, which has a number for each channel of
+    each group's weight, and `sizes` are those of its groups.  The operands are
     a dict: x, weight, multiplier; and, where there are such, bias, inv_scale, residual,
     residual_scale, and packed, the weight as `Backend.pack` made it.  Where the zero points vary,
     they are operands too, int32 []: zero_point, and, where the residual is int8 and where q is a

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.backends import ragged
 from jaxquant.backends.conv import conv
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import ir
@@ -37,14 +38,17 @@ def dequantize(x: jax.Array, scale: jax.Array, zero_point: ZeroPoint = 0) -> jax
 def accumulate(
     contraction: Contraction, operands: Sequence[jax.Array], zero_points: Sequence[ZeroPoint]
 ) -> jax.Array:
-    """A convolution or dot of a tensor with a weight, to int32.
+    """A convolution or dot of a tensor with a weight, to int32; of a ragged dot with the sizes too.
 
     A weight that the batch axes of a dot share has size 1 there.
     The sum keeps `zero_point * sum(weight)`, which the site's bias takes away; what pads the input
-    adds to it too.
+    adds to it too.  That of a ragged dot keeps none: it is another one for each group.
     """
     if contraction.window is not None:
         return conv(operands[0], operands[1], contraction, zero_points[0])
+    if contraction.choosing is not None:
+        x, weight, sizes = operands
+        return ragged.sums(contraction, x, weight, sizes, zero_points[0])
     return dot_with_shared((operands[0], operands[1]), contraction)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import int8
+from jaxquant.backends import int8, ragged
 from jaxquant.backends.backend import NO_CLAMP, Call, Clamp, Links, Operands
 from jaxquant.backends.epilogue import epilogue
 
@@ -31,9 +31,13 @@ class Xla:
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
         arrays = [operands["x"]]
         arrays.insert(call.weight_position, operands["weight"])
-        zero_points = call.zero_points(operands)
+        zero_points, scales = call.zero_points(operands), []
+        if call.contraction.choosing is not None:
+            arrays.append(operands["sizes"])
+            scales.append(ragged.of_rows(call.contraction, operands["relative_scale"], *arrays))
         sums = int8.accumulate(call.contraction, arrays, [zero_points.x]).astype(jnp.float32)
-        y = _clip(epilogue(call.movements, call.channels, sums, operands), call.clamps[0])
+        y = epilogue(call.movements, call.channels, sums, operands, scales)
+        y = _clip(y, call.clamps[0])
         if call.residual is not None:
             added = operands["residual"]
             if call.residual.is_int8:

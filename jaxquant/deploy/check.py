@@ -109,6 +109,8 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
             channels = math.prod(shape[axis] for axis in view.channels)
             yield ("params", *slot.int8), ((shape,), np.dtype(np.int8))
             yield ("params", *slot.scale), (((channels,), ()), float32)
+            if site.as_contraction.choosing is not None:
+                yield ("sites", site.name, "relative_scale"), (((channels,),), float32)
             continue
         groups = group_layout(shape, view.channels, plan.group_size)
         by_group, pairs = list(groups.shape), list(groups.shape)

@@ -110,11 +110,14 @@ class Contraction:
         the kernel.
       result: the axes of the result.
       window: how the second operand slides over the first; None of a dot.
+      choosing: the free axis of the first operand whose rows are in groups, one group after the
+        other, each of which meets one index of what is chosen; None where nothing is.
     """
 
     operands: tuple[Axes, Axes]
     result: Result
     window: Window | None = None
+    choosing: int | None = None
 
     @property
     def axes(self) -> tuple[Axes, Axes, Result]:
@@ -160,11 +163,13 @@ class Contraction:
     def spread_shape(self, side: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """The shape in which an array [*batch, *free] of an operand of a dot meets the result.
 
+        Of a ragged dot too, whose chosen axes the result does not have.
+
         Example:
           >>> dot((((1,), (0,)), ((), ())), (2, 2)).spread_shape(1, (5,))
           (1, 5)
         """
-        assert self.is_dot, "a convolution has its axes in any order"
+        assert self.window is None, "a convolution has its axes in any order"
         shape = [1] * (len(self.result.batch) + sum(map(len, self.result.free)))
         places = (*self.result.batch, *self.result.free[side])
         for place, size in zip(places, sizes, strict=True):
@@ -247,7 +252,8 @@ def _ragged(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | No
     if not chosen or not set(rows) <= set(first.free):
         return None
     free = tuple(axis for axis in second.free if axis not in chosen)
-    return _of_dot((first, dataclasses.replace(second, free=free, chosen=chosen)))
+    found = _of_dot((first, dataclasses.replace(second, free=free, chosen=chosen)))
+    return dataclasses.replace(found, choosing=int(rows[0]))
 
 
 def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:

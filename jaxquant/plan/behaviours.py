@@ -56,7 +56,7 @@ WITHOUT_INT8_FORM: Mapping[str, str] = {
     "fused recurrence": "a recurrent layer of cuDNN has no int8 form",
     "scaled dot": "a dot with scales of its own has no int8 form",
     "Fourier transform": "a Fourier transform has no int8 form",
-    "ragged dot": "a ragged dot has no int8 form",
+    "ragged dot": "a ragged dot whose groups are of sums or of batches has no int8 form",
 }
 
 

@@ -86,8 +86,8 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             return "its kernel depends on the inputs"
         if contraction.window.batch_groups != 1:
             return "batch_group_count is not 1"
-    elif not contraction.is_dot:
-        return behaviours.WITHOUT_INT8_FORM["ragged dot"]
+    elif contraction.choosing is not None and site.stored_weight is None:
+        return "the weights that its rows choose from are no parameters"
     terms = contraction.terms(graph.shape(eqn.inputs[1]))
     if terms > (LARGEST_SUM_OF_TENSORS if site.weight is None else LARGEST_SUM):
         return f"its sums of {terms} products may overflow int32"

@@ -41,6 +41,20 @@ class GroupLayout:
         """The same groups of the same elements as a matrix, K its first axis or its last."""
         return GroupLayout((0, 1), shape, shape, min(self.axis, 1), self.size)
 
+    def place(self, axis: int) -> int:
+        """Where an axis of the weight that is not summed over is in `shape`."""
+        at = self.order.index(axis)
+        return at if at < self.axis else at - (len(self.permuted) - len(self.shape))
+
+    def of_one(self, axis: int) -> GroupLayout:
+        """The groups of a single index along an axis of the weight that is not summed over."""
+        at, place = self.order.index(axis), self.place(axis)
+        return dataclasses.replace(
+            self,
+            permuted=tuple(1 if n == at else size for n, size in enumerate(self.permuted)),
+            shape=tuple(1 if n == place else size for n, size in enumerate(self.shape)),
+        )
+
     @property
     def inverse(self) -> tuple[int, ...]:
         """The permutation back to the weight's own order of axes."""

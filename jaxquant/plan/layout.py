@@ -15,6 +15,8 @@
                bias takes away what the zero point of the input adds to every sum.  Where the
                weight is stored, the input's scale planned and int32 holds it, it is a whole number
                of multipliers; the multiplier of a channel whose weight is all zero is 0 there.
+               Of a ragged dot also "relative_scale": [C], of the channels of all that rows choose
+               from: the multiplier [C / G] has the largest scale of G, of which these are parts.
                Where the weights alone are quantized there is no such entry.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get

@@ -33,6 +33,8 @@ class Product:
     @property
     def reason(self) -> str:
         """Why the site has no such form; "" where it has one."""
+        if self.site.as_contraction.choosing is not None:
+            return "its rows choose their weight"
         return "its weight has batch axes" if self.site.as_contraction.has_batch else ""
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends import int8
+from jaxquant.backends import int8, ragged
 from jaxquant.backends.epilogue import epilogue
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import evaluate, ir
@@ -49,6 +49,10 @@ def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeig
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             operands.insert(site.weight_position, weights.integers(site, state.qparams))
+            if site.as_contraction.choosing is not None:
+                operands.append(state.env.read(eqn.inputs[2]))
+                relative = state.qparams["sites"][site.name]["relative_scale"]
+                scales.append(ragged.of_rows(site.as_contraction, relative, *operands))
             total = int8.accumulate(site.as_contraction, operands, zero_points)
             value = total.astype(jnp.float32)
         return _finished(int8_site, value, state, scales)

@@ -35,6 +35,7 @@ class SiteCall:
         varies: bool = False,
     ):
         self.chain = chain
+        self._equation = graph.equations[chain.site.site.equation]
         self.call = dataclasses.replace(call_of(graph, chain, zero_points), varies=varies)
         self.slot = slot
 
@@ -48,7 +49,9 @@ class SiteCall:
         site, residual = self.chain.site.site, self.chain.residual
         qparams, quantized = state.qparams, state.quantized
         found = {"weight": layout.get(qparams["params"], self.slot.int8)}
-        found |= qparams["sites"][site.name]  # multiplier and bias
+        found |= qparams["sites"][site.name]  # multiplier, bias and the like
+        if site.as_contraction.choosing is not None:
+            found["sizes"] = state.env.read(self._equation.inputs[2])
         if site.name in qparams.get("packed", {}):
             found["packed"] = qparams["packed"][site.name]
         if self.chain.grid is not None:

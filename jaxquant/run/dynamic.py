@@ -27,7 +27,7 @@ def quantize_operands(
     shapes = [env.graph.shape(atom) for atom in eqn.inputs]
     found = [
         quantize_operand(site.as_contraction, position, env.wide(atom), shapes[1 - position])
-        for position, atom in enumerate(eqn.inputs)
+        for position, atom in enumerate(eqn.inputs[:2])
         if atom != site.weight
     ]
     return [x for x, _ in found], [scale for _, scale in found]

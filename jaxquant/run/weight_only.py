@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends import ragged
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
@@ -35,6 +36,10 @@ def apply(
     if eqn.name == "gather":
         return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
+    is_chosen = site.contraction is not None and site.contraction.choosing is not None
+    if is_chosen and not view.movements and not site.as_contraction.has_batch:
+        value = _by_chosen(eqn, site, operands[0], stored, operands[1])
+        return value.astype(env.graph.dtype(eqn.outputs[0]))
     if (order := _as_matrix(site, view, stored)) is not None:
         return _by_blocks(eqn, site, operands[0], stored, order).astype(
             env.graph.dtype(eqn.outputs[0])
@@ -105,6 +110,37 @@ def _by_blocks(
     places = [len(free) + ascending.index(a) for a in own]
     rest = list(range(len(free)))
     return value.transpose([*rest, *places] if side else [*places, *rest])
+
+
+def _by_chosen(
+    eqn: ir.Equation, site: Site, x: jax.Array, stored: StoredWeight, sizes: jax.Array
+) -> jax.Array:
+    """A ragged dot without batch axes, as float32; of what rows choose from one is dequantized.
+
+    Args:
+      eqn, site: the ragged dot.
+      x: its first operand.
+      stored: the weight.
+      sizes: of the groups.
+    """
+    groups, own = stored.layout, site.weight_axes
+    (chosen,) = own.chosen
+    place, one = groups.place(chosen), groups.of_one(chosen)
+    shape = tuple(groups.permuted[at] for at in groups.inverse)
+    layout = ragged.Layout(site.as_contraction, x.shape, shape)
+
+    def product(block: jax.Array, index: jax.Array) -> jax.Array:
+        axis = chosen if stored.bits == 8 else place
+        integers = jax.lax.dynamic_index_in_dim(stored.integers, index, axis)
+        scale = jax.lax.dynamic_index_in_dim(stored.scale, index, place)
+        weight = dequantize_weight(StoredWeight(integers, scale, one, stored.bits))
+        matrix = weight.transpose((chosen, *own.contracted, *own.free))
+        matrix = matrix.reshape(layout.summed, layout.columns).astype(block.dtype)
+        precision = eqn.params["precision"]
+        return jax.lax.dot(block, matrix, precision=precision, preferred_element_type=jnp.float32)
+
+    rows, ends = layout.x(x), layout.ends(sizes)
+    return layout.back(ragged.by_blocks(layout, rows, ends, product, 0, jnp.float32))
 
 
 def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.Array:

@@ -151,7 +151,7 @@ def _quantize_graph(
         site = int8_site.site
         planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
         accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
-        offset = None
+        offset, others = None, {}
         if site.name in slots:
             assert site.weight is not None
             axes = site.channel_axes
@@ -160,7 +160,8 @@ def _quantize_graph(
             weight = undivided(binding, site, weight, divisors)
             int8, scale = quantize_weight(weight, axes if per_channel else ())
             alone = uses[slots[site.name]] == 1 and all(binding.model.varies_by_layer(site.weight))
-            if per_channel and alone and len(planned) == len(site.operands):
+            chooses = site.as_contraction.choosing is not None
+            if per_channel and alone and not chooses and len(planned) == len(site.operands):
                 worth = _compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
                 growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
@@ -168,9 +169,13 @@ def _quantize_graph(
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             zero_point = binding.zero_points.get(site.operands[0], 0)
-            accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
-            accumulator = accumulator * channels_in_use(weight, axes)
-        arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset)
+            if chooses:  # each row has the scale of what it chose; the sums keep no zero point
+                largest, others["relative_scale"] = relative_scales(site, weight, scale)
+                accumulator = largest * accumulator
+            else:
+                accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
+                accumulator = accumulator * channels_in_use(weight, axes)
+        arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset) | others
         if "bias" in arrays and site.name in slots and len(planned) == len(site.operands):
             arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
         qparams["sites"][site.name] = arrays
@@ -269,6 +274,29 @@ def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]
     if values.ndim == 0:
         return values
     return values.reshape([shape[a] if a in axes else 1 for a in range(len(shape))])
+
+
+def relative_scales(
+    site: Site, weight: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scales of a weight that rows choose from: the largest of each channel, and parts of it.
+
+    Args:
+      site: a ragged dot with a stored weight.
+      weight: its weight.
+      scale: [C] or [], of the weight's channels.
+
+    Returns:
+      [C'], for each channel of the result the largest scale of all that may be chosen; and float32
+      [C], each scale as a part of that, 0 where all of a channel is zero.
+    """
+    kept, chosen = site.channel_axes, site.weight_axes.chosen
+    used = channels_in_use(weight, kept)
+    shape = [weight.shape[axis] for axis in kept]
+    each = np.where(used, np.broadcast_to(scale, used.shape), 0.0).reshape(shape)
+    largest = each.max(axis=tuple(kept.index(axis) for axis in chosen), keepdims=True)
+    relative = each / np.where(largest > 0, largest, 1.0)
+    return largest.reshape(-1), relative.reshape(-1).astype(np.float32)
 
 
 def accumulator_terms(

@@ -24,8 +24,9 @@ def conv(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         (lambda w, x: conv(x, w, batch_group_count=2), (6, 3, 3, 3), (4, 3, 5, 5),
          "batch_group_count is not 1"),
         (lambda w, x: conv(w, x), (4, 3, 5, 5), (6, 3, 3, 3), "its kernel depends on the inputs"),
-        (lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 4])), (2, 6, 7), (5, 6),
-         "a ragged dot has no int8 form"),
+        (lambda w, x: lax.ragged_dot(x, w, jnp.array([1, 4])), (2, 6, 7), (5, 6), ""),
+        (lambda w, x: lax.ragged_dot(x @ w, jnp.ones((2, 7, 3)), jnp.array([1, 4])), (6, 7), (5, 6),
+         "the weights that its rows choose from are no parameters"),
         (lambda w, x: x @ w, (140_000, 1), (1, 140_000), "its sums of 140000 products may overflow"
          " int32"),
         (lambda w, x: (x * w) @ (x + w).T, (140_000,), (1, 140_000),
@@ -37,6 +38,6 @@ def test_what_has_no_int8_form_says_why(
 ) -> None:
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (weight, x))
     params, example = shapes
-    (site,) = networks.find(apply_fn, params, example)
+    *_, site = networks.find(apply_fn, params, example)
     model = trace_model(apply_fn, params, (example,))
     assert reason_for_float(model, site, QuantConfig(is_full_quantize=True)) == reason

@@ -37,11 +37,13 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
 
 def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
+    shape, given = e.shape(site.node.outputs[0]), site.node.contraction
+    assert given is not None, "an operation with a weight is a convolution or dot"
+    if given.choosing is not None:
+        raise NotCovered("an int8 ragged dot, whose rows choose their weight")
     (entry,) = e.model.entries(site)[:1]
     int8, multiplier, bias = site_arrays(e.model, site)
     input_scale = e.model.scales.scale(entry)
-    shape, given = e.shape(site.node.outputs[0]), site.node.contraction
-    assert given is not None, "an operation with a weight is a convolution or dot"
     if given.window is not None:
         form = conv_form(given, int8.shape)
         order = contraction.kernel_order(form)
