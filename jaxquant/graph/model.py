@@ -71,7 +71,7 @@ class Model:
     @functools.cached_property
     def layers(self) -> int | None:
         """How many layers a scan has whose weights are stacked; None for what is no such scan."""
-        if self.body is None or self.body.equation is None or not self.sliced & self._weighty:
+        if self.body is None or self.body.equation is None or not self.sliced:
             return None
         return int(self.body.equation.params["length"])
 
@@ -106,20 +106,11 @@ class Model:
 
     @functools.cached_property
     def sliced(self) -> frozenset[ir.Var]:
-        """The leaves that are another slice in each step."""
+        """The leaves that are another slice in each step; none where no weight is made of them."""
         if self.body is None:
             return frozenset()
         taken = {self.body.arguments[k] for k in self.body.scanned}
         return frozenset(taken.intersection(self.graph.leaves))
-
-    @functools.cached_property
-    def _weighty(self) -> frozenset[ir.Var]:
-        """The leaves that weights are made of, those of the bodies inside too."""
-        read = {site.weight for site in self.with_lookups if site.weight is not None}
-        for bodies in self.bodies.values():
-            read |= {v for body in bodies for v in body._operands_of(body._weighty)}
-        sources = {v for var in read for v in self.graph.sources(var)}
-        return frozenset(sources.intersection(self.graph.leaves))
 
     def _operands_of(self, leaves: Collection[ir.Var]) -> list[ir.Var]:
         """The tensors of the holder that leaves of this body stand for."""

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxquant.graph import ir
+from jaxquant.graph import ir, kinds
 from jaxquant.graph.composites import Composites
 from jaxquant.graph.trace import trace_body
 from jaxquant.jax_shim import jaxprs
@@ -84,6 +84,24 @@ class Region:
             )
         return self._bodies[eqn.index]
 
+    @functools.cached_property
+    def _weighty(self) -> frozenset[ir.Var]:
+        """The leaves that weights are made of, those of the bodies inside too."""
+        graph, read = self.graph, set[ir.Var]()
+        for eqn in graph.equations:
+            if eqn.outputs and graph.static[eqn.outputs[0]]:
+                continue
+            if eqn.index in graph.contractions:
+                read.update(var for var in eqn.input_vars if graph.static[var])
+            elif kinds.is_lookup(graph, eqn):
+                read.add(eqn.input_vars[0])
+            elif eqn.name in CONTROL_FLOW:
+                for body in self.bodies(eqn):
+                    pairs = zip(body.arguments, body.operands, strict=True)
+                    read.update(x for v, x in pairs if v in body._weighty and isinstance(x, int))
+        sources = {source for var in read for source in graph.sources(var)}
+        return frozenset(sources.intersection(graph.leaves))
+
     def split(self, values: Sequence[Any]) -> tuple[dict[ir.Var, Any], list[Any]]:
         """The values of the arguments of a body as those of its leaves and of its inputs.
 
@@ -135,5 +153,14 @@ def _bound(
         None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
         for k, atom in enumerate(operands)
     ]
-    graph, arguments = trace_body(holder.graph, eqn, jaxpr, consts, constant)
-    return Region(graph, holder, eqn, number, key, arguments, operands, scanned, carries, ends)
+
+    def traced(constant: Sequence[ir.Atom | None]) -> Region:
+        graph, arguments = trace_body(holder.graph, eqn, jaxpr, consts, constant)
+        return Region(graph, holder, eqn, number, key, arguments, operands, scanned, carries, ends)
+
+    found = traced(constant)
+    if {found.arguments[k] for k in scanned} & found._weighty:
+        return found
+    # Stacked biases or tables alone make no layers: they are tensors like any other.
+    without = [None if k in scanned else atom for k, atom in enumerate(constant)]
+    return found if without == constant else traced(without)
