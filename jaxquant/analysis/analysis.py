@@ -68,13 +68,16 @@ class Analysis:
         lost_channels (constant in int8 alone): of its output; cause: "weights", "clipping",
         "outliers", "rounding", "" for a site that is well.  With a metric: alone_score and
         alone_drop (the site alone in int8), float_score and float_gain (the site alone in float),
-        effect (the mean of drop and gain).
+        effect (the mean of drop and gain).  place: along the network.
+        Of a site inside a scan over stacked weights they are of the worst layer, but for the
+        metric, for which all its layers change at once: worst_layer is its name, "NAME[3]", and
+        by_layer has the row of each.  In another loop they are of all its steps.
         None where a value does not exist.
-      tensors: name -> `TensorAnalysis` of each quantized tensor.
-      weights: site -> [C], the largest magnitude of each output channel of its weight.
+      tensors: name -> `TensorAnalysis` of each quantized tensor, with layers of each of them.
+      weights: site, with layers each of them -> [C], the largest magnitude of each output channel
+        of its weight.
       summary: sites, batches, output_sqnr_db, output_db; with a metric: float_score, int8_score,
-        curve (a list of [sites in float, int8 share of the sites, score]); where there are such,
-        inside_loops: the int8 sites inside loops and choices, which are not measured.
+        curve (a list of [sites in float, int8 share of the sites, score]).
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -93,6 +96,12 @@ class Analysis:
         return sorted(self.rows, key=lambda row: row["rank"])
 
     @property
+    def along(self) -> list[Mapping[str, Any]]:
+        """The rows in network order, of a site with layers one for each of them."""
+        found = [layer for row in self.rows for layer in row["by_layer"] or [row]]
+        return sorted(found, key=lambda row: row["place"])
+
+    @property
     def has_scores(self) -> bool:
         """True where a metric was given."""
         return "curve" in self.summary
@@ -102,7 +111,7 @@ class Analysis:
         found = []
         for row in self.worst[:sites]:
             if row["cause"]:
-                found.append(f"{row['name']}: {ADVICE[row['cause']]}")
+                found.append(f"{where(row)}: {ADVICE[row['cause']]}")
         return found
 
     def __str__(self) -> str:
@@ -142,16 +151,19 @@ class Analysis:
             )
         if self.has_scores:
             lines.append(f"Metric: float {s['float_score']:.6g}, int8 {s['int8_score']:.6g}.")
-        if inside := s.get("inside_loops"):
-            shown = ", ".join(inside[:_SHOWN]) + (", ..." if inside[_SHOWN:] else "")
-            scores = "; the metric has them in float" if self.has_scores else ""
-            lines.append(f"Not measured, since they are inside loops{scores}: {shown}.")
+        if any(row["by_layer"] for row in self.worst[:_SHOWN]):
+            lines.append('Of a site with layers the worst one is shown; "by_layer" has all.')
         lines += self.advice() or ["No site stands out."]
         return "\n".join(lines)
 
 
+def where(row: Mapping[str, Any]) -> str:
+    """The site that a row of an `Analysis` tells of; of one with layers the worst layer."""
+    return str(row["worst_layer"] or row["name"])
+
+
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    value = row[key]
+    value = where(row) if key == "name" else row[key]
     if value is None:
         return "-"
     if isinstance(value, str | int):
@@ -162,6 +174,9 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [_plain(x) if isinstance(x, Mapping) else x for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: plain(value) for key, value in values.items()}

@@ -17,16 +17,17 @@ from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_model
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
-from jaxquant.plan.bind import bind
+from jaxquant.plan.bind import bind, layers_of
 from jaxquant.plan.grid import levels
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
-from jaxquant.run.program import Program
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.tune import sensitivity
-from jaxquant.tune.parts import find_parts
+from jaxquant.tune.parts import Part, Parts, find_parts
 from jaxquant.tune.scores import Metric, Scores, models_digest
 from jaxquant.tune.sensitivity import Sensitivity
 from jaxquant.tune.switch import Switch
@@ -52,8 +53,8 @@ def analyze(
     Both models run side by side over `ds`, all sites measured in one compiled step: the error of
     each site alone (its inputs those of the float model) and the error that has gathered up to it.
     With a metric every site is also run alone in int8, and alone in float, by one compiled program
-    that takes the choice as an argument.  The sites inside loops and choices are named and not
-    measured; the programs that a metric is asked of have them in float.
+    that takes the choice as an argument.  A site inside a scan over stacked weights is measured in
+    each layer by itself, and alone in int8 or in float in all its layers at once.
 
     Args:
       params, apply_fn: the float model.
@@ -122,10 +123,10 @@ def _analyze(
         kept = _remember(stage.each(batches), examples)
         surveyed = survey(source, qparams, plan, kept, progress)
     with progress.stage("measuring weights"):
-        program = Program(bind(source.trace(examples[0]), plan), params)
+        program = program_by_site(bind(source.trace(examples[0]), plan), params)
         weights = weight_ranges(program, params, qparams)
     tensors = {name: _tensor(plan, name, surveyed) for name in surveyed.tensors}
-    rows = _rows(program, surveyed, weights, tensors)
+    rows = _rows(find_parts(program), surveyed, weights, tensors)
     quality = {row["name"]: row["own_db"] for row in rows}
     summary: dict[str, Any] = {
         "sites": len(rows),
@@ -133,8 +134,6 @@ def _analyze(
         "output_sqnr_db": surveyed.outputs.sqnr_db if surveyed.outputs else None,
         "output_db": surveyed.outputs.sample_db if surveyed.outputs else None,
     }
-    if inside := plan.int8_among(program.model.in_bodies):
-        summary["inside_loops"] = inside
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
         switch = Switch(source, qparams, plan, examples)
@@ -146,7 +145,7 @@ def _analyze(
         summary |= _scored(found, sensitivity.curve(scores, switch.names, ranking, progress))
     drop = summary["float_score"] - summary["int8_score"] if metric is not None else None
     for row in rows:
-        row["rank"] = ranking.index(row["name"]) + 1
+        row["rank"] = ranking.index(row["name"]) + 1  # of the site, with all its layers
         row["cause"] = cause(row) if matters(row, drop) else ""
     return Analysis(rows, tensors, {n: w.outputs for n, w in weights.items()}, summary)
 
@@ -176,36 +175,78 @@ def _tensor(plan: Plan, name: str, surveyed: Surveyed) -> TensorAnalysis:
 
 
 def _rows(
-    program: Program,
+    parts: Parts,
     surveyed: Surveyed,
     weights: Mapping[str, WeightRanges],
     tensors: Mapping[str, TensorAnalysis],
 ) -> list[dict[str, Any]]:
-    rows = []
-    for part in find_parts(program):
-        if part.name not in surveyed.own:
+    """One row a site, in network order; of several layers that of the worst one."""
+    layers: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, None] = {}
+    for place, (program, part, layer) in enumerate(_along(parts, ())):
+        suffix = layer_suffix(layer)
+        if part.name + suffix not in surveyed.own:
             continue
-        own, accumulated = surveyed.own[part.name], surveyed.accumulated.get(part.name)
-        ends, weight = surveyed.ends.get(part.name), weights.get(part.name)
-        row: dict[str, Any] = {
-            "name": part.name,
-            "kind": part.kind,
-            "rank": 0,
-            "own_sqnr_db": own.sqnr_db,
-            "own_db": own.sample_db,
-            "own_cosine": own.cosine,
-            "accumulated_sqnr_db": accumulated.sqnr_db if accumulated else None,
-            "accumulated_db": accumulated.sample_db if accumulated else None,
-            "accumulated_cosine": accumulated.cosine if accumulated else None,
-            "weight_db": min(weight.sqnr_db, weight.channel_db) if weight else None,
-            "channels": len(ends.low) if ends else None,
-            "dead_channels": ends.dead if ends else None,
-            "lost_channels": ends.lost if ends else None,
-        }
-        names = [program.binding.scales[v] for v in part.operands if v in program.binding.scales]
-        row |= _input_row(dict.fromkeys(names), surveyed.tensors, tensors)
-        rows.append(row)
+        row = _row(program, part, suffix, surveyed, weights, tensors)
+        found[part.name] = None
+        layers.setdefault(part.name, []).append({**row, "place": place})
+    rows = []
+    for name in found:
+        worst = min(layers[name], key=lambda row: row["own_db"])
+        several = worst["name"] != name
+        more = {"worst_layer": worst["name"], "by_layer": layers[name]}
+        rows.append({**worst, "name": name, **(more if several else dict.fromkeys(more))})
     return rows
+
+
+def _along(parts: Parts, layer: tuple[int, ...]) -> Iterator[tuple[Program, Part, tuple[int, ...]]]:
+    """The sites in the order in which they run, those inside scans again for each layer."""
+    ends: dict[int, Part | tuple[Parts, ...]] = {
+        **{p.end.index: p for p in parts.own},
+        **parts.bodies,
+    }
+    for index in sorted(ends):
+        end = ends[index]
+        if isinstance(end, Part):
+            if end.name:
+                yield parts.program, end, layer
+            continue
+        backwards = parts.program.graph.equations[index].params.get("reverse", False)
+        for body in end:
+            numbers = layers_of(body.program.model, layer)
+            for inner in reversed(numbers) if backwards else numbers:
+                yield from _along(body, inner)
+
+
+def _row(
+    program: Program,
+    part: Part,
+    suffix: str,
+    surveyed: Surveyed,
+    weights: Mapping[str, WeightRanges],
+    tensors: Mapping[str, TensorAnalysis],
+) -> dict[str, Any]:
+    """What is known of a site in one layer, whose names end in `suffix`."""
+    name = part.name + suffix
+    own, accumulated = surveyed.own[name], surveyed.accumulated.get(name)
+    ends, weight = surveyed.ends.get(name), weights.get(name)
+    row: dict[str, Any] = {
+        "name": name,
+        "kind": part.kind,
+        "own_sqnr_db": own.sqnr_db,
+        "own_db": own.sample_db,
+        "own_cosine": own.cosine,
+        "accumulated_sqnr_db": accumulated.sqnr_db if accumulated else None,
+        "accumulated_db": accumulated.sample_db if accumulated else None,
+        "accumulated_cosine": accumulated.cosine if accumulated else None,
+        "weight_db": min(weight.sqnr_db, weight.channel_db) if weight else None,
+        "channels": len(ends.low) if ends else None,
+        "dead_channels": ends.dead if ends else None,
+        "lost_channels": ends.lost if ends else None,
+    }
+    scales = program.binding.scales
+    names = [f"{scales[v]}{suffix}" for v in part.operands if v in scales]
+    return row | _input_row(dict.fromkeys(names), surveyed.tensors, tensors)
 
 
 def _input_row(

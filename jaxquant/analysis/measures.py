@@ -31,6 +31,29 @@ class Moments(NamedTuple):
     samples: Any
     unit: Any = 1.0
 
+    def plus(self, other: Moments) -> Moments:
+        """Of two tensors together, arrays of JAX, in the larger of their units."""
+        unit = jnp.maximum(self.unit, other.unit)
+        parts = [x.in_unit(unit) for x in (self, other)]
+        sums: Moments = jax.tree.map(jnp.add, *parts)
+        return sums._replace(unit=unit)
+
+    def in_unit(self, unit: jax.Array) -> Moments:
+        """The same in another unit, not below its own; one of 0 is of nothing seen."""
+        ratio = self.unit / jnp.where(unit > 0, unit, 1)
+        powers = (jnp.where(jnp.isinf(x), x, x * ratio**2) for x in self[:4])
+        signal, noise, power, product = powers
+        return Moments(signal, noise, power, product, self.decibels, self.samples, unit)
+
+    def nothing(self) -> Moments:
+        """Of no value: zeros of these shapes, the unit too."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
+
+    @property
+    def was_seen(self) -> bool:
+        """False for those of no value at all; before they are widened."""
+        return bool(self.unit > 0)
+
     def widened(self) -> Moments:
         """With a unit of 1, in float64: the squares of any float32."""
         square = float(self.unit) ** 2
@@ -70,6 +93,16 @@ class Ends(NamedTuple):
     int8_low: Any
     int8_high: Any
 
+    def plus(self, other: Ends) -> Ends:
+        """Of two tensors together."""
+        least, most = jnp.minimum, jnp.maximum
+        return Ends(*(f(a, b) for f, a, b in zip((least, most) * 2, self, other, strict=True)))
+
+    def nothing(self) -> Ends:
+        """Of no value, in arrays of these shapes."""
+        ends = zip((jnp.inf, -jnp.inf) * 2, self, strict=True)
+        return Ends(*(jnp.full(x.shape, end, x.dtype) for end, x in ends))
+
     @property
     def dead(self) -> int:
         """Channels that are constant in the float model."""
@@ -94,6 +127,30 @@ class Clipping(NamedTuple):
     clipped_noise: Any
     low: Any
     high: Any
+
+    def plus(self, other: Clipping) -> Clipping:
+        """Of two tensors together, arrays of JAX."""
+        moments = self.moments.plus(other.moments)
+        noises = [
+            x.clipped_noise * (x.moments.unit / jnp.where(moments.unit > 0, moments.unit, 1)) ** 2
+            for x in (self, other)
+        ]
+        return Clipping(
+            moments,
+            self.clipped + other.clipped,
+            self.count + other.count,
+            sum(noises),
+            jnp.minimum(self.low, other.low),
+            jnp.maximum(self.high, other.high),
+        )
+
+    def nothing(self) -> Clipping:
+        """Of no value, in arrays of these shapes."""
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
+        low, high = (
+            jnp.full(x.shape, end) for x, end in ((self.low, jnp.inf), (self.high, -jnp.inf))
+        )
+        return zeros._replace(low=low, high=high)
 
     def widened(self) -> Clipping:
         """With a unit of 1, in float64."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxquant._version import __version__
 from jaxquant.analysis import plots
-from jaxquant.analysis.analysis import Analysis
+from jaxquant.analysis.analysis import Analysis, where
 from jaxquant.analysis.next_steps import next_steps
 from jaxquant.analysis.page_style import SCRIPT, STYLE
 from jaxquant.files import atomic
@@ -237,7 +237,7 @@ def _pictures(analysis: Analysis, progress: Progress) -> str:
     shown = analysis.worst[:_DETAILED]
     parts.append(f"<h2>The {len(shown)} worst sites</h2>")
     for row in shown:
-        name, tensor = row["name"], row["input"]
+        name, tensor = where(row), row["input"]
         parts.append(f"<h3>{html.escape(name)}</h3>")
         if tensor is not None:
             parts.append(_Picture(plots.histogram, (analysis, tensor), f"histogram of {tensor}"))

@@ -17,6 +17,8 @@ from jaxquant.extras import how_to_install
 METHODS = ("KL", "KL:paddle-3.3", "KL:nvidia", "abs_max", "hist", "mse", "emd", "ptf", "auto")
 _INT8, _FLOAT, _BAD, _GREY = "#1f6f8b", "#e08e45", "#b3261e", "#8a8f98"
 _MOST_BARS = 40
+_WIDEST = 40.0  # inches
+_MOST_NAMES = 180  # that are legible in so many
 
 
 def histogram(analysis: Analysis, tensor: str) -> Any:
@@ -103,12 +105,14 @@ def weight_ranges(analysis: Analysis, site: str) -> Any:
 def sqnr(analysis: Analysis) -> Any:
     """The SQNR of every site along the network: its own, and what has gathered up to it.
 
+    A site inside a scan over stacked weights is there once for each layer.
+
     Raises:
       ImportError: matplotlib is not installed.
     """
     _check_analysis(analysis)
-    rows = analysis.rows
-    figure, axes = _figure(max(6.0, 0.22 * len(rows) + 2), 3.8)
+    rows = analysis.along
+    figure, axes = _figure(min(max(6.0, 0.22 * len(rows) + 2), _WIDEST), 3.8)
     place = np.arange(len(rows))
     axes.plot(place, [row["own_db"] for row in rows], "o-", color=_INT8, label="own error alone")
     gathered = [row["accumulated_db"] for row in rows]
@@ -197,7 +201,9 @@ def _need_scores(analysis: Analysis) -> None:
 
 
 def _name_sites(axes: Any, names: list[str]) -> None:
-    axes.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=7)
+    """Name the places along an axis, of very many every second, third, ... one."""
+    places = range(0, len(names), 1 + len(names) // _MOST_NAMES)
+    axes.set_xticks(places, [names[place] for place in places], rotation=90, fontsize=7)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.analysis.advice import GOOD_DB
-from jaxquant.graph import ir
+from jaxquant.analysis.flow import find_flow
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.grid import SMALLEST_SCALE
@@ -80,8 +80,7 @@ def warn_if_poor(
     if output >= POOR_SQNR:
         _warn_of_lost_columns(report)
         return
-    sqnr = {row["name"]: row["sqnr_db"] for row in report.rows if row["sqnr_db"] is not None}
-    own = {r["name"]: r["own_sqnr_db"] for r in report.rows if r["own_sqnr_db"] is not None}
+    sqnr, own = (_of_layers(report, key) for key in ("sqnr_db", "own_sqnr_db"))
     found = falls(bind(source.trace(inputs), plan), sqnr, output)
     shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
@@ -98,40 +97,25 @@ def falls(binding: Binding, sqnr: Mapping[str, float], output: float) -> list[Fa
 
     Args:
       binding: of the int8 model.
-      sqnr: site -> that of its output in dB, both models run whole.
+      sqnr: site, inside a scan over stacked weights each layer of it, "NAME[3]" -> that of its
+        output in dB, both models run whole.
       output: that of the model's outputs.
     """
-    graph, lookups = binding.graph, MODES[binding.plan.mode].lookups
-    ends = {s.site.name: s.epilogue.output for s in binding.sites}
-    sites = [s for s in binding.model.sites_of(lookups) if s.name in sqnr]
-    names = {ends.get(s.name, s.output): s.name for s in sites}
-    found = []
-    for site in sites:
-        feeding = _nearest(graph, site.operands, names)
-        before = min((sqnr[name] for name in feeding), default=math.inf)
-        found.append(Fall(site.name, before, sqnr[site.name], feeding))
-    outputs = [x for x in graph.outputs if isinstance(x, int)]
-    feeding = _nearest(graph, outputs, names)
-    before = min((sqnr[name] for name in feeding), default=math.inf)
-    found.append(Fall(OUTPUTS, before, output, feeding))
+    flow = find_flow(binding, sqnr)
+    feeding = {name: p.feeding(read) for p in flow.walk() for name, read in p.inputs.items()}
+    feeding[OUTPUTS] = flow.feeding([x for x in flow.graph.outputs if isinstance(x, int)])
+    after = {**sqnr, OUTPUTS: output}
+    found = [
+        Fall(name, min((sqnr[each] for each in names), default=math.inf), after[name], names)
+        for name, names in feeding.items()
+    ]
     return sorted(found, key=lambda fall: -fall.size)
 
 
-def _nearest(
-    graph: ir.Graph, start: Sequence[ir.Var], names: Mapping[ir.Var | None, str]
-) -> tuple[str, ...]:
-    """The sites whose outputs some tensors are computed from, with no other in between."""
-    found: dict[str, None] = {}
-    stack, seen = list(start), set(start)
-    while stack:
-        var = stack.pop()
-        if var in names:
-            found[names[var]] = None
-        elif var in graph.producer:
-            reads = [v for v in graph.producer[var].input_vars if v not in seen]
-            stack += reads
-            seen.update(reads)
-    return tuple(found)
+def _of_layers(report: Report, key: str) -> dict[str, float]:
+    """What the rows of a report say of every site, of one with layers of each of them."""
+    rows = [each for row in report.rows for each in row["by_layer"] or [row]]
+    return {row["name"]: row[key] for row in rows if row[key] is not None}
 
 
 def _spell(fall: Fall, own: float | None) -> str:
@@ -150,12 +134,14 @@ def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> 
             f"{SMALLEST_SCALE:.2g}, the least float32 that programs compute with: scale the input "
             "or the weight"
         )
+    sites = {each["name"]: row for row in report.rows for each in row["by_layer"] or [row]}
     bad = [fall.name for fall in shown if own.get(fall.name, math.inf) < GOOD_DB]
-    advice = MODES[report.summary["mode"]].advice
-    if bad:
-        return advice.format(skip=tuple(bad))
-    before = tuple(n for n in shown[0].feeding if rows[n]["status"] == INT8) or (shown[0].name,)
-    return "the error of what it reads is small and grows there: " + advice.format(skip=before)
+    start = "" if bad else "the error of what it reads is small and grows there: "
+    if not bad:
+        before = [name for name in shown[0].feeding if sites[name]["status"] == INT8]
+        bad = before or [shown[0].name]
+    skip = tuple(dict.fromkeys(sites[name]["name"] if name in sites else name for name in bad))
+    return start + MODES[report.summary["mode"]].advice.format(skip=skip)
 
 
 def _is_below_float32(row: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,29 +14,36 @@ import numpy as np
 from jaxquant.analysis import measures
 from jaxquant.analysis.measures import Clipping, Ends, Moments
 from jaxquant.backends import int8, operations
-from jaxquant.calibration import histogram
+from jaxquant.calibration import histogram, inside
 from jaxquant.calibration.observations import TensorStats
+from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import bind
+from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
 from jaxquant.recover.activation import find_activation
-from jaxquant.run.float_forms import evaluate_float
-from jaxquant.run.program import Program, program_by_site
+from jaxquant.recover.shift import Shift
+from jaxquant.run.float_forms import evaluate_float, fast_convolutions
+from jaxquant.run.program import program_by_site
 from jaxquant.run.quantized import QuantizedTensors
-from jaxquant.tune.biases import has_bias, shift_at, without_correction
-from jaxquant.tune.parts import Part, Value, evaluate_parts, find_parts
+from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
+from jaxquant.tune.parts import Choice, Here, Part, Parts, Value, evaluate_parts, find_parts
 
 
 class Surveyed(NamedTuple):
     """What a pass over the data tells; host data.
 
+    What is inside a scan over stacked weights is there once for each layer, "NAME[3]"; in another
+    loop it is of all steps, and missing where there was no step, or the branch was not chosen.
+
     Attributes:
       own: site -> moments of its output, its inputs those of the float model.
-      accumulated: site -> likewise, both models run whole.
+      accumulated: site -> likewise, both models run whole; in loops the float model says how many
+        steps there are, which branch is taken and what integers are.
       ends: site with output channels -> extremes of each channel, behind the activation, where the
         site's inputs are those of the float model.
       tensors: quantized tensor -> how the float model's values fit its grid; the extremes are
@@ -85,27 +92,27 @@ def survey(
     ) -> tuple[_Batch, histogram.Counts | None]:
         program = program_by_site(bind(source.trace(inputs), plan), params)
         flat = jax.tree.leaves(inputs)
-        found, reference = _measure(program, params, qparams, plain, flat)
-        tensors, seen = _observe(program, qparams, reference)
-        own, accumulated, ends, outputs = found
-        return _Batch(own, accumulated, ends, outputs, tensors), seen
+        found = _measure(find_parts(program), params, qparams, plain, flat)
+        return found, _count(program.binding, params, flat)
 
     params = source.params
-    names: list[str] = []
+    names: Sequence[str] = ()
     stats = stacked([histogram.init()])
     total: _Batch | None = None
     ranges: list[dict[str, Any]] = []
     plain: Any = None
+    scans: dict[str, tuple[int, ...]] = {}
     for index, inputs in enumerate(batches):
         if plain is None:
             with progress.stage("tracing"):
                 program = program_by_site(bind(source.trace(inputs), plan), params)
                 plain = without_correction(program, params, qparams)
-                names = [tensor.name for tensor in program.plan.tensors]
+                scans = _scans_around(find_parts(program))
+                names = _observed(program.binding).names
                 stats = stacked([histogram.init()] * max(len(names), 1))
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
             found, seen = step(params, qparams, plain, *inputs)
-            found = measures.widened(found)
+            found = _by_layer(jax.device_get(found), scans)
             if seen is not None:
                 stats, first_bad = histogram.fold(stats, seen, np.int32(index))
                 _check_finite(names, first_bad)
@@ -118,8 +125,8 @@ def survey(
         ends=total.ends,
         tensors={
             name: tensor._replace(
-                low=np.array([b[name][0] for b in ranges]),
-                high=np.array([b[name][1] for b in ranges]),
+                low=np.array([b[name][0] for b in ranges if name in b]),
+                high=np.array([b[name][1] for b in ranges if name in b]),
             )
             for name, tensor in total.tensors.items()
         },
@@ -131,40 +138,79 @@ def survey(
     )
 
 
-def _measure(
-    program: Program, params: Any, qparams: Any, plain: Any, flat: list[Any]
-) -> tuple[tuple[Any, ...], evaluate.Environment]:
-    """The first fields of a `_Batch`, and the float model's values."""
-    graph = program.graph
-    parts = find_parts(program)
+class _Alone(NamedTuple):
+    """A site whose inputs are those of the float model; see `Surveyed`."""
+
+    own: Moments
+    ends: Ends | None
+
+    def plus(self, other: _Alone) -> _Alone:
+        """In two steps together."""
+        ends = self.ends if self.ends is None or other.ends is None else self.ends.plus(other.ends)
+        return _Alone(self.own.plus(other.own), ends)
+
+    def nothing(self) -> _Alone:
+        """In no step."""
+        return _Alone(self.own.nothing(), None if self.ends is None else self.ends.nothing())
+
+
+_TENSOR = "tensor:"  # before the names of tensors among what was seen of sites
+
+
+def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any]) -> _Batch:
+    graph = parts.program.graph
     reference = evaluate_float(graph, params, flat)
-    own: dict[str, Moments] = {}
-    ends: dict[str, Ends] = {}
 
-    def observe(part: Part, as_float: Value, as_int8: Value) -> Any:
+    def shift(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+        if not has_bias(here.program, part):
+            return Choice(as_float())
+        return Choice(as_float(), shift_at(part, here.in_float, as_int8()[0])[0])
+
+    def alone(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
         wanted = as_float()
-        if part.name and _is_float(wanted[0]):
-            got = as_int8()[0]
-            if has_bias(program, part):
-                got = shift_at(part, reference, got)[1]
-            own[part.name] = measures.moments(wanted[0], got)
-            if part.site is not None and part.site.epilogue.channels.axes:
-                ends[part.name] = _ends(part.site.epilogue, got, reference)
-        return wanted
+        if not part.name or not _is_float(wanted[0]):
+            return Choice(wanted)
+        got, ends = as_int8()[0], None
+        if part.site is not None:
+            epilogue = part.site.epilogue
+            if has_bias(here.program, part):
+                off = here.qparams["sites"][part.name]["shift"]
+                got = got + epilogue.channels.spread(off, got.ndim)
+            if epilogue.channels.axes:
+                ends = _ends(epilogue, got, here.in_float)
+        return Choice(wanted, _Alone(measures.moments(wanted[0], got), ends))
 
-    evaluate_parts(program, parts, params, plain, flat, observe)
-    quantized = program.run(qparams, flat)
-    accumulated = {
-        part.name: measures.moments(reference.read(var), quantized.wide(var))
-        for part in parts
-        if part.name in own and (var := part.end.outputs[0]) in quantized
-    }
+    def whole(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+        got = as_int8()
+        wanted = here.in_float.wide(part.end.outputs[0])
+        is_measured = part.name and _is_float(wanted)
+        return Choice(got, measures.moments(wanted, got[0]) if is_measured else None)
+
+    if is_corrected(parts.program.whole_plan):
+        shifts = evaluate_parts(parts, params, plain, flat, shift, reference)[1].of
+        plain = _with_means(plain, shifts)
+    own = evaluate_parts(parts, params, plain, flat, alone, reference, _fits)[1].of
+    quantized, accumulated = evaluate_parts(parts, params, qparams, flat, whole, reference)
     outputs = [
         measures.moments(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
         for x in graph.outputs
         if jnp.issubdtype(graph.dtype(x), jnp.floating)
     ]
-    return (own, accumulated, ends, outputs), reference
+    return _Batch(
+        own={name: each.own for name, each in own.items() if isinstance(each, _Alone)},
+        accumulated=accumulated.of,
+        ends={n: each.ends for n, each in own.items() if isinstance(each, _Alone) and each.ends},
+        outputs=outputs,
+        tensors={n.removeprefix(_TENSOR): x for n, x in own.items() if isinstance(x, Clipping)},
+    )
+
+
+def _with_means(plain: Any, shifts: Mapping[str, Shift]) -> dict[str, Any]:
+    """The arrays of an int8 model, its sites with the mean "shift" that is to be taken away."""
+    sites = dict(plain["sites"])
+    for name, shift in shifts.items():
+        sites[name] = {**sites[name], "shift": shift.mean()}
+    return {**plain, "sites": sites}
 
 
 def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment) -> Ends:
@@ -174,26 +220,23 @@ def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment)
     return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (jnp.min, jnp.max)))
 
 
-def _observe(
-    program: Program, qparams: Any, reference: evaluate.Environment
-) -> tuple[dict[str, Clipping], histogram.Counts | None]:
-    """How the tensors fit their grids, and their values counted; None where there are none."""
-    readers = QuantizedTensors(reference, program.binding, qparams["tensors"], {})
-    entries = {name: var for var, name in program.binding.names.items()}
-    order = [tensor.name for tensor in program.plan.tensors]
-    tensors = {name: _clipping(readers, entries[name], reference) for name in order}
-    if not order:
-        return tensors, None
-    count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-    values = [reference.read(entries[name]) for name in order]
-    return tensors, histogram.count_all(values, count)
+def _fits(here: Here) -> dict[str, Clipping]:
+    """How the tensors of a graph fit their grids."""
+    reference, program = here.in_float, here.program
+    readers = QuantizedTensors(
+        reference, program.binding, here.qparams["tensors"], {}, varies=program.body.varies
+    )
+    return {
+        f"{_TENSOR}{name}": _clipping(readers, var, reference)
+        for var, name in program.binding.names.items()
+    }
 
 
 def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
     x = reference.wide(var).astype(jnp.float32)
     zero_point = readers.zero_point(var)
     rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
-    place = x * readers.inv_scale(var) + jnp.float32(zero_point)
+    place = x * readers.inv_scale(var) + jnp.asarray(zero_point, jnp.float32)
     outside = (place > 127.5) | (place < -128.5)
     moments = measures.moments(x, rounded)
     off = (x - rounded) * (1 / moments.unit)
@@ -207,28 +250,75 @@ def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Enviro
     )
 
 
-def _joined(a: _Batch, b: _Batch) -> _Batch:
-    def moments(x: dict[str, Moments], y: dict[str, Moments]) -> dict[str, Moments]:
-        return {name: measures.add(x[name], y[name]) for name in x}
-
-    tensors = {
-        name: Clipping(
-            measures.add(x.moments, b.tensors[name].moments),
-            x.clipped + b.tensors[name].clipped,
-            x.count + b.tensors[name].count,
-            x.clipped_noise + b.tensors[name].clipped_noise,
-            np.minimum(x.low, b.tensors[name].low),
-            np.maximum(x.high, b.tensors[name].high),
-        )
-        for name, x in a.tensors.items()
+def _observed(binding: Binding) -> Observed:
+    """The quantized tensors, those of loops and choices too."""
+    bodies = {
+        index: tuple(_observed(body.layers[0]) for body in bodies)
+        for index, bodies in binding.bodies.items()
     }
-    outputs = [measures.add(x, y) for x, y in zip(a.outputs, b.outputs, strict=True)]
+    return Observed(binding.model, {name: var for var, name in binding.names.items()}, bodies)
+
+
+def _count(binding: Binding, params: Any, flat: Sequence[Any]) -> histogram.Counts | None:
+    """The values of the quantized tensors, counted; None where there are none."""
+    observed = _observed(binding)
+    if not observed.names:
+        return None
+    counter = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    watch = inside.Watch(counter, None, fast_convolutions)
+    return inside.observe(observed, params, flat, (), watch, {}).counts
+
+
+def _scans_around(parts: Parts) -> dict[str, tuple[int, ...]]:
+    """Site or tensor -> the numbers of layers of the scans over stacked weights around it."""
+    found: dict[str, tuple[int, ...]] = {}
+    for each in parts.walk():
+        names = [*each.program.binding.names.values(), *(part.name for part in each.own)]
+        found |= dict.fromkeys(names, each.program.model.scans)
+    return found
+
+
+def _by_layer(batch: _Batch, scans: Mapping[str, tuple[int, ...]]) -> _Batch:
+    """What one batch tells, in float64, of each layer by itself; without what no step showed."""
+
+    def layers(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, each in found.items():
+            for layer in np.ndindex(scans[name]):
+                one = jax.tree.map(lambda x, layer=layer: np.asarray(x)[layer], each)
+                yield name + layer_suffix(layer), one
+
+    own = {name: each for name, each in layers(batch.own) if each.was_seen}
+    found = _Batch(
+        own,
+        {name: each for name, each in layers(batch.accumulated) if name in own},
+        {name: each for name, each in layers(batch.ends) if name in own},
+        batch.outputs,
+        {name: each for name, each in layers(batch.tensors) if each.moments.was_seen},
+    )
+    return measures.widened(found)
+
+
+def _joined(a: _Batch, b: _Batch) -> _Batch:
+    def joined(x: dict[str, Any], y: dict[str, Any], join: Any) -> dict[str, Any]:
+        return {**x, **y, **{name: join(x[name], y[name]) for name in x.keys() & y.keys()}}
+
     return _Batch(
-        moments(a.own, b.own),
-        moments(a.accumulated, b.accumulated),
-        {name: measures.join(x, b.ends[name]) for name, x in a.ends.items()},
-        outputs,
-        tensors,
+        joined(a.own, b.own, measures.add),
+        joined(a.accumulated, b.accumulated, measures.add),
+        joined(a.ends, b.ends, measures.join),
+        [measures.add(x, y) for x, y in zip(a.outputs, b.outputs, strict=True)],
+        joined(a.tensors, b.tensors, _joined_fits),
+    )
+
+
+def _joined_fits(a: Clipping, b: Clipping) -> Clipping:
+    return Clipping(
+        measures.add(a.moments, b.moments),
+        a.clipped + b.clipped,
+        a.count + b.count,
+        a.clipped_noise + b.clipped_noise,
+        np.minimum(a.low, b.low),
+        np.maximum(a.high, b.high),
     )
 
 

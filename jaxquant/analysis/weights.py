@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.report.sqnr import decibel
+from jaxquant.run.layers import Layer, walk
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import once
@@ -33,30 +35,35 @@ class WeightRanges(NamedTuple):
 
 
 def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, WeightRanges]:
-    """Site -> ranges, for the sites with an int8 weight that is stored."""
+    """Site -> ranges, for the sites with an int8 weight that is stored.
+
+    Of a site inside a scan over stacked weights those of each layer, "NAME[3]".
+    """
     if not program.mode.integer:
         return {}
-    graph = program.graph
-    sites = {s.site.name: s.site for s in program.binding.sites if s.site.name in program.slots}
-    weights = fold(graph, params, [s.weight for s in sites.values() if s.weight is not None], [])[0]
     found = {}
-    for name, site in sites.items():
-        assert site.weight is not None
-        weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
-        found[name] = _ranges(program, site, weight, qparams)
+    for layer in walk(program, params, qparams):
+        graph, slots = layer.program.graph, layer.program.slots
+        sites = {s.site.name: s.site for s in layer.binding.sites if s.site.name in slots}
+        stored = [s.weight for s in sites.values() if s.weight is not None]
+        weights = fold(graph, layer.params, stored, [])[0]
+        for name, site in sites.items():
+            assert site.weight is not None
+            weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
+            found[name + layer_suffix(layer.binding.layer)] = _ranges(layer, site, weight)
     return found
 
 
-def _ranges(program: Program, site: Site, weight: np.ndarray, qparams: Any) -> WeightRanges:
+def _ranges(layer: Layer, site: Site, weight: np.ndarray) -> WeightRanges:
     axes = site.channel_axes
     others = tuple(a for a in range(weight.ndim) if a not in axes)
-    slot = program.slots[site.name]
+    slot = layer.program.slots[site.name]
     stored, scale = jax.device_get(
-        [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+        [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
-    got = got / _divisors(program, site, weight.shape, qparams)
+    got = got / _divisors(layer, site, weight.shape)
     inputs = site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
@@ -76,14 +83,15 @@ def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> floa
     return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
 
 
-def _divisors(program: Program, site: Site, shape: tuple[int, ...], qparams: Any) -> np.ndarray:
+def _divisors(layer: Layer, site: Site, shape: tuple[int, ...]) -> np.ndarray:
     """What the weight was multiplied by before it was quantized; broadcasts against it."""
-    name = program.binding.scales.get(site.operands[0])
-    tensor = next((t for t in program.plan.tensors if t.name == name), None)
+    binding = layer.binding
+    name = binding.scales.get(site.operands[0])
+    tensor = next((t for t in binding.plan.tensors if t.name == name), None)
     if tensor is None or not tensor.channels:
         return np.ones(())
-    rank = len(program.graph.shape(site.operands[0]))
-    factors = np.asarray(qparams["tensors"][name]["scale"], np.float64) / tensor.scale
+    rank = len(binding.graph.shape(site.operands[0]))
+    factors = np.asarray(layer.qparams["tensors"][name]["scale"], np.float64) / tensor.scale
     factors = factors.reshape((1,) * (rank - factors.ndim) + factors.shape)
     assert set(tensor.channels) <= set(input_axes(site))
     return along_weight(site, shape, factors)

@@ -75,6 +75,13 @@ class Site:
         return None if self.computes_weight else self.weight
 
     @property
+    def stores_weight(self) -> bool:
+        """Whether it has a weight that is stored; of a site inside control flow too."""
+        return (
+            bool(self.weight_path) and not self.computes_weight and self.kind not in kinds.PRODUCTS
+        )
+
+    @property
     def as_contraction(self) -> Contraction:
         """The contraction of a convolution or dot."""
         assert self.contraction is not None, f"site {self.name!r} is no convolution or dot"

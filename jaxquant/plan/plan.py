@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
 from typing import Any
 
 from jaxquant.graph.layer_names import layer_suffix
@@ -47,13 +46,17 @@ class TensorPlan:
 
     def by_itself(self) -> TensorPlan:
         """The same with the names that it has in its own layer."""
-        family = self.family.removesuffix(layer_suffix(self.layer))
-        return dataclasses.replace(self, name=self.base, family=family, layer=())
+        return dataclasses.replace(self, name=self.base, family=self.base_family, layer=())
 
     @property
     def base(self) -> str:
         """The name that it shares with the other layers, under which its arrays are stacked."""
         return self.name.removesuffix(layer_suffix(self.layer))
+
+    @property
+    def base_family(self) -> str:
+        """The name that its family shares with those of the other layers, as sites know it."""
+        return self.family.removesuffix(layer_suffix(self.layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +116,6 @@ class Plan:
     def recovered_by(self, step: str) -> frozenset[str]:
         """The names of the sites that have a recovery step."""
         return frozenset(site.name for site in self.sites if step in site.recover)
-
-    def int8_among(self, names: Collection[str]) -> list[str]:
-        """The names of its int8 sites that are among some, in evaluation order."""
-        return [s.name for s in self.sites if s.status == INT8 and s.name in names]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)

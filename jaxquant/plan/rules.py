@@ -130,7 +130,7 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
                 "give is_full_quantize=True"
             )
         for name in ("recover", "weight_bits"):
-            if getattr(rule, name) and all(site.stored_weight is None for site in sites):
+            if getattr(rule, name) and not any(site.stores_weight for site in sites):
                 raise ValueError(
                     f"rule {rule.pattern!r} sets {name}, which is of sites with a weight; it "
                     f"matches none, but {', '.join(there)}"

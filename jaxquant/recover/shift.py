@@ -57,6 +57,17 @@ class Shift(NamedTuple):
         factors = np.stack([unit, unit**2, np.ones_like(unit)])
         return np.asarray([self.difference, self.square, self.weight], np.float64) * factors
 
+    def plus(self, other: Shift) -> Shift:
+        """That of two parts of a tensor as of the whole, in the larger of their units."""
+        parts = [jnp.stack(x[:3], axis=-2) for x in (self, other)]
+        units = jnp.asarray(self.unit), jnp.asarray(other.unit)
+        sums = add_shifts(parts[0], units[0], parts[1], units[1])
+        return Shift.of(sums, jnp.maximum(*units))
+
+    def nothing(self) -> Shift:
+        """That of no value: zeros of these shapes, the unit too."""
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
+
     def mean(self) -> Any:
         """The weighted mean of y - ŷ, shrunk by what it may owe to chance; 0 where nothing counts.
 
@@ -71,7 +82,8 @@ class Shift(NamedTuple):
         variance = xp.maximum(xp.where(known, self.square, 0) / count - power, 0)
         off = power > 0
         kept = power / xp.where(off, power + variance / (count - 1), 1)
-        return mean * kept * self.unit
+        unit = xp.asarray(self.unit)
+        return mean * kept * unit.reshape(*unit.shape, *(1,) * (mean.ndim - unit.ndim))
 
 
 class Compared(NamedTuple):

@@ -210,9 +210,6 @@ def control_lines(control: Mapping[str, Any]) -> list[str]:
         f"{control['score']:.6g}; the target of {control['target']:.6g} is {verdict}."
         + (" The time budget was spent." if control["out_of_time"] else "")
     ]
-    if inside := control.get("inside_loops"):
-        shown = ", ".join(inside[:_SHOWN_TENSORS]) + (", ..." if inside[_SHOWN_TENSORS:] else "")
-        lines.append(f"  sites inside loops are left as they are: {shown}")
     for step in control["steps"]:
         kept = "kept" if step["kept"] else "not kept"
         lines.append(
@@ -300,10 +297,10 @@ def _by_layer(name: str, quality: Quality) -> list[dict[str, Any]] | None:
 
 
 def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
-    """Group -> the least and the largest threshold of its layers."""
+    """Family -> the least and the largest threshold of its layers."""
     found: dict[str, tuple[float, float]] = {}
     for tensor in plan.tensors:
-        family = tensor.family.removesuffix(layer_suffix(tensor.layer))
+        family = tensor.base_family
         low, high = found.get(family, (tensor.threshold, tensor.threshold))
         found[family] = min(low, tensor.threshold), max(high, tensor.threshold)
     return found

@@ -19,6 +19,7 @@ from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, compare_outputs
+from jaxquant.run.layers import Layer, walk
 from jaxquant.run.program import Program
 from jaxquant.tune.parts import Part
 from jaxquant.weights.fold import fold
@@ -32,34 +33,43 @@ def is_corrected(plan: Plan) -> bool:
 
 def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]) -> dict[str, Any]:
     """`qparams` with the biases that follow from the parameters and the stored weights."""
-    if not is_corrected(program.plan):
+    if not is_corrected(program.whole_plan):
         return dict(qparams)
-    steps = [step for s in program.binding.sites for step in s.epilogue.steps]
-    wanted = [step.operand for step in steps if isinstance(step.operand, int)]
-    operands = fold(program.graph, params, [], wanted)[1]
-    sites, corrected = dict(qparams["sites"]), program.plan.recovered_by("bias_correction")
-    for int8_site in program.binding.sites:
-        name = int8_site.site.name
-        if name not in program.slots or name not in corrected:
-            continue
-        scale, offset = _weight_terms(program, int8_site, qparams)
-        arrays = epilogue_arrays(program.graph, int8_site, operands, scale, offset)
-        bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
-        stored = qparams["sites"][name]
-        whole = whole_steps(bias, np.asarray(stored["multiplier"]))
-        sites[name] = {**stored, "bias": jnp.asarray(whole)}
+    biases: dict[str, list[np.ndarray]] = {}  # in every layer
+    for layer in walk(program, params, qparams):
+        for name, bias in _plain_biases(layer).items():
+            biases.setdefault(name, []).append(bias)
+    sites = dict(qparams["sites"])
+    for name, layers in biases.items():
+        shape = np.shape(sites[name]["multiplier"])  # [C], or in scans over stacked weights more
+        sites[name] = {**sites[name], "bias": jnp.asarray(np.stack(layers).reshape(shape))}
     return {**qparams, "sites": sites}
 
 
-def _weight_terms(
-    program: Program, int8_site: Int8Site, qparams: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _plain_biases(layer: Layer) -> dict[str, np.ndarray]:
+    """The biases without correction of the sites of a graph that have a corrected one."""
+    graph, binding = layer.program.graph, layer.binding
+    corrected = [s for s in binding.sites if is_corrected_site(layer.program, s.site.name)]
+    steps = [step for s in corrected for step in s.epilogue.steps]
+    wanted = [step.operand for step in steps if isinstance(step.operand, int)]
+    operands = fold(graph, layer.params, [], wanted)[1]
+    found = {}
+    for int8_site in corrected:
+        scale, offset = _weight_terms(layer, int8_site)
+        arrays = epilogue_arrays(graph, int8_site, operands, scale, offset)
+        bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
+        stored = layer.qparams["sites"][int8_site.site.name]
+        found[int8_site.site.name] = whole_steps(bias, np.asarray(stored["multiplier"]))
+    return found
+
+
+def _weight_terms(layer: Layer, int8_site: Int8Site) -> tuple[np.ndarray, np.ndarray | None]:
     """What one unit of a site's accumulator is worth, and what its input's zero point adds."""
-    site, binding = int8_site.site, program.binding
-    scales = {tensor.name: tensor.scale for tensor in program.plan.tensors}
-    slot = program.slots[site.name]
+    site, binding = int8_site.site, layer.binding
+    scales = {tensor.name: tensor.scale for tensor in binding.plan.tensors}
+    slot = layer.program.slots[site.name]
     weight, scale = jax.device_get(
-        [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]
+        [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
     known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
     unit = np.asarray(scale, np.float64) * np.prod(known)
@@ -67,10 +77,14 @@ def _weight_terms(
     return accumulator_terms(weight, site.channel_axes, unit, zero_point)
 
 
+def is_corrected_site(program: Program, name: str) -> bool:
+    """True for a site of a program's own graph whose bias is corrected."""
+    return name in program.slots and name in program.plan.recovered_by("bias_correction")
+
+
 def has_bias(program: Program, part: Part) -> bool:
     """True for a part whose bias is corrected."""
-    corrected = program.plan.recovered_by("bias_correction")
-    return part.site is not None and part.name in program.slots and part.name in corrected
+    return part.site is not None and is_corrected_site(program, part.name)
 
 
 def shift_at(

@@ -18,16 +18,24 @@ def families_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:
 def changed_sites(before: Plan, after: Plan) -> tuple[str, ...]:
     """The sites whose type, or the grid of whose input, differs."""
     old = {site.name: site for site in before.sites}
-    grids = [{tensor.family: tensor for tensor in plan.tensors} for plan in (before, after)]
+    grids = [_grids(plan) for plan in (before, after)]
     found = []
     for site in after.sites:
         same = old[site.name].status == site.status and all(
-            family in grids[0] and _is_same(grids[0][family], grids[1][family])
+            family in grids[0] and all(map(_is_same, grids[0][family], grids[1][family]))
             for family in site.inputs
         )
         if not same:
             found.append(site.name)
     return tuple(found)
+
+
+def _grids(plan: Plan) -> dict[str, list[TensorPlan]]:
+    """Family -> a tensor of it, in each layer."""
+    found: dict[str, dict[str, TensorPlan]] = {}
+    for tensor in plan.tensors:
+        found.setdefault(tensor.base_family, {})[tensor.family] = tensor
+    return {family: list(layers.values()) for family, layers in found.items()}
 
 
 def _is_same(a: TensorPlan, b: TensorPlan) -> bool:

@@ -94,9 +94,8 @@ def control(
       The model, and the rules that make it.
 
     Its report's summary has "control": float_score, int8_score (of full int8), score, target, held,
-    out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds), inside_loops
-    (the int8 sites inside loops and choices, which no step changes; [] likewise) and steps (of
-    `Step`, as dicts).
+    out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
+    `Step`, as dicts).  A site inside a scan over stacked weights is one site, with all its layers.
     """
     model = functools.partial(jax.jit(source.apply_fn), source.params)
     with progress.stage("accuracy control"):
@@ -132,7 +131,6 @@ class _Search:
         self.target = float_score - goal.max_drop
         self.steps: list[Step] = []
         self.ranking: list[str] = []
-        self.inside: list[str] = []
         self.out_of_time = False
         self.rules: Rules = ()
         with progress.stage("full int8"):
@@ -188,7 +186,6 @@ class _Search:
             "held": self.holds,
             "out_of_time": self.out_of_time,
             "ranking": list(self.ranking),
-            "inside_loops": list(self.inside),
             "steps": [{**step._asdict(), "sites": list(step.sites)} for step in self.steps],
         }
         return Built(self.best.qparams, self.best.qapply.with_summary({"control": summary}))
@@ -219,8 +216,6 @@ def _rank(
     }
     ranking = found.ranking(quality)
     search.ranking = ranking
-    model = source.trace(observations.examples[0])
-    search.inside = built.plan.int8_among(model.in_bodies)
     if not found.complete:
         return ranking, ranking[:1]
     for count in _counts(len(ranking)):
@@ -302,8 +297,8 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _thresholds(plan: Plan, families: Sequence[str]) -> tuple[float, ...]:
-    by_family = {tensor.family: tensor.threshold for tensor in plan.tensors}
-    return tuple(by_family[family] for family in families)
+    """Those of some families, in all layers."""
+    return tuple(t.threshold for f in families for t in plan.tensors if t.base_family == f)
 
 
 def _is_installed(step: str) -> bool:

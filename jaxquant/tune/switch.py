@@ -21,9 +21,9 @@ from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
 from jaxquant.recover.shift import Shift
 from jaxquant.run.float_forms import evaluate_float
-from jaxquant.run.program import Program, program_by_site
+from jaxquant.run.program import program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
-from jaxquant.tune.parts import Part, Value, evaluate_parts, find_parts
+from jaxquant.tune.parts import Choice, Here, Part, Parts, Value, evaluate_parts, find_parts
 
 Chosen: TypeAlias = Mapping[str, Any]
 _REST = ""  # the name of the parts that are no sites
@@ -50,24 +50,26 @@ class Switch:
     ):
         params = source.params
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
-        self.names = tuple(part.name for part in find_parts(program) if part.name)
+        self.names = find_parts(program).names
         self._params = params
         self._qparams = without_correction(program, params, qparams)
         self._plan = plan
         self._examples = examples
 
-        def start(inputs: Any) -> tuple[Program, Sequence[Part], list[Any]]:
+        def start(inputs: Any) -> tuple[Parts, list[Any]]:
             program = program_by_site(bind(source.trace(inputs), plan), params)
-            return program, find_parts(program), jax.tree.leaves(inputs)
+            return find_parts(program), jax.tree.leaves(inputs)
 
         def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
-            program, parts, flat = start(inputs)
-            pick = functools.partial(_pick, chosen)
-            return evaluate.outputs(evaluate_parts(program, parts, params, qparams, flat, pick))
+            parts, flat = start(inputs)
+
+            def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+                return Choice(_pick(chosen, part, as_float, as_int8))
+
+            return evaluate.outputs(evaluate_parts(parts, params, qparams, flat, choose)[0])
 
         def shifts(params: Any, qparams: Any, chosen: Chosen, inputs: Any) -> dict[str, Shift]:
-            program, parts, flat = start(inputs)
-            return _shifts(program, parts, params, qparams, flat, chosen)
+            return _shifts(*start(inputs), params, qparams, chosen)
 
         self._mixed, self._shifts = jax.jit(mixed), jax.jit(shifts)
 
@@ -86,29 +88,21 @@ class Switch:
 
 
 def _shifts(
-    program: Program,
-    parts: Sequence[Part],
-    params: Any,
-    qparams: Any,
-    flat: list[Any],
-    chosen: Chosen,
+    parts: Parts, flat: list[Any], params: Any, qparams: Any, chosen: Chosen
 ) -> dict[str, Shift]:
     """Of the int8 sites of a mixture, each behind the corrected ones before it."""
-    graph = program.graph
-    reference = evaluate_float(graph, params, flat)
-    found: dict[str, Shift] = {}
 
-    def pick(part: Part, as_float: Value, as_int8: Value) -> Any:
+    def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
         values = _pick(chosen, part, as_float, as_int8)
-        if not has_bias(program, part):
-            return values
-        shift, corrected = shift_at(part, reference, values[0])
+        if not has_bias(here.program, part):
+            return Choice(values)
+        shift, corrected = shift_at(part, here.in_float, values[0])
         on = chosen[part.name]
-        found[part.name] = Shift(*(jnp.where(on, sums, 0) for sums in shift))
-        return [jnp.where(on, corrected, values[0])]
+        values = [jnp.where(on, corrected, values[0])]
+        return Choice(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
 
-    evaluate_parts(program, parts, params, qparams, flat, pick)
-    return found
+    reference = evaluate_float(parts.program.graph, params, flat)
+    return evaluate_parts(parts, params, qparams, flat, choose, reference)[1].of
 
 
 def _pick(chosen: Chosen, part: Part, as_float: Value, as_int8: Value) -> Any:

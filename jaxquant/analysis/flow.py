@@ -1,0 +1,128 @@
+"""Which sites feed which, through the loops and choices of a model too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from jaxquant.graph import ir
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.model import Model
+from jaxquant.plan.bind import Binding, is_elsewhere
+from jaxquant.plan.modes import MODES
+
+_Body = tuple[Model, Sequence["Part"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A graph, or one layer of a loop's body, with the sites in it.
+
+    Attributes:
+      graph: it.
+      names: the outputs of its sites -> their names, in scans over stacked weights "NAME[3]".
+      operands: of a body its tensors that come from elsewhere -> where they come from.
+      bodies: of its loops and choices, by the index of their equation: each body, and its layers
+        in the order in which they run.
+    """
+
+    graph: ir.Graph
+    names: Mapping[ir.Var, str]
+    operands: Mapping[ir.Var, tuple[Part, ir.Var]]
+    bodies: dict[int, list[_Body]] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, tuple[ir.Var, ...]] = dataclasses.field(default_factory=dict)
+
+    def walk(self) -> Iterator[Part]:
+        """Itself and the layers of the bodies inside."""
+        yield self
+        for bodies in self.bodies.values():
+            for _, layers in bodies:
+                for layer in layers:
+                    yield from layer.walk()
+
+    def feeding(self, start: Sequence[ir.Var]) -> tuple[str, ...]:
+        """The sites that some tensors are computed from, with no other in between.
+
+        In a loop whose weights are the same in all steps what the step before gives is left out:
+        a site would be behind itself.
+        """
+        found: dict[str, None] = {}
+        stack: list[tuple[Part, ir.Var]] = [(self, var) for var in start]
+        seen = set(stack)
+        while stack:
+            part, var = stack.pop()
+            if var in part.names:
+                found[part.names[var]] = None
+                continue
+            reads = [node for node in part._sources(var) if node not in seen]
+            stack += reads
+            seen.update(reads)
+        return tuple(found)
+
+    def _sources(self, var: ir.Var) -> Iterator[tuple[Part, ir.Var]]:
+        """What a tensor is computed from by one equation, or where it comes from."""
+        if var in self.operands:
+            yield self.operands[var]
+            return
+        eqn = self.graph.producer.get(var)
+        if eqn is None:
+            return
+        if eqn.index not in self.bodies:
+            yield from ((self, v) for v in eqn.input_vars)
+            return
+        result = eqn.outputs.index(var)
+        for body, layers in self.bodies[eqn.index]:
+            carried = set(body.root.carries.values())
+            for position, into in enumerate(body.root.results):
+                out = body.graph.outputs[position]
+                if into == result and isinstance(out, int):
+                    yield from (
+                        (layer, out) for layer in (layers[-1:] if position in carried else layers)
+                    )
+
+
+def find_flow(binding: Binding, shown: Collection[str]) -> Part:
+    """A model, with those of its sites that are shown.
+
+    Args:
+      binding: of the whole model.
+      shown: the names of the sites, with their layers.
+    """
+    return _part(binding, shown, {})
+
+
+def _part(
+    binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Part, ir.Var]]
+) -> Part:
+    suffix = layer_suffix(binding.layer)
+    ends = {s.site.name: s.epilogue.output for s in binding.sites}
+    found = binding.model.sites_of(MODES[binding.plan.mode].lookups)
+    sites = [s for s in found if s.name + suffix in shown and not is_elsewhere(binding.model, s)]
+    outputs = {ends.get(s.name, s.output): s.name + suffix for s in sites}
+    names = {var: name for var, name in outputs.items() if var is not None}
+    part = Part(binding.graph, names, operands)
+    part.inputs.update({s.name + suffix: s.operands for s in sites})
+    for index, bodies in binding.bodies.items():
+        backwards = binding.graph.equations[index].params.get("reverse", False)
+        part.bodies[index] = []
+        for body in bodies:
+            before: Part | None = None
+            layers: list[Part] = []
+            for layer in reversed(body.layers) if backwards else body.layers:
+                before = _part(layer, shown, _operands(part, body.model, before))
+                layers.append(before)
+            part.bodies[index].append((body.model, layers))
+    return part
+
+
+def _operands(outer: Part, body: Model, before: Part | None) -> dict[ir.Var, tuple[Part, ir.Var]]:
+    """Where the arguments of a body come from, in the layer that runs after `before`."""
+    region, found = body.root, {}
+    for place, argument in enumerate(region.arguments):
+        source = region.operands[place]
+        part = outer
+        if before is not None and place in region.carries:
+            part, source = before, before.graph.outputs[region.carries[place]]
+        if isinstance(source, int):
+            found[argument] = part, source
+    return found
