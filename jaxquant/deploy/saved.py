@@ -127,7 +127,7 @@ def make_stored(
     whole = StoredGraph(*store(graph, inputs, example, paths, set(graph.constants)))
     # An array that only int8 weights were made of is not read any more, and not kept.
     running = _example_program(whole, qapply.plan)
-    read = set(live_equations(running.graph, running.binding).sources)
+    read = set(live_equations(running.binding).sources)
     pairs = zip(graph.constants, running.graph.constants, strict=True)
     needed = {var for var, known in pairs if known in read}
     return StoredGraph(*store(graph, inputs, example, paths, needed))

@@ -251,7 +251,7 @@ class _Translator:
         Those are parameters: the body reads them, or only their int8 form, from where they are.
         """
         region = self.region
-        read = float_leaves(self.graph, self.binding)
+        read = float_leaves(self.binding)
         return {
             k
             for k, var in enumerate(region.arguments)

@@ -6,16 +6,13 @@ normalisation), holds the same values for every sample.  So it is stored once, w
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxquant.graph import ir, primitives
+from jaxquant.graph.once import once
 
 Axes = frozenset[int]
-
-# The varying axes of every static tensor, found once for a graph.
-_known: weakref.WeakKeyDictionary[ir.Graph, dict[ir.Var, Axes]] = weakref.WeakKeyDictionary()
 
 
 def varying_axes(graph: ir.Graph, atom: ir.Atom) -> Axes:
@@ -25,9 +22,7 @@ def varying_axes(graph: ir.Graph, atom: ir.Atom) -> Axes:
     """
     if isinstance(atom, ir.Literal):
         return frozenset()
-    if graph not in _known:
-        _known[graph] = _search(graph)
-    return _known[graph].get(atom, _every(graph, atom))
+    return _search(graph).get(atom, _every(graph, atom))
 
 
 def without_copies(graph: ir.Graph, var: ir.Var, value: Any) -> Any:
@@ -42,7 +37,9 @@ def shape_without_copies(graph: ir.Graph, var: ir.Var) -> tuple[int, ...]:
     return tuple(n if d in axes else 1 for d, n in enumerate(graph.shape(var)))
 
 
+@once
 def _search(graph: ir.Graph) -> dict[ir.Var, Axes]:
+    """The varying axes of every static tensor for which they are known."""
     found: dict[ir.Var, Axes] = {}
 
     def of(atom: ir.Atom) -> Axes:

@@ -10,6 +10,7 @@ from typing import Any
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours, layout
 from jaxquant.plan.epilogue import Epilogue, find_epilogue, fingerprint
@@ -91,15 +92,13 @@ class Binding:
             for layer in body.layers:
                 yield from layer.all_layers()
 
-    def weight_slots(self, params: Any) -> dict[str, layout.WeightSlot]:
+    def weight_slots(self, params: Any) -> Mapping[str, layout.WeightSlot]:
         """Where the weights of its sites are, those of its bodies too; of a whole model.
 
         Args:
           params: the parameters or their shapes.
         """
-        paths = layout.leaf_paths(self.graph, params).values()
-        parts = [(part.model, [each.site for each in part.sites]) for part in self.all_graphs()]
-        return layout.weight_slots(parts, paths, self.whole_plan)
+        return _weight_slots(self, tuple(layout.leaf_paths(self.graph, params).values()))
 
     def all_graphs(self) -> Iterator[Binding]:
         """Itself and the first layer of all its bodies: what there is a program of."""
@@ -134,6 +133,14 @@ class Binding:
             zero_points=zero_points,
             per_channel=per_channel,
         )
+
+
+@once
+def _weight_slots(
+    binding: Binding, paths: tuple[tuple[str, ...], ...]
+) -> Mapping[str, layout.WeightSlot]:
+    parts = [(part.model, [each.site for each in part.sites]) for part in binding.all_graphs()]
+    return layout.weight_slots(parts, paths, binding.whole_plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +317,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
             bound.append(Int8Site(site, epilogue))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
-    scales = {var: names[entry] for var, entry in family_heads(forms).items()}
+    scales = {var: names[entry] for var, entry in forms.heads.items()}
     zero_points, per_channel = _of_grids(scales, plan.tensors)
     return Binding(
         model,
@@ -351,11 +358,3 @@ def _other_graph(names: Sequence[str] | set[str]) -> ValueError:
         f"the sites {', '.join(sorted(set(names))[:5])} differ. A model that computes something "
         "else for this input shape or structure has to be quantized with such a sample"
     )
-
-
-def family_heads(forms: Forms) -> dict[ir.Var, ir.Var]:
-    """Every int8 tensor -> the first entry of its family."""
-    first: dict[ir.Var, ir.Var] = {}
-    for entry in forms.entries:
-        first.setdefault(forms.family[entry], entry)
-    return {var: first[family] for var, family in forms.family.items()}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
@@ -32,7 +33,8 @@ def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tup
     )
 
 
-def candidates(model: Model, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+@once
+def candidates(model: Model, found: tuple[Site, ...], config: QuantConfig) -> tuple[Site, ...]:
     """Those of the sites of a model's own graph that become int8 where that is of use."""
     return tuple(site for site in found if not reason_for_float(model, site, config))
 

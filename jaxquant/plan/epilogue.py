@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from jaxquant.graph import copies, ir, primitives
 from jaxquant.graph.batch_sizes import shared_axes
+from jaxquant.graph.once import once
 from jaxquant.graph.primitives import Channels
 from jaxquant.graph.sites import Site
 
@@ -65,36 +67,55 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
       steps_at_most: how many affine steps to absorb; a plan fixes them, since another batch size
         may let a chain go on (what varies along a batch of one varies along nothing).
     """
+    ends = _ends(graph, site)
+    first = (number for number, end in enumerate(ends) if len(end.steps) == steps_at_most)
+    return _ended(graph, site, next(first, len(ends) - 1))
+
+
+class _End(NamedTuple):
+    """Where a chain may end: the first four attributes of an `Epilogue`."""
+
+    steps: tuple[AffineStep, ...]
+    movements: tuple[ir.Equation, ...]
+    output: ir.Var
+    channels: Channels
+
+
+@once
+def _ended(graph: ir.Graph, site: Site, number: int) -> Epilogue:
+    """The epilogue with one of its possible ends."""
+    end = _ends(graph, site)[number]
+    return Epilogue(*end, activation=_activation(graph, end.output))
+
+
+@once
+def _ends(graph: ir.Graph, site: Site) -> tuple[_End, ...]:
+    """The ends that the chain of a site may have, each an absorbed equation behind the last."""
     assert site.output is not None
-    current = site.output
-    if site.contraction is None:  # what a sum is divided by depends on the input shape
-        return Epilogue((), (), current, Channels((), ()), _activation(graph, current))
-    stored = site.stored_weight is not None
+    stored = site.contraction is not None and site.stored_weight is not None
     channels = output_channels(graph, site) if stored else Channels((), ())
-    steps: list[AffineStep] = []
-    movements: list[ir.Equation] = []
+    ends = [_End((), (), site.output, channels)]
+    if site.contraction is None:  # what a sum is divided by depends on the input shape
+        return tuple(ends)
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
-    position, pending_channels = current, channels
+    position = site.output
     while (follower := _only_consumer(graph, position)) is not None:
-        if len(steps) == steps_at_most:
-            break
         if primitives.is_movement(graph, follower):
-            moved = pending_channels.through(graph, follower)
+            moved = channels.through(graph, follower)
             if moved is None:
                 break
             pending.append(follower)
-            position, pending_channels = follower.outputs[0], moved
+            position, channels = follower.outputs[0], moved
             continue
-        found = _affine_step(graph, follower, position, pending_channels)
+        found = _affine_step(graph, follower, position, channels)
         if found is None:
             break
-        if found.op != "cast":
-            steps.append(found)
-        movements += pending
+        absorbed = () if found.op == "cast" else (found,)
+        position = follower.outputs[0]
+        steps, movements = (*ends[-1].steps, *absorbed), (*ends[-1].movements, *pending)
+        ends.append(_End(steps, movements, position, channels))
         pending = []
-        position = current = follower.outputs[0]
-        channels = pending_channels
-    return Epilogue(tuple(steps), tuple(movements), current, channels, _activation(graph, current))
+    return tuple(ends)
 
 
 def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
@@ -116,6 +137,7 @@ def stored_shape(graph: ir.Graph, site: Site) -> tuple[int, ...]:
     return tuple(1 if d in shared else n for d, n in enumerate(graph.shape(site.weight)))
 
 
+@once
 def output_channels(graph: ir.Graph, site: Site) -> Channels:
     """Where the weight's output channels are in the site's own output.
 
@@ -165,6 +187,7 @@ def _affine_step(
     return AffineStep(op, operand, channels, rank)
 
 
+@once
 def activation_equations(graph: ir.Graph, start: ir.Var) -> tuple[ir.Equation, ...]:
     """The elementwise equations that depend on `start` and on nothing else that varies."""
     region, found = {start}, []

@@ -25,6 +25,7 @@ from jaxquant.calibration.observations import TensorStats
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding
@@ -39,7 +40,10 @@ GAIN_DB = 6.0  # ... where a scale of its own would give so much more
 _POINTS = 8  # of each bin of a histogram, at which the rounding error is taken
 
 
-def constants_in(graph: ir.Graph, sites: Iterable[Site], forms: Forms) -> dict[ir.Var, list[str]]:
+@once
+def constants_in(
+    graph: ir.Graph, sites: tuple[Site, ...], forms: Forms
+) -> Mapping[ir.Var, Sequence[str]]:
     """The tensor that stands for a family -> the names of the constants that are on its scale."""
     found: dict[ir.Var, list[str]] = {}
     for site in sites:
@@ -88,7 +92,7 @@ def _ties(graph: ir.Graph, site: Site, forms: Forms) -> bool:
 
 def find_uneven(
     model: Model,
-    sites: Sequence[Site],
+    sites: tuple[Site, ...],
     forms: Forms,
     stats: Mapping[str, TensorStats],
     tensors: Sequence[TensorPlan],

@@ -21,13 +21,14 @@ from collections.abc import Collection, Mapping, Sequence
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.candidates import in_skip_scope
 from jaxquant.plan.constants import takes_constants
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Forms:
     """The int8 forms of a graph.
 
@@ -45,6 +46,14 @@ class Forms:
     reads_int8: frozenset[int]
     family: Mapping[ir.Var, ir.Var]
 
+    @functools.cached_property
+    def heads(self) -> Mapping[ir.Var, ir.Var]:
+        """Every int8 tensor -> the first entry of its family."""
+        first: dict[ir.Var, ir.Var] = {}
+        for entry in self.entries:
+            first.setdefault(self.family[entry], entry)
+        return {var: first[family] for var, family in self.family.items()}
+
 
 def find_forms(
     model: Model,
@@ -61,7 +70,15 @@ def find_forms(
         let elementwise equations read int8, "relu" lets a ReLU of an int8 tensor stay int8.
       barred: the indices of equations that stay float, so that they hand no int8 through.
     """
-    return _Search(model, sites, listed, barred).found()
+    elementwise = not {*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS}.isdisjoint(listed)
+    return _found(model, tuple(sites), elementwise, "relu" in listed, frozenset(barred))
+
+
+@once
+def _found(
+    model: Model, sites: tuple[Site, ...], elementwise: bool, relu: bool, barred: frozenset[int]
+) -> Forms:
+    return _Search(model, sites, elementwise, relu, barred).found()
 
 
 class _Search:
@@ -69,8 +86,9 @@ class _Search:
         self,
         model: Model,
         sites: Sequence[Site],
-        listed: Collection[str],
-        barred: Collection[int],
+        elementwise: bool,
+        relu: bool,
+        barred: frozenset[int],
     ):
         self._graph = graph = model.graph
         self._composites = model.composites
@@ -80,11 +98,9 @@ class _Search:
             site.equation: behaviours.behaviour_of(site.kind, graph.equations[site.equation])
             for site in sites
         }
-        self._elementwise = any(
-            kind in listed for kind in (*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS)
-        )
-        self._relu = "relu" in listed
-        self._barred = frozenset(barred)
+        self._elementwise = elementwise
+        self._relu = relu
+        self._barred = barred
         self._normalising = model.composites.normalisations
         self._entries: dict[ir.Var, None] = {}
         self._int8: set[ir.Var] = set()

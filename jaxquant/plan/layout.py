@@ -38,6 +38,7 @@ import jax
 
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.modes import MODES
@@ -83,6 +84,7 @@ class WeightView:
     movements: tuple[ir.Equation, ...]
 
 
+@once
 def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     """What is stored for a site.
 

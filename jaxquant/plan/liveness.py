@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jaxquant.graph import ir
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.plan.bind import Binding
 
 
@@ -24,24 +25,25 @@ class Live(NamedTuple):
     restored: list[ir.Var]
 
 
-def live_equations(graph: ir.Graph, binding: Binding) -> Live:
+@once
+def live_equations(binding: Binding) -> Live:
     """The equations whose float results are needed, and what they read.
 
     Demand runs backwards from the model's outputs.  It is for a tensor's float or for its int8
     form; an accumulating site stands for everything up to the end of its epilogue.
     """
-    return _Demand(graph, binding).found()
+    return _Demand(binding).found()
 
 
-def float_leaves(graph: ir.Graph, binding: Binding) -> list[ir.Var]:
+def float_leaves(binding: Binding) -> list[ir.Var]:
     """The parameter leaves that are still read in float."""
-    sources = set(live_equations(graph, binding).sources)
-    return [var for var in graph.leaves if var in sources]
+    sources = set(live_equations(binding).sources)
+    return [var for var in binding.graph.leaves if var in sources]
 
 
 class _Demand:
-    def __init__(self, graph: ir.Graph, binding: Binding):
-        self._graph = graph
+    def __init__(self, binding: Binding):
+        self._graph = graph = binding.graph
         self._binding = binding
         self._by_output = {s.epilogue.output: s.site for s in binding.sites}
         self._stack = [(var, False) for var in graph.output_vars]
@@ -100,10 +102,7 @@ def operands_of_loop(binding: Binding, eqn: ir.Equation) -> frozenset[ir.Var]:
     bodies = binding.bodies.get(eqn.index, ())
     if not any(body.layers[0].holds_int8 for body in bodies):
         return frozenset(eqn.input_vars)
-    leaves = [
-        (body.model.leaf_operands, float_leaves(body.model.graph, body.layers[0]))
-        for body in bodies
-    ]
+    leaves = [(body.model.leaf_operands, float_leaves(body.layers[0])) for body in bodies]
     unread = {var for operands, _ in leaves for var in operands.values()}
     unread -= {operands[leaf] for operands, read in leaves for leaf in read}
     given = [x for body in bodies for x in _inputs_of(body.model)]
@@ -125,11 +124,9 @@ def _of_test(eqn: ir.Equation) -> tuple[ir.Atom, ...]:
     return eqn.inputs[:1] if eqn.name == "cond" else ()
 
 
-def read_in_float(
-    graph: ir.Graph, binding: Binding, live: Iterable[ir.Equation]
-) -> frozenset[ir.Var]:
+def read_in_float(binding: Binding, live: Iterable[ir.Equation]) -> frozenset[ir.Var]:
     """The tensors whose float value something other than their quantization reads."""
-    forms = binding.forms
+    graph, forms = binding.graph, binding.forms
     ends = {s.epilogue.output: s for s in binding.sites}
     found = set(graph.output_vars)
     for eqn in live:

@@ -11,9 +11,10 @@ from jaxquant.calibration.observed import Observed
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
+from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.bind import Binding, bind, family_heads, is_elsewhere, layers_of
+from jaxquant.plan.bind import Binding, bind, is_elsewhere, layers_of
 from jaxquant.plan.candidates import candidates, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
@@ -26,6 +27,7 @@ from jaxquant.plan.tensors import plan_tensors, tensor_settings
 from jaxquant.plan.ties import without_ties
 
 
+@once
 def observed_tensors(model: Model, config: QuantConfig) -> Observed:
     """The tensors that a quantization by `config` may need a threshold of.
 
@@ -64,9 +66,11 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
+    choices = {}
     for choice in (weighted, without_skips, config):
         chosen = candidates(model, found, choice)
-        forms = _forms(model, found, chosen, choice)
+        choices[_forms(model, found, chosen, choice)] = chosen
+    for forms, chosen in choices.items():
         entries |= {names[var]: var for var in forms.entries}
         tied |= tied_tensors(graph, chosen, forms, names)
     return entries | {name: var for name, var in tied.items() if name not in entries}
@@ -145,7 +149,7 @@ def _plan_region(
 
 
 def _drafted(
-    model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
+    model: Model, found: tuple[Site, ...], observations: Observations | None, config: QuantConfig
 ) -> _Draft:
     if observations is None:
         return _draft(model, found, None, config)
@@ -156,7 +160,7 @@ def _drafted(
 
 
 def _is_unseen(
-    model: Model, found: Sequence[Site], observations: Observations, config: QuantConfig
+    model: Model, found: tuple[Site, ...], observations: Observations, config: QuantConfig
 ) -> bool:
     """True for the body of a loop or choice that no calibration batch ran."""
     if model.body is None:
@@ -169,12 +173,12 @@ def _is_unseen(
 _UNSEEN = "calibration never got there: no step of the loop was run, or the branch not chosen"
 
 
-def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[SitePlan]:
+def _site_plans(model: Model, found: tuple[Site, ...], draft: _Draft) -> list[SitePlan]:
     """The plans of the sites in a model's own graph."""
     graph, names, mode = model.graph, model.names, MODES[draft.config.mode]
     config, chosen, forms = draft.config, draft.chosen, draft.forms
     sites = reported(graph, found, config)
-    families = {var: names[entry] for var, entry in family_heads(forms).items()}
+    families = {var: names[entry] for var, entry in forms.heads.items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
     plans = []
@@ -190,7 +194,7 @@ def _site_plans(model: Model, found: Sequence[Site], draft: _Draft) -> list[Site
     return plans
 
 
-def _check_patterns(found: Sequence[Site], config: QuantConfig) -> None:
+def _check_patterns(found: tuple[Site, ...], config: QuantConfig) -> None:
     check_skip(found, config.skip)
     check_rules(found, config.rules, config.kinds)
 
@@ -205,7 +209,7 @@ class _Draft(NamedTuple):
 
 
 def _draft(
-    model: Model, found: Sequence[Site], observations: Observations | None, config: QuantConfig
+    model: Model, found: tuple[Site, ...], observations: Observations | None, config: QuantConfig
 ) -> _Draft:
     graph = model.graph
     chosen = candidates(model, found, config)
@@ -220,7 +224,7 @@ def _draft(
 
 
 def _with_even_parts(
-    model: Model, found: Sequence[Site], observations: Observations, config: QuantConfig
+    model: Model, found: tuple[Site, ...], observations: Observations, config: QuantConfig
 ) -> _Draft:
     """What becomes int8 without the sites that would tie parts of too different a range.
 
@@ -235,7 +239,7 @@ def _with_even_parts(
 
 
 def _forms(
-    model: Model, found: Sequence[Site], chosen: Sequence[Site], config: QuantConfig
+    model: Model, found: tuple[Site, ...], chosen: Sequence[Site], config: QuantConfig
 ) -> Forms:
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}

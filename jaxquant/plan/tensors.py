@@ -9,7 +9,6 @@ from jaxquant.calibration.observations import Observations, TensorStats, merge
 from jaxquant.calibration.observers import Observer, check_thresholds
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
-from jaxquant.plan.bind import family_heads
 from jaxquant.plan.config import QuantConfig, name_of
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import levels, make_grid
@@ -40,7 +39,7 @@ def plan_tensors(
         )
     families: dict[str, list[str]] = {}
     beside: dict[str, list[TensorStats]] = {}
-    heads = family_heads(forms)
+    heads = forms.heads
     for var in forms.entries:
         family = names[heads[var]]
         families.setdefault(family, []).append(names[var])
@@ -83,7 +82,7 @@ def tensor_settings(
 ) -> dict[str, TensorSettings]:
     """Group -> its settings: of the rules that match the sites that read it, the last ones win."""
     rules = config.all_rules
-    heads = family_heads(forms)
+    heads = forms.heads
     places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
     for site in chosen:
         read = {names[heads[var]] for var in site.operands if var in heads}

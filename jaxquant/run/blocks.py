@@ -49,7 +49,7 @@ def dot(x: jax.Array, stored: StoredWeight, precision: Any = None) -> jax.Array:
 
     def by_blocks(x: jax.Array, integers: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
         matrix = stored._replace(
-            integers=integers if stored.bits == 4 else integers.reshape(stored.layout.shape),
+            integers=integers if stored.weight_bits == 4 else integers.reshape(stored.layout.shape),
             scale=scale,
         )
         return [(_along_sums if axis == 0 else _along_outputs)(x, matrix, dot)]
@@ -77,7 +77,7 @@ def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
     """[M, N] from a weight [K, N]: the sum of the products with blocks of its rows."""
     length, columns = stored.layout.shape
     size, groups = stored.layout.size, stored.layout.groups
-    packed = 2 if stored.bits == 4 else 1
+    packed = 2 if stored.weight_bits == 4 else 1
     rows = _rows_at_once(x.shape[0])
     if groups > 1:
         # whole groups, or an even part of one: a block's scales are its own then
@@ -97,7 +97,7 @@ def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
             scale = stored.scale
         else:
             scale = lax.dynamic_slice_in_dim(stored.scale, start // size, -(-count // size), axis=0)
-        block = dequantize_groups(integers, scale, 0, count, size, stored.bits)
+        block = dequantize_groups(integers, scale, 0, count, size, stored.weight_bits)
         return dot(lax.dynamic_slice_in_dim(x, start, count, axis=1), block)
 
     whole, left = divmod(length, rows) if rows else (0, 0)
@@ -119,7 +119,7 @@ def _along_outputs(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
             for array in (stored.integers, stored.scale)
         )
         size = stored.layout.size
-        block = dequantize_groups(integers, scale, 1, length, size, stored.bits)
+        block = dequantize_groups(integers, scale, 1, length, size, stored.weight_bits)
         return dot(x, block)
 
     def step(i: jax.Array, result: jax.Array) -> jax.Array:

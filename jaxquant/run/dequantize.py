@@ -16,21 +16,21 @@ class StoredWeight(NamedTuple):
     integers: jax.Array
     scale: jax.Array
     layout: GroupLayout
-    bits: int
+    weight_bits: int
 
 
 def dequantize_weight(weight: StoredWeight) -> jax.Array:
     """The weight as float32, in its own shape."""
-    integers, scale, layout, bits = weight
-    if bits == 8:
+    integers, scale, layout, weight_bits = weight
+    if weight_bits == 8:
         integers = integers.transpose(layout.order).reshape(layout.shape)
     length = layout.shape[layout.axis]
-    value = dequantize_groups(integers, scale, layout.axis, length, layout.size, bits)
+    value = dequantize_groups(integers, scale, layout.axis, length, layout.size, weight_bits)
     return value.reshape(layout.permuted).transpose(layout.inverse)
 
 
 def dequantize_groups(
-    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, bits: int
+    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, weight_bits: int
 ) -> jax.Array:
     """Integers [..., K or K/2, ...] times their scales [..., K/size, ...] along `axis`: float32.
 
@@ -40,9 +40,9 @@ def dequantize_groups(
       axis: where the groups are.
       length: K.
       size: the group size.
-      bits: 8 or 4.
+      weight_bits: 8 or 4.
     """
-    if bits == 4:
+    if weight_bits == 4:
         integers = _unpack(integers, axis)
     value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
     return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)

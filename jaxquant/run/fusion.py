@@ -65,7 +65,7 @@ def find_chains(
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
     }
     # What others read as well is quantized for the pool behind the call.
-    floats = read_in_float(graph, binding, live).union(
+    floats = read_in_float(binding, live).union(
         eqn.input_vars[0] for eqn in early.values() if eqn.input_vars[0] not in pooled
     )
     grids = {**pooled, **{var: var for var in binding.names if var not in binding.per_channel}}

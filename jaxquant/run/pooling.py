@@ -37,7 +37,7 @@ def find_early_pools(
       binding: the plan in it.
       live: the equations that run.
     """
-    floats = read_in_float(graph, binding, live)
+    floats = read_in_float(binding, live)
     return {
         eqn.outputs[0]: eqn
         for eqn in live

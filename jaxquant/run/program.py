@@ -66,10 +66,10 @@ class Program:
         self.mode = MODES[plan.mode]
         self.slots = binding.weight_slots(params) if body is None else body.slots
         self.weights = StoredWeights(graph, plan, self.slots)
-        live = live_equations(graph, self.binding)
+        live = live_equations(self.binding)
         self.equations = live.equations
         self.restored = {var: self.binding.restorable[var] for var in live.restored}
-        leaves = float_leaves(graph, self.binding)
+        leaves = float_leaves(self.binding)
         self.float_paths: Mapping[ir.Var, tuple[str, ...]] = {}
         if body is None:
             paths = layout.leaf_paths(graph, params)

@@ -95,7 +95,7 @@ def _by_blocks(
     others = math.prod(layout.permuted[order[a]] for a in own)
     shape = (length, others) if layout.axis == 0 else (others, length)
     scale_shape = tuple(layout.groups if n == int(layout.axis != 0) else others for n in (0, 1))
-    packed = -(-length // 2) if stored.bits == 4 else length
+    packed = -(-length // 2) if stored.weight_bits == 4 else length
     stored_shape = tuple(packed if n == int(layout.axis != 0) else others for n in (0, 1))
     matrix = stored._replace(
         integers=stored.integers.reshape(stored_shape),
@@ -130,10 +130,10 @@ def _by_chosen(
     layout = ragged.Layout(site.as_contraction, x.shape, shape)
 
     def product(block: jax.Array, index: jax.Array) -> jax.Array:
-        axis = chosen if stored.bits == 8 else place
+        axis = chosen if stored.weight_bits == 8 else place
         integers = jax.lax.dynamic_index_in_dim(stored.integers, index, axis)
         scale = jax.lax.dynamic_index_in_dim(stored.scale, index, place)
-        weight = dequantize_weight(StoredWeight(integers, scale, one, stored.bits))
+        weight = dequantize_weight(StoredWeight(integers, scale, one, stored.weight_bits))
         matrix = weight.transpose((chosen, *own.contracted, *own.free))
         matrix = matrix.reshape(layout.summed, layout.columns).astype(block.dtype)
         precision = eqn.params["precision"]
@@ -160,4 +160,4 @@ def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.
     integers, scale = rows(stored.integers), rows(stored.scale)  # NaN for an index out of range
     axis, layout = scale.ndim - 1, stored.layout
     length = layout.shape[layout.axis]
-    return dequantize_groups(integers, scale, axis, length, layout.size, stored.bits)
+    return dequantize_groups(integers, scale, axis, length, layout.size, stored.weight_bits)

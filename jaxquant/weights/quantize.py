@@ -454,5 +454,5 @@ def _put_float_leaves(
     graph = binding.graph
     paths = layout.leaf_paths(graph, params)
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
-    for var, path in layout.float_paths(float_leaves(graph, binding), paths, slots).items():
+    for var, path in layout.float_paths(float_leaves(binding), paths, slots).items():
         layout.put(tree, path, leaves[var])

@@ -90,7 +90,7 @@ CHECKS = {check.__name__: check for check in (weights_alone, dynamic, static)}
 
 @pytest.mark.parametrize("check", CHECKS)
 @settings(max_examples=3, derandomize=True, database=None)
-@given(program=programs.all_graphs(), seed=SEEDS)
+@given(program=programs.programs(), seed=SEEDS)
 def test_a_program_with_loops_is_the_unrolled_one(check, program, seed):
     CHECKS[check](program, seed)
 
@@ -98,6 +98,6 @@ def test_a_program_with_loops_is_the_unrolled_one(check, program, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 @settings(max_examples=40, derandomize=True, database=None)
-@given(program=programs.all_graphs(), seed=SEEDS)
+@given(program=programs.programs(), seed=SEEDS)
 def test_many_programs_with_loops_are_the_unrolled_ones(check, program, seed):
     CHECKS[check](program, seed)
