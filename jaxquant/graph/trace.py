@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import contraction, flax_tags, ir, symbolic
+from jaxquant.graph import contraction, flax_tags, ir, picked, symbolic
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.jax_shim import jaxprs
 
@@ -187,6 +188,11 @@ class _Builder:
                 results = self.inline(*body, operands, inner_scope, inner_calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
+            if eqn.primitive.name == "scan" and (layered := self._as_layers(eqn, operands)):
+                consts = layered.consts
+                results = self.inline(layered.jaxpr, consts, operands, inner_scope, calls, line)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
             outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
@@ -205,6 +211,34 @@ class _Builder:
                 )
             )
         return [read(x) for x in jaxpr.outvars]
+
+    def _as_layers(self, eqn: Any, operands: Sequence[ir.Atom]) -> jaxprs.ClosedJaxpr | None:
+        """A scan with the weights that it picks by its numbers as layers; None for another."""
+        is_weight = [
+            isinstance(x, int)
+            and self.static[x]
+            and jnp.issubdtype(self.avals[x].dtype, jnp.floating)
+            for x in operands
+        ]
+        return picked.as_layers(eqn, is_weight, [self._number(x) for x in operands])
+
+    def _number(self, atom: ir.Atom) -> np.ndarray | None:
+        """A few integers that follow from nothing, as the numbers of layers; None for others."""
+        if isinstance(atom, ir.Literal):
+            return atom.value if picked.is_number(atom.value) else None
+        if not self.static[atom] or not picked.is_number(self.avals[atom]):
+            return None
+        if atom in self.constants:
+            return np.asarray(self.constants[atom])
+        producer = next((eqn for eqn in self.equations if atom in eqn.outputs), None)
+        if producer is None:
+            return None
+        operands = [self._number(x) for x in producer.inputs]
+        if any(x is None for x in operands):
+            return None
+        with jax.ensure_compile_time_eval():
+            results = jaxprs.bind(producer.primitive, operands, dict(producer.params))
+        return np.asarray(results[producer.outputs.index(atom)])
 
     def keeps(self, eqn: Any) -> bool:
         """Whether a call stays one equation, for the sake of its derivative rule."""

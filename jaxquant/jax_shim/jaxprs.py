@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import source_info_util
 from jax.extend import core as jex_core
 
@@ -17,6 +18,8 @@ JaxprEqn = jex_core.JaxprEqn
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive
 jaxpr_as_fun = jex_core.jaxpr_as_fun
+# The place of an equation: its number in a jaxpr, behind those of the calls around it.
+Place = tuple[int, ...]
 
 # Calls whose body is evaluated in place: primitive name -> the parameter that holds the body.
 _INLINED_CALLS = {
@@ -126,9 +129,14 @@ def line_of(source_info: Any) -> str:
 _LINE = re.compile(r"([^/\\]+?):(\d+)(?::\d+)? \(")  # of "/folder/file.py:12:4 (function)"
 
 
-def dtype_of(literal: Literal) -> Any:
-    """The dtype of a literal of a jaxpr."""
-    return literal.aval.dtype  # type: ignore[attr-defined]
+def dtype_of(atom: Any) -> Any:
+    """The dtype of a variable or literal of a jaxpr."""
+    return atom.aval.dtype
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of a variable or literal of a jaxpr."""
+    return tuple(atom.aval.shape)
 
 
 def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
@@ -140,6 +148,45 @@ def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) 
     else:
         results = primitive.bind(*match_varying(operands), **bound)
     return list(results) if primitive.multiple_results else [results]
+
+
+def interpret(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    apply: Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]],
+    enters: Callable[[JaxprEqn, Place], bool],
+    place: Place = (),
+) -> list[Any]:
+    """Evaluate a jaxpr by a function of one's own; equations that are traced keep their scopes.
+
+    Args:
+      jaxpr, consts, args: what is evaluated; values are of any type that `apply` takes.
+      apply: gives the results of an equation.
+      enters: whether a call is evaluated equation by equation; of those with `inlined_body`.
+      place: of the call that is evaluated.
+    """
+    env: dict[Any, Any] = {
+        **dict(zip(jaxpr.constvars, consts, strict=True)),
+        **dict(zip(jaxpr.invars, args, strict=True)),
+    }
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, Literal):
+            return np.asarray(atom.val, dtype=dtype_of(atom))
+        return env[atom]
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        operands, here = [read(x) for x in eqn.invars], (*place, number)
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+            body = inlined_body(eqn)
+            if body is not None and enters(eqn, here):
+                results: Sequence[Any] = interpret(*body, operands, apply, enters, here)
+            else:
+                results = apply(eqn, here, operands)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(x) for x in jaxpr.outvars]
 
 
 def match_varying(operands: Sequence[Any]) -> Sequence[Any]:

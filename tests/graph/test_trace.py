@@ -194,16 +194,6 @@ def test_sources_are_the_parameters_and_constants_behind_a_tensor():
     assert found[2:] in ([], ["constant_0"])  # JAX may write a small array into the equation
 
 
-def test_equal_static_computations_share_an_expression():
-    def apply_fn(p, x):
-        return x + jnp.sqrt(p["w"]), x - jnp.sqrt(p["w"]), x * jnp.sqrt(p["w"] + 1)
-
-    graph = trace(apply_fn, {"w": jnp.ones(3)}, [jnp.ones(3)])
-    same, again, other = (graph.expression(graph.producer[out].inputs[1]) for out in graph.outputs)
-    assert same == again
-    assert same != other
-
-
 def test_a_wide_value_is_rounded_only_where_a_reader_needs_the_models_dtype():
     """An int8 site hands float32 to the elementwise equations of a bfloat16 model."""
 

@@ -1,6 +1,7 @@
 """What a loop reads slice by slice: weights make layers, other parameters do not."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import jaxquant
@@ -27,3 +28,22 @@ def test_stacked_biases_beside_one_weight_make_no_layers():
     qparams, qapply = jaxquant.quant_post(params, apply_fn, [X], **OPTIONS)
     assert qparams["tensors"]["kernel/input"]["scale"].shape == ()
     assert measure.sqnr(apply_fn(params, X), qapply(qparams, X)) > 30
+
+
+def test_layers_picked_by_the_number_of_the_step_have_the_bits_of_scanned_ones():
+    params = {
+        "kernel": networks.images(1, (LAYERS, WIDTH, WIDTH)) / 2,
+        "bias": networks.images(2, (LAYERS, WIDTH)) / 4,
+    }
+
+    def scanned(p, x):
+        return lax.scan(lambda x, q: (jnp.tanh(x @ q["kernel"] + q["bias"]), None), x, p)[0]
+
+    def picked(p, x):
+        return lax.fori_loop(0, LAYERS, lambda i, x: jnp.tanh(x @ p["kernel"][i] + p["bias"][i]), x)
+
+    (expected, apply_scanned), (found, apply_picked) = (
+        jaxquant.quant_post(params, apply_fn, [X], **OPTIONS) for apply_fn in (scanned, picked)
+    )
+    measure.assert_same_numbers(measure.flat(found), measure.flat(expected))
+    np.testing.assert_array_equal(apply_picked(found, X), apply_scanned(expected, X))
