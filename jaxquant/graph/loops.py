@@ -63,6 +63,31 @@ def run(
     return Gives(results, None, kept)
 
 
+def run_in_turn(
+    eqn: ir.Equation,
+    operands: Sequence[Any],
+    step: Callable[[int, Sequence[Any]], Sequence[Any]],
+) -> list[Any]:
+    """Run a `scan` in Python, one step after the other, so that each may be something else.
+
+    Args:
+      eqn: its equation, of one step at least.
+      operands: what it reads; None for what no step reads.
+      step: (its number, the values of the body's arguments) -> the body's results.
+    """
+    constants, carried = jaxprs.scan_counts(eqn.params)
+    fixed, carry = operands[:constants], operands[constants : constants + carried]
+    sliced = operands[constants + carried :]
+    numbers = range(eqn.params["length"])
+    stacked: dict[int, Sequence[Any]] = {}
+    for number in reversed(numbers) if eqn.params["reverse"] else numbers:
+        slices = [None if x is None else jnp.asarray(x)[number] for x in sliced]
+        results = _arrays(step(number, [*fixed, *carry, *slices]))
+        carry, stacked[number] = results[:carried], results[carried:]
+    columns = zip(*(stacked[number] for number in numbers), strict=True)
+    return [*carry, *map(jnp.stack, columns)]
+
+
 def _branch(step: Step) -> Callable[[list[Any], Any], tuple[list[Any], Any]]:
     def branch(values: list[Any], kept: Any) -> tuple[list[Any], Any]:
         found = step(Given(values, None, kept))

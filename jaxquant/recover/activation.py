@@ -40,14 +40,15 @@ class Activation(NamedTuple):
             value, clamp = eqn.outputs[0], clamp_after(clamp, bounds)
         return clamp if value == self.end else None
 
+    def parameters(self, graph: ir.Graph) -> list[ir.Var] | None:
+        """What it reads that does not depend on inputs; None where that varies along the tensor."""
+        found = {v for eqn in self.equations for v in eqn.input_vars if graph.static[v]}
+        return None if any(varying_axes(graph, var) for var in found) else sorted(found)
+
     def scalars(self, env: evaluate.Environment) -> dict[ir.Var, jax.Array] | None:
         """Its parameters, each as one number; None where one varies along the tensor."""
-        graph, found = env.graph, {}
-        for var in {v for eqn in self.equations for v in eqn.input_vars if graph.static[v]}:
-            if varying_axes(graph, var):
-                return None
-            found[var] = jnp.ravel(env.wide(var))[0]
-        return found
+        found = self.parameters(env.graph)
+        return None if found is None else {var: jnp.ravel(env.wide(var))[0] for var in found}
 
 
 class RowFunction:

@@ -40,7 +40,7 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
     return draft.replaced("bias_correction", note, qparams=qparams, uncorrected=start)
 
 
-STEP = Step(names=("bias_correction",), run=correct_biases, reaches_inside=True)
+STEP = Step(names=("bias_correction",), run=correct_biases)
 
 
 def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxquant.graph.model import Model
-from jaxquant.recover.divisible import Divisible, Layer, Seen
+from jaxquant.recover.divisible import Divisible, Seen
 from jaxquant.recover.looks import Look, States, look_at
-from jaxquant.recover.parts import is_repeated
+from jaxquant.recover.parts import Layer, is_repeated, unrolled
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples
 _TOP = 8  # samples that tell of a channel's tail
@@ -71,32 +71,15 @@ def _draw(
     """
     rng = np.random.default_rng(0)
     found: dict[str, dict[Layer, list[np.ndarray]]] = {tensor.name: {} for tensor in tensors}
-    for tensor, layer in _in_order(model, tensors, ()):
+    items: dict[Model, list[tuple[int, Divisible]]] = {}
+    for tensor in tensors:
+        items.setdefault(tensor.model, []).append((tensor.first_reader, tensor))
+    for tensor, layer in unrolled(model, items):
         draws = [rng.permutation(product.positions) for product in tensor.readers]
         if is_repeated(tensor.model):  # a step has few of the positions of all
             draws = [np.resize(draw, count) for draw in draws]
         found[tensor.name][layer] = [np.sort(draw[:count]) for draw in draws]
     return found
-
-
-def _in_order(
-    model: Model, tensors: Sequence[Divisible], layer: Layer
-) -> Iterator[tuple[Divisible, Layer]]:
-    """The tensors of a graph and of its bodies, layer by layer, in the order of evaluation."""
-    own = [tensor for tensor in tensors if tensor.model is model]
-    for index, bodies in sorted(model.bodies.items()):
-        while own and own[0].first_reader < index:
-            yield own.pop(0), layer
-        for body in bodies:
-            if body.layers is None:
-                yield from _in_order(body, tensors, layer)
-                continue
-            numbers = range(body.layers)
-            is_reversed = model.graph.equations[index].params["reverse"]
-            for number in reversed(numbers) if is_reversed else numbers:
-                yield from _in_order(body, tensors, (*layer, number))
-    for tensor in own:
-        yield tensor, layer
 
 
 def reach(peaks: np.ndarray) -> np.ndarray:

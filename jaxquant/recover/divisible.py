@@ -15,13 +15,12 @@ from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.inputs import input_axes
-from jaxquant.recover.looks import Look
-from jaxquant.recover.parts import is_repeated, programs_of
+from jaxquant.recover.looks import Look, is_replaced
+from jaxquant.recover.parts import Layer, is_repeated, programs_of
 from jaxquant.recover.product import Product
 from jaxquant.run.program import Program
 
 Where = Mapping[str, frozenset[str]]  # step -> the names of the sites that have it
-Layer = tuple[int, ...]  # one of the scans over stacked weights around a graph, outermost first
 
 
 class Seen(NamedTuple):
@@ -128,16 +127,11 @@ class Divisible:
 
 
 def _with_step(state: State, new: Seen) -> Seen:
-    """What the steps so far and another one show.
-
-    After n steps each row is from any of them with the same probability, 1 / n: a reservoir.
-    """
-    old, key = state.seen, jax.random.fold_in(jax.random.key(0), state.steps)
-    part = 1 / (state.steps + 1).astype(jnp.float32)
-    rows = []
+    """What the steps so far and another one show."""
+    old, rows = state.seen, []
     for number, (before, now) in enumerate(zip(old.rows, new.rows, strict=True)):
-        drawn = jax.random.uniform(jax.random.fold_in(key, number), (len(now), 1, 1), jnp.float32)
-        rows.append(jnp.where(drawn < part, now, before))
+        is_new = is_replaced(state.steps, len(now), number)
+        rows.append(jnp.where(is_new[:, None, None], now, before))
     low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
     return Seen(low, high, tuple(rows))
 

@@ -114,9 +114,7 @@ def equalize(task: Task, draft: Draft) -> Draft:
         )
 
 
-STEP = Step(
-    names=("equalization", "smoothquant"), run=equalize, is_automatic=True, reaches_inside=True
-)
+STEP = Step(names=("equalization", "smoothquant"), run=equalize, is_automatic=True)
 
 
 def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
+
 from jaxquant.graph import evaluate, ir, loops
 from jaxquant.graph.model import Model
 from jaxquant.run.float_forms import fast_convolutions
@@ -106,3 +109,19 @@ def _names(looks: Looks, model: Model) -> list[str]:
     """The names of the looks of a graph and of its bodies."""
     inside = (body for bodies in model.bodies.values() for body in bodies)
     return [*looks.get(model, {}), *(name for body in inside for name in _names(looks, body))]
+
+
+def is_replaced(steps: jax.Array, rows: int, number: int = 0) -> jax.Array:
+    """Which of the rows so far a step replaces by its own, bool [R].
+
+    So that after n steps each row is from any of them with the same probability, 1 / n: a
+    reservoir.
+
+    Args:
+      steps: how many there were before, int32 [].
+      rows: R.
+      number: one of several draws of a step.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), steps), number)
+    part = 1 / (steps + 1).astype(jnp.float32)
+    return jax.random.uniform(key, (rows,), jnp.float32) < part

@@ -82,6 +82,15 @@ class Product:
             return rows.transpose(0, 2, 1)
         return ordered.reshape(1, math.prod(weight.shape[a] for a in own.contracted), -1)
 
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """G, K, C/G."""
+        assert self.site.weight is not None
+        shape, own = self.graph.shape(self.site.weight), self.site.weight_axes
+        groups = self.site.as_contraction.feature_groups if self._sums_last else 1
+        sums = math.prod(shape[axis] for axis in (*own.contracted, *own.window))
+        return groups, sums, math.prod(shape[axis] for axis in own.free) // groups
+
     def weight(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The weight of this shape from [G, K, C/G]."""
         order = self._weight_order

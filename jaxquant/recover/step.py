@@ -90,7 +90,7 @@ class Draft:
 
 
 class Step(NamedTuple):
-    """A recovery step.
+    """A recovery step, of the sites inside loops and choices too.
 
     Attributes:
       names: what it is asked for by; `plan.recovered_by(name)` has the sites.
@@ -98,7 +98,6 @@ class Step(NamedTuple):
       check: raises ImportError where a package that the step needs is not installed.
       is_automatic: it runs where nobody asks for it, too, and sees for itself what is to be done.
       keeps_file: it keeps in a file what it did.
-      reaches_inside: it repairs the sites inside loops and choices too.
     """
 
     names: tuple[str, ...]
@@ -106,7 +105,6 @@ class Step(NamedTuple):
     check: Callable[[], None] = lambda: None
     is_automatic: bool = False
     keeps_file: bool = False
-    reaches_inside: bool = False
 
     def is_asked_for(self, names: Sequence[str]) -> bool:
         """Whether one of its names is among those that are asked for."""

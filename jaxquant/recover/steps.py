@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph.model import FloatModel
@@ -15,8 +15,6 @@ from jaxquant.recover.compare import Comparison
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.weights.quantize import quantize_params
-
-_SHOWN = 3  # of the sites that a step does not reach
 
 # The steps of the table of names, each once, in its order.
 STEPS: tuple[Step, ...] = tuple(
@@ -78,32 +76,7 @@ def quantize_and_recover(
         qparams = quantize_params(binding, source.params)
     draft = Draft(program_by_site(binding, source.params), qparams)
     for step in STEPS:
-        plan = binding.whole_plan if step.reaches_inside else binding.plan
-        if step.is_automatic or step.is_asked_for(plan.recover):
+        if step.is_automatic or step.is_asked_for(binding.whole_plan.recover):
             draft = step.run(task, draft)
-    comparison, notes = task.comparison(draft.program), _with_those_left(binding, draft.notes)
-    return Recovered(draft.qparams, draft.uncorrected, draft.program, comparison, notes)
-
-
-def _with_those_left(binding: Binding, notes: Mapping[str, str]) -> dict[str, str]:
-    """The notes, with the sites inside loops that a step was asked to repair and does not reach."""
-    found = dict(notes)
-    for step in STEPS:
-        wanted = [] if step.reaches_inside else step.names
-        asked = [binding.whole_plan.recovered_by(name) for name in wanted]
-        left = sorted(frozenset().union(*asked) & binding.model.in_bodies)
-        if not left:
-            continue
-        shown = ", ".join(left[:_SHOWN]) + (
-            f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
-        )
-        names = [
-            name for name, sites in zip(wanted, asked, strict=True) if sites.intersection(left)
-        ]
-        # Two names of one step that both have sites share a note.
-        key = next(
-            (key for key in found if set(names) & set(key.split(" and "))), " and ".join(names)
-        )
-        did = f"{found[key]}, " if key in found else ""
-        found[key] = f"{did}sites inside loops are left as they are: {shown}"
-    return found
+    comparison = task.comparison(draft.program)
+    return Recovered(draft.qparams, draft.uncorrected, draft.program, comparison, {**draft.notes})

@@ -3,34 +3,112 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxquant.backends.platforms import XLA
-from jaxquant.graph import evaluate, ir
+from jaxquant.graph import evaluate, ir, loops
 from jaxquant.plan.bind import Int8Site
+from jaxquant.recover.parts import Part
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
 
-Visit = Callable[[Int8Site, jax.Array, int], None]
+Visit = Callable[[Part, Int8Site, jax.Array], None]
+Enter = Callable[[Part, int], None]
 
 
-def run_stepwise(
-    program: Program, qparams: Mapping[str, Any], inputs: Sequence[Any], visit: Visit
-) -> None:
+def run_stepwise(part: Part, inputs: Sequence[Any], visit: Visit, enter: Enter) -> None:
     """Run a program uncompiled, an equation at a time, and forget what is not read again.
 
-    So whole calibration sets fit, and a site's arrays may change just before they are read.
+    So whole calibration sets fit, and a site's arrays may change just before they are read.  Of a
+    scan over stacked weights one layer runs after the other; another loop, and a choice, runs as a
+    whole.
 
     Args:
-      program: without fused calls.
-      qparams: its arrays.
+      part: the whole model; its program is without fused calls.
       inputs: the flattened model inputs.
-      visit: called with (site, x, zero_point) before each site with a stored weight; `x` is the
-        site's int8 input.  It may change the arrays of that site in `qparams`.
+      visit: called with (part, site, x) before each site with a stored weight; `x` is the site's
+        int8 input.  It may change the arrays of that site in the part's `qparams`.
+      enter: called with (part, index of its equation) before a loop or choice that runs as a whole.
+        It may change the arrays of the sites inside, which `part.inside` has.
     """
+    run = _Stepwise(visit, enter)
+    run.program_of(part).run(part.qparams, inputs)
+
+
+class _Stepwise:
+    def __init__(self, visit: Visit, enter: Enter) -> None:
+        self._visit = visit
+        self._enter = enter
+        self._compiled: dict[str, Callable[..., Any]] = {}  # the layers of a site have one call
+
+    def program_of(self, part: Part) -> Program:
+        """The program of a part that shows what reaches its sites."""
+        program, forget = part.program, _forgetting(part.program)
+
+        def hook(site: Int8Site, lowering: Lowering) -> Lowering:
+            name, now = site.site.name, program.graph.producer[site.epilogue.output].index
+
+            def visited(state: Evaluation) -> evaluate.Values:
+                forget(state.env, now)
+                if name not in program.calls:
+                    return lowering(state)
+                each = program.calls[name]
+                self._visit(part, site, state.quantized.int8(site.site.operands[0]))
+                if name not in self._compiled:
+                    self._compiled[name] = jax.jit(functools.partial(XLA.call, each.call))
+                return each.keep(state, self._compiled[name](each.operands(state)))
+
+            return visited
+
+        def looped(index: int) -> Lowering:
+            in_turn = program.bodies[index][0].model.layers is not None
+            lowering = self._layers(part, index) if in_turn else self._whole(part, index)
+
+            def looping(state: Evaluation) -> evaluate.Values:
+                forget(state.env, index)
+                return lowering(state)
+
+            return looping
+
+        return program.hooked(hook).replacing({index: looped(index) for index in program.bodies})
+
+    def _whole(self, part: Part, index: int) -> Lowering:
+        """The lowering of a loop or choice that runs as a whole."""
+        lowering = part.program.lowerings[index]
+
+        def entered(state: Evaluation) -> evaluate.Values:
+            self._enter(part, index)
+            return lowering(state)
+
+        return entered
+
+    def _layers(self, part: Part, index: int) -> Lowering:
+        """The lowering of a scan over stacked weights, whose layers run in turn."""
+        eqn = part.program.graph.equations[index]
+
+        def lowering(state: Evaluation) -> evaluate.Values:
+            layers = list(part.inside(index))
+
+            def step(number: int, values: Sequence[Any]) -> Sequence[Any]:
+                layer = layers[number]
+                leaves, inputs = layer.program.model.root.split(values)
+                return self.program_of(layer).results(layer.qparams, leaves, inputs)
+
+            operands = [
+                state.env.read(x) if isinstance(x, ir.Literal) or x in state.env else None
+                for x in eqn.inputs
+            ]
+            results = loops.run_in_turn(eqn, operands, step)
+            return dict(zip(eqn.outputs, results, strict=True))
+
+        return lowering
+
+
+def _forgetting(program: Program) -> Callable[[evaluate.Environment, int], None]:
+    """A function that drops the values of an evaluation that nothing reads from an equation on."""
     last_reads = find_last_reads(program)
     dropped: set[ir.Var] = set(program.graph.output_vars)
 
@@ -40,21 +118,7 @@ def run_stepwise(
                 env.drop(var)
                 dropped.add(var)
 
-    def hook(site: Int8Site, lowering: Lowering) -> Lowering:
-        now = program.graph.producer[site.epilogue.output].index
-
-        def visited(state: Evaluation) -> evaluate.Values:
-            forget(state.env, now)
-            if site.site.name not in program.calls:
-                return lowering(state)
-            each, var = program.calls[site.site.name], site.site.operands[0]
-            visit(site, state.quantized.int8(var), program.binding.zero_points[var])
-            compiled = jax.jit(functools.partial(XLA.call, each.call))
-            return each.keep(state, compiled(each.operands(state)))
-
-        return visited
-
-    program.hooked(hook).run(qparams, inputs)
+    return forget
 
 
 def find_last_reads(program: Program) -> dict[ir.Var, int]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxquant
@@ -70,18 +69,3 @@ def test_a_draft_stays_as_it_is():
     changed = draft.replaced("second", "y", qparams={})
     assert (draft.qparams, draft.notes) == ({"a": 1}, {"first": "x"})
     assert changed.notes == {"first": "x", "second": "y"}
-
-
-def test_a_step_that_does_not_reach_into_loops_says_so():
-    def scanned(p: Any, x: Any) -> Any:
-        return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, p["w"])[0] @ p["end"]
-
-    draw = np.random.default_rng(0).normal
-    params = {"w": np.float32(draw(size=(2, 8, 8))), "end": np.float32(draw(size=(8, 4)))}
-    x = np.float32(draw(size=(16, 8)))
-    _, qapply = jaxquant.quant_post(
-        params, scanned, [x], algo="abs_max", recover=("smoothquant", "adaround"), progress=False
-    )
-    notes = qapply.report().summary["recovery"]
-    assert notes["smoothquant"].endswith(" of 3 tensors")
-    assert notes["adaround"].endswith(", sites inside loops are left as they are: w")

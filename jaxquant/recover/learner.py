@@ -1,0 +1,279 @@
+"""Learns the rounding of a model's sites, one after the other, on what reaches them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.model import Model
+from jaxquant.graph.sites import Site
+from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site
+from jaxquant.progress import Stage
+from jaxquant.recover import adaround
+from jaxquant.recover.activation import Activation, RowFunction, find_activation
+from jaxquant.recover.parts import Layer, Part, is_repeated, most_steps, programs_of, unrolled
+from jaxquant.recover.product import Product
+from jaxquant.recover.roundings import Rounding, Roundings, digest
+from jaxquant.recover.stepwise import run_stepwise
+from jaxquant.recover.wanted import InputGrid, Learnable, Wanted, find_wanted
+from jaxquant.run.program import Program
+from jaxquant.weights.fold import fold
+from jaxquant.weights.quantize import Divisors, along_channels, undivided, whole_steps
+
+POSITIONS = 4096  # of a site's output, at most
+_FEWEST = 8  # positions to learn from
+_WHOLE = 2.0**-15  # of a step: what is as near to an integer is one
+
+
+class Learner:
+    """Learns the rounding of one model.
+
+    Attributes:
+      outcomes: what became of each site, by its name with its layer: "learned", or why not.
+    """
+
+    def __init__(self, program: Program, params: Any, qparams: Any, divisors: Divisors) -> None:
+        self._program = program
+        self._divisors = divisors
+        asked = program.whole_plan.recovered_by("adaround")
+        self._corrected = program.whole_plan.recovered_by("bias_correction")
+        programs = list(programs_of(program))
+        stored = {
+            each.model: [s for s in each.binding.sites if s.site.name in program.slots]
+            for each in programs
+        }
+        reasons = _reasons(program, stored, asked)
+        self.outcomes: dict[str, str] = {}
+        places: dict[str, dict[Layer, np.ndarray]] = {}
+        ordered = {
+            model: [(each.site.equation, (model, each.site)) for each in sites]
+            for model, sites in stored.items()
+        }
+        for number, ((model, site), layer) in enumerate(unrolled(program.model, ordered)):
+            self.outcomes[_named(site, layer)] = reasons[site.name]
+            drawn = _draw(Product(model.graph, site).positions, number, most_steps(model))
+            places.setdefault(site.name, {})[layer] = drawn
+        self._sites = {
+            each.site.name: Learnable(
+                part.model,
+                Product(part.graph, each.site),
+                find_activation(part.graph, each.epilogue.output),
+                places[each.site.name],
+                _input_grid(part, each.site, qparams) if is_repeated(part.model) else None,
+            )
+            for part in programs
+            for each in stored[part.model]
+            if not reasons[each.site.name]
+        }
+        self._whole = Part(program, program.binding, _writable(qparams, self._sites), params)
+        self._folded: dict[tuple[Model, Layer], Mapping[int, np.ndarray]] = {}
+
+    def learn(self, flat: Sequence[Any], roundings: Roundings, stage: Stage) -> Any:
+        """The arrays with the roundings.
+
+        Args:
+          flat: the flattened inputs, all samples in one batch.
+          roundings: those that are known already, and where new ones are kept.
+          stage: shows the sites.
+        """
+        sites = list(self._sites.values())
+        wanted = find_wanted(self._program.model, self._whole.params, flat, sites)
+
+        def visit(part: Part, int8_site: Int8Site, x: jax.Array) -> None:
+            site = int8_site.site
+            if site.name in self._sites:
+                zero_point = part.binding.zero_points[site.operands[0]]
+                learnable = self._sites[site.name]
+                inputs = learnable.product.inputs(x, zero_point, learnable.places[part.layer])
+                found = wanted[site.name][part.layer]._replace(inputs=inputs)
+                self._learn(part, learnable, found, roundings)
+            stage.step()
+
+        def enter(part: Part, index: int) -> None:
+            for inner in (each for body in part.inside(index) for each in body.walk()):
+                for name in (each.site.name for each in inner.binding.sites):
+                    if name not in self._program.slots:
+                        continue
+                    if name in self._sites:
+                        found = wanted[name].get(inner.layer)
+                        self._learn_repeated(inner, self._sites[name], found, roundings)
+                    stage.step()
+
+        run_stepwise(self._whole, [jnp.asarray(x) for x in flat], visit, enter)
+        return self._whole.qparams
+
+    def _learn_repeated(
+        self, part: Part, learnable: Learnable, wanted: Wanted | None, roundings: Roundings
+    ) -> None:
+        """Learn a site in a loop or choice, where enough of the samples come there."""
+        count = 0 if wanted is None else len(wanted.rows)
+        if wanted is None or count < _FEWEST:
+            name = _named(learnable.product.site, part.layer)
+            self.outcomes[name] = f"{count} output positions are too few"
+            return
+        self._learn(part, learnable, wanted, roundings)
+
+    def _learn(
+        self, part: Part, learnable: Learnable, wanted: Wanted, roundings: Roundings
+    ) -> None:
+        """Learn the rounding of a site in one layer, and put it into the part's arrays."""
+        product, site, qparams = learnable.product, learnable.product.site, part.qparams
+        assert site.weight is not None
+        slot, arrays = part.program.slots[site.name], qparams["sites"][site.name]
+        int8 = layout.get(qparams["params"], slot.int8)
+        multiplier = np.asarray(arrays["multiplier"], np.float64)
+        weight, scale = self._scaled_weight(part, site, layout.get(qparams["params"], slot.scale))
+        before = product.matrix(np.asarray(int8, np.float64))
+        zero_point = part.binding.zero_points[site.operands[0]]
+        bias = np.asarray(arrays["bias"], np.float64)
+        bias = bias + zero_point * multiplier * _column_sums(before)
+        step = _input_scale(part, site) * scale
+        ratio = product.matrix(weight)
+        down = np.clip(np.floor(ratio), -127, 127)
+        problem = adaround.Problem(
+            inputs=np.asarray(wanted.inputs),
+            wanted=np.asarray(wanted.rows * jnp.asarray(multiplier / step, jnp.float32)
+                              + jnp.asarray(bias, jnp.float32)),
+            down=down.astype(np.float32),
+            part=np.clip(ratio - down, 0, 1).astype(np.float32),
+            nearest=before > down,
+            multiplier=multiplier.astype(np.float32),
+            bias=bias.astype(np.float32),
+            activation=_of_rows(part.program, learnable.activation, wanted),
+            correct=site.name in self._corrected,
+        )  # fmt: skip
+        name = _named(site, part.layer)
+        rounding = _rounding(name, problem, roundings)
+        after = down + rounding.up
+        int8[...] = product.weight(after, part.program.graph.shape(site.weight)).astype(np.int8)
+        bias = bias + adaround.shift(problem, rounding.up)
+        bias = bias - zero_point * multiplier * _column_sums(after)
+        arrays["bias"][...] = whole_steps(bias, multiplier)
+        self.outcomes[name] = (
+            "learned" if rounding.learned < rounding.nearest else "nearest rounding is no worse"
+        )
+
+    def _scaled_weight(self, part: Part, site: Site, scale: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The float64 weight in units of its scale [C] or [], which comes too in float64."""
+        weight = undivided(part.binding, site, self._weight(part, site), self._divisors)
+        scale = np.asarray(scale, np.float64)
+        ratio = weight / along_channels(scale, site.channel_axes, weight.shape)
+        near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
+        return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
+
+    def _weight(self, part: Part, site: Site) -> np.ndarray:
+        """The float weight of a site; those of one part are there at a time."""
+        place = part.program.model, part.layer
+        if place not in self._folded:
+            here = (x for x in self._sites.values() if x.model is part.program.model)
+            weights = [x.product.site.weight for x in here if x.product.site.weight is not None]
+            self._folded = {place: fold(part.program.graph, part.params, weights, [])[0]}
+        assert site.weight is not None
+        return self._folded[place][site.weight]
+
+
+def _reasons(
+    program: Program, stored: Mapping[Model, Sequence[Int8Site]], asked: Collection[str]
+) -> dict[str, str]:
+    """Site name -> why its rounding is not learned; "" where it is.
+
+    Args:
+      program: of the whole model.
+      stored: the sites of each graph that have a stored weight.
+      asked: the sites that have the step.
+    """
+    sites = [(model, each.site) for model, some in stored.items() for each in some]
+    uses = collections.Counter(program.slots[site.name] for _, site in sites)
+    found = {}
+    for model, site in sites:
+        product = Product(model.graph, site)
+        assert site.weight is not None
+        reason = product.reason
+        if site.name not in asked:
+            reason = "not asked for"
+        elif uses[program.slots[site.name]] > 1:
+            reason = "it shares its weight with another site"
+        elif not all(model.varies_by_layer(site.weight)):
+            reason = "its layers share their weight"
+        elif not reason and not is_repeated(model) and product.positions < _FEWEST:
+            reason = f"{product.positions} output positions are too few"
+        found[site.name] = reason
+    return found
+
+
+def _rounding(name: str, problem: adaround.Problem, roundings: Roundings) -> Rounding:
+    """The rounding that the file has, or one that is learned and put there."""
+    known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
+                   np.array([adaround.STEPS, problem.correct], np.int64))  # fmt: skip
+    shape = problem.down.shape
+    if (found := roundings.get(name, known, shape)) is not None:
+        return found
+    rounding = Rounding(*adaround.learn(problem))
+    roundings.put(name, known, rounding)
+    return rounding
+
+
+def _input_grid(program: Program, site: Site, qparams: Any) -> InputGrid:
+    """What the input of a site is quantized with, in all layers."""
+    name = program.binding.scales[site.operands[0]]
+    tensor = qparams["tensors"][name]
+    zero_point = tensor.get("zero_point", program.binding.zero_points[site.operands[0]])
+    return InputGrid(tensor["inv_scale"], np.asarray(zero_point, np.int32))
+
+
+def _input_scale(part: Part, site: Site) -> float:
+    name = part.binding.scales[site.operands[0]]
+    return next(t.scale for t in part.binding.plan.tensors if t.name == name)
+
+
+def _of_rows(
+    program: Program, activation: Activation, wanted: Wanted
+) -> Callable[[jax.Array], jax.Array]:
+    """An activation as a function of rows, where it is one."""
+    if wanted.scalars is None or not activation.equations:
+        return _identity
+    return RowFunction(program.graph, activation, jax.device_get(wanted.scalars))
+
+
+def _identity(value: jax.Array) -> jax.Array:
+    return value
+
+
+def _draw(positions: int, seed: int, steps: int | None) -> np.ndarray:
+    """Ascending output positions of one site.
+
+    Args:
+      positions: how many there are in one evaluation of its graph.
+      seed: of the draw.
+      steps: how many evaluations there are at most; None for an unknown number.
+    """
+    if positions > POSITIONS:
+        rng = np.random.default_rng(seed)
+        return np.sort(rng.choice(positions, POSITIONS, replace=False))
+    count = POSITIONS if steps is None else min(positions * steps, POSITIONS)
+    return np.sort(np.resize(np.arange(positions), count))
+
+
+def _column_sums(matrix: np.ndarray) -> np.ndarray:
+    """[C] of [G, K, C/G]."""
+    return matrix.sum(axis=1).reshape(-1)
+
+
+def _named(site: Site, layer: Layer) -> str:
+    return site.name + layer_suffix(layer)
+
+
+def _writable(qparams: Mapping[str, Any], sites: Collection[str]) -> dict[str, Any]:
+    """The arrays in NumPy, with a bias at each of some sites."""
+    found: dict[str, Any] = jax.tree.map(np.array, jax.device_get(dict(qparams)))
+    for name in sites:
+        arrays = found["sites"][name]
+        arrays.setdefault("bias", np.zeros_like(arrays["multiplier"]))
+    return found
