@@ -140,6 +140,6 @@ def numbers_as_they_are():
     What is left is the arithmetic, to be compared to the last bit.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxquant.weights.quantize.LARGEST_BIAS", -1.0)
+        patch.setattr("jaxquant.weights.epilogue.LARGEST_BIAS", -1.0)
         patch.setattr("jaxquant.plan.ties.find_sums", lambda part: collections.defaultdict(dict))
         yield

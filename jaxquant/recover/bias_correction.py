@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxquant.recover.shift import Shift
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.weights.quantize import whole_steps
+from jaxquant.weights.epilogue import whole_steps
 
 
 def correct_biases(task: Task, draft: Draft) -> Draft:

@@ -24,8 +24,10 @@ from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.stepwise import run_stepwise
 from jaxquant.recover.wanted import InputGrid, Learnable, Wanted, find_wanted
 from jaxquant.run.program import Program
+from jaxquant.weights.epilogue import whole_steps
 from jaxquant.weights.fold import fold
-from jaxquant.weights.quantize import Divisors, along_channels, undivided, whole_steps
+from jaxquant.weights.integers import along_channels
+from jaxquant.weights.quantize import Divisors, undivided
 
 POSITIONS = 4096  # of a site's output, at most
 _FEWEST = 8  # positions to learn from

@@ -22,8 +22,8 @@ from jaxquant.recover.shift import Shift, compare_outputs
 from jaxquant.run.layers import Layer, walk
 from jaxquant.run.program import Program
 from jaxquant.tune.parts import Part
+from jaxquant.weights.epilogue import accumulator_terms, epilogue_arrays, whole_steps
 from jaxquant.weights.fold import fold
-from jaxquant.weights.quantize import accumulator_terms, epilogue_arrays, whole_steps
 
 
 def is_corrected(plan: Plan) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant.recover.trial import InputGrid, Trial
-from jaxquant.weights.quantize import quantize_weight
+from jaxquant.weights.integers import quantize_weight
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.model import Lowered
 from jaxquant.deploy.network import Int8Node
-from jaxquant.weights.quantize import LARGEST_BIAS
+from jaxquant.weights.epilogue import LARGEST_BIAS
 
 
 class SiteArrays(NamedTuple):
