@@ -13,8 +13,9 @@ from jaxquant.graph import evaluate, ir, loops
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.model import Model
+from jaxquant.graph.patterns import matches_site
 from jaxquant.graph.regions import Region
-from jaxquant.graph.sites import Site, matches
+from jaxquant.graph.sites import Site
 from jaxquant.graph.trace import trace
 
 Captured = dict[str, jax.Array]
@@ -75,7 +76,7 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
     """The sites to capture: those that match and are not inside `while`, `cond` and the like."""
     matched: dict[str, Site] = {}
     for pattern in patterns:
-        hits = [site for site in found if matches(site, pattern)]
+        hits = [site for site in found if matches_site(site, pattern)]
         if not hits:
             names = [site.name for site in found]
             raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")

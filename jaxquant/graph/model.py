@@ -193,10 +193,27 @@ class Model:
         """Those of some sites of the whole model that are in this one."""
         own = self.root.location
         return tuple(
-            from_outside(within(site, self.root))
+            from_outside(within(self._with_scans(site), self.root))
             for site in sites
             if site.location[: len(own)] == own
         )
+
+    def _with_scans(self, site: Site) -> Site:
+        """A site of the whole model with the scans over stacked weights around it."""
+        around = self.whole._scans_around
+        place = site.location[:-1]
+        while place not in around:  # the test of a `while` is in none of the bodies
+            place = place[:-2]
+        return dataclasses.replace(site, scans=around[place])
+
+    @functools.cached_property
+    def _scans_around(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Where a region is -> the `scans` of its model, of this model and its bodies."""
+        found = {self.root.location: self.scans}
+        for bodies in self.bodies.values():
+            for body in bodies:
+                found |= body._scans_around
+        return found
 
     def sites_of(self, lookups: bool) -> tuple[Site, ...]:
         """The sites, with the embeddings where a mode takes them for sites."""

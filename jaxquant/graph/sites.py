@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -48,6 +47,7 @@ class Site:
         parameter is in it (the weights of an interpolation), or its shape follows the batch, see
         `jaxquant.graph.batch_sizes`.
       inside: the control-flow primitives that hold the site, outermost first; () at the top level.
+      scans: the numbers of layers of the scans over stacked weights around it, outermost first.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Site:
     weight_position: int = 1
     computes_weight: bool = False
     inside: tuple[str, ...] = ()
+    scans: tuple[int, ...] = ()
 
     @property
     def equation(self) -> int:
@@ -315,23 +316,3 @@ def _naming_rank(site: Site) -> int:
     if site.kind in kinds.DOT_KINDS:
         return 0
     return 2 if kinds.is_layout(site.kind) else 1
-
-
-def matches(site: Site, pattern: str) -> bool:
-    """A glob on the site's name, scope or parameter path, or on its kind or module classes.
-
-    The last two are written "kind:softmax" and "module:SelfAttention"; "site:b1/Conv_0" is the site
-    of exactly that name.
-    """
-    prefix, _, rest = pattern.partition(":")
-    if prefix == "site" and rest:
-        return site.name == rest
-    if prefix == "kind" and rest:
-        return fnmatch.fnmatchcase(site.kind, rest)
-    if prefix == "module" and rest:
-        return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
-    return any(
-        fnmatch.fnmatchcase(text, pattern)
-        for text in (site.name, site.scope, site.weight_path)
-        if text
-    )

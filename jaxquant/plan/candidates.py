@@ -14,7 +14,7 @@ from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.rules import Rule, matching
+from jaxquant.plan.rules import Rule, first_layer, matching
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -60,8 +60,9 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
 
 def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:
     """The rule that decides on a site's type; None where none does."""
-    places = [place for place in matching(rules, site) if rules[place].dtype is not None]
-    return rules[places[-1]] if places else None
+    places = matching(rules, site, first_layer(site))
+    dtypes = [rules[place] for place in places if rules[place].dtype is not None]
+    return dtypes[-1] if dtypes else None
 
 
 def in_skip_scope(scope: str) -> bool:

@@ -22,7 +22,14 @@ from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import INT8, Plan, SitePlan, TensorPlan
-from jaxquant.plan.rules import Rule, check_rules, check_skip, matching, setting
+from jaxquant.plan.rules import (
+    Rule,
+    check_rules,
+    check_skip,
+    first_layer,
+    matching,
+    setting,
+)
 from jaxquant.plan.tensors import plan_tensors, tensor_settings
 from jaxquant.plan.ties import without_ties
 
@@ -128,8 +135,11 @@ def _plan_region(
     cannot have is float in all of them.
     """
     layers = [layer for outer in around for layer in layers_of(model, outer)]
-    seen = [None if observations is None else observations.of_layer(layer) for layer in layers]
     found = _own_sites(model, MODES[config.mode].lookups)
+    seen = [
+        _Seen(layer, None if observations is None else observations.of_layer(layer))
+        for layer in layers
+    ]
     while True:
         drafts = [_drafted(model, found, each, config) for each in seen]
         rules = {rule: None for draft in drafts for rule in draft.config.rules}
@@ -148,15 +158,20 @@ def _plan_region(
     return sites, tensors
 
 
-def _drafted(
-    model: Model, found: tuple[Site, ...], observations: Observations | None, config: QuantConfig
-) -> _Draft:
-    if observations is None:
-        return _draft(model, found, None, config)
-    if _is_unseen(model, found, observations, config):
+class _Seen(NamedTuple):
+    """What calibration saw of a graph in one layer of the scans around it; None without it."""
+
+    layer: tuple[int, ...]
+    observations: Observations | None
+
+
+def _drafted(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig) -> _Draft:
+    if seen.observations is None:
+        return _draft(model, found, seen, config)
+    if _is_unseen(model, found, seen.observations, config):
         rules = [Rule(f"site:{site.name}", dtype="float", reason=_UNSEEN) for site in found]
         config = config.with_rules(rules)
-    return _with_even_parts(model, found, observations, config)
+    return _with_even_parts(model, found, seen, config)
 
 
 def _is_unseen(
@@ -208,33 +223,32 @@ class _Draft(NamedTuple):
     tensors: tuple[TensorPlan, ...]
 
 
-def _draft(
-    model: Model, found: tuple[Site, ...], observations: Observations | None, config: QuantConfig
-) -> _Draft:
+def _draft(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig) -> _Draft:
     graph = model.graph
     chosen = candidates(model, found, config)
     with_scales = chosen if MODES[config.mode].tensor_scales else ()
     forms = _forms(model, found, with_scales, config)
-    if observations is None:
+    if seen.observations is None:
         return _Draft(config, chosen, forms, ())
     constants = constants_in(graph, chosen, forms)
-    settings = tensor_settings(chosen, forms, model.names, config)
-    tensors = plan_tensors(forms, model.names, constants, observations, settings, config)
+    settings = tensor_settings(chosen, forms, model.names, config, seen.layer)
+    tensors = plan_tensors(forms, model.names, constants, seen.observations, settings, config)
     return _Draft(config, chosen, forms, tensors)
 
 
 def _with_even_parts(
-    model: Model, found: tuple[Site, ...], observations: Observations, config: QuantConfig
+    model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig
 ) -> _Draft:
     """What becomes int8 without the sites that would tie parts of too different a range.
 
     Each round leaves more sites in float, so there is a last one.
     """
-    draft, seen = _draft(model, found, observations, config), observations.tensors
-    while uneven := find_uneven(model, draft.chosen, draft.forms, seen, draft.tensors):
+    assert seen.observations is not None
+    draft, tensors = _draft(model, found, seen, config), seen.observations.tensors
+    while uneven := find_uneven(model, draft.chosen, draft.forms, tensors, draft.tensors):
         left = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in uneven.items()]
         config = draft.config.with_rules(left)
-        draft = _draft(model, found, observations, config)
+        draft = _draft(model, found, seen, config)
     return draft
 
 
@@ -257,7 +271,7 @@ def _nothing_left(reasons: set[str]) -> ValueError:
 def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
     """The plan of an int8 site with what the rules set for it."""
     rules = config.all_rules
-    places = matching(rules, site)
+    places = matching(rules, site, first_layer(site))
     settings: dict[str, Any] = {
         name: setting(rules, places, name, getattr(config, name))
         for name in ("recover", "weight_bits")

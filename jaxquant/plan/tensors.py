@@ -78,16 +78,26 @@ class TensorSettings(NamedTuple):
 
 
 def tensor_settings(
-    chosen: Sequence[Site], forms: Forms, names: Mapping[ir.Var, str], config: QuantConfig
+    chosen: Sequence[Site],
+    forms: Forms,
+    names: Mapping[ir.Var, str],
+    config: QuantConfig,
+    layer: Sequence[int],
 ) -> dict[str, TensorSettings]:
-    """Group -> its settings: of the rules that match the sites that read it, the last ones win."""
+    """Family -> its settings: of the rules that match the sites that read it, the last ones win.
+
+    Args:
+      chosen, forms, names: the int8 sites of a graph and its tensors.
+      config: has the rules.
+      layer: which one it is of the scans over stacked weights around the graph.
+    """
     rules = config.all_rules
     heads = forms.heads
     places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
     for site in chosen:
         read = {names[heads[var]] for var in site.operands if var in heads}
         for family in read:
-            places[family].update(matching(rules, site))
+            places[family].update(matching(rules, site, layer))
     symmetric = config.activation_quantize_type == "symmetric"
     return {
         family: TensorSettings(
