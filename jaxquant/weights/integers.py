@@ -17,32 +17,42 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan.grid import SMALLEST_SCALE
 
 
-def quantize_weight(
-    weight: np.ndarray, axes: Sequence[int], growth: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a weight with one scale for every index along `axes` (none: one for all of it).
+def weight_scale(weight: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """The scales of a weight, one for every index along `axes` (none: one for all of it).
 
     Args:
-      weight: floats of any shape.
+      weight: float64, of any shape.
       axes: of the output channels, or none.
-      growth: [C], by what factor a scale is larger than the largest |w| / 127; None for 1.
 
     Returns:
-      The int8 weight and its float64 scale, [C] with C the product of the sizes of `axes`, or [].
+      float64 [C] with C the product of the sizes of `axes`, or [].
 
     Example:
-      >>> int8, scale = quantize_weight(np.array([[1.0, 0.0], [-0.5, 0.0]]), axes=(1,))
-      >>> int8.tolist(), (scale * 127).tolist()
-      ([[127, 0], [-64, 0]], [1.0, 127.0])
+      >>> (weight_scale(np.array([[1.0, 0.0], [-0.5, 0.0]]), axes=(1,)) * 127).tolist()
+      [1.0, 127.0]
     """
-    weight = np.asarray(weight).astype(np.float64)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
+    threshold = np.abs(weight).max(axis=summed, initial=0.0)
     scale = np.where(threshold > 0, np.maximum(threshold / 127.0, SMALLEST_SCALE), 1.0)
-    if growth is not None:
-        scale = scale * growth.reshape(scale.shape)
-    int8 = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
-    return int8, scale.reshape(-1) if axes else scale.reshape(())
+    return scale.reshape(-1) if axes else scale.reshape(())
+
+
+def quantize_weight(weight: np.ndarray, axes: Sequence[int], scale: np.ndarray) -> np.ndarray:
+    """The int8 weight on the grids of its scales.
+
+    Args:
+      weight: float64, of any shape.
+      axes: of the output channels, or none.
+      scale: [C] or [], not below that of `weight_scale`.
+
+    Example:
+      >>> weight = np.array([[1.0, 0.0], [-0.5, 0.0]])
+      >>> quantize_weight(weight, (1,), weight_scale(weight, (1,))).tolist()
+      [[127, 0], [-64, 0]]
+    """
+    steps = np.asarray(weight / along_channels(scale, axes, weight.shape))
+    np.rint(steps, out=steps)
+    return np.clip(steps, -127, 127, out=steps).astype(np.int8)
 
 
 def along_channels(values: np.ndarray, axes: Sequence[int], shape: Sequence[int]) -> np.ndarray:

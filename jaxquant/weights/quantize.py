@@ -23,7 +23,12 @@ from jaxquant.plan.plan import Plan
 from jaxquant.weights.epilogue import accumulator_terms, compose, epilogue_arrays, whole_steps
 from jaxquant.weights.fold import fold, leaves_of_layers
 from jaxquant.weights.groups import quantize_groups
-from jaxquant.weights.integers import channels_in_use, quantize_weight, relative_scales
+from jaxquant.weights.integers import (
+    channels_in_use,
+    quantize_weight,
+    relative_scales,
+    weight_scale,
+)
 from jaxquant.weights.stacked import stack_layers
 
 # Tensor, with its layer -> what its channels are divided by.  Where one layer of a tensor is there
@@ -124,14 +129,14 @@ def _quantize_graph(
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = once(graph, site, weights[site.weight])
             weight = undivided(binding, site, weight, divisors)
-            int8, scale = quantize_weight(weight, axes if per_channel else ())
+            scale = weight_scale(weight, axes if per_channel else ())
             alone = uses[slots[site.name]] == 1 and all(binding.model.varies_by_layer(site.weight))
             chooses = site.as_contraction.choosing is not None
             if per_channel and alone and not chooses and len(planned) == len(site.operands):
                 worth = compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
-                growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
-                int8, scale = quantize_weight(weight, axes, growth)
+                scale *= _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
+            int8 = quantize_weight(weight, axes, scale)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
             zero_point = binding.zero_points.get(site.operands[0], 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant.recover.trial import InputGrid, Trial
-from jaxquant.weights.integers import quantize_weight
+from jaxquant.weights.integers import quantize_weight, weight_scale
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -19,7 +19,9 @@ def test_the_error_is_that_of_the_quantized_product(groups: int, per_channel: bo
     grid = InputGrid(2 / 255, -20, 235)  # clips
     want = np.einsum("rgk,gko->rgo", x, w) * gains
     scaled = w * e[:, :, None]
-    int8, scale = quantize_weight(scaled, (0, 2) if per_channel else ())
+    axes = (0, 2) if per_channel else ()
+    scale = weight_scale(scaled, axes)
+    int8 = quantize_weight(scaled, axes, scale)
     scale = scale.reshape(groups, 1, 2) if per_channel else scale
     kept = np.clip(np.rint(x / (grid.step * e)), -20, 235) * grid.step
     off = want - np.einsum("rgk,gko->rgo", kept, int8 * scale) * gains
