@@ -100,6 +100,29 @@ class Observations:
 
         return dataclasses.replace(self, tensors=chosen(self.tensors), states=chosen(self.states))
 
+    def of_layers(self, layers: Sequence[Sequence[int]]) -> list[Observations]:
+        """The statistics of each of some layers, under plain names.
+
+        A layer may never have come to a tensor, in a branch that it does not take: there it has
+        what the other layers saw together, and of an observer the state of the one that saw most.
+        """
+        each = [self.of_layer(layer) for layer in layers]
+        found = []
+        for own in each:
+            unseen = {name for name, stats in own.tensors.items() if not stats.count}
+            others = {
+                name: [one for one in each if name in one.tensors and one.tensors[name].count]
+                for name in unseen
+            }
+            tensors, states = dict(own.tensors), dict(own.states)
+            for name, those in others.items():
+                if those:
+                    tensors[name] = merge([one.tensors[name] for one in those])
+                if those and name in states:
+                    states[name] = max(those, key=lambda one: one.tensors[name].count).states[name]
+            found.append(dataclasses.replace(own, tensors=tensors, states=states))
+        return found
+
     def __repr__(self) -> str:
         return (
             f"<Observations of {len(self.tensors)} tensors over {self.samples} samples in "

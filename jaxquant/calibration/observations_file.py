@@ -187,8 +187,8 @@ def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
     if not done:
         table = _take(tensors, "batches", np.uint8, (batches, DIGEST_BYTES))
         digests = tuple(row.tobytes() for row in table)
-    elif any(s.count == 0 for s in stats.values()):
-        raise FileError("it is of a sweep that is done, with tensors that saw no data")
+    elif not any(s.count for s in stats.values()):
+        raise FileError("it is of a sweep that is done, and no tensor saw data")
     structure = jax.tree.structure(_template(record["inputs"]))
     examples = tuple(jax.tree.unflatten(structure, x) for x in _leaves(tensors, "examples"))
     if not examples or batches < len(examples) or samples < 1:

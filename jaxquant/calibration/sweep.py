@@ -146,9 +146,10 @@ class Sweep:
         self._check_finite()
         self._alive.check()
         observations = self.observations()
-        # A branch may never be chosen; what is there stays float then.
+        # A branch may never be chosen, and a tensor be empty whatever the batch (a part of an
+        # associative scan): what reads them stays float then.
         unseen = [name for name in self._outside if observations.tensors[name].count == 0]
-        if unseen:
+        if unseen and len(unseen) == len(self._outside):
             raise ValueError(
                 f"the tensors {', '.join(unseen[:5])} saw no data: every batch was empty there"
             )

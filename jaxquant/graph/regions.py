@@ -95,7 +95,7 @@ class Region:
                 read.update(var for var in eqn.input_vars if graph.static[var])
             elif kinds.is_lookup(graph, eqn):
                 read.add(eqn.input_vars[0])
-            elif eqn.name in CONTROL_FLOW:
+            else:
                 for body in self.bodies(eqn):
                     pairs = zip(body.arguments, body.operands, strict=True)
                     read.update(x for v, x in pairs if v in body._weighty and isinstance(x, int))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
+from jaxquant.graph.regions import CONTROL_FLOW
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
@@ -50,12 +51,27 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
     if rule is None and config.skip_first_last and site.name in _first_and_last(model.located):
         return "first or last layer (skip_first_last)"
     if site.inside:
-        return f"inside {'/'.join(site.inside)}, which runs in float"
+        return _why_inside(model, site)
     if site.kind in kinds.PRODUCTS:
         return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:
         return f"{site.kind!r} is not in quantizable_op_type"
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
+
+
+def _why_inside(model: Model, site: Site) -> str:
+    """Why a site in a body that is no model of its own stays float."""
+    region = model.root
+    for index, number in zip(site.location[:-1:2], site.location[1::2], strict=True):
+        eqn = region.graph.equations[index]
+        region = region.bodies(eqn)[number]
+        if eqn.params.get("length") == 0:
+            return "inside a scan of length 0, of which no step runs"
+        if region.key == "cond_jaxpr":
+            return "inside the test of a while loop, which runs in float"
+        if eqn.name not in CONTROL_FLOW:
+            break
+    return f"inside {'/'.join(site.inside)}, which runs in float"
 
 
 def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:

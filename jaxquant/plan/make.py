@@ -12,6 +12,7 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
+from jaxquant.graph.regions import Region
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding, bind, is_elsewhere, layers_of
@@ -136,10 +137,8 @@ def _plan_region(
     """
     layers = [layer for outer in around for layer in layers_of(model, outer)]
     found = _own_sites(model, MODES[config.mode].lookups)
-    seen = [
-        _Seen(layer, None if observations is None else observations.of_layer(layer))
-        for layer in layers
-    ]
+    stats = [None] * len(layers) if observations is None else observations.of_layers(layers)
+    seen = [_Seen(layer, own) for layer, own in zip(layers, stats, strict=True)]
     while True:
         drafts = [_drafted(model, found, each, config) for each in seen]
         rules = {rule: None for draft in drafts for rule in draft.config.rules}
@@ -168,24 +167,37 @@ class _Seen(NamedTuple):
 def _drafted(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig) -> _Draft:
     if seen.observations is None:
         return _draft(model, found, seen, config)
-    if _is_unseen(model, found, seen.observations, config):
-        rules = [Rule(f"site:{site.name}", dtype="float", reason=_UNSEEN) for site in found]
-        config = config.with_rules(rules)
-    return _with_even_parts(model, found, seen, config)
+    unseen = _unseen(model, found, seen.observations, config)
+    rules = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in unseen.items()]
+    return _with_even_parts(model, found, seen, config.with_rules(rules))
 
 
-def _is_unseen(
+def _unseen(
     model: Model, found: tuple[Site, ...], observations: Observations, config: QuantConfig
-) -> bool:
-    """True for the body of a loop or choice that no calibration batch ran."""
-    if model.body is None:
-        return False
-    entries = _forms(model, found, candidates(model, found, config), config).entries
-    stats = [observations.tensors.get(model.names[var]) for var in entries]
-    return any(each is not None and each.count == 0 for each in stats)
+) -> dict[str, str]:
+    """The sites whose inputs no calibration batch gave a value, and why."""
+    forms = _forms(model, found, candidates(model, found, config), config)
+    stats = [observations.tensors.get(model.names[var]) for var in forms.entries]
+    seen = {
+        forms.family[var]
+        for var, each in zip(forms.entries, stats, strict=True)
+        if each is None or each.count
+    }
+    if model.body is not None and forms.entries and not seen:
+        return {site.name: _why_unseen(model.body) for site in found}
+    families = {site.name: {forms.family.get(var) for var in site.operands} for site in found}
+    return {
+        name: "its input was empty in every calibration batch"
+        for name, read in families.items()
+        if read - {None} - seen
+    }
 
 
-_UNSEEN = "calibration never got there: no step of the loop was run, or the branch not chosen"
+def _why_unseen(body: Region) -> str:
+    """Why no calibration batch ran the body of a loop or choice."""
+    if body.equation is not None and body.equation.name == "cond":
+        return "no calibration batch chose its branch"
+    return "no calibration batch ran a step of its loop"
 
 
 def _site_plans(model: Model, found: tuple[Site, ...], draft: _Draft) -> list[SitePlan]:

@@ -100,7 +100,8 @@ def test_the_gradient_of_what_is_float_is_that_of_the_float_part(model):
     np.testing.assert_allclose(gradient, qapply(qparams, X, ones), rtol=0, atol=1e-5)
 
 
-def test_a_branch_that_some_layers_never_take_is_float_in_all():
+@pytest.mark.parametrize("recover", [(), ("equalization", "bias_correction")])
+def test_a_branch_that_some_layers_never_take_has_what_the_others_saw(recover):
     def chooses(params, x):
         def layer(x, kernel):
             x = jnp.tanh(x @ kernel)
@@ -110,18 +111,79 @@ def test_a_branch_that_some_layers_never_take_is_float_in_all():
 
     identity = jnp.eye(WIDTH)
     params = {"kernels": jnp.stack([identity, -identity]), "again": identity}
-    x = jnp.abs(X)  # the first layer takes the branch, the second does not
+    x = X.at[0, 0].set(1)  # the first layer takes the branch, the second does not
     qparams, qapply = jaxquant.quant_post(
         params,
         chooses,
         [x],
         algo="abs_max",
-        recover=(),
+        recover=recover,
+        activation_quantize_type="symmetric",
         allow_batch_dependence=True,
         progress=False,
     )
     rows = networks.rows(qapply)
-    assert rows["kernels"]["status"] == "int8"
-    assert rows["again"]["status"] == "float"
-    assert "the branch not chosen" in rows["again"]["reason"]
-    np.testing.assert_allclose(qapply(qparams, x), chooses(params, x), atol=0.02)
+    assert [rows[name]["status"] for name in ("kernels", "again")] == ["int8", "int8"]
+    scales = qparams["tensors"]["again/input"]["scale"]
+    assert scales[0] == scales[1]
+    for inputs in (x, -x):
+        np.testing.assert_allclose(qapply(qparams, inputs), chooses(params, inputs), atol=0.02)
+
+
+def test_a_branch_that_nothing_took_is_float_and_the_report_says_so(tmp_path):
+    def chooses(params, x):
+        return lax.cond(
+            x[0, 0] > 9, lambda x: x @ params["again"], lambda x: x, x @ params["again"]
+        )
+
+    observations = jaxquant.calibrate(
+        PARAMS, chooses, [X], allow_batch_dependence=True, progress=False
+    )
+    jaxquant.save_observations(tmp_path / "observations", observations)
+    loaded = jaxquant.load_observations(tmp_path / "observations")
+    _, qapply = jaxquant.quantize(PARAMS, chooses, loaded, recover=(), progress=False)
+    rows = networks.rows(qapply)
+    assert rows["again"]["status"] == "int8"
+    assert rows["again:1"]["reason"] == "no calibration batch chose its branch"
+
+
+def test_what_is_empty_whatever_the_batch_stays_float():
+    """An associative scan reads an empty slice where its length is 4."""
+
+    def apply_fn(params, x):
+        return lax.associative_scan(lambda a, b: jnp.tanh(a @ params["again"]) + b, x, axis=0)
+
+    qparams, qapply = jaxquant.quant_post(
+        PARAMS,
+        apply_fn,
+        [X],
+        algo="abs_max",
+        recover=(),
+        allow_batch_dependence=True,
+        progress=False,
+    )
+    reasons = [row["reason"] for row in qapply.report().rows if row["status"] == "float"]
+    assert [reason.partition(";")[0] for reason in reasons] == [
+        "its input was empty in every calibration batch"
+    ]
+    np.testing.assert_allclose(qapply(qparams, X), apply_fn(PARAMS, X), atol=0.05)
+
+
+def test_the_test_of_a_loop_is_float_and_one_without_steps_is_never_run():
+    def apply_fn(params, x):
+        x = lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"][:0])[0]
+        start = jnp.float32(0), x @ params["again"]
+        return lax.while_loop(
+            lambda carry: (carry[1] @ params["again"]).sum() < carry[0],
+            lambda carry: (carry[0] - 9, carry[1]),
+            start,
+        )[1]
+
+    _, qapply = jaxquant.quant_dynamic(
+        PARAMS, apply_fn, measure.shapes(X), allow_batch_dependence=True, progress=False
+    )
+    assert [row["reason"].partition(";")[0] for row in qapply.report().rows] == [
+        "inside a scan of length 0, of which no step runs",
+        "",
+        "inside the test of a while loop, which runs in float",
+    ]
