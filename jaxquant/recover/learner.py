@@ -60,6 +60,8 @@ class Learner:
         }
         for number, ((model, site), layer) in enumerate(unrolled(program.model, ordered)):
             self.outcomes[_named(site, layer)] = reasons[site.name]
+            if reasons[site.name]:
+                continue
             drawn = _draw(Product(model.graph, site).positions, number, most_steps(model))
             places.setdefault(site.name, {})[layer] = drawn
         self._sites = {
