@@ -47,14 +47,14 @@ class _State(NamedTuple):
     """What a look keeps of a site, with an axis for each scan over stacked weights around it.
 
     Attributes:
-      wanted: what was seen.
+      wanted: what was seen so far; None before the only evaluation of a site that is not repeated.
       places: the output positions of the rows, int32 [R].
       steps: how many evaluations of the graph there were, int32 [].
       step: of which of these each row is, int32 [R].
       grid: of the input of a repeated site; else None.
     """
 
-    wanted: Wanted
+    wanted: Wanted | None
     places: Any
     steps: Any
     step: Any
@@ -90,18 +90,19 @@ class Learnable:
 
     def start(self) -> _State:
         """The state before any evaluation."""
-        graph, scans, site = self.product.graph, self.model.scans, self.product.site
+        graph, scans = self.product.graph, self.model.scans
         places = np.stack([self.places[layer] for layer in np.ndindex(scans)])
         rows = places.shape[-1]
         places = places.reshape(*scans, rows).astype(np.int32)
-        assert site.weight is not None
-        groups, sums, channels = self.product.matrix_shape
-        scalars = self.activation.parameters(graph)
-        wanted = Wanted(
-            np.zeros((*scans, rows, groups * channels), np.float32),
-            None if scalars is None else {v: np.zeros(scans, graph.dtype(v)) for v in scalars},
-            None if self.grid is None else np.zeros((*scans, rows, groups, sums), np.float32),
-        )
+        wanted = None
+        if self.grid is not None:
+            groups, sums, channels = self.product.matrix_shape
+            scalars = self.activation.parameters(graph)
+            wanted = Wanted(
+                np.zeros((*scans, rows, groups * channels), np.float32),
+                None if scalars is None else {v: np.zeros(scans, graph.dtype(v)) for v in scalars},
+                np.zeros((*scans, rows, groups, sums), np.float32),
+            )
         steps, step = np.zeros(scans, np.int32), np.zeros((*scans, rows), np.int32)
         return _State(wanted, places, steps, step, self.grid)
 
@@ -110,6 +111,7 @@ class Learnable:
         rows = self.product.outputs(y, state.places)
         scalars, inputs, step = self.activation.scalars(env), None, state.step
         if state.grid is not None:
+            assert state.wanted is not None
             x = int8.quantize(env.wide(self._operand), *state.grid)
             inputs = self.product.inputs(x, state.grid.zero_point, state.places)
             is_new = is_replaced(state.steps, len(rows))
