@@ -32,8 +32,6 @@ from jaxquant.tune.scores import Scores, score
 from jaxquant.tune.sensitivity import measure
 from jaxquant.tune.switch import Switch
 
-ALGORITHMS = ("KL", "mse", "hist", "auto", "abs_max")  # thresholds, in the order of trial
-RECOVERY = ("equalization", "adaround")
 FOR_THE_METRIC = "left in float for the sake of the metric (max_drop)"
 _RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
 _ONE_BY_ONE = 4  # sites left in float one more at a time, before the number grows faster
@@ -228,7 +226,7 @@ def _rank(
 def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
     families = families_of(search.full.plan, suspects)
     tried = {_thresholds(search.full.plan, families)}
-    for algo in ALGORITHMS:
+    for algo in search.goal.algos:
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
         thresholds = _thresholds(search.plan_of(rules).whole_plan, families)
@@ -241,7 +239,7 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
 
 
 def _try_recovery(search: _Search, suspects: Sequence[str]) -> None:
-    for step in RECOVERY:
+    for step in search.goal.recovery:
         known = {
             site.name: site.recover
             for site in search.best.plan.sites
@@ -282,7 +280,12 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
 
 
 def _counts(total: int) -> list[int]:
-    """1, 2, 3, 4, 6, 9, 14, ... up to `total`."""
+    """How many sites are left in float, one trial after the other: one by one, and then faster.
+
+    Example:
+      >>> _counts(0), _counts(1), _counts(10)
+      ([], [1], [1, 2, 3, 4, 6, 9, 10])
+    """
     counts: list[int] = []
     count = 1
     while count < total:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jaxquant.tune.scores import Metric
 
 MAX_DROP = 0.005
+ALGOS = ("KL", "mse", "hist", "auto", "abs_max")
+RECOVERY = ("equalization", "adaround")
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What accuracy control is to reach; see `jaxquant.quant_post`."""
+    """What accuracy control is to reach, and what it may try for that.
+
+    Attributes:
+      metric, max_drop, time_budget: see `jaxquant.quant_post`.
+      algos: of the thresholds, in the order of trial.
+      recovery: the recovery steps, likewise.
+    """
 
     metric: Metric
     max_drop: float = MAX_DROP
     time_budget: float | None = None
+    algos: Sequence[str] = ALGOS
+    recovery: Sequence[str] = RECOVERY
 
     def __post_init__(self) -> None:
         if not callable(self.metric):

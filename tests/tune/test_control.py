@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.tune import control
+from jaxquant import stages
+from jaxquant.progress import Progress
 from jaxquant.tune.changes import changed_sites
+from jaxquant.tune.goal import Goal
 from tests.analysis import faults
 from tests.analysis.test_analyze import FAULTS, accuracy, quantize, quantized
 
@@ -14,18 +16,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:the quantized model's outputs")
 GOAL = 0.03
 
 
-@pytest.fixture(autouse=True)
-def _without_learning(monkeypatch):
-    """Few candidates: each is compiled, and learned rounding takes seconds a site."""
-    monkeypatch.setattr(control, "RECOVERY", ("equalization",))
-    monkeypatch.setattr(control, "ALGORITHMS", ("KL", "mse"))
+def controlled(fault, goal, images=None, **settings):
+    """A model under control; few candidates in the goal cost less: each is compiled."""
+    config = jaxquant.QuantConfig(**fault.options, **settings)
+    given, images = (fault.params, faults.apply_fn), fault.images if images is None else images
+    observations = jaxquant.calibrate(*given, images, batch_size=256, progress=False, config=config)
+    source, progress = stages.float_model(*given), Progress("quantize", shown=False)
+    return stages.quantize(source, observations, config, None, progress, goal)
 
 
 @pytest.mark.parametrize("plant", FAULTS)
 def test_a_planted_fault_is_repaired_at_its_site_alone(plant):
     fault, full_qparams, full = quantized(plant)
     metric = accuracy(fault)
-    qparams, qapply = quantize(fault, metric=metric, max_drop=GOAL)
+    goal = Goal(metric, GOAL, algos=("KL", "mse"), recovery=("equalization",))
+    qparams, qapply = controlled(fault, goal)
     told = qapply.report().summary["control"]
     assert told["held"]
     assert told["int8_score"] < told["target"] <= told["score"]
@@ -55,22 +60,23 @@ def test_nothing_is_tried_where_full_int8_holds():
     assert told["steps"] == []
 
 
-def test_the_same_call_gives_the_same_bits(monkeypatch):
-    monkeypatch.setattr(control, "RECOVERY", ())
+def test_the_same_call_gives_the_same_bits():
     fault = faults.rare_spike()
-    runs = [quantize(fault, metric=accuracy(fault), max_drop=GOAL) for _ in range(2)]
+    goal = Goal(accuracy(fault), GOAL, algos=("KL", "mse"), recovery=())
+    runs = [controlled(fault, goal) for _ in range(2)]
     first, second = (jax.tree.leaves(qparams) for qparams, _ in runs)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert runs[0][1].report().summary["control"] == runs[1][1].report().summary["control"]
 
 
-def test_a_target_out_of_reach_warns_and_gives_the_best(monkeypatch):
-    monkeypatch.setattr(control, "RECOVERY", ())
+def test_a_target_out_of_reach_warns_and_gives_the_best():
     fault = faults.outlier_input_channel()
+
+    def lower(model):
+        return accuracy(fault)(model) - 1.0 * is_int8(model)
+
     with pytest.warns(UserWarning, match="no step brings it there"):
-        _, qapply = quantize(
-            fault, metric=lambda model: accuracy(fault)(model) - 1.0 * is_int8(model), max_drop=0
-        )
+        _, qapply = controlled(fault, Goal(lower, 0, algos=("KL", "mse"), recovery=()))
     told = qapply.report().summary["control"]
     assert not told["held"]
     assert told["score"] == max([told["int8_score"], *(step["score"] for step in told["steps"])])
@@ -109,9 +115,3 @@ def test_bad_goals_are_refused(options, message):
         quantize(fault, metric=0.5)
     with pytest.raises(ValueError, match="has to be finite"):
         quantize(fault, metric=lambda model: np.inf)
-
-
-def test_the_number_of_float_sites_grows_one_by_one_and_then_faster():
-    assert control._counts(0) == []
-    assert control._counts(1) == [1]
-    assert control._counts(10) == [1, 2, 3, 4, 6, 9, 10]

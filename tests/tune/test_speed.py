@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.tune import control, speed
+from jaxquant.tune import speed
+from jaxquant.tune.goal import Goal
 from jaxquant.tune.one_site import BothForms
 from tests import networks
 from tests.analysis import faults
 from tests.analysis.test_analyze import accuracy
+from tests.tune.test_control import controlled
 
 X = networks.images()
 REASON = "int8 runs 1.35 times as long as float here (optimize_for='speed')"
@@ -137,22 +139,12 @@ def test_with_full_quantization_the_other_kinds_stay_int8(slow):
 
 
 @pytest.mark.filterwarnings("ignore:the quantized model's outputs")
-def test_accuracy_control_leaves_other_sites_in_float_on_top(slow, monkeypatch):
-    monkeypatch.setattr(control, "RECOVERY", ())
-    monkeypatch.setattr(control, "ALGORITHMS", ())
+def test_accuracy_control_leaves_other_sites_in_float_on_top(slow):
     fault = faults.outlier_input_channel()
     batch = fault.images[:64]
     slow(((32, 8), (64, 32)))
-    _, qapply = jaxquant.quant_post(
-        fault.params,
-        faults.apply_fn,
-        [batch],
-        metric=accuracy(fault),
-        max_drop=0.03,
-        optimize_for="speed",
-        progress=False,
-        **fault.options,
-    )
+    goal = Goal(accuracy(fault), max_drop=0.03, algos=(), recovery=())
+    _, qapply = controlled(fault, goal, batch, optimize_for="speed")
     found = reasons(qapply)
     assert found.pop("e") == REASON
     assert fault.site in found
@@ -192,32 +184,38 @@ ROUNDS = speed.MOST_ROUNDS
         ([0.9, 1.2, 1.3, 1.3, 1.3, 1.3], 1.3, ROUNDS),
     ],
 )
-def test_int8_is_slower_where_three_rounds_of_four_say_so(monkeypatch, int8, expected, rounds):
+def test_int8_is_slower_where_three_rounds_of_four_say_so(clock, int8, expected, rounds):
     calls, times = [], itertools.chain([99.0], itertools.cycle(int8))
-
-    def seconds(program, arguments, result):
-        calls.append(program)
-        return (1.0 if program == "float" else next(times)), result
-
-    monkeypatch.setattr(speed, "_seconds", seconds)
-    monkeypatch.setattr(speed, "SECONDS", np.inf)
-    monkeypatch.setattr(speed, "MOST_SECONDS", np.inf)
-    found = speed.slowdown(programs_named("float", "int8"))
-    assert found == pytest.approx(expected)
+    forms = both_forms(clock, calls, lambda: 1e-6, lambda: 1e-6 * next(times))
+    assert speed.slowdown(forms) == pytest.approx(expected)
     assert calls == ["float", "int8"] * (1 + rounds)
 
 
-def test_a_slow_site_gets_fewer_rounds(monkeypatch):
+def test_a_slow_site_gets_fewer_rounds(clock):
     calls = []
-
-    def seconds(program, arguments, result):
-        calls.append(program)
-        return (1.0 if program == "float" else 50.0), result
-
-    monkeypatch.setattr(speed, "_seconds", seconds)
-    assert speed.slowdown(programs_named("float", "int8")) == 50.0
+    forms = both_forms(clock, calls, lambda: 1.0, lambda: 50.0)
+    assert speed.slowdown(forms) == 50.0
     assert calls == ["float", "int8"] * 4
 
 
-def programs_named(*names):
-    return BothForms(*names, (), jax.ShapeDtypeStruct((1,), jnp.float32))
+@pytest.fixture
+def clock(monkeypatch):
+    """What the time is, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    return now
+
+
+def both_forms(clock, calls, *seconds):
+    """Two programs that take the given times and say that they ran."""
+
+    def program(name, its_seconds):
+        def run(result):
+            calls.append(name)
+            clock[0] += its_seconds()
+            return result
+
+        return run
+
+    forms = map(program, ("float", "int8"), seconds)
+    return BothForms(*forms, (), jax.ShapeDtypeStruct((1,), jnp.float32))
