@@ -102,11 +102,11 @@ class Call:
 
     @property
     def rows(self) -> float:
-        """How many outputs a channel has; infinite where a size varies."""
+        """How many outputs a channel has in the mean; infinite where a size varies."""
         if not all(isinstance(size, int) for size in self.shape):
             return math.inf
-        free = self.contraction.operands[self.weight_position].free
-        return math.prod(self.shape) / max(math.prod(self.weight_shape[a] for a in free), 1)
+        kept = self.contraction.operands[self.weight_position].kept
+        return math.prod(self.shape) / max(math.prod(self.weight_shape[a] for a in kept), 1)
 
 
 class Backend(Protocol):

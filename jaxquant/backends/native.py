@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxquant import native
+from jaxquant.backends import ragged
 from jaxquant.backends.backend import Call, Links, Operands
 from jaxquant.backends.conv import ChannelsLast, undilated
+from jaxquant.backends.matrices import Matrices, matrices_of
+from jaxquant.graph import ir
+from jaxquant.jax_shim import jaxprs
 
 # Outputs of a channel from which on packing the weight in a call, for the native kernels, takes no
 # longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
@@ -19,7 +25,7 @@ _ROWS_WORTH_PACKING = 32
 
 
 class Native:
-    """Runs convolutions of one and two axes, and dots of x's last axes with a weight's first ones.
+    """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -45,7 +51,11 @@ class Native:
 
     def pack(self, call: Call, weight: jax.Array) -> jax.Array:
         if call.contraction.window is None:
-            return native.pack_dot(_matrix(call, weight))
+            own = call.contraction.operands[call.weight_position]
+            matrices = matrices_of(weight, own)
+            if _is_one(call):
+                return native.pack_dot(matrices[0, 0])
+            return jax.vmap(jax.vmap(native.pack_dot))(matrices)
         layout = ChannelsLast(call.contraction)
         window = layout.window
         return native.pack_conv(layout.kernel(weight), window.feature_groups, window.dilation)
@@ -54,18 +64,17 @@ class Native:
         if call.contraction.window is not None:
             layout = ChannelsLast(call.contraction)
             return [layout.back(y) for y in _results(_convolution(call, operands).run())]
-        x, axes, packed = operands["x"], call.contraction.operands, operands.get("packed")
-        lead = x.shape[: len(axes[0].free)]
-        channels = [call.weight_shape[a] for a in axes[1].free]
-        y = native.dot(
-            x.reshape(*lead, math.prod(x.shape[len(lead) :])),
-            _matrix(call, operands["weight"]) if packed is None else packed,
-            operands["multiplier"],
-            operands.get("bias"),
-            columns=None if packed is None else math.prod(channels),
-            **_options(call, operands),
+        matrices = Matrices(
+            call.contraction, call.weight_position, operands["x"].shape, call.weight_shape
         )
-        return [each.reshape(*lead, *channels) for each in _results(y)]
+        options = _options(call, operands)
+        if (residual := options["residual"]) is not None:
+            before = _before(call.movements, matrices.result, residual.value)
+            options["residual"] = residual._replace(value=matrices.of_result(before))
+        packed = operands["packed"] if "packed" in operands else self.pack(call, operands["weight"])
+        product = _one_product if _is_one(call) else _products
+        given = product(call, operands, matrices, packed, options)
+        return [_moved(call.movements, matrices.back(y)) for y in _results(given)]
 
     def sequence(
         self,
@@ -83,25 +92,85 @@ class Native:
 
 def has(call: Call) -> bool:
     """True where there are kernels for a call."""
-    if call.movements or call.weight_position != 1:
-        return False
-    if call.channels.axes not in (call.contraction.result.free[1], ()):
-        return False
-    x, weight, _ = call.contraction.axes
-    if call.contraction.window is not None:
-        return len(weight.window) in (1, 2)
-    # A product of matrices, but for shapes: the kernels of a `DenseGeneral`, of any rank.
-    summed = len(weight.contracted)
-    are_last = x.contracted == tuple(range(x.rank - summed, x.rank))
-    are_first = weight.contracted == tuple(range(summed))
-    has_both = summed > 0 and bool(weight.free) and not weight.batch
-    return call.contraction.is_dot and has_both and are_first and are_last
+    contraction = call.contraction
+    x, weight = (contraction.operands[k] for k in (1 - call.weight_position, call.weight_position))
+    if contraction.window is not None:
+        return not call.movements and len(weight.window) in (1, 2)
+    kept = [axis for axis in weight.kept if axis not in weight.chosen]
+    channels = math.prod(call.weight_shape[axis] for axis in kept)
+    if not weight.contracted or not weight.free or math.prod(call.channels.sizes) != channels:
+        return False  # a vector, an outer product, a weight that batch axes share
+    if contraction.choosing is not None and x.batch and x.free[0] != contraction.choosing:
+        return False  # neither have all products the same weights nor each its own
+    return all(eqn.name in _MOVES for eqn in call.movements)
 
 
-def _matrix(call: Call, weight: jax.Array) -> jax.Array:
-    """The weight of a dot as [K, N]."""
-    summed = len(call.contraction.operands[1].contracted)
-    return weight.reshape(math.prod(weight.shape[:summed]), math.prod(weight.shape[summed:]))
+# What rearranges the sums of a dot without copies or reversals, so that it can be undone.
+_MOVES = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "stop_gradient"})
+
+
+def _is_one(call: Call) -> bool:
+    """True where a dot is one product of two matrices."""
+    return not call.contraction.has_batch and call.contraction.choosing is None
+
+
+def _one_product(
+    call: Call, operands: Operands, matrices: Matrices, packed: jax.Array, options: dict[str, Any]
+) -> Any:
+    """The results [P, M, N] of a call that is one product."""
+    if options["residual"] is not None:
+        residual = options["residual"]
+        options["residual"] = residual._replace(value=residual.value[0])
+    multiplier, bias = (
+        None if name not in operands else matrices.of_channels(operands[name]).reshape(-1)
+        for name in ("multiplier", "bias")
+    )
+    assert multiplier is not None, "every call has a multiplier"
+    x = matrices.x(operands["x"])[0]
+    return native.dot(x, packed, multiplier, bias, columns=matrices.columns, **options)
+
+
+def _products(
+    call: Call, operands: Operands, matrices: Matrices, packed: jax.Array, options: dict[str, Any]
+) -> Any:
+    """The results [P, M, N] of a call that is several products, with weights of their own."""
+    multiplier = matrices.of_channels(operands["multiplier"], has_groups=False)
+    bias = None
+    if "bias" in operands:
+        bias = matrices.of_channels(operands["bias"], has_groups=False)
+    x, ends = matrices.x(operands["x"]), matrices.ends(operands.get("sizes"))
+    if call.contraction.choosing is not None:
+        multiplier = matrices.of_channels(operands["relative_scale"]) * multiplier
+        x = ragged.with_zeros(x, ends, options["zero_point"])
+        options["subtract_zero_point"] = True  # it has another part in each group's sums
+    return native.dot_by_groups(x, packed, multiplier, bias, ends, **options)
+
+
+def _moved(movements: Sequence[ir.Equation], value: jax.Array) -> jax.Array:
+    """A result behind the equations that rearrange it."""
+    for eqn in movements:
+        (value,) = jaxprs.bind(eqn.primitive, [value], dict(eqn.params))
+    return value
+
+
+def _before(movements: Sequence[ir.Equation], shape: Sequence[int], value: jax.Array) -> jax.Array:
+    """What the equations that rearrange a result make `value` of.
+
+    Args:
+      movements: the equations.
+      shape: of the result before them.
+      value: an array like the result behind them.
+    """
+    shapes = [tuple(shape)]
+    for eqn in movements:
+        struct = jax.ShapeDtypeStruct(shapes[-1], value.dtype)
+        shapes.append(jax.eval_shape(functools.partial(_moved, [eqn]), struct).shape)
+    for eqn, before in zip(reversed(movements), reversed(shapes[:-1]), strict=True):
+        if eqn.name == "transpose":
+            value = value.transpose(np.argsort(eqn.params["permutation"]))
+        else:
+            value = value.reshape(before)
+    return value
 
 
 def _results(given: Any) -> Sequence[jax.Array]:

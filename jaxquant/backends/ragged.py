@@ -1,9 +1,7 @@
 """Products whose rows are in groups, each of which meets a weight of its own (`lax.ragged_dot`).
 
-As matrices: `P` products side by side, of `M` rows each, which are in `G` groups, one after the
-other; `K` products a sum, `N` columns.  x is [P, M, K], the weights are [B, G, K, N] and the sizes
-of the groups [P, G]; P is B times the number of products that share weights.  The rows behind all
-groups, where the sizes are less than M together, are zero in the result [P, M, N].
+The letters are those of `jaxquant.backends.matrices`.  The rows behind all groups, where the sizes
+of these are less than M together, are zero in the result.
 
 JAX's own form on CPU and GPU makes G copies of x and multiplies all of them.  This one goes through
 the rows in blocks of one group each, so that next to nothing is multiplied but what is asked for,
@@ -12,13 +10,13 @@ and one weight is read at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.backends.matrices import Matrices
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph.contraction import Contraction
 from jaxquant.jax_shim import jaxprs
@@ -28,83 +26,6 @@ _FEWEST_ROWS, _MOST_ROWS = 8, 128
 
 # (rows [R, K] of one group, the place of its weight among B * G) -> [R, N]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class Layout:
-    """How the arrays of a ragged dot are matrices.
-
-    Args:
-      contraction: the ragged dot.
-      x, weight: the shapes of its operands, the weight's as it is stored: of size 1 along axes that
-        hold copies.
-
-    Attributes:
-      batch: B.
-      side_by_side: P.
-      rows: M.
-      groups: G.
-      summed: K.
-      columns: N.
-    """
-
-    def __init__(self, contraction: Contraction, x: tuple[int, ...], weight: tuple[int, ...]):
-        assert contraction.choosing is not None, "rows choose a weight in a ragged dot alone"
-        first, second = self._axes = contraction.operands
-        at = first.free.index(contraction.choosing)
-        copied = dict(zip(second.batch, (x[axis] for axis in first.batch), strict=True))
-        self._stored = weight
-        self._weight = tuple(copied.get(axis, size) for axis, size in enumerate(weight))
-        self._result = [x[axis] for axis in (*first.batch, *first.free)]
-        self._result += [weight[axis] for axis in second.free]
-        self._each = math.prod(
-            x[axis] for axis in first.free[at + 1 :]
-        )  # rows of one row in a group
-        self.batch = math.prod(x[axis] for axis in first.batch)
-        self._shared = math.prod(x[axis] for axis in first.free[:at])
-        self.side_by_side = self.batch * self._shared
-        self.rows = x[contraction.choosing] * self._each
-        self.groups = math.prod(weight[axis] for axis in second.chosen)
-        self.summed = math.prod(x[axis] for axis in first.contracted)
-        self.columns = math.prod(weight[axis] for axis in second.free)
-
-    def x(self, x: jax.Array) -> jax.Array:
-        """[P, M, K]."""
-        own = self._axes[0]
-        ordered = x.transpose((*own.batch, *own.free, *own.contracted))
-        return ordered.reshape(self.side_by_side, self.rows, self.summed)
-
-    def weight(self, weight: jax.Array) -> jax.Array:
-        """[B, G, K, N]."""
-        own = self._axes[1]
-        whole = jnp.broadcast_to(weight, self._weight)
-        ordered = whole.transpose((*own.batch, *own.chosen, *own.contracted, *own.free))
-        return ordered.reshape(self.batch, self.groups, self.summed, self.columns)
-
-    def of_channels(self, values: jax.Array) -> jax.Array:
-        """[B, G, N] from one value for each channel of the stored weight, [C]."""
-        own = self._axes[1]
-        values = values.reshape([self._stored[axis] for axis in own.kept])
-        values = jnp.broadcast_to(values, [self._weight[axis] for axis in own.kept])
-        order = [own.kept.index(a) for a in (*own.batch, *own.chosen, *own.free)]
-        return values.transpose(order).reshape(self.batch, self.groups, self.columns)
-
-    def ends(self, sizes: jax.Array) -> jax.Array:
-        """int32 [P, G], where each group ends among its M rows.
-
-        Args:
-          sizes: of the groups, [G], or with the axes of x before it that are in P.
-        """
-        each = sizes.astype(jnp.int32).reshape(-1, self.groups) * self._each
-        ends = jnp.minimum(jnp.cumsum(each, axis=1), self.rows)
-        return jnp.broadcast_to(ends, (self.side_by_side, self.groups))
-
-    def back(self, result: jax.Array) -> jax.Array:
-        """A result [P, M, N] as the contraction has it."""
-        return result.reshape(self._result)
-
-    def batch_of(self, product: jax.Array) -> jax.Array:
-        """The place among B of what the product at a place among P has."""
-        return product // self._shared
 
 
 def sums(
@@ -121,7 +42,7 @@ def sums(
       x, weight, sizes: its operands, the weight as it is stored.
       zero_point: of x.
     """
-    layout = Layout(contraction, x.shape, weight.shape)
+    layout = Matrices(contraction, 1, x.shape, weight.shape)
     rows, weights, ends = layout.x(x), layout.weight(weight), layout.ends(sizes)
     weights = weights.reshape(-1, layout.summed, layout.columns)
     offsets = None
@@ -146,7 +67,7 @@ def of_rows(
       values: [C], in the order of the stored weight's axes.
       x, weight, sizes: its operands, the weight as it is stored.
     """
-    layout = Layout(contraction, x.shape, weight.shape)
+    layout = Matrices(contraction, 1, x.shape, weight.shape)
     given, ends = layout.of_channels(values), layout.ends(sizes)
     passed = jnp.arange(layout.rows)[None, :, None] >= ends[:, None, :]
     chosen = jnp.minimum(jnp.sum(passed, axis=2, dtype=jnp.int32), layout.groups - 1)  # [P, M]
@@ -154,8 +75,14 @@ def of_rows(
     return layout.back(given[batch[:, None], chosen])
 
 
+def with_zeros(rows: jax.Array, ends: jax.Array, zero: ZeroPoint) -> jax.Array:
+    """x [P, M, K] with zeros behind its groups: those rows may be in the last group then."""
+    behind = jnp.arange(rows.shape[1]) >= ends[:, -1:]
+    return jnp.where(behind[:, :, None], jnp.asarray(zero).astype(rows.dtype), rows)
+
+
 def by_blocks(
-    layout: Layout,
+    layout: Matrices,
     rows: jax.Array,
     ends: jax.Array,
     product: Product,
@@ -175,9 +102,7 @@ def by_blocks(
     side, count, columns = layout.side_by_side, layout.rows, layout.columns
     if side == 0 or layout.groups == 0:
         return jnp.zeros((side, count, columns), dtype)
-    # A row behind the groups is one of zeros in the last of them.
-    behind = jnp.arange(count) >= ends[:, -1:]
-    rows = jnp.where(behind[:, :, None], jnp.asarray(zero).astype(rows.dtype), rows)
+    rows = with_zeros(rows, ends, zero)
     ends = ends.at[:, -1].set(count)
     first = jnp.arange(side, dtype=jnp.int32)[:, None] * count
     ends = (ends + first).reshape(-1)  # among all rows

@@ -12,7 +12,7 @@ from jaxquant.native.library import (
     runs_here,
     runs_int8_here,
 )
-from jaxquant.native.ops import Call, Requantize, Residual, conv, conv_call, dot
+from jaxquant.native.ops import Call, Requantize, Residual, conv, conv_call, dot, dot_by_groups
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
 from jaxquant.native.thresholds import Weighing, kl_thresholds
@@ -30,6 +30,7 @@ __all__ = [
     "difference_types",
     "differences",
     "dot",
+    "dot_by_groups",
     "float_depthwise",
     "histogram",
     "histogram_types",

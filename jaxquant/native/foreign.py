@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
-SEQUENCE = "jaxquant_sequence"
+SEQUENCE, GROUPS = "jaxquant_sequence", "jaxquant_groups"
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
 FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
 
 # What XLA calls, by its own interface.
-HANDLERS = (CONV, DOT, SEQUENCE, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE)
+HANDLERS = (CONV, DOT, GROUPS, SEQUENCE, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE)
 
 _DOUBLES = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")
 # What Python calls: the type of the result and those of the arguments.

@@ -36,6 +36,8 @@ Clamp = tuple[float, float]
 _NO_CLAMP: Clamp = (-math.inf, math.inf)
 # The places of a call's operands, in the order in which its handler takes them (`src/fused.h`).
 X, PACKED, MULTIPLIER, BIAS, INV_SCALE, RESIDUAL_SCALE, ZERO_POINTS, RESIDUAL = range(8)
+# Of `dot_by_groups`, behind the zero points; the residual is behind it.
+ENDS = 7
 
 
 class Residual(NamedTuple):
@@ -166,9 +168,9 @@ def conv_call(
         groups=groups,
     )
     return _with_epilogue(
-        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs),
-        (zero_point, subtract_zero_point),
-        (activation, activation_after), residual, out, float_out, ("geometry", geometry),
+        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs), ("geometry", geometry),
+        zero_point=zero_point, subtract_zero_point=subtract_zero_point, activation=activation,
+        residual=residual, activation_after=activation_after, out=out, float_out=float_out,
     )  # fmt: skip
 
 
@@ -217,10 +219,55 @@ def dot(
         residual = residual._replace(value=residual.value.reshape(-1, columns))
     of_rows = _with_epilogue(
         library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,),
-        (zero_point, subtract_zero_point),
-        (activation, activation_after), residual, out, float_out, ("columns", columns),
+        ("columns", columns), zero_point=zero_point, subtract_zero_point=subtract_zero_point,
+        activation=activation, residual=residual, activation_after=activation_after, out=out,
+        float_out=float_out,
     )  # fmt: skip
     return jax.tree.map(lambda y: y.reshape(*lead, columns), of_rows.run())
+
+
+def dot_by_groups(
+    x: jax.Array,
+    packed: jax.Array,
+    multiplier: jax.Array,
+    bias: jax.Array | None,
+    ends: jax.Array,
+    **epilogue: Any,
+) -> Any:
+    """Products side by side whose rows are in groups, each with a weight of its own; of int8.
+
+    The groups of a product are one after the other among its M rows; the last one has all that are
+    left.  P products of G groups each have W = P sets of weights, one for each, or W = 1 for all.
+
+    Args:
+      x: int8 or uint8 [P, M, K].
+      packed: [W, G, bytes], each weight [K, N] as `pack_dot` makes it.
+      multiplier: float32 [W, G, N].
+      bias: float32 [W, G, N], or None.
+      ends: int32 [P, G], where each group ends.
+      epilogue: zero_point, subtract_zero_point, activation, residual, activation_after, out and
+        float_out, as of `conv`; the residual [P, M, N].
+
+    Returns:
+      float32 or int8 [P, M, N], or both.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes or dtypes are not as said above.
+    """
+    sets, groups, columns = multiplier.shape
+    expected = (*x.shape[:1], groups)
+    if packed.ndim != 3 or packed.shape[:2] != (sets, groups) or ends.shape != expected:
+        raise ValueError(
+            f"weights of {packed.shape} and the ends of groups {ends.shape} do not fit x {x.shape} "
+            f"and a multiplier {multiplier.shape}"
+        )
+    of_sets = (PACKED, MULTIPLIER) if bias is None else (PACKED, MULTIPLIER, BIAS)
+    return _call(
+        library.GROUPS, x, packed, (multiplier, bias), (x.shape[1], columns),
+        behind=(ends,), batched=(X, *(of_sets if sets == x.shape[0] != 1 else ()), ENDS),
+        **epilogue,
+    ).run()  # fmt: skip
 
 
 def _with_epilogue(
@@ -230,25 +277,58 @@ def _with_epilogue(
     multiplier: jax.Array,
     bias: jax.Array | None,
     out_shape: tuple[int, ...],
-    zero_point: tuple[ZeroPoint, bool],
-    clamps: tuple[Clamp, Clamp],
-    residual: Residual | None,
-    out: Requantize | None,
-    float_out: bool,
     geometry: tuple[str, Any],
+    **epilogue: Any,
 ) -> Call:
+    channels = out_shape[-1]
+    multiplier = _per_channel("multiplier", multiplier, channels)
+    bias = None if bias is None else _per_channel("bias", bias, channels)
+    return _call(
+        handler, x, packed, (multiplier, bias), out_shape, geometry=(geometry,), **epilogue
+    )
+
+
+def _call(
+    handler: str,
+    x: jax.Array,
+    packed: jax.Array,
+    channels: tuple[jax.Array, jax.Array | None],
+    out_shape: tuple[int, ...],
+    *,
+    geometry: tuple[tuple[str, Any], ...] = (),
+    behind: tuple[jax.Array, ...] = (),
+    batched: tuple[int, ...] = (X,),
+    zero_point: ZeroPoint = 0,
+    subtract_zero_point: bool = True,
+    activation: Clamp = _NO_CLAMP,
+    residual: Residual | None = None,
+    activation_after: Clamp = _NO_CLAMP,
+    out: Requantize | None = None,
+    float_out: bool = False,
+) -> Call:
+    """A call of any handler.
+
+    Args:
+      handler: what is called.
+      x, packed: its first operands.
+      channels: the multiplier and the bias, in the shapes that the handler takes.
+      out_shape: of a sample's result.
+      geometry: attributes of the handler beside the bounds of the clips.
+      behind: operands between the zero points and the residual.
+      batched: the places of the operands that have the batch, as of `Static`, but the residual's.
+      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out: as of
+        `conv_call`.
+    """
     library.require()
     _check_dtype("x", x, ("int8", "uint8"))
     _check_dtype("the packed weight", packed, ("int8",))
-    channels = out_shape[-1]
-    multiplier = _per_channel("multiplier", multiplier, channels)
-    bias = jnp.zeros((0,), jnp.float32) if bias is None else _per_channel("bias", bias, channels)
+    multiplier, bias = channels
     out_dtypes = []
     if float_out or out is None:
         out_dtypes.append("float32")
     if out is not None:
         out_dtypes.append(jnp.dtype(out.dtype).name)
-    operands = [x, packed, multiplier, bias]
+    operands = [x, packed, multiplier, jnp.zeros((0,), jnp.float32) if bias is None else bias]
     operands.append(jnp.asarray(1.0 if out is None else out.inv_scale, jnp.float32))
     operands.append(jnp.asarray(1.0 if residual is None else residual.scale, jnp.float32))
     residual_zero_point: ZeroPoint = 0
@@ -259,23 +339,24 @@ def _with_epilogue(
                 f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
             )
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
-    of_input, is_subtracted = _centred(zero_point[0], x.dtype), zero_point[1]
+    of_input = _centred(zero_point, x.dtype)
     zero_points = ZeroPoints(
         input=of_input,
-        subtracted=of_input if is_subtracted else 0,
+        subtracted=of_input if subtract_zero_point else 0,
         residual=residual_zero_point,
         output=0 if out is None else _centred(out.zero_point, out.dtype),
     )
-    operands.append(zero_points.operand())
+    operands += [zero_points.operand(), *behind]
     if residual is not None:
+        batched = (*batched, len(operands))
         operands.append(residual.value)
-    (low, high), (low_after, high_after) = clamps
+    (low, high), (low_after, high_after) = activation, activation_after
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(
         handler,
         tuple((out_shape, dtype) for dtype in out_dtypes),
-        (X,) if residual is None else (X, RESIDUAL),
-        (geometry, ("clamps", bounds)),
+        batched,
+        (*geometry, ("clamps", bounds)),
     )
     return Call(static, operands)
 

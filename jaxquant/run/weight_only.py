@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.backends import ragged
+from jaxquant.backends.matrices import Matrices
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
@@ -127,7 +128,7 @@ def _by_chosen(
     (chosen,) = own.chosen
     place, one = groups.place(chosen), groups.of_one(chosen)
     shape = tuple(groups.permuted[at] for at in groups.inverse)
-    layout = ragged.Layout(site.as_contraction, x.shape, shape)
+    layout = Matrices(site.as_contraction, 1, x.shape, shape)
 
     def product(block: jax.Array, index: jax.Array) -> jax.Array:
         axis = chosen if stored.weight_bits == 8 else place

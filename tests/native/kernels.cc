@@ -333,6 +333,40 @@ void check_dot(Random& random, int64_t rows, int64_t inputs, int64_t columns) {
   check(found == expected.integers, "a dot of " + std::to_string(rows) + " rows");
 }
 
+template <class T>
+Array<T> repeated(const Array<T>& array, int64_t times) {
+  Array<T> copies(times * array.size());
+  for (int64_t i = 0; i < copies.size(); ++i) copies[i] = array[i % array.size()];
+  return copies;
+}
+
+// Groups that have the same weights give what one dot does.
+void check_groups(Random& random, int64_t products, int64_t rows, bool own) {
+  ConvShape s{};
+  s.n = s.h = s.oh = s.kh = s.kw = s.groups = 1;
+  s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.w = s.ow = products * rows, s.c = 37, s.o = 50;
+  Case given(random, s);
+  const Expected expected(given);
+  const int64_t groups = 3, sets = own ? products : 1;
+  std::vector<int32_t> ends;
+  for (int64_t p = 0; p < products; ++p) {
+    const int32_t first = int32_t(random.from(0, rows));
+    ends.insert(ends.end(), {first, int32_t(random.from(first, rows)), int32_t(rows)});
+  }
+  const auto weights = repeated(given.weights, sets * groups);
+  const auto multiplier = repeated(given.multiplier, sets * groups);
+  const auto bias = repeated(given.bias, sets * groups);
+  Array<int8_t> found(given.outputs());
+  given.epilogue.out_q = found.data(), given.epilogue.multiplier = multiplier.data();
+  if (given.epilogue.bias) given.epilogue.bias = bias.data();
+  StartedThreads threads;
+  multiply_groups(threads, given.input,
+                  {products, rows, s.c, s.o, groups, ends.data(), own, weights.data()},
+                  given.epilogue);
+  check(found == expected.integers, "groups of " + std::to_string(rows) + " rows");
+}
+
 void check_histogram(Random& random, int64_t n) {
   const Array<float> x = random.reals(n, -3.0f, 3.5f);
   uint32_t counts[kBins];
@@ -368,6 +402,10 @@ int main(int, char** arguments) {
 #endif
   }
   for (int64_t rows : {1, 2, 15, 40}) check_dot(random, rows, 3 + 30 * rows, 16 + 7 * rows);
+  for (int64_t rows : {1, 2, 40}) {
+    check_groups(random, 1, rows, false);
+    check_groups(random, 3, rows, true);
+  }
   for (int64_t n : {1, 2, 7}) check_sequence(random, n);
   check_histogram(random, 70000);
   return failures != 0;

@@ -51,11 +51,17 @@ def functions() -> dict[str, Callable[[], object]]:
 
     conv = jax.jit(lambda x: native.conv(x, kernel, multiplier, out=out))
     dot = jax.jit(lambda x: native.dot(x, weight, multiplier))
+    weights = jax.vmap(jax.vmap(native.pack_dot))(kernel[:1])  # [1, 3, bytes]
+    multipliers, ends = jnp.full((1, 3, 24), 1e-3), jnp.array([[2, 2, 9]] * 18, jnp.int32)
+    groups = jax.jit(
+        lambda x: native.dot_by_groups(x.reshape(18, 9, 20), weights, multipliers, None, ends)
+    )
     differences = jax.jit(lambda y: native.differences(y, y * y, (0.0, 6.0)))
     depthwise = jax.jit(lambda y: native.float_depthwise(y, window))
     return {
         foreign.CONV: lambda: conv(x),
         foreign.DOT: lambda: dot(x),
+        foreign.GROUPS: lambda: groups(x),
         foreign.PACK: lambda: jax.jit(native.pack_conv)(kernel),
         foreign.SEQUENCE: lambda: sequence(x),
         foreign.HISTOGRAM: lambda: jax.jit(native.histogram, static_argnums=1)(y, -20),

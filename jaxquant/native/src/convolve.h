@@ -62,4 +62,38 @@ inline void multiply(Threads& threads, const Input& x, int64_t rows, int64_t inp
   });
 }
 
+// Products side by side, x [products, rows, inputs], whose rows are in groups, one after the other,
+// each with a weight of its own.
+struct Groups {
+  int64_t products, rows, inputs, columns, groups;
+  const int32_t* ends;    // [products, groups], of rows; the last group has all that are left
+  bool own;               // whether each product has weights of its own, else all the same
+  const int8_t* packed;   // [products or 1, groups, bytes]
+
+  int64_t bytes() const { return packed_dot(inputs, columns).size(); }
+};
+
+// The multiplier and the bias of the epilogue are [products or 1, groups, columns], as the weights are.
+inline void multiply_groups(Threads& threads, const Input& x, const Groups& s,
+                            const Epilogue& epilogue) {
+  constexpr int64_t kProductsOfThread = 1 << 16;  // which is awake
+  for (int64_t p = 0; p < s.products; ++p) {
+    int64_t first = 0;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t end = g + 1 == s.groups ? s.rows : s.ends[p * s.groups + g];
+      const int64_t last = std::min(std::max(end, first), s.rows), count = last - first;
+      if (count == 0) continue;
+      const int64_t row = p * s.rows + first, weight = (s.own ? p : 0) * s.groups + g;
+      Input rows = x;
+      rows.data = static_cast<const uint8_t*>(x.data) + row * s.inputs;
+      Epilogue own = epilogue.from(row, s.columns);
+      own.multiplier += weight * s.columns;
+      if (own.bias) own.bias += weight * s.columns;
+      Some some(threads, 1 + count * s.inputs * s.columns / kProductsOfThread);
+      multiply(some, rows, count, s.inputs, s.columns, s.packed + weight * s.bytes(), own);
+      first = last;
+    }
+  }
+}
+
 }  // namespace jaxquant

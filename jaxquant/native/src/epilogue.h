@@ -41,6 +41,16 @@ struct Epilogue {
   int32_t zero_point = 0;
   uint8_t out_flip = 0;
 
+  // That of the rows from `row` on, of `channels` outputs each.
+  Epilogue from(int64_t row, int64_t channels) const {
+    Epilogue e = *this;
+    const int64_t at = row * channels;
+    if (residual_q) e.residual_q += at;
+    if (residual_f) e.residual_f += at;
+    if (out_f) e.out_f += at;
+    if (out_q) e.out_q += at;
+    return e;
+  }
   // Without a residual between them the two clamps become one.
   void set_clamps(const Clamps& bounds, bool has_residual) {
     low = bounds.low, high = bounds.high;

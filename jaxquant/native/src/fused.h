@@ -123,6 +123,44 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   });
 }
 
+// The operand that holds where groups end.
+using EndsBuffer = ffi::Buffer<ffi::S32, 2>;
+
+// x [products, rows, inputs]; the weights, multipliers and biases of each product or of all.
+inline ffi::Error groups_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed,
+                                 ffi::AnyBuffer multiplier, ffi::AnyBuffer bias,
+                                 ffi::AnyBuffer inv_scale, ffi::AnyBuffer residual_scale,
+                                 ZeroPointsBuffer zero_points, EndsBuffer ends,
+                                 ffi::RemainingArgs residual, ffi::RemainingRets outs,
+                                 Floats clamps) {
+  const auto in = x.dimensions(), of_weights = packed.dimensions(), of_groups = ends.dimensions();
+  const auto numbers = numbers_of(zero_points);
+  if (in.size() != 3 || of_weights.size() != 3 || of_groups[0] != in[0] ||
+      of_groups[1] != of_weights[1] || !holds<ZeroPoints>(numbers))
+    return invalid("wrong shapes");
+  const ZeroPoints points = record<ZeroPoints>(numbers);
+  const int64_t sets = of_weights[0], all = std::max<int64_t>(1, sets * of_weights[1]);
+  Groups s{in[0], in[1], in[2], int64_t(multiplier.element_count()) / all, of_weights[1],
+           ends.typed_data(), sets != 1, packed.typed_data<int8_t>()};
+  Epilogue epilogue;
+  EpilogueArguments given{multiplier, bias, inv_scale, residual_scale,
+                          points, residual, outs, clamps};
+  ffi::Error error = read_epilogue(given, s.columns, epilogue);
+  if (error.failure()) return error;
+  if (s.products * s.rows * s.columns == 0) return error;
+  if (s.groups == 0 || (s.own && sets != s.products) ||
+      int64_t(multiplier.element_count()) != all * s.columns ||
+      (epilogue.bias && bias.element_count() != multiplier.element_count()))
+    return invalid("the weights are of another number of groups");
+  if (of_weights[2] != s.bytes()) return invalid("the weights are packed for another shape");
+  const Input input = input_of(x, points);
+  return with_memory([&] {
+    XlaThreads threads(pool, s.products * s.rows * s.inputs * s.columns);
+    Team team(threads);
+    multiply_groups(team, input, s, epilogue);
+  });
+}
+
 // Reads the steps of a sequence and its tensors.  Of those, the operands come first, then the
 // results, then what lies between the steps.
 class SequenceReader {
@@ -252,8 +290,8 @@ inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args
   return memory.failure() ? memory : error;
 }
 
-// x, packed weights, multiplier, bias, two scales, zero points, perhaps a residual; one output or two.
-inline auto fused_operands() {
+// x, packed weights, multiplier, bias, two scales, zero points.
+inline auto weighted_operands() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<ffi::AnyBuffer>()
@@ -262,9 +300,10 @@ inline auto fused_operands() {
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
-      .Arg<ZeroPointsBuffer>()
-      .RemainingArgs()
-      .RemainingRets();
+      .Arg<ZeroPointsBuffer>();
 }
+
+// Those, and perhaps a residual; one output or two.
+inline auto fused_operands() { return weighted_operands().RemainingArgs().RemainingRets(); }
 
 }  // namespace jaxquant

@@ -140,6 +140,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_dot, jaxquant::dot_handler,
                                   .Attr<int64_t>("columns")
                                   .Attr<xla::ffi::Span<const float>>("clamps"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_groups, jaxquant::groups_handler,
+                              jaxquant::weighted_operands()
+                                  .Arg<jaxquant::EndsBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<xla::ffi::Span<const float>>("clamps"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_sequence, jaxquant::sequence_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
