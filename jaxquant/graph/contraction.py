@@ -151,6 +151,12 @@ class Contraction:
         first, second = self.operands
         return (first.contracted, second.contracted), (first.batch, second.batch)
 
+    @property
+    def swapped(self) -> Contraction:
+        """The same dot of the operands in the other order; its result has the free axes so too."""
+        assert self.is_dot, "of a dot alone either operand may be the first"
+        return _of_dot(reversed(self.operands))
+
     def place(self, side: int, axis: int) -> int | None:
         """Where a batch or free axis of an operand is in the result; None of another axis."""
         own = self.operands[side]

@@ -100,7 +100,7 @@ def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) ->
       chain: the chain; its site has a stored weight.
       zero_points: of the int8 tensors.
     """
-    site, epilogue = chain.site.site, chain.site.epilogue
+    site = chain.site.site
     assert site.weight is not None
     residual = None
     if chain.residual is not None:
@@ -110,8 +110,8 @@ def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) ->
         contraction=site.as_contraction,
         weight_position=site.weight_position,
         weight_shape=graph.shape(site.weight),
-        movements=epilogue.movements,
-        channels=epilogue.channels,
+        movements=chain.movements,
+        channels=chain.channels,
         shape=graph.shape(chain.output),
         zero_point=zero_points[site.operands[0]],
         clamps=chain.clamps,

@@ -29,6 +29,9 @@ class Chain:
       residual: the tensor that is added; None without an addition.
       residual_int8: True where its int8 form is what is added.
       float_out: True where the output is read in float.
+      movements: the equations that rearrange the sums before they are multiplied: those of the
+        epilogue, and those between it and what follows.
+      channels: where the output channels are behind them.
       grid: the tensor on whose scale the output is quantized: itself, or what an early max pool
         makes of it; None where it is not quantized.  An output with a scale for each channel
         leaves as float and is quantized behind the call, which knows one scale for a tensor.
@@ -42,6 +45,8 @@ class Chain:
     residual_int8: bool
     float_out: bool
     grid: ir.Var | None
+    movements: tuple[ir.Equation, ...]
+    channels: primitives.Channels
 
 
 def find_chains(
@@ -90,7 +95,11 @@ def alone(graph: ir.Graph, site: Int8Site) -> Chain:
     """The chain of a site by itself, with its multiplier and bias: its result can be changed."""
     output = site.epilogue.output
     last = graph.producer[output].index
-    return Chain(site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, None)
+    epilogue = site.epilogue
+    return Chain(
+        site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, None,
+        epilogue.movements, epilogue.channels,
+    )  # fmt: skip
 
 
 def _follow(
@@ -101,9 +110,15 @@ def _follow(
     floats: Collection[ir.Var],
     grids: Mapping[ir.Var, ir.Var],
 ) -> Chain:
-    current = site.epilogue.output
+    current, channels = site.epilogue.output, site.epilogue.channels
     members = [graph.producer[current].index]
     clamps, residual, residual_int8 = [NO_CLAMP], None, False
+    movements = _movements(graph, binding, site, free)
+    for movement in movements:
+        moved = channels.through(graph, movement)
+        assert moved is not None, "movements that mix channels are not followed"
+        channels, current = moved, movement.outputs[0]
+        members.append(movement.index)
     while (eqn := _only_reader(graph, binding, current)) is not None and eqn.index in free:
         if (bounds := clamp_of(graph, eqn, current)) is not None:
             clamps[-1] = clamp_after(clamps[-1], bounds)
@@ -127,7 +142,33 @@ def _follow(
         residual_int8,
         current in floats or grid is None,
         grid,
+        (*site.epilogue.movements, *movements),
+        channels,
     )
+
+
+# Movements without copies or reversals, which a backend may do behind the sums as well as before.
+_TURNS = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim"})
+
+
+def _movements(
+    graph: ir.Graph, binding: Binding, site: Int8Site, free: set[int]
+) -> tuple[ir.Equation, ...]:
+    """What rearranges the result of a dot before something that the chain goes on with."""
+    if site.site.as_contraction.window is not None:
+        return ()
+    current, channels = site.epilogue.output, site.epilogue.channels
+    found: list[ir.Equation] = []
+    while (eqn := _sole_reader(graph, binding, current)) is not None and eqn.index in free:
+        if eqn.name not in _TURNS or not primitives.is_movement(graph, eqn):
+            goes_on = clamp_of(graph, eqn, current) or _added(graph, eqn, current)
+            return tuple(found) if goes_on is not None else ()
+        moved = channels.through(graph, eqn)
+        if moved is None:
+            return ()
+        channels, current = moved, eqn.outputs[0]
+        found.append(eqn)
+    return ()
 
 
 def _is_only_pooled(graph: ir.Graph, binding: Binding, pool: ir.Equation) -> bool:
@@ -138,13 +179,18 @@ def _is_only_pooled(graph: ir.Graph, binding: Binding, pool: ir.Equation) -> boo
 
 
 def _only_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation | None:
-    """The one equation that needs a tensor; None where its value is needed otherwise too."""
+    """The one equation that needs a tensor and gives one of its shape; None without such a one."""
+    eqn = _sole_reader(graph, binding, var)
+    same = eqn is not None and graph.shape(eqn.outputs[0]) == graph.shape(var)
+    return eqn if same else None
+
+
+def _sole_reader(graph: ir.Graph, binding: Binding, var: ir.Var) -> ir.Equation | None:
+    """The one equation that needs a tensor, of one result; None where its value is needed else."""
     readers = graph.consumers.get(var, ())
     if var in graph.output_vars or var in binding.forms.int8 or len(readers) != 1:
         return None
-    (eqn,) = readers
-    same = len(eqn.outputs) == 1 and graph.shape(eqn.outputs[0]) == graph.shape(var)
-    return eqn if same else None
+    return readers[0] if len(readers[0].outputs) == 1 else None
 
 
 def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:

@@ -53,10 +53,3 @@ def assert_same_numbers(
     for path, array in expected.items():
         assert found[path].dtype == array.dtype, path
         np.testing.assert_array_equal(found[path], array, err_msg=path)
-
-
-def leaf(tree: Any, path: str) -> Any:
-    """The leaf of nested dicts at "a/b/c"."""
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree

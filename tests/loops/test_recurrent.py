@@ -1,4 +1,4 @@
-"""Recurrent cells in `nn.RNN` and in a plain `lax.scan`, against the same cell unrolled by hand."""
+"""Recurrent cells in loops of Flax, Haiku, Equinox and JAX, against the same unrolled by hand."""
 
 import math
 
@@ -61,20 +61,75 @@ def plain():
     return {"cell": cell_params, "head": normal(WIDTH, 7)}, X, scanned, by_hand
 
 
+def haiku(cell):
+    """An LSTM or GRU of Haiku in `dynamic_unroll`, and in `static_unroll`."""
+    hk = pytest.importorskip("haiku")
+
+    def network(unroll):
+        def run(x):
+            core = getattr(hk, cell)(WIDTH)
+            states, _ = unroll(core, x.swapaxes(0, 1), core.initial_state(x.shape[0]))
+            return hk.Linear(7)(states.swapaxes(0, 1))
+
+        return hk.without_apply_rng(hk.transform(run))
+
+    scanned = network(hk.dynamic_unroll)
+    params = jax.jit(scanned.init)(jax.random.key(0), X)
+    return params, X, scanned.apply, network(hk.static_unroll).apply
+
+
+def equinox(cell):
+    """A cell of Equinox in `lax.scan`; its arrays are the parameters."""
+    eqx = pytest.importorskip("equinox")
+    module = {
+        "cell": getattr(eqx.nn, cell)(WIDTH, WIDTH, key=jax.random.key(0)),
+        "head": eqx.nn.Linear(WIDTH, 7, key=jax.random.key(1)),
+    }
+    params, static = eqx.partition(module, eqx.is_array)
+
+    def step(p, state, x):
+        state = jax.vmap(eqx.combine(p, static)["cell"])(x, state)
+        return state, state[0] if isinstance(state, tuple) else state
+
+    def start(x):
+        zeros = jnp.zeros((x.shape[0], WIDTH), x.dtype)
+        return (zeros, zeros) if cell == "LSTMCell" else zeros
+
+    def head(p, states):
+        return jax.vmap(jax.vmap(eqx.combine(p, static)["head"]))(states.swapaxes(0, 1))
+
+    def scanned(p, x):
+        _, states = lax.scan(lambda state, x: step(p, state, x), start(x), x.swapaxes(0, 1))
+        return head(p, states)
+
+    def by_hand(p, x):
+        state, states = start(x), []
+        for number in range(LENGTH):
+            state, hidden = step(p, state, x[:, number])
+            states.append(hidden)
+        return head(p, jnp.stack(states))
+
+    return params, X, scanned, by_hand
+
+
 CELLS = {
     "gru": lambda: tagger("gru"),
     "optimized_lstm": lambda: tagger("optimized_lstm"),
     "plain": plain,
     "lstm": lambda: tagger("lstm"),
+    "haiku gru": lambda: haiku("GRU"),
+    "haiku lstm": lambda: haiku("LSTM"),
+    "equinox gru": lambda: equinox("GRUCell"),
+    "equinox lstm": lambda: equinox("LSTMCell"),
 }
 SOME = [pytest.param(name, marks=pytest.mark.slow if "lstm" in name else ()) for name in CELLS]
 
 
 def share_in_int8(qapply, params) -> float:
     """Of the multiplications: each weight is in one product a step, that of the loop in all."""
-    done = {"int8": 0, "float": 0}
+    done, leaves = {"int8": 0, "float": 0}, measure.flat(params)
     for row in qapply.report().rows:
-        done[row["status"]] += math.prod(measure.leaf(params, row["weight_path"]).shape)
+        done[row["status"]] += math.prod(leaves[row["weight_path"]].shape)
     return done["int8"] / sum(done.values())
 
 

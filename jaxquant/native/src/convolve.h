@@ -1,6 +1,8 @@
 // int8 convolutions and dots of any kind, by the kernels that do them.
 #pragma once
 
+#include <vector>
+
 #include "conv.h"
 #include "depthwise.h"
 #include "instructions.h"
@@ -73,27 +75,52 @@ struct Groups {
   int64_t bytes() const { return packed_dot(inputs, columns).size(); }
 };
 
-// The multiplier and the bias of the epilogue are [products or 1, groups, columns], as the weights are.
-inline void multiply_groups(Threads& threads, const Input& x, const Groups& s,
-                            const Epilogue& epilogue) {
-  constexpr int64_t kProductsOfThread = 1 << 16;  // which is awake
+// Rows [first, first + count) of a product, all of one group.
+struct GroupRows {
+  int64_t first, count, weight;  // the first among the rows of all products; which of all weights
+};
+
+// The rows by groups, no more at once than keep all threads busy to the end.
+inline std::vector<GroupRows> rows_of_groups(const Groups& s, int64_t threads) {
+  const int64_t most = std::max<int64_t>(
+      64, ceil_div(s.products * s.rows, kTasksPerThread * threads));
+  std::vector<GroupRows> found;
   for (int64_t p = 0; p < s.products; ++p) {
     int64_t first = 0;
     for (int64_t g = 0; g < s.groups; ++g) {
       const int64_t end = g + 1 == s.groups ? s.rows : s.ends[p * s.groups + g];
-      const int64_t last = std::min(std::max(end, first), s.rows), count = last - first;
-      if (count == 0) continue;
-      const int64_t row = p * s.rows + first, weight = (s.own ? p : 0) * s.groups + g;
-      Input rows = x;
-      rows.data = static_cast<const uint8_t*>(x.data) + row * s.inputs;
-      Epilogue own = epilogue.from(row, s.columns);
-      own.multiplier += weight * s.columns;
-      if (own.bias) own.bias += weight * s.columns;
-      Some some(threads, 1 + count * s.inputs * s.columns / kProductsOfThread);
-      multiply(some, rows, count, s.inputs, s.columns, s.packed + weight * s.bytes(), own);
+      const int64_t last = std::min(std::max(end, first), s.rows);
+      const int64_t parts = std::max<int64_t>(1, ceil_div(last - first, most));
+      const int64_t step = ceil_div(last - first, parts);
+      for (; first < last; first += step)
+        found.push_back({p * s.rows + first, std::min(step, last - first),
+                         (s.own ? p : 0) * s.groups + g});
       first = last;
     }
   }
+  return found;
+}
+
+// The multiplier and the bias of the epilogue are [products or 1, groups, columns], as the weights are.
+inline void multiply_groups(Threads& threads, const Input& x, const Groups& s,
+                            const Epilogue& epilogue) {
+  const std::vector<GroupRows> tasks = rows_of_groups(s, threads.count());
+  const auto run = [&](Threads& some, const GroupRows& task) {
+    Input rows = x;
+    rows.data = static_cast<const uint8_t*>(x.data) + task.first * s.inputs;
+    Epilogue own = epilogue.from(task.first, s.columns);
+    own.multiplier += task.weight * s.columns;
+    if (own.bias) own.bias += task.weight * s.columns;
+    multiply(some, rows, task.count, s.inputs, s.columns, s.packed + task.weight * s.bytes(), own);
+  };
+  if (int64_t(tasks.size()) < 2 * threads.count()) {  // so few that threads share each of them
+    for (const GroupRows& task : tasks) run(threads, task);
+    return;
+  }
+  parallel_for(threads, int64_t(tasks.size()), [&](int64_t i) {
+    Alone alone;
+    run(alone, tasks[i]);
+  });
 }
 
 }  // namespace jaxquant

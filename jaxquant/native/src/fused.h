@@ -156,8 +156,7 @@ inline ffi::Error groups_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::An
   const Input input = input_of(x, points);
   return with_memory([&] {
     XlaThreads threads(pool, s.products * s.rows * s.inputs * s.columns);
-    Team team(threads);
-    multiply_groups(team, input, s, epilogue);
+    multiply_groups(threads, input, s, epilogue);
   });
 }
 
