@@ -3,7 +3,9 @@
 A site's name is the path of the parameter its weight comes from, without the collection
 (`params`) and the leaf (`kernel`): `b1/Conv_0`.  So Flax linen, Flax nnx and plain functions over
 nested dicts name the same network alike.  A site without a weight is named after its scope and
-kind.  A second use of a name gets `:1`, and so on; no name depends on the batch size.
+kind; a product of activations in nnx or a plain function, whose scope tells nothing of the layer,
+after the module of what it multiplies too: `blocks/3/attention/bqhd,bkhd->bhqk/matmul`.  A second
+use of a name gets `:1`, and so on; no name depends on the batch size.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph import trace as tracing
 from jaxquant.graph.contraction import Axes, Contraction
+from jaxquant.graph.feeding import module_feeding
 from jaxquant.graph.regions import Region
 
 _COLLECTION = "params"
@@ -48,6 +51,8 @@ class Site:
         `jaxquant.graph.batch_sizes`.
       inside: the control-flow primitives that hold the site, outermost first; () at the top level.
       scans: the numbers of layers of the scans over stacked weights around it, outermost first.
+      feeding: of a product of activations outside of linen, the path that the modules have in
+        common that they come from, without the collection; it is named after that.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Site:
     computes_weight: bool = False
     inside: tuple[str, ...] = ()
     scans: tuple[int, ...] = ()
+    feeding: str = ""
 
     @property
     def equation(self) -> int:
@@ -208,11 +214,14 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         static_vars = [v for v in eqn.input_vars if graph.static[v]]
         sources = [source for v in static_vars for source in graph.sources(v)]
         path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+    feeding: tuple[str, ...] = ()
+    if contraction is not None and weight is None and not eqn.modules:
+        feeding = module_feeding(region, eqn)
     return Site(
         name="",
         kind=kind,
         scope=eqn.scope,
-        modules=eqn.modules or _classes_of(graph, path),
+        modules=eqn.modules or _classes_of(graph, path or "/".join((*feeding, ""))),
         weight_path=path,
         location=(*region.location, eqn.index),
         output=eqn.outputs[0],
@@ -222,6 +231,7 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         weight_position=position,
         computes_weight=computes,
         inside=region.inside,
+        feeding="/".join(feeding[1:] if feeding[:1] == (_COLLECTION,) else feeding),
     )
 
 
@@ -236,7 +246,7 @@ def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
             if modules[base] > 1:  # several weights in one module: their names tell them apart
                 base = _without_collection(site.weight_path)
         else:
-            base = "/".join(s for s in (site.scope, site.kind) if s)
+            base = "/".join(s for s in (site.feeding, site.scope, site.kind) if s)
         count = seen[base]
         seen[base] += 1
         named.append(dataclasses.replace(site, name=f"{base}:{count}" if count else base))

@@ -65,6 +65,33 @@ def test_eight_devices_give_the_thresholds_and_the_results_of_one():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
+def scanned_net(params, x):
+    """Layers that are scanned and a loop over one weight; of whole numbers, so that it is exact."""
+    x = jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, params["layers"])[0]
+    start = jnp.zeros((), jnp.int32), x
+    step = lambda carry: (carry[0] + 1, jax.nn.relu(carry[1] @ params["again"]))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0] < 2, step, start)[1]
+
+
+def test_a_scanned_model_is_observed_alike_on_many_devices():
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]).reshape(2, -1), ("data", "model"))
+    params = {"layers": whole_numbers((3, 8, 8), most=1), "again": whole_numbers((8, 8), most=1)}
+    places = {"layers": PartitionSpec(None, None, "model"), "again": PartitionSpec("model")}
+    spread = {
+        name: jax.device_put(x, NamedSharding(mesh, places[name])) for name, x in params.items()
+    }
+    batch = whole_numbers((16, 8), 1)
+    shards = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    alone, together = (
+        jaxquant.calibrate(p, scanned_net, [x], progress=False).tensors
+        for p, x in ((params, batch), (spread, shards))
+    )
+    assert sorted(alone) == ["again/input", *(f"layers/input[{n}]" for n in range(3))]
+    for name, stats in alone.items():
+        np.testing.assert_array_equal(stats.counts, together[name].counts)
+        assert (stats.min, stats.max) == (together[name].min, together[name].max)
+
+
 WORKER = """
 import sys
 import jax, numpy as np

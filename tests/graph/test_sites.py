@@ -108,6 +108,71 @@ def test_attention_projections_are_muls_and_products_are_matmuls():
     assert len({s.name for s in products}) == 2
 
 
+def attention(p, x):
+    q, k, v = (jnp.einsum("bsd,dhe->bshe", x, p[name]) for name in ("query", "key", "value"))
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+    return x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ p["out"]
+
+
+def attention_params(lead=()):
+    shapes = dict.fromkeys(("query", "key", "value"), (8, 2, 4)) | {"out": (8, 8)}
+    return {name: jnp.ones((*lead, *shape)) for name, shape in shapes.items()}
+
+
+def blocks(p, x):
+    for block in p["params"]["blocks"]:
+        x = attention(block["attention"], x)
+    return x
+
+
+def scanned_blocks(p, x):
+    return jax.lax.scan(lambda x, block: (attention(block, x), None), x, p["blocks"]["attention"])[
+        0
+    ]
+
+
+def test_products_in_plain_functions_are_named_after_the_layer_they_are_in():
+    params = {"params": {"blocks": [{"attention": attention_params()}] * 2}}
+    products = [s for s in find(blocks, params, jnp.ones((2, 5, 8))) if s.kind == "matmul"]
+    assert [site.name for site in products] == [
+        f"blocks/{number}/attention/{scope}/matmul"
+        for number in range(2)
+        for scope in ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd")
+    ]
+    scanned = {"blocks": {"attention": attention_params((3,))}}
+    products = [s for s in find(scanned_blocks, scanned, jnp.ones((2, 5, 8))) if not s.weight_path]
+    assert products[0].name == "blocks/attention/bqhd,bkhd->bhqk/matmul"
+
+
+def test_products_of_a_cache_in_a_loop_are_named_after_what_fills_it():
+    def decode(p, x):
+        def step(carry, row):
+            query, key = row @ p["params"]["block"]["query"], row @ p["params"]["block"]["key"]
+            cache = jnp.concatenate([carry[1:], key[None]])
+            return cache, jax.nn.softmax(cache @ query)
+
+        return jax.lax.scan(step, jnp.zeros((4, 8)), x)[1]
+
+    params = {"params": {"block": {name: jnp.ones((8, 8)) for name in ("query", "key")}}}
+    (product,) = (s for s in find(decode, params, jnp.ones((5, 8))) if s.kind == "matmul")
+    assert product.name == "block/matmul"
+
+
+def test_products_of_nnx_are_in_their_modules():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.attend = nnx.MultiHeadAttention(2, 8, 8, 8, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            return self.attend(x)
+
+    graphdef, params = nnx.split(Block(nnx.Rngs(0)))
+    found = find(lambda p, x: nnx.merge(graphdef, p)(x), params, jnp.ones((2, 5, 8)))
+    products = [site for site in found if site.kind == "matmul"]
+    assert all(site.name.startswith("attend/") for site in products)
+    assert products[0].modules == ("Block", "MultiHeadAttention")
+
+
 @pytest.mark.parametrize("wrap", [nn.Dense, nn.remat(nn.Dense)], ids=["plain", "remat"])
 def test_nested_linen_names_are_parameter_paths(wrap):
     class Block(nn.Module):

@@ -1,0 +1,83 @@
+"""Which weights an operation's operands come from: what tells the layer of one without a weight."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from jaxquant.graph import ir
+from jaxquant.graph import trace as tracing
+from jaxquant.graph.regions import CONTROL_FLOW, Region
+
+_Place = tuple[Region, ir.Var]
+
+
+def module_feeding(region: Region, eqn: ir.Equation) -> tuple[str, ...]:
+    """The path that all modules have in common whose weights feed an operation.
+
+    Those are the nearest ones before it, through loops and choices too: of attention's scores
+    those of the queries and keys, whose modules are in the one of their layer.
+
+    Args:
+      region, eqn: the operation.
+    """
+    stack: list[_Place] = [(region, var) for var in eqn.input_vars]
+    seen, modules = set(stack), []
+    while stack:
+        place, var = stack.pop()
+        graph = place.graph
+        producer = graph.producer.get(var)
+        if graph.static[var]:
+            continue
+        if producer is None:
+            before = _outside(place, var)
+        elif path := _weight_path(graph, producer):
+            modules.append(path.split("/")[:-1])
+            continue
+        elif producer.name in CONTROL_FLOW:
+            before = _results(place, producer, producer.outputs.index(var))
+        else:
+            before = [(place, v) for v in producer.input_vars]
+        stack += [each for each in before if each not in seen]
+        seen.update(before)
+    return _common(modules)
+
+
+def _common(paths: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """What several paths begin with."""
+    alike = itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*paths, strict=False))
+    return tuple(parts[0] for parts in alike)
+
+
+def _weight_path(graph: ir.Graph, eqn: ir.Equation) -> str:
+    """The path of the parameter that a convolution or dot multiplies by; "" where it has none."""
+    if eqn.index not in graph.contractions:
+        return ""
+    sources = [v for var in eqn.input_vars if graph.static[var] for v in graph.sources(var)]
+    return graph.paths[tracing.largest(graph, sources)] if sources else ""
+
+
+def _outside(region: Region, var: ir.Var) -> list[_Place]:
+    """What an input of a body is: of a loop in the first step, and in those behind it."""
+    found: list[_Place] = []
+    if region.holder is None or var not in region.arguments:
+        return found
+    position = region.arguments.index(var)
+    outputs: Sequence[ir.Atom] = region.graph.outputs
+    for place, atom in (
+        (region.holder, region.operands[position]),
+        (region, outputs[region.carries[position]] if position in region.carries else None),
+    ):
+        if isinstance(atom, int):
+            found.append((place, atom))
+    return found
+
+
+def _results(region: Region, eqn: ir.Equation, position: int) -> list[_Place]:
+    """What a result of a loop or choice is in its bodies."""
+    return [
+        (body, atom)
+        for body in region.bodies(eqn)
+        for atom, result in zip(body.graph.outputs, body.results, strict=True)
+        if result == position and isinstance(atom, int)
+    ]
