@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,15 @@ import jax
 import numpy as np
 
 from jaxquant.deploy import constants
-from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Slice, Tensor
+from jaxquant.deploy.found import Found
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Tensor
 from jaxquant.deploy.plain_values import plain, scalar
+from jaxquant.deploy.restoring import restoring
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
@@ -28,7 +28,7 @@ def to_network(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict
     """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
     graph = program.graph
     outputs = jax.tree.unflatten(graph.out_tree, graph.outputs)
-    translated = _Translator(program, program.binding, program.model.root, _Found(), [])
+    translated = _Translator(program, program.binding, program.model.root, Found(), [])
     numbers = tuple(translated.number(var) for var in graph.inputs)
     translated.add_equations()
     found = translated.found
@@ -54,38 +54,6 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
-@dataclasses.dataclass
-class _Found:
-    """What is found of a network, by its model's own graph and by those of its bodies.
-
-    `folded` is where the constants of a body are, which all its steps share; the rest are the
-    attributes of a `Network` of these names.
-    """
-
-    tensors: list[Tensor] = dataclasses.field(default_factory=list)
-    moves: list[Node] = dataclasses.field(default_factory=list)
-    entries: dict[str, str] = dataclasses.field(default_factory=dict)
-    scales: dict[str, str] = dataclasses.field(default_factory=dict)
-    leaves: dict[str, str] = dataclasses.field(default_factory=dict)
-    constants: dict[str, str] = dataclasses.field(default_factory=dict)
-    slices: dict[str, Slice] = dataclasses.field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    folded: dict[tuple[tuple[int, ...], ir.Var], str] = dataclasses.field(default_factory=dict)
-
-    def new(self, tensor: Tensor) -> int:
-        """The number of another tensor."""
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def slice_of(self, name: str, index: tuple[int, ...]) -> str:
-        """The name of an entry of an array; a "~" before a bracket is in no other name."""
-        if not index:
-            return name
-        part = f"{name}~{layer_suffix(index)}"
-        self.slices[part] = Slice(name, index)
-        return part
-
-
 class _Translator:
     """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
@@ -104,7 +72,7 @@ class _Translator:
         program: Program,
         binding: Binding,
         region: Region,
-        found: _Found,
+        found: Found,
         nodes: list[Node | Int8Node],
         outer: _Translator | None = None,
         step: int | None = None,
@@ -405,26 +373,7 @@ class _Translator:
 
     def _restore(self, var: ir.Var) -> None:
         """Nodes that compute a static tensor from the integers of a weight and their scales."""
-        program = self.program
-        restored = program.restored[var]
-        site, layers = restored.site, restored.stacked
-        view = layout.weight_view(restored.stored_in, site, program.mode.integer)
-        is_per_channel = program.plan.weight_quantize_type == "channel_wise_abs_max"
-        channels = math.prod(view.shape[d] for d in view.channels)
-        slot = program.slots[site.name]
-        per_channel = (channels,) if is_per_channel else ()
-        stored = {
-            slot.int8: jax.ShapeDtypeStruct((*layers, *view.shape), np.int8),
-            slot.scale: jax.ShapeDtypeStruct((*layers, *per_channel), np.float32),
-        }
-
-        def restore(_: Any, *arrays: jax.Array) -> jax.Array:
-            params: dict[str, Any] = {}
-            for path, array in zip(stored, arrays, strict=True):
-                layout.put(params, path, array)
-            return program.weights.restore(restored, {"params": params})
-
-        steps = trace.trace(restore, (), tuple(stored.values()))
+        steps, stored = restoring(self.program, var)
         numbers: dict[ir.Var, int] = {}
         for path, source in zip(stored, steps.inputs, strict=True):
             numbers[source] = self._new(steps, source)
