@@ -21,24 +21,6 @@ from jaxquant.calibration.sums import (
 )
 
 
-def abs_max_threshold(
-    counts: ArrayLike, bin_width: ArrayLike, *, abs_max: ArrayLike | None = None
-) -> np.ndarray:
-    """No clipping: the largest |x|, as far as known.
-
-    Args: as for `kl_threshold`.
-
-    Returns:
-      [...] `abs_max` where given, else the upper edge of the last bin in use; 0.0 where nothing
-      lies above bin 0.
-
-    Example:
-      >>> float(abs_max_threshold([5, 2, 1, 0], 0.25))
-      0.75
-    """
-    return search(_abs_max_search, counts, bin_width, abs_max)
-
-
 def percentile_threshold(
     counts: ArrayLike,
     bin_width: ArrayLike,
@@ -104,10 +86,6 @@ def mse_threshold(
       4.0
     """
     return search(_mse_search, counts, bin_width, abs_max, levels)
-
-
-def _abs_max_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
-    return limit
 
 
 def _mse_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:

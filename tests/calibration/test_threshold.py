@@ -17,7 +17,6 @@ pytestmark = pytest.mark.optimized
 ORACLES = Path(__file__).parent.parent / "data" / "kl_thresholds.npz"
 SEARCHES = {
     "kl": kl.kl_threshold,
-    "abs_max": th.abs_max_threshold,
     "percentile": th.percentile_threshold,
     "mse": th.mse_threshold,
 }
@@ -219,8 +218,6 @@ def test_nvidia_matches_reference(seed, empty):
 def test_default_matches_reference(hist, fraction):
     last = max(j for j in range(24) if hist[j])
     limit = last + fraction
-    abs_max = th.abs_max_threshold(hist, 1.0, abs_max=limit)
-    assert abs_max == limit
     candidates = [min(i, limit) for i in range(1, 25)]
     want = [reference_int8(hist, t) for t in candidates]
     errors = np.array([error for _, error in want])
