@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import keyword
+import re
 import string
 import textwrap
 import tokenize
@@ -100,3 +101,17 @@ def _tokens(source: str) -> Iterator[tuple[str, tuple[int, int], tuple[int, int]
             yield "string", token.start, token.end
         elif token.type in _PLAIN:
             yield _PLAIN[token.type], token.start, token.end
+
+
+def sentences() -> list[str]:
+    """The sentences of the language reference, of 5 to 40 words, in its order, each once."""
+    found: dict[str, None] = {}
+    for topic in topics.values():
+        for paragraph in re.split(r"\n\s*\n", topic):
+            if paragraph.startswith(" ") or set(paragraph) & set("|=+") or "::" in paragraph:
+                continue  # code, a table, a grammar or a heading
+            plain = " ".join(re.sub(r"[*“”\"]", " ", paragraph).split())
+            for sentence in re.split(r"(?<=[.?!]) (?=[A-Z])", plain):
+                if 5 <= len(sentence.split()) <= 40 and sentence.endswith("."):
+                    found[sentence] = None
+    return list(found)

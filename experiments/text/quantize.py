@@ -9,7 +9,7 @@ Two to five minutes a network on two CPU cores; `--steps 0` leaves the weights r
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -58,14 +58,14 @@ def unrolled(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 
 def quantized(
-    apply_fn: Callable[..., jax.Array], params: Any, ids: np.ndarray
+    apply_fn: Callable[..., jax.Array], params: Any, ids: np.ndarray | Sequence[np.ndarray]
 ) -> Iterator[tuple[str, Any, jaxquant.QuantizedApply]]:
     """The network in each mode: (its name, qparams, qapply).
 
     Args:
       apply_fn: (params, ids int32[B, T]) -> logits.
       params: of it.
-      ids: the texts to calibrate on.
+      ids: the texts to calibrate on, or batches of them.
     """
     quiet = {"progress": False}
     yield "static", *jaxquant.quant_post(params, apply_fn, ids, **quiet)

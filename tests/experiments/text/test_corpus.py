@@ -47,3 +47,13 @@ def test_the_source_has_every_tag():
     text = corpus.python_source()
     assert len(text.ids) == len(text.labels)
     assert set(np.unique(text.labels)) == set(range(len(corpus.TAGS)))
+
+
+def test_sentences_are_prose_and_there_once():
+    sentences = corpus.sentences()
+    assert len(sentences) == len(set(sentences)) > 500
+    for sentence in sentences:
+        assert sentence == sentence.strip()
+        assert sentence.endswith(".")
+        assert 5 <= len(sentence.split()) <= 40
+        assert not set(sentence) & set("\n*|=")
