@@ -11,6 +11,7 @@ import numpy as np
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
+from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.report.sqnr import decibel
 from jaxquant.run.layers import Layer, walk
@@ -44,17 +45,20 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
     found = {}
     for layer in walk(program, params, qparams):
         graph, slots = layer.program.graph, layer.program.slots
-        sites = {s.site.name: s.site for s in layer.binding.sites if s.site.name in slots}
-        stored = [s.weight for s in sites.values() if s.weight is not None]
+        sites = [each for each in layer.binding.sites if each.site.name in slots]
+        stored = [each.site.weight for each in sites if each.site.weight is not None]
         weights = fold(graph, layer.params, stored, [])[0]
-        for name, site in sites.items():
+        for int8_site in sites:
+            site = int8_site.site
             assert site.weight is not None
             weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
-            found[name + layer_suffix(layer.binding.layer)] = _ranges(layer, site, weight)
+            name = site.name + layer_suffix(layer.binding.layer)
+            found[name] = _ranges(layer, int8_site, weight)
     return found
 
 
-def _ranges(layer: Layer, site: Site, weight: np.ndarray) -> WeightRanges:
+def _ranges(layer: Layer, int8_site: Int8Site, weight: np.ndarray) -> WeightRanges:
+    site = int8_site.site
     axes = site.channel_axes
     others = tuple(a for a in range(weight.ndim) if a not in axes)
     slot = layer.program.slots[site.name]
@@ -63,7 +67,8 @@ def _ranges(layer: Layer, site: Site, weight: np.ndarray) -> WeightRanges:
     )
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
-    got = got / _divisors(layer, site, weight.shape)
+    if not int8_site.dynamic:
+        got = got / _divisors(layer, site, weight.shape)
     inputs = site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),

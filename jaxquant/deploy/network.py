@@ -84,7 +84,7 @@ class Int8Node:
     Attributes:
       name, kind: of the site; in an unrolled scan the name ends in the layer, "[3]".
       node: its operation; the outputs are those of the float operation.
-      operands: the int8 tensors that it reads.
+      operands: the int8 tensors that it reads; where it is dynamic, tensors in float.
       weight: the name of its int8 weight in `qparams`, "" where it has none stored.
       computed_weight: a weight that is quantized on the way, from this constant; else None.
       weight_position: the weight's place among the operands.
@@ -92,6 +92,7 @@ class Int8Node:
       movements: the operations that rearrange the accumulator before multiplier and bias.
       channel_sizes, channel_axes: where the channels are in the tensor that these give.
       output: the tensor at the end of the epilogue.
+      dynamic: its operands get their scales in each call.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Int8Node:
     channel_sizes: tuple[int, ...]
     channel_axes: tuple[int, ...]
     output: Var
+    dynamic: bool
 
 
 @dataclasses.dataclass(frozen=True)

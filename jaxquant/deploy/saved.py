@@ -23,6 +23,7 @@ from jaxquant.files import atomic, packing, strict_json
 from jaxquant.files import safetensors as container
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import dump_json, parse_json
+from jaxquant.graph import kinds
 from jaxquant.keywords import named
 from jaxquant.plan import layout
 from jaxquant.plan.bind import bind
@@ -251,6 +252,8 @@ def _plan(data: dict[str, Any]) -> Plan:
     for site in plan.sites:
         if site.weight_bits not in ((8, 4) if plan.mode == WEIGHT_ONLY else (8,)):
             raise FileError(f"the plan has {site.weight_bits} bits for a weight of {site.name!r}")
+        if site.dynamic and site.kind not in kinds.DOT_KINDS:
+            raise FileError(f"the plan scales what a {site.kind}, {site.name!r}, reads in the call")
     for tensor in plan.tensors:
         if not (-128 <= tensor.zero_point <= 127 and tensor.scale > 0):
             raise FileError(f"the plan's grid of tensor {tensor.name!r} is none of int8")

@@ -312,6 +312,7 @@ class _Translator:
             channel_sizes=tuple(int(size) for size in epilogue.channels.sizes),
             channel_axes=epilogue.channels.axes,
             output=self.number(epilogue.output),
+            dynamic=int8_site.dynamic,
         )
 
     def need_static(self, atoms: Any) -> None:

@@ -22,10 +22,22 @@ from jaxquant.plan.restore import Restored, restorable
 
 @dataclasses.dataclass(frozen=True)
 class Int8Site:
-    """A quantized site with an accumulator or a weight: what `quantize` and `run` work from."""
+    """A quantized site with an accumulator or a weight: what `quantize` and `run` work from.
+
+    Attributes:
+      site: it.
+      epilogue: what its multiplier and bias stand for.
+      dynamic: what it reads is scaled in each call.
+    """
 
     site: Site
     epilogue: Epilogue
+    dynamic: bool
+
+    @property
+    def with_scales(self) -> tuple[ir.Var, ...]:
+        """What it reads on grids of the plan."""
+        return () if self.dynamic else self.site.operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +312,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         for s in found
         if s.name in planned and planned[s.name].status != INT8 and not s.inside
     }
-    forms = find_forms(model, chosen if mode.tensor_scales else (), plan.kinds, barred)
+    static = [site for site in chosen if not planned[site.name].dynamic]
+    forms = find_forms(model, static if mode.tensor_scales else (), plan.kinds, barred)
     names = model.names
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
@@ -314,7 +327,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
             known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint
             if epilogue.affine != affine or not known:
                 raise _other_graph([site.name])
-            bound.append(Int8Site(site, epilogue))
+            is_dynamic = not mode.tensor_scales or planned[site.name].dynamic
+            bound.append(Int8Site(site, epilogue, is_dynamic))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
     scales = {var: names[entry] for var, entry in forms.heads.items()}

@@ -15,7 +15,7 @@ from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.rules import Rule, first_layer, matching
+from jaxquant.plan.rules import Rule, first_layer, matching, setting
 
 # How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
 # points.
@@ -72,6 +72,13 @@ def _why_inside(model: Model, site: Site) -> str:
         if eqn.name not in CONTROL_FLOW:
             break
     return f"inside {'/'.join(site.inside)}, which runs in float"
+
+
+def is_dynamic(site: Site, config: QuantConfig) -> bool:
+    """Whether a rule says that what a convolution or dot reads is scaled in each call."""
+    rules = config.all_rules
+    asked = setting(rules, matching(rules, site, first_layer(site)), "dynamic", otherwise=False)
+    return bool(asked) and site.kind in kinds.DOT_KINDS
 
 
 def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:

@@ -242,7 +242,9 @@ class QuantConfig:
                 f"rule {rule.pattern!r}: weight_bits={rule.weight_bits} is of "
                 "jaxquant.quant_weights; where operations are of int8, weights are too"
             )
-        for name in () if MODES[self.mode].tensor_scales else ("algo", "symmetric", "recover"):
+        for name in (
+            () if MODES[self.mode].tensor_scales else ("algo", "symmetric", "dynamic", "recover")
+        ):
             if getattr(rule, name) is not None:
                 raise ValueError(
                     f"rule {rule.pattern!r} sets {name}, which is of jaxquant.quant_post: in mode "

@@ -45,7 +45,7 @@ class _Demand:
     def __init__(self, binding: Binding):
         self._graph = graph = binding.graph
         self._binding = binding
-        self._by_output = {s.epilogue.output: s.site for s in binding.sites}
+        self._by_output = {s.epilogue.output: s for s in binding.sites}
         self._stack = [(var, False) for var in graph.output_vars]
 
     def found(self) -> Live:
@@ -82,10 +82,11 @@ class _Demand:
     def _float(self, var: ir.Var, eqn: ir.Equation) -> None:
         forms = self._binding.forms
         if var in self._by_output:
-            site = self._by_output[var]
+            int8_site = self._by_output[var]
+            site = int8_site.site
             own = self._graph.equations[site.equation]
             read = [v for v in own.input_vars if v != site.weight]  # an embedding's indices too
-            self._stack += [(v, v in forms.int8) for v in read]
+            self._stack += [(v, v in forms.int8 and not int8_site.dynamic) for v in read]
             if site.computes_weight and site.weight is not None:
                 self._stack.append((site.weight, False))
         elif eqn.index in self._binding.picks:
@@ -131,7 +132,10 @@ def read_in_float(binding: Binding, live: Iterable[ir.Equation]) -> frozenset[ir
     found = set(graph.output_vars)
     for eqn in live:
         if eqn.outputs[0] in ends:
-            site = ends[eqn.outputs[0]].site
+            int8_site = ends[eqn.outputs[0]]
+            site = int8_site.site
+            if int8_site.dynamic:
+                found.update(site.operands)
             if site.computes_weight and site.weight is not None:
                 found.add(site.weight)
         elif eqn.index in binding.picks:

@@ -16,7 +16,7 @@ from jaxquant.graph.regions import Region
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import Binding, bind, is_elsewhere, layers_of
-from jaxquant.plan.candidates import candidates, reason_for_float, reported
+from jaxquant.plan.candidates import candidates, is_dynamic, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
@@ -227,10 +227,14 @@ def _check_patterns(found: tuple[Site, ...], config: QuantConfig) -> None:
 
 
 class _Draft(NamedTuple):
-    """What a configuration makes int8: the sites, the forms of tensors, their grids."""
+    """What a configuration makes int8: the sites, the forms of tensors, their grids.
+
+    `static` are those of the sites that read tensors on grids of the plan.
+    """
 
     config: QuantConfig
     chosen: tuple[Site, ...]
+    static: tuple[Site, ...]
     forms: Forms
     tensors: tuple[TensorPlan, ...]
 
@@ -238,14 +242,15 @@ class _Draft(NamedTuple):
 def _draft(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig) -> _Draft:
     graph = model.graph
     chosen = candidates(model, found, config)
-    with_scales = chosen if MODES[config.mode].tensor_scales else ()
-    forms = _forms(model, found, with_scales, config)
+    has_scales = MODES[config.mode].tensor_scales
+    static = tuple(site for site in chosen if has_scales and not is_dynamic(site, config))
+    forms = _forms(model, found, static, config)
     if seen.observations is None:
-        return _Draft(config, chosen, forms, ())
-    constants = constants_in(graph, chosen, forms)
-    settings = tensor_settings(chosen, forms, model.names, config, seen.layer)
+        return _Draft(config, chosen, static, forms, ())
+    constants = constants_in(graph, static, forms)
+    settings = tensor_settings(static, forms, model.names, config, seen.layer)
     tensors = plan_tensors(forms, model.names, constants, seen.observations, settings, config)
-    return _Draft(config, chosen, forms, tensors)
+    return _Draft(config, chosen, static, forms, tensors)
 
 
 def _with_even_parts(
@@ -257,7 +262,7 @@ def _with_even_parts(
     """
     assert seen.observations is not None
     draft, tensors = _draft(model, found, seen, config), seen.observations.tensors
-    while uneven := find_uneven(model, draft.chosen, draft.forms, tensors, draft.tensors):
+    while uneven := find_uneven(model, draft.static, draft.forms, tensors, draft.tensors):
         left = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in uneven.items()]
         config = draft.config.with_rules(left)
         draft = _draft(model, found, seen, config)
@@ -288,6 +293,8 @@ def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
         name: setting(rules, places, name, getattr(config, name))
         for name in ("recover", "weight_bits")
     }
+    if is_dynamic(site, config):
+        settings |= {"dynamic": True, "inputs": ()}
     return dataclasses.replace(plan, **settings)
 
 

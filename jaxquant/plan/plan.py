@@ -67,7 +67,8 @@ class SitePlan:
     multiplier and bias absorb, `activation` the elementwise ones behind them; `fingerprint` is of
     how the weight and the affine operands are computed, "" for a site that does not accumulate;
     `computes_weight`: see `jaxquant.graph.sites.Site`.  `recover` are the steps that may repair an
-    int8 site, `weight_bits` those of its stored weight.
+    int8 site, `weight_bits` those of its stored weight; `dynamic`: what it reads is scaled in each
+    call.
     """
 
     name: str
@@ -82,6 +83,7 @@ class SitePlan:
     computes_weight: bool = False
     recover: tuple[str, ...] = ()
     weight_bits: int = 8
+    dynamic: bool = False
 
     @property
     def status(self) -> str:

@@ -44,6 +44,10 @@ class Rule:
       dtype: "float", or "int8" where a rule before, `skip` or `skip_first_last` says "float".
       algo: how thresholds are chosen, as in `jaxquant.quant_post`.
       symmetric: whether the grids have zero point 0 always.
+      dynamic: whether what these convolutions and dots read is scaled in each call, by the largest
+        |x| of every sample or row (each token of a transformer), as `jaxquant.quant_dynamic` does,
+        and not by a threshold of calibration.  It pays where few rows are far larger than the
+        others, and costs time.
       recover: the recovery steps at these sites, () for none.  A tensor is equalized where all
         sites that read it have the step.
       weight_bits: 8, or in `jaxquant.quant_weights` also 4.
@@ -68,6 +72,7 @@ class Rule:
     dtype: str | None = None
     algo: str | Observer | None = None
     symmetric: bool | None = None
+    dynamic: bool | None = None
     recover: Sequence[str] | None = None
     weight_bits: int | None = None
     reason: str = ""
@@ -82,16 +87,18 @@ class Rule:
             check_known("dtype", self.dtype, DTYPES)
         if self.algo is not None and not isinstance(self.algo, Observer):
             check_known("algo", self.algo, OBSERVERS)
-        if self.symmetric is not None and not isinstance(self.symmetric, bool):
-            raise ValueError(f"symmetric is True or False, got {self.symmetric!r}")
+        for name in ("symmetric", "dynamic"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is True or False, got {getattr(self, name)!r}")
         if self.weight_bits is not None:
             check_weight_bits(self.weight_bits)
         if not isinstance(self.reason, str):
             raise ValueError(f"reason is a text, got {self.reason!r}")
 
 
-SETTINGS = ("dtype", "algo", "symmetric", "recover", "weight_bits")
-LAYERS_SHARE = ("dtype", "recover", "weight_bits")  # what all layers of a scan have in common
+SETTINGS = ("dtype", "algo", "symmetric", "dynamic", "recover", "weight_bits")
+# What all layers of a scan have in common.
+LAYERS_SHARE = ("dtype", "dynamic", "recover", "weight_bits")
 
 
 def setting(rules: Sequence[Rule], places: Iterable[int], name: str, otherwise: Any) -> Any:
@@ -141,6 +148,11 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
                 f"rule {rule.pattern!r} says dtype='int8' of sites of the kinds "
                 f"{', '.join(there)}, none of which is in quantizable_op_type; add it there, or "
                 "give is_full_quantize=True"
+            )
+        if rule.dynamic and not set(kinds.DOT_KINDS) & set(there):
+            raise ValueError(
+                f"rule {rule.pattern!r} sets dynamic, which is of convolutions and dots; it "
+                f"matches sites of the kinds {', '.join(there)}"
             )
         for name in ("recover", "weight_bits"):
             if getattr(rule, name) and not any(site.stores_weight for site in sites):

@@ -160,7 +160,7 @@ def _read_in_float(
 ) -> frozenset[str]:
     """The scales of those sums that a float operation or the caller reads in float too."""
     graph, forms = binding.graph, binding.forms
-    in_int8 = {int8_site.site.equation for int8_site in binding.sites}
+    in_int8 = {each.site.equation for each in binding.sites if not each.dynamic}
     in_int8 |= forms.moves | forms.reads_int8
 
     def reads_float(eqn: ir.Equation, var: ir.Var) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.plan.plan import Plan
 from jaxquant.recover.shift import Shift
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.weights.epilogue import whole_steps
@@ -35,7 +36,7 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
     with task.progress.stage("bias correction", len(task.examples), "batch") as stage:
         batches = stage.each(task.examples)
         shifts = (task.comparison(draft.program, x)(start, x, correct=True).shifts for x in batches)
-        qparams = with_shifts(start, shifts)
+        qparams = with_shifts(draft.program.whole_plan, start, shifts)
     note = f"{len(comparison.corrected)} sites"
     return draft.replaced("bias_correction", note, qparams=qparams, uncorrected=start)
 
@@ -43,19 +44,25 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
 STEP = Step(names=("bias_correction",), run=correct_biases)
 
 
-def with_shifts(qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
-    """`qparams` with the mean of each site's shift, over all batches, added to its bias."""
+def with_shifts(plan: Plan, qparams: Any, batches: Iterable[Mapping[str, Shift]]) -> Any:
+    """`qparams` with the mean of each site's shift, over all batches, added to its bias.
+
+    A site that scales its input in the call has no steps that a bias could be a whole number of.
+    """
     total: dict[str, np.ndarray] = {}
     for shifts in batches:  # in NumPy: nothing to compile
         for name, shift in jax.device_get(dict(shifts)).items():
             total[name] = total.get(name, 0.0) + shift.sums()
     if not total:
         return qparams
-    sites = dict(qparams["sites"])
+    sites, dynamic = dict(qparams["sites"]), {site.name for site in plan.sites if site.dynamic}
     for name, sums in total.items():
         arrays = sites[name]
         mean = Shift(*sums).mean().reshape(arrays["bias"].shape)
         bias = np.asarray(arrays["bias"], np.float64) + mean
-        whole = whole_steps(bias, np.asarray(arrays["multiplier"]))
-        sites[name] = {**arrays, "bias": jax.device_put(whole)}
+        if name in dynamic:
+            bias = bias.astype(np.float32)
+        else:
+            bias = whole_steps(bias, np.asarray(arrays["multiplier"]))
+        sites[name] = {**arrays, "bias": jax.device_put(bias)}
     return {**qparams, "sites": sites}

@@ -13,6 +13,7 @@ from jaxquant.graph import trace
 from jaxquant.graph.pieces import InPieces
 from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
+from jaxquant.plan.plan import Plan
 from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.pair import Asked, Pair, Seen, is_float
 from jaxquant.recover.shift import Powers, Shift, powers
@@ -51,6 +52,11 @@ class Comparison:
         self._step = InPieces(self._compare, compilation.quick_compilation())
         self._known = static_values(program.graph, params)
         self._pair = Pair(program)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the int8 model, its parts in loops too."""
+        return self._program.whole_plan
 
     @property
     def with_error(self) -> Collection[str]:

@@ -148,13 +148,11 @@ def find_divisible(program: Program, where: Where) -> list[Divisible]:
         for site in (s.site for s in part.binding.sites if s.site.name in program.slots):
             for var in site.operands:
                 users.setdefault(program.slots[site.name], set()).add((part, var))
-    # What is read in float would be equalized along with it.
-    in_float = {
-        program.slots[restored.site.name]
-        for part in programs
-        for restored in part.restored.values()
-    }
-    alone = {slot for slot, used in users.items() if len(used) == 1 and slot not in in_float}
+    # What is read in float, or by what scales its input in the call, would be equalized with it.
+    others = [each.site.name for part in programs for each in part.restored.values()]
+    others += [s.site.name for part in programs for s in part.binding.sites if s.dynamic]
+    barred = {program.slots[name] for name in others if name in program.slots}
+    alone = {slot for slot, used in users.items() if len(used) == 1 and slot not in barred}
     return [found for part in programs for found in _in_graph(part, alone, where)]
 
 
@@ -168,7 +166,7 @@ def _in_graph(program: Program, alone: set[layout.WeightSlot], where: Where) -> 
     """
     graph, binding = program.graph, program.binding
     readers: dict[ir.Var, list[Site]] = {}
-    for site in (s.site for s in binding.sites):
+    for site in (s.site for s in binding.sites if not s.dynamic):
         for var in site.operands:
             readers.setdefault(var, []).append(site)
     families = list(binding.forms.family.values())

@@ -193,15 +193,18 @@ def _reasons(
       stored: the sites of each graph that have a stored weight.
       asked: the sites that have the step.
     """
-    sites = [(model, each.site) for model, some in stored.items() for each in some]
-    uses = collections.Counter(program.slots[site.name] for _, site in sites)
+    sites = [(model, each) for model, some in stored.items() for each in some]
+    uses = collections.Counter(program.slots[each.site.name] for _, each in sites)
     found = {}
-    for model, site in sites:
+    for model, int8_site in sites:
+        site = int8_site.site
         product = Product(model.graph, site)
         assert site.weight is not None
         reason = product.reason
         if site.name not in asked:
             reason = "not asked for"
+        elif int8_site.dynamic:
+            reason = "what it reads is scaled in each call"
         elif uses[program.slots[site.name]] > 1:
             reason = "it shares its weight with another site"
         elif not all(model.varies_by_layer(site.weight)):

@@ -25,6 +25,7 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
     mode = program.mode
     sites, names = program.model.sites_of(mode.lookups), program.model.names
     planned = {site.name: site for site in program.plan.sites}
+    dynamic = {each.site.name for each in program.binding.sites if each.dynamic and mode.integer}
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
 
     def add(var: ir.Var, status: str, reason: str) -> None:
@@ -43,7 +44,7 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
         for var in site.operands:
             if reason:
                 add(var, FLOAT, f"read by {site.name}: {reason}")
-            elif var in forms.int8 or (quantized and mode.integer and not mode.tensor_scales):
+            elif var in forms.int8 or site.name in dynamic:
                 add(var, "int8", "")
             elif site.kind in kinds.ELEMENTWISE_KINDS:
                 add(var, "fused", f"in the epilogue before {site.name}")

@@ -18,7 +18,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.kinds import MEANINGS
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan import layout
-from jaxquant.plan.modes import MODES
+from jaxquant.plan.modes import DYNAMIC, MODES
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.plan.rules import Rule
 from jaxquant.report.coverage import tensor_rows
@@ -253,7 +253,8 @@ def make_report(
                 float(scale.min()),
                 float(scale.max()),
             )
-        row["mode"] = FLOAT if site.status == FLOAT else label.format(bits=site.weight_bits)
+        own_label = MODES[DYNAMIC].label if site.dynamic else label
+        row["mode"] = FLOAT if site.status == FLOAT else own_label.format(bits=site.weight_bits)
         row["own_sqnr_db"] = quality.own.get(site.name)
         row["sqnr_db"] = quality.sites.get(site.name)
         row["by_layer"] = _by_layer(site.name, quality)

@@ -72,7 +72,8 @@ def measure_quality(
     """
     measured = comparison(qparams, inputs)
     if uncorrected is not None:
-        qparams = with_shifts(uncorrected, [comparison(uncorrected, inputs, alone=True).shifts])
+        shifts = comparison(uncorrected, inputs, alone=True).shifts
+        qparams = with_shifts(comparison.plan, uncorrected, [shifts])
     alone = comparison(qparams, inputs, alone=True)
     with_error = comparison.with_error
     layers = _layers(measured)

@@ -29,7 +29,8 @@ _MANY = 2**16  # values of which the plain sum is worth a second branch to compi
 def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir.Var]]:
     """The tensors that may hold NaN or infinity though the parameters hold none, and from where.
 
-    Those with an int8 form that is handed over, and what an int8 site gives, do not.
+    Those with an int8 form that is handed over, and what an int8 site gives, do not; but for a site
+    that scales its operands in the call, whose scales are not finite where those are not.
 
     What is computed element by element of tensors of its own shape has them only where those have
     them, so a mark of its origins serves it too.  Whatever else is its own origin: a reduction
@@ -39,7 +40,8 @@ def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir
       Tensor -> its origins: itself, the model's inputs, or tensors that are quantized.
     """
     entries = binding.names.keys()
-    safe = {site.epilogue.output for site in binding.sites} | (binding.forms.int8 - entries)
+    static = {site.epilogue.output for site in binding.sites if not site.dynamic}
+    safe = static | (binding.forms.int8 - entries)
     found = {var: frozenset({var}) for var in graph.inputs if _is_float(graph, var)}
     for eqn in graph.equations:
         makes_them = _makes_them(graph, eqn)

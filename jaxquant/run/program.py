@@ -261,7 +261,7 @@ class Program:
     def _of_site(self, site: Int8Site) -> Lowering:
         if not self.mode.integer:
             return accumulate.on_dequantized_weight(self.graph, site, self.weights)
-        if not self.mode.tensor_scales:
+        if site.dynamic:
             return accumulate.scaled_in_the_call(self.graph, site, self.weights)
         return accumulate.of_tensors(self.graph, site)
 

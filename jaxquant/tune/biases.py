@@ -59,7 +59,9 @@ def _plain_biases(layer: Layer) -> dict[str, np.ndarray]:
         arrays = epilogue_arrays(graph, int8_site, operands, scale, offset)
         bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
         stored = layer.qparams["sites"][int8_site.site.name]
-        found[int8_site.site.name] = whole_steps(bias, np.asarray(stored["multiplier"]))
+        if not int8_site.dynamic:
+            bias = whole_steps(bias, np.asarray(stored["multiplier"]))
+        found[int8_site.site.name] = bias
     return found
 
 
@@ -71,9 +73,9 @@ def _weight_terms(layer: Layer, int8_site: Int8Site) -> tuple[np.ndarray, np.nda
     weight, scale = jax.device_get(
         [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
-    known = [scales[binding.scales[v]] for v in site.operands if v in binding.scales]
+    known = [scales[binding.scales[v]] for v in int8_site.with_scales]
     unit = np.asarray(scale, np.float64) * np.prod(known)
-    zero_point = binding.zero_points.get(site.operands[0], 0)
+    zero_point = 0 if int8_site.dynamic else binding.zero_points.get(site.operands[0], 0)
     return accumulator_terms(weight, site.channel_axes, unit, zero_point)
 
 

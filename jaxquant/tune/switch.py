@@ -83,7 +83,7 @@ class Switch:
         qparams = self._qparams
         if is_corrected(self._plan) and int8:
             run = functools.partial(self._shifts, self._params, qparams, chosen)
-            qparams = with_shifts(qparams, map(run, self._examples))
+            qparams = with_shifts(self._plan, qparams, map(run, self._examples))
         return functools.partial(self._mixed, self._params, qparams, chosen)
 
 

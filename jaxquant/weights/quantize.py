@@ -120,7 +120,7 @@ def _quantize_graph(
     uses = collections.Counter(slots.values())
     for int8_site in binding.sites:
         site = int8_site.site
-        planned = [v for v in site.operands if v in binding.scales]  # not those scaled in the call
+        planned = int8_site.with_scales
         accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
         offset, others = None, {}
         if site.name in slots:
@@ -128,7 +128,8 @@ def _quantize_graph(
             axes = site.channel_axes
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = once(graph, site, weights[site.weight])
-            weight = undivided(binding, site, weight, divisors)
+            if not int8_site.dynamic:
+                weight = undivided(binding, site, weight, divisors)
             scale = weight_scale(weight, axes if per_channel else ())
             alone = uses[slots[site.name]] == 1 and all(binding.model.varies_by_layer(site.weight))
             chooses = site.as_contraction.choosing is not None
@@ -139,7 +140,7 @@ def _quantize_graph(
             int8 = quantize_weight(weight, axes, scale)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
-            zero_point = binding.zero_points.get(site.operands[0], 0)
+            zero_point = 0 if int8_site.dynamic else binding.zero_points.get(site.operands[0], 0)
             if chooses:  # each row has the scale of what it chose; the sums keep no zero point
                 largest, others["relative_scale"] = relative_scales(site, weight, scale)
                 accumulator = largest * accumulator

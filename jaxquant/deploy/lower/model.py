@@ -15,7 +15,7 @@ from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.to_network import to_network
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.bind import Binding
-from jaxquant.plan.modes import STATIC
+from jaxquant.plan.modes import WEIGHT_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Lowered:
     uses: Uses
 
     def entries(self, site: Int8Node) -> list[str]:
-        """The entries that say what the operands of a site are worth."""
+        """The entries that say what the operands of a site are worth; of a dynamic one, none."""
+        if site.dynamic:
+            return []
         return [self.network.scales[str(var)] for var in site.operands]
 
 
@@ -57,14 +59,14 @@ def lower(
       shapes, constraints: see `jaxquant.save_quantized_model`.
 
     Raises:
-      ValueError: the model's tensors have no scales of their own, it cannot be traced with sizes
+      ValueError: the model's weights alone are integers, it cannot be traced with sizes
         that vary, or the arrays are another model's.
       TypeError: `qapply` is another function.
     """
-    if getattr(qapply, "plan", None) and qapply.plan.mode != STATIC:
+    if getattr(qapply, "plan", None) and qapply.plan.mode == WEIGHT_ONLY:
         raise ValueError(
-            f"{file_format} export covers models whose tensors have scales of their own, as "
-            f"quant_post makes them; this one is {qapply.plan.mode!r}. Use "
+            f"{file_format} export covers models that compute on integers, as quant_post and "
+            f"quant_dynamic make them; this one is {qapply.plan.mode!r}. Use "
             "jaxquant.export_stablehlo"
         )
     plain = tree.plain(qparams, qapply)

@@ -77,7 +77,9 @@ class Uses:
             is_transparent = clips or reader.op in ("reduce_window_max", "optimization_barrier")
             return is_transparent and self.is_quantized(reader.outputs[0])
         readers = self._readers.get(var, [])
-        floats = [n for n in readers if isinstance(n, Node) and not n.reads_int8]
+        floats = [
+            n for n in readers if (n.dynamic if isinstance(n, Int8Node) else not n.reads_int8)
+        ]
         entry = self.network.entries.get(str(var))
         return entry is not None and not floats and not self._scales.is_divided(entry)
 

@@ -42,7 +42,7 @@ def site_arrays(model: Lowered, site: Int8Node) -> SiteArrays:
       NotCovered: the weight depends on the size of the batch.
     """
     arrays = model.sites[site.name]
-    zero_point = model.scales.zero_point(model.entries(site)[0])
+    zero_point = 0 if site.dynamic else model.scales.zero_point(model.entries(site)[0])
     scale = np.ones(())
     if site.weight:
         int8 = model.arrays[site.weight]

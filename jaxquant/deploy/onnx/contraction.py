@@ -74,7 +74,7 @@ def weighted_dot(
     shape: tuple[Size, ...],
 ) -> Value:
     """A dot without batch axes: `x`, the operand at `side`, with a weight [K, N]."""
-    own, outputs = contraction.operands[side], contraction.operands[1 - side].free
+    own = contraction.operands[side]
     free = own.free
     x = b.ordered(x, (*free, *own.contracted))
     sizes = [x.shape[axis] for axis in free]
@@ -89,6 +89,22 @@ def weighted_dot(
         name = b.node("MatMul", [name, weight])
         if bias:
             name = b.node("Add", [name, bias])
+    return of_rows(b, contraction, side, name, shape)
+
+
+def of_rows(
+    b: Builder, contraction: Contraction, side: int, name: str, shape: tuple[Size, ...]
+) -> Value:
+    """The result of a dot with a weight, of the product of rows with a matrix.
+
+    Args:
+      b: the graph.
+      contraction: the dot.
+      side: that of the operand which is no weight.
+      name: the product: the free axes of that operand, and all channels as one.
+      shape: of the result.
+    """
+    free, outputs = contraction.operands[side].free, contraction.operands[1 - side].free
     start = 0 if side == 0 else len(outputs)  # where the axes of x are in the result
     order = tuple(start + k for k in range(len(free)))
     order += tuple((len(free) if side == 0 else 0) + k for k in range(len(outputs)))

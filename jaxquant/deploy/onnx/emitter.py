@@ -57,7 +57,9 @@ class Emitter:
         self._layouts: dict[Var, Sequence[int]] = {}
         for node in self.network.walk():
             given = node.node.contraction if isinstance(node, Int8Node) else None
-            if isinstance(node, Int8Node) and given is not None and given.window is not None:
+            if not isinstance(node, Int8Node) or node.dynamic:
+                continue
+            if given is not None and given.window is not None:
                 self._layouts.setdefault(node.operands[0], contraction.input_order(given))
 
     def set_input(self, var: Var, value: Value) -> None:

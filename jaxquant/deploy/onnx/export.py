@@ -112,6 +112,7 @@ def _first_factors(model: Lowered) -> frozenset[str]:
         model.entries(node)[0]
         for node in model.network.walk()
         if isinstance(node, Int8Node)
+        and not node.dynamic
         and node.node.contraction is not None
         and not (node.weight or node.computed_weight is not None)
     )

@@ -12,13 +12,15 @@ from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.lower.weights import Weight, make_weight, site_arrays
 from jaxquant.deploy.network import Int8Node
-from jaxquant.deploy.onnx import contraction, elementwise, reduction
+from jaxquant.deploy.onnx import contraction, dynamic, elementwise, reduction
 from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.graph.contraction import Contraction
 
 
 def emit_site(e: Emitter, site: Int8Node) -> Value:
     """The float result of a site, at the end of its epilogue."""
+    if site.dynamic:
+        return _dynamic(e, site)
     operands = [e.operand(var) for var in site.operands]
     if site.weight or site.computed_weight is not None:
         return _weighted(e, site, operands[0])
@@ -33,6 +35,16 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
     worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
     arrays = e.model.sites[site.name]
     return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
+
+
+def _dynamic(e: Emitter, site: Int8Node) -> Value:
+    """A dot whose operands get their scales in each call."""
+    value, given = dynamic.dot(e, site), site.node.contraction
+    is_weighted = bool(site.weight) or site.computed_weight is not None
+    if is_weighted and given is not None and not given.has_batch:
+        return _moved(e, site, value)
+    arrays = e.model.sites[site.name]
+    return _finish(e, site, value, arrays["multiplier"], arrays.get("bias"))
 
 
 def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
