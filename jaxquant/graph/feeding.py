@@ -1,11 +1,15 @@
-"""Which weights an operation's operands come from: what tells the layer of one without a weight."""
+"""Which weights an operation without a weight of its own reads after all.
+
+They tell the layer of a product of activations, and that one of its factors is a weight that the
+model picks by a number that it computes: an expert, the layer of a step.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-from jaxquant.graph import ir
+from jaxquant.graph import ir, primitives
 from jaxquant.graph import trace as tracing
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 
@@ -41,6 +45,20 @@ def module_feeding(region: Region, eqn: ir.Equation) -> tuple[str, ...]:
         stack += [each for each in before if each not in seen]
         seen.update(before)
     return _common(modules)
+
+
+def picked_weight(graph: ir.Graph, var: ir.Var) -> str:
+    """The path of the parameter that a tensor is a part of, picked by a computed number; or ""."""
+    while (eqn := graph.producer.get(var)) is not None and not graph.static[var]:
+        source = eqn.inputs[0]
+        if eqn.name in ("dynamic_slice", "gather") and graph.is_static(source):
+            sources = graph.sources(source) if isinstance(source, int) else []
+            return graph.paths[tracing.largest(graph, sources)] if sources else ""
+        picks = eqn.name in ("dynamic_slice", "gather", "convert_element_type")
+        if not isinstance(source, int) or not (picks or primitives.is_movement(graph, eqn)):
+            return ""
+        var = source
+    return ""
 
 
 def _common(paths: Sequence[Sequence[str]]) -> tuple[str, ...]:

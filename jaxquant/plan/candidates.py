@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.feeding import picked_weight
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
 from jaxquant.graph.regions import CONTROL_FLOW
@@ -55,7 +56,8 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
     if site.kind in kinds.PRODUCTS:
         return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:
-        return f"{site.kind!r} is not in quantizable_op_type"
+        reason = f"{site.kind!r} is not in quantizable_op_type"
+        return f"{why}: {reason}" if (why := _picked(graph, site)) else reason
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
 
 
@@ -79,6 +81,18 @@ def is_dynamic(site: Site, config: QuantConfig) -> bool:
     rules = config.all_rules
     asked = setting(rules, matching(rules, site, first_layer(site)), "dynamic", otherwise=False)
     return bool(asked) and site.kind in kinds.DOT_KINDS
+
+
+def _picked(graph: ir.Graph, site: Site) -> str:
+    """That the weight of a product is picked in the call, so that it is stored in float; or ""."""
+    operands = site.operands if site.kind in kinds.DOT_KINDS else ()
+    paths = [path for var in operands if (path := picked_weight(graph, var))]
+    if not paths:
+        return ""
+    return (
+        f"its weight is picked from {paths[0]!r} by a number that the model computes, or by a scan "
+        "in several steps"
+    )
 
 
 def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:
@@ -123,7 +137,7 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
 def _weightless(graph: ir.Graph, site: Site) -> str:
     """Why a site has no weight that can be stored as integers; "" where it has one."""
     if site.weight is None:
-        return "its weight depends on the inputs"
+        return _picked(graph, site) or "its weight depends on the inputs"
     if site.weight in graph.sized_by_batch:
         return "its weight is made to the size of the batch"
     if not graph.sources(site.weight):

@@ -47,3 +47,19 @@ def test_layers_picked_by_the_number_of_the_step_have_the_bits_of_scanned_ones()
     )
     measure.assert_same_numbers(measure.flat(found), measure.flat(expected))
     np.testing.assert_array_equal(apply_picked(found, X), apply_scanned(expected, X))
+
+
+def test_a_weight_that_is_picked_by_what_the_model_computes_is_float_for_that_reason():
+    params = {"experts": networks.images(1, (LAYERS, WIDTH, WIDTH)) / 2, "one": jnp.eye(WIDTH)}
+
+    def apply_fn(p, x):
+        number = jnp.argmax(x[0]) % LAYERS
+        return x @ p["experts"][number] @ p["one"]
+
+    for quantize in (jaxquant.quant_dynamic, jaxquant.quant_weights):
+        _, qapply = quantize(
+            params, apply_fn, measure.shapes(X), allow_batch_dependence=True, progress=False
+        )
+        picked, one = qapply.report().rows
+        assert (picked["status"], one["status"]) == ("float", "int8")
+        assert picked["reason"].startswith("its weight is picked from 'experts' by a number")
