@@ -19,6 +19,7 @@ from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
 from jaxquant.plan.rules import Rule
+from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
 from jaxquant.report.report import make_report
@@ -222,16 +223,18 @@ def _quantize(
         check_weights(model.graph, model.sites_of(MODES[config.mode].lookups), params)
         if not allow_batch_dependence:
             check_independence(source, inputs, fast_convolutions)
+        if (cut := cut_scans(source, model, config, inputs)) is not None:
+            source, model, config = cut.source, cut.model, cut.resolved(config)
         binding = make_plan(model, None, config)
     with progress.stage("quantizing weights"):
-        qparams = quantize_params(binding, params)
-        program = program_by_site(binding, params)
+        qparams = quantize_params(binding, source.params)
+        program = program_by_site(binding, source.params)
     with progress.stage("comparing"):
         known = not _has_shapes(inputs)  # of an example that is shapes alone there is nothing
-        comparison = Comparison(program, params)
+        comparison = Comparison(program, source.params)
         quality = measure_quality(comparison, qparams, inputs) if known else UNKNOWN
-        report = make_report(program, params, qparams, quality, recovery={})
+        report = make_report(program, source.params, qparams, quality, recovery={})
     plan = binding.whole_plan
     warn_if_poor(source, plan, report, inputs)
     warn_if_larger(params, qparams)
-    return qparams, QuantizedApply(Code(apply_fn, params), plan, report, inputs)
+    return qparams, QuantizedApply(Code(apply_fn, params, source.cuts), plan, report, inputs)

@@ -30,6 +30,7 @@ from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
 from jaxquant.plan.make import make_plan, observed_tensors
+from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover, with_files
 from jaxquant.report.report import make_report
@@ -154,6 +155,10 @@ def quantize(
         first, *others = observations.examples
         model = trace_with_batch_sizes(source, first, others)
         check_weights(model.graph, model.sites, source.params)
+        cut = cut_scans(source, model, config, first, others)
+    if cut is not None:
+        source, model = cut.source, cut.model
+        config, observations = cut.resolved(config), cut.renamed(observations)
     found: Rules = ()
     if config.optimize_for == "speed":
         found = slower_in_int8(model, observations, config, progress)
@@ -195,7 +200,7 @@ def _build(
         quality = measure_quality(comparison, qparams, examples[0], uncorrected)
         report = make_report(program, source.params, qparams, quality, notes)
         ranges = ranges_of(examples)
-        code = Code(source.apply_fn, source.params)
+        code = Code(source.apply_fn, source.given, source.cuts)
         qapply = QuantizedApply(code, program.whole_plan, report, examples[0], ranges=ranges)
     return Built(qparams, qapply)
 

@@ -17,7 +17,7 @@ from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.selection import Select
 from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_model
-from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
 from jaxquant.plan.bind import bind, layers_of
@@ -103,7 +103,7 @@ def analyze(
         qapply.check(qparams)
         batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
         total = num_batches(ds, batch_size, batch_nums, select=select)
-        source = FloatModel(apply_fn, params)
+        source = FloatModel(apply_fn, params, qapply.plan.cut_at)
         return _analyze(source, qparams, qapply.plan, batches, total, metric, file, shown)
 
 
@@ -184,16 +184,15 @@ def _rows(
     layers: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, None] = {}
     for place, (program, part, layer) in enumerate(_along(parts, ())):
-        suffix = layer_suffix(layer)
-        if part.name + suffix not in surveyed.own:
+        if of_layer(part.name, layer) not in surveyed.own:
             continue
-        row = _row(program, part, suffix, surveyed, weights, tensors)
+        row = _row(program, part, layer, surveyed, weights, tensors)
         found[part.name] = None
         layers.setdefault(part.name, []).append({**row, "place": place})
     rows = []
     for name in found:
         worst = min(layers[name], key=lambda row: row["own_db"])
-        several = worst["name"] != name
+        several = len(layers[name]) > 1 or worst["name"] != name
         more = {"worst_layer": worst["name"], "by_layer": layers[name]}
         rows.append({**worst, "name": name, **(more if several else dict.fromkeys(more))})
     return rows
@@ -221,13 +220,13 @@ def _along(parts: Parts, layer: tuple[int, ...]) -> Iterator[tuple[Program, Part
 def _row(
     program: Program,
     part: Part,
-    suffix: str,
+    layer: tuple[int, ...],
     surveyed: Surveyed,
     weights: Mapping[str, WeightRanges],
     tensors: Mapping[str, TensorAnalysis],
 ) -> dict[str, Any]:
-    """What is known of a site in one layer, whose names end in `suffix`."""
-    name = part.name + suffix
+    """What is known of a site in one layer."""
+    name = of_layer(part.name, layer)
     own, accumulated = surveyed.own[name], surveyed.accumulated.get(name)
     ends, weight = surveyed.ends.get(name), weights.get(name)
     row: dict[str, Any] = {
@@ -245,7 +244,7 @@ def _row(
         "lost_channels": ends.lost if ends else None,
     }
     scales = program.binding.scales
-    names = [f"{scales[v]}{suffix}" for v in part.operands if v in scales]
+    names = [of_layer(scales[v], layer) for v in part.operands if v in scales]
     return row | _input_row(dict.fromkeys(names), surveyed.tensors, tensors)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxquant.graph import ir
-from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import Model
 from jaxquant.plan.bind import Binding, is_elsewhere
 from jaxquant.plan.modes import MODES
@@ -94,14 +94,17 @@ def find_flow(binding: Binding, shown: Collection[str]) -> Part:
 def _part(
     binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Part, ir.Var]]
 ) -> Part:
-    suffix = layer_suffix(binding.layer)
     ends = {s.site.name: s.epilogue.output for s in binding.sites}
     found = binding.model.sites_of(MODES[binding.plan.mode].lookups)
-    sites = [s for s in found if s.name + suffix in shown and not is_elsewhere(binding.model, s)]
-    outputs = {ends.get(s.name, s.output): s.name + suffix for s in sites}
+    sites = [
+        s
+        for s in found
+        if of_layer(s.name, binding.layer) in shown and not is_elsewhere(binding.model, s)
+    ]
+    outputs = {ends.get(s.name, s.output): of_layer(s.name, binding.layer) for s in sites}
     names = {var: name for var, name in outputs.items() if var is not None}
     part = Part(binding.graph, names, operands)
-    part.inputs.update({s.name + suffix: s.operands for s in sites})
+    part.inputs.update({of_layer(s.name, binding.layer): s.operands for s in sites})
     for index, bodies in binding.bodies.items():
         backwards = binding.graph.equations[index].params.get("reverse", False)
         part.bodies[index] = []

@@ -140,8 +140,7 @@ def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> 
     if not bad:
         before = [name for name in shown[0].feeding if sites[name]["status"] == INT8]
         bad = before or [shown[0].name]
-    skip = tuple(dict.fromkeys(sites[name]["name"] if name in sites else name for name in bad))
-    return start + MODES[report.summary["mode"]].advice.format(skip=skip)
+    return start + MODES[report.summary["mode"]].advice.format(skip=tuple(bad))
 
 
 def _is_below_float32(row: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
-from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import Binding, bind
 from jaxquant.plan.epilogue import Epilogue
@@ -285,7 +285,7 @@ def _by_layer(batch: _Batch, scans: Mapping[str, tuple[int, ...]]) -> _Batch:
         for name, each in found.items():
             for layer in np.ndindex(scans[name]):
                 one = jax.tree.map(lambda x, layer=layer: np.asarray(x)[layer], each)
-                yield name + layer_suffix(layer), one
+                yield of_layer(name, layer), one
 
     own = {name: each for name, each in layers(batch.own) if each.was_seen}
     found = _Batch(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
@@ -52,8 +52,7 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
             site = int8_site.site
             assert site.weight is not None
             weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
-            name = site.name + layer_suffix(layer.binding.layer)
-            found[name] = _ranges(layer, int8_site, weight)
+            found[of_layer(site.name, layer.binding.layer)] = _ranges(layer, int8_site, weight)
     return found
 
 

@@ -54,7 +54,8 @@ def trace_with_batch_sizes(
         }
     if not found:
         return model
-    return Model(dataclasses.replace(graph, sized_by_batch=frozenset(found)))
+    graph = dataclasses.replace(graph, sized_by_batch=frozenset(found))
+    return dataclasses.replace(model, graph=graph)
 
 
 def _traces(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir
 from jaxquant.graph.primitives import is_elementwise
 from jaxquant.graph.sites import module_of
+
+_SEGMENT = re.compile(r"(.*)\[(\d+)(?::\d+)?\]")
 
 
 def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> str:
@@ -57,3 +60,20 @@ def layer_suffix(layer: Sequence[int]) -> str:
       ('[3]', '')
     """
     return "".join(f"[{number}]" for number in layer)
+
+
+def of_layer(name: str, layer: Sequence[int]) -> str:
+    """The name of a site or tensor in one layer of the scans around it.
+
+    A site of a scan that is cut has the layers of its segment in its name; then it is the number
+    that the layer has in the scan that was cut.
+
+    Example:
+      >>> of_layer("layers/mlp", [3]), of_layer("layers/mlp[4:12]", [3]), of_layer("head", [])
+      ('layers/mlp[3]', 'layers/mlp[7]', 'head')
+    """
+    segment = _SEGMENT.fullmatch(name) if layer else None
+    if segment is None:
+        return name + layer_suffix(layer)
+    first, *others = layer
+    return segment[1] + layer_suffix([int(segment[2]) + first, *others])

@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.graph import ir
 from jaxquant.graph.composites import Composites
+from jaxquant.graph.cuts import Cuts, Segment, cut_graph, cut_tree, pieces
 from jaxquant.graph.expressions import Expression, Expressions
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.graph.sites import (
@@ -35,11 +36,15 @@ class Model:
       graph: what the function computes.
       body: the region that it is, of a loop or a choice of another model; None for a whole model.
       holder: the model that holds the body; None for a whole model.
+      cuts: of a whole model, where scans are cut into segments.
+      origins: of such a model, what its equations were before.
     """
 
     graph: ir.Graph
     body: Region | None = None
     holder: Model | None = None
+    cuts: Cuts = dataclasses.field(default_factory=dict)
+    origins: Mapping[int, Segment] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def root(self) -> Region:
@@ -229,13 +234,17 @@ class FloatModel:
     """The user's function and its parameters: the float model, traced once for each input shape.
 
     Attributes:
-      apply_fn: `apply_fn(params, *inputs)`.
-      params: its parameters.
+      apply_fn: `apply_fn(given, *inputs)`.
+      given: its parameters, as the user has them.
+      params: those of the traced models: the same, or with those that are cut in pieces.
+      cuts: where scans are cut into segments.
     """
 
-    def __init__(self, apply_fn: Callable[..., Any], params: Any) -> None:
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, cuts: Cuts | None = None) -> None:
         self.apply_fn = apply_fn
-        self.params = params
+        self.given = params
+        self.cuts: Cuts = cuts or {}
+        self.params = cut_tree(params, self.cuts, pieces)
         self._structs = jax.tree.map(ir.struct, params)
         self._models: dict[Any, Model] = {}
 
@@ -248,10 +257,21 @@ class FloatModel:
         leaves, tree = jax.tree.flatten(jax.tree.map(ir.struct, inputs))
         key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._models:
-            self._models[key] = trace_model(self.apply_fn, self._structs, inputs)
+            self._models[key] = trace_model(self.apply_fn, self._structs, inputs, self.cuts)
         return self._models[key]
 
 
-def trace_model(apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Model:
-    """The model of `apply_fn(params, *inputs)`; see `jaxquant.graph.trace.trace`."""
-    return Model(trace(apply_fn, params, inputs))
+def trace_model(
+    apply_fn: Callable[..., Any], params: Any, inputs: Sequence[Any], cuts: Cuts | None = None
+) -> Model:
+    """The model of `apply_fn(params, *inputs)`; see `jaxquant.graph.trace.trace`.
+
+    Args:
+      apply_fn, params, inputs: the function and what it takes, arrays or shapes.
+      cuts: where its scans are cut into segments.
+    """
+    graph = trace(apply_fn, params, inputs)
+    if not cuts:
+        return Model(graph)
+    found, origins = cut_graph(graph, params, cuts)
+    return Model(found, cuts=cuts, origins=origins)

@@ -92,11 +92,19 @@ def takes_some_layers(site: Site, pattern: str) -> bool:
 
 
 def _layers_of(site: Site, pattern: str) -> Layered | None:
-    """The layers of a site that a pattern names; None where it names none."""
+    """The layers of a site that a pattern names; None where it names none.
+
+    A name may end in brackets of its own, as that of a site in a scan that is cut.
+    """
     found = layered(pattern)
-    if found is None or len(found.layers) > len(site.scans) or not matches_site(site, found.base):
+    if found is None:
         return None
-    return found
+    for count in range(len(found.layers)):
+        base = found.base + "".join(f"[{text}]" for text in found.layers[:count])
+        layers = found.layers[count:]
+        if len(layers) <= len(site.scans) and matches_site(site, base):
+            return Layered(base, layers)
+    return None
 
 
 def matches_site(site: Site, pattern: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.composites import Composites
+from jaxquant.graph.cuts import mark_of
 from jaxquant.graph.trace import trace_body
 from jaxquant.jax_shim import jaxprs
 
@@ -64,6 +65,20 @@ class Region:
         if self.holder is None or self.equation is None:
             return ()
         return (*self.holder.location, self.equation.index, self.number)
+
+    @functools.cached_property
+    def segment(self) -> str:
+        """Which layers a scan goes over that was cut, "[4:12]"; "" outside of such a scan."""
+        if self.holder is None or self.equation is None or self.holder.segment:
+            return "" if self.holder is None else self.holder.segment
+        graph = self.holder.graph
+        read = [self.operands[place] for place in self.scanned]
+        marks = [
+            mark_of(graph.paths[x], self.equation.params["length"])
+            for x in read
+            if isinstance(x, int) and x in graph.leaves
+        ]
+        return next(filter(None, marks), "")
 
     @functools.cached_property
     def composites(self) -> Composites:

@@ -53,6 +53,7 @@ class Site:
       scans: the numbers of layers of the scans over stacked weights around it, outermost first.
       feeding: of a product of activations outside of linen, the path that the modules have in
         common that they come from, without the collection; it is named after that.
+      segment: of a scan that is cut, which layers it goes over, "[4:12]"; the name has it too.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Site:
     inside: tuple[str, ...] = ()
     scans: tuple[int, ...] = ()
     feeding: str = ""
+    segment: str = ""
 
     @property
     def equation(self) -> int:
@@ -232,13 +234,14 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         computes_weight=computes,
         inside=region.inside,
         feeding="/".join(feeding[1:] if feeding[:1] == (_COLLECTION,) else feeding),
+        segment=region.segment,
     )
 
 
 def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
     paths = {site.weight_path for site in sites if site.weight_path}
     modules = collections.Counter(module_of(path) for path in paths)
-    seen: collections.Counter[str] = collections.Counter()
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
     named = []
     for site in sites:
         if site.weight_path:
@@ -247,10 +250,17 @@ def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
                 base = _without_collection(site.weight_path)
         else:
             base = "/".join(s for s in (site.feeding, site.scope, site.kind) if s)
-        count = seen[base]
-        seen[base] += 1
-        named.append(dataclasses.replace(site, name=f"{base}:{count}" if count else base))
+        base = _without_segment(base, site)
+        count = seen[base, site.segment]
+        seen[base, site.segment] += 1
+        numbered = f"{base}:{count}" if count else base
+        named.append(dataclasses.replace(site, name=numbered + site.segment))
     return tuple(named)
+
+
+def _without_segment(base: str, site: Site) -> str:
+    """A name without the layers that the path of a weight tells of that is cut."""
+    return base.replace(site.segment, "", 1) if site.segment else base
 
 
 def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
@@ -272,6 +282,7 @@ def _lookup(region: Region, eqn: ir.Equation) -> Site:
         weight=table,
         weight_position=0,
         inside=region.inside,
+        segment=region.segment,
     )
 
 
@@ -286,8 +297,9 @@ def _name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]
         base = "/".join(s for s in (site.scope, site.kind) if s)
         if path:
             base = module_of(path) if modules[module_of(path)] == 1 else _without_collection(path)
+        base = _without_segment(base, site)
         counts = itertools.chain([base], (f"{base}:{count}" for count in itertools.count(1)))
-        name = next(name for name in counts if name not in taken)
+        name = next(n for name in counts if (n := name + site.segment) not in taken)
         taken.add(name)
         named.append(dataclasses.replace(site, name=name))
     return named

@@ -22,7 +22,7 @@ from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.modes import MODES, Mode
-from jaxquant.plan.plan import INT8, Plan, SitePlan, TensorPlan
+from jaxquant.plan.plan import INT8, Plan, PlannedCut, SitePlan, TensorPlan
 from jaxquant.plan.rules import (
     Rule,
     check_rules,
@@ -120,6 +120,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         algo=config.algo_name,
         mode=config.mode,
         group_size=config.group_size,
+        cuts=tuple(PlannedCut(path, bounds) for path, bounds in sorted(model.cuts.items())),
     )
     return without_ties(bind(model, plan))
 

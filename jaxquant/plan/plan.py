@@ -92,12 +92,23 @@ class SitePlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlannedCut:
+    """A stacked parameter that is cut in segments of layers; see `jaxquant.graph.cuts`.
+
+    `bounds` are the first layers of the segments, and how many layers there are.
+    """
+
+    path: str
+    bounds: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Which sites are int8, and with which scales.
 
     `kinds` are those that were asked for; `mode` is a key of `jaxquant.plan.modes.MODES`;
     `algo` is that of tensors for which no rule names another; `group_size` (None: a scale per
-    channel) is of weight-only quantization.
+    channel) is of weight-only quantization; `cuts` are of parameters whose layers are in segments.
     """
 
     sites: tuple[SitePlan, ...]
@@ -107,6 +118,7 @@ class Plan:
     algo: str
     mode: str = STATIC
     group_size: int | None = None
+    cuts: tuple[PlannedCut, ...] = ()
     version: int = VERSION
 
     @property
@@ -119,6 +131,11 @@ class Plan:
         """The names of the sites that have a recovery step."""
         return frozenset(site.name for site in self.sites if step in site.recover)
 
+    @property
+    def cut_at(self) -> dict[str, tuple[int, ...]]:
+        """Path of a parameter -> the bounds of its segments."""
+        return {cut.path: cut.bounds for cut in self.cuts}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -129,7 +146,8 @@ class Plan:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
         sites = tuple(SitePlan(**_with_tuples(site)) for site in data.pop("sites"))
         tensors = tuple(TensorPlan(**_with_tuples(t)) for t in data.pop("tensors"))
-        return Plan(sites=sites, tensors=tensors, **_with_tuples(data))
+        cuts = tuple(PlannedCut(**_with_tuples(cut)) for cut in data.pop("cuts", ()))
+        return Plan(sites=sites, tensors=tensors, cuts=cuts, **_with_tuples(data))
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from jaxquant.calibration.observers import OBSERVERS, Observer
 from jaxquant.errors import nearest
 from jaxquant.graph import kinds
-from jaxquant.graph.patterns import lacking_layers, matches, matches_layer, takes_some_layers
+from jaxquant.graph.patterns import lacking_layers, matches, matches_layer
 from jaxquant.graph.sites import Site
 
 DTYPES = ("int8", "float")
@@ -38,9 +38,11 @@ class Rule:
         kind ("kind:softmax") or on the Flax module classes that it is in ("module:SelfAttention");
         or exactly its name ("site:block1/Conv_0").  Behind the pattern of a site inside a scan over
         stacked weights layers may follow, "layers/mlp[3]", "layers/*[0:4]", "layers/mlp[-1]"; where
-        scans are nested one pair of brackets for each, the outermost first.  Layers may differ in
-        algo and symmetric; the other settings are of all layers of a scan.  A pattern that matches
-        no site, or no layer of it, is an error.
+        scans are nested one pair of brackets for each, the outermost first.  Layers that differ in
+        more than algo and symmetric are cut off into a scan of their own, where that can be (the
+        scan is not inside another loop, and goes over parameters as they are); its sites are named
+        after their layers, "layers/mlp[4:12]".  A pattern that matches no site, or no layer of it,
+        is an error.
       dtype: "float", or "int8" where a rule before, `skip` or `skip_first_last` says "float".
       algo: how thresholds are chosen, as in `jaxquant.quant_post`.
       symmetric: whether the grids have zero point 0 always.
@@ -98,7 +100,7 @@ class Rule:
 
 SETTINGS = ("dtype", "algo", "symmetric", "dynamic", "recover", "weight_bits")
 # What all layers of a scan have in common.
-LAYERS_SHARE = ("dtype", "dynamic", "recover", "weight_bits")
+SHARED_SETTINGS = ("dtype", "dynamic", "recover", "weight_bits")
 
 
 def setting(rules: Sequence[Rule], places: Iterable[int], name: str, otherwise: Any) -> Any:
@@ -141,7 +143,6 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
             raise ValueError(
                 f"rule {rule.pattern!r} matches no site{_nearest(found, rule.pattern)}"
             )
-        _check_layers(sites, rule)
         there = sorted({site.kind for site in sites})
         if rule.dtype == "int8" and not set(possible) & set(there):
             raise ValueError(
@@ -162,26 +163,11 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
                 )
 
 
-def _check_layers(found: Sequence[Site], rule: Rule) -> None:
-    """Raise ValueError where a rule sets for some layers of a site what all of them share."""
-    shared = [name for name in LAYERS_SHARE if getattr(rule, name) is not None]
-    some = [site.name for site in found if takes_some_layers(site, rule.pattern)]
-    if shared and some:
-        raise ValueError(
-            f"rule {rule.pattern!r} sets {' and '.join(shared)} for some layers of {some[0]!r} "
-            "alone: a scan has one program for all its layers, which differ in their thresholds, "
-            "scales and zero points. Set it for the whole site, or write these layers outside of "
-            "the scan; algo and symmetric may be set for one layer"
-        )
-
-
 def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
     """Raise ValueError where a pattern matches no site, with the names nearest to it."""
     for pattern in patterns:
-        hits = [site for site in found if matches(site, pattern)]
-        if not hits:
+        if not any(matches(site, pattern) for site in found):
             raise ValueError(f"skip pattern {pattern!r} matches no site{_nearest(found, pattern)}")
-        _check_layers(hits, Rule(pattern, dtype="float"))
 
 
 def _nearest(found: Sequence[Site], pattern: str) -> str:

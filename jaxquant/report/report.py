@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import MEANINGS
-from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.layer_names import of_layer
 from jaxquant.plan import layout
 from jaxquant.plan.modes import DYNAMIC, MODES
 from jaxquant.plan.plan import FLOAT, INT8, Plan
@@ -292,7 +292,7 @@ def _by_layer(name: str, quality: Quality) -> list[dict[str, Any]] | None:
         return None
     own = quality.own_layers.get(name, {})
     return [
-        {"name": name + layer_suffix(layer), "own_sqnr_db": own.get(layer), "sqnr_db": sqnr_db}
+        {"name": of_layer(name, layer), "own_sqnr_db": own.get(layer), "sqnr_db": sqnr_db}
         for layer, sqnr_db in quality.layers[name].items()
     ]
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxquant.backends.choice import Choice, check_backend, choose_backend, table_of
 from jaxquant.graph import ir
 from jaxquant.graph.calls import shapes_text
+from jaxquant.graph.cuts import Cuts, cut_tree, pieces
 from jaxquant.graph.model import Model, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
@@ -49,14 +50,16 @@ class Source(Protocol):
 
 
 class Code:
-    """A model as a function of its parameters and inputs."""
+    """A model as a function of its parameters and inputs, its scans cut as the plan says."""
 
-    def __init__(self, apply_fn: Callable[..., Any], params: Any) -> None:
-        self.params = jax.tree.map(ir.struct, params)
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, cuts: Cuts | None = None) -> None:
+        self._given = jax.tree.map(ir.struct, params)
+        self._cuts: Cuts = cuts or {}
+        self.params = cut_tree(self._given, self._cuts, pieces)
         self._apply_fn = apply_fn
 
     def __call__(self, inputs: Sequence[Any]) -> Model:
-        return trace_model(self._apply_fn, self.params, inputs)
+        return trace_model(self._apply_fn, self._given, inputs, self._cuts)
 
     def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
         return tuple(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(inputs))

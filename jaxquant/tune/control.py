@@ -95,7 +95,7 @@ def control(
     out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
     `Step`, as dicts).  A site inside a scan over stacked weights is one site, with all its layers.
     """
-    model = functools.partial(jax.jit(source.apply_fn), source.params)
+    model = functools.partial(jax.jit(source.apply_fn), source.given)
     with progress.stage("accuracy control"):
         with progress.stage("scoring the float model"):
             float_score = score(goal.metric, model)

@@ -152,6 +152,6 @@ def test_accuracy_control_leaves_a_site_of_a_scan_in_float():
 
 
 def test_a_poor_model_is_told_the_layer_where_it_falls():
-    falls = r"falls most at layers/b\[1\] \(from [34]\d.\d to -?\d.\d dB"
+    falls = r"falls most at layers/b\[1\] \(from [34]\d.\d to -?\d.\d dB.*skip=\('layers/b\[1\]',\)"
     with pytest.warns(UserWarning, match=falls):
         jaxquant.quant_post(params(spoilt=1), scanned, [X], recover=(), progress=False)

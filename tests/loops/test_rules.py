@@ -121,13 +121,153 @@ def test_a_step_of_a_loop_over_constants_has_no_rule_of_its_own():
         jaxquant.quant_dynamic(params, recurrent, X, skip=("w[1]",))
 
 
-@pytest.mark.parametrize("settings", [
-    {"skip": ("layers/b[1]",)},
-    {"rules": [Rule("layers/*[0:2]", recover=("bias_correction",))]},
-])  # fmt: skip
-def test_what_layers_share_is_not_set_for_one(observations, settings):
-    with pytest.raises(ValueError, match=r"for some layers of 'layers/[ab]' alone"):
-        quantize(observations, **settings)
-    everywhere = {"skip": ("layers/b[0:3]",)}
-    _, qapply = quantize(observations, **everywhere)
-    assert [row["name"] for row in qapply.report().rows if row["status"] == "float"] == ["layers/b"]
+def quantize_apart(observations, **settings):
+    return jaxquant.quantize(
+        APART, unrolled, observations[1], progress=False, **{"recover": (), **settings}
+    )
+
+
+FLOAT_LAYERS = {
+    "a[1:]": (("layers/a[1:]",), ("layers_[12]/a",)),
+    "all of 0": (("layers/*[0]",), ("layers_0/*",)),
+    "two patterns": (("layers/a[0]", "layers/b[-1]"), ("layers_0/a", "layers_2/b")),
+}
+
+
+@pytest.mark.parametrize("which", FLOAT_LAYERS)
+def test_a_layer_in_float_is_that_of_the_loop(observations, which):
+    skip, apart = FLOAT_LAYERS[which]
+    qparams, qapply = quantize(observations, skip=skip)
+    wanted, expected = quantize_apart(observations, hist_percent=0.9, skip=apart)
+    np.testing.assert_array_equal(qapply(qparams, X), expected(wanted, X))
+    floats = [row for row in qapply.report().rows if row["status"] == "float"]
+    assert {row["reason"] for row in floats} == {f"skip={pattern!r}" for pattern in skip}
+    assert len(floats) < len(qapply.report().rows)
+    # No weight is there twice: more than in the loop are the zero points of the layers alone.
+    found = measure.flat(qparams)
+    points = sum(x.nbytes for path, x in found.items() if path.endswith("/zero_point"))
+    told, told_apart = (each.report().summary["bytes_after"] for each in (qapply, expected))
+    assert told == told_apart + points
+
+
+def test_segments_are_named_by_their_layers(observations):
+    _, qapply = quantize(observations, skip=("layers/b[0]",))
+    report = qapply.report()
+    assert [row["name"] for row in report.rows] == [
+        "layers/a[0]", "layers/b[0]", "layers/a[1:3]", "layers/b[1:3]", "head",
+    ]  # fmt: skip
+    (row,) = (row for row in report.rows if row["name"] == "layers/a[1:3]")
+    assert [layer["name"] for layer in row["by_layer"]] == ["layers/a[1]", "layers/a[2]"]
+    _, again = quantize(observations, rules=[Rule("site:layers/a[1:3]", dtype="float")])
+    assert [row["name"] for row in again.report().rows if row["status"] == "float"] == [
+        "layers/a[1:3]"
+    ]
+
+
+def test_bits_and_recovery_of_single_layers(observations):
+    outputs = []
+    for params, apply_fn, pattern in (
+        (PARAMS, scanned, "layers/*[1]"),
+        (APART, unrolled, "layers_1/*"),
+    ):
+        rules = [Rule(pattern, weight_bits=8)]
+        qparams, qapply = jaxquant.quant_weights(
+            params, apply_fn, measure.shapes(X), weight_bits=4, group_size=4, rules=rules
+        )
+        outputs.append(qapply(qparams, X))
+    np.testing.assert_array_equal(*outputs)
+    step = {"recover": ("bias_correction",)}
+    _, qapply = quantize(
+        observations, rules=[Rule("layers/a[:2]", **step), Rule("kind:*[2]", **step)]
+    )
+    recovered = qapply.plan.recovered_by("bias_correction")
+    assert recovered == {"layers/a[0:2]", "layers/a[2]", "layers/b[2]"}
+
+
+def backwards(p, x):
+    """The last layer first, its states stacked, a parameter read outside of the loop too."""
+
+    def step(carry, weights):
+        return jnp.tanh(layer(carry, weights) @ p["shared"]), carry
+
+    last, states = jax.lax.scan(step, x, p["layers"], reverse=True)
+    weighted = (states * jnp.arange(3.0)[:, None, None]).sum(axis=0)
+    return last @ p["head"] + weighted[:, :4] + p["layers"]["b"]["bias"].sum()
+
+
+def backwards_apart(p, x):
+    states, layers = {}, [p[f"layers_{number}"] for number in range(LAYERS)]
+    for number in (2, 1, 0):
+        states[number] = x
+        x = jnp.tanh(layer(x, layers[number]) @ p["shared"])
+    stacked = jnp.stack([states[number] for number in range(LAYERS)])
+    weighted = (stacked * jnp.arange(3.0)[:, None, None]).sum(axis=0)
+    biases = jnp.stack([weights["b"]["bias"] for weights in layers])
+    return x @ p["head"] + weighted[:, :4] + biases.sum()
+
+
+def test_a_scan_backwards_with_results_and_shared_weights(tmp_path):
+    shared = {"shared": jnp.asarray(networks.images(7, (8, 8)) / 3)}
+    params, outputs = {**PARAMS, **shared}, []
+    for given, apply_fn, skip in (
+        (params, backwards, ("layers/b[1]", "shared[2]")),
+        ({**APART, **shared}, backwards_apart, ("layers_1/b", "site:shared")),
+    ):
+        qparams, qapply = jaxquant.quant_post(
+            given, apply_fn, [X], skip=skip, algo="abs_max", progress=False
+        )
+        outputs.append(qapply(qparams, X))
+        if apply_fn is backwards:
+            jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    np.testing.assert_array_equal(*outputs)
+    stored, loaded = jaxquant.load_quantized_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded(stored, X), outputs[0])
+    analysis = jaxquant.analyze(params, backwards, stored, loaded, [X], progress=False)
+    # In the order in which they run; every layer is in a scan of its own here.
+    kinds = ("layers/a", "layers/b", "shared")
+    names = [f"{kind}[{number}]" for number in (2, 1, 0) for kind in kinds]
+    assert [row["name"] for row in loaded.report().rows] == [*names, "head"]
+    left = {"layers/b[1]", "shared[2]"}
+    assert [row["name"] for row in analysis.along] == [
+        name for name in (*names, "head") if name not in left
+    ]
+
+
+def nested(p, x):
+    def outer(carry, weights):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), carry, weights)[0], None
+
+    return jax.lax.scan(outer, x, p["w"])[0] @ p["head"]
+
+
+def within_a_loop(p, x):
+    def step(_, carry):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), carry, p["w"])[0]
+
+    return jax.lax.fori_loop(0, 2, step, x) @ p["head"]
+
+
+def computed(p, x):
+    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, 2 * p["w"])[0] @ p["head"]
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "shape", "pattern", "message"),
+    [
+        (nested, (2, 3, 8, 8), "w[1][0]", "a scan inside a scan, of which the inner one"),
+        (within_a_loop, (3, 8, 8), "w[1]", "whose scan runs inside 'scan'"),
+        (computed, (3, 8, 8), "w[1]", "whose weights are computed before the scan"),
+    ],
+)
+def test_a_scan_that_cannot_be_cut_says_why(apply_fn, shape, pattern, message):
+    params = {"w": jnp.asarray(networks.images(0, shape) / 3), "head": PARAMS["head"]}
+    with pytest.raises(ValueError, match=message):
+        jaxquant.quant_dynamic(params, apply_fn, measure.shapes(X), skip=(pattern,))
+
+
+def test_of_nested_scans_the_outer_one_is_cut():
+    params = {"w": jnp.asarray(networks.images(0, (3, 2, 8, 8)) / 3), "head": PARAMS["head"]}
+    _, qapply = jaxquant.quant_dynamic(params, nested, measure.shapes(X), skip=("w[1]",))
+    assert [(row["name"], row["status"]) for row in qapply.report().rows] == [
+        ("w[0]", "int8"), ("w[1]", "float"), ("w[2]", "int8"), ("head", "int8"),
+    ]  # fmt: skip

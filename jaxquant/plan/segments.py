@@ -1,0 +1,227 @@
+"""Rules for some layers of a scan: where it is cut, and what is set for the sites of each segment.
+
+All layers of a scan share one program, so layers that are quantized unlike others (another type,
+other bits or recovery steps) have a scan of their own; see `jaxquant.graph.cuts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.calibration.observations import Observations
+from jaxquant.graph import kinds
+from jaxquant.graph.batch_sizes import trace_with_batch_sizes
+from jaxquant.graph.cuts import Cuts, scanned_operands
+from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.graph.model import FloatModel, Model
+from jaxquant.graph.patterns import matches_layer, takes_some_layers
+from jaxquant.graph.sites import Site
+from jaxquant.plan.config import QuantConfig
+from jaxquant.plan.modes import MODES
+from jaxquant.plan.rules import SETTINGS, SHARED_SETTINGS, Rule, check_rules, check_skip
+
+
+def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cuts:
+    """Where the scans of a model are cut, so that rules set the same for all layers of a segment.
+
+    Args:
+      model: it.
+      sites: its sites.
+      rules: those of the user, `skip` too.
+
+    Raises:
+      ValueError: a rule sets for some layers of a scan what all of them share, and the scan cannot
+        be cut.
+    """
+    graph = model.graph
+    of_scans: dict[int, set[int]] = {}
+    for rule in rules:
+        if all(getattr(rule, name) is None for name in SHARED_SETTINGS):
+            continue
+        for site in sites:
+            if takes_some_layers(site, rule.pattern):
+                taken = _outer_layers(model, site, rule)
+                changes = [n for n in range(1, len(taken)) if taken[n] != taken[n - 1]]
+                ends = {0, *changes, len(taken)}
+                of_scans.setdefault(site.location[0], set()).update(ends)
+    # Parameters that one scan goes over are cut alike, and so are the scans over one parameter.
+    of_leaves: dict[int, set[int]] = {}
+    while True:
+        before = sum(map(len, of_scans.values()))
+        for eqn in graph.equations:
+            leaves = [var for var in scanned_operands(eqn) if var in graph.leaves]
+            both = of_scans.get(eqn.index, set()).union(*(of_leaves.get(v, ()) for v in leaves))
+            if both:
+                of_scans[eqn.index] = both
+                of_leaves |= dict.fromkeys(leaves, both)
+        if sum(map(len, of_scans.values())) == before:
+            return {graph.paths[var]: tuple(sorted(cut)) for var, cut in of_leaves.items()}
+
+
+def _outer_layers(model: Model, site: Site, rule: Rule) -> list[bool]:
+    """Whether a rule takes each of the layers of the scan that can be cut.
+
+    Raises:
+      ValueError: it cannot be cut.
+    """
+    eqn = model.graph.equations[site.location[0]]
+    (body, *_) = model.bodies[eqn.index]
+    shared = " and ".join(n for n in SHARED_SETTINGS if getattr(rule, n) is not None)
+    start = f"the pattern {rule.pattern!r} sets {shared} for some layers of {site.name!r}, "
+    if body.layers is None:
+        raise ValueError(
+            f"{start}whose scan runs inside {eqn.name!r} and has one program for all its layers "
+            "there. Set it for the whole site; algo and symmetric may be set for one layer"
+        )
+    if not any(var in model.graph.leaves for var in scanned_operands(eqn)):
+        raise ValueError(
+            f"{start}whose weights are computed before the scan goes over them, so that it has one "
+            "program for all its layers. Set it for the whole site; algo and symmetric may be set "
+            "for one layer"
+        )
+    found = []
+    for number in range(site.scans[0]):
+        inner = np.ndindex(site.scans[1:])
+        taken = {matches_layer(site, rule.pattern, (number, *layer)) for layer in inner}
+        if len(taken) > 1:
+            raise ValueError(
+                f"{start}a scan inside a scan, of which the inner one has one program for all its "
+                "layers. Set it for layers of the outer one, with one pair of brackets; algo and "
+                "symmetric may be set for one layer"
+            )
+        found.append(taken.pop())
+    return found
+
+
+def cut_scans(
+    source: FloatModel,
+    model: Model,
+    config: QuantConfig,
+    inputs: tuple[Any, ...],
+    others: Sequence[tuple[Any, ...]] = (),
+) -> Cut | None:
+    """A model with its scans cut as the rules ask for; None where they ask for nothing.
+
+    Args:
+      source: the float model.
+      model: it, traced.
+      config: has the rules.
+      inputs, others: what it was traced for, see `trace_with_batch_sizes`.
+
+    Raises:
+      ValueError: a pattern matches nothing, or a scan cannot be cut.
+    """
+    sites = model.sites_of(MODES[config.mode].lookups)
+    check_skip(sites, config.skip)
+    check_rules(sites, config.rules, config.kinds)
+    cuts = find_cuts(model, sites, config.all_rules)
+    if not cuts:
+        return None
+    source = FloatModel(source.apply_fn, source.given, cuts)
+    return Cut(source, trace_with_batch_sizes(source, inputs, others), model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A model with its scans cut, beside what it was before.
+
+    Attributes:
+      source: the float model, cut.
+      model: it, traced.
+      before: the traced model before.
+    """
+
+    source: FloatModel
+    model: Model
+    before: Model
+
+    def resolved(self, config: QuantConfig) -> QuantConfig:
+        """The configuration with rules that name the sites of the segments one by one."""
+        lookups = MODES[config.mode].lookups
+        known = {site.location: site for site in self.before.sites_of(lookups)}
+        rules: list[Rule] = []
+        for rule in config.all_rules:
+            for site in self.model.sites_of(lookups):
+                segment = self.model.origins[site.location[0]]
+                was = known.get((segment.equation, *site.location[1:]))
+                if was is not None:  # no operation that puts the segments together
+                    rules += _for_site(rule, site, was, segment.start, config)
+        return dataclasses.replace(config, skip=(), rules=tuple(rules))
+
+    def renamed(self, observations: Observations) -> Observations:
+        """What was observed of the model before, by the names of the tensors of the segments."""
+        names = dict(_names(self.model, self.before, (), ()))
+        top = self.model.origins
+        for index, bodies in self.model.bodies.items():
+            for body, was in zip(bodies, self.before.bodies[top[index].equation], strict=True):
+                names |= _names_inside(body, was, (), (), top[index].start)
+
+        def chosen(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {new: found[old] for new, old in names.items() if old in found}
+
+        return dataclasses.replace(
+            observations,
+            tensors=chosen(observations.tensors),
+            states=chosen(observations.states),
+        )
+
+
+def _for_site(rule: Rule, site: Site, was: Site, start: int, config: QuantConfig) -> Iterator[Rule]:
+    """A rule as it is for one site of a model that is cut.
+
+    Args:
+      rule: of the model before.
+      site: the site.
+      was: the same in the model before.
+      start: the first of its layers there.
+      config: tells which kinds may be int8.
+    """
+
+    def taken(layer: tuple[int, ...]) -> bool:
+        before = (layer[0] + start, *layer[1:]) if layer else ()
+        return matches_layer(was, rule.pattern, before)
+
+    settings = {name: getattr(rule, name) for name in SETTINGS}
+    if not site.stores_weight:
+        settings |= {"recover": None, "weight_bits": None}
+    if site.kind not in kinds.DOT_KINDS:
+        settings["dynamic"] = None
+    if settings["dtype"] == "int8" and site.kind not in config.kinds:
+        settings["dtype"] = None
+    if all(value is None for value in settings.values()):
+        return
+    reason = rule.reason or f"rule {rule.pattern!r}"
+    layers = list(np.ndindex(site.scans))
+    if all(map(taken, layers)):
+        yield Rule(f"site:{site.name}", reason=reason, **settings)
+        return
+    for layer in filter(taken, layers):
+        yield Rule(f"site:{site.name}{layer_suffix(layer)}", reason=reason, **settings)
+
+
+def _names(
+    model: Model, before: Model, layer: Sequence[int], was: Sequence[int]
+) -> Iterator[tuple[str, str]]:
+    """The tensors of a graph in one layer: their names, and those that they had."""
+    for var, name in model.names.items():
+        if var in before.names:
+            yield name + layer_suffix(layer), before.names[var] + layer_suffix(was)
+
+
+def _names_inside(
+    body: Model, before: Model, layer: tuple[int, ...], was: tuple[int, ...], start: int
+) -> dict[str, str]:
+    """The same of all layers of a body, and of those inside; `start` is its first layer before."""
+    found: dict[str, str] = {}
+    numbers = [()] if body.layers is None else [(n,) for n in range(body.layers)]
+    for number in numbers:
+        here, there = (*layer, *number), (*was, *(n + start for n in number))
+        found |= _names(body, before, here, there)
+        for index, bodies in body.bodies.items():
+            for inner, inner_before in zip(bodies, before.bodies[index], strict=True):
+                found |= _names_inside(inner, inner_before, here, there, 0)
+    return found
