@@ -148,10 +148,13 @@ def test_surroundings_tell_what_is_computed_before_and_quantized_behind():
 
 def test_what_the_native_kernels_lack_for_its_surroundings_is_timed_by_xla():
     def model(p, x):
-        return (x @ p["w"]).reshape(-1, 4, 4) + p["b"]
+        y = jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return y.reshape(2, 16, 8) + p["b"]
 
-    params = {"w": networks.images(1, (6, 16)), "b": networks.images(2, (4, 4))}
-    x = networks.images(0, (5, 6))
+    params = {"w": networks.images(1, (3, 3, 3, 8)), "b": networks.images(2, (8,))}
+    x = networks.images(0, (2, 4, 4, 3))
     _, qapply = networks.quantize(params, model, x)
     binding = bind(trace_model(model, params, (x,)), qapply.plan)
     graph, (int8_site,) = binding.graph, binding.sites
