@@ -136,7 +136,8 @@ def _quantize_graph(
             if per_channel and alone and not chooses and len(planned) == len(site.operands):
                 worth = compose(graph, int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
-                scale *= _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
+                growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
+                scale = scale * growth.reshape(scale.shape)
             int8 = quantize_weight(weight, axes, scale)
             layout.put(qparams["params"], slots[site.name].int8, int8)
             layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
