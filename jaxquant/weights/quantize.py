@@ -127,7 +127,7 @@ def _quantize_graph(
             assert site.weight is not None
             axes = site.channel_axes
             per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
-            weight = once(graph, site, weights[site.weight])
+            weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
             if not int8_site.dynamic:
                 weight = undivided(binding, site, weight, divisors)
             scale = weight_scale(weight, axes if per_channel else ())

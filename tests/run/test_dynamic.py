@@ -93,6 +93,19 @@ def test_rows_of_zeros_and_tiny_rows(dots):
     assert not np.asarray(found["pair"]).any()
 
 
+def test_multipliers_are_rounded_to_float32_once():
+    params, x = {"w": networks.images(0, (6, 64))}, networks.images(1, (4, 6))
+
+    def net(p, x):
+        return (x @ p["w"]) / jnp.sqrt(jnp.float32(7)) * jnp.float32(0.3)
+
+    qparams, _ = jaxquant.quant_dynamic(params, net, x, progress=False)
+    scale = np.abs(np.float64(params["w"])).max(axis=0) / 127
+    expected = scale / np.float64(np.sqrt(np.float32(7))) * np.float64(np.float32(0.3))
+    np.testing.assert_array_equal(qparams["params"]["w"]["scale"], np.float32(scale))
+    np.testing.assert_array_equal(qparams["sites"]["w"]["multiplier"], np.float32(expected))
+
+
 def test_a_row_does_not_depend_on_the_others(dots):
     _, inputs, qparams, qapply, out = dots
     changed = {n: x.at[1:].multiply(1e4) if x.ndim > 1 else x for n, x in inputs.items()}
