@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -20,27 +19,12 @@ from jax import lax
 
 from jaxquant.graph import ir
 from jaxquant.graph import trace as tracing
+from jaxquant.graph.marks import mark
 from jaxquant.jax_shim import jaxprs
 
 # Path of a parameter -> where it is cut: the first layers of its segments, and how many there are.
 Cuts: TypeAlias = Mapping[str, tuple[int, ...]]
-_MARK = re.compile(r".*(\[\d+(?::\d+)?\])(?:/[^/]*)?")
 _COLLECTION = "params"
-
-
-def mark(start: int, stop: int) -> str:
-    """How names tell of a segment: "[4:12]", of one layer "[3]"."""
-    return f"[{start}]" if stop == start + 1 else f"[{start}:{stop}]"
-
-
-def mark_of(path: str, length: int) -> str:
-    """The mark in the path of a parameter that is cut, of so many layers; "" in another one."""
-    match = _MARK.fullmatch(path)
-    if match is None:
-        return ""
-    start, colon, stop = match[1][1:-1].partition(":")
-    size = int(stop) - int(start) if colon else 1
-    return match[1] if size == length else ""
 
 
 def cut_tree(params: Any, cuts: Cuts, cut: Any) -> Any:
@@ -97,10 +81,12 @@ class Segment:
     Attributes:
       equation: the index of the one that it was in the graph before.
       start: of a segment of a scan, its first layer; else 0.
+      joins: it puts pieces together, and was not there before.
     """
 
     equation: int
     start: int = 0
+    joins: bool = False
 
 
 class _Cutting:
@@ -156,7 +142,7 @@ class _Cutting:
     def _join(self, parts: Sequence[ir.Var], into: ir.Var, near: ir.Equation) -> None:
         self._add(
             near,
-            Segment(near.index),
+            Segment(near.index, joins=True),
             primitive=lax.concatenate_p,
             inputs=tuple(parts),
             outputs=(into,),

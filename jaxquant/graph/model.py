@@ -47,6 +47,11 @@ class Model:
     origins: Mapping[int, Segment] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
+    def joins(self) -> frozenset[int]:
+        """The indices of the equations that put together the pieces of a scan that is cut."""
+        return frozenset(index for index, origin in self.origins.items() if origin.joins)
+
+    @functools.cached_property
     def root(self) -> Region:
         """The model's own graph as a region, which holds the others."""
         return self.body or Region(self.graph)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.composites import Composites
-from jaxquant.graph.cuts import mark_of
+from jaxquant.graph.marks import mark_of
 from jaxquant.graph.trace import trace_body
 from jaxquant.jax_shim import jaxprs
 

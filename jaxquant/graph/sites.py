@@ -209,9 +209,8 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         found = eqn.inputs[position]
         if static[position] and isinstance(found, int):
             weight = found
-            sources = graph.sources(found)
-            path = graph.paths[tracing.largest(graph, sources)] if sources else ""
-            computes = not sources or found in graph.sized_by_batch
+            path = tracing.path_of(graph, found)
+            computes = not graph.sources(found) or found in graph.sized_by_batch
     elif kind in kinds.PRODUCTS:  # named after a parameter too, though none of it is stored
         static_vars = [v for v in eqn.input_vars if graph.static[v]]
         sources = [source for v in static_vars for source in graph.sources(v)]
@@ -241,7 +240,9 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
 def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
     paths = {site.weight_path for site in sites if site.weight_path}
     modules = collections.Counter(module_of(path) for path in paths)
-    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    # The segments of a scan that is cut have the number that it had, sites behind it the next one.
+    seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    taken: set[str] = set()
     named = []
     for site in sites:
         if site.weight_path:
@@ -251,10 +252,14 @@ def _name(sites: Sequence[Site]) -> tuple[Site, ...]:
         else:
             base = "/".join(s for s in (site.feeding, site.scope, site.kind) if s)
         base = _without_segment(base, site)
-        count = seen[base, site.segment]
-        seen[base, site.segment] += 1
-        numbered = f"{base}:{count}" if count else base
-        named.append(dataclasses.replace(site, name=numbered + site.segment))
+        counts = seen[base]
+        segments = [count for segment, count in counts.items() if segment]
+        count = counts[""] + (counts[site.segment] if site.segment else max(segments, default=0))
+        names = (f"{base}:{n}" if n else base for n in itertools.count(count))
+        name = next(n for each in names if (n := each + site.segment) not in taken)
+        counts[site.segment] += 1
+        taken.add(name)
+        named.append(dataclasses.replace(site, name=name))
     return tuple(named)
 
 
@@ -269,8 +274,7 @@ def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
 
 def _lookup(region: Region, eqn: ir.Equation) -> Site:
     graph, table = region.graph, eqn.input_vars[0]
-    sources = graph.sources(table)
-    path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+    path = tracing.path_of(graph, table)
     return Site(
         name="",
         kind=kinds.LOOKUP_KIND,

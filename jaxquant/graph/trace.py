@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxquant.graph import contraction, flax_tags, ir, picked, symbolic
 from jaxquant.graph.calls import ModelError, check_call
+from jaxquant.graph.marks import unmarked
 from jaxquant.jax_shim import jaxprs
 
 # The variable collection that training updates.  Others are results of a call like any other:
@@ -86,15 +87,27 @@ def trace_body(
     leaves: list[ir.Var] = []
     for var, operand in zip(jaxpr.invars, operands, strict=True):
         is_static = isinstance(operand, int) and outer.static[operand]
-        if is_static and (sources := outer.sources(operand)):
-            path = outer.paths[largest(outer, sources)]
-            leaves.append(builder.source(var.aval, path))
+        if is_static and outer.sources(operand):
+            leaves.append(builder.source(var.aval, path_of(outer, operand)))
             invars.append(leaves[-1])
         else:
             invars.append(builder.new(var.aval, static=False))
     outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
     inputs = [var for var in invars if var not in leaves]
     return builder.graph(leaves, inputs, outputs, None), tuple(invars)
+
+
+def path_of(graph: ir.Graph, var: ir.Var) -> str:
+    """The path that a static tensor is named after: that of the largest parameter in it, or "".
+
+    What is put together of the pieces of a parameter that is cut has the path of the whole.
+    """
+    sources = graph.sources(var)
+    if not sources:
+        return ""
+    leaf = largest(graph, sources)
+    shape = graph.shape(leaf)
+    return graph.paths[leaf] if leaf == var or not shape else unmarked(graph.paths[leaf], shape[0])
 
 
 def largest(graph: ir.Graph, sources: Sequence[ir.Var]) -> ir.Var:

@@ -51,6 +51,8 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
         return rule.reason or f"rule {rule.pattern!r}"
     if rule is None and config.skip_first_last and site.name in _first_and_last(model.located):
         return "first or last layer (skip_first_last)"
+    if not site.inside and site.equation in model.joins:
+        return "it puts together what a rule cut a scan into"
     if site.inside:
         return _why_inside(model, site)
     if site.kind in kinds.PRODUCTS:

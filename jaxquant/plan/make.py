@@ -76,7 +76,7 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     tied: dict[str, ir.Var] = {}
     choices = {}
     for choice in (weighted, without_skips, config):
-        chosen = candidates(model, found, choice)
+        chosen = _static(candidates(model, found, choice), choice)
         choices[_forms(model, found, chosen, choice)] = chosen
     for forms, chosen in choices.items():
         entries |= {names[var]: var for var in forms.entries}
@@ -243,8 +243,7 @@ class _Draft(NamedTuple):
 def _draft(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConfig) -> _Draft:
     graph = model.graph
     chosen = candidates(model, found, config)
-    has_scales = MODES[config.mode].tensor_scales
-    static = tuple(site for site in chosen if has_scales and not is_dynamic(site, config))
+    static = _static(chosen, config) if MODES[config.mode].tensor_scales else ()
     forms = _forms(model, found, static, config)
     if seen.observations is None:
         return _Draft(config, chosen, static, forms, ())
@@ -252,6 +251,11 @@ def _draft(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConf
     settings = tensor_settings(static, forms, model.names, config, seen.layer)
     tensors = plan_tensors(forms, model.names, constants, seen.observations, settings, config)
     return _Draft(config, chosen, static, forms, tensors)
+
+
+def _static(chosen: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+    """Those of the sites that read tensors on grids of the plan."""
+    return tuple(site for site in chosen if not is_dynamic(site, config))
 
 
 def _with_even_parts(

@@ -271,3 +271,38 @@ def test_of_nested_scans_the_outer_one_is_cut():
     assert [(row["name"], row["status"]) for row in qapply.report().rows] == [
         ("w[0]", "int8"), ("w[1]", "float"), ("w[2]", "int8"), ("head", "int8"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["w[1]", "w[1:]", "w[:2]"])
+def test_what_reads_a_cut_weight_outside_of_the_scan_keeps_its_name(pattern):
+    def read_twice(p, x):
+        x = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+        return jnp.tanh(x @ p["w"][1]) @ p["h"]
+
+    params = {"w": networks.images(0, (4, 8, 8)) / 3, "h": networks.images(1, (8, 4))}
+    settings = {"recover": (), "progress": False}
+    _, whole = jaxquant.quant_post(params, read_twice, [X], **settings)
+    rules = [Rule(pattern, dtype="float")]
+    qparams, qapply = jaxquant.quant_post(params, read_twice, [X], rules=rules, **settings)
+    assert [row["name"] for row in whole.report().rows] == ["w", "w:1", "h"]
+    status = {row["name"]: row["status"] for row in qapply.report().rows}
+    assert len(status) == len(qapply.report().rows)
+    assert status["w:1"] == status["h"] == "int8"
+    reference = np.asarray(read_twice(params, X))
+    noise = np.square(reference - np.asarray(qapply(qparams, X))).sum()
+    assert 10 * np.log10(np.square(reference).sum() / noise) > 30
+
+
+def test_results_of_a_cut_scan_are_put_together_in_float():
+    def stacking(p, x):
+        ys = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), jax.nn.relu(c @ w)), x, p["w"])[1]
+        return jax.nn.relu(ys).reshape(3 * 16, 8)[:16] @ p["h"]
+
+    params = {"w": networks.images(0, (3, 8, 8)) / 3, "h": networks.images(1, (8, 4))}
+    settings = {"is_full_quantize": True, "recover": (), "progress": False}
+    whole = jaxquant.quant_post(params, stacking, [X], **settings)
+    rules = [Rule("w[1]", recover=("bias_correction",))]  # sets nothing, but cuts the scan
+    qparams, qapply = jaxquant.quant_post(params, stacking, [X], rules=rules, **settings)
+    (row,) = [row for row in qapply.report().rows if row["kind"] == "concat"]
+    assert "puts together" in row["reason"]
+    np.testing.assert_allclose(qapply(qparams, X), whole[1](whole[0], X), rtol=0, atol=0.05)

@@ -372,3 +372,20 @@ def test_adaround_leaves_what_is_scaled_in_the_call():
     plain, _ = quantized_chain(["*"], recover=())
     jax.tree.map(np.testing.assert_array_equal, qparams["params"], plain["params"])
     assert qapply.report().summary["recovery"]["adaround"].startswith("0 of 4 sites")
+
+
+@pytest.mark.parametrize("patterns", [["a"], ["h"], ["a", "h"]])
+def test_single_dynamic_dots_of_a_full_model_whose_input_is_added_too(patterns):
+    def residual(p, x):
+        return jax.nn.relu(x @ p["a"] + x) @ p["h"]
+
+    params = {"a": networks.images(0, (6, 6)) / 4, "h": networks.images(1, (6, 3)) / 4}
+    rules = [jaxquant.Rule(pattern, dynamic=True) for pattern in patterns]
+    qparams, qapply = jaxquant.quant_post(
+        params, residual, [ROWS], is_full_quantize=True, rules=rules, progress=False
+    )
+    modes = {row["name"]: row["mode"] for row in qapply.report().rows}
+    assert {modes[pattern] for pattern in patterns} == {"int8 (dynamic)"}
+    reference = np.asarray(residual(params, ROWS))
+    noise = np.square(reference - np.asarray(qapply(qparams, ROWS))).sum()
+    assert 10 * np.log10(np.square(reference).sum() / noise) > 25
