@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_of
 from jaxquant.graph.model import Model
+from jaxquant.graph.regions import Region
 
 # The primitives that draw random numbers from a key.
 DRAWS = frozenset({"random_bits", "random_gamma", "threefry2x32"})
@@ -26,32 +27,47 @@ def find_mask(model: Model) -> tuple[str, str] | None:
     """
     graph = model.graph
     parameters = {graph.paths[var] for var in graph.leaves}
-    for region in (each.graph for each in model.regions):
+    for region in model.regions:
+        here, fixed = region.graph, _given_fixed(region)
         drawn: dict[ir.Var, ir.Equation] = {}
-        for eqn in region.equations:
+        for eqn in here.equations:
             origins = [drawn[v] for v in eqn.input_vars if v in drawn]
-            fixed = all(region.is_static(x) for x in eqn.inputs)
-            if fixed and eqn.name in DRAWS:
+            is_fixed = all(here.is_static(x) or x in fixed for x in eqn.inputs)
+            if is_fixed:
+                fixed.update(eqn.outputs)
+            if is_fixed and eqn.name in DRAWS:
                 drawn[eqn.outputs[0]] = eqn
-            elif fixed and origins:
+            elif is_fixed and origins:
                 drawn.update((var, origins[0]) for var in eqn.outputs)
-            elif origins and eqn.name in _APPLIES and _chooses(region, eqn, drawn):
-                sources = [region.paths[v] for v in region.sources(origins[0].outputs[0])]
+            elif origins and eqn.name in _APPLIES and _chooses(here, eqn, drawn):
+                sources = [here.paths[v] for v in here.sources(origins[0].outputs[0])]
                 key = next((path for path in sources if path in parameters), "")
-                return layer_of(region, eqn, graph.classes), key
+                return layer_of(here, eqn, graph.classes), key
     return None
+
+
+def _given_fixed(region: Region) -> set[ir.Var]:
+    """What a body is given that hangs on no input of the model: keys that a scan goes over."""
+    if region.holder is None:
+        return set()
+    outer = region.holder.graph
+    return {
+        var
+        for k, (var, operand) in enumerate(zip(region.arguments, region.operands, strict=True))
+        if k not in region.carries and operand is not None and outer.is_static(operand)
+    }
 
 
 _APPLIES = frozenset({"select_n", "mul", "and"})
 
 
 def _chooses(graph: ir.Graph, eqn: ir.Equation, drawn: Mapping[ir.Var, Any]) -> bool:
-    """Whether an equation applies drawn truth values to an activation."""
+    """Whether an equation that also reads an activation applies drawn truth values to it."""
     applied = eqn.inputs[:1] if eqn.name == "select_n" else eqn.inputs
     truths = [
         x for x in applied if isinstance(x, int) and x in drawn and _is_truth(graph, x, drawn)
     ]
-    return bool(truths) and any(not graph.is_static(x) for x in eqn.inputs)
+    return bool(truths)
 
 
 def _is_truth(graph: ir.Graph, var: ir.Var, drawn: Mapping[ir.Var, Any]) -> bool:

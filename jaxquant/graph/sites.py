@@ -216,7 +216,7 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         sources = [source for v in static_vars for source in graph.sources(v)]
         path = graph.paths[tracing.largest(graph, sources)] if sources else ""
     feeding: tuple[str, ...] = ()
-    if contraction is not None and weight is None and not eqn.modules:
+    if contraction is not None and weight is None and not _is_placed(eqn.scope):
         feeding = module_feeding(region, eqn)
     return Site(
         name="",
@@ -270,6 +270,11 @@ def _without_segment(base: str, site: Site) -> str:
 
 def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
     return kinds.is_lookup(graph, eqn) and not graph.static[eqn.outputs[0]]
+
+
+def _is_placed(scope: str) -> bool:
+    """Whether a scope tells a layer: not where it holds the equations of `einsum` alone."""
+    return any("->" not in part for part in scope.split("/") if part)
 
 
 def _lookup(region: Region, eqn: ir.Equation) -> Site:

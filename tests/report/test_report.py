@@ -80,7 +80,7 @@ def rows(report):
 
 
 def test_a_row_per_site_with_every_key(report, rows):
-    assert list(rows) == ["exact", "noisy", "matmul", BAD]
+    assert list(rows) == ["exact", "noisy", "noisy/matmul", BAD]
     assert all(set(row) == KEYS for row in report.rows)
     assert [row["kind"] for row in report.rows] == ["mul", "mul", "matmul", "mul"]
     assert [row["status"] for row in report.rows] == ["int8", "int8", "float", "float"]
@@ -98,9 +98,9 @@ def test_int8_rows(quantized, rows):
 
 
 def test_float_rows_have_reasons_and_no_scales(rows):
-    assert rows["matmul"]["reason"] == "'matmul' is not in quantizable_op_type"
+    assert rows["noisy/matmul"]["reason"] == "'matmul' is not in quantizable_op_type"
     assert rows[BAD]["reason"] == "skip='<b>*'"
-    for name in ("matmul", BAD):
+    for name in ("noisy/matmul", BAD):
         row = rows[name]
         assert row["threshold"] is row["weight_scale_min"] is row["weight_scale_max"] is None
 
@@ -116,7 +116,7 @@ def test_sqnr_is_infinite_where_int8_is_exact_and_that_of_the_outputs_elsewhere(
     assert rows["noisy"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
     noisy = y - noise
     expected = 10 * np.log10(((y @ y.T) ** 2).sum() / ((y @ y.T - noisy @ noisy.T) ** 2).sum())
-    assert rows["matmul"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
+    assert rows["noisy/matmul"]["sqnr_db"] == pytest.approx(expected, abs=0.05)
 
 
 def chain(p, x):
@@ -230,7 +230,7 @@ def test_json_is_strict_and_holds_everything(report):
 
     data = json.loads(report.to_json(), parse_constant=refuse)
     assert data["summary"] == dict(report.summary)
-    assert [row["name"] for row in data["rows"]] == ["exact", "noisy", "matmul", BAD]
+    assert [row["name"] for row in data["rows"]] == ["exact", "noisy", "noisy/matmul", BAD]
     assert data["rows"][0]["sqnr_db"] is None  # infinite
     assert data["rows"][1] == report.rows[1]
 
@@ -256,7 +256,7 @@ def test_decibel(signal, noise, expected):
 def test_tensor_rows_give_a_reason_for_every_float_tensor(report):
     statuses = {(row["name"], row["status"]) for row in report.tensors}
     assert ("exact/input", "int8") in statuses
-    assert ("matmul/input", "float") in statuses
+    assert ("noisy/matmul/input", "float") in statuses
     for row in report.tensors:
         assert bool(row["reason"]) == (row["status"] != "int8")
 
