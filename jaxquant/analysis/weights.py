@@ -14,7 +14,7 @@ from jaxquant.plan import layout
 from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.report.sqnr import decibel
-from jaxquant.run.layers import Layer, walk
+from jaxquant.run.layers import GraphLayer
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import once
@@ -43,7 +43,7 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
     if not program.mode.integer:
         return {}
     found = {}
-    for layer in walk(program, params, qparams):
+    for layer in GraphLayer(program, program.binding, qparams, params).walk():
         graph, slots = layer.program.graph, layer.program.slots
         sites = [each for each in layer.binding.sites if each.site.name in slots]
         stored = [each.site.weight for each in sites if each.site.weight is not None]
@@ -52,11 +52,11 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
             site = int8_site.site
             assert site.weight is not None
             weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
-            found[of_layer(site.name, layer.binding.layer)] = _ranges(layer, int8_site, weight)
+            found[of_layer(site.name, layer.layer)] = _ranges(layer, int8_site, weight)
     return found
 
 
-def _ranges(layer: Layer, int8_site: Int8Site, weight: np.ndarray) -> WeightRanges:
+def _ranges(layer: GraphLayer, int8_site: Int8Site, weight: np.ndarray) -> WeightRanges:
     site = int8_site.site
     axes = site.channel_axes
     others = tuple(a for a in range(weight.ndim) if a not in axes)
@@ -87,7 +87,7 @@ def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> floa
     return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
 
 
-def _divisors(layer: Layer, site: Site, shape: tuple[int, ...]) -> np.ndarray:
+def _divisors(layer: GraphLayer, site: Site, shape: tuple[int, ...]) -> np.ndarray:
     """What the weight was multiplied by before it was quantized; broadcasts against it."""
     binding = layer.binding
     name = binding.scales.get(site.operands[0])

@@ -18,9 +18,8 @@ from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.pair import Asked, Pair, Seen, is_float
 from jaxquant.recover.shift import Powers, Shift, powers
 from jaxquant.run.float_forms import evaluate_float
+from jaxquant.run.layers import Layer
 from jaxquant.run.program import Program
-
-Layer = tuple[int, ...]  # one of the scans over stacked weights around a site, outermost first
 
 
 class Measured(NamedTuple):

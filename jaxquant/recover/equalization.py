@@ -51,9 +51,9 @@ from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import watch
 from jaxquant.recover.divisible import Divisible, Seen, Where, find_divisible
 from jaxquant.recover.factors import Divided, Reader, Tried, choose
-from jaxquant.recover.parts import Part
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.trial import Trial
+from jaxquant.run.layers import GraphLayer
 from jaxquant.run.program import program_by_site
 from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import Divisors, quantize_params
@@ -134,7 +134,7 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
     seen = watch(program.model, params, task.alike, divisible)
     parts = {
         (part.program.model, part.layer): part
-        for part in Part(program, program.binding, draft.qparams, params).walk()
+        for part in GraphLayer(program, program.binding, draft.qparams, params).walk()
     }
     weights = {place: _weights(part, divisible) for place, part in parts.items()}
     found: dict[str, Divided] = {}
@@ -155,7 +155,7 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
     return found
 
 
-def _weights(part: Part, divisible: Sequence[Divisible]) -> dict[ir.Var, np.ndarray]:
+def _weights(part: GraphLayer, divisible: Sequence[Divisible]) -> dict[ir.Var, np.ndarray]:
     """The float weights behind those of some tensors that are in a part."""
     sites = [p.site for t in divisible if t.model is part.program.model for p in t.readers]
     stored = [site.weight for site in sites if site.weight is not None]
@@ -188,7 +188,7 @@ def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
 
 
 def _tried(
-    part: Part,
+    part: GraphLayer,
     tensor: Divisible,
     seen: Seen,
     weights: Mapping[ir.Var, np.ndarray],
@@ -219,7 +219,7 @@ def _tried(
     return Tried(planned, seen, readers)
 
 
-def _gains(part: Part, site: Site, tensor: TensorPlan, groups: int) -> np.ndarray:
+def _gains(part: GraphLayer, site: Site, tensor: TensorPlan, groups: int) -> np.ndarray:
     """[G, O], what the epilogue multiplies a site's output by."""
     qparams, slot = part.qparams, part.program.slots[site.name]
     scale = np.asarray(layout.get(qparams["params"], slot.scale), np.float64)

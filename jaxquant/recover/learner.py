@@ -18,11 +18,12 @@ from jaxquant.plan.bind import Int8Site
 from jaxquant.progress import Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
-from jaxquant.recover.parts import Layer, Part, is_repeated, most_steps, programs_of, unrolled
+from jaxquant.recover.parts import is_repeated, most_steps, programs_of, unrolled
 from jaxquant.recover.product import Product
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.stepwise import run_stepwise
 from jaxquant.recover.wanted import InputGrid, Learnable, Wanted, find_wanted
+from jaxquant.run.layers import GraphLayer, Layer
 from jaxquant.run.program import Program
 from jaxquant.weights.epilogue import whole_steps
 from jaxquant.weights.fold import fold
@@ -76,7 +77,7 @@ class Learner:
             for each in stored[part.model]
             if not reasons[each.site.name]
         }
-        self._whole = Part(program, program.binding, _writable(qparams, self._sites), params)
+        self._whole = GraphLayer(program, program.binding, _writable(qparams, self._sites), params)
         self._folded: dict[tuple[Model, Layer], Mapping[int, np.ndarray]] = {}
 
     def learn(self, flat: Sequence[Any], roundings: Roundings, stage: Stage) -> Any:
@@ -90,7 +91,7 @@ class Learner:
         sites = list(self._sites.values())
         wanted = find_wanted(self._program.model, self._whole.params, flat, sites)
 
-        def visit(part: Part, int8_site: Int8Site, x: jax.Array) -> None:
+        def visit(part: GraphLayer, int8_site: Int8Site, x: jax.Array) -> None:
             site = int8_site.site
             if site.name in self._sites:
                 zero_point = part.binding.zero_points[site.operands[0]]
@@ -100,7 +101,7 @@ class Learner:
                 self._learn(part, learnable, found, roundings)
             stage.step()
 
-        def enter(part: Part, index: int) -> None:
+        def enter(part: GraphLayer, index: int) -> None:
             for inner in (each for body in part.inside(index) for each in body.walk()):
                 for name in (each.site.name for each in inner.binding.sites):
                     if name not in self._program.slots:
@@ -114,7 +115,7 @@ class Learner:
         return self._whole.qparams
 
     def _learn_repeated(
-        self, part: Part, learnable: Learnable, wanted: Wanted | None, roundings: Roundings
+        self, part: GraphLayer, learnable: Learnable, wanted: Wanted | None, roundings: Roundings
     ) -> None:
         """Learn a site in a loop or choice, where enough of the samples come there."""
         count = 0 if wanted is None else len(wanted.rows)
@@ -125,7 +126,7 @@ class Learner:
         self._learn(part, learnable, wanted, roundings)
 
     def _learn(
-        self, part: Part, learnable: Learnable, wanted: Wanted, roundings: Roundings
+        self, part: GraphLayer, learnable: Learnable, wanted: Wanted, roundings: Roundings
     ) -> None:
         """Learn the rounding of a site in one layer, and put it into the part's arrays."""
         product, site, qparams = learnable.product, learnable.product.site, part.qparams
@@ -164,7 +165,9 @@ class Learner:
             "learned" if rounding.learned < rounding.nearest else "nearest rounding is no worse"
         )
 
-    def _scaled_weight(self, part: Part, site: Site, scale: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _scaled_weight(
+        self, part: GraphLayer, site: Site, scale: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The float64 weight in units of its scale [C] or [], which comes too in float64."""
         weight = undivided(part.binding, site, self._weight(part, site), self._divisors)
         scale = np.asarray(scale, np.float64)
@@ -172,7 +175,7 @@ class Learner:
         near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
         return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
 
-    def _weight(self, part: Part, site: Site) -> np.ndarray:
+    def _weight(self, part: GraphLayer, site: Site) -> np.ndarray:
         """The float weight of a site; those of one part are there at a time."""
         place = part.program.model, part.layer
         if place not in self._folded:
@@ -235,7 +238,7 @@ def _input_grid(program: Program, site: Site, qparams: Any) -> InputGrid:
     return InputGrid(tensor["inv_scale"], np.asarray(zero_point, np.int32))
 
 
-def _input_scale(part: Part, site: Site) -> float:
+def _input_scale(part: GraphLayer, site: Site) -> float:
     name = part.binding.scales[site.operands[0]]
     return next(t.scale for t in part.binding.plan.tensors if t.name == name)
 

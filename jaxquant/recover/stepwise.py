@@ -11,15 +11,15 @@ import jax
 from jaxquant.backends.platforms import XLA
 from jaxquant.graph import evaluate, ir, loops
 from jaxquant.plan.bind import Int8Site
-from jaxquant.recover.parts import Part
+from jaxquant.run.layers import GraphLayer
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
 
-Visit = Callable[[Part, Int8Site, jax.Array], None]
-Enter = Callable[[Part, int], None]
+Visit = Callable[[GraphLayer, Int8Site, jax.Array], None]
+Enter = Callable[[GraphLayer, int], None]
 
 
-def run_stepwise(part: Part, inputs: Sequence[Any], visit: Visit, enter: Enter) -> None:
+def run_stepwise(part: GraphLayer, inputs: Sequence[Any], visit: Visit, enter: Enter) -> None:
     """Run a program uncompiled, an equation at a time, and forget what is not read again.
 
     So whole calibration sets fit, and a site's arrays may change just before they are read.  Of a
@@ -44,7 +44,7 @@ class _Stepwise:
         self._enter = enter
         self._compiled: dict[str, Callable[..., Any]] = {}  # the layers of a site have one call
 
-    def program_of(self, part: Part) -> Program:
+    def program_of(self, part: GraphLayer) -> Program:
         """The program of a part that shows what reaches its sites."""
         program, forget = part.program, _forgetting(part.program)
 
@@ -75,7 +75,7 @@ class _Stepwise:
 
         return program.hooked(hook).replacing({index: looped(index) for index in program.bodies})
 
-    def _whole(self, part: Part, index: int) -> Lowering:
+    def _whole(self, part: GraphLayer, index: int) -> Lowering:
         """The lowering of a loop or choice that runs as a whole."""
         lowering = part.program.lowerings[index]
 
@@ -85,7 +85,7 @@ class _Stepwise:
 
         return entered
 
-    def _layers(self, part: Part, index: int) -> Lowering:
+    def _layers(self, part: GraphLayer, index: int) -> Lowering:
         """The lowering of a scan over stacked weights, whose layers run in turn."""
         eqn = part.program.graph.equations[index]
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxquant.recover.bias_correction import with_shifts
 from jaxquant.recover.columns import Columns
-from jaxquant.recover.compare import Comparison, Layer, Measured
+from jaxquant.recover.compare import Comparison, Measured
+from jaxquant.run.layers import Layer
 
 
 class Outputs(NamedTuple):

@@ -1,54 +1,59 @@
-"""The graphs of an int8 model one by one: its own, and those in it in each layer."""
+"""The graphs of an int8 model: its own, and those of loops and choices in each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan import layout
 from jaxquant.plan.bind import Binding
 from jaxquant.run.loops import arrays_of
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import leaves_of_layers
 
+Layer: TypeAlias = tuple[int, ...]  # of the scans over stacked weights around it, outermost first
 
-class Layer(NamedTuple):
-    """A graph of a model, or of a body in one layer of the scans around it.
+
+class GraphLayer(NamedTuple):
+    """A graph of a model in one layer of the scans over stacked weights around it.
 
     Attributes:
-      program: the int8 program of the graph, which all layers share.
-      binding: the plan in it, with the grids of this layer.
+      program: of the graph; all layers of a body have one.
+      binding: of the layer, with its grids.
+      qparams: the arrays of its sites and of those in its bodies.
       params: the values of its leaves, as a pytree.
-      qparams: the arrays of its sites in this layer.
     """
 
     program: Program
     binding: Binding
-    params: Any
     qparams: Mapping[str, Any]
+    params: Any
 
+    @property
+    def layer(self) -> Layer:
+        """The numbers of its layer."""
+        return self.binding.layer
 
-def walk(program: Program, params: Any, qparams: Mapping[str, Any]) -> Iterator[Layer]:
-    """The graph of a model, and those of all bodies with int8 sites, each in all its layers.
+    def named(self, name: str) -> str:
+        """The name of one of its sites or tensors among those of all layers: "mlp/input[3]"."""
+        return name + layer_suffix(self.layer)
 
-    Args:
-      program: of a whole model.
-      params, qparams: its arrays.
-    """
-    return _walk(Layer(program, program.binding, params, qparams))
+    def walk(self) -> Iterator[GraphLayer]:
+        """Itself and the parts inside."""
+        yield self
+        for index in self.program.bodies:
+            for part in self.inside(index):
+                yield from part.walk()
 
-
-def _walk(outer: Layer) -> Iterator[Layer]:
-    yield outer
-    for index, programs in outer.program.bodies.items():
-        for program, body in zip(programs, outer.binding.bodies[index], strict=True):
-            every, stacked = arrays_of(program, outer.qparams)
-            leaves = leaves_of_layers(body.model, outer.binding.graph, outer.params)
-            for number, (binding, values) in enumerate(zip(body.layers, leaves, strict=True)):
-                own: Mapping[str, Any] = every
-                if body.model.layers is not None:
-                    slices = jax.tree.map(lambda x, number=number: x[number], stacked)
-                    own = layout.joined(every, slices)
-                yield from _walk(Layer(program, binding, values, own))
+    def inside(self, index: int) -> Iterator[GraphLayer]:
+        """The layers of the bodies that one of its equations holds, ascending."""
+        bodies = zip(self.program.bodies[index], self.binding.bodies[index], strict=True)
+        for body, bound in bodies:
+            every, stacked = arrays_of(body, self.qparams)
+            leaves = leaves_of_layers(body.model, self.program.graph, self.params)
+            for number, (layer, values) in enumerate(zip(bound.layers, leaves, strict=True)):
+                own = jax.tree.map(lambda x, n=number: x[n, ...], stacked)  # views, of NumPy
+                yield GraphLayer(body, layer, layout.joined(every, own), values)

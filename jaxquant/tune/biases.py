@@ -19,7 +19,7 @@ from jaxquant.plan.bind import Int8Site
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, compare_outputs
-from jaxquant.run.layers import Layer, walk
+from jaxquant.run.layers import GraphLayer
 from jaxquant.run.program import Program
 from jaxquant.tune.parts import Part
 from jaxquant.weights.epilogue import accumulator_terms, epilogue_arrays, whole_steps
@@ -36,7 +36,7 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
     if not is_corrected(program.whole_plan):
         return dict(qparams)
     biases: dict[str, list[np.ndarray]] = {}  # in every layer
-    for layer in walk(program, params, qparams):
+    for layer in GraphLayer(program, program.binding, qparams, params).walk():
         for name, bias in _plain_biases(layer).items():
             biases.setdefault(name, []).append(bias)
     sites = dict(qparams["sites"])
@@ -46,7 +46,7 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
     return {**qparams, "sites": sites}
 
 
-def _plain_biases(layer: Layer) -> dict[str, np.ndarray]:
+def _plain_biases(layer: GraphLayer) -> dict[str, np.ndarray]:
     """The biases without correction of the sites of a graph that have a corrected one."""
     graph, binding = layer.program.graph, layer.binding
     corrected = [s for s in binding.sites if is_corrected_site(layer.program, s.site.name)]
@@ -65,7 +65,7 @@ def _plain_biases(layer: Layer) -> dict[str, np.ndarray]:
     return found
 
 
-def _weight_terms(layer: Layer, int8_site: Int8Site) -> tuple[np.ndarray, np.ndarray | None]:
+def _weight_terms(layer: GraphLayer, int8_site: Int8Site) -> tuple[np.ndarray, np.ndarray | None]:
     """What one unit of a site's accumulator is worth, and what its input's zero point adds."""
     site, binding = int8_site.site, layer.binding
     scales = {tensor.name: tensor.scale for tensor in binding.plan.tensors}
