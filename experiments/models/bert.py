@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.transformer import scanned
+
 PADDING = 0
 EPSILON = 1e-12  # of the LayerNorms
 
@@ -66,13 +68,7 @@ class Bert(nn.Module):
         is_text = ids != PADDING
         mask = is_text[:, None, None, :]
         if self.scanned:
-            stacked = nn.scan(
-                Block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=self.layers,
-            )
+            stacked = scanned(Block, self.layers)
             x, _ = stacked(self.heads, self.hidden, name="layers")(x, mask)
         else:
             for number in range(self.layers):

@@ -71,18 +71,28 @@ class Transformer(nn.Module):
         mask = None if self.decode else nn.make_causal_mask(ids)
         settings = {"heads": self.heads, "hidden": self.hidden, "decode": self.decode}
         if self.scanned:
-            stacked = nn.scan(
-                Block,
-                variable_axes={"params": 0, "cache": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=self.layers,
-            )
+            stacked = scanned(Block, self.layers)
             x, _ = stacked(**settings, name="layers")(x, mask)
         else:
             for number in range(self.layers):
                 x, _ = Block(**settings, name=f"layers_{number}")(x, mask)
         return nn.Dense(self.vocabulary, name="head")(nn.LayerNorm(name="norm")(x))
+
+
+def scanned(block: type[nn.Module], layers: int) -> Any:
+    """The module of so many blocks, one after the other, with their parameters stacked.
+
+    Args:
+      block: takes (x, what all layers read alike) and gives (x, None).
+      layers: how many.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "cache": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=layers,
+    )
 
 
 def stack(params: dict[str, Any]) -> dict[str, Any]:
