@@ -52,8 +52,7 @@ def picked_weight(graph: ir.Graph, var: ir.Var) -> str:
     while (eqn := graph.producer.get(var)) is not None and not graph.static[var]:
         source = eqn.inputs[0]
         if eqn.name in ("dynamic_slice", "gather") and graph.is_static(source):
-            sources = graph.sources(source) if isinstance(source, int) else []
-            return graph.paths[tracing.largest(graph, sources)] if sources else ""
+            return tracing.path_of(graph, source) if isinstance(source, int) else ""
         picks = eqn.name in ("dynamic_slice", "gather", "convert_element_type")
         if not isinstance(source, int) or not (picks or primitives.is_movement(graph, eqn)):
             return ""

@@ -79,9 +79,10 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     np.testing.assert_array_equal(again(loaded, X, SIZES), qapply(qparams, X, SIZES))
 
 
-def test_onnx_refuses_it_by_name(tmp_path: Any) -> None:
-    qparams, qapply = quantized("symmetric")
-    with pytest.raises(ValueError, match=r"ragged dot.*site 'up'"):
+@pytest.mark.parametrize("mode", ["symmetric", "dynamic"])
+def test_onnx_refuses_it_by_name(tmp_path: Any, mode: str) -> None:
+    qparams, qapply = quantized(mode)
+    with pytest.raises(ValueError, match=r"an int8 ragged dot.*site 'up'"):
         jaxquant.export_onnx(tmp_path / "model.onnx", qparams, qapply, shapes=SHAPES)
 
 

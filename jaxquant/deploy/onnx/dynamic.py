@@ -26,9 +26,11 @@ def dot(e: Emitter, site: Int8Node) -> Value:
     float32, which gives the same but for the order of the sums.
 
     Raises:
-      NotCovered: it is a convolution.
+      NotCovered: it is a convolution, or a ragged dot.
     """
     given, shape = site.node.contraction, e.shape(site.node.outputs[0])
+    if given is not None and given.choosing is not None:
+        raise NotCovered("an int8 ragged dot, whose rows choose their weight")
     if given is None or not given.is_dot:
         raise NotCovered("what is no dot and scales its operands in each call")
     values = [e.full(e.value(var), var) for var in site.operands]
