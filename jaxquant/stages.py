@@ -27,7 +27,7 @@ from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.segments import cut_scans

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import Model
-from jaxquant.plan.bind import Binding, is_elsewhere
+from jaxquant.plan.bind import is_elsewhere
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.modes import MODES
 
 _Body = tuple[Model, Sequence["Part"]]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from jaxquant.analysis.advice import GOOD_DB
 from jaxquant.analysis.flow import find_flow
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.bind import bind
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan

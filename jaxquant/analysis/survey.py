@@ -21,7 +21,8 @@ from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import Binding, bind
+from jaxquant.plan.bind import bind
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress

@@ -11,7 +11,7 @@ import numpy as np
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.inputs import along_weight, input_axes
 from jaxquant.report.sqnr import decibel
 from jaxquant.run.layers import GraphLayer

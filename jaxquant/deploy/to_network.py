@@ -19,7 +19,7 @@ from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
 

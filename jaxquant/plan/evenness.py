@@ -28,7 +28,7 @@ from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.constants import constants_of, has_infinity
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import make_grid

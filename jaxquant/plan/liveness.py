@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxquant.graph import ir
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 
 
 class Live(NamedTuple):

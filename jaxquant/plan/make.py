@@ -15,7 +15,8 @@ from jaxquant.graph.once import once
 from jaxquant.graph.regions import Region
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.bind import Binding, bind, is_elsewhere, layers_of
+from jaxquant.plan.bind import bind, is_elsewhere, layers_of
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.candidates import candidates, is_dynamic, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint

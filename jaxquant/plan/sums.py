@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from jaxquant.graph import ir, primitives
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import Model
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 
 _SELECTED = "max min clamp neg concatenate stack tile slice pad reduce_max reduce_window_max"
 _SELECTING = frozenset(_SELECTED.split())

@@ -38,7 +38,7 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.plan.sums import Part, Sums, find_sums, hands_on
 

@@ -45,7 +45,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import watch

@@ -14,7 +14,7 @@ from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.progress import Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation

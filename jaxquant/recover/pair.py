@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers
 from jaxquant.run import both_forms

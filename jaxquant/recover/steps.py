@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.rules import RECOVERY_STEPS
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison

@@ -10,7 +10,7 @@ import jax
 
 from jaxquant.backends.platforms import XLA
 from jaxquant.graph import evaluate, ir, loops
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.run.layers import GraphLayer
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program

@@ -16,7 +16,7 @@ from jaxquant.backends.epilogue import epilogue
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run import dynamic, weight_only

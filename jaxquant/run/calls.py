@@ -12,7 +12,7 @@ from jaxquant.backends import platforms
 from jaxquant.backends.backend import Call, Residual
 from jaxquant.graph import ir
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.run.fusion import Chain, alone
 from jaxquant.run.lowerings import Evaluation
 

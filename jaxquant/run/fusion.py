@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from jaxquant.backends.backend import NO_CLAMP, Clamp
 from jaxquant.graph import ir, primitives
-from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import read_in_float
 
 

@@ -9,7 +9,7 @@ import jax
 
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.run.loops import arrays_of
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import leaves_of_layers

@@ -17,7 +17,7 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph import loops as graph_loops
 from jaxquant.graph.model import Model
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.run.lowerings import Evaluation, Lowering
 
 

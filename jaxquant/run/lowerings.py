@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxquant.graph import evaluate, ir
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.run.quantized import QuantizedTensors
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxquant.graph import ir, primitives
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 
 # Of finite operands these may give others.
 _MAKE_THEM = """

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxquant.graph import ir, symbolic
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.liveness import read_in_float
 
 _MAX_POOL = "reduce_window_max"

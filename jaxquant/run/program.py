@@ -15,7 +15,7 @@ from jaxquant.backends import platforms
 from jaxquant.backends.choice import fastest_here
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.run import nonfinite, pooling
 
 

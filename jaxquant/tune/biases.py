@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.graph import evaluate
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, compare_outputs

@@ -20,7 +20,7 @@ import jax
 
 from jaxquant.calibration.observations import Observations
 from jaxquant.graph.model import FloatModel
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.plan import Plan
 from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress

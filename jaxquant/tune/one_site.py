@@ -23,7 +23,7 @@ from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.model import trace_model
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.bind import Binding, Int8Site
+from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.run.calls import has_kernel

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, loops
 from jaxquant.plan import layout
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.plan import INT8
 from jaxquant.run import both_forms
 from jaxquant.run.float_forms import fast_convolutions

@@ -20,7 +20,7 @@ from jaxquant.calibration.observations import Observations
 from jaxquant.graph import ir
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.rules import Rule

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxquant.graph import ir
-from jaxquant.plan.bind import Int8Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.weights.fold import channel_vector
 
 LARGEST_BIAS = 2.0**30  # of a bias in int32, in units of the accumulator: sums need room beside it

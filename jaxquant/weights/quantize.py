@@ -13,7 +13,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout, ties
-from jaxquant.plan.bind import Binding, BoundBody
+from jaxquant.plan.binding import Binding, BoundBody
 from jaxquant.plan.epilogue import stored_shape
 from jaxquant.plan.groups import group_layout
 from jaxquant.plan.inputs import along_weight

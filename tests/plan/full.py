@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import trace_model
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan

@@ -14,7 +14,7 @@ from jaxquant.deploy.lower.uses import Uses
 from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.to_network import to_network
 from jaxquant.graph.layer_names import layer_suffix
-from jaxquant.plan.bind import Binding
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.modes import WEIGHT_ONLY
 
 
