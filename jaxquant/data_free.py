@@ -22,7 +22,7 @@ from jaxquant.plan.rules import Rule
 from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
-from jaxquant.report.report import make_report
+from jaxquant.report.make import make_report
 from jaxquant.report.sqnr import UNKNOWN, measure_quality
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.program import program_by_site

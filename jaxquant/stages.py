@@ -12,7 +12,7 @@ import jax
 from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.backends import operations
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
@@ -33,7 +33,7 @@ from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover, with_files
-from jaxquant.report.report import make_report
+from jaxquant.report.make import make_report
 from jaxquant.report.sqnr import measure_quality
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.inputs import ranges_of
@@ -213,7 +213,7 @@ def _sweep(
     progress: Progress,
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
-    count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    count = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
     return Sweep(
         source,
         tensors_of,

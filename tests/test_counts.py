@@ -16,9 +16,9 @@ PACKAGE = str(pathlib.Path(jaxquant.__file__).parent) + "/"
 # What runs once for an input shape: the name of a module and a function in it.
 OF_A_MODEL = (
     "graph/model:trace_model",
-    "graph/sites:find_sites",
-    "graph/sites:find_lookups",
-    "graph/sites:tensor_names",
+    "graph/finding:find_sites",
+    "graph/finding:find_lookups",
+    "graph/naming:tensor_names",
     "graph/composites:Composites.whole",
     "graph/composites:Composites.normalisations",
     "graph/copies:_search",

@@ -20,7 +20,7 @@ from jax import lax
 
 from experiments.benchmarks.interleave import time_in_turn
 from jaxquant.backends import operations
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 
 BINS = histogram.BINS
 SHAPES = ((8, 112, 112, 32), (8, 56, 56, 144))
@@ -96,9 +96,9 @@ def main(rounds: int) -> None:
         x = jnp.maximum(jax.random.normal(jax.random.key(0), shape), 0.0)
         programs = {"range only": lambda x: (jnp.min(x), jnp.max(x))}
         programs |= {name: lambda x, f=f: f(bins_of(x)) for name, f in FORMS.items()}
-        programs["observe"] = histogram.observe
-        count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
-        programs["observe, natively"] = functools.partial(histogram.observe, count=count)
+        programs["observe"] = counting.observe
+        count = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
+        programs["observe, natively"] = functools.partial(counting.observe, count=count)
         compiled, compile_s = {}, {}
         for name, f in programs.items():
             start = time.perf_counter()

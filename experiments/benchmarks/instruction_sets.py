@@ -28,7 +28,7 @@ from experiments import zoo
 from experiments.benchmarks.arguments import network_parser
 from experiments.benchmarks.interleave import time_in_turn
 from jaxquant import native
-from jaxquant.calibration import histogram, kl
+from jaxquant.calibration import counting, histogram, kl
 from jaxquant.calibration.search import search
 from jaxquant.graph.trace import trace
 from jaxquant.recover.shift import shift_of
@@ -96,11 +96,11 @@ def dots(rows: int, width: int, hidden: int) -> Timed:
     return backends(apply_fn, params, jnp.asarray(rng.normal(size=(rows, width)), jnp.float32))
 
 
-def counting() -> Timed:
+def histograms() -> Timed:
     x = jnp.maximum(jax.random.normal(jax.random.key(0), (8, 56, 56, 144)), 0)
     counts = {
         NATIVE: functools.partial(native.histogram, least_exponent=histogram.MIN_EXPONENT),
-        XLA: histogram.portable_counts,
+        XLA: counting.portable_counts,
     }
     return {name: functools.partial(jax.jit(count), x) for name, count in counts.items()}
 
@@ -194,7 +194,7 @@ def main(networks: list[str], batches: list[int], rounds: int) -> None:
             )
         show(f"dots 384-1536-384, {64 * batch} rows", dots(64 * batch, 384, 1536), rounds)
     show("dots 384-1536-384, 1 row", dots(1, 384, 1536), rounds)
-    show("histogram", counting(), rounds)
+    show("histogram", histograms(), rounds)
     show("thresholds of 100 tensors", thresholds(), rounds)
     show("differences", comparing(), rounds)
     show("depthwise 3x3 in float, 56x56x96, batch 8", float_depthwise(), rounds)

@@ -17,7 +17,7 @@ import jaxquant
 from experiments import zoo
 from experiments.benchmarks.interleave import print_table, time_in_turn
 from jaxquant.backends import operations
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.sweep import Sweep
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
@@ -32,7 +32,7 @@ def main(model: str, batch: int, rounds: int, full: bool) -> None:
     forward = jax.jit(module.apply)
     config = QuantConfig(is_full_quantize=full)
     tensors_of = functools.partial(observed_tensors, config=config)
-    count = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    count = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
     sweep = Sweep(FloatModel(module.apply, variables), tensors_of, count=count)
     qparams, qapply = jaxquant.quant_post(
         variables, module.apply, [x], is_full_quantize=full, progress=False

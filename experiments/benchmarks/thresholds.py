@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.interleave import time_in_turn
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.kl import kl_threshold
 from jaxquant.calibration.threshold import auto_threshold, mse_threshold, percentile_threshold
 
@@ -120,7 +120,7 @@ def onnx_runtime(method: str, values: list[np.ndarray]) -> Callable[[], Any] | N
 
 
 def main(tensors: int, sample: int, rounds: int) -> None:
-    observe = jax.jit(histogram.observe)
+    observe = jax.jit(counting.observe)
     values = [activations(i) for i in range(tensors)]
     states = [observe(x) for x in values]
     counts, widths = zip(*map(histogram.to_numpy, states))

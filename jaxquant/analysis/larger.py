@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxquant.graph.trace import path_parts
-from jaxquant.report.report import tree_bytes
+from jaxquant.report.make import tree_bytes
 
 _NAMED = 3
 _WORTH = 1024  # bytes more that are worth a warning; the report has all of them

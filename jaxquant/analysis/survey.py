@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.analysis import measures
 from jaxquant.analysis.measures import Clipping, Ends, Moments
 from jaxquant.backends import int8, operations
-from jaxquant.calibration import histogram, inside
+from jaxquant.calibration import counting, histogram, inside
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.sweep import stacked, stats_of
@@ -90,7 +90,7 @@ def survey(
     @jax.jit
     def step(
         params: Any, qparams: Any, plain: Any, *inputs: Any
-    ) -> tuple[_Batch, histogram.Counts | None]:
+    ) -> tuple[_Batch, counting.Counts | None]:
         program = program_by_site(bind(source.trace(inputs), plan), params)
         flat = jax.tree.leaves(inputs)
         found = _measure(find_parts(program), params, qparams, plain, flat)
@@ -115,7 +115,7 @@ def survey(
             found, seen = step(params, qparams, plain, *inputs)
             found = _by_layer(jax.device_get(found), scans)
             if seen is not None:
-                stats, first_bad = histogram.fold(stats, seen, np.int32(index))
+                stats, first_bad = counting.fold(stats, seen, np.int32(index))
                 _check_finite(names, first_bad)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)
@@ -260,12 +260,12 @@ def _observed(binding: Binding) -> Observed:
     return Observed(binding.model, {name: var for var, name in binding.names.items()}, bodies)
 
 
-def _count(binding: Binding, params: Any, flat: Sequence[Any]) -> histogram.Counts | None:
+def _count(binding: Binding, params: Any, flat: Sequence[Any]) -> counting.Counts | None:
     """The values of the quantized tensors, counted; None where there are none."""
     observed = _observed(binding)
     if not observed.names:
         return None
-    counter = operations.counter(histogram.portable_counts, histogram.MIN_EXPONENT)
+    counter = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
     watch = inside.Watch(counter, None, fast_convolutions)
     return inside.observe(observed, params, flat, (), watch, {}).counts
 

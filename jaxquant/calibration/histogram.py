@@ -1,35 +1,27 @@
 """Streaming histogram of |x| for one tensor: fixed memory, exact, and independent of batch order.
 
-The state is a pytree and the functions are pure: `init() -> state`, `update(state, x, batch_index)
--> state`, `merge(a, b) -> state`.  Bin j of 2048 covers [j, j + 1) * 2**(exponent - 11).  The range
-[0, 2**exponent) is always the smallest power of two above the largest |x| so far; when it grows,
-2**k old bins become one.  Ranges that are powers of two nest exactly, so the final counts are the
-same bits as those of one pass over all the data, however it was split and ordered.
+The state is a pytree and the functions are pure: `init() -> state`, `merge(a, b) -> state`; that of
+a batch is counted by `jaxquant.calibration.counting`.  Bin j of 2048 covers [j, j + 1) *
+2**(exponent - 11).  The range [0, 2**exponent) is always the smallest power of two above the
+largest |x| so far; when it grows, 2**k old bins become one.  Ranges that are powers of two nest
+exactly, so the final counts are the same bits as those of one pass over all the data, however it
+was split and ordered.
 
 Counts are 64-bit, as two uint32 words, since JAX has no 64-bit integers by default and a million
 samples overflow 32 bits.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
-
-from jaxquant.jax_shim import compilation
-
-# float32 of any shape -> uint32 [2048], the counts of |x| over the range of `Histogram.exponent`,
-# and float32 [2], the least and the largest x; one of these is not finite where a value is not.
-Counter: TypeAlias = Callable[[jax.Array], Sequence[jax.Array]]
 
 BINS = 2048
-_BIN_BITS = 11
-# The smallest range; 2**(_BIN_BITS - exponent), by which x is scaled, must be a normal float32.
+BIN_BITS = 11
+# The smallest range; 2**(BIN_BITS - exponent), by which x is scaled, must be a normal float32.
 MIN_EXPONENT = -115
 
 
@@ -82,188 +74,12 @@ def init() -> Histogram:
     )
 
 
-def update(state: Histogram, x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
-    """What has been seen with one more batch: `merge(state, observe(x, batch_index))`.
-
-    With many tensors, stack their states and count all at once: `fold(states, count_all(xs))`.
-
-    Args: `state` is what has been seen so far; the others are as for `observe`.
-
-    Returns:
-      The new state.
-
-    Example:
-      >>> state = update(update(init(), jnp.array([0.0, -1.5])), jnp.array([3.0]))
-      >>> float(state.min), float(state.max), float(state.abs_max)
-      (-1.5, 3.0, 3.0)
-    """
-    return merge(state, observe(x, batch_index))
-
-
-def portable_counts(x: jax.Array) -> list[jax.Array]:
-    """A `Counter` of operations that XLA has everywhere.
-
-    One scatter-add: on CPU the fastest of nine forms that experiments/benchmarks/histogram.py
-    times, but for splits that gain little.  Not measured on GPU or TPU.
-    """
-    x = x.reshape(-1)
-    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
-    # Masking single values that are bad instead would double the time of it all.
-    good = (low > -jnp.inf) & (high < jnp.inf)
-    exponent = _exponent_above(_abs_max(low, high, good))
-    # Exact: a power of two, so that in a good batch 0 <= scaled < 2048.
-    # The barrier keeps XLA from computing the scale anew for each value.
-    scaled = jnp.abs(x) * lax.optimization_barrier(_power_of_two(_BIN_BITS - exponent))
-    bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)
-    counts = jnp.zeros(BINS + 1, jnp.uint32)
-    counts = counts.at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
-    return [counts, jnp.stack([low, high])]
-
-
-def observe(
-    x: jax.Array, batch_index: jax.Array | int = 0, count: Counter = portable_counts
-) -> Histogram:
-    """The histogram of one batch.
-
-    A batch with a NaN or infinity is left out as a whole, and `first_bad` tells which was first.
-
-    Args:
-      x: any shape (also empty) of fewer than 2**31 values, any float dtype; counted as float32.
-      batch_index: [] which batch this is, for `first_bad`.
-      count: how; every counter gives the same state.
-
-    Returns:
-      The state that holds this batch alone.
-
-    Raises:
-      ValueError: `x` is not of a float dtype or is too large.
-
-    Example:
-      >>> counts, bin_width = to_numpy(observe(jnp.array([0.0, -1.5, 3.0])))
-      >>> counts.nonzero()[0] * bin_width
-      array([0. , 1.5, 3. ])
-    """
-    return _of_batch(*_counted(x, count), jnp.uint32(x.size), batch_index)
-
-
-class Counts(NamedTuple):
-    """What is counted of one batch of T tensors, along a leading axis.
-
-    Attributes:
-      counts: uint32 [T, 2048], over the range of each batch.
-      extremes: float32 [T, 2], the least and the largest x, not finite where a value is not.
-      sizes: uint32 [T], how many values there are.
-    """
-
-    counts: jax.Array
-    extremes: jax.Array
-    sizes: jax.Array
-
-
-def count_all(xs: Sequence[jax.Array], count: Counter = portable_counts) -> Counts:
-    """The part of the histograms of one batch of several tensors that depends on their shapes.
-
-    `fold` does the rest.
-
-    Example:
-      >>> count_all([jnp.ones(2), jnp.zeros((3, 4))]).sizes.tolist()
-      [2, 12]
-    """
-    counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
-    return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
-
-
-def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histogram, jax.Array]:
-    """Add one batch to the states of T tensors, stacked along a leading axis.
-
-    A program of its own: it is compiled once for a number of tensors, not once for every model and
-    every input shape.
-
-    Args:
-      states: what has been seen so far; donated, so they cannot be read again.
-      seen: what `count_all` gives of the batch.
-      batch_index: [] which batch this is, for `first_bad`.
-
-    Returns:
-      The new states, and their `first_bad` once more, which is not donated with them.
-
-    Example:
-      >>> states = jax.tree.map(lambda x: x[None], init())
-      >>> states, first_bad = fold(states, count_all([jnp.ones(3)]), 0)
-      >>> states.count_lo.tolist(), first_bad.tolist()
-      ([3], [-1])
-    """
-    return _compiled_fold()(states, *seen, batch_index)
-
-
-@functools.cache
-def _compiled_fold() -> Callable[..., tuple[Histogram, jax.Array]]:
-    def one(state: Histogram, *seen: jax.Array) -> tuple[Histogram, jax.Array]:
-        merged = merge(state, _of_batch(*seen))
-        return merged, merged.first_bad + 0
-
-    folding = jax.vmap(one, (0, 0, 0, 0, None))
-    options = compilation.quick_compilation()
-    return jax.jit(folding, donate_argnums=0, compiler_options=options)
-
-
-def joined(states: Histogram, seen: Counts) -> Histogram:
-    """The states of T tensors with what was counted in one step of a loop, inside a program."""
-
-    def one(state: Histogram, *seen: jax.Array) -> Histogram:
-        counts, extremes, size = seen
-        return merge(state, _of_batch(counts, extremes, size, 0))
-
-    return jax.vmap(one)(states, *seen)
-
-
-def as_counts(states: Histogram) -> Counts:
-    """The states of T tensors over the steps of a loop as what is counted of one batch.
-
-    Example:
-      >>> states = jax.tree.map(lambda x: x[None], init())
-      >>> seen = as_counts(joined(states, count_all([jnp.ones(3)])))
-      >>> seen.extremes.tolist(), seen.sizes.tolist()
-      ([[1.0, 1.0]], [3])
-    """
-    extremes = jnp.stack([states.min, states.max], axis=-1)
-    bad = (states.first_bad >= 0)[:, None]
-    return Counts(states.lo, jnp.where(bad, jnp.nan, extremes), states.count_lo)
-
-
-def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")
-    if x.size >= 2**31:
-        raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
-    counts, extremes = count(x.astype(jnp.float32))
-    return counts, extremes
-
-
-def _of_batch(
-    counts: jax.Array, extremes: jax.Array, size: ArrayLike, batch_index: jax.Array | int
-) -> Histogram:
-    low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
-    good = (low > -jnp.inf) & (high < jnp.inf)  # NaN passes through both
-    abs_max = _abs_max(low, high, good)
-    return Histogram(
-        lo=jnp.where(good, counts, jnp.uint32(0)),
-        hi=jnp.zeros(BINS, jnp.uint32),
-        exponent=_exponent_above(abs_max),
-        min=jnp.where(good, low, jnp.inf),
-        max=jnp.where(good, high, -jnp.inf),
-        abs_max=abs_max,
-        count_lo=jnp.where(good, size, jnp.uint32(0)),
-        count_hi=jnp.zeros((), jnp.uint32),
-        first_bad=jnp.where(good, -1, jnp.asarray(batch_index, jnp.int32)),
-    )
-
-
 def merge(a: Histogram, b: Histogram) -> Histogram:
     """The histogram of both data together; exact, associative and commutative.
 
     Example:
-      >>> a, b = update(init(), jnp.array([1.0])), update(init(), jnp.array([5.0, 7.0]))
+      >>> from jaxquant.calibration.counting import observe
+      >>> a, b = observe(jnp.array([1.0])), observe(jnp.array([5.0, 7.0]))
       >>> int(merge(a, b).exponent), int(merge(a, b).count_lo)
       (3, 3)
     """
@@ -293,13 +109,14 @@ def to_numpy(state: Histogram) -> tuple[np.ndarray, float]:
       counts [2048] int64 and the bin width; bin j covers [j, j + 1) * bin width.
 
     Example:
-      >>> counts, bin_width = to_numpy(update(init(), jnp.full(3, 0.75)))
+      >>> from jaxquant.calibration.counting import observe
+      >>> counts, bin_width = to_numpy(observe(jnp.full(3, 0.75)))
       >>> int(counts.sum()), bin_width == 1 / 2048
       (3, True)
     """
     lo, hi = np.asarray(state.lo), np.asarray(state.hi)
     counts = (hi.astype(np.int64) << 32) + lo.astype(np.int64)
-    return counts, 2.0 ** (int(state.exponent) - _BIN_BITS)
+    return counts, 2.0 ** (int(state.exponent) - BIN_BITS)
 
 
 def from_numpy(
@@ -321,7 +138,7 @@ def from_numpy(
     return Histogram(
         lo=jnp.asarray((counts & 0xFFFFFFFF).astype(np.uint32)),
         hi=jnp.asarray((counts >> 32).astype(np.uint32)),
-        exponent=jnp.asarray(math.frexp(bin_width)[1] - 1 + _BIN_BITS, jnp.int32),
+        exponent=jnp.asarray(math.frexp(bin_width)[1] - 1 + BIN_BITS, jnp.int32),
         min=jnp.asarray(low, jnp.float32),
         max=jnp.asarray(high, jnp.float32),
         abs_max=jnp.asarray(abs_max, jnp.float32),
@@ -331,25 +148,25 @@ def from_numpy(
     )
 
 
-def _abs_max(low: jax.Array, high: jax.Array, good: jax.Array) -> jax.Array:
+def abs_max_of(low: jax.Array, high: jax.Array, good: jax.Array) -> jax.Array:
     """Of the extremes; 0 for no values and for bad ones."""
     return jnp.where(good, jnp.maximum(jnp.maximum(-low, high), 0.0), 0.0)
 
 
-def _exponent_above(x: jax.Array) -> jax.Array:
+def exponent_above(x: jax.Array) -> jax.Array:
     """The least e with x < 2**e, from the bits of a finite x >= 0; at least MIN_EXPONENT."""
     biased = lax.bitcast_convert_type(x, jnp.int32) >> 23
     return jnp.maximum(biased - 126, MIN_EXPONENT)
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def power_of_two(exponent: jax.Array) -> jax.Array:
     """2**exponent as float32, for exponents -126 ... 127."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _widened(state: Histogram, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The counts over the range of a larger exponent: 2**k neighbours become one bin."""
-    shift = jnp.minimum(exponent - state.exponent, _BIN_BITS)
+    shift = jnp.minimum(exponent - state.exponent, BIN_BITS)
     to = jnp.arange(BINS, dtype=jnp.int32) >> shift
     # Sums of 2048 16-bit digits fit 32 bits; the carries are settled afterwards.
     digits = jnp.stack(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, loops
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
       own: the observer's state of each, () without an observer.
     """
 
-    counts: histogram.Counts
+    counts: counting.Counts
     own: tuple[Any, ...]
 
 
@@ -39,7 +39,7 @@ class Watch(NamedTuple):
       forms: those of the float model's equations that run faster here.
     """
 
-    counter: histogram.Counter
+    counter: counting.Counter
     observer: Observer | None
     forms: evaluate.Forms
 
@@ -113,7 +113,7 @@ class _Inside:
         values = [env.read(var) for var in self._observed.tensors.values()]
         update = self._watch.observer.update if self._watch.observer is not None else None
         own = tuple(map(update, self._own[: len(values)], values)) if update is not None else ()
-        parts = [histogram.count_all(values, self._watch.counter)] if values else []
+        parts = [counting.count_all(values, self._watch.counter)] if values else []
         for index in self._bodies:
             parts.append(self._seen[index].counts)
             own += self._seen[index].own
@@ -174,7 +174,7 @@ def _all_steps(
             results, seen = _step(bodies[number], given.values, kept[place], watch)
             if sizes[number]:
                 some = jax.tree.map(lambda x: x[place], states)
-                some = histogram.joined(some, seen.counts)
+                some = counting.joined(some, seen.counts)
                 states = jax.tree.map(lambda x, y: x.at[place].set(y), states, some)
             if kept:
                 kept = (*kept[: place.start], *seen.own, *kept[place.stop :])
@@ -185,7 +185,7 @@ def _all_steps(
     steps = [step_of(number) for number in range(len(bodies))]
     found = loops.run(eqn, operands, steps, kept=(empty, tuple(own)))
     states, kept = found.kept
-    return found.results, Seen(histogram.as_counts(states), kept)
+    return found.results, Seen(counting.as_counts(states), kept)
 
 
 def _step(
@@ -208,10 +208,10 @@ def _stack(states: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
 
 
-def _concatenated(parts: Sequence[histogram.Counts]) -> histogram.Counts:
+def _concatenated(parts: Sequence[counting.Counts]) -> counting.Counts:
     if not parts:
         shapes = ((0, histogram.BINS), jnp.uint32), ((0, 2), jnp.float32), ((0,), jnp.uint32)
-        return histogram.Counts(*(jnp.zeros(*each) for each in shapes))
+        return counting.Counts(*(jnp.zeros(*each) for each in shapes))
     if len(parts) == 1:
         return parts[0]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

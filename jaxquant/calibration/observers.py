@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibration import histogram, kl, threshold
+from jaxquant.calibration import counting, histogram, kl, threshold
 from jaxquant.calibration.observations import TensorStats
 
 
@@ -50,7 +50,7 @@ class Observer(NamedTuple):
     @property
     def keeps_histogram(self) -> bool:
         """True where the statistics of every sweep are all that it needs."""
-        return self.update is histogram.update
+        return self.update is counting.update
 
 
 def histogram_observer(
@@ -63,7 +63,7 @@ def histogram_observer(
       >>> half.keeps_histogram
       True
     """
-    return Observer(histogram.init, histogram.update, function)
+    return Observer(histogram.init, counting.update, function)
 
 
 def percentile(hist_percent: float = 0.99999) -> Observer:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.alive import Alive
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.fingerprint import make_origin
@@ -86,7 +86,7 @@ class Sweep:
         tensors_of: Callable[[Model], Observed],
         observer: Observer | None = None,
         options: Mapping[str, Any] | None = None,
-        count: histogram.Counter = histogram.portable_counts,
+        count: counting.Counter = counting.portable_counts,
         forms: Forms = no_forms,
         allow_batch_dependence: bool = False,
         progress: Progress = SILENT,
@@ -131,7 +131,7 @@ class Sweep:
                 self._trace(inputs)
             known = self._known_of(inputs)
             seen, own = self._step(done.own, self._params, known, *inputs)
-            state, bad = histogram.fold(done.state, seen, np.int32(done.batches))
+            state, bad = counting.fold(done.state, seen, np.int32(done.batches))
         self._done = _Done(
             state,
             own,
@@ -245,7 +245,7 @@ class Sweep:
 
     def _observe(
         self, own: Any, params: Any, known: Any, *inputs: Any
-    ) -> tuple[histogram.Counts, Any]:
+    ) -> tuple[counting.Counts, Any]:
         observed = self._tensors_of(self._source.trace(inputs))
         if differing := {*observed.names} ^ {*self._names}:
             sites = {name.partition("/input")[0] for name in differing}

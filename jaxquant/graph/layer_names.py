@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from jaxquant.graph import ir
+from jaxquant.graph.naming import module_of
 from jaxquant.graph.primitives import is_elementwise
-from jaxquant.graph.sites import module_of
 
 _SEGMENT = re.compile(r"(.*)\[(\d+)(?::\d+)?\]")
 

@@ -13,15 +13,10 @@ from jaxquant.graph import ir
 from jaxquant.graph.composites import Composites
 from jaxquant.graph.cuts import Cuts, Segment, cut_graph, cut_tree, pieces
 from jaxquant.graph.expressions import Expression, Expressions
+from jaxquant.graph.finding import find_lookups, find_sites
+from jaxquant.graph.naming import tensor_names
 from jaxquant.graph.regions import CONTROL_FLOW, Region
-from jaxquant.graph.sites import (
-    Site,
-    find_lookups,
-    find_sites,
-    from_outside,
-    tensor_names,
-    within,
-)
+from jaxquant.graph.sites import Site, from_outside, within
 from jaxquant.graph.trace import trace
 
 
@@ -231,7 +226,7 @@ class Model:
 
     @functools.cached_property
     def names(self) -> Mapping[ir.Var, str]:
-        """Names of the tensors that sites read; see `jaxquant.graph.sites.tensor_names`."""
+        """Names of the tensors that sites read; see `jaxquant.graph.naming.tensor_names`."""
         return tensor_names(self.graph, self.sites)
 
 

@@ -11,7 +11,7 @@ import jax
 
 from jaxquant.graph import ir
 from jaxquant.graph.trace import path_name
-from jaxquant.report.report import tree_bytes
+from jaxquant.report.make import tree_bytes
 from jaxquant.report.table import html_table, text_table
 
 _RIGHT = (False, False, True, True)

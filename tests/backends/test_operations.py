@@ -8,6 +8,7 @@ import pytest
 import jaxquant
 from jaxquant import native
 from jaxquant.backends import operations
+from jaxquant.calibration import counting
 from jaxquant.calibration import histogram as hg
 from tests.native.cases import needs_kernels
 
@@ -28,4 +29,4 @@ def test_calibration_counts_with_the_kernel(monkeypatch: pytest.MonkeyPatch):
 
 def test_where_the_kernels_do_not_run_the_portable_form_counts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "runs_here", lambda: False)
-    assert operations.counter(hg.portable_counts, hg.MIN_EXPONENT) is hg.portable_counts
+    assert operations.counter(counting.portable_counts, hg.MIN_EXPONENT) is counting.portable_counts

@@ -11,12 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxquant.calibration import counting
 from jaxquant.calibration import histogram as hg
 
 pytestmark = pytest.mark.optimized
 
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
-update = jax.jit(hg.update)
+update = jax.jit(counting.update)
 merge = jax.jit(hg.merge)
 
 
@@ -111,7 +112,7 @@ def test_merge_is_exact_and_associative(parts):
 @pytest.mark.parametrize("shape", [(), (3, 0, 2), (2, 3, 4, 5)])
 def test_dtypes_and_shapes(dtype, shape, rng):
     x = rng.standard_normal(shape).astype(dtype)
-    state = hg.update(hg.init(), jnp.asarray(x))
+    state = counting.update(hg.init(), jnp.asarray(x))
     counts, bin_width = hg.to_numpy(state)
     want, want_width = reference(x)
     np.testing.assert_array_equal(counts, want)
@@ -125,7 +126,7 @@ def test_dtypes_and_shapes(dtype, shape, rng):
 
 def test_larger_than_16_bits_of_one_bin(rng):
     x = np.maximum(rng.standard_normal(200_000), 0).astype(np.float32)
-    counts, bin_width = hg.to_numpy(hg.observe(jnp.asarray(x)))
+    counts, bin_width = hg.to_numpy(counting.observe(jnp.asarray(x)))
     want, want_width = reference(x)
     np.testing.assert_array_equal(counts, want)
     assert bin_width == want_width
@@ -192,7 +193,7 @@ def test_many_tensors_under_vmap_and_scan():
     start = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), hg.init())
 
     def step(states, batch):
-        return jax.vmap(hg.merge)(states, jax.vmap(hg.observe)(batch)), None
+        return jax.vmap(hg.merge)(states, jax.vmap(counting.observe)(batch)), None
 
     states, _ = jax.jit(lambda x: jax.lax.scan(step, start, x))(x)
     for i in range(3):
@@ -202,9 +203,9 @@ def test_many_tensors_under_vmap_and_scan():
 
 def test_same_with_64_bit_types():
     x = np.array([1.0, -2.5, 1e-3, 0.0], np.float32)
-    want = hg.update(hg.init(), jnp.asarray(x))
+    want = counting.update(hg.init(), jnp.asarray(x))
     with jax.enable_x64(True):
-        got = hg.update(hg.init(), jnp.asarray(x, jnp.float64))
+        got = counting.update(hg.init(), jnp.asarray(x, jnp.float64))
     assert all(leaf.dtype.itemsize == 4 for leaf in got)
     assert_same(got, want)
 
@@ -214,7 +215,7 @@ def test_one_compilation_and_no_aliased_buffers():
 
     def update(*given):
         traces.append(given)
-        return hg.update(*given)
+        return counting.update(*given)
 
     step = jax.jit(update, donate_argnums=0)
     state = hg.init()
@@ -227,10 +228,10 @@ def test_one_compilation_and_no_aliased_buffers():
 @pytest.mark.parametrize("x", [jnp.ones(3, jnp.int32), jnp.ones(3, bool)])
 def test_refuses_other_dtypes(x):
     with pytest.raises(ValueError, match=rf"floating-point values; got {x.dtype}\[3\]"):
-        hg.observe(x)
+        counting.observe(x)
 
 
 def test_refuses_a_batch_too_large_to_count():
     huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 values"):
-        jax.eval_shape(hg.observe, huge)
+        jax.eval_shape(counting.observe, huge)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration import threshold as th
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.observers import OBSERVERS, percentile
@@ -22,7 +22,7 @@ BUILT_IN = sorted(name for name, o in OBSERVERS.items() if o.keeps_histogram)
 
 
 def stats_of(x: Any) -> TensorStats:
-    state = histogram.observe(jnp.asarray(x, jnp.float32))
+    state = counting.observe(jnp.asarray(x, jnp.float32))
     counts, width = histogram.to_numpy(state)
     low, high, largest = float(state.min), float(state.max), float(state.abs_max)
     return TensorStats(counts, width, low, high, largest, int(counts.sum()))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.calibration import histogram
+from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.sweep import Sweep, with_example
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
@@ -145,7 +145,7 @@ def test_the_step_compiles_once_per_input_shape():
 
     def count(x):
         counted.append(x.shape)
-        return histogram.portable_counts(x)
+        return counting.portable_counts(x)
 
     tensors_of = functools.partial(observed_tensors, config=QuantConfig())
     sweep = Sweep(FloatModel(dot, W), tensors_of, count=count)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxquant import native
 from jaxquant.backends import operations
+from jaxquant.calibration import counting
 from jaxquant.calibration import histogram as hg
 from tests.native.cases import needs_kernels
 
@@ -33,8 +34,8 @@ def reference(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
 
 
 def observe():
-    count = operations.counter(hg.portable_counts, hg.MIN_EXPONENT)
-    return jax.jit(functools.partial(hg.observe, count=count))
+    count = operations.counter(counting.portable_counts, hg.MIN_EXPONENT)
+    return jax.jit(functools.partial(counting.observe, count=count))
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000, 16384, 100_003])
@@ -63,14 +64,14 @@ def test_a_value_that_is_not_finite_takes_all_with_it(bad: float, place: int):
 def test_both_forms_give_the_same_state(shape, dtype, rng):
     x = jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     assert "jaxquant_histogram" in observe().lower(x).as_text()
-    assert "jaxquant_histogram" not in jax.jit(hg.observe).lower(x).as_text()
-    for a, b in zip(observe()(x), jax.jit(hg.observe)(x), strict=True):
+    assert "jaxquant_histogram" not in jax.jit(counting.observe).lower(x).as_text()
+    for a, b in zip(observe()(x), jax.jit(counting.observe)(x), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_the_order_of_zeros_does_not_matter():
     x = np.where(np.arange(60_000) < 100, np.float32(-0.0), np.float32(0.0))
-    for run in (observe(), jax.jit(hg.observe)):
+    for run in (observe(), jax.jit(counting.observe)):
         for values in (x, x[::-1].copy()):
             state = run(values)
             assert not np.signbit(state.min)
@@ -82,5 +83,5 @@ def test_a_sharded_tensor_is_counted_where_its_parts_are():
     x = values(8 * 500).reshape(8, 500)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
     assert "jaxquant_histogram" not in observe().lower(sharded).as_text()
-    for a, b in zip(observe()(sharded), jax.jit(hg.observe)(x), strict=True):
+    for a, b in zip(observe()(sharded), jax.jit(counting.observe)(x), strict=True):
         np.testing.assert_array_equal(a, b)

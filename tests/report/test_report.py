@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from jaxquant.report.report import tree_bytes
+from jaxquant.report.make import tree_bytes
 from jaxquant.report.sqnr import decibel
 from tests import networks, reference
 

@@ -1,0 +1,210 @@
+"""Count batches into the histograms of many tensors at once.
+
+What depends on the shape of a tensor, the counts of its |x| (`count_all`), is apart from what does
+not (`fold`), so that the latter is compiled once for a number of tensors.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxquant.calibration.histogram import (
+    BIN_BITS,
+    BINS,
+    Histogram,
+    abs_max_of,
+    exponent_above,
+    merge,
+    power_of_two,
+)
+from jaxquant.jax_shim import compilation
+
+# float32 of any shape -> uint32 [2048], the counts of |x| over the range of `Histogram.exponent`,
+# and float32 [2], the least and the largest x; one of these is not finite where a value is not.
+Counter: TypeAlias = Callable[[jax.Array], Sequence[jax.Array]]
+
+
+def update(state: Histogram, x: jax.Array, batch_index: jax.Array | int = 0) -> Histogram:
+    """What has been seen with one more batch: `merge(state, observe(x, batch_index))`.
+
+    With many tensors, stack their states and count all at once: `fold(states, count_all(xs))`.
+
+    Args: `state` is what has been seen so far; the others are as for `observe`.
+
+    Returns:
+      The new state.
+
+    Example:
+      >>> from jaxquant.calibration.histogram import init
+      >>> state = update(update(init(), jnp.array([0.0, -1.5])), jnp.array([3.0]))
+      >>> float(state.min), float(state.max), float(state.abs_max)
+      (-1.5, 3.0, 3.0)
+    """
+    return merge(state, observe(x, batch_index))
+
+
+def portable_counts(x: jax.Array) -> list[jax.Array]:
+    """A `Counter` of operations that XLA has everywhere.
+
+    One scatter-add: on CPU the fastest of nine forms that experiments/benchmarks/histogram.py
+    times, but for splits that gain little.  Not measured on GPU or TPU.
+    """
+    x = x.reshape(-1)
+    low, high = jnp.min(x, initial=jnp.inf), jnp.max(x, initial=-jnp.inf)
+    # Masking single values that are bad instead would double the time of it all.
+    good = (low > -jnp.inf) & (high < jnp.inf)
+    exponent = exponent_above(abs_max_of(low, high, good))
+    # Exact: a power of two, so that in a good batch 0 <= scaled < 2048.
+    # The barrier keeps XLA from computing the scale anew for each value.
+    scaled = jnp.abs(x) * lax.optimization_barrier(power_of_two(BIN_BITS - exponent))
+    bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)
+    counts = jnp.zeros(BINS + 1, jnp.uint32)
+    counts = counts.at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
+    return [counts, jnp.stack([low, high])]
+
+
+def observe(
+    x: jax.Array, batch_index: jax.Array | int = 0, count: Counter = portable_counts
+) -> Histogram:
+    """The histogram of one batch.
+
+    A batch with a NaN or infinity is left out as a whole, and `first_bad` tells which was first.
+
+    Args:
+      x: any shape (also empty) of fewer than 2**31 values, any float dtype; counted as float32.
+      batch_index: [] which batch this is, for `first_bad`.
+      count: how; every counter gives the same state.
+
+    Returns:
+      The state that holds this batch alone.
+
+    Raises:
+      ValueError: `x` is not of a float dtype or is too large.
+
+    Example:
+      >>> from jaxquant.calibration.histogram import to_numpy
+      >>> counts, bin_width = to_numpy(observe(jnp.array([0.0, -1.5, 3.0])))
+      >>> counts.nonzero()[0] * bin_width
+      array([0. , 1.5, 3. ])
+    """
+    return _of_batch(*_counted(x, count), jnp.uint32(x.size), batch_index)
+
+
+class Counts(NamedTuple):
+    """What is counted of one batch of T tensors, along a leading axis.
+
+    Attributes:
+      counts: uint32 [T, 2048], over the range of each batch.
+      extremes: float32 [T, 2], the least and the largest x, not finite where a value is not.
+      sizes: uint32 [T], how many values there are.
+    """
+
+    counts: jax.Array
+    extremes: jax.Array
+    sizes: jax.Array
+
+
+def count_all(xs: Sequence[jax.Array], count: Counter = portable_counts) -> Counts:
+    """The part of the histograms of one batch of several tensors that depends on their shapes.
+
+    `fold` does the rest.
+
+    Example:
+      >>> count_all([jnp.ones(2), jnp.zeros((3, 4))]).sizes.tolist()
+      [2, 12]
+    """
+    counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
+    return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
+
+
+def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histogram, jax.Array]:
+    """Add one batch to the states of T tensors, stacked along a leading axis.
+
+    A program of its own: it is compiled once for a number of tensors, not once for every model and
+    every input shape.
+
+    Args:
+      states: what has been seen so far; donated, so they cannot be read again.
+      seen: what `count_all` gives of the batch.
+      batch_index: [] which batch this is, for `first_bad`.
+
+    Returns:
+      The new states, and their `first_bad` once more, which is not donated with them.
+
+    Example:
+      >>> from jaxquant.calibration.histogram import init
+      >>> states = jax.tree.map(lambda x: x[None], init())
+      >>> states, first_bad = fold(states, count_all([jnp.ones(3)]), 0)
+      >>> states.count_lo.tolist(), first_bad.tolist()
+      ([3], [-1])
+    """
+    return _compiled_fold()(states, *seen, batch_index)
+
+
+@functools.cache
+def _compiled_fold() -> Callable[..., tuple[Histogram, jax.Array]]:
+    def one(state: Histogram, *seen: jax.Array) -> tuple[Histogram, jax.Array]:
+        merged = merge(state, _of_batch(*seen))
+        return merged, merged.first_bad + 0
+
+    folding = jax.vmap(one, (0, 0, 0, 0, None))
+    options = compilation.quick_compilation()
+    return jax.jit(folding, donate_argnums=0, compiler_options=options)
+
+
+def joined(states: Histogram, seen: Counts) -> Histogram:
+    """The states of T tensors with what was counted in one step of a loop, inside a program."""
+
+    def one(state: Histogram, *seen: jax.Array) -> Histogram:
+        counts, extremes, size = seen
+        return merge(state, _of_batch(counts, extremes, size, 0))
+
+    return jax.vmap(one)(states, *seen)
+
+
+def as_counts(states: Histogram) -> Counts:
+    """The states of T tensors over the steps of a loop as what is counted of one batch.
+
+    Example:
+      >>> from jaxquant.calibration.histogram import init
+      >>> states = jax.tree.map(lambda x: x[None], init())
+      >>> seen = as_counts(joined(states, count_all([jnp.ones(3)])))
+      >>> seen.extremes.tolist(), seen.sizes.tolist()
+      ([[1.0, 1.0]], [3])
+    """
+    extremes = jnp.stack([states.min, states.max], axis=-1)
+    bad = (states.first_bad >= 0)[:, None]
+    return Counts(states.lo, jnp.where(bad, jnp.nan, extremes), states.count_lo)
+
+
+def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")
+    if x.size >= 2**31:
+        raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
+    counts, extremes = count(x.astype(jnp.float32))
+    return counts, extremes
+
+
+def _of_batch(
+    counts: jax.Array, extremes: jax.Array, size: ArrayLike, batch_index: jax.Array | int
+) -> Histogram:
+    low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
+    good = (low > -jnp.inf) & (high < jnp.inf)  # NaN passes through both
+    abs_max = abs_max_of(low, high, good)
+    return Histogram(
+        lo=jnp.where(good, counts, jnp.uint32(0)),
+        hi=jnp.zeros(BINS, jnp.uint32),
+        exponent=exponent_above(abs_max),
+        min=jnp.where(good, low, jnp.inf),
+        max=jnp.where(good, high, -jnp.inf),
+        abs_max=abs_max,
+        count_lo=jnp.where(good, size, jnp.uint32(0)),
+        count_hi=jnp.zeros((), jnp.uint32),
+        first_bad=jnp.where(good, -1, jnp.asarray(batch_index, jnp.int32)),
+    )

@@ -1,0 +1,106 @@
+"""Names of sites and of the tensors that they read.
+
+A site's name is the path of the parameter its weight comes from, without the collection
+(`params`) and the leaf (`kernel`): `b1/Conv_0`.  So Flax linen, Flax nnx and plain functions over
+nested dicts name the same network alike.  A site without a weight is named after its scope and
+kind; a product of activations in nnx or a plain function, whose scope tells nothing of the layer,
+after the module of what it multiplies too: `blocks/3/attention/bqhd,bkhd->bhqk/matmul`.  A second
+use of a name gets `:1`, and so on; no name depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from jaxquant.graph import ir, kinds, primitives
+from jaxquant.graph.sites import Site
+
+COLLECTION = "params"
+
+
+def name_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+    paths = {site.weight_path for site in sites if site.weight_path}
+    modules = collections.Counter(module_of(path) for path in paths)
+    # The segments of a scan that is cut have the number that it had, sites behind it the next one.
+    seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    taken: set[str] = set()
+    named = []
+    for site in sites:
+        if site.weight_path:
+            base = module_of(site.weight_path)
+            if modules[base] > 1:  # several weights in one module: their names tell them apart
+                base = without_collection(site.weight_path)
+        else:
+            base = "/".join(s for s in (site.feeding, site.scope, site.kind) if s)
+        base = _without_segment(base, site)
+        counts = seen[base]
+        segments = [count for segment, count in counts.items() if segment]
+        count = counts[""] + (counts[site.segment] if site.segment else max(segments, default=0))
+        names = (f"{base}:{n}" if n else base for n in itertools.count(count))
+        name = next(n for each in names if (n := each + site.segment) not in taken)
+        counts[site.segment] += 1
+        taken.add(name)
+        named.append(dataclasses.replace(site, name=name))
+    return tuple(named)
+
+
+def _without_segment(base: str, site: Site) -> str:
+    """A name without the layers that the path of a weight tells of that is cut."""
+    return base.replace(site.segment, "", 1) if site.segment else base
+
+
+def name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]:
+    """Names that the other sites do not have; they share those of a weight that they share."""
+    paths = {site.weight_path for site in (*others, *lookups) if site.weight_path}
+    modules = collections.Counter(module_of(path) for path in paths)
+    taken = {site.name for site in others}
+    named = []
+    for site in lookups:
+        path = site.weight_path
+        base = "/".join(s for s in (site.scope, site.kind) if s)
+        if path:
+            base = module_of(path) if modules[module_of(path)] == 1 else without_collection(path)
+        base = _without_segment(base, site)
+        counts = itertools.chain([base], (f"{base}:{count}" for count in itertools.count(1)))
+        name = next(n for name in counts if (n := name + site.segment) not in taken)
+        taken.add(name)
+        named.append(dataclasses.replace(site, name=name))
+    return named
+
+
+def without_collection(path: str) -> str:
+    head, _, tail = path.partition("/")
+    return tail if head == COLLECTION and tail else path
+
+
+def module_of(path: str) -> str:
+    """The path of the module that a parameter is in, without the collection."""
+    path = without_collection(path)
+    return path.rpartition("/")[0] or path
+
+
+def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
+    """Names of the tensors that sites read: after the first site that does, `b1/Conv_0/input`.
+
+    Rearrangements (reshape, transpose, ...) are seen through, so that all readers of one tensor
+    share its name.  The second operand of a site gives `.../input_1`.  Convolutions and dots
+    name before other sites, and rearrangements last: which of these there are may depend on the
+    batch (`jnp.matmul` of a batch of one drops its axis).
+    """
+    named: dict[ir.Var, str] = {}
+    for site in sorted(sites, key=_naming_rank):
+        for number, operand in enumerate(site.operands):
+            name = f"{site.name}/input" + (f"_{number}" if number else "")
+            root = primitives.movement_root(graph, operand)
+            named.setdefault(root, name)
+            named.setdefault(operand, f"{name}:moved")  # where the rearrangement is kept in float
+    return named
+
+
+def _naming_rank(site: Site) -> int:
+    if site.kind in kinds.DOT_KINDS:
+        return 0
+    return 2 if kinds.is_layout(site.kind) else 1

@@ -1,0 +1,134 @@
+"""Make the report of a quantization: what its program, its parameters and its samples tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.graph import ir
+from jaxquant.graph.layer_names import of_layer
+from jaxquant.plan import layout
+from jaxquant.plan.modes import DYNAMIC, MODES
+from jaxquant.plan.plan import FLOAT, INT8, Plan
+from jaxquant.report.coverage import tensor_rows
+from jaxquant.report.report import Report
+from jaxquant.report.sqnr import Quality
+from jaxquant.run.program import Program
+
+
+def make_report(
+    program: Program,
+    params: Any,
+    qparams: Any,
+    quality: Quality,
+    recovery: Mapping[str, str],
+) -> Report:
+    """Collect the report's plain data; nothing of it holds a device array."""
+    plan = program.whole_plan
+    label = MODES[plan.mode].label
+    thresholds = _thresholds(plan)
+    rounded = _float_sites_on_integers(program)
+    rows = []
+    for site in plan.sites:
+        row: dict[str, Any] = {
+            "name": site.name,
+            "kind": site.kind,
+            "scope": site.scope,
+            "weight_path": site.weight_path,
+            "status": site.status,
+            "reason": site.reason,
+            "inputs": list(site.inputs),
+            "epilogue": [*site.affine, *site.activation],
+        }
+        row["threshold"], row["threshold_max"] = thresholds.get(
+            site.inputs[0] if site.inputs else "", (None, None)
+        )
+        row["weight_scale_min"] = row["weight_scale_max"] = None
+        if site.name in program.slots:
+            path = program.slots[site.name].scale
+            scale = np.asarray(layout.get(qparams["params"], path))
+            row["weight_scale_min"], row["weight_scale_max"] = (
+                float(scale.min()),
+                float(scale.max()),
+            )
+        own_label = MODES[DYNAMIC].label if site.dynamic else label
+        row["mode"] = FLOAT if site.status == FLOAT else own_label.format(bits=site.weight_bits)
+        row["own_sqnr_db"] = quality.own.get(site.name)
+        row["sqnr_db"] = quality.sites.get(site.name)
+        row["by_layer"] = _by_layer(site.name, quality)
+        if site.name in rounded:
+            row["reason"] += "; its weight is stored as the integers of another site"
+        rows.append(row)
+    tensors = tensor_rows(program)
+    by_kind = {
+        kind: {status: sum((r["kind"], r["status"]) == (kind, status) for r in rows)
+               for status in (INT8, FLOAT)}
+        for kind in sorted({site.kind for site in plan.sites})
+    }  # fmt: skip
+    summary = {
+        "sites_int8": sum(row["status"] == INT8 for row in rows),
+        "sites_float": sum(row["status"] == FLOAT for row in rows),
+        "kinds": by_kind,
+        "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
+        "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
+        "output_sqnr_db": quality.outputs.sqnr_db if quality.outputs else None,
+        "bytes_before": tree_bytes(params),
+        "bytes_after": tree_bytes(qparams),
+        "algo": plan.algo,
+        "weight_quantize_type": plan.weight_quantize_type,
+        "mode": plan.mode,
+        "group_size": plan.group_size,
+        "recovery": dict(recovery),
+        "read_dequantized": sorted({r.site.weight_path for r in program.restored.values()}),
+    }
+    return Report(rows, tensors, summary, quality.outputs.rows if quality.outputs else ())
+
+
+def _by_layer(name: str, quality: Quality) -> list[dict[str, Any]] | None:
+    """The layers of a site inside scans over stacked weights; None for another site."""
+    if name not in quality.layers:
+        return None
+    own = quality.own_layers.get(name, {})
+    return [
+        {"name": of_layer(name, layer), "own_sqnr_db": own.get(layer), "sqnr_db": sqnr_db}
+        for layer, sqnr_db in quality.layers[name].items()
+    ]
+
+
+def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Family -> the least and the largest threshold of its layers."""
+    found: dict[str, tuple[float, float]] = {}
+    for tensor in plan.tensors:
+        family = tensor.base_family
+        low, high = found.get(family, (tensor.threshold, tensor.threshold))
+        found[family] = min(low, tensor.threshold), max(high, tensor.threshold)
+    return found
+
+
+def _float_sites_on_integers(program: Program) -> set[str]:
+    """The sites in float whose weight is read from the integers of another one."""
+    quantized = {each.site.name for each in program.binding.sites}
+    graph = program.graph
+    found = set()
+    for site in program.model.with_lookups:
+        if site.weight is None or site.name in quantized:
+            continue
+        behind = {v for eqn in ir.upstream(graph, [site.weight]) for v in eqn.input_vars}
+        if program.restored.keys() & {*behind, site.weight}:
+            found.add(site.name)
+    return found
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree; a PRNG key counts as its data."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            leaf = jax.random.key_data(leaf)
+        struct = ir.struct(leaf)
+        total += math.prod(struct.shape) * struct.dtype.itemsize
+    return total
