@@ -3,6 +3,7 @@
 from jaxquant.native.counting import histogram, histogram_types
 from jaxquant.native.differences import difference_types, differences
 from jaxquant.native.floats import float_depthwise
+from jaxquant.native.fused import Call, Requantize, Residual
 from jaxquant.native.library import (
     Availability,
     available,
@@ -12,7 +13,7 @@ from jaxquant.native.library import (
     runs_here,
     runs_int8_here,
 )
-from jaxquant.native.ops import Call, Requantize, Residual, conv, conv_call, dot, dot_by_groups
+from jaxquant.native.ops import conv, conv_call, dot, dot_by_groups
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
 from jaxquant.native.thresholds import Weighing, kl_thresholds

@@ -1,82 +1,37 @@
 """int8 convolution and dot with a fused epilogue, by the native kernels.
 
-Pure functions; each is one call from XLA.  With q an int8 tensor, zp its zero point and s its
-scale, a value is (q - zp) * s.  The operations compute
-
-    y = sum((q_x - zp_x) * q_w) * multiplier + bias        int32 sums; float32 from here
-    y = clip(y, *activation)
-    y = y + (q_r - zp_r) * s_r                             or + r, of a float32 residual
-    y = clip(y, *activation_after)
-    q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
-
-and return y, q, or both.  Each line rounds as XLA's lowering on CPU does (multiply and add are
-contracted to one rounding), so results are the same bits.
-
-An int8 tensor may also be stored as uint8, which holds q + 128: what it is read from is then not
-converted first.  Zero points are those of the stored type: of uint8, 128 is the symmetric one.
+Pure functions; each is one call from XLA, which computes what `jaxquant.native.fused` says.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant.native import library
-from jaxquant.native.call import Static, call
-from jaxquant.native.fields import Clamps, Geometry, ZeroPoint, ZeroPoints
+from jaxquant.native.fields import Geometry, ZeroPoint
+from jaxquant.native.fused import (
+    BIAS,
+    ENDS,
+    MULTIPLIER,
+    NO_CLAMP,
+    PACKED,
+    Call,
+    Clamp,
+    Requantize,
+    Residual,
+    X,
+    make_call,
+)
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.window import output_size
 
-Clamp = tuple[float, float]
-_NO_CLAMP: Clamp = (-math.inf, math.inf)
-# The places of a call's operands, in the order in which its handler takes them (`src/fused.h`).
-X, PACKED, MULTIPLIER, BIAS, INV_SCALE, RESIDUAL_SCALE, ZERO_POINTS, RESIDUAL = range(8)
-# Of `dot_by_groups`, behind the zero points; the residual is behind it.
-ENDS = 7
-
-
-class Residual(NamedTuple):
-    """A tensor of the output's shape that is added: int8 or uint8 with a scale, or float32."""
-
-    value: jax.Array
-    scale: Any = 1.0
-    zero_point: ZeroPoint = 0
-
-
-class Requantize(NamedTuple):
-    """How the output becomes int8: inverse scale, zero point, int8 or uint8."""
-
-    inv_scale: Any
-    zero_point: ZeroPoint = 0
-    dtype: Any = jnp.int8
-
-
-class Call(NamedTuple):
-    """One operation that is yet to run; `run` does it alone, `jaxquant.native.sequence` several.
-
-    Attributes:
-      static: what it is compiled for.
-      operands: x, the packed weight, multiplier, bias (empty for none), inverse scale of the
-        output, scale of the residual, zero points, and perhaps the residual: at the places `X` to
-        `RESIDUAL`.
-    """
-
-    static: Static
-    operands: list[Any]
-
-    def run(self) -> Any:
-        """The result, or a tuple of both."""
-        results = call(self.static, self.operands)
-        return results[0] if len(results) == 1 else results
-
 
 def conv(x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> Any:
-    """Convolution of int8 tensors; see the module for the epilogue.
+    """Convolution of int8 tensors; see `jaxquant.native.fused` for the epilogue.
 
     Args:
       x, kernel, rest, options: as of `conv_call`.
@@ -103,14 +58,14 @@ def conv_call(
     groups: int = 1,
     zero_point: ZeroPoint = 0,
     subtract_zero_point: bool = True,
-    activation: Clamp = _NO_CLAMP,
+    activation: Clamp = NO_CLAMP,
     residual: Residual | None = None,
-    activation_after: Clamp = _NO_CLAMP,
+    activation_after: Clamp = NO_CLAMP,
     out: Requantize | None = None,
     float_out: bool = False,
     kernel_shape: Sequence[int] | None = None,
 ) -> Call:
-    """A convolution of int8 tensors; see the module for the epilogue.
+    """A convolution of int8 tensors; see `jaxquant.native.fused` for the epilogue.
 
     Args:
       x: int8 or uint8 [N, H, W, C]; where the window leaves it, it holds `zero_point`.
@@ -182,14 +137,14 @@ def dot(
     *,
     zero_point: ZeroPoint = 0,
     subtract_zero_point: bool = True,
-    activation: Clamp = _NO_CLAMP,
+    activation: Clamp = NO_CLAMP,
     residual: Residual | None = None,
-    activation_after: Clamp = _NO_CLAMP,
+    activation_after: Clamp = NO_CLAMP,
     out: Requantize | None = None,
     float_out: bool = False,
     columns: int | None = None,
 ) -> Any:
-    """x [..., K] times a weight [K, N], of int8; see the module for the epilogue.
+    """x [..., K] times a weight [K, N], of int8; see `jaxquant.native.fused` for the epilogue.
 
     Args:
       x: int8 or uint8 [..., K].
@@ -263,7 +218,7 @@ def dot_by_groups(
             f"and a multiplier {multiplier.shape}"
         )
     of_sets = (PACKED, MULTIPLIER) if bias is None else (PACKED, MULTIPLIER, BIAS)
-    return _call(
+    return make_call(
         library.GROUPS, x, packed, (multiplier, bias), (x.shape[1], columns),
         behind=(ends,), batched=(X, *(of_sets if sets == x.shape[0] != 1 else ()), ENDS),
         **epilogue,
@@ -283,82 +238,9 @@ def _with_epilogue(
     channels = out_shape[-1]
     multiplier = _per_channel("multiplier", multiplier, channels)
     bias = None if bias is None else _per_channel("bias", bias, channels)
-    return _call(
+    return make_call(
         handler, x, packed, (multiplier, bias), out_shape, geometry=(geometry,), **epilogue
     )
-
-
-def _call(
-    handler: str,
-    x: jax.Array,
-    packed: jax.Array,
-    channels: tuple[jax.Array, jax.Array | None],
-    out_shape: tuple[int, ...],
-    *,
-    geometry: tuple[tuple[str, Any], ...] = (),
-    behind: tuple[jax.Array, ...] = (),
-    batched: tuple[int, ...] = (X,),
-    zero_point: ZeroPoint = 0,
-    subtract_zero_point: bool = True,
-    activation: Clamp = _NO_CLAMP,
-    residual: Residual | None = None,
-    activation_after: Clamp = _NO_CLAMP,
-    out: Requantize | None = None,
-    float_out: bool = False,
-) -> Call:
-    """A call of any handler.
-
-    Args:
-      handler: what is called.
-      x, packed: its first operands.
-      channels: the multiplier and the bias, in the shapes that the handler takes.
-      out_shape: of a sample's result.
-      geometry: attributes of the handler beside the bounds of the clips.
-      behind: operands between the zero points and the residual.
-      batched: the places of the operands that have the batch, as of `Static`, but the residual's.
-      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out: as of
-        `conv_call`.
-    """
-    library.require()
-    _check_dtype("x", x, ("int8", "uint8"))
-    _check_dtype("the packed weight", packed, ("int8",))
-    multiplier, bias = channels
-    out_dtypes = []
-    if float_out or out is None:
-        out_dtypes.append("float32")
-    if out is not None:
-        out_dtypes.append(jnp.dtype(out.dtype).name)
-    operands = [x, packed, multiplier, jnp.zeros((0,), jnp.float32) if bias is None else bias]
-    operands.append(jnp.asarray(1.0 if out is None else out.inv_scale, jnp.float32))
-    operands.append(jnp.asarray(1.0 if residual is None else residual.scale, jnp.float32))
-    residual_zero_point: ZeroPoint = 0
-    if residual is not None:
-        _check_dtype("the residual", residual.value, ("int8", "uint8", "float32"))
-        if residual.value.shape != (x.shape[0], *out_shape):
-            raise ValueError(
-                f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
-            )
-        residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
-    of_input = _centred(zero_point, x.dtype)
-    zero_points = ZeroPoints(
-        input=of_input,
-        subtracted=of_input if subtract_zero_point else 0,
-        residual=residual_zero_point,
-        output=0 if out is None else _centred(out.zero_point, out.dtype),
-    )
-    operands += [zero_points.operand(), *behind]
-    if residual is not None:
-        batched = (*batched, len(operands))
-        operands.append(residual.value)
-    (low, high), (low_after, high_after) = activation, activation_after
-    bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
-    static = Static(
-        handler,
-        tuple((out_shape, dtype) for dtype in out_dtypes),
-        batched,
-        (*geometry, ("clamps", bounds)),
-    )
-    return Call(static, operands)
 
 
 def _per_channel(name: str, value: Any, channels: int) -> jax.Array:
@@ -366,13 +248,3 @@ def _per_channel(name: str, value: Any, channels: int) -> jax.Array:
     if value.shape not in ((), (channels,)):
         raise ValueError(f"the {name} is {value.shape}; expected ({channels},) or ()")
     return jnp.broadcast_to(value, (channels,))
-
-
-def _check_dtype(name: str, value: jax.Array, allowed: tuple[str, ...]) -> None:
-    if np.dtype(value.dtype).name not in allowed:
-        raise ValueError(f"{name} is {value.dtype}; expected {' or '.join(allowed)}")
-
-
-def _centred(zero_point: ZeroPoint, dtype: Any) -> ZeroPoint:
-    """The zero point of the int8 value, of one that is given for the stored type."""
-    return zero_point - 128 if np.dtype(dtype) == np.uint8 else zero_point

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxquant.native import library
 from jaxquant.native.call import Static, call
 from jaxquant.native.fields import NONE, Image, Places
-from jaxquant.native.ops import (
+from jaxquant.native.fused import (
     BIAS,
     INV_SCALE,
     MULTIPLIER,
