@@ -12,11 +12,11 @@ from jaxquant.plan.bind import is_elsewhere
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.modes import MODES
 
-_Body = tuple[Model, Sequence["Part"]]
+_Body = tuple[Model, Sequence["Flow"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class Flow:
     """A graph, or one layer of a loop's body, with the sites in it.
 
     Attributes:
@@ -29,11 +29,11 @@ class Part:
 
     graph: ir.Graph
     names: Mapping[ir.Var, str]
-    operands: Mapping[ir.Var, tuple[Part, ir.Var]]
+    operands: Mapping[ir.Var, tuple[Flow, ir.Var]]
     bodies: dict[int, list[_Body]] = dataclasses.field(default_factory=dict)
     inputs: dict[str, tuple[ir.Var, ...]] = dataclasses.field(default_factory=dict)
 
-    def walk(self) -> Iterator[Part]:
+    def walk(self) -> Iterator[Flow]:
         """Itself and the layers of the bodies inside."""
         yield self
         for bodies in self.bodies.values():
@@ -48,19 +48,19 @@ class Part:
         a site would be behind itself.
         """
         found: dict[str, None] = {}
-        stack: list[tuple[Part, ir.Var]] = [(self, var) for var in start]
+        stack: list[tuple[Flow, ir.Var]] = [(self, var) for var in start]
         seen = set(stack)
         while stack:
-            part, var = stack.pop()
-            if var in part.names:
-                found[part.names[var]] = None
+            flow, var = stack.pop()
+            if var in flow.names:
+                found[flow.names[var]] = None
                 continue
-            reads = [node for node in part._sources(var) if node not in seen]
+            reads = [node for node in flow._sources(var) if node not in seen]
             stack += reads
             seen.update(reads)
         return tuple(found)
 
-    def _sources(self, var: ir.Var) -> Iterator[tuple[Part, ir.Var]]:
+    def _sources(self, var: ir.Var) -> Iterator[tuple[Flow, ir.Var]]:
         """What a tensor is computed from by one equation, or where it comes from."""
         if var in self.operands:
             yield self.operands[var]
@@ -82,19 +82,19 @@ class Part:
                     )
 
 
-def find_flow(binding: Binding, shown: Collection[str]) -> Part:
+def find_flow(binding: Binding, shown: Collection[str]) -> Flow:
     """A model, with those of its sites that are shown.
 
     Args:
       binding: of the whole model.
       shown: the names of the sites, with their layers.
     """
-    return _part(binding, shown, {})
+    return _flow_of(binding, shown, {})
 
 
-def _part(
-    binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Part, ir.Var]]
-) -> Part:
+def _flow_of(
+    binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Flow, ir.Var]]
+) -> Flow:
     ends = {s.site.name: s.epilogue.output for s in binding.sites}
     found = binding.model.sites_of(MODES[binding.plan.mode].lookups)
     sites = [
@@ -104,29 +104,29 @@ def _part(
     ]
     outputs = {ends.get(s.name, s.output): of_layer(s.name, binding.layer) for s in sites}
     names = {var: name for var, name in outputs.items() if var is not None}
-    part = Part(binding.graph, names, operands)
-    part.inputs.update({of_layer(s.name, binding.layer): s.operands for s in sites})
+    flow = Flow(binding.graph, names, operands)
+    flow.inputs.update({of_layer(s.name, binding.layer): s.operands for s in sites})
     for index, bodies in binding.bodies.items():
         backwards = binding.graph.equations[index].params.get("reverse", False)
-        part.bodies[index] = []
+        flow.bodies[index] = []
         for body in bodies:
-            before: Part | None = None
-            layers: list[Part] = []
+            before: Flow | None = None
+            layers: list[Flow] = []
             for layer in reversed(body.layers) if backwards else body.layers:
-                before = _part(layer, shown, _operands(part, body.model, before))
+                before = _flow_of(layer, shown, _operands(flow, body.model, before))
                 layers.append(before)
-            part.bodies[index].append((body.model, layers))
-    return part
+            flow.bodies[index].append((body.model, layers))
+    return flow
 
 
-def _operands(outer: Part, body: Model, before: Part | None) -> dict[ir.Var, tuple[Part, ir.Var]]:
+def _operands(outer: Flow, body: Model, before: Flow | None) -> dict[ir.Var, tuple[Flow, ir.Var]]:
     """Where the arguments of a body come from, in the layer that runs after `before`."""
     region, found = body.root, {}
     for place, argument in enumerate(region.arguments):
         source = region.operands[place]
-        part = outer
+        flow = outer
         if before is not None and place in region.carries:
-            part, source = before, before.graph.outputs[region.carries[place]]
+            flow, source = before, before.graph.outputs[region.carries[place]]
         if isinstance(source, int):
-            found[argument] = part, source
+            found[argument] = flow, source
     return found

@@ -32,7 +32,7 @@ from jaxquant.run.float_forms import evaluate_float, fast_convolutions
 from jaxquant.run.program import program_by_site
 from jaxquant.run.quantized import QuantizedTensors
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
-from jaxquant.tune.parts import Choice, Here, Part, Parts, Value, evaluate_parts, find_parts
+from jaxquant.tune.parts import Here, Outcome, Part, Parts, Value, evaluate_parts, find_parts
 
 
 class Surveyed(NamedTuple):
@@ -162,15 +162,15 @@ def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any
     graph = parts.program.graph
     reference = evaluate_float(graph, params, flat)
 
-    def shift(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+    def shift(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         if not has_bias(here.program, part):
-            return Choice(as_float())
-        return Choice(as_float(), shift_at(part, here.in_float, as_int8()[0])[0])
+            return Outcome(as_float())
+        return Outcome(as_float(), shift_at(part, here.in_float, as_int8()[0])[0])
 
-    def alone(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+    def alone(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         wanted = as_float()
         if not part.name or not _is_float(wanted[0]):
-            return Choice(wanted)
+            return Outcome(wanted)
         got, ends = as_int8()[0], None
         if part.site is not None:
             epilogue = part.site.epilogue
@@ -179,13 +179,13 @@ def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any
                 got = got + epilogue.channels.spread(off, got.ndim)
             if epilogue.channels.axes:
                 ends = _ends(epilogue, got, here.in_float)
-        return Choice(wanted, _Alone(measures.moments(wanted[0], got), ends))
+        return Outcome(wanted, _Alone(measures.moments(wanted[0], got), ends))
 
-    def whole(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+    def whole(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         got = as_int8()
         wanted = here.in_float.wide(part.end.outputs[0])
         is_measured = part.name and _is_float(wanted)
-        return Choice(got, measures.moments(wanted, got[0]) if is_measured else None)
+        return Outcome(got, measures.moments(wanted, got[0]) if is_measured else None)
 
     if is_corrected(parts.program.whole_plan):
         shifts = evaluate_parts(parts, params, plain, flat, shift, reference)[1].of

@@ -30,8 +30,8 @@ _SIGNS: Mapping[str, Callable[[Any, Any], Any]] = {
 _OPPOSITE = {"<=": ">", ">": "<=", ">=": "<", "<": ">="}
 
 
-class Comparison(NamedTuple):
-    """Of two expressions of sizes, as `jax.export` spells them."""
+class SizeComparison(NamedTuple):
+    """Two expressions of sizes and how they compare, as `jax.export` spells them."""
 
     left: str
     sign: str
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
         return strict.get(self.sign, f"{self.left} {self.sign} {self.right}")
 
     @property
-    def opposite(self) -> Comparison:
+    def opposite(self) -> SizeComparison:
         return self._replace(sign=_OPPOSITE[self.sign])
 
     def holds(self, known: Mapping[str, int]) -> bool:
@@ -68,7 +68,7 @@ class Assumption(NamedTuple):
     beyond: Any
 
 
-def undecided(error: Exception) -> Comparison | None:
+def undecided(error: Exception) -> SizeComparison | None:
     """The comparison of sizes that JAX could not decide; None where the error is of another kind.
 
     >>> str(undecided(TypeError("Incompatible shapes: (s, 8), (min(512, s), 8)")))
@@ -76,10 +76,10 @@ def undecided(error: Exception) -> Comparison | None:
     """
     text = str(error)
     if found := _COMPARISON.search(text):
-        return Comparison(*found.groups())
+        return SizeComparison(*found.groups())
     if found := _EXTREME.search(text):
         least, size = found.groups()  # JAX writes numbers first
-        return Comparison(size, "<=", least)
+        return SizeComparison(size, "<=", least)
     return None
 
 
@@ -112,7 +112,7 @@ def assumed_in(error: Exception, inputs: Any, example: Any) -> Assumption | None
         return None
 
 
-def _beyond(comparison: Comparison, known: Mapping[str, int], inputs: Any) -> Any:
+def _beyond(comparison: SizeComparison, known: Mapping[str, int], inputs: Any) -> Any:
     """The inputs with one size so large, or so small, that the comparison does not hold."""
     for name, size in known.items():
         larger = (size << k for k in range(1, _MOST_DOUBLINGS))

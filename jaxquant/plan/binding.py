@@ -82,18 +82,19 @@ class Binding:
         if not self.bodies:
             return self.plan
         places = {site.name: site.location for site in self.model.whole.located}
-        sites = [site for part in self._parts() for site in part.sites]
+        sites = [site for layer in self._plans() for site in layer.sites]
         once = {site.name: site for site in sites}  # there once for each layer
         return dataclasses.replace(
             self.plan,
             sites=tuple(sorted(once.values(), key=lambda site: places[site.name])),
-            tensors=tuple(tensor for part in self._parts() for tensor in part.tensors),
+            tensors=tuple(tensor for layer in self._plans() for tensor in layer.tensors),
         )
 
-    def _parts(self) -> Iterator[Plan]:
-        for part in self.all_layers():
-            tensors = tuple(tensor.in_layer(part.layer) for tensor in part.plan.tensors)
-            yield dataclasses.replace(part.plan, tensors=tensors)
+    def _plans(self) -> Iterator[Plan]:
+        """The plans of all layers, their tensors named after these."""
+        for bound in self.all_layers():
+            tensors = tuple(tensor.in_layer(bound.layer) for tensor in bound.plan.tensors)
+            yield dataclasses.replace(bound.plan, tensors=tensors)
 
     def all_layers(self) -> Iterator[Binding]:
         """Itself and all layers of all its bodies."""

@@ -20,7 +20,7 @@ _SELECTING = frozenset(_SELECTED.split())
 _ADDING = frozenset({"add", "add_any", "sub"})
 
 
-class Sums(NamedTuple):
+class SumScales(NamedTuple):
     """Where the float value of a tensor is quantized.
 
     Attributes:
@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
+class ScaledGraph:
     """A graph, or one layer of a loop's body, with what is quantized in it.
 
     Attributes:
@@ -45,39 +45,42 @@ class Part:
 
     graph: ir.Graph
     scales: Mapping[ir.Var, str]
-    bodies: Mapping[int, Sequence[tuple[Model, Sequence[Part]]]] = dataclasses.field(
+    bodies: Mapping[int, Sequence[tuple[Model, Sequence[ScaledGraph]]]] = dataclasses.field(
         default_factory=dict
     )
 
     @staticmethod
-    def of(binding: Binding) -> Part:
-        """The part that a binding is of, with those in it."""
+    def of(binding: Binding) -> ScaledGraph:
+        """The graph of a binding, with those of its bodies."""
         suffix = layer_suffix(binding.layer)
-        return Part(
+        return ScaledGraph(
             binding.graph,
             {var: binding.scales[var] + suffix for var in binding.names},
             {
-                index: [(body.model, [Part.of(layer) for layer in body.layers]) for body in bodies]
+                index: [
+                    (body.model, [ScaledGraph.of(layer) for layer in body.layers])
+                    for body in bodies
+                ]
                 for index, bodies in binding.bodies.items()
                 if any(body.layers[0].holds_int8 for body in bodies)
             },
         )
 
 
-_Node: TypeAlias = tuple[Part, ir.Var]
+_Node: TypeAlias = tuple[ScaledGraph, ir.Var]
 
 
-def find_sums(part: Part) -> dict[Part, dict[ir.Var, Sums]]:
+def find_sums(scaled: ScaledGraph) -> dict[ScaledGraph, dict[ir.Var, SumScales]]:
     """The tensors whose values arrive at a quantization by moving, selecting and adding alone.
 
     Args:
-      part: a whole model.
+      scaled: a whole model.
 
     Returns:
-      Of it and of each part in it, the tensors.
+      Of it and of the graph of each layer in it, the tensors.
     """
     search = _Search()
-    search.visit(part)
+    search.visit(scaled)
     return search.found()
 
 
@@ -89,50 +92,52 @@ class _Search:
         self._reached: dict[_Node, frozenset[str]] = {}
         self._first: dict[str, _Node] = {}
         self._added: set[_Node] = set()
-        self._parts: dict[Part, None] = {}
+        self._graphs: dict[ScaledGraph, None] = {}
 
-    def found(self) -> dict[Part, dict[ir.Var, Sums]]:
+    def found(self) -> dict[ScaledGraph, dict[ir.Var, SumScales]]:
         together: dict[_Node, frozenset[str]] = {}
         for node, names in self._reached.items():
             root = self._root(node)
             together[root] = together.get(root, frozenset()) | names
-        sums: dict[Part, dict[ir.Var, Sums]] = {part: {} for part in self._parts}
+        sums: dict[ScaledGraph, dict[ir.Var, SumScales]] = {scaled: {} for scaled in self._graphs}
         for node, names in self._reached.items():
             if names:
                 alone = frozenset[str]() if node in self._added else names
-                sums[node[0]][node[1]] = Sums(alone, together[self._root(node)])
+                sums[node[0]][node[1]] = SumScales(alone, together[self._root(node)])
         return sums
 
-    def visit(self, part: Part) -> None:
-        """Follow the values of a part; where those of its outputs go is known."""
-        self._parts[part] = None
-        for var, name in part.scales.items():
-            node = part, var
+    def visit(self, scaled: ScaledGraph) -> None:
+        """Follow the values of a graph; where those of its outputs go is known."""
+        self._graphs[scaled] = None
+        for var, name in scaled.scales.items():
+            node = scaled, var
             self._reached[node] = self._reached.get(node, frozenset()) | {name}
             # One scale has one unit.
             self._parent[self._root(node)] = self._root(self._first.setdefault(name, node))
-        for eqn in reversed(part.graph.equations):
-            if eqn.index in part.bodies:
-                for model, layers in part.bodies[eqn.index]:
-                    self._loop(part, eqn, model, layers)
-            elif _hands_on(part.graph, eqn):
-                for var in (v for v in eqn.input_vars if not part.graph.static[v]):
-                    self._link((part, var), (part, eqn.outputs[0]), _adds(part.graph, eqn))
+        for eqn in reversed(scaled.graph.equations):
+            if eqn.index in scaled.bodies:
+                for model, layers in scaled.bodies[eqn.index]:
+                    self._loop(scaled, eqn, model, layers)
+            elif _hands_on(scaled.graph, eqn):
+                for var in (v for v in eqn.input_vars if not scaled.graph.static[v]):
+                    self._link((scaled, var), (scaled, eqn.outputs[0]), _adds(scaled.graph, eqn))
 
-    def _loop(self, part: Part, eqn: ir.Equation, body: Model, layers: Sequence[Part]) -> None:
+    def _loop(
+        self, scaled: ScaledGraph, eqn: ir.Equation, body: Model, layers: Sequence[ScaledGraph]
+    ) -> None:
         """Follow the values through the layers of a body, the last one first."""
         region = body.root
         operands = dict(zip(region.arguments, region.operands, strict=True))
         carried = {region.arguments[k]: out for k, out in region.carries.items()}
         backwards = list(layers) if eqn.params.get("reverse") else list(reversed(layers))
-        behind: Part | None = None
+        behind: ScaledGraph | None = None
         for layer in backwards:
             for position, result in enumerate(region.results):
                 out = layer.graph.outputs[position]
                 if not isinstance(out, int) or result is None or layer.graph.static[out]:
                     continue
                 if position not in carried.values() or behind is None:
-                    self._link((layer, out), (part, eqn.outputs[result]))
+                    self._link((layer, out), (scaled, eqn.outputs[result]))
             for argument, position in carried.items():
                 out = layer.graph.outputs[position]
                 if behind is not None and isinstance(out, int):
@@ -147,14 +152,16 @@ class _Search:
             behind = layer
             for argument, operand in operands.items():
                 if argument not in carried and argument not in body.leaf_operands:
-                    self._enter(part, operand, layer, argument)
+                    self._enter(scaled, operand, layer, argument)
         first = backwards[-1]
         for argument in carried:
-            self._enter(part, operands[argument], first, argument)
+            self._enter(scaled, operands[argument], first, argument)
 
-    def _enter(self, part: Part, operand: ir.Atom | None, layer: Part, argument: ir.Var) -> None:
-        if isinstance(operand, int) and not part.graph.static[operand]:
-            self._link((part, operand), (layer, argument))
+    def _enter(
+        self, scaled: ScaledGraph, operand: ir.Atom | None, layer: ScaledGraph, argument: ir.Var
+    ) -> None:
+        if isinstance(operand, int) and not scaled.graph.static[operand]:
+            self._link((scaled, operand), (layer, argument))
 
     def _link(self, node: _Node, behind: _Node, adds: bool = False) -> None:
         """A value is handed on, as it is or added to another one."""
@@ -170,9 +177,9 @@ class _Search:
         return node
 
 
-def hands_on(part: Part, eqn: ir.Equation) -> bool:
+def hands_on(scaled: ScaledGraph, eqn: ir.Equation) -> bool:
     """True for what moves, selects or adds, and for a loop whose values are followed."""
-    return eqn.index in part.bodies or _hands_on(part.graph, eqn)
+    return eqn.index in scaled.bodies or _hands_on(scaled.graph, eqn)
 
 
 def _adds(graph: ir.Graph, eqn: ir.Equation) -> bool:

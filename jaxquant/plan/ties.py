@@ -40,7 +40,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.plan.sums import Part, Sums, find_sums, hands_on
+from jaxquant.plan.sums import ScaledGraph, SumScales, find_sums, hands_on
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
 LARGEST_DENOMINATOR = 4096  # beyond which no smaller excess is looked for
@@ -83,12 +83,12 @@ def without_ties(binding: Binding) -> Binding:
             if planned[name] * LARGEST_STEP >= fit.unit:
                 scales[name] = odd_multiple(planned[name], fit.unit)
 
-    def changed(part: Binding) -> Binding:
-        suffix = layer_suffix(part.layer)
+    def changed(bound: Binding) -> Binding:
+        suffix = layer_suffix(bound.layer)
         tensors = [
-            _with_scale(t, scales.get(t.family + suffix, t.scale)) for t in part.plan.tensors
+            _with_scale(t, scales.get(t.family + suffix, t.scale)) for t in bound.plan.tensors
         ]
-        return part.with_tensors(tensors).in_bodies(changed)
+        return bound.with_tensors(tensors).in_bodies(changed)
 
     return changed(binding)
 
@@ -108,22 +108,22 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     Args:
       binding: of a whole model.
     """
-    whole = Part.of(binding)
+    whole = ScaledGraph.of(binding)
     sums = find_sums(whole)
-    parts = list(_pairs(binding, whole))
+    pairs = list(_pairs(binding, whole))
     divided: set[str] = set()
     scales: dict[str, float] = {}
-    for bound, part in parts:
-        divided |= {name for var, name in part.scales.items() if var in bound.per_channel}
+    for bound, scaled in pairs:
+        divided |= {name for var, name in scaled.scales.items() if var in bound.per_channel}
         suffix = layer_suffix(bound.layer)
         scales |= {t.name + suffix: t.scale for t in bound.plan.tensors if t.threshold > 0}
     read = frozenset[str]().union(
-        *(_read_in_float(bound, part, sums[part], part is whole) for bound, part in parts)
+        *(_read_in_float(bound, scaled, sums[scaled], scaled is whole) for bound, scaled in pairs)
     )
     fits = {}
-    for bound, part in parts:
+    for bound, scaled in pairs:
         for int8_site in bound.sites:
-            site, found = int8_site.site, sums[part].get(int8_site.epilogue.output)
+            site, found = int8_site.site, sums[scaled].get(int8_site.epilogue.output)
             if found is None or site.stored_weight is None:
                 continue
             if not divided.isdisjoint(found.together):
@@ -140,10 +140,10 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     return fits
 
 
-def _pairs(binding: Binding, part: Part) -> Iterator[tuple[Binding, Part]]:
-    """A part and those in it, each with its binding."""
-    yield binding, part
-    for index, bodies in part.bodies.items():
+def _pairs(binding: Binding, scaled: ScaledGraph) -> Iterator[tuple[Binding, ScaledGraph]]:
+    """A graph and those of its bodies, each with its binding."""
+    yield binding, scaled
+    for index, bodies in scaled.bodies.items():
         for (_, layers), body in zip(bodies, binding.bodies[index], strict=True):
             for inner, layer in zip(layers, body.layers, strict=True):
                 yield from _pairs(layer, inner)
@@ -156,7 +156,7 @@ def _are_unlike(scales: Mapping[str, float], names: frozenset[str]) -> bool:
 
 
 def _read_in_float(
-    binding: Binding, part: Part, sums: Mapping[ir.Var, Sums], is_whole: bool
+    binding: Binding, scaled: ScaledGraph, sums: Mapping[ir.Var, SumScales], is_whole: bool
 ) -> frozenset[str]:
     """The scales of those sums that a float operation or the caller reads in float too."""
     graph, forms = binding.graph, binding.forms
@@ -164,7 +164,7 @@ def _read_in_float(
     in_int8 |= forms.moves | forms.reads_int8
 
     def reads_float(eqn: ir.Equation, var: ir.Var) -> bool:
-        if hands_on(part, eqn) and any(output in sums for output in eqn.outputs):
+        if hands_on(scaled, eqn) and any(output in sums for output in eqn.outputs):
             return False
         return eqn.index not in in_int8 or var not in forms.int8
 

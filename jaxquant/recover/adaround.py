@@ -49,7 +49,7 @@ class Problem(NamedTuple):
       inputs: float32 [R, G, K], integers.
       wanted: float32 [R, C], the float model's outputs before the activation.
       down: float32 [G, K, C/G], the integers below the weights.
-      part: float32 likewise, in [0, 1]: how far each weight is above; 0 and 1 stay as they are.
+      fraction: float32 likewise, in [0, 1]: how far each weight is above; 0 and 1 stay as they are.
       nearest: bool likewise, True where nearest rounding goes up.
       multiplier, bias: float32 [C].
       activation: what follows, elementwise.
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
     inputs: np.ndarray
     wanted: np.ndarray
     down: np.ndarray
-    part: np.ndarray
+    fraction: np.ndarray
     nearest: np.ndarray
     multiplier: np.ndarray
     bias: np.ndarray
@@ -103,7 +103,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     train, test = _split(problem)
     nearest = problem.nearest
     start, base = errors(train, nearest), errors(test, nearest)
-    free = (problem.part > 0) & (problem.part < 1)
+    free = (problem.fraction > 0) & (problem.fraction < 1)
     size = math.sqrt(start / len(train.inputs))  # of an error: the losses are in units of it
     if size < SMALLEST_SCALE or not free.any():
         return Learned(nearest, base, base)
@@ -164,17 +164,17 @@ def _split(problem: Problem) -> tuple[Problem, Problem]:
     """The positions that are learned from, and those held out."""
     cut = len(problem.inputs) - max(len(problem.inputs) // 4, 1)
     return tuple(
-        problem._replace(inputs=problem.inputs[part], wanted=problem.wanted[part])
-        for part in (slice(None, cut), slice(cut, None))
+        problem._replace(inputs=problem.inputs[rows], wanted=problem.wanted[rows])
+        for rows in (slice(None, cut), slice(cut, None))
     )  # type: ignore[return-value]
 
 
 def _start(problem: Problem) -> tuple[jax.Array, Any]:
-    """v where h(v) is the weight's part, and the optimizer's state."""
+    """v where h(v) is the fraction of the weight, and the optimizer's state."""
     import optax
 
     low, high = _STRETCH
-    inner = np.clip((problem.part.astype(np.float64) - low) / (high - low), 1e-3, 1 - 1e-3)
+    inner = np.clip((problem.fraction.astype(np.float64) - low) / (high - low), 1e-3, 1 - 1e-3)
     v = jnp.asarray(np.log(inner / (1 - inner)), jnp.float32)
     return v, optax.adam(RATE).init(v)
 

@@ -50,7 +50,7 @@ from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import watch
 from jaxquant.recover.divisible import Divisible, Seen, Where, find_divisible
-from jaxquant.recover.factors import Divided, Reader, Tried, choose
+from jaxquant.recover.factors import Divided, ReadingSite, Tried, choose
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.trial import Trial
 from jaxquant.run.layers import GraphLayer
@@ -215,7 +215,7 @@ def _tried(
             per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
             centred=product.site.name in corrected,
         )
-        readers.append(Reader(tensor, product, trial))
+        readers.append(ReadingSite(tensor, product, trial))
     return Tried(planned, seen, readers)
 
 

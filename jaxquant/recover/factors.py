@@ -16,7 +16,7 @@ from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import reach
 from jaxquant.recover.divisible import Divisible, Seen
 from jaxquant.recover.product import Product
-from jaxquant.recover.trial import InputGrid, Trial
+from jaxquant.recover.trial import IntegerRange, Trial
 
 _WORTH = 0.9  # an equalization is worth it where the error falls to this part
 _SMALLEST = 1 / 64  # of the middle channel's range: the least range of a channel
@@ -35,7 +35,7 @@ class Divided(NamedTuple):
     grid: Grid
 
 
-class Reader:
+class ReadingSite:
     """A site that reads a tensor, tried with factors for its input channels, flattened [I]."""
 
     def __init__(self, tensor: Divisible, product: Product, trial: Trial):
@@ -53,7 +53,7 @@ class Reader:
         np.maximum.at(largest, self._channel, np.abs(self._trial.weight).max(axis=2))
         return largest
 
-    def error(self, grid: InputGrid, factors: np.ndarray | None) -> float:
+    def error(self, grid: IntegerRange, factors: np.ndarray | None) -> float:
         return self._trial.error(grid, None if factors is None else factors[self._channel])
 
 
@@ -62,7 +62,7 @@ class Tried(NamedTuple):
 
     plan: TensorPlan
     seen: Seen
-    readers: Sequence[Reader]
+    readers: Sequence[ReadingSite]
 
     @property
     def own(self) -> Grid:
@@ -115,8 +115,8 @@ def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:
     return best
 
 
-def _input_grid(grid: Grid) -> InputGrid:
-    return InputGrid(grid.scale, -128.0 - grid.zero_point, 127.0 - grid.zero_point)
+def _input_grid(grid: Grid) -> IntegerRange:
+    return IntegerRange(grid.scale, -128.0 - grid.zero_point, 127.0 - grid.zero_point)
 
 
 def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
@@ -147,7 +147,7 @@ def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
     return grids
 
 
-def _ranges(grid: InputGrid, seen: Seen) -> np.ndarray:
+def _ranges(grid: IntegerRange, seen: Seen) -> np.ndarray:
     """[I], how much of a grid each channel may take up."""
     shown = np.maximum(
         seen.high / (grid.step * grid.highest) if grid.highest > 0 else 0.0,

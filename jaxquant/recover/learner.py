@@ -67,14 +67,14 @@ class Learner:
             places.setdefault(site.name, {})[layer] = drawn
         self._sites = {
             each.site.name: Learnable(
-                part.model,
-                Product(part.graph, each.site),
-                find_activation(part.graph, each.epilogue.output),
+                inner.model,
+                Product(inner.graph, each.site),
+                find_activation(inner.graph, each.epilogue.output),
                 places[each.site.name],
-                _input_grid(part, each.site, qparams) if is_repeated(part.model) else None,
+                _input_grid(inner, each.site, qparams) if is_repeated(inner.model) else None,
             )
-            for part in programs
-            for each in stored[part.model]
+            for inner in programs
+            for each in stored[inner.model]
             if not reasons[each.site.name]
         }
         self._whole = GraphLayer(program, program.binding, _writable(qparams, self._sites), params)
@@ -91,18 +91,18 @@ class Learner:
         sites = list(self._sites.values())
         wanted = find_wanted(self._program.model, self._whole.params, flat, sites)
 
-        def visit(part: GraphLayer, int8_site: Int8Site, x: jax.Array) -> None:
+        def visit(here: GraphLayer, int8_site: Int8Site, x: jax.Array) -> None:
             site = int8_site.site
             if site.name in self._sites:
-                zero_point = part.binding.zero_points[site.operands[0]]
+                zero_point = here.binding.zero_points[site.operands[0]]
                 learnable = self._sites[site.name]
-                inputs = learnable.product.inputs(x, zero_point, learnable.places[part.layer])
-                found = wanted[site.name][part.layer]._replace(inputs=inputs)
-                self._learn(part, learnable, found, roundings)
+                inputs = learnable.product.inputs(x, zero_point, learnable.places[here.layer])
+                found = wanted[site.name][here.layer]._replace(inputs=inputs)
+                self._learn(here, learnable, found, roundings)
             stage.step()
 
-        def enter(part: GraphLayer, index: int) -> None:
-            for inner in (each for body in part.inside(index) for each in body.walk()):
+        def enter(here: GraphLayer, index: int) -> None:
+            for inner in (each for body in here.inside(index) for each in body.walk()):
                 for name in (each.site.name for each in inner.binding.sites):
                     if name not in self._program.slots:
                         continue
@@ -115,31 +115,31 @@ class Learner:
         return self._whole.qparams
 
     def _learn_repeated(
-        self, part: GraphLayer, learnable: Learnable, wanted: Wanted | None, roundings: Roundings
+        self, here: GraphLayer, learnable: Learnable, wanted: Wanted | None, roundings: Roundings
     ) -> None:
         """Learn a site in a loop or choice, where enough of the samples come there."""
         count = 0 if wanted is None else len(wanted.rows)
         if wanted is None or count < _FEWEST:
-            name = _named(learnable.product.site, part.layer)
+            name = _named(learnable.product.site, here.layer)
             self.outcomes[name] = f"{count} output positions are too few"
             return
-        self._learn(part, learnable, wanted, roundings)
+        self._learn(here, learnable, wanted, roundings)
 
     def _learn(
-        self, part: GraphLayer, learnable: Learnable, wanted: Wanted, roundings: Roundings
+        self, here: GraphLayer, learnable: Learnable, wanted: Wanted, roundings: Roundings
     ) -> None:
-        """Learn the rounding of a site in one layer, and put it into the part's arrays."""
-        product, site, qparams = learnable.product, learnable.product.site, part.qparams
+        """Learn the rounding of a site in one layer, and put it into the arrays there."""
+        product, site, qparams = learnable.product, learnable.product.site, here.qparams
         assert site.weight is not None
-        slot, arrays = part.program.slots[site.name], qparams["sites"][site.name]
+        slot, arrays = here.program.slots[site.name], qparams["sites"][site.name]
         int8 = layout.get(qparams["params"], slot.int8)
         multiplier = np.asarray(arrays["multiplier"], np.float64)
-        weight, scale = self._scaled_weight(part, site, layout.get(qparams["params"], slot.scale))
+        weight, scale = self._scaled_weight(here, site, layout.get(qparams["params"], slot.scale))
         before = product.matrix(np.asarray(int8, np.float64))
-        zero_point = part.binding.zero_points[site.operands[0]]
+        zero_point = here.binding.zero_points[site.operands[0]]
         bias = np.asarray(arrays["bias"], np.float64)
         bias = bias + zero_point * multiplier * _column_sums(before)
-        step = _input_scale(part, site) * scale
+        step = _input_scale(here, site) * scale
         ratio = product.matrix(weight)
         down = np.clip(np.floor(ratio), -127, 127)
         problem = adaround.Problem(
@@ -147,17 +147,17 @@ class Learner:
             wanted=np.asarray(wanted.rows * jnp.asarray(multiplier / step, jnp.float32)
                               + jnp.asarray(bias, jnp.float32)),
             down=down.astype(np.float32),
-            part=np.clip(ratio - down, 0, 1).astype(np.float32),
+            fraction=np.clip(ratio - down, 0, 1).astype(np.float32),
             nearest=before > down,
             multiplier=multiplier.astype(np.float32),
             bias=bias.astype(np.float32),
-            activation=_of_rows(part.program, learnable.activation, wanted),
+            activation=_of_rows(here.program, learnable.activation, wanted),
             correct=site.name in self._corrected,
         )  # fmt: skip
-        name = _named(site, part.layer)
+        name = _named(site, here.layer)
         rounding = _rounding(name, problem, roundings)
         after = down + rounding.up
-        int8[...] = product.weight(after, part.program.graph.shape(site.weight)).astype(np.int8)
+        int8[...] = product.weight(after, here.program.graph.shape(site.weight)).astype(np.int8)
         bias = bias + adaround.shift(problem, rounding.up)
         bias = bias - zero_point * multiplier * _column_sums(after)
         arrays["bias"][...] = whole_steps(bias, multiplier)
@@ -166,22 +166,22 @@ class Learner:
         )
 
     def _scaled_weight(
-        self, part: GraphLayer, site: Site, scale: Any
+        self, here: GraphLayer, site: Site, scale: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """The float64 weight in units of its scale [C] or [], which comes too in float64."""
-        weight = undivided(part.binding, site, self._weight(part, site), self._divisors)
+        weight = undivided(here.binding, site, self._weight(here, site), self._divisors)
         scale = np.asarray(scale, np.float64)
         ratio = weight / along_channels(scale, site.channel_axes, weight.shape)
         near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
         return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
 
-    def _weight(self, part: GraphLayer, site: Site) -> np.ndarray:
-        """The float weight of a site; those of one part are there at a time."""
-        place = part.program.model, part.layer
+    def _weight(self, here: GraphLayer, site: Site) -> np.ndarray:
+        """The float weight of a site; those of one graph are there at a time."""
+        place = here.program.model, here.layer
         if place not in self._folded:
-            here = (x for x in self._sites.values() if x.model is part.program.model)
-            weights = [x.product.site.weight for x in here if x.product.site.weight is not None]
-            self._folded = {place: fold(part.program.graph, part.params, weights, [])[0]}
+            own = (x for x in self._sites.values() if x.model is here.program.model)
+            weights = [x.product.site.weight for x in own if x.product.site.weight is not None]
+            self._folded = {place: fold(here.program.graph, here.params, weights, [])[0]}
         assert site.weight is not None
         return self._folded[place][site.weight]
 
@@ -220,7 +220,7 @@ def _reasons(
 
 def _rounding(name: str, problem: adaround.Problem, roundings: Roundings) -> Rounding:
     """The rounding that the file has, or one that is learned and put there."""
-    known = digest(problem.inputs, problem.wanted, problem.down, problem.part,
+    known = digest(problem.inputs, problem.wanted, problem.down, problem.fraction,
                    np.array([adaround.STEPS, problem.correct], np.int64))  # fmt: skip
     shape = problem.down.shape
     if (found := roundings.get(name, known, shape)) is not None:
@@ -238,9 +238,9 @@ def _input_grid(program: Program, site: Site, qparams: Any) -> InputGrid:
     return InputGrid(tensor["inv_scale"], np.asarray(zero_point, np.int32))
 
 
-def _input_scale(part: GraphLayer, site: Site) -> float:
-    name = part.binding.scales[site.operands[0]]
-    return next(t.scale for t in part.binding.plan.tensors if t.name == name)
+def _input_scale(here: GraphLayer, site: Site) -> float:
+    name = here.binding.scales[site.operands[0]]
+    return next(t.scale for t in here.binding.plan.tensors if t.name == name)
 
 
 def _of_rows(

@@ -41,7 +41,7 @@ class Rounding(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Origin:
     """What roundings were learned from: digests of the function, its parameters and the samples.
 
     `jax` is the version that traced the function, which another version may trace otherwise.
@@ -52,7 +52,7 @@ class Source:
     data: str
     jax: str
 
-    def differences(self, other: Source) -> list[str]:
+    def differences(self, other: Origin) -> list[str]:
         """One phrase for each way in which a file, made with `other`, does not belong here."""
         found = []
         if self.model != other.model:
@@ -71,12 +71,12 @@ class Source:
         return found
 
 
-def make_source(graph: ir.Graph, params: Any, examples: Sequence[tuple[Any, ...]]) -> Source:
+def make_source(graph: ir.Graph, params: Any, examples: Sequence[tuple[Any, ...]]) -> Origin:
     """What the roundings of a model on calibration samples are learned from."""
     data = hashlib.sha256()
     for inputs in examples:
         data.update(batch_digest(inputs))
-    return Source(model_digest(graph), params_digests(params), data.hexdigest(), jax.__version__)
+    return Origin(model_digest(graph), params_digests(params), data.hexdigest(), jax.__version__)
 
 
 class _Record(NamedTuple):
@@ -102,7 +102,7 @@ class Roundings:
         it is damaged or none of learned roundings.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, source: Callable[[], Source]):
+    def __init__(self, path: str | os.PathLike[str] | None, source: Callable[[], Origin]):
         self._path = None if path is None else Path(path)
         self._records: dict[str, _Record] = {}
         if self._path is None:
@@ -156,7 +156,7 @@ def digest(*arrays: np.ndarray) -> bytes:
     return found.digest()
 
 
-def _read(path: Path, source: Source) -> dict[str, _Record]:
+def _read(path: Path, source: Origin) -> dict[str, _Record]:
     """The records of a file, once it is known to be of this source."""
     try:
         tensors, metadata, _ = safetensors.read(path, FORM)
@@ -177,7 +177,7 @@ def _read(path: Path, source: Source) -> dict[str, _Record]:
 
 def _decode(
     tensors: dict[str, np.ndarray], text: dict[str, Any]
-) -> tuple[Source, dict[str, _Record]]:
+) -> tuple[Origin, dict[str, _Record]]:
     if set(text) != {"sites", "source"} or not isinstance(text["sites"], list):
         raise FileError("its record is damaged")
     names, source = text["sites"], _source(text["source"])
@@ -200,11 +200,11 @@ def _decode(
     return source, dict(zip(names, records, strict=True))
 
 
-def _source(data: Any) -> Source:
-    fields = {field.name for field in dataclasses.fields(Source)}
+def _source(data: Any) -> Origin:
+    fields = {field.name for field in dataclasses.fields(Origin)}
     if not isinstance(data, dict) or set(data) != fields or not isinstance(data["params"], dict):
         raise FileError("its record of what it is of is damaged")
     texts = [*data["params"].values(), data["model"], data["data"], data["jax"]]
     if not all(isinstance(text, str) for text in texts):
         raise FileError("its record of what it is of is damaged")
-    return Source(**data)
+    return Origin(**data)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class InputGrid(NamedTuple):
+class IntegerRange(NamedTuple):
     """The integers of an input less its zero point: from `lowest` to `highest`, worth `step`."""
 
     step: float
@@ -39,7 +39,7 @@ class Trial:
     per_channel: bool
     centred: bool
 
-    def error(self, grid: InputGrid, factors: np.ndarray | None = None) -> float:
+    def error(self, grid: IntegerRange, factors: np.ndarray | None = None) -> float:
         """Σ (y - ŷ)² over rows and channels.
 
         Args:

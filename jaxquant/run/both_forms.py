@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxquant.graph import evaluate, ir, loops
 from jaxquant.plan import layout
 from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.loops import Body, arrays_of
+from jaxquant.run.loops import BodyProgram, arrays_of
 
 
-class Sums(Protocol):
+class AddsUp(Protocol):
     """What is seen in a step and adds up over steps: a pytree of arrays.
 
     In a scan over stacked weights nothing is added: there is one for each layer, along a leading
@@ -35,7 +35,7 @@ class Sums(Protocol):
         ...
 
 
-Seen = TypeVar("Seen", bound=Sums)
+Seen = TypeVar("Seen", bound=AddsUp)
 
 
 class Both(NamedTuple, Generic[Seen]):
@@ -61,7 +61,7 @@ class Form(NamedTuple, Generic[Seen]):
         these are not read, `qparams` of one layer) -> what a step gives.
     """
 
-    body: Body
+    body: BodyProgram
     step: Callable[[Sequence[Any], Sequence[Any], Mapping[str, Any]], Both[Seen]]
 
 
@@ -148,7 +148,7 @@ def run(
     return [results[place] for place in range(len(eqn.outputs))], layers if layered else sums
 
 
-def float_body(body: Body, values: Sequence[Any]) -> evaluate.Environment:
+def float_body(body: BodyProgram, values: Sequence[Any]) -> evaluate.Environment:
     """The values of one step of a body in float, of those of its arguments."""
     graph = body.model.graph
     table = evaluate.float_table(graph.equations, fast_convolutions(graph))
@@ -166,7 +166,7 @@ def led(
     return lambda state: {**lowering(state), **{var: reference.wide(var) for var in whole}}
 
 
-def _operands(body: Body, env: evaluate.Environment) -> _Operands:
+def _operands(body: BodyProgram, env: evaluate.Environment) -> _Operands:
     region = body.model.root
     found = _Operands({}, {}, {})
     for place, atom in enumerate(region.operands):

@@ -42,11 +42,11 @@ class GraphLayer(NamedTuple):
         return name + layer_suffix(self.layer)
 
     def walk(self) -> Iterator[GraphLayer]:
-        """Itself and the parts inside."""
+        """Itself and the layers of the bodies inside."""
         yield self
         for index in self.program.bodies:
-            for part in self.inside(index):
-                yield from part.walk()
+            for layer in self.inside(index):
+                yield from layer.walk()
 
     def inside(self, index: int) -> Iterator[GraphLayer]:
         """The layers of the bodies that one of its equations holds, ascending."""

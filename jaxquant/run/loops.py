@@ -46,7 +46,7 @@ class Inside:
         return frozenset[ir.Var]().union(*(layer.per_channel for layer in self.layers))
 
 
-class Body(Protocol):
+class BodyProgram(Protocol):
     """The program of a body; a `jaxquant.run.program.Program` is one."""
 
     model: Model
@@ -60,7 +60,7 @@ class Body(Protocol):
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]: ...
 
 
-def lowering(eqn: ir.Equation, bodies: Sequence[Body]) -> Lowering:
+def lowering(eqn: ir.Equation, bodies: Sequence[BodyProgram]) -> Lowering:
     """The lowering of a loop or choice.
 
     Args:
@@ -82,7 +82,7 @@ def lowering(eqn: ir.Equation, bodies: Sequence[Body]) -> Lowering:
     return run
 
 
-def _step(body: Body, every: Mapping[str, Any]) -> graph_loops.Step:
+def _step(body: BodyProgram, every: Mapping[str, Any]) -> graph_loops.Step:
     """One step of an int8 program.
 
     Args:
@@ -97,7 +97,9 @@ def _step(body: Body, every: Mapping[str, Any]) -> graph_loops.Step:
     return step
 
 
-def arrays_of(body: Body, qparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def arrays_of(
+    body: BodyProgram, qparams: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of the sites of a body: those of all its steps, and those with a layer for each.
 
     Args:
@@ -125,7 +127,7 @@ def arrays_of(body: Body, qparams: Mapping[str, Any]) -> tuple[dict[str, Any], d
     return every, stacked
 
 
-def pack(body: Body, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
+def pack(body: BodyProgram, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The packed weights of a body, stacked as the weights themselves are.
 
     Args:
@@ -145,7 +147,7 @@ def pack(body: Body, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
     }
 
 
-def _is_shared(body: Body, name: str) -> bool:
+def _is_shared(body: BodyProgram, name: str) -> bool:
     """Whether the layers of a body have the weight of a site in common."""
     slots = body.body.slots
     return name in slots and ("params", *slots[name].int8) in body.body.shared

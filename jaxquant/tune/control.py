@@ -51,7 +51,7 @@ class Built(NamedTuple):
         return self.qapply.plan
 
 
-class Step(NamedTuple):
+class Attempt(NamedTuple):
     """One candidate.
 
     Attributes:
@@ -92,8 +92,8 @@ def control(
       The model, and the rules that make it.
 
     Its report's summary has "control": float_score, int8_score (of full int8), score, target, held,
-    out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (of
-    `Step`, as dicts).  A site inside a scan over stacked weights is one site, with all its layers.
+    out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (each
+    an `Attempt` as a dict).  A site inside a scan over stacked weights is one, with all its layers.
     """
     model = functools.partial(jax.jit(source.apply_fn), source.given)
     with progress.stage("accuracy control"):
@@ -127,7 +127,7 @@ class _Search:
         self.limit = math.inf if goal.time_budget is None else goal.time_budget
         self.float_score = float_score
         self.target = float_score - goal.max_drop
-        self.steps: list[Step] = []
+        self.steps: list[Attempt] = []
         self.ranking: list[str] = []
         self.out_of_time = False
         self.rules: Rules = ()
@@ -151,14 +151,14 @@ class _Search:
 
     def consider(
         self, step: str, detail: str, rules: Rules, keep: Callable[[float], bool] | None = None
-    ) -> Step:
+    ) -> Attempt:
         """Score what rules make, and go on from it where `keep` says so; None: if it is better."""
         with self._progress.stage(f"trying {step}"):
             built = self._build(rules)
             found = self._score(built)
         kept = found > self.score if keep is None else keep(found)
         sites = changed_sites(self.full.plan, built.plan)
-        self.steps.append(Step(step, detail, found, found - self.score, kept, sites))
+        self.steps.append(Attempt(step, detail, found, found - self.score, kept, sites))
         if kept:
             self.best, self.score, self.rules = built, found, rules
         return self.steps[-1]

@@ -92,12 +92,12 @@ class Here(NamedTuple):
         return self.reference
 
 
-class Choice(NamedTuple):
-    """What is chosen at a part.
+class Outcome(NamedTuple):
+    """What a choice at a part comes to.
 
     Attributes:
       values: those to go on with.
-      seen: what was seen there, see `jaxquant.run.both_forms.Sums`; None for nothing.
+      seen: what was seen there, see `jaxquant.run.both_forms.AddsUp`; None for nothing.
     """
 
     values: Sequence[Any]
@@ -124,7 +124,7 @@ class Seen(NamedTuple):
 
 
 Value = Callable[[], Sequence[Any]]
-Choose = Callable[[Here, Part, Value, Value], Choice]
+Choose = Callable[[Here, Part, Value, Value], Outcome]
 Look = Callable[[Here], Mapping[str, Any]]
 
 

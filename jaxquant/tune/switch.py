@@ -23,7 +23,7 @@ from jaxquant.recover.shift import Shift
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
-from jaxquant.tune.parts import Choice, Here, Part, Parts, Value, evaluate_parts, find_parts
+from jaxquant.tune.parts import Here, Outcome, Part, Parts, Value, evaluate_parts, find_parts
 
 Chosen: TypeAlias = Mapping[str, Any]
 _REST = ""  # the name of the parts that are no sites
@@ -63,8 +63,8 @@ class Switch:
         def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
             parts, flat = start(inputs)
 
-            def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
-                return Choice(_pick(chosen, part, as_float, as_int8))
+            def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
+                return Outcome(_pick(chosen, part, as_float, as_int8))
 
             return evaluate.outputs(evaluate_parts(parts, params, qparams, flat, choose)[0])
 
@@ -92,14 +92,14 @@ def _shifts(
 ) -> dict[str, Shift]:
     """Of the int8 sites of a mixture, each behind the corrected ones before it."""
 
-    def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Choice:
+    def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         values = _pick(chosen, part, as_float, as_int8)
         if not has_bias(here.program, part):
-            return Choice(values)
+            return Outcome(values)
         shift, corrected = shift_at(part, here.in_float, values[0])
         on = chosen[part.name]
         values = [jnp.where(on, corrected, values[0])]
-        return Choice(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
+        return Outcome(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
 
     reference = evaluate_float(parts.program.graph, params, flat)
     return evaluate_parts(parts, params, qparams, flat, choose, reference)[1].of

@@ -14,7 +14,7 @@ import pytest
 import jaxquant
 from jaxquant.graph.trace import trace
 from jaxquant.plan import ties
-from jaxquant.plan.sums import Part, Sums, find_sums
+from jaxquant.plan.sums import ScaledGraph, SumScales, find_sums
 from tests import networks, reference
 
 C = 16
@@ -89,8 +89,8 @@ def outputs(apply_fn, params, x):
     """What `find_sums` knows of the tensors that a function returns."""
     graph = trace(apply_fn, params, (x,))
     dots = [e.inputs[0] for e in graph.equations if e.name == "dot_general"]
-    part = Part(graph, {var: f"{n}" for n, var in enumerate(dots)})
-    found = find_sums(part)[part]
+    scaled = ScaledGraph(graph, {var: f"{n}" for n, var in enumerate(dots)})
+    found = find_sums(scaled)[scaled]
     return [found.get(var) for var in graph.outputs]
 
 
@@ -102,7 +102,7 @@ def test_sums_are_followed_through_what_moves_and_selects():
         return y, jnp.tanh(y), y * 2, joined @ p
 
     sums, *others = outputs(apply_fn, jnp.eye(4), jnp.ones((2, 4)))
-    assert sums == Sums(frozenset("1"), frozenset("1"))
+    assert sums == SumScales(frozenset("1"), frozenset("1"))
     assert others == [None, None, None]
 
 
@@ -114,8 +114,8 @@ def test_what_is_added_belongs_together():
         return y, z, w, w @ p
 
     y, z, w, last = outputs(apply_fn, jnp.eye(4), jnp.ones((2, 4)))
-    assert y == z == Sums(frozenset(), frozenset("123"))
-    assert w == Sums(frozenset("3"), frozenset("123"))
+    assert y == z == SumScales(frozenset(), frozenset("123"))
+    assert w == SumScales(frozenset("3"), frozenset("123"))
     assert last is None
 
 

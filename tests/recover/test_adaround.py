@@ -49,7 +49,7 @@ def problem(correct: bool = False, activation: Any = jax.nn.relu) -> adaround.Pr
         inputs=x,
         wanted=(x @ w)[:, 0].astype(np.float32),
         down=np.floor(ratio).astype(np.float32),
-        part=(ratio - np.floor(ratio)).astype(np.float32),
+        fraction=(ratio - np.floor(ratio)).astype(np.float32),
         nearest=np.rint(ratio) > np.floor(ratio),
         multiplier=step.reshape(-1).astype(np.float32),
         bias=np.zeros(8, np.float32),
@@ -73,8 +73,8 @@ def test_correlated_inputs_gain_on_what_was_held_out(correct: bool):
 
 def test_weights_on_the_grid_stay():
     p = problem()
-    part = np.where(np.arange(32)[:, None] % 2 == 0, 0, p.part).astype(np.float32)
-    p = p._replace(part=part, nearest=part > 0.5)
+    fraction = np.where(np.arange(32)[:, None] % 2 == 0, 0, p.fraction).astype(np.float32)
+    p = p._replace(fraction=fraction, nearest=fraction > 0.5)
     up = adaround.learn(p, steps=100).up
     assert not up[:, ::2].any()
 

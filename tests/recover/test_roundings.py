@@ -14,15 +14,15 @@ import pytest
 from jaxquant.files import safetensors
 from jaxquant.files.errors import FileError
 from jaxquant.graph.trace import trace
-from jaxquant.recover.roundings import FORM, Rounding, Roundings, Source, digest, make_source
+from jaxquant.recover.roundings import FORM, Origin, Rounding, Roundings, digest, make_source
 from tests.mutations import MUTATIONS
 
-SOURCE = Source("model", {"w": "float32[5,3] 0"}, "data", "0.10")
+SOURCE = Origin("model", {"w": "float32[5,3] 0"}, "data", "0.10")
 KNOWN, OTHER = digest(np.zeros(3)), digest(np.zeros(4))
 UP = np.random.default_rng(0).random((1, 5, 3)) > 0.5
 
 
-def opened(path: Path | None, source: Source = SOURCE) -> Roundings:
+def opened(path: Path | None, source: Origin = SOURCE) -> Roundings:
     return Roundings(path, lambda: source)
 
 
@@ -55,15 +55,15 @@ def test_without_a_path_nothing_is_kept(tmp_path: Path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Source("m", SOURCE.params, "data", "0.10"), "apply_fn computes something else"),
-        (Source("m", SOURCE.params, "data", "9"), "or jax 0.10, which it was made with"),
-        (Source("model", {"w": "x"}, "data", "0.10"), "the parameters 'w' differ"),
-        (Source("model", dict.fromkeys("wabc", ""), "data", "0.10"),
+        (Origin("m", SOURCE.params, "data", "0.10"), "apply_fn computes something else"),
+        (Origin("m", SOURCE.params, "data", "9"), "or jax 0.10, which it was made with"),
+        (Origin("model", {"w": "x"}, "data", "0.10"), "the parameters 'w' differ"),
+        (Origin("model", dict.fromkeys("wabc", ""), "data", "0.10"),
          "the parameters 'w', 'a', 'b' and 1 more differ"),
-        (Source("model", SOURCE.params, "d", "0.10"), "the calibration samples differ"),
+        (Origin("model", SOURCE.params, "d", "0.10"), "the calibration samples differ"),
     ],
 )  # fmt: skip
-def test_a_file_of_something_else_is_refused(path: Path, other: Source, message: str):
+def test_a_file_of_something_else_is_refused(path: Path, other: Origin, message: str):
     before = path.read_bytes()
     with pytest.raises(FileError, match=f"roundings.safetensors' is of another.*{message}"):
         opened(path, other)
@@ -73,7 +73,7 @@ def test_a_file_of_something_else_is_refused(path: Path, other: Source, message:
 def test_a_source_tells_models_parameters_and_samples_apart():
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
 
-    def source(function: Any, scale: float, x: np.ndarray) -> Source:
+    def source(function: Any, scale: float, x: np.ndarray) -> Origin:
         params = {"w": jnp.eye(4) * scale}
         return make_source(trace(function, params, (x,)), params, [(x,)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxquant.recover.trial import InputGrid, Trial
+from jaxquant.recover.trial import IntegerRange, Trial
 from jaxquant.weights.integers import quantize_weight, weight_scale
 
 
@@ -16,7 +16,7 @@ def test_the_error_is_that_of_the_quantized_product(groups: int, per_channel: bo
     x = rng.uniform(-1, 3, (20, groups, 6)).astype(np.float32)
     w = rng.normal(size=(groups, 6, 2))
     gains, e = rng.uniform(1, 2, (groups, 2)), rng.uniform(0.5, 1, (groups, 6))
-    grid = InputGrid(2 / 255, -20, 235)  # clips
+    grid = IntegerRange(2 / 255, -20, 235)  # clips
     want = np.einsum("rgk,gko->rgo", x, w) * gains
     scaled = w * e[:, :, None]
     axes = (0, 2) if per_channel else ()
@@ -34,5 +34,5 @@ def test_the_error_is_that_of_the_quantized_product(groups: int, per_channel: bo
 def test_without_factors_is_with_ones():
     rng = np.random.default_rng(1)
     x, w = rng.normal(size=(9, 1, 4)).astype(np.float32), rng.normal(size=(1, 4, 3))
-    trial, grid = Trial(x, w, np.ones((1, 3)), True, False), InputGrid(0.01, -127, 127)
+    trial, grid = Trial(x, w, np.ones((1, 3)), True, False), IntegerRange(0.01, -127, 127)
     assert trial.error(grid) == pytest.approx(trial.error(grid, np.ones((1, 4))))
