@@ -152,6 +152,13 @@ def export_program(
 
 def _explain(error: Exception, inputs: tuple[Any, ...]) -> None:
     """Raise a ValueError that says what to do, where an error is about the inputs' sizes."""
+    if (divisor := _UNDIVIDED.search(str(error))) is not None:
+        number, size = divisor.groups()
+        raise ValueError(
+            f"the model takes no inputs of {_shapes(inputs)}: {error}\n"
+            f'Give shapes=... with a multiple of {number} in place of {size}, such as "{number}*b, '
+            '...": the first axis is split over so many devices'
+        ) from error
     if isinstance(error, TypeError) and not _is_symbolic_trouble(error):
         raise ValueError(
             f"the model takes no inputs of {_shapes(inputs)}: {error}\n"
@@ -163,6 +170,10 @@ def _explain(error: Exception, inputs: tuple[Any, ...]) -> None:
             f"the model computes something else for some sizes of {_shapes(inputs)}: {error}\n"
             f"Give shapes=... with numbers in place of the sizes that cannot vary{_advice(error)}"
         ) from error
+
+
+# What `shard_map` says of a size that it cannot split.
+_UNDIVIDED = re.compile(r"but (\d+) does not evenly divide (\w+)")
 
 
 def _is_symbolic_trouble(error: Exception) -> bool:

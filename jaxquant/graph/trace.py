@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import contraction, flax_tags, ir, picked, symbolic
+from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.graph.marks import unmarked
 from jaxquant.jax_shim import jaxprs
@@ -201,9 +201,9 @@ class _Builder:
                 results = self.inline(*body, operands, inner_scope, inner_calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
-            if eqn.primitive.name == "scan" and (layered := self._as_layers(eqn, operands)):
-                consts = layered.consts
-                results = self.inline(layered.jaxpr, consts, operands, inner_scope, calls, line)
+            if (other := self._written_anew(eqn, operands)) is not None:
+                consts = other.consts
+                results = self.inline(other.jaxpr, consts, operands, inner_scope, calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
@@ -224,6 +224,12 @@ class _Builder:
                 )
             )
         return [read(x) for x in jaxpr.outvars]
+
+    def _written_anew(self, eqn: Any, operands: Sequence[ir.Atom]) -> jaxprs.ClosedJaxpr | None:
+        """What an equation computes in another form, whose weights are found; None for others."""
+        if eqn.primitive.name == "scan":
+            return self._as_layers(eqn, operands)
+        return meshes.as_batches(eqn) if eqn.primitive.name == "shard_map" else None
 
     def _as_layers(self, eqn: Any, operands: Sequence[ir.Atom]) -> jaxprs.ClosedJaxpr | None:
         """A scan with the weights that it picks by its numbers as layers; None for another."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.feeding import picked_weight
+from jaxquant.graph.meshes import why_kept
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
 from jaxquant.graph.regions import CONTROL_FLOW
@@ -73,6 +74,8 @@ def _why_inside(model: Model, site: Site) -> str:
             return "inside a scan of length 0, of which no step runs"
         if region.key == "cond_jaxpr":
             return "inside the test of a while loop, which runs in float"
+        if eqn.name == "shard_map":
+            return f"inside shard_map, which runs in float: {why_kept(eqn.params)}"
         if eqn.name not in CONTROL_FLOW:
             break
     return f"inside {'/'.join(site.inside)}, which runs in float"
