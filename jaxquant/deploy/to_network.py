@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
-from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Tensor
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
 from jaxquant.deploy.plain_values import plain, scalar
 from jaxquant.deploy.restoring import restoring
+from jaxquant.deploy.tensors import Tensors
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
@@ -54,7 +55,7 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
-class _Translator:
+class _Translator(Tensors):
     """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
     Args:
@@ -77,17 +78,12 @@ class _Translator:
         outer: _Translator | None = None,
         step: int | None = None,
     ) -> None:
+        super().__init__(region, found, nodes)
         self.program = program
         self.binding = binding
-        self.region = region
-        self.graph = region.graph
-        self.found = found
-        self.nodes = nodes
         self._outer = outer
         self._step = step
-        self._numbers: dict[ir.Var, int] = {}
         self._static_done: set[ir.Var] = set()
-        self._unstacked: dict[ir.Var, tuple[int, ...]] = {}
 
     def add_equations(self) -> None:
         """Add the operations of the graph, in the order of a program."""
@@ -115,19 +111,6 @@ class _Translator:
                 reads = eqn.index in forms.reads_int8 or eqn.index in binding.decisions
                 self.nodes.append(self.node(eqn, reads_int8=reads, picks=picks))
         self.need_static(graph.outputs)
-
-    def number(self, var: ir.Var) -> int:
-        if var not in self._numbers:
-            shape = tuple(d if isinstance(d, int) else str(d) for d in self.graph.shape(var))
-            self._numbers[var] = self.found.new(Tensor(shape, str(self.graph.dtype(var))))
-        return self._numbers[var]
-
-    def outputs(self) -> tuple[Atom, ...]:
-        """What the graph gives."""
-        return tuple(self.atom(x) for x in self.graph.outputs)
-
-    def atom(self, atom: ir.Atom) -> Atom:
-        return scalar(atom.value) if isinstance(atom, ir.Literal) else self.number(atom)
 
     def node(
         self,
@@ -244,7 +227,7 @@ class _Translator:
         ]
         self.need_static(given)
         atoms = [None if x is None else self.atom(x) for x in given]
-        slices = {k: self._unstack(eqn.inputs[k]) for k in region.scanned if given[k] is not None}
+        slices = {k: self.unstack(eqn.inputs[k]) for k in region.scanned if given[k] is not None}
         carry = atoms[fixed : fixed + carried]
         stacks: dict[int, tuple[Atom, ...]] = {}
         steps = range(len(layers))
@@ -263,29 +246,7 @@ class _Translator:
             self.alias(var, atom)
         for k, var in enumerate(eqn.outputs[carried:]):
             parts = tuple(stacks[step][k] for step in steps)
-            self._add("stack", parts, (self.number(var),), {"axis": 0})
-
-    def alias(self, var: ir.Var, atom: Atom) -> None:
-        """Add that a tensor of this graph is one of another, whose int8 form may be another."""
-        self._add("optimization_barrier", (atom,), (self.number(var),), {})
-
-    def _add(
-        self, op: str, inputs: tuple[Atom, ...], outputs: tuple[int, ...], params: dict[str, Any]
-    ) -> None:
-        scope = "" if self.region.equation is None else self.region.equation.scope
-        self.nodes.append(Node(op, inputs, outputs, params, scope))
-
-    def _unstack(self, atom: ir.Atom) -> tuple[int, ...]:
-        """The numbers of the entries of a tensor along its first axis, which is added once."""
-        assert isinstance(atom, int), "what a scan goes along is no scalar"
-        if atom not in self._unstacked:
-            tensor = self.found.tensors[self.number(atom)]
-            length = int(tensor.shape[0])
-            entry = Tensor(tensor.shape[1:], tensor.dtype)
-            self._unstacked[atom] = tuple(self.found.new(entry) for _ in range(length))
-            numbers = self._unstacked[atom]
-            self._add("unstack", (self.number(atom),), numbers, {"axis": 0})
-        return self._unstacked[atom]
+            self.add("stack", parts, (self.number(var),), {"axis": 0})
 
     def _site(self, int8_site: Int8Site) -> Int8Node:
         graph, site, epilogue = self.graph, int8_site.site, int8_site.epilogue
@@ -351,7 +312,7 @@ class _Translator:
             if source in names:
                 names[own] = self.found.slice_of(names[source], index)
                 return
-        self.alias(var, outer._unstack(operand)[index[0]] if index else outer.number(operand))
+        self.alias(var, outer.unstack(operand)[index[0]] if index else outer.number(operand))
 
     def fold(self, var: ir.Var) -> None:
         """Give a tensor that depends on nothing its array, which the steps of a loop share."""
@@ -377,12 +338,12 @@ class _Translator:
         steps, stored = restoring(self.program, var)
         numbers: dict[ir.Var, int] = {}
         for path, source in zip(stored, steps.inputs, strict=True):
-            numbers[source] = self._new(steps, source)
+            numbers[source] = self.new(steps, source)
             self.found.leaves[str(numbers[source])] = self._stored(path, var)
         for eqn in steps.equations:
             for output in eqn.outputs:
                 is_result = output == steps.outputs[0]
-                numbers[output] = self.number(var) if is_result else self._new(steps, output)
+                numbers[output] = self.number(var) if is_result else self.new(steps, output)
             self.nodes.append(
                 Node(
                     op=eqn.name,
@@ -396,7 +357,3 @@ class _Translator:
                     contraction=steps.contractions.get(eqn.index),
                 )
             )
-
-    def _new(self, graph: ir.Graph, var: ir.Var) -> int:
-        """A number for a tensor of another graph."""
-        return self.found.new(Tensor(graph.shape(var), str(graph.dtype(var))))

@@ -1,0 +1,71 @@
+"""The tensors of one graph as those of a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxquant.deploy.found import Found
+from jaxquant.deploy.network import Atom, Int8Node, Node, Tensor
+from jaxquant.deploy.plain_values import scalar
+from jaxquant.graph import ir
+from jaxquant.graph.regions import Region
+
+
+class Tensors:
+    """Numbers the tensors of a graph, each where it is named first.
+
+    Args:
+      region: the graph as one of the model's.
+      found: what is translated so far of the whole network.
+      nodes: where the operations go.
+    """
+
+    def __init__(self, region: Region, found: Found, nodes: list[Node | Int8Node]) -> None:
+        self.region = region
+        self.graph = region.graph
+        self.found = found
+        self.nodes = nodes
+        self._numbers: dict[ir.Var, int] = {}
+        self._unstacked: dict[ir.Var, tuple[int, ...]] = {}
+
+    def number(self, var: ir.Var) -> int:
+        """The number of a tensor, which it gets where it is named first."""
+        if var not in self._numbers:
+            shape = tuple(d if isinstance(d, int) else str(d) for d in self.graph.shape(var))
+            self._numbers[var] = self.found.new(Tensor(shape, str(self.graph.dtype(var))))
+        return self._numbers[var]
+
+    def outputs(self) -> tuple[Atom, ...]:
+        """What the graph gives."""
+        return tuple(self.atom(x) for x in self.graph.outputs)
+
+    def atom(self, atom: ir.Atom) -> Atom:
+        """The number of a tensor, or the value of a literal."""
+        return scalar(atom.value) if isinstance(atom, ir.Literal) else self.number(atom)
+
+    def new(self, graph: ir.Graph, var: ir.Var) -> int:
+        """A number for a tensor of another graph."""
+        return self.found.new(Tensor(graph.shape(var), str(graph.dtype(var))))
+
+    def alias(self, var: ir.Var, atom: Atom) -> None:
+        """Add that a tensor of this graph is one of another, whose int8 form may be another."""
+        self.add("optimization_barrier", (atom,), (self.number(var),), {})
+
+    def add(
+        self, op: str, inputs: tuple[Atom, ...], outputs: tuple[int, ...], params: dict[str, Any]
+    ) -> None:
+        """Add an operation that no equation of the graph is."""
+        scope = "" if self.region.equation is None else self.region.equation.scope
+        self.nodes.append(Node(op, inputs, outputs, params, scope))
+
+    def unstack(self, atom: ir.Atom) -> tuple[int, ...]:
+        """The numbers of the entries of a tensor along its first axis, which is added once."""
+        assert isinstance(atom, int), "what a scan goes along is no scalar"
+        if atom not in self._unstacked:
+            tensor = self.found.tensors[self.number(atom)]
+            length = int(tensor.shape[0])
+            entry = Tensor(tensor.shape[1:], tensor.dtype)
+            self._unstacked[atom] = tuple(self.found.new(entry) for _ in range(length))
+            numbers = self._unstacked[atom]
+            self.add("unstack", (self.number(atom),), numbers, {"axis": 0})
+        return self._unstacked[atom]
