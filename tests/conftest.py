@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("no deadline")
 
 # Several CPU devices let the sharding tests run anywhere; they cost the other tests nothing.
 NUM_CPU_DEVICES = 8
-_OPTIMIZED = [Path(__file__).parent / folder for folder in ("native", "run")]
+_NATIVE = Path(__file__).parent / "native"  # all of whose tests compare bits
 # Small programs take a third of the time to compile: kernels by LLVM alone, not by way of MLIR, all
 # of a program in one module, and nothing optimized where a program asks for a part of it either.
 _QUICK = {
@@ -79,7 +79,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if any(folder in item.path.parents for folder in _OPTIMIZED):
+        if _NATIVE in item.path.parents:
             item.add_marker(pytest.mark.optimized)
     for name, reason in (("network", "needs the internet"), ("slow", "takes long")):
         if config.getoption(f"--{name}"):

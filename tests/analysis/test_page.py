@@ -99,7 +99,7 @@ def test_the_page_works_in_a_browser(page):
 
 
 def test_the_page_can_do_without_an_analysis(tmp_path):
-    fault, qparams, qapply = quantized(faults.healthy)
+    fault, qparams, qapply = quantized(faults.outlier_input_channel)
     path = tmp_path / "report.html"
     jaxquant.report_html(path, qapply)
     assert "jaxquant.analyze" in path.read_text()
@@ -133,7 +133,7 @@ def test_every_picture_shows_its_data():
 
 
 def test_pictures_refuse_what_is_not_there():
-    analysis = scored(faults.healthy)
+    analysis = scored(faults.outlier_input_channel)
     with pytest.raises(ValueError, match="no quantized tensor 'd'; valid: a/input"):
         jaxquant.plots.histogram(analysis, "d")
     with pytest.raises(ValueError, match="no int8 weight of a site 'z'"):

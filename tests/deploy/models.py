@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 import jaxquant
+from tests import networks
 from tests.networks import images, plain_net, plain_params
 
 SHAPE = (4, 8, 8, 3)
@@ -27,6 +28,19 @@ def small_file(folder, seed=0):
     path = folder / f"small_{seed}.safetensors"
     jaxquant.save_quantized_model(path, *small(seed=seed))
     return path
+
+
+def quantize(*args, **config):
+    """Run by XLA, as a saved program is."""
+    qparams, qapply = networks.quantize(*args, **config)
+    return qparams, qapply.with_backend("xla")
+
+
+def round_trip(path, qparams, qapply, **options):
+    """The loaded model, run by XLA: to the bit as the saved one is, whatever this machine has."""
+    jaxquant.save_quantized_model(path, qparams, qapply, **options)
+    qparams, qapply = jaxquant.load_quantized_model(path)
+    return qparams, qapply.with_backend("xla")
 
 
 def same_bits(a, b) -> bool:

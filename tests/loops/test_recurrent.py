@@ -12,7 +12,7 @@ import jaxquant
 from experiments.models.tagger import Tagger
 from tests.loops import measure
 
-BATCH, LENGTH, WIDTH = 32, 4, 16
+BATCH, LENGTH, WIDTH = 32, 3, 16
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 20, (BATCH, LENGTH)), jnp.int32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,18 +275,28 @@ def test_of_nested_scans_the_outer_one_is_cut():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", ["w[1]", "w[1:]", "w[:2]"])
-def test_what_reads_a_cut_weight_outside_of_the_scan_keeps_its_name(pattern):
-    def read_twice(p, x):
-        x = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
-        return jnp.tanh(x @ p["w"][1]) @ p["h"]
+def read_twice(p, x):
+    x = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+    return jnp.tanh(x @ p["w"][1]) @ p["h"]
 
+
+@pytest.fixture(scope="module")
+def quantized_twice():
+    """(params, quantize with rules) of what reads a weight in the scan and outside of it."""
     params = {"w": networks.images(0, (4, 8, 8)) / 3, "h": networks.images(1, (8, 4))}
+    observations = jaxquant.calibrate(params, read_twice, [X], progress=False)
     settings = {"recover": (), "progress": False}
-    _, whole = jaxquant.quant_post(params, read_twice, [X], **settings)
-    rules = [Rule(pattern, dtype="float")]
-    qparams, qapply = jaxquant.quant_post(params, read_twice, [X], rules=rules, **settings)
+    _, whole = jaxquant.quantize(params, read_twice, observations, **settings)
     assert [row["name"] for row in whole.report().rows] == ["w", "w:1", "h"]
+    return params, functools.partial(
+        jaxquant.quantize, params, read_twice, observations, **settings
+    )
+
+
+@pytest.mark.parametrize("pattern", ["w[1]", "w[1:]", "w[:2]"])
+def test_what_reads_a_cut_weight_outside_of_the_scan_keeps_its_name(quantized_twice, pattern):
+    params, quantize = quantized_twice
+    qparams, qapply = quantize(rules=[Rule(pattern, dtype="float")])
     status = {row["name"]: row["status"] for row in qapply.report().rows}
     assert len(status) == len(qapply.report().rows)
     assert status["w:1"] == status["h"] == "int8"

@@ -227,10 +227,10 @@ def test_sites_that_cannot_be_learned_say_why():
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    params = {k: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for k in "abc"}
+    params = {k: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for k in "ab"}
 
     def apply_fn(p: Any, x: Any) -> Any:
-        return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
 
     x, path = correlated((64, 8)), tmp_path / "new" / "roundings.safetensors"
     options = {**OPTIONS, "recover": ("adaround", "bias_correction")}
@@ -239,7 +239,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     def interrupted(problem: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return learn(problem)
 
@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         jaxquant.quant_post(params, apply_fn, [x], recovery_file=path, **options)
     assert [p.name for p in path.parent.iterdir()] == ["roundings.safetensors"]
     resumed, _ = jaxquant.quant_post(params, apply_fn, [x], recovery_file=path, **options)
-    assert len(calls) == 4  # the third site alone
+    assert len(calls) == 3  # the second site alone
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 

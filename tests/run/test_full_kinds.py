@@ -7,7 +7,6 @@ hands over come out as they are.
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,144 +17,12 @@ from jaxquant.graph import kinds
 from jaxquant.plan import behaviours
 from tests import networks, reference
 from tests.plan import full
+from tests.run.kinds import COMPARISONS, INDICES, MOVES, PAIRS, SAME, SUMS, C, X, quantize
 
-pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("numbers_as_they_are")]
 
-C = 4
-X = networks.whole_numbers((2, 6, 6, C))
 VOLUME = (2, 4, 4, 4, 1)
 SHAPED = ("first", "act", "left", "right", "small")  # dots in front of the cases
-
-
-def pool(y, init, function, size, strides, padding):
-    spread = ((0, 0), *padding, (0, 0))
-    return lax.reduce_window(y, init, function, (1, *size, 1), (1, *strides, 1), spread)
-
-
-CEIL = ((0, 1), (0, 1))  # as frameworks with a ceil mode pad 3x3 windows with stride 2
-SAME = ((1, 1), (1, 1))
-NONE = ((0, 0), (0, 0))
-
-
-def counts_inside(shape, size, strides, padding):
-    return reference.window(np.ones(shape), size, strides, padding, np.sum, 0)
-
-
-# The result holds the operand's integers: (kind, model, reference on integers).
-MOVES = {
-    "max pool": (
-        "pool2d",
-        lambda y: pool(y, -jnp.inf, lax.max, (2, 2), (2, 2), NONE),
-        lambda q: reference.window(q, (2, 2), (2, 2), NONE, np.max, -128),
-    ),
-    "max pool, ceil mode": (
-        "pool2d",
-        lambda y: pool(y, -jnp.inf, lax.max, (3, 3), (2, 2), CEIL),
-        lambda q: reference.window(q, (3, 3), (2, 2), CEIL, np.max, -128),
-    ),
-    "min pool": (
-        "pool2d",
-        lambda y: pool(y, jnp.inf, lax.min, (2, 3), (2, 1), SAME),
-        lambda q: reference.window(q, (2, 3), (2, 1), SAME, np.min, 128),
-    ),
-    "global max": ("pool2d", lambda y: y.max((1, 2)), lambda q: q.max((1, 2))),
-    "global min": ("pool2d", lambda y: y.min((1, 2)), lambda q: q.min((1, 2))),
-    "concat 2": (
-        "concat",
-        lambda y: jnp.concatenate([y[:, :2], y[:, 1:]], 1),
-        lambda q: np.concatenate([q[:, :2], q[:, 1:]], 1),
-    ),
-    "concat 3": (
-        "concat",
-        lambda y: jnp.concatenate([y[:, :, :2], y[:, :, 3:4], y[:, :, 1:]], 2),
-        lambda q: np.concatenate([q[:, :, :2], q[:, :, 3:4], q[:, :, 1:]], 2),
-    ),
-    "concat batch": (
-        "concat",
-        lambda y: jnp.concatenate([y[:1], y[1:], y], 0),
-        lambda q: np.concatenate([q[:1], q[1:], q], 0),
-    ),
-    "stack": (
-        "concat",
-        lambda y: jnp.stack([y[:, 1:], y[:, :5]], 3),
-        lambda q: np.stack([q[:, 1:], q[:, :5]], 3),
-    ),
-    "tile": ("reshape", lambda y: jnp.tile(y, (1, 2, 3, 1)), lambda q: np.tile(q, (1, 2, 3, 1))),
-    "repeat": ("reshape", lambda y: jnp.repeat(y, 2, 1), lambda q: np.repeat(q, 2, 1)),
-    "transpose": (
-        "transpose",
-        lambda y: y.transpose(0, 2, 1, 3),
-        lambda q: q.transpose(0, 2, 1, 3),
-    ),
-    "reshape": ("reshape", lambda y: y.reshape(2, 36, C), lambda q: q.reshape(2, 36, C)),
-    "new axis": ("reshape", lambda y: y[:, None], lambda q: q[:, None]),
-    "squeeze": ("squeeze", lambda y: jnp.squeeze(y[:, 2:3], 1), lambda q: q[:, 2]),
-    "slice": ("slice", lambda y: y[:, 1:5:2], lambda q: q[:, 1:5:2]),
-    "dynamic slice": (
-        "slice",
-        lambda y: lax.dynamic_slice(y, (0, 2, 9, 0), (2, 3, 3, C)),  # 9: moved inside
-        lambda q: q[:, 2:5, 3:6],
-    ),
-    "split": ("slice", lambda y: jnp.split(y, 3, 1)[1], lambda q: q[:, 2:4]),
-    "reversed": ("slice", lambda y: y[:, ::-1], lambda q: q[:, ::-1]),
-    "take": ("gather", lambda y: jnp.take(y, jnp.array([4, 0, 0]), 1), lambda q: q[:, [4, 0, 0]]),
-    "indexed": ("gather", lambda y: y[:, jnp.array([5, 2])], lambda q: q[:, [5, 2]]),
-    "pad": (
-        "pad",
-        lambda y: jnp.pad(y, ((0, 0), (1, 2), (0, 1), (0, 0))),
-        lambda q: np.pad(q, ((0, 0), (1, 2), (0, 1), (0, 0))),
-    ),
-    "pad, dilated": (
-        "pad",
-        lambda y: lax.pad(y, jnp.float32(0), ((0, 0, 0), (-1, 1, 1), (0, 0, 0), (0, 0, 0))),
-        lambda q: np.insert(q[:, 1:], [0, 1, 2, 3, 4, 5], 0, 1),
-    ),
-    "nearest up": (
-        "nearest_interp",
-        lambda y: jax.image.resize(y, (2, 12, 15, C), "nearest"),
-        lambda q: q[:, reference.nearest(6, 12)][:, :, reference.nearest(6, 15)],
-    ),
-    "nearest down": (
-        "nearest_interp",
-        lambda y: jax.image.resize(y, (2, 3, 4, C), "nearest"),
-        lambda q: q[:, reference.nearest(6, 3)][:, :, reference.nearest(6, 4)],
-    ),
-}
-
-# The result is computed from the integers: (kind, model, reference in the operand's units).
-SUMS = {
-    "average pool": (
-        "pool2d",
-        lambda y: pool(y, 0.0, lax.add, (2, 2), (2, 2), NONE) / 4.0,
-        lambda q: reference.window(q, (2, 2), (2, 2), NONE, np.mean, 0),
-    ),
-    "average pool with its padding": (
-        "pool2d",
-        lambda y: pool(y, 0.0, lax.add, (3, 3), (2, 2), SAME) / 9.0,
-        lambda q: reference.window(q, (3, 3), (2, 2), SAME, np.mean, 0),
-    ),
-    "average pool, ceil mode": (
-        "pool2d",
-        lambda y: pool(y, 0.0, lax.add, (3, 3), (2, 2), CEIL) * (1 / 9),
-        lambda q: reference.window(q, (3, 3), (2, 2), CEIL, np.mean, 0),
-    ),
-    "average pool without its padding": (
-        "pool2d",
-        lambda y: nn.avg_pool(y, (3, 3), (1, 2), SAME, count_include_pad=False),
-        lambda q: (
-            reference.window(q, (3, 3), (1, 2), SAME, np.sum, 0)
-            / counts_inside(q.shape, (3, 3), (1, 2), SAME)
-        ),
-    ),
-    "global average": ("pool2d", lambda y: y.mean((1, 2)), lambda q: q.mean((1, 2))),
-    "global average, axes kept": (
-        "pool2d",
-        lambda y: y.mean((1, 2), keepdims=True),
-        lambda q: q.mean((1, 2), keepdims=True),
-    ),
-    "mean": ("mean", lambda y: y.mean(1), lambda q: q.mean(1)),
-    "sum": ("mean", lambda y: y.sum(2), lambda q: q.sum(2)),
-}
 
 
 # Softmax and the functions of one tensor: the model on jnp, the reference on NumPy in float64.
@@ -183,23 +50,6 @@ ACTIVATIONS = {
     "leaky_relu": (jax.nn.leaky_relu, lambda v: np.where(v > 0, v, 0.01 * v)),
     "elu": (jax.nn.elu, lambda v: np.where(v > 0, v, np.expm1(np.minimum(v, 0)))),
 }
-
-# Two tensors with scales of their own; the reference has their dequantized values.
-PAIRS = {
-    "elementwise_add": (lambda a, b: a + b, lambda a, b: a + b),
-    "elementwise_sub": (lambda a, b: a - b, lambda a, b: a - b),
-    "elementwise_mul": (lambda a, b: a * b, lambda a, b: a * b),
-    "elementwise_div": (lambda a, b: a / (b * b + 0.25), lambda a, b: a / (b * b + 0.25)),
-}
-COMPARISONS = {
-    "equal": (lambda a, b: a == b, np.equal),
-    "not_equal": (lambda a, b: a != b, np.not_equal),
-    "greater_equal": (lambda a, b: a >= b, np.greater_equal),
-    "greater_than": (lambda a, b: a > b, np.greater),
-    "less_equal": (lambda a, b: a <= b, np.less_equal),
-    "less_than": (lambda a, b: a < b, np.less),
-}
-INDICES = {"argmax": (jnp.argmax, np.argmax), "argmin": (jnp.argmin, np.argmin)}
 
 
 def apply_fn(p, x):
@@ -290,10 +140,6 @@ def integers(model, out, name):
     found = out[name] / (127 * model.input_scale(f"last/{name}"))
     np.testing.assert_array_equal(found, np.rint(found))
     return found
-
-
-def quantize(values, scale):
-    return reference.quantize(np.float32(values), 1 / scale)
 
 
 @pytest.fixture(scope="module")
@@ -431,117 +277,3 @@ def test_convolutions(model, out, first, params, name, strides, dilation, groups
     total = reference.conv(first[0], kernel, feature_group_count=groups, **settings) * first[1]
     expected = quantize(total, model.input_scale(f"last/{name}"))
     np.testing.assert_array_equal(integers(model, out, name), expected)
-
-
-# Every kind on its own, on the model's input and with the model's output behind it.
-ALONE_KINDS = {kind for kind, *_ in (MOVES | SUMS).values()}
-
-
-def alone_fn(p, x):
-    a, b = x, x[..., ::-1] * 0.5 + 1.0
-    out = {name: op(a) for name, (_, op, _) in (MOVES | SUMS).items()}
-    out |= {name: op(a, axis=-1) for name, (op, _) in INDICES.items()}
-    out |= {name: op(a[:, 1:], a[:, :-1]) for name, (op, _) in (PAIRS | COMPARISONS).items()}
-    out |= {"softmax": jax.nn.softmax(a * 0.0625), "dot": b @ p["w"]}
-    return out
-
-
-@pytest.fixture(scope="module")
-def alone():
-    params = {"w": networks.exact_weight((C, C))}
-    x = X + 0.375  # what rounding to the grid takes away
-    return np.asarray(x), full.quantize(alone_fn, params, x)(x)
-
-
-@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] == "pool2d"])
-def test_selections_alone(alone, name):
-    x, out = alone
-    np.testing.assert_array_equal(out[name], MOVES[name][2](quantize(x, 2.0)) * 2.0)
-
-
-@pytest.mark.parametrize("name", [n for n in MOVES if MOVES[n][0] != "pool2d"])
-def test_joins_and_layout_operations_of_a_float_tensor_for_a_float_consumer_stay_float(alone, name):
-    x, out = alone
-    np.testing.assert_array_equal(out[name], MOVES[name][2](x))
-
-
-@pytest.mark.parametrize("name", SUMS)
-def test_sums_alone(alone, name):
-    x, out = alone
-    expected = SUMS[name][2](quantize(x, 2.0).astype(np.float64)) * 2.0
-    np.testing.assert_allclose(out[name], expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", PAIRS | COMPARISONS)
-def test_operations_of_two_tensors_alone(alone, name):
-    x, out = alone
-    grid = quantize(x, 2.0) * 2.0
-    expected = (PAIRS | COMPARISONS)[name][1](grid[:, 1:], grid[:, :-1])
-    np.testing.assert_allclose(out[name], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", INDICES)
-def test_indices_alone(alone, name):
-    x, out = alone
-    np.testing.assert_array_equal(out[name], INDICES[name][1](quantize(x, 2.0), axis=-1))
-
-
-def test_softmax_alone(alone):
-    x, out = alone
-    expected = reference.softmax(quantize(x * 0.0625, 0.125) * 0.125)
-    np.testing.assert_allclose(out["softmax"], expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(("value", "scale"), [(0.0, 2.0), (3.0, 2.0), (-1000.0, 8.0)])
-def test_padding_is_rounded_to_the_tensors_grid_which_holds_it(value, scale):
-    def apply_fn(p, x):
-        return jnp.pad(x, ((0, 0), (1, 1)), constant_values=value) @ p["w"]
-
-    params, x = {"w": 127 * jnp.eye(C + 2)}, networks.whole_numbers((3, C)) + 0.375
-    model = full.quantize(apply_fn, params, x)
-    padded = np.pad(quantize(x, scale), ((0, 0), (1, 1)), constant_values=quantize(value, scale))
-    np.testing.assert_array_equal(model(x), 127 * scale * padded)
-
-
-def test_a_padded_max_pool_never_picks_the_padding():
-    def apply_fn(p, x):
-        return nn.max_pool(x, (3, 3), (2, 2), "SAME") @ p["w"]
-
-    x = -jnp.abs(X)
-    model = full.quantize(apply_fn, {"w": 127 * jnp.eye(C)}, x)
-    np.testing.assert_array_equal(model(x), apply_fn({"w": 127 * jnp.eye(C)}, x))
-
-
-def test_a_gather_out_of_range_gives_zero_where_a_float_one_gives_nan():
-    def apply_fn(p, x, ids):
-        return jnp.take(x, ids, axis=1, fill_value=None) @ p["w"]
-
-    params, x = {"w": 127 * jnp.eye(2)}, networks.whole_numbers((3, C))
-    model = full.quantize(apply_fn, params, x, jnp.array([1, 0]), skip=())
-    expected = np.stack([x[:, 1], np.zeros(3)], 1)
-    np.testing.assert_array_equal(model(x, jnp.array([1, 700])), 127 * expected)
-
-
-def test_a_lookup_in_a_parameter_table_stays_float():
-    def apply_fn(p, ids):
-        return p["embed"]["table"][ids] @ p["fc"]["w"]
-
-    table, w = networks.whole_numbers((9, C)), networks.exact_weight((C, 3))
-    model = full.quantize(apply_fn, {"embed": {"table": table}, "fc": {"w": w}}, np.arange(9))
-    np.testing.assert_array_equal(model.qparams["params"]["embed"]["table"], table)
-    assert [site.kind for site in model.plan.sites] == ["mul"]
-    np.testing.assert_array_equal(model(np.array([3, 0])), table[jnp.array([3, 0])] @ w)
-
-
-@pytest.mark.parametrize("kind", ["transpose", "pad", "nearest_interp"])
-def test_a_layout_operation_has_nothing_to_do_alone(kind):
-    ops = {"transpose": jnp.transpose, "pad": lambda x: jnp.pad(x, 1)}
-    ops["nearest_interp"] = lambda x: jax.image.resize(x, (8, 8), "nearest")
-    with pytest.raises(ValueError, match=rf"no site is left to quantize .*{kind}"):
-        full.plan_of(
-            lambda p, x: ops[kind](x),
-            {},
-            jnp.ones((4, 4)),
-            quantizable_op_type=(kind,),
-            is_full_quantize=False,
-        )

@@ -22,6 +22,8 @@ from jaxquant.run.qapply import QuantizedApply
 from tests import networks
 from tests.native.cases import needs_kernels
 
+pytestmark = pytest.mark.optimized
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 

@@ -11,7 +11,7 @@ import jaxquant
 from tests import reference
 from tests.contractions import int8_conv, int8_dot
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.optimized, pytest.mark.gpu]
 
 # name -> input [N, H, W, C], kernel [h, w, C / groups, O], strides, groups
 CONVOLUTIONS = {

@@ -13,6 +13,8 @@ from experiments.benchmarks import int8_coverage
 from tests import networks
 from tests.plan import full
 
+pytestmark = pytest.mark.optimized
+
 BATCH, SIZE = 2, 16
 X = networks.images(0, (BATCH, SIZE, SIZE, 3))
 SMALLEST = BATCH * 4 * 4  # of an activation: N * H * W where the images are smallest

@@ -10,6 +10,8 @@ import pytest
 import jaxquant
 from tests import networks
 
+pytestmark = pytest.mark.optimized
+
 
 def layers(p, x):
     """Layers of stacked weights, and one weight that they have in common."""

@@ -15,6 +15,8 @@ from jaxquant.graph.trace import trace
 from jaxquant.run import pooling
 from tests.native.cases import needs_kernels
 
+pytestmark = pytest.mark.optimized
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 WINDOWS: dict[str, tuple[tuple[int, int], tuple[int, int], Any]] = {
     "3x3 by 2": ((3, 3), (2, 2), ((0, 1), (1, 0))),

@@ -14,6 +14,8 @@ import jaxquant
 from tests import reference
 from tests.loops.measure import sqnr
 
+pytestmark = pytest.mark.optimized
+
 ROWS, GROUPS, WIDTH, HIDDEN = 24, 3, 8, 12
 OPTIONS = {**reference.QUANTIZER, "is_full_quantize": False}
 

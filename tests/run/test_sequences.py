@@ -19,7 +19,7 @@ from jaxquant.plan.bind import bind
 from jaxquant.run.program import Program
 from tests.native.cases import needs_kernels
 
-pytestmark = needs_kernels
+pytestmark = [pytest.mark.optimized, needs_kernels]
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 X = np.random.default_rng(0).normal(size=(5, 12, 12, 8)).astype(np.float32)

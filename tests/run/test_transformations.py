@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from tests import networks
 from tests.networks import plain_net
 
+pytestmark = pytest.mark.optimized
+
 X = networks.images()
 
 

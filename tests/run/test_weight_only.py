@@ -160,6 +160,7 @@ def test_blocks_of_a_weight_give_what_all_of_it_gives(bits, group_size, samples)
         np.testing.assert_allclose(qapply(qparams, x), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.optimized  # what is read is the compiled program
 @pytest.mark.parametrize("model", [lambda p, x: x @ p, lambda p, x: x @ p.T], ids=["w", "w.T"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_weight_is_not_dequantized_whole(model, bits):

@@ -21,7 +21,7 @@ from tests import reference
 from tests.backends.test_conv import compile_fast, convolutions, settings
 from tests.contractions import int8_conv
 
-pytestmark = pytest.mark.usefixtures("numbers_as_they_are")
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("numbers_as_they_are")]
 
 
 def integers(seed: int, shape: tuple[int, ...]) -> np.ndarray:
