@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Those beside `--config`."""
+    """Define the flags beside `--config`."""
     flags.DEFINE_string("workdir", "runs/accuracy_table", "Where finished rows are kept.")
     flags.DEFINE_list("models", [], "Networks of the zoo; --config.models if empty.")
     flags.DEFINE_list("methods", [], "Methods of the table; all if empty.")

@@ -202,7 +202,7 @@ def _figures(figures: Figures) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
-    """With a minus sign, and without one before a zero."""
+    """A number with a minus sign, and without one before a zero."""
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 

@@ -22,7 +22,7 @@ class Method(NamedTuple):
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """Those of the options on which it depends what calibration observes.
+        """The options on which it depends what calibration observes.
 
         Methods that calibrate with the same options share what calibration observed.
         """

@@ -122,9 +122,6 @@ def compile_one(platform: str, target: str, name: str, mode: str) -> str:
     return tell(lowered.compile().as_text())
 
 
-PRODUCT = re.compile(r"= \(?(\w+)\[[^=]*? (dot|convolution|custom-call|fusion)\((.*)")
-
-
 def tell(text: str) -> str:
     """How many products of a compiled program are of int8, inside of loops and outside."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.S | re.M))

@@ -76,7 +76,7 @@ def _convolutions(jaxpr: Any) -> list[Layer]:
 
 
 class Work(NamedTuple):
-    """Of one run: multiplications and additions, and bytes that are read or written at least."""
+    """The work of a run: multiplications and additions, and bytes read or written at least."""
 
     operations: float
     bytes: float

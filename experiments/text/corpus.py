@@ -82,7 +82,7 @@ def python_source() -> Labelled:
 
 
 def tags(source: str) -> np.ndarray:
-    """For each character of a program the number of its tag in `TAGS`: int32[len(source)]."""
+    """The number in `TAGS` of the tag of each character of a program: int32[len(source)]."""
     lines = source.splitlines(keepends=True)
     starts = np.concatenate([[0], np.cumsum([len(line) for line in lines])])
     found = np.full(len(source), TAGS.index("space"), np.int32)

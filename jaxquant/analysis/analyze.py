@@ -253,7 +253,7 @@ def _input_row(
     seen: Mapping[str, Clipping],
     tensors: Mapping[str, TensorAnalysis],
 ) -> dict[str, Any]:
-    """Of the inputs of a site the one that fits its grid least; None in a mode without grids."""
+    """The input of a site that fits its grid least; None in a mode without grids."""
     if not names:
         keys = ("input", "threshold", "clipped", "clipped_noise", "input_db", "low", "high")
         return dict.fromkeys((*keys, "low_spread", "high_spread"))

@@ -16,7 +16,7 @@ _LEAST_DB, _MOST_DB = -20.0, 100.0  # what one sample counts for
 
 
 class Moments(NamedTuple):
-    """Of a float tensor y and its int8 counterpart ŷ, over the elements where y is finite.
+    """Sums over a float tensor y and its int8 counterpart ŷ, where y is finite.
 
     Σ y², Σ (y - ŷ)², Σ ŷ², Σ y ŷ; and of the samples (entries of the first axis) that are not all
     zero: the sum of each one's own SQNR in dB, within [-20, 100], and their number.  The first four
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
     unit: Any = 1.0
 
     def plus(self, other: Moments) -> Moments:
-        """Of two tensors together, arrays of JAX, in the larger of their units."""
+        """The sums of two tensors together, arrays of JAX, in the larger of their units."""
         unit = jnp.maximum(self.unit, other.unit)
         parts = [x.in_unit(unit) for x in (self, other)]
         sums: Moments = jax.tree.map(jnp.add, *parts)
@@ -46,16 +46,16 @@ class Moments(NamedTuple):
         return Moments(signal, noise, power, product, self.decibels, self.samples, unit)
 
     def nothing(self) -> Moments:
-        """Of no value: zeros of these shapes, the unit too."""
+        """The sums of no value: zeros of these shapes, the unit too."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
 
     @property
     def was_seen(self) -> bool:
-        """False for those of no value at all; before they are widened."""
+        """Whether they are of any value; asked before they are widened."""
         return bool(self.unit > 0)
 
     def widened(self) -> Moments:
-        """With a unit of 1, in float64: the squares of any float32."""
+        """The sums with a unit of 1, in float64, which holds the square of any float32."""
         square = float(self.unit) ** 2
         powers = (float(x) * square for x in (self.signal, self.noise, self.power, self.cross))
         signal, noise, power, cross = powers
@@ -94,12 +94,12 @@ class Ends(NamedTuple):
     int8_high: Any
 
     def plus(self, other: Ends) -> Ends:
-        """Of two tensors together."""
+        """The ends of two tensors together."""
         least, most = jnp.minimum, jnp.maximum
         return Ends(*(f(a, b) for f, a, b in zip((least, most) * 2, self, other, strict=True)))
 
     def nothing(self) -> Ends:
-        """Of no value, in arrays of these shapes."""
+        """What no value shows, in arrays of these shapes."""
         ends = zip((jnp.inf, -jnp.inf) * 2, self, strict=True)
         return Ends(*(jnp.full(x.shape, end, x.dtype) for end, x in ends))
 
@@ -129,7 +129,7 @@ class Clipping(NamedTuple):
     high: Any
 
     def plus(self, other: Clipping) -> Clipping:
-        """Of two tensors together, arrays of JAX."""
+        """The clipping of two tensors together, arrays of JAX."""
         moments = self.moments.plus(other.moments)
         noises = [
             x.clipped_noise * (x.moments.unit / jnp.where(moments.unit > 0, moments.unit, 1)) ** 2
@@ -145,7 +145,7 @@ class Clipping(NamedTuple):
         )
 
     def nothing(self) -> Clipping:
-        """Of no value, in arrays of these shapes."""
+        """What no value shows, in arrays of these shapes."""
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
         low, high = (
             jnp.full(x.shape, end) for x, end in ((self.low, jnp.inf), (self.high, -jnp.inf))
@@ -153,7 +153,7 @@ class Clipping(NamedTuple):
         return zeros._replace(low=low, high=high)
 
     def widened(self) -> Clipping:
-        """With a unit of 1, in float64."""
+        """The clipping with a unit of 1, in float64."""
         noise = float(self.clipped_noise) * float(self.moments.unit) ** 2
         return self._replace(moments=self.moments.widened(), clipped_noise=noise)
 
@@ -170,7 +170,7 @@ def widened(tree: Any) -> Any:
 
 
 def moments(y: jax.Array, other: jax.Array) -> Moments:
-    """Of one batch; float32 scalars.  Infinite noise where ŷ alone is not finite."""
+    """The moments of one batch, float32 scalars; infinite noise where ŷ alone is not finite."""
     y, other = y.astype(jnp.float32), other.astype(jnp.float32)
     unit = unit_of(y, other)
     y, other = y * (1 / unit), other * (1 / unit)
@@ -196,12 +196,12 @@ def moments(y: jax.Array, other: jax.Array) -> Moments:
 
 
 def add(a: Moments, b: Moments) -> Moments:
-    """Of two batches together, both with a unit of 1."""
+    """The moments of two batches together, both with a unit of 1."""
     return Moments(*(x + y for x, y in zip(a[:-1], b[:-1], strict=True)))
 
 
 def join(a: Ends, b: Ends) -> Ends:
-    """Of two batches together."""
+    """The ends of two batches together."""
     least, most = np.minimum, np.maximum
     return Ends(
         least(a.low, b.low),

@@ -99,14 +99,16 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
     if contraction.has_batch and _sums_last(contraction, 1) and not _sums_last(contraction, 0):
         other_way = contraction.swapped
         result = dot((w, x), other_way)
-        places = [(k, a) for k in (0, 1) for a in contraction.operands[k].free]
-        order = [*other_way.result.batch, *(other_way.place(1 - k, a) for k, a in places)]
+        places = [(side, axis) for side in (0, 1) for axis in contraction.operands[side].free]
+        order = [*other_way.result.batch, *(other_way.place(1 - side, a) for side, a in places)]
         return result.transpose(order)
+
     numbers, (own, other) = contraction.dot_numbers, contraction.operands
-    is_vector = bool(own.free) and all(x.shape[a] == 1 for a in own.free)
+    is_vector = bool(own.free) and all(x.shape[axis] == 1 for axis in own.free)
     if contraction.has_batch or not is_vector or not other.free:
         return lax.dot_general(x, w, numbers, preferred_element_type=jnp.int32)
-    pads = [(0, int(a == own.free[0]), 0) for a in range(x.ndim)]
+
+    pads = [(0, int(axis == own.free[0]), 0) for axis in range(x.ndim)]
     result = lax.dot_general(
         lax.pad(x, jnp.int8(0), pads), w, numbers, preferred_element_type=jnp.int32
     )
@@ -134,10 +136,13 @@ def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contract
     side = int(shapes[1][pairs[shared[0]][1]] == 1)  # of the operand that stands for copies
     gone = [pairs[n][side] for n in shared]
 
-    def left_of(k: int, axes: Sequence[int]) -> tuple[int, ...]:
+    def left_of(operand: int, axes: Sequence[int]) -> tuple[int, ...]:
         """Where axes of an operand are once those that are shared are out of it."""
-        return tuple(a - sum(g < a for g in gone) for a in axes) if k == side else tuple(axes)
+        if operand != side:
+            return tuple(axes)
+        return tuple(axis - sum(before < axis for before in gone) for axis in axes)
 
+    # The batch axes that both have stay batch axes of a smaller dot.
     apart = [[pair[k] for n, pair in enumerate(pairs) if n not in shared] for k in (0, 1)]
     once = lax.squeeze(operands[side], gone)
     both = (operands[0], once) if side else (once, operands[1])
@@ -148,6 +153,7 @@ def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contract
         ),
         (both[0].ndim, both[1].ndim),
     )
+
     # The other operand has every batch axis still, the shared ones among its free axes.
     kept = [(1 - side, axis) for axis in batch[1 - side]]
     kept += [(k, axis) for k in (0, 1) for axis in left_of(k, contraction.operands[k].free)]

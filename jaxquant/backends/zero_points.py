@@ -15,7 +15,7 @@ ZeroPoint: TypeAlias = int | jax.Array
 
 
 class ZeroPoints(NamedTuple):
-    """Those of one call: of x, of the int8 residual and of the int8 result; 0 of what it lacks."""
+    """The zero points of a call: of x, an int8 residual and an int8 result; 0 of what it lacks."""
 
     x: ZeroPoint
     residual: ZeroPoint

@@ -149,7 +149,7 @@ def from_numpy(
 
 
 def abs_max_of(low: jax.Array, high: jax.Array, good: jax.Array) -> jax.Array:
-    """Of the extremes; 0 for no values and for bad ones."""
+    """The largest |x| of what has these extremes; 0 for no values and for bad ones."""
     return jnp.where(good, jnp.maximum(jnp.maximum(-low, high), 0.0), 0.0)
 
 

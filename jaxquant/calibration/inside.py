@@ -99,7 +99,7 @@ class _Inside:
         }
 
     def lowerings(self) -> dict[int, evaluate.Lowering[evaluate.Environment]]:
-        """Those of the loops and choices, which note what is seen inside."""
+        """The lowerings of the loops and choices, which note what is seen inside."""
         found, place = {}, len(self._observed.tensors)
         for index, bodies in self._bodies.items():
             size = sum(_size(body) for body in bodies)

@@ -53,7 +53,7 @@ def reduce_processes(observations: Observations) -> Observations:
 
 
 def _encode(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
-    """Without 64-bit integers, which JAX does not move by default."""
+    """Statistics as arrays without 64-bit integers, which JAX does not move by default."""
     counts = np.stack([s.counts for s in stats]).astype(np.uint64)
     totals = np.array([s.count for s in stats], np.uint64)
     return {
@@ -182,7 +182,7 @@ def _gather(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _origin_of_first(origin: Origin | None) -> Origin | None:
-    """With process 0's model, which is traced in the shapes of its first batch."""
+    """The origin with process 0's model, which is traced in the shapes of its first batch."""
     if origin is None:
         return None
     digest = np.frombuffer(bytes.fromhex(origin.model), np.uint8).astype(np.int32)

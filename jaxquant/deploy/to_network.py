@@ -173,6 +173,7 @@ class _Translator(Tensors):
         if programs[0].model.layers is not None:
             self._unroll(eqn, programs[0], bound[0].layers)
             return
+
         inner = iter(zip(programs, bound, strict=True))
         bodies, unread = [], set[int]()
         for region in self.region.bodies(eqn):
@@ -183,6 +184,7 @@ class _Translator(Tensors):
             translated = self._inside(region, program, body.layers[0], [])
             bodies.append(translated.as_body())
             unread |= translated.not_given()
+
         # What every step reads alike of the parameters, the bodies have themselves.
         first = {"scan": 0, "while": eqn.params.get("cond_nconsts", 0), "cond": 1}[eqn.name]
         inputs = [x for k, x in enumerate(eqn.inputs) if k - first not in unread]
@@ -228,6 +230,8 @@ class _Translator(Tensors):
         self.need_static(given)
         atoms = [None if x is None else self.atom(x) for x in given]
         slices = {k: self.unstack(eqn.inputs[k]) for k in region.scanned if given[k] is not None}
+
+        # Each step's carry is the next one's; every tensor of a step has a number of its own.
         carry = atoms[fixed : fixed + carried]
         stacks: dict[int, tuple[Atom, ...]] = {}
         steps = range(len(layers))
@@ -241,6 +245,7 @@ class _Translator(Tensors):
                     inner.alias(var, atom)
             inner.add_equations()
             carry, stacks[step] = list(inner.outputs()[:carried]), inner.outputs()[carried:]
+
         for var, atom in zip(eqn.outputs, carry, strict=False):
             assert atom is not None, "a carry is computed"
             self.alias(var, atom)

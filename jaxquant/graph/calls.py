@@ -60,7 +60,7 @@ class _Shown(str):
 
 
 def _signature(apply_fn: Callable[..., Any]) -> inspect.Signature | None:
-    """Of a call with parameters and inputs; None where Python does not know it."""
+    """The signature of a function; None where Python does not know it."""
     try:
         signature = inspect.signature(apply_fn)
         module = getattr(apply_fn, "__self__", None)

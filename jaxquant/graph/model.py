@@ -195,7 +195,7 @@ class Model:
         return find_lookups(self.root, self._everywhere)
 
     def _shown(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        """Those of some sites of the whole model that are in this one."""
+        """The sites in this model, of some of the whole one, as it shows them."""
         own = self.root.location
         return tuple(
             from_outside(within(self._with_scans(site), self.root))

@@ -159,22 +159,25 @@ class Channels:
     def _through_reshape(self, before: tuple[int, ...], after: tuple[int, ...]) -> Channels | None:
         axes: dict[int, tuple[int, ...]] = {}
         for old, new in reshaped_axes(before, after):
-            inside = [a for a in old if a in self.axes]
+            inside = [axis for axis in old if axis in self.axes]
             if not inside:
                 continue
-            others = [a for a in old if a not in inside]
-            order = [self.axes.index(a) for a in inside]
+
+            # Channels that are mixed with other axes, or are not side by side, are lost.
+            others = [axis for axis in old if axis not in inside]
+            order = [self.axes.index(axis) for axis in inside]
             contiguous = order == list(range(order[0], order[0] + len(order)))
             if others or not contiguous:
                 return None
             axes[order[0]] = tuple(new)
-            for k in order[1:]:
-                axes[k] = ()
+            for place in order[1:]:
+                axes[place] = ()
+
         sizes, found = [], []
-        for k, size in enumerate(self.sizes):
+        for place, size in enumerate(self.sizes):
             if size == 1:
                 continue
-            for axis in axes.get(k, ()):
+            for axis in axes.get(place, ()):
                 sizes.append(after[axis])
                 found.append(axis)
         if not sizes and self.sizes:  # one channel: any axis of size 1 will do
@@ -193,11 +196,11 @@ def reshaped_axes(
     old = [axis for axis, size in enumerate(before) if size != 1]
     new = [axis for axis, size in enumerate(after) if size != 1]
     cuts = [
-        (i, j)
-        for i in range(len(old) + 1)
-        for j in range(len(new) + 1)
-        if _same_size([before[a] for a in old[:i]], [after[a] for a in new[:j]])
-        or _same_size([before[a] for a in old[i:]], [after[a] for a in new[j:]])
+        (left, right)
+        for left in range(len(old) + 1)
+        for right in range(len(new) + 1)
+        if _same_size([before[a] for a in old[:left]], [after[a] for a in new[:right]])
+        or _same_size([before[a] for a in old[left:]], [after[a] for a in new[right:]])
     ]
     return [
         (old[start[0] : end[0]], new[start[1] : end[1]]) for start, end in itertools.pairwise(cuts)

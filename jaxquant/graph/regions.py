@@ -145,6 +145,8 @@ def _bound(
     scanned: frozenset[int] = frozenset()
     carries: dict[int, int] = {}
     ends: tuple[int | None, ...] = tuple(range(results))
+
+    # What JAX's loops mean: which operand is which argument, and which output which result.
     if eqn.name == "scan":
         first, carry = jaxprs.scan_counts(eqn.params)
         operands = eqn.inputs
@@ -164,6 +166,7 @@ def _bound(
         operands = eqn.inputs
     if len(ends) != len(eqn.outputs) and key != "cond_jaxpr":
         ends = (None,) * results  # an equation of which is not known what its body gives
+
     constant = [  # what every step reads alike
         None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
         for k, atom in enumerate(operands)

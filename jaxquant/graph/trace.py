@@ -194,6 +194,8 @@ class _Builder:
             operands = [read(x) for x in eqn.invars]
             inner_scope = "/".join(s for s in (scope, jaxprs.scope_of(eqn)) if s)
             line = eqn.source_info if source is None else source
+
+            # A call that means nothing by itself (jit, remat): what it calls stands in its place.
             body = jaxprs.inlined_body(eqn)
             if body is not None and not self.keeps(eqn):
                 name = eqn.params.get("name", eqn.primitive.name)
@@ -201,11 +203,14 @@ class _Builder:
                 results = self.inline(*body, operands, inner_scope, inner_calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
+
+            # A scan over layers and a map over devices are written so that their weights are found.
             if (other := self._written_anew(eqn, operands)) is not None:
-                consts = other.consts
-                results = self.inline(other.jaxpr, consts, operands, inner_scope, calls, line)
+                results = self.inline(other.jaxpr, other.consts, operands, inner_scope, calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
+
+            # Everything else is one equation of the graph; it is static if all that it reads is.
             static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
             outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))

@@ -105,12 +105,15 @@ def make_call(
     library.require()
     _check_dtype("x", x, ("int8", "uint8"))
     _check_dtype("the packed weight", packed, ("int8",))
+
     multiplier, bias = channels
     out_dtypes = []
     if float_out or out is None:
         out_dtypes.append("float32")
     if out is not None:
         out_dtypes.append(jnp.dtype(out.dtype).name)
+
+    # In the order of `X` to `RESIDUAL`; what is not there has a stand-in, so that places stay.
     operands = [x, packed, multiplier, jnp.zeros((0,), jnp.float32) if bias is None else bias]
     operands.append(jnp.asarray(1.0 if out is None else out.inv_scale, jnp.float32))
     operands.append(jnp.asarray(1.0 if residual is None else residual.scale, jnp.float32))
@@ -122,6 +125,8 @@ def make_call(
                 f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
             )
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
+
+    # The kernels count from int8's zero points whatever the stored type is.
     of_input = _centred(zero_point, x.dtype)
     zero_points = ZeroPoints(
         input=of_input,
@@ -133,6 +138,7 @@ def make_call(
     if residual is not None:
         batched = (*batched, len(operands))
         operands.append(residual.value)
+
     (low, high), (low_after, high_after) = activation, activation_after
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(

@@ -111,6 +111,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         for site in model.sites_of(mode.lookups)
         if not is_elsewhere(model, site)
     ]
+
+    # The same sites as in the plan, of the same kinds.
     here = {site.name: site for site in found}
     differing = [
         name
@@ -123,6 +125,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     differing += [site.name for site in dots if site.name not in planned]
     if differing:
         raise _other_graph(differing)
+
+    # The int8 forms follow from the sites, so they are found again, not stored.
     chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
     barred = {
         s.equation
@@ -135,6 +139,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
+
     bound, by_behaviour = [], {behaviours.PICK: set[int](), behaviours.DECIDE: set[int]()}
     for site in chosen:
         behaviour = behaviours.behaviour_of(site.kind, graph.equations[site.equation])
@@ -148,6 +153,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
             bound.append(Int8Site(site, epilogue, is_dynamic))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
+
     scales = {var: names[entry] for var, entry in forms.heads.items()}
     zero_points, per_channel = on_grids(scales, plan.tensors)
     return Binding(

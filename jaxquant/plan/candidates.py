@@ -38,7 +38,7 @@ def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tup
 
 @once
 def candidates(model: Model, found: tuple[Site, ...], config: QuantConfig) -> tuple[Site, ...]:
-    """Those of the sites of a model's own graph that become int8 where that is of use."""
+    """The sites of a model's own graph that become int8 where that is of use."""
     return tuple(site for site in found if not reason_for_float(model, site, config))
 
 

@@ -110,6 +110,8 @@ def find_uneven(
       Site name -> reason; empty where every part keeps enough of its accuracy.
     """
     graph, names = model.graph, model.names
+
+    # The grid of each family, and the largest value on it: a part of the model or a constant.
     grids = {tensor.name: tensor for tensor in tensors}
     families: dict[ir.Var, TensorPlan] = {}
     largest: dict[ir.Var, float] = {}
@@ -120,12 +122,15 @@ def find_uneven(
     for family, beside in constants_in(graph, sites, forms).items():
         held = [stats[name].abs_max for name in beside if name in stats]
         largest[family] = max(largest[family], *held, 0.0)
+
     readers = _Readers(model, sites, forms)
     found: dict[str, str] = {}
     for site in sites:
         if not _ties(graph, site, forms):
             continue
         eqn = graph.equations[site.equation]
+
+        # A join loses what it reads on one scale; another tie loses what it gives.
         constants = constants_of(graph, site)
         is_join = kinds.is_join(eqn) or bool(constants)
         read = [*_named(graph, site, site.operands, names).values(), *constants]
@@ -135,6 +140,7 @@ def find_uneven(
         family = forms.family[eqn.outputs[0]]
         if not (parts and whole) or family not in families:
             continue
+
         # What the other members of the family do to this tie is another tie's matter.
         reach = max(part.abs_max for part in whole.values())
         share = min(1.0, reach / largest[family]) if largest[family] > 0 else 1.0
@@ -146,6 +152,7 @@ def find_uneven(
         lost = _worst(parts, grid)
         if lost is None:
             continue
+
         name, kept = lost
         reason = (
             f"its parts differ in range, {parts[name].abs_max:.3g} beside {reach:.3g}: one scale "

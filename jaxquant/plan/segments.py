@@ -50,7 +50,7 @@ def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cut
                 of_scans.setdefault(site.location[0], set()).update(ends)
     # Parameters that one scan goes over are cut alike, and so are the scans over one parameter.
     of_leaves: dict[int, set[int]] = {}
-    while True:
+    while True:  # until nothing is added: a cut goes from scan to parameter to scan
         before = sum(map(len, of_scans.values()))
         for eqn in graph.equations:
             leaves = [var for var in scanned_operands(eqn) if var in graph.leaves]
@@ -70,7 +70,7 @@ def _outer_layers(model: Model, site: Site, rule: Rule) -> list[bool]:
     """
     eqn = model.graph.equations[site.location[0]]
     (body, *_) = model.bodies[eqn.index]
-    shared = " and ".join(n for n in SHARED_SETTINGS if getattr(rule, n) is not None)
+    shared = " and ".join(name for name in SHARED_SETTINGS if getattr(rule, name) is not None)
     start = f"the pattern {rule.pattern!r} sets {shared} for some layers of {site.name!r}, "
     if body.layers is None:
         raise ValueError(

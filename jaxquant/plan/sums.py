@@ -132,12 +132,14 @@ class _Search:
         backwards = list(layers) if eqn.params.get("reverse") else list(reversed(layers))
         behind: ScaledGraph | None = None
         for layer in backwards:
+            # Where its results go: into stacks, and the last layer's carry out of the loop.
             for position, result in enumerate(region.results):
                 out = layer.graph.outputs[position]
                 if not isinstance(out, int) or result is None or layer.graph.static[out]:
                     continue
                 if position not in carried.values() or behind is None:
                     self._link((layer, out), (scaled, eqn.outputs[result]))
+            # The carry of the others goes into the layer behind.
             for argument, position in carried.items():
                 out = layer.graph.outputs[position]
                 if behind is not None and isinstance(out, int):
@@ -150,6 +152,8 @@ class _Search:
                         self._link((layer, out), (layer, argument))
                 self.visit(layer)
             behind = layer
+
+            # What is no carry each layer takes from outside; the first one takes the carry too.
             for argument, operand in operands.items():
                 if argument not in carried and argument not in body.leaf_operands:
                     self._enter(scaled, operand, layer, argument)

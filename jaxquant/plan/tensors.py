@@ -37,6 +37,8 @@ def plan_tensors(
             f"the observations hold nothing on {', '.join(map(repr, missing[:5]))}; calibrate with "
             "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
         )
+
+    # The members of each family share a grid, which holds the constants beside them as well.
     families: dict[str, list[str]] = {}
     beside: dict[str, list[TensorStats]] = {}
     heads = forms.heads
@@ -49,14 +51,17 @@ def plan_tensors(
             if name in observations.tensors
         ]
     _check_alive([observations.tensors[names[var]] for var in forms.entries])
+
+    # One search for the thresholds of all families, on what their members have seen together.
     stats = [merge([observations.tensors[t] for t in members]) for members in families.values()]
     steps = [
         levels(s.min, s.max, not settings[family].symmetric)
         for family, s in zip(families, stats, strict=True)
     ]
-    tensors = []
     algos = [settings[family].algo for family in families]
     thresholds = _thresholds(observations, config, families, stats, steps, algos)
+
+    tensors = []
     for (family, members), seen, threshold in zip(families.items(), stats, thresholds, strict=True):
         held = beside[family]
         threshold = max([threshold, *(constant.abs_max for constant in held)])

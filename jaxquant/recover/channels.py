@@ -65,7 +65,7 @@ def _join(*parts: np.ndarray) -> np.ndarray:
 def _draw(
     model: Model, tensors: Sequence[Divisible], count: int
 ) -> dict[str, dict[Layer, list[np.ndarray]]]:
-    """For each tensor and layer the output positions of its readers' rows.
+    """Draw, for each tensor and layer, the output positions of its readers' rows.
 
     They are drawn in the order in which a model without scans has the tensors, so that it draws the
     same ones.

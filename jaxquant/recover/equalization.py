@@ -75,6 +75,8 @@ def equalize(task: Task, draft: Draft) -> Draft:
     where: dict[str, frozenset[str]] = {
         step: plan.recovered_by(step) for step in STEP.names if step in plan.recover
     }
+
+    # Without being asked, equalization does what cannot be left: the readers of float joins.
     chosen, behind = list(where), ""
     joined = frozenset[str]().union(*map(readers_of_joined, binding.all_graphs()))
     joined = joined.difference(*where.values())
@@ -84,6 +86,7 @@ def equalize(task: Task, draft: Draft) -> Draft:
         where["equalization"] = where.get("equalization", frozenset()) | joined
     if not chosen:
         return draft
+
     name, everywhere = " and ".join(chosen), frozenset(s.name for s in plan.sites if not s.reason)
     anywhere = find_divisible(draft.program, dict.fromkeys(where, everywhere))
     total = sum(math.prod(tensor.model.scans) for tensor in anywhere)
@@ -93,15 +96,15 @@ def equalize(task: Task, draft: Draft) -> Draft:
         if not found:
             return draft if behind else draft.replaced(name, note)
 
-        def changed(part: Binding) -> Binding:
-            suffix = layer_suffix(part.layer)
+        def changed(bound: Binding) -> Binding:
+            suffix = layer_suffix(bound.layer)
             tensors = [
                 _divided(tensor, found[tensor.name + suffix])
                 if tensor.name + suffix in found
                 else tensor
-                for tensor in part.plan.tensors
+                for tensor in bound.plan.tensors
             ]
-            return part.with_tensors(tensors).in_bodies(changed)
+            return bound.with_tensors(tensors).in_bodies(changed)
 
         # Other zero points, and scales along channels, are another program.
         binding, divisors = changed(binding), _divisors(anywhere, found)

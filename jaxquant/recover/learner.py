@@ -135,10 +135,14 @@ class Learner:
         int8 = layout.get(qparams["params"], slot.int8)
         multiplier = np.asarray(arrays["multiplier"], np.float64)
         weight, scale = self._scaled_weight(here, site, layout.get(qparams["params"], slot.scale))
+
+        # The zero point's part of the bias goes with the weights: out here, and in again below.
         before = product.matrix(np.asarray(int8, np.float64))
         zero_point = here.binding.zero_points[site.operands[0]]
         bias = np.asarray(arrays["bias"], np.float64)
         bias = bias + zero_point * multiplier * _column_sums(before)
+
+        # What is wanted is in the units of the problem: the int8 model's multiplier for its own.
         step = _input_scale(here, site) * scale
         ratio = product.matrix(weight)
         down = np.clip(np.floor(ratio), -127, 127)
@@ -154,6 +158,7 @@ class Learner:
             activation=_of_rows(here.program, learnable.activation, wanted),
             correct=site.name in self._corrected,
         )  # fmt: skip
+
         name = _named(site, here.layer)
         rounding = _rounding(name, problem, roundings)
         after = down + rounding.up

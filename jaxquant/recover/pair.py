@@ -191,15 +191,22 @@ class Pair:
 
             return following
 
+        # A bias is corrected before what reads the sum sees it; loops hold both forms of their
+        # bodies, so they are replaced whole.
         program = self.program.hooked(corrected)
         program = program.replacing({index: looped(index) for index in self.bodies})
+        # Integers of a body, its counters and tests, are the float form's: both take the same way.
         if program.model.body is not None:
             lowerings = program.lowerings.items()
             program = program.replacing(
                 {k: both_forms.led(graph.equations[k], each, reference) for k, each in lowerings}
             )
+
+        # Last, so that what is measured at an end is what the hooks before have made of it.
         ends = {index: followed(program.lowerings[index]) for index in self._ends}
         quantized = program.replacing(ends).run(qparams, inputs, leaves)
+
+        # Tensors that no site gives, such as the inputs, are measured as they are read.
         for name, var in self._tensors.items():
             if var is not None and var in quantized and name not in by_site:
                 by_site[name] = powers(reference.read(var), quantized.wide(var))

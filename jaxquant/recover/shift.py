@@ -58,14 +58,14 @@ class Shift(NamedTuple):
         return np.asarray([self.difference, self.square, self.weight], np.float64) * factors
 
     def plus(self, other: Shift) -> Shift:
-        """That of two parts of a tensor as of the whole, in the larger of their units."""
+        """The shift of two parts of a tensor as one, in the larger of their units."""
         parts = [jnp.stack(x[:3], axis=-2) for x in (self, other)]
         units = jnp.asarray(self.unit), jnp.asarray(other.unit)
         sums = add_shifts(parts[0], units[0], parts[1], units[1])
         return Shift.of(sums, jnp.maximum(*units))
 
     def nothing(self) -> Shift:
-        """That of no value: zeros of these shapes, the unit too."""
+        """The shift of no value: zeros of these shapes, the unit too."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
 
     def mean(self) -> Any:

@@ -32,6 +32,7 @@ def make_report(
     label = MODES[plan.mode].label
     thresholds = _thresholds(plan)
     rounded = _float_sites_on_integers(program)
+
     rows = []
     for site in plan.sites:
         row: dict[str, Any] = {
@@ -63,12 +64,15 @@ def make_report(
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)
+
     tensors = tensor_rows(program)
     by_kind = {
-        kind: {status: sum((r["kind"], r["status"]) == (kind, status) for r in rows)
-               for status in (INT8, FLOAT)}
+        kind: {
+            status: sum((row["kind"], row["status"]) == (kind, status) for row in rows)
+            for status in (INT8, FLOAT)
+        }
         for kind in sorted({site.kind for site in plan.sites})
-    }  # fmt: skip
+    }
     summary = {
         "sites_int8": sum(row["status"] == INT8 for row in rows),
         "sites_float": sum(row["status"] == FLOAT for row in rows),

@@ -105,6 +105,9 @@ def run(
     bodies = [form.body for form in forms]
     arrays = [arrays_of(body, qparams) for body in bodies]
     operands = [_operands(body, env) for body in bodies]
+
+    # What is seen of layers the scan stacks; of other steps it is summed in the carry, which has to
+    # have its shapes before the first step.
     layered = bodies[0].model.layers is not None
     unlayered = none
     if not layered:
@@ -116,11 +119,13 @@ def run(
         carries = form.body.model.root.carries
 
         def step(given: loops.Given) -> loops.Gives:
+            # The arguments of the other form, in their order: what is fixed, carried and sliced.
             carry, sums = given.kept
             layer, slices = given.sliced or ({}, {})
             places = {**fixed, **carry, **slices}
             own = [places[place] for place in range(len(places))]
             both = form.step(given.values, own, layout.joined(every, layer))
+
             if eqn.name == "cond":
                 return loops.Gives(both.in_float, None, (both.other, sums.plus(both.seen)))
             carry = {place: both.other[output] for place, output in carries.items()}
@@ -137,6 +142,8 @@ def run(
         sliced=(arrays[0][1], operands[0].sliced),
         kept=(operands[0].start, unlayered),
     )
+
+    # The results of the other form in the order of the equation: its last carry, then its stacks.
     kept, sums = found.kept
     if eqn.name == "cond":
         return list(kept), sums

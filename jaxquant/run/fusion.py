@@ -113,25 +113,30 @@ def _follow(
     current, channels = site.epilogue.output, site.epilogue.channels
     members = [graph.producer[current].index]
     clamps, residual, residual_int8 = [NO_CLAMP], None, False
+
+    # First what rearranges the sums: the channels are then on other axes.
     movements = _movements(graph, binding, site, free)
     for movement in movements:
         moved = channels.through(graph, movement)
         assert moved is not None, "movements that mix channels are not followed"
         channels, current = moved, movement.outputs[0]
         members.append(movement.index)
+
+    # Then clips and one addition, as long as nothing else reads what lies between.
     while (eqn := _only_reader(graph, binding, current)) is not None and eqn.index in free:
         if (bounds := clamp_of(graph, eqn, current)) is not None:
             clamps[-1] = clamp_after(clamps[-1], bounds)
         elif residual is None and (added := _added(graph, eqn, current)) is not None:
             reads_int8 = eqn.index in binding.forms.reads_int8 and added in binding.forms.int8
             if reads_int8 and added in binding.per_channel:
-                break
+                break  # a kernel dequantizes what it adds by one scale
             residual, residual_int8 = added, reads_int8
             clamps.append(NO_CLAMP)
         else:
             break
         members.append(eqn.index)
         current = eqn.outputs[0]
+
     grid = grids.get(current)
     return Chain(
         site,

@@ -64,6 +64,8 @@ class Program:
         self.graph = graph = binding.graph
         self.plan = plan = binding.plan
         self.mode = MODES[plan.mode]
+
+        # What is computed at all, and what it reads: of stored weights, and of parameters in float.
         self.slots = binding.weight_slots(params) if body is None else body.slots
         self.weights = StoredWeights(graph, plan, self.slots)
         live = live_equations(self.binding)
@@ -74,10 +76,13 @@ class Program:
         if body is None:
             paths = layout.leaf_paths(graph, params)
             self.float_paths = layout.float_paths(leaves, paths, self.slots)
+
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
         self._backends = table
         self._by_site = by_site
+
+        # A loop without an int8 site inside runs as JAX has it.
         self.body = body or Inside((binding,), self.slots)
         self.bodies = {
             eqn.index: self._programs(eqn)
@@ -85,6 +90,7 @@ class Program:
             if any(each.layers[0].holds_int8 for each in binding.bodies.get(eqn.index, ()))
         }
 
+        # Calls are found before the table is: a lowering depends on what runs as one with it.
         calls = self._find_calls() if self.mode.tensor_scales else {}
         self.calls = {each.chain.site.site.name: each for each in calls.values()}
         self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]

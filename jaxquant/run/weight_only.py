@@ -85,32 +85,38 @@ def _by_blocks(
       stored: the weight.
       order: the stored axis that each axis of the weight is.
     """
-    side, free, own = site.weight_position, site.input_axes.free, site.weight_axes.free
-    summed = (order[a] for a in site.weight_axes.contracted)
-    pairs = sorted(zip(summed, site.input_axes.contracted, strict=True))
+    free, channels = site.input_axes.free, site.weight_axes.free
     layout = stored.layout
-    rows = x.transpose([*free, *(a for _, a in pairs)])
-    rows = rows.reshape(math.prod(x.shape[a] for a in free), layout.shape[layout.axis])
-    # As a matrix [K, N] or [N, K]: the axes of channels are neighbours too.
+
+    # x as a matrix [rows, K], K in the order in which the weight is stored.
+    summed = (order[axis] for axis in site.weight_axes.contracted)
+    pairs = sorted(zip(summed, site.input_axes.contracted, strict=True))
+    rows = x.transpose([*free, *(axis for _, axis in pairs)])
+    rows = rows.reshape(math.prod(x.shape[axis] for axis in free), layout.shape[layout.axis])
+
+    # The weight as a matrix [K, N] or [N, K]: the axes of channels are neighbours too.
     length = layout.shape[layout.axis]
-    others = math.prod(layout.permuted[order[a]] for a in own)
+    others = math.prod(layout.permuted[order[axis]] for axis in channels)
     shape = (length, others) if layout.axis == 0 else (others, length)
-    scale_shape = tuple(layout.groups if n == int(layout.axis != 0) else others for n in (0, 1))
+    along = int(layout.axis != 0)
+    scale_shape = tuple(layout.groups if axis == along else others for axis in (0, 1))
     packed = -(-length // 2) if stored.weight_bits == 4 else length
-    stored_shape = tuple(packed if n == int(layout.axis != 0) else others for n in (0, 1))
+    stored_shape = tuple(packed if axis == along else others for axis in (0, 1))
     matrix = stored._replace(
         integers=stored.integers.reshape(stored_shape),
         scale=stored.scale.reshape(scale_shape),
         layout=layout.as_matrix(shape),
     )
     value = blocks.dot(rows, matrix, eqn.params["precision"])
-    ascending = sorted(own, key=lambda a: order[a])
+
+    # The result's axes are the left operand's first; channels come as they are stored.
+    ascending = sorted(channels, key=lambda axis: order[axis])
     value = value.reshape(
-        [*(x.shape[a] for a in free), *(layout.permuted[order[a]] for a in ascending)]
+        [*(x.shape[axis] for axis in free), *(layout.permuted[order[axis]] for axis in ascending)]
     )
-    places = [len(free) + ascending.index(a) for a in own]
+    places = [len(free) + ascending.index(axis) for axis in channels]
     rest = list(range(len(free)))
-    return value.transpose([*rest, *places] if side else [*places, *rest])
+    return value.transpose([*rest, *places] if site.weight_position else [*places, *rest])
 
 
 def _by_chosen(

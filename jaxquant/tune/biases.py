@@ -56,7 +56,7 @@ def _plain_biases(layer: GraphLayer) -> dict[str, np.ndarray]:
     found = {}
     for int8_site in corrected:
         scale, offset = _weight_terms(layer, int8_site)
-        arrays = epilogue_arrays(graph, int8_site, operands, scale, offset)
+        arrays = epilogue_arrays(int8_site, operands, scale, offset)
         bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
         stored = layer.qparams["sites"][int8_site.site.name]
         if not int8_site.dynamic:

@@ -300,7 +300,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _thresholds(plan: Plan, families: Sequence[str]) -> tuple[float, ...]:
-    """Those of some families, in all layers."""
+    """The thresholds of some families, in all layers."""
     return tuple(t.threshold for f in families for t in plan.tensors if t.base_family == f)
 
 

@@ -84,7 +84,7 @@ class BothForms(NamedTuple):
 
 
 def surroundings(graph: ir.Graph, binding: Binding, int8_site: Int8Site) -> Surroundings:
-    """Those of an int8 site in a plan."""
+    """What surrounds an int8 site in a plan: where its operands come from and its result goes."""
     operands = tuple(dict.fromkeys(int8_site.site.operands))
     roots = [primitives.movement_root(graph, var) for var in operands]
     return Surroundings(

@@ -90,7 +90,7 @@ class Switch:
 def _shifts(
     parts: Parts, flat: list[Any], params: Any, qparams: Any, chosen: Chosen
 ) -> dict[str, Shift]:
-    """Of the int8 sites of a mixture, each behind the corrected ones before it."""
+    """The shift of each int8 site of a mixture, behind the corrected ones before it."""
 
     def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         values = _pick(chosen, part, as_float, as_int8)

@@ -34,7 +34,6 @@ def accumulator_terms(
 
 @np.errstate(over="ignore")  # refused at the end
 def epilogue_arrays(
-    graph: ir.Graph,
     int8_site: Int8Site,
     operands: dict[ir.Var, np.ndarray],
     scale: np.ndarray,
@@ -43,7 +42,7 @@ def epilogue_arrays(
     """Compose the affine chain into one multiplier and bias, in float32.
 
     Args:
-      graph, int8_site: the site.
+      int8_site: the site.
       operands: the values of the chain's operands.
       scale: [C] or [], what one unit of the accumulator is worth.
       offset: [C], what the accumulator holds too much; None for nothing.
@@ -51,7 +50,7 @@ def epilogue_arrays(
     Raises:
       ValueError: the chain's parameters are not finite.
     """
-    multiplier, bias = compose(graph, int8_site, operands, scale, offset)
+    multiplier, bias = compose(int8_site, operands, scale, offset)
     with np.errstate(over="ignore"):
         arrays = {"multiplier": multiplier.astype(np.float32)}
         if bias is not None:
@@ -73,7 +72,6 @@ def epilogue_arrays(
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def compose(
-    graph: ir.Graph,
     int8_site: Int8Site,
     operands: dict[ir.Var, np.ndarray],
     scale: np.ndarray,
@@ -86,7 +84,7 @@ def compose(
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias
             continue
-        operand = channel_vector(graph, step, operands)
+        operand = channel_vector(step, operands)
         if step.op == "mul":
             multiplier, bias = multiplier * operand, bias * operand
         elif step.op == "div":

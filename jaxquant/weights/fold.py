@@ -81,9 +81,7 @@ def _compiled(
     return jax.device_get(run(leaves))
 
 
-def channel_vector(
-    graph: ir.Graph, step: AffineStep, folded: dict[ir.Var, np.ndarray]
-) -> np.ndarray:
+def channel_vector(step: AffineStep, folded: dict[ir.Var, np.ndarray]) -> np.ndarray:
     """The operand of an affine step as float64, [C] in the order of the weight's channels.
 
     [] where it is a scalar, and where the site has no channels (a product of two activations): of

@@ -134,7 +134,7 @@ def _quantize_graph(
             alone = uses[slots[site.name]] == 1 and all(binding.model.varies_by_layer(site.weight))
             chooses = site.as_contraction.choosing is not None
             if per_channel and alone and not chooses and len(planned) == len(site.operands):
-                worth = compose(graph, int8_site, operands, scale * accumulator, None)[0]
+                worth = compose(int8_site, operands, scale * accumulator, None)[0]
                 used = np.abs(worth) * channels_in_use(weight, axes)
                 growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
                 scale = scale * growth.reshape(scale.shape)
@@ -148,7 +148,7 @@ def _quantize_graph(
             else:
                 accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
                 accumulator = accumulator * channels_in_use(weight, axes)
-        arrays = epilogue_arrays(graph, int8_site, operands, accumulator, offset) | others
+        arrays = epilogue_arrays(int8_site, operands, accumulator, offset) | others
         if "bias" in arrays and site.name in slots and len(planned) == len(site.operands):
             arrays["bias"] = whole_steps(arrays["bias"], arrays["multiplier"])
         qparams["sites"][site.name] = arrays
@@ -185,7 +185,7 @@ def undivided(
 
 
 def _broadcasting(factors: np.ndarray) -> np.ndarray:
-    """Without the leading axes of size 1."""
+    """The factors without their leading axes of size 1."""
     shape = factors.shape
     while shape and shape[0] == 1:
         shape = shape[1:]

@@ -166,7 +166,7 @@ def _one_minus_square(b: Builder, node: Node, x: list[Value], dtypes: Sequence[s
 
 
 def _polynomial(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    """Of the first operand; the others are the coefficients, from the constant one on."""
+    """A polynomial in the first operand; the others are its coefficients, constant one first."""
     variable, *coefficients, total = x
     for coefficient in reversed(coefficients):
         total = apply(b, "Add", [apply(b, "Mul", [total, variable]), coefficient])
