@@ -11,7 +11,7 @@ import numpy as np
 from jaxquant.graph.model import Model
 from jaxquant.recover.divisible import Divisible, Seen
 from jaxquant.recover.looks import Look, States, look_at
-from jaxquant.recover.parts import is_repeated, unrolled
+from jaxquant.recover.repeats import is_repeated, unrolled
 from jaxquant.run.layers import Layer
 
 ROWS = 1024  # of a site's outputs that are tried, over all samples

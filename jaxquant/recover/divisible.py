@@ -16,8 +16,8 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.inputs import input_axes
 from jaxquant.recover.looks import Look, is_replaced
-from jaxquant.recover.parts import is_repeated, programs_of
 from jaxquant.recover.product import Product
+from jaxquant.recover.repeats import is_repeated, programs_of
 from jaxquant.run.layers import Layer
 from jaxquant.run.program import Program
 

@@ -18,8 +18,8 @@ from jaxquant.plan.binding import Int8Site
 from jaxquant.progress import Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
-from jaxquant.recover.parts import is_repeated, most_steps, programs_of, unrolled
 from jaxquant.recover.product import Product
+from jaxquant.recover.repeats import is_repeated, most_steps, programs_of, unrolled
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.stepwise import run_stepwise
 from jaxquant.recover.wanted import InputGrid, Learnable, Wanted, find_wanted

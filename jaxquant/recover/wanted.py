@@ -18,8 +18,8 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import Model
 from jaxquant.recover.activation import Activation
 from jaxquant.recover.looks import Look, States, is_replaced, look_at
-from jaxquant.recover.parts import is_repeated
 from jaxquant.recover.product import Product
+from jaxquant.recover.repeats import is_repeated
 from jaxquant.run.layers import Layer
 
 
