@@ -40,6 +40,7 @@ from jaxquant.run.inputs import ranges_of
 from jaxquant.run.qapply import Code, QuantizedApply
 from jaxquant.tune.control import Built, Rules, control
 from jaxquant.tune.goal import Goal
+from jaxquant.tune.outliers import rules_for_outliers
 from jaxquant.tune.speed import slower_in_int8
 
 
@@ -163,8 +164,15 @@ def quantize(
     if config.optimize_for == "speed":
         found = slower_in_int8(model, observations, config, progress)
         config = config.with_rules(found)
+    with progress.stage("searching thresholds"):
+        planned = make_plan(model, observations, config)
+    if outliers := rules_for_outliers(source, observations, planned, config, progress):
+        config, found = config.with_rules(outliers), (*found, *outliers)
+        planned = make_plan(model, observations, config)
 
     def plan_of(rules: Rules) -> Binding:
+        if not rules:
+            return planned
         return make_plan(model, observations, config.with_rules(rules))
 
     def build(rules: Rules) -> Built:

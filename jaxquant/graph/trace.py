@@ -19,6 +19,9 @@ from jaxquant.jax_shim import jaxprs
 # The variable collection that training updates.  Others are results of a call like any other:
 # caches of a decoder, intermediates.
 _STATISTICS = "batch_stats"
+# What JAX puts where it inlines a call that gives what it is given, or ends in a named function
+# (`jax.nn.gelu`): nothing is computed, and one tensor with two names would look like two.
+_COPIES = frozenset({"copy", "copy_p"})
 
 
 def trace(
@@ -208,6 +211,9 @@ class _Builder:
             if (other := self._written_anew(eqn, operands)) is not None:
                 results = self.inline(other.jaxpr, other.consts, operands, inner_scope, calls, line)
                 env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            if eqn.primitive.name in _COPIES:
+                env[eqn.outvars[0]] = operands[0]
                 continue
 
             # Everything else is one equation of the graph; it is static if all that it reads is.

@@ -14,7 +14,15 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import MODES, STATIC, WEIGHT_ONLY
-from jaxquant.plan.rules import Rule, check_known, check_pattern, check_weight_bits, names, steps
+from jaxquant.plan.rules import (
+    OUTLIERS,
+    Rule,
+    check_known,
+    check_pattern,
+    check_weight_bits,
+    names,
+    steps,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,7 +31,7 @@ DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
 OPTIMIZE_FOR = ("size", "speed")
-DEFAULT_RECOVERY = ("bias_correction",)
+DEFAULT_RECOVERY = (OUTLIERS, "bias_correction")
 
 
 class Settings(TypedDict, total=False):
@@ -66,6 +74,10 @@ class QuantConfig:
       activation_quantize_type: "asymmetric" (a zero point where that makes the steps smaller: all
         256 integers for what is never negative) or "symmetric".
       recover: what repairs the int8 model, () for nothing; always in this order:
+        "outliers" looks for dots that read a tensor of which a few channels or rows are far larger
+        than all others, as in transformers, and gives them "equalization" where that halves the
+        noise at their outputs, or a scale for each row (`Rule(dynamic=True)`) where that halves it
+        again; the report's `rules` say where;
         "equalization" gives each input channel of a convolution or dot a step of its own where
         that lessens the error at the outputs, tried on samples (Nagel et al., 2019);
         "smoothquant" does so at dots alone, with its paper's exponent (Xiao et al., 2023);

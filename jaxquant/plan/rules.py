@@ -20,6 +20,8 @@ RECOVERY_STEPS: Mapping[str, str] = {
     "adaround": "rounding",
     "bias_correction": "bias_correction",
 }
+# Not a step on the int8 model, but a choice before it: see `jaxquant.tune.outliers`.
+OUTLIERS = "outliers"
 WEIGHT_BITS = (8, 4)
 PREFIXES = ("kind:", "module:", "site:")
 
@@ -196,7 +198,7 @@ def check_pattern(argument: str, pattern: object) -> None:
 def steps(argument: str, value: Any) -> tuple[str, ...]:
     """Recovery steps as a tuple, checked."""
     for step in (found := names(argument, value)):
-        check_known(argument, step, RECOVERY_STEPS)
+        check_known(argument, step, (OUTLIERS, *RECOVERY_STEPS))
     return found
 
 

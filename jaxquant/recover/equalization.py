@@ -41,21 +41,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
-from jaxquant.graph.sites import Site
-from jaxquant.plan import layout
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.recover.channels import watch
-from jaxquant.recover.divisible import Divisible, Seen, Where, find_divisible
-from jaxquant.recover.factors import Divided, ReadingSite, Tried, choose
+from jaxquant.recover.attempts import attempts
+from jaxquant.recover.divisible import Divisible, Where, find_divisible
+from jaxquant.recover.factors import Divided, choose
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.recover.trial import Trial
-from jaxquant.run.layers import GraphLayer
 from jaxquant.run.program import program_by_site
-from jaxquant.weights.fold import fold
 from jaxquant.weights.quantize import Divisors, quantize_params
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
@@ -131,38 +125,16 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
     divisible = find_divisible(draft.program, where)
     if not divisible:
         return {}
-    program, params = draft.program, task.source.params
-    corrected = program.whole_plan.recovered_by("bias_correction")
     equalized = where.get("equalization", frozenset())
-    seen = watch(program.model, params, task.alike, divisible)
-    parts = {
-        (part.program.model, part.layer): part
-        for part in GraphLayer(program, program.binding, draft.qparams, params).walk()
-    }
-    weights = {place: _weights(part, divisible) for place, part in parts.items()}
     found: dict[str, Divided] = {}
-    for tensor in divisible:
+    for attempt in attempts(task, draft, divisible):
+        tensor = attempt.tensor
         both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
-        for layers in tensor.layers_alike():
-            if not all(layer in seen[tensor.name] for layer in layers):
-                continue  # a branch that these samples do not take
-            places = [(tensor.model, layer) for layer in layers]
-            tried = [
-                _tried(parts[at], tensor, seen[tensor.name][at[1]], weights[at], corrected)
-                for at in places
-            ]
-            for at, best in zip(places, choose(tried, alphas), strict=False):
-                factors = best.factors.reshape(tensor.sizes)
-                found[parts[at].named(tensor.name)] = best._replace(factors=factors)
+        for part, best in zip(attempt.parts, choose(attempt.tried, alphas), strict=False):
+            factors = best.factors.reshape(tensor.sizes)
+            found[part.named(tensor.name)] = best._replace(factors=factors)
     return found
-
-
-def _weights(part: GraphLayer, divisible: Sequence[Divisible]) -> dict[ir.Var, np.ndarray]:
-    """The float weights behind those of some tensors that are in a part."""
-    sites = [p.site for t in divisible if t.model is part.program.model for p in t.readers]
-    stored = [site.weight for site in sites if site.weight is not None]
-    return fold(part.program.graph, part.params, stored, [])[0]
 
 
 def _divisors(divisible: Sequence[Divisible], found: Mapping[str, Divided]) -> Divisors:
@@ -188,43 +160,3 @@ def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
         threshold = grid.scale * max(128 + grid.zero_point, 127 - grid.zero_point)
     channels = tuple(axis for axis, size in enumerate(shape) if size > 1)
     return dataclasses.replace(tensor, threshold=threshold, channels=channels, **grid._asdict())
-
-
-def _tried(
-    part: GraphLayer,
-    tensor: Divisible,
-    seen: Seen,
-    weights: Mapping[ir.Var, np.ndarray],
-    corrected: frozenset[str],
-) -> Tried:
-    """A tensor in a part.
-
-    Args:
-      part: it.
-      tensor, seen: the tensor, and what the float model showed of it there.
-      weights: the float weights of the sites behind it.
-      corrected: the sites whose bias takes their mean error away.
-    """
-    plan = part.binding.plan
-    planned = next(each for each in plan.tensors if each.name == tensor.name)
-    readers = []
-    for product, rows in zip(tensor.readers, seen.rows, strict=True):
-        assert product.site.weight is not None
-        weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
-        trial = Trial(
-            inputs=rows,
-            weight=weight,
-            gains=_gains(part, product.site, planned, len(weight)),
-            per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
-            centred=product.site.name in corrected,
-        )
-        readers.append(ReadingSite(tensor, product, trial))
-    return Tried(planned, seen, readers)
-
-
-def _gains(part: GraphLayer, site: Site, tensor: TensorPlan, groups: int) -> np.ndarray:
-    """[G, O], what the epilogue multiplies a site's output by."""
-    qparams, slot = part.qparams, part.program.slots[site.name]
-    scale = np.asarray(layout.get(qparams["params"], slot.scale), np.float64)
-    gains = np.asarray(qparams["sites"][site.name]["multiplier"]) / (scale * tensor.scale)
-    return gains.reshape(groups, -1)

@@ -56,6 +56,13 @@ class ReadingSite:
     def error(self, grid: IntegerRange, factors: np.ndarray | None) -> float:
         return self._trial.error(grid, None if factors is None else factors[self._channel])
 
+    def error_by_row(self) -> float:
+        return self._trial.error_by_row()
+
+    @property
+    def signal(self) -> float:
+        return self._trial.signal
+
 
 class Tried(NamedTuple):
     """A tensor in one layer: its plan, what the float model showed of it, the sites behind it."""
@@ -72,6 +79,15 @@ class Tried(NamedTuple):
     def error(self, grid: Grid, factors: np.ndarray | None) -> float:
         """What the sites behind it are off on a grid, divided by factors or by none."""
         return sum(reader.error(_input_grid(grid), factors) for reader in self.readers)
+
+    def error_by_row(self) -> float:
+        """The same where each row has a scale of its own."""
+        return sum(reader.error_by_row() for reader in self.readers)
+
+    @property
+    def signal(self) -> float:
+        """Σ y² of these sites."""
+        return sum(reader.signal for reader in self.readers)
 
 
 def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:

@@ -50,11 +50,33 @@ class Trial:
         weight = self.weight if factors is None else self.weight * factors[:, :, None]
         integers = np.rint(self.inputs * (1 / divided).astype(np.float32))
         integers = np.clip(integers, np.float32(grid.lowest), np.float32(grid.highest))
+        return self._error(integers, weight, np.asarray(grid.step))
+
+    def error_by_row(self) -> float:
+        """The same where each row has a scale of its own, that of its largest |x|."""
+        largest = np.abs(self.inputs).max(axis=(1, 2), keepdims=True, initial=0.0)
+        steps = np.where(largest > 0, largest, 127.0) / 127.0
+        integers = np.rint(self.inputs / steps)
+        return self._error(integers, self.weight, steps.reshape(1, -1, 1))
+
+    @property
+    def signal(self) -> float:
+        """Σ y² over rows and channels."""
+        return float(np.sum(np.square(self._wanted, dtype=np.float64)))
+
+    def _error(self, integers: np.ndarray, weight: np.ndarray, step: np.ndarray) -> float:
+        """Σ (y - ŷ)².
+
+        Args:
+          integers: of the inputs, [R, G, K].
+          weight: before it is quantized, [G, K, O].
+          step: what an integer of an input is worth, of a shape that goes with [G, R, O].
+        """
         summed = 1 if self.per_channel else (0, 1, 2)
         threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
         scale = np.where(threshold > 0, threshold, 127.0) / 127.0
         int8 = np.rint(weight / scale).astype(np.float32)
-        worth = (grid.step * scale * self.gains[:, None, :]).astype(np.float32)  # [G, 1, O]
+        worth = (step * scale * self.gains[:, None, :]).astype(np.float32)
         off = self._wanted - _product(integers, int8) * worth
         if self.centred:
             off = off - off.mean(axis=1, keepdims=True, dtype=np.float64)

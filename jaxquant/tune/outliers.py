@@ -1,0 +1,190 @@
+"""Dots whose input one scale does not fit: which of them get a scale a channel, or a scale a row.
+
+In transformers a few channels behind a normalization, and a few tokens behind an activation, are
+far larger than all others, so that a step that covers them leaves the others a handful of integers
+(Y. Bondarenko et al., Understanding and Overcoming the Challenges of Efficient Transformer
+Quantization, 2021).  Two things help: a step for each channel, which the weight takes back
+(`jaxquant.recover.equalization`) and which costs nothing in the call, and a scale for each row,
+found in the call (`Rule(dynamic=True)`), which costs a pass over the tensor.
+
+Which tensors may need either is known from calibration; a model without such a tensor pays nothing.
+What they gain is tried at the outputs of the dots behind them, on rows of the calibration samples.
+Layers that are alike are decided together, so that a model comes out the same whether its layers
+are in a scan or in a Python loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.graph.model import FloatModel
+from jaxquant.graph.sites import Site
+from jaxquant.plan.binding import Binding
+from jaxquant.plan.config import QuantConfig
+from jaxquant.plan.plan import TensorPlan
+from jaxquant.plan.rules import OUTLIERS, Rule, first_layer, matching, setting
+from jaxquant.progress import Progress
+from jaxquant.recover.attempts import Attempt, attempts
+from jaxquant.recover.divisible import find_divisible
+from jaxquant.recover.equalization import ALPHAS
+from jaxquant.recover.factors import choose
+from jaxquant.recover.step import Draft, Task
+from jaxquant.run.program import program_by_site
+from jaxquant.weights.quantize import quantize_params
+
+Rules: TypeAlias = tuple[Rule, ...]
+
+# A tensor is looked at where its root mean square is less than so many of its steps: a normal one
+# has about 23 in it, and noise 38 dB below it.
+_STEPS = 16
+_GAIN = 0.5  # to what part the noise has to fall for another form
+_FINE = 1e-3  # the part of a dot's output that may be noise before its rows are scaled in the call
+_NUMBER = re.compile(r"\[\d+(?::\d+)?\]|\d+")
+
+
+def rules_for_outliers(
+    source: FloatModel,
+    observations: Observations,
+    binding: Binding,
+    config: QuantConfig,
+    progress: Progress,
+) -> Rules:
+    """A rule for each dot that gains by a scale a channel or a scale a row.
+
+    Of the dots with the step "outliers" and a stored weight whose input nothing else reads in int8.
+
+    Args:
+      source: the float model.
+      observations: what calibration saw.
+      binding: what becomes int8 without these rules.
+      config: has the user's rules; one that says whether a dot is dynamic is kept.
+      progress: shows that something is tried.
+    """
+    groups = _groups(site.name for site in binding.whole_plan.sites)
+    names = _with_coarse_input(binding, observations, groups)
+    if not names:
+        return ()
+    task = Task(source, observations.examples, None, progress)
+    with progress.stage("looking at outliers"):
+        program = program_by_site(binding, source.params)
+        divisible = find_divisible(program, {"smoothquant": names})
+        if not divisible:
+            return ()
+        draft = Draft(program, quantize_params(binding, source.params))
+        found: dict[Hashable, _Tried] = {}
+        for attempt in attempts(task, draft, divisible):
+            sites = [product.site for product in attempt.tensor.readers]
+            key = tuple(groups[site.name] for site in sites)
+            tried = found.setdefault(key, _Tried({}, []))
+            tried.sites.update((site.name, site) for site in sites)
+            tried.noise.extend(_noise_of(attempt))
+    steps = {site.name: site.recover for site in binding.whole_plan.sites}
+    return tuple(rule for tried in found.values() for rule in tried.rules(steps, config))
+
+
+def _groups(names: Iterable[str]) -> dict[str, Hashable]:
+    """Site -> what it has in common with the sites that are alike: its name without its layer.
+
+    Where the names hold several numbers, the layer is the one that differs most.
+
+    Example:
+      >>> groups = _groups(f"layers_{layer}/{part}" for layer in range(3) for part in ("a1", "a2"))
+      >>> len(set(groups.values())), groups["layers_0/a1"] == groups["layers_2/a1"]
+      (2, True)
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_NUMBER.sub("#", name), []).append(name)
+    groups: dict[str, Hashable] = {}
+    for pattern, members in alike.items():
+        numbers = [_NUMBER.findall(name) for name in members]
+        different = [len(set(column)) for column in zip(*numbers, strict=True)]
+        layer = different.index(max(different)) if different else 0
+        for name, own in zip(members, numbers, strict=True):
+            groups[name] = (pattern, *own[:layer], *own[layer + 1 :])
+    return groups
+
+
+def _with_coarse_input(
+    binding: Binding, observations: Observations, groups: Mapping[str, Hashable]
+) -> frozenset[str]:
+    """The int8 sites with the step that read a tensor whose steps are coarse, in any layer."""
+    plan = binding.whole_plan
+    coarse = {
+        tensor.base_family
+        for tensor in plan.tensors
+        if _is_coarse(tensor, observations.tensors.get(tensor.name))
+    }
+    sites = [site for site in plan.sites if not site.reason and OUTLIERS in site.recover]
+    found = {groups[site.name] for site in sites if coarse.intersection(site.inputs)}
+    return frozenset(site.name for site in sites if groups[site.name] in found)
+
+
+def _is_coarse(tensor: TensorPlan, seen: TensorStats | None) -> bool:
+    if seen is None or not seen.count:
+        return False
+    values = (np.arange(len(seen.counts)) + 0.5) * seen.bin_width
+    mean_square = float(seen.counts.astype(np.float64) @ values**2) / seen.count
+    return mean_square < (_STEPS * tensor.scale) ** 2
+
+
+class _Noise(NamedTuple):
+    """Noise over signal at the dots behind a tensor: as planned, by channel, by row."""
+
+    planned: float
+    by_channel: float
+    by_row: float
+
+
+def _noise_of(attempt: Attempt) -> Iterator[_Noise]:
+    """In each of the layers."""
+    divided = choose(attempt.tried, ALPHAS["equalization"])
+    for number, tried in enumerate(attempt.tried):
+        planned = by_channel = tried.error(tried.own, None)
+        if divided:
+            by_channel = tried.error(divided[number].grid, divided[number].factors)
+        if signal := tried.signal:
+            yield _Noise(planned / signal, by_channel / signal, tried.error_by_row() / signal)
+
+
+class _Tried(NamedTuple):
+    """The dots behind tensors that are alike, by their names, and the noise in each layer."""
+
+    sites: dict[str, Site]
+    noise: list[_Noise]
+
+    def rules(self, steps: Mapping[str, tuple[str, ...]], config: QuantConfig) -> Iterator[Rule]:
+        """What is set for the dots: nothing where no form is better by far.
+
+        Args:
+          steps: the recovery steps that they have.
+          config: see `rules_for_outliers`.
+        """
+        planned, by_channel, by_row = (sum(each) for each in zip(*self.noise, strict=True))
+        is_divided = by_channel <= _GAIN * planned
+        best = by_channel if is_divided else planned
+        is_coarse = best > _FINE * len(self.noise)
+        free = not any(_says_dynamic(site, config) for site in self.sites.values())
+        for name in self.sites:
+            if free and is_coarse and by_row <= _GAIN * best:
+                yield Rule(f"site:{name}", dynamic=True, reason=_reason("rows", planned, by_row))
+            elif is_divided:
+                others = [step for step in steps[name] if step not in (OUTLIERS, "equalization")]
+                reason = _reason("channels", planned, by_channel)
+                yield Rule(f"site:{name}", recover=("equalization", *others), reason=reason)
+
+
+def _says_dynamic(site: Site, config: QuantConfig) -> bool:
+    """Whether a rule of the user's says of a site that it is dynamic, or that it is not."""
+    rules = config.all_rules
+    return setting(rules, matching(rules, site, first_layer(site)), "dynamic", None) is not None
+
+
+def _reason(what: str, planned: float, found: float) -> str:
+    gained = 10 * np.log10(planned / found) if found else np.inf
+    return f"some {what} of its input are far larger than others: {gained:.1f} dB less noise"
