@@ -56,12 +56,11 @@ class ReadingSite:
     def error(self, grid: IntegerRange, factors: np.ndarray | None) -> float:
         return self._trial.error(grid, None if factors is None else factors[self._channel])
 
-    def error_by_row(self) -> float:
-        return self._trial.error_by_row()
+    def noise(self, grid: IntegerRange, factors: np.ndarray | None) -> float:
+        return self._trial.noise(grid, None if factors is None else factors[self._channel])
 
-    @property
-    def signal(self) -> float:
-        return self._trial.signal
+    def noise_by_row(self) -> float:
+        return self._trial.noise_by_row()
 
 
 class Tried(NamedTuple):
@@ -80,14 +79,14 @@ class Tried(NamedTuple):
         """What the sites behind it are off on a grid, divided by factors or by none."""
         return sum(reader.error(_input_grid(grid), factors) for reader in self.readers)
 
-    def error_by_row(self) -> float:
-        """The same where each row has a scale of its own."""
-        return sum(reader.error_by_row() for reader in self.readers)
+    def noise(self, grid: Grid, factors: np.ndarray | None) -> float:
+        """How much of their outputs is noise then, see `jaxquant.recover.trial.Trial.noise`."""
+        noise = [reader.noise(_input_grid(grid), factors) for reader in self.readers]
+        return sum(noise) / len(noise)
 
-    @property
-    def signal(self) -> float:
-        """Σ y² of these sites."""
-        return sum(reader.signal for reader in self.readers)
+    def noise_by_row(self) -> float:
+        """The same where each row has a scale of its own."""
+        return sum(reader.noise_by_row() for reader in self.readers) / len(self.readers)
 
 
 def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:

@@ -46,26 +46,46 @@ class Trial:
           grid: of the input.
           factors: [G, K], what the inputs are divided by and the weight is multiplied by.
         """
-        divided = np.asarray(grid.step if factors is None else grid.step * factors)
-        weight = self.weight if factors is None else self.weight * factors[:, :, None]
-        integers = np.rint(self.inputs * (1 / divided).astype(np.float32))
-        integers = np.clip(integers, np.float32(grid.lowest), np.float32(grid.highest))
-        return self._error(integers, weight, np.asarray(grid.step))
+        off = self._off(*self._quantized(grid, factors))
+        return float(np.sum(np.square(off, dtype=np.float64)))  # of any float32
 
-    def error_by_row(self) -> float:
+    def noise(self, grid: IntegerRange, factors: np.ndarray | None = None) -> float:
+        """How much of a row of outputs is noise, in the mean over the rows, as a power.
+
+        Of a row's Σ (y - ŷ)² over its Σ y² and that of the middle row: so large rows do not hide
+        what the others lose, which matters where rows are normalized behind the site, and rows of
+        next to nothing do not count.  Arguments as of `error`.
+        """
+        return self._noise(self._off(*self._quantized(grid, factors)))
+
+    def noise_by_row(self) -> float:
         """The same where each row has a scale of its own, that of its largest |x|."""
         largest = np.abs(self.inputs).max(axis=(1, 2), keepdims=True, initial=0.0)
         steps = np.where(largest > 0, largest, 127.0) / 127.0
         integers = np.rint(self.inputs / steps)
-        return self._error(integers, self.weight, steps.reshape(1, -1, 1))
+        return self._noise(self._off(integers, self.weight, steps.reshape(1, -1, 1)))
 
-    @property
-    def signal(self) -> float:
-        """Σ y² over rows and channels."""
-        return float(np.sum(np.square(self._wanted, dtype=np.float64)))
+    def _noise(self, off: np.ndarray) -> float:
+        noise, signal = (
+            np.sum(np.square(x, dtype=np.float64), axis=(0, 2)) for x in (off, self._wanted)
+        )
+        if not signal.any():
+            return 0.0
+        signal = signal + np.median(signal)
+        return float(np.mean(noise[signal > 0] / signal[signal > 0]))
 
-    def _error(self, integers: np.ndarray, weight: np.ndarray, step: np.ndarray) -> float:
-        """Σ (y - ŷ)².
+    def _quantized(
+        self, grid: IntegerRange, factors: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `_off` takes, of inputs on a grid."""
+        divided = np.asarray(grid.step if factors is None else grid.step * factors)
+        weight = self.weight if factors is None else self.weight * factors[:, :, None]
+        integers = np.rint(self.inputs * (1 / divided).astype(np.float32))
+        integers = np.clip(integers, np.float32(grid.lowest), np.float32(grid.highest))
+        return integers, weight, np.asarray(grid.step)
+
+    def _off(self, integers: np.ndarray, weight: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """y - ŷ, [G, R, O].
 
         Args:
           integers: of the inputs, [R, G, K].
@@ -80,7 +100,7 @@ class Trial:
         off = self._wanted - _product(integers, int8) * worth
         if self.centred:
             off = off - off.mean(axis=1, keepdims=True, dtype=np.float64)
-        return float(np.sum(np.square(off, dtype=np.float64)))  # of any float32
+        return off
 
     @functools.cached_property
     def _wanted(self) -> np.ndarray:

@@ -134,7 +134,7 @@ def _is_coarse(tensor: TensorPlan, seen: TensorStats | None) -> bool:
 
 
 class _Noise(NamedTuple):
-    """Noise over signal at the dots behind a tensor: as planned, by channel, by row."""
+    """How much of the outputs of the dots behind a tensor is noise: as planned, ..."""
 
     planned: float
     by_channel: float
@@ -145,11 +145,10 @@ def _noise_of(attempt: Attempt) -> Iterator[_Noise]:
     """In each of the layers."""
     divided = choose(attempt.tried, ALPHAS["equalization"])
     for number, tried in enumerate(attempt.tried):
-        planned = by_channel = tried.error(tried.own, None)
+        planned = by_channel = tried.noise(tried.own, None)
         if divided:
-            by_channel = tried.error(divided[number].grid, divided[number].factors)
-        if signal := tried.signal:
-            yield _Noise(planned / signal, by_channel / signal, tried.error_by_row() / signal)
+            by_channel = tried.noise(divided[number].grid, divided[number].factors)
+        yield _Noise(planned, by_channel, tried.noise_by_row())
 
 
 class _Tried(NamedTuple):

@@ -18,6 +18,10 @@ GOAL = 0.03
 
 def controlled(fault, goal, images=None, **settings):
     """A model under control; few candidates in the goal cost less: each is compiled."""
+    settings = {
+        "recover": ("bias_correction",),
+        **settings,
+    }  # what repairs unasked is not tested here
     config = jaxquant.QuantConfig(**fault.options, **settings)
     given, images = (fault.params, faults.apply_fn), fault.images if images is None else images
     observations = jaxquant.calibrate(*given, images, batch_size=256, progress=False, config=config)
