@@ -34,7 +34,7 @@ CALIBRATED = ("quantizable_op_type", "is_full_quantize", "skip", "skip_first_las
 OWN_STATISTICS = ("avg",)  # the algos that are no search in what every calibration keeps
 
 
-RECOVERY_STEPS = ("equalization", "smoothquant", "adaround", "bias_correction")
+RECOVERY_STEPS = ("outliers", "equalization", "smoothquant", "adaround", "bias_correction")
 
 METHODS = (
     Method("KL", {"algo": "KL"}),

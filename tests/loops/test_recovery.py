@@ -130,7 +130,7 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[adaround.Problem]:
     def learn(problem: adaround.Problem) -> adaround.Learned:
         found.append(problem)
         seen = (problem.wanted > 0).mean() + (problem.inputs > 3).mean()
-        return adaround.Learned(problem.part > 0.3 + 0.2 * seen, 2.0, 1.0)
+        return adaround.Learned(problem.fraction > 0.3 + 0.2 * seen, 2.0, 1.0)
 
     monkeypatch.setattr(adaround, "learn", learn)
     return found
