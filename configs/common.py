@@ -48,7 +48,10 @@ SETTINGS: settings.Settings = {
     "batch_size": (10, "images at a time"),
     "workers": (4, "threads that decode images"),
     "algo": ("KL", "how thresholds are chosen; this and those below: see jaxquant.quant_post"),
-    "quantizable_op_type": (("conv2d", "depthwise_conv2d", "mul"), "the kinds that become int8"),
+    "quantizable_op_type": (
+        ("conv2d", "depthwise_conv2d", "mul", "lookup_table"),
+        "the kinds that become int8",
+    ),
     "is_full_quantize": (False, "all kinds become int8"),
     "weight_quantize_type": ("channel_wise_abs_max", "or abs_max: one scale for each weight"),
     "activation_quantize_type": ("asymmetric", "or symmetric"),

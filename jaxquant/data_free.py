@@ -17,7 +17,7 @@ from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
 from jaxquant.plan.make import make_plan
-from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
+from jaxquant.plan.modes import DYNAMIC, WEIGHT_ONLY
 from jaxquant.plan.rules import Rule
 from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
@@ -28,8 +28,6 @@ from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.program import program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
 from jaxquant.weights.quantize import quantize_params
-
-WEIGHT_OP_TYPES = (*DEFAULT_OP_TYPES, "lookup_table")
 
 
 @named
@@ -67,7 +65,8 @@ def quant_dynamic(
         arrays for several arguments; a dict is one argument), or `jax.ShapeDtypeStruct`s in their
         place.  With arrays the report has the SQNR that was measured on them.
       quantizable_op_type: the kinds that become int8: "conv2d", "depthwise_conv2d", "mul" (a dot
-        with a weight), and if asked for "conv2d_transpose" and "matmul" (two activations).
+        with a weight), "lookup_table" (an embedding), and if asked for "conv2d_transpose" and
+        "matmul" (two activations).
       weight_quantize_type: "channel_wise_abs_max" or "abs_max".
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype` alone.
@@ -118,7 +117,7 @@ def quant_weights(
     *,
     weight_bits: int = 8,
     group_size: int | None = None,
-    quantizable_op_type: Sequence[str] = WEIGHT_OP_TYPES,
+    quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     rules: Sequence[Rule] = (),
@@ -220,7 +219,7 @@ def _quantize(
     with progress.stage("tracing"):
         model = trace_with_batch_sizes(source, inputs)
         check_no_randomness(model.graph)
-        check_weights(model.graph, model.sites_of(MODES[config.mode].lookups), params)
+        check_weights(model.graph, model.sites, params)
         if not allow_batch_dependence:
             check_independence(source, inputs, fast_convolutions)
         if (cut := cut_scans(source, model, config, inputs)) is not None:

@@ -17,7 +17,6 @@ PACKAGE = str(pathlib.Path(jaxquant.__file__).parent) + "/"
 OF_A_MODEL = (
     "graph/model:trace_model",
     "graph/finding:find_sites",
-    "graph/finding:find_lookups",
     "graph/naming:tensor_names",
     "graph/composites:Composites.whole",
     "graph/composites:Composites.normalisations",

@@ -10,7 +10,6 @@ from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import Model
 from jaxquant.plan.bind import is_elsewhere
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.modes import MODES
 
 _Body = tuple[Model, Sequence["Flow"]]
 
@@ -96,7 +95,7 @@ def _flow_of(
     binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Flow, ir.Var]]
 ) -> Flow:
     ends = {s.site.name: s.epilogue.output for s in binding.sites}
-    found = binding.model.sites_of(MODES[binding.plan.mode].lookups)
+    found = binding.model.sites
     sites = [
         s
         for s in found

@@ -66,9 +66,9 @@ def _ranges(layer: GraphLayer, int8_site: Int8Site, weight: np.ndarray) -> Weigh
     )
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
-    if not int8_site.dynamic:
+    if not (int8_site.dynamic or site.is_lookup):
         got = got / _divisors(layer, site, weight.shape)
-    inputs = site.weight_axes.contracted
+    inputs = others if site.is_lookup else site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
         sqnr_db=decibel(float(np.sum(weight**2)), float(np.sum((weight - got) ** 2))),

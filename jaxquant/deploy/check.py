@@ -98,7 +98,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
     integer = MODES[plan.mode].integer
     for int8_site in program.binding.sites:
         site = int8_site.site
-        if integer:
+        if integer and not site.is_lookup:
             yield ("sites", site.name, "multiplier"), ((), float32)
         if site.name not in program.slots:
             continue
@@ -109,7 +109,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
             channels = math.prod(shape[axis] for axis in view.channels)
             yield ("params", *slot.int8), ((shape,), np.dtype(np.int8))
             yield ("params", *slot.scale), (((channels,), ()), float32)
-            if site.as_contraction.choosing is not None:
+            if site.contraction is not None and site.contraction.choosing is not None:
                 yield ("sites", site.name, "relative_scale"), (((channels,),), float32)
             continue
         groups = group_layout(shape, view.channels, plan.group_size)

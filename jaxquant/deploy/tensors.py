@@ -31,8 +31,7 @@ class Tensors:
     def number(self, var: ir.Var) -> int:
         """The number of a tensor, which it gets where it is named first."""
         if var not in self._numbers:
-            shape = tuple(d if isinstance(d, int) else str(d) for d in self.graph.shape(var))
-            self._numbers[var] = self.found.new(Tensor(shape, str(self.graph.dtype(var))))
+            self._numbers[var] = self.new(self.graph, var)
         return self._numbers[var]
 
     def outputs(self) -> tuple[Atom, ...]:
@@ -44,8 +43,9 @@ class Tensors:
         return scalar(atom.value) if isinstance(atom, ir.Literal) else self.number(atom)
 
     def new(self, graph: ir.Graph, var: ir.Var) -> int:
-        """A number for a tensor of another graph."""
-        return self.found.new(Tensor(graph.shape(var), str(graph.dtype(var))))
+        """A number for a tensor of a graph, this one or another."""
+        shape = tuple(d if isinstance(d, int) else str(d) for d in graph.shape(var))
+        return self.found.new(Tensor(shape, str(graph.dtype(var))))
 
     def alias(self, var: ir.Var, atom: Atom) -> None:
         """Add that a tensor of this graph is one of another, whose int8 form may be another."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
 from jaxquant.deploy.plain_values import plain, scalar
-from jaxquant.deploy.restoring import restoring
+from jaxquant.deploy.restoring import looking_up, restoring
 from jaxquant.deploy.tensors import Tensors
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.regions import CONTROL_FLOW, Region
+from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves
@@ -100,7 +101,9 @@ class _Translator(Tensors):
             self.need_static(eqn.inputs)
             self.found.moves.append(self.node(eqn))
         for eqn in self.program.equations:
-            if eqn.index in by_index:
+            if eqn.index in by_index and by_index[eqn.index].site.is_lookup:
+                self._look_up(by_index[eqn.index].site)
+            elif eqn.index in by_index:
                 self.nodes.append(self._site(by_index[eqn.index]))
             elif eqn.index in self.program.bodies:
                 self._loop(eqn)
@@ -341,14 +344,46 @@ class _Translator(Tensors):
     def _restore(self, var: ir.Var) -> None:
         """Nodes that compute a static tensor from the integers of a weight and their scales."""
         steps, stored = restoring(self.program, var)
-        numbers: dict[ir.Var, int] = {}
-        for path, source in zip(stored, steps.inputs, strict=True):
+        self._add_steps(steps, stored, var, {}, var)
+
+    def _look_up(self, site: Site) -> None:
+        """Nodes that look rows up among integers and their scales."""
+        assert site.weight is not None
+        assert site.output is not None
+        eqn = self.graph.equations[site.equation]
+        steps, stored = looking_up(self.program, site)
+        self.need_static(eqn.inputs[1:])
+        given = {steps.inputs[-1]: self.number(eqn.input_vars[-1])}
+        self._add_steps(steps, stored, site.weight, given, site.output, eqn.scope)
+
+    def _add_steps(
+        self,
+        steps: ir.Graph,
+        stored: Sequence[tuple[str, ...]],
+        weight: ir.Var,
+        given: Mapping[ir.Var, int],
+        result: ir.Var,
+        scope: str = "",
+    ) -> None:
+        """Nodes that compute a tensor from what is stored for a weight.
+
+        Args:
+          steps: the computation.
+          stored: where its first inputs are in `qparams`.
+          weight: what is stored, or what follows from it.
+          given: its other inputs -> their numbers.
+          result: the tensor that it gives.
+          scope: of the nodes.
+        """
+        numbers = dict(given)
+        for path, source in zip(stored, steps.inputs, strict=False):
             numbers[source] = self.new(steps, source)
-            self.found.leaves[str(numbers[source])] = self._stored(path, var)
+            self.found.leaves[str(numbers[source])] = self._stored(path, weight)
         for eqn in steps.equations:
             for output in eqn.outputs:
                 is_result = output == steps.outputs[0]
-                numbers[output] = self.number(var) if is_result else self.new(steps, output)
+                numbers[output] = self.number(result) if is_result else self.new(steps, output)
+            params = jaxprs.portable_params(eqn.name, eqn.params)
             self.nodes.append(
                 Node(
                     op=eqn.name,
@@ -357,8 +392,8 @@ class _Translator(Tensors):
                         for x in eqn.inputs
                     ),
                     outputs=tuple(numbers[x] for x in eqn.outputs),
-                    params={key: plain(value) for key, value in eqn.params.items()},
-                    scope="",
+                    params={key: plain(value) for key, value in params.items()},
+                    scope=scope,
                     contraction=steps.contractions.get(eqn.index),
                 )
             )

@@ -41,10 +41,10 @@ def trace_with_batch_sizes(
     """
     model = source.trace(inputs)
     graph = model.graph
-    suspects = [site for site in model.with_lookups if _may_follow(graph, site)]
+    suspects = [site for site in model.sites if _may_follow(graph, site)]
     found: set[ir.Var] = set()
     for other in _traces(source, inputs, others) if suspects else ():
-        there = {site.name: site for site in other.with_lookups}
+        there = {site.name: site for site in other.sites}
         found |= {
             site.weight
             for site in suspects

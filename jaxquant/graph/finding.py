@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
@@ -17,20 +17,19 @@ from jaxquant.graph.sites import Site
 def find_sites(root: Region) -> tuple[Site, ...]:
     """Every operation of a known kind that depends on the inputs, in evaluation order.
 
-    Those inside control flow are among them; their tensors are those of the body's graph.
+    Those inside control flow are among them; their tensors are those of the body's graph.  The
+    embeddings, rows that are looked up in a weight, get their names behind all others: a layer
+    that shares its weight with one is called after it.
     """
-    return name_sites(list(_collect(root)))
-
-
-def find_lookups(root: Region, sites: Sequence[Site]) -> tuple[Site, ...]:
-    """The embeddings, the rows that are looked up in a weight, beside the other `sites`."""
+    sites = name_sites(list(_collect(root)))
     lookups = [
         _lookup(region, eqn)
         for region in root.walk()
         for eqn in region.graph.equations
-        if _reads(region.graph, eqn)
+        if kinds.is_lookup(region.graph, eqn) and not region.graph.static[eqn.outputs[0]]
     ]
-    return tuple(name_lookups(lookups, sites))
+    found = (*sites, *name_lookups(lookups, sites))
+    return tuple(sorted(found, key=lambda site: site.location))
 
 
 def _collect(region: Region) -> Iterator[Site]:
@@ -119,10 +118,6 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
         feeding="/".join(feeding[1:] if feeding[:1] == (COLLECTION,) else feeding),
         segment=region.segment,
     )
-
-
-def _reads(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    return kinds.is_lookup(graph, eqn) and not graph.static[eqn.outputs[0]]
 
 
 def _is_placed(scope: str) -> bool:

@@ -13,7 +13,7 @@ from jaxquant.graph import ir
 from jaxquant.graph.composites import Composites
 from jaxquant.graph.cuts import Cuts, Segment, cut_graph, cut_tree, pieces
 from jaxquant.graph.expressions import Expression, Expressions
-from jaxquant.graph.finding import find_lookups, find_sites
+from jaxquant.graph.finding import find_sites
 from jaxquant.graph.naming import tensor_names
 from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.graph.sites import Site, from_outside, within
@@ -164,35 +164,22 @@ class Model:
         """Every operation of a known kind that depends on the inputs, in evaluation order."""
         return self._shown(self.whole._everywhere)
 
-    @functools.cached_property
-    def with_lookups(self) -> tuple[Site, ...]:
-        """The sites and the embeddings; the sites have the same names as without."""
-        found = (*self.whole._everywhere, *self.whole._lookups)
-        return self._shown(sorted(found, key=lambda site: site.location))
-
     @property
     def located(self) -> Sequence[Site]:
-        """The sites and embeddings of the whole model, those in bodies too, as it has them."""
-        return self.whole.with_lookups
+        """The sites of the whole model, those in bodies too, as it has them."""
+        return self.whole.sites
 
     @functools.cached_property
     def in_bodies(self) -> frozenset[str]:
-        """The names of the sites and embeddings in `bodies`, and in those inside these."""
+        """The names of the sites in `bodies`, and in those inside these."""
         return frozenset(
-            site.name
-            for bodies in self.bodies.values()
-            for body in bodies
-            for site in body.with_lookups
+            site.name for bodies in self.bodies.values() for body in bodies for site in body.sites
         )
 
     @functools.cached_property
     def _everywhere(self) -> tuple[Site, ...]:
         """The sites of a whole model, those in bodies with the tensors of these."""
         return find_sites(self.root)
-
-    @functools.cached_property
-    def _lookups(self) -> tuple[Site, ...]:
-        return find_lookups(self.root, self._everywhere)
 
     def _shown(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         """The sites in this model, of some of the whole one, as it shows them."""
@@ -219,10 +206,6 @@ class Model:
             for body in bodies:
                 found |= body._scans_around
         return found
-
-    def sites_of(self, lookups: bool) -> tuple[Site, ...]:
-        """The sites, with the embeddings where a mode takes them for sites."""
-        return self.with_lookups if lookups else self.sites
 
     @functools.cached_property
     def names(self) -> Mapping[ir.Var, str]:

@@ -57,6 +57,11 @@ class Site:
     segment: str = ""
 
     @property
+    def is_lookup(self) -> bool:
+        """Whether it looks rows up in its weight, by index: an embedding."""
+        return self.kind == kinds.LOOKUP_KIND
+
+    @property
     def equation(self) -> int:
         """The index of its equation in the (top-level or body) graph that holds it."""
         return self.location[-1]

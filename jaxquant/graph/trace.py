@@ -14,6 +14,7 @@ import numpy as np
 from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.graph.marks import unmarked
+from jaxquant.graph.tied import find_tables, with_tied_tables
 from jaxquant.jax_shim import jaxprs
 
 # The variable collection that training updates.  Others are results of a call like any other:
@@ -71,9 +72,8 @@ def trace(
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
-    return symbolic.restore_slices(
-        builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
-    )
+    graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+    return with_tied_tables(symbolic.restore_slices(graph))
 
 
 def trace_body(
@@ -97,7 +97,10 @@ def trace_body(
             invars.append(builder.new(var.aval, static=False))
     outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
     inputs = [var for var in invars if var not in leaves]
-    return builder.graph(leaves, inputs, outputs, None), tuple(invars)
+    outside = find_tables(outer)
+    tables = [v for v, x in zip(invars, operands, strict=True) if v in leaves and x in outside]
+    graph = builder.graph(leaves, inputs, outputs, None)
+    return with_tied_tables(graph, tables), tuple(invars)
 
 
 def path_of(graph: ir.Graph, var: ir.Var) -> str:

@@ -8,7 +8,7 @@ A kind belongs to one behaviour:
     layout       likewise, and int8 only where a neighbour is (reshape, transpose, slice, ...)
     compute      float32 arithmetic on dequantized operands, fused (softmax, additions, ...)
     decide       the result is an index or a truth value (argmax, comparisons)
-    look up      rows of a weight, by index (embeddings); quantized with the weights alone
+    look up      rows of a weight, by index (embeddings): int8, and dequantized behind the lookup
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ BY_KIND: Mapping[str, str] = {
     "bilinear_interp": ACCUMULATE,
     "trilinear_interp": ACCUMULATE,
     "pool2d": ACCUMULATE,  # average pooling; maximum pooling picks, see `behaviour_of`
+    kinds.LOOKUP_KIND: LOOK_UP,
     "concat": PICK,
     **dict.fromkeys(kinds.LAYOUT_KINDS, LAYOUT),
     **dict.fromkeys(PATTERNS, COMPUTE),
@@ -64,4 +65,4 @@ def behaviour_of(kind: str, eqn: ir.Equation) -> str:
     """How the equation of a site meets int8 tensors."""
     if kind == "pool2d" and not eqn.name.endswith("_sum"):
         return PICK
-    return LOOK_UP if kind == kinds.LOOKUP_KIND else BY_KIND[kind]
+    return BY_KIND[kind]

@@ -87,7 +87,7 @@ def layers_of(body: Model, around: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def part_of(plan: Plan, model: Model, layer: tuple[int, ...]) -> Plan:
     """The part of a whole plan in a model's own graph, its tensors with their plain names."""
-    own = {site.name for site in model.with_lookups if not is_elsewhere(model, site)}
+    own = {site.name for site in model.sites if not is_elsewhere(model, site)}
     suffix = layer_suffix(layer)
     entries = {f"{name}{suffix}" for name in model.names.values()}
     return dataclasses.replace(
@@ -106,11 +106,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     """Bind what is in a model's own graph; for `inside` see `jaxquant.plan.restore.restorable`."""
     graph, mode = model.graph, MODES[plan.mode]
     planned = {site.name: site for site in plan.sites}
-    found = [
-        _as_planned(site, planned)
-        for site in model.sites_of(mode.lookups)
-        if not is_elsewhere(model, site)
-    ]
+    found = [_as_planned(site, planned) for site in model.sites if not is_elsewhere(model, site)]
 
     # The same sites as in the plan, of the same kinds.
     here = {site.name: site for site in found}
@@ -128,12 +124,9 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
 
     # The int8 forms follow from the sites, so they are found again, not stored.
     chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
-    barred = {
-        s.equation
-        for s in found
-        if s.name in planned and planned[s.name].status != INT8 and not s.inside
-    }
-    static = [site for site in chosen if not planned[site.name].dynamic]
+    left = [s for s in found if s.name in planned and planned[s.name].status != INT8]
+    barred = {site.equation for site in left if not (site.inside or site.is_lookup)}
+    static = [site for site in chosen if not (site.is_lookup or planned[site.name].dynamic)]
     forms = find_forms(model, static if mode.tensor_scales else (), plan.kinds, barred)
     names = model.names
     entries = {var: names[var] for var in forms.entries}
@@ -149,7 +142,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
             known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint
             if epilogue.affine != affine or not known:
                 raise _other_graph([site.name])
-            is_dynamic = not mode.tensor_scales or planned[site.name].dynamic
+            is_dynamic = not (mode.tensor_scales or site.is_lookup) or planned[site.name].dynamic
             bound.append(Int8Site(site, epilogue, is_dynamic))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)

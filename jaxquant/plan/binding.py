@@ -24,7 +24,8 @@ class Int8Site:
 
     Attributes:
       site: it.
-      epilogue: what its multiplier and bias stand for.
+      epilogue: what its multiplier and bias stand for; of an embedding, which has neither, its end
+        is the embedding's result.
       dynamic: what it reads is scaled in each call.
     """
 

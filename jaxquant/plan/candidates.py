@@ -120,6 +120,8 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             continue
         if not takes_constants(graph, source):
             return f"its input holds infinities, which {source.name} puts there"
+    if site.is_lookup:
+        return _weightless(graph, site)
     contraction = site.contraction
     if contraction is None:
         return ""

@@ -27,7 +27,7 @@ from jaxquant.plan.rules import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul")
+DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul", "lookup_table")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
 OPTIMIZE_FOR = ("size", "speed")
@@ -67,7 +67,8 @@ class QuantConfig:
         with clipping weighing 16 times; or a `jaxquant.Observer` of one's own.
       hist_percent: the fraction of the values that "hist" keeps, in (0, 1]; not a percentage, in
         spite of the name, which is PaddleSlim's.
-      quantizable_op_type: the kinds that become int8, by PaddleSlim's names.
+      quantizable_op_type: the kinds that become int8, by PaddleSlim's names; "lookup_table", an
+        embedding, is stored in int8 and gives floats.
       is_full_quantize: all kinds become int8, so that tensors stay int8 between sites: pooling,
         additions, concatenation, softmax, interpolation, shape operations, ...
       weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".

@@ -88,7 +88,8 @@ class WeightView:
 def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     """What is stored for a site.
 
-    An integer operation takes its weight as it is stored.  Where weights are dequantized in the
+    An integer operation takes its weight as it is stored, and so does a dot that is tied to an
+    embedding (`jaxquant.graph.tied`).  Where weights are dequantized in the
     call, what is stored is seen through transposes and broadcasts, so that an embedding that is
     transposed for the output layer is stored once.  Of an embedding, rows are looked up in what is
     stored.

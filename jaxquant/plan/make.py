@@ -54,7 +54,7 @@ def observed_tensors(model: Model, config: QuantConfig) -> Observed:
 
 def _reasons(model: Model, config: QuantConfig) -> set[str]:
     """Why the sites of a model stay float, those of its bodies too."""
-    sites = reported(model.graph, _own_sites(model, lookups=False), config)
+    sites = reported(model.graph, _own_sites(model), config)
     found = {f"{site.kind}: {reason_for_float(model, site, config)}" for site in sites}
     bodies = (body for bodies in model.bodies.values() for body in bodies)
     return found.union(*(_reasons(body, config) for body in bodies))
@@ -70,7 +70,7 @@ def _observed(model: Model, config: QuantConfig) -> Observed:
 
 def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     """Tensor name -> tensor, of those in a model's own graph."""
-    graph, names, found = model.graph, model.names, _own_sites(model, lookups=False)
+    graph, names, found = model.graph, model.names, _own_sites(model)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False, rules=())
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
@@ -85,9 +85,9 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     return entries | {name: var for name, var in tied.items() if name not in entries}
 
 
-def _own_sites(model: Model, lookups: bool) -> tuple[Site, ...]:
+def _own_sites(model: Model) -> tuple[Site, ...]:
     """The sites in a model's own part of the plan: those in no body with a part of its own."""
-    return tuple(site for site in model.sites_of(lookups) if not is_elsewhere(model, site))
+    return tuple(site for site in model.sites if not is_elsewhere(model, site))
 
 
 def make_plan(model: Model, observations: Observations | None, config: QuantConfig) -> Binding:
@@ -105,7 +105,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
       ValueError: a skip pattern matches nothing, the model has no site, none is left, or the
         observations lack a tensor.
     """
-    found = model.sites_of(MODES[config.mode].lookups)
+    found = model.sites
     check_sites(reported(model.graph, found, config))
     _check_patterns(found, config)
     sites, tensors = _plan_region(model, observations, config, [()])
@@ -138,7 +138,7 @@ def _plan_region(
     cannot have is float in all of them.
     """
     layers = [layer for outer in around for layer in layers_of(model, outer)]
-    found = _own_sites(model, MODES[config.mode].lookups)
+    found = _own_sites(model)
     stats = [None] * len(layers) if observations is None else observations.of_layers(layers)
     seen = [_Seen(layer, own) for layer, own in zip(layers, stats, strict=True)]
     while True:
@@ -256,7 +256,7 @@ def _draft(model: Model, found: tuple[Site, ...], seen: _Seen, config: QuantConf
 
 def _static(chosen: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
     """Those of the sites that read tensors on grids of the plan."""
-    return tuple(site for site in chosen if not is_dynamic(site, config))
+    return tuple(site for site in chosen if not (site.is_lookup or is_dynamic(site, config)))
 
 
 def _with_even_parts(
@@ -281,7 +281,8 @@ def _forms(
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
     sites = reported(model.graph, found, config)
-    barred = {s.equation for s in sites if s.name not in allowed and not s.inside}
+    left = [site for site in sites if site.name not in allowed and not site.is_lookup]
+    barred = {site.equation for site in left if not site.inside}
     return find_forms(model, chosen, config.kinds, barred)
 
 
@@ -299,6 +300,8 @@ def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
         name: setting(rules, places, name, getattr(config, name))
         for name in ("recover", "weight_bits")
     }
+    if site.is_lookup:  # it has no sums that could be off
+        settings["recover"] = ()
     if is_dynamic(site, config):
         settings |= {"dynamic": True, "inputs": ()}
     return dataclasses.replace(plan, **settings)

@@ -19,7 +19,6 @@ class Mode:
       tensor_scales: the plan holds scales of tensors, and tensors stay int8 between sites.
       integer: sites compute on integers: int8 operands, int32 sums, an epilogue.  Else they
         compute in the model's dtype on a weight that is dequantized in the call.
-      lookups: embeddings (rows looked up in a weight) are sites too.
       label: what the report calls a quantized site; `{bits}` are those of the weights.
       advice: what may help where the accuracy is poor; `{skip}` are the sites that it is lost at.
     """
@@ -27,7 +26,6 @@ class Mode:
     kinds: tuple[str, ...]
     tensor_scales: bool
     integer: bool
-    lookups: bool
     label: str
     advice: str
 
@@ -37,15 +35,13 @@ MODES = {
         kinds=tuple(behaviours.BY_KIND),
         tensor_scales=True,
         integer=True,
-        lookups=False,
         label="int8",
         advice="another algo or skip={skip} may help",
     ),
     DYNAMIC: Mode(
-        kinds=kinds.DOT_KINDS,
+        kinds=(*kinds.DOT_KINDS, kinds.LOOKUP_KIND),
         tensor_scales=False,
         integer=True,
-        lookups=False,
         label="int8 (dynamic)",
         advice="skip={skip} or jaxquant.quant_weights may help",
     ),
@@ -53,7 +49,6 @@ MODES = {
         kinds=(*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND),
         tensor_scales=False,
         integer=False,
-        lookups=True,
         label="int{bits} weights",
         advice="a smaller group_size, weight_bits=8 or skip={skip} may help",
     ),

@@ -21,7 +21,6 @@ from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.patterns import matches_layer, takes_some_layers
 from jaxquant.graph.sites import Site
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.modes import MODES
 from jaxquant.plan.rules import SETTINGS, SHARED_SETTINGS, Rule, check_rules, check_skip
 
 
@@ -115,10 +114,9 @@ def cut_scans(
     Raises:
       ValueError: a pattern matches nothing, or a scan cannot be cut.
     """
-    sites = model.sites_of(MODES[config.mode].lookups)
-    check_skip(sites, config.skip)
-    check_rules(sites, config.rules, config.kinds)
-    cuts = find_cuts(model, sites, config.all_rules)
+    check_skip(model.sites, config.skip)
+    check_rules(model.sites, config.rules, config.kinds)
+    cuts = find_cuts(model, model.sites, config.all_rules)
     if not cuts:
         return None
     source = FloatModel(source.apply_fn, source.given, cuts)
@@ -141,11 +139,10 @@ class Cut:
 
     def resolved(self, config: QuantConfig) -> QuantConfig:
         """The configuration with rules that name the sites of the segments one by one."""
-        lookups = MODES[config.mode].lookups
-        known = {site.location: site for site in self.before.sites_of(lookups)}
+        known = {site.location: site for site in self.before.sites}
         rules: list[Rule] = []
         for rule in config.all_rules:
-            for site in self.model.sites_of(lookups):
+            for site in self.model.sites:
                 segment = self.model.origins[site.location[0]]
                 was = known.get((segment.equation, *site.location[1:]))
                 if was is not None:  # no operation that puts the segments together

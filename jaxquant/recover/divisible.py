@@ -149,9 +149,10 @@ def find_divisible(program: Program, where: Where) -> list[Divisible]:
         for site in (s.site for s in part.binding.sites if s.site.name in program.slots):
             for var in site.operands:
                 users.setdefault(program.slots[site.name], set()).add((part, var))
-    # What is read in float, or by what scales its input in the call, would be equalized with it.
+    # What is read in float, or by what has no such input, would be equalized with it.
     others = [each.site.name for part in programs for each in part.restored.values()]
-    others += [s.site.name for part in programs for s in part.binding.sites if s.dynamic]
+    stored = [each for part in programs for each in part.binding.sites]
+    others += [each.site.name for each in stored if each.dynamic or each.site.is_lookup]
     barred = {program.slots[name] for name in others if name in program.slots}
     alone = {slot for slot, used in users.items() if len(used) == 1 and slot not in barred}
     return [found for part in programs for found in _in_graph(part, alone, where)]

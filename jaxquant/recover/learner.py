@@ -49,7 +49,7 @@ class Learner:
         self._corrected = program.whole_plan.recovered_by("bias_correction")
         programs = list(programs_of(program))
         stored = {
-            each.model: [s for s in each.binding.sites if s.site.name in program.slots]
+            each.model: [s for s in each.binding.sites if _has_sums(program, s.site)]
             for each in programs
         }
         reasons = _reasons(program, stored, asked)
@@ -103,9 +103,8 @@ class Learner:
 
         def enter(here: GraphLayer, index: int) -> None:
             for inner in (each for body in here.inside(index) for each in body.walk()):
-                for name in (each.site.name for each in inner.binding.sites):
-                    if name not in self._program.slots:
-                        continue
+                sites = (each.site for each in inner.binding.sites)
+                for name in (site.name for site in sites if _has_sums(self._program, site)):
                     if name in self._sites:
                         found = wanted[name].get(inner.layer)
                         self._learn_repeated(inner, self._sites[name], found, roundings)
@@ -191,6 +190,11 @@ class Learner:
         return self._folded[place][site.weight]
 
 
+def _has_sums(program: Program, site: Site) -> bool:
+    """True for a convolution or dot with a stored weight."""
+    return site.name in program.slots and not site.is_lookup
+
+
 def _reasons(
     program: Program, stored: Mapping[Model, Sequence[Int8Site]], asked: Collection[str]
 ) -> dict[str, str]:
@@ -202,7 +206,7 @@ def _reasons(
       asked: the sites that have the step.
     """
     sites = [(model, each) for model, some in stored.items() for each in some]
-    uses = collections.Counter(program.slots[each.site.name] for _, each in sites)
+    uses = collections.Counter(program.slots.values())
     found = {}
     for model, int8_site in sites:
         site = int8_site.site

@@ -78,13 +78,13 @@ class Pair:
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
         self._tensors = {
             site.name: ends.get(site.name, site.output)
-            for site in program.model.sites_of(program.mode.lookups)
+            for site in program.model.sites
             if site.output is not None and is_float(graph.dtype(site.output))
         }
         self._activations = {
             s.site.name: find_activation(graph, s.epilogue.output)
             for s in program.binding.sites
-            if s.site.name in program.slots and program.mode.integer
+            if s.site.name in program.slots and program.mode.integer and not s.site.is_lookup
         }
         self._ends = _ends(program)
         self._named = {var: name for name, var in self._tensors.items() if var is not None}

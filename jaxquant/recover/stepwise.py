@@ -128,7 +128,8 @@ def find_last_reads(program: Program) -> dict[ir.Var, int]:
     last: dict[ir.Var, int] = {}
     for eqn in program.equations:
         site = sites.get(eqn.index)
-        stack = [*(site.operands if site else eqn.input_vars)]
+        own = graph.equations[site.equation] if site else eqn
+        stack = [*own.input_vars]
         if site and site.weight is not None:
             stack.append(site.weight)
         if eqn.index in binding.picks:

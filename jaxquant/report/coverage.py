@@ -23,7 +23,7 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
     """
     graph, forms = program.graph, program.binding.forms
     mode = program.mode
-    sites, names = program.model.sites_of(mode.lookups), program.model.names
+    sites, names = program.model.sites, program.model.names
     planned = {site.name: site for site in program.plan.sites}
     dynamic = {each.site.name for each in program.binding.sites if each.dynamic and mode.integer}
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}

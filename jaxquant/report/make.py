@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from jaxquant.graph import ir
+from jaxquant.graph.kinds import LOOKUP_KIND
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.plan import layout
-from jaxquant.plan.modes import DYNAMIC, MODES
+from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
 from jaxquant.plan.plan import FLOAT, INT8, Plan
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.report import Report
@@ -57,6 +58,8 @@ def make_report(
                 float(scale.max()),
             )
         own_label = MODES[DYNAMIC].label if site.dynamic else label
+        if site.kind == LOOKUP_KIND:  # it computes nothing
+            own_label = MODES[WEIGHT_ONLY].label
         row["mode"] = FLOAT if site.status == FLOAT else own_label.format(bits=site.weight_bits)
         row["own_sqnr_db"] = quality.own.get(site.name)
         row["sqnr_db"] = quality.sites.get(site.name)
@@ -118,7 +121,7 @@ def _float_sites_on_integers(program: Program) -> set[str]:
     quantized = {each.site.name for each in program.binding.sites}
     graph = program.graph
     found = set()
-    for site in program.model.with_lookups:
+    for site in program.model.sites:
         if site.weight is None or site.name in quantized:
             continue
         behind = {v for eqn in ir.upstream(graph, [site.weight]) for v in eqn.input_vars}

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxquant.graph.kinds import MEANINGS
+from jaxquant.graph.kinds import LOOKUP_KIND, MEANINGS
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import FLOAT, INT8
 from jaxquant.plan.rules import Rule
@@ -132,7 +132,9 @@ class Report:
 
     def _footer(self) -> str:
         s = self.summary
-        label = next((row["mode"] for row in self.rows if row["status"] == INT8), INT8)
+        quantized = [row for row in self.rows if row["status"] == INT8]
+        quantized.sort(key=lambda row: row["kind"] == LOOKUP_KIND)  # those that compute come first
+        label = next((row["mode"] for row in quantized), INT8)
         kinds = ", ".join(
             f"{kind} {n[INT8]}" + (f" (+{n[FLOAT]} float)" if n[FLOAT] else "")
             for kind, n in s["kinds"].items()

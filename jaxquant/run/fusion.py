@@ -80,7 +80,8 @@ def find_chains(
     # Of two sites before one addition the later takes it: the other's result is there by then.
     for site in reversed(binding.sites):
         is_live = graph.producer[site.epilogue.output].index in indices
-        if not is_live or site.site.stored_weight is None or site.dynamic:
+        is_sum = site.site.stored_weight is not None and not site.site.is_lookup
+        if not is_live or not is_sum or site.dynamic:
             continue
         if goes_on(site):
             chain = _follow(graph, binding, site, indices - claimed, floats, grids)

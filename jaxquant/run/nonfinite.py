@@ -40,7 +40,9 @@ def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir
       Tensor -> its origins: itself, the model's inputs, or tensors that are quantized.
     """
     entries = binding.names.keys()
-    static = {site.epilogue.output for site in binding.sites if not site.dynamic}
+    # An embedding gives NaN for an index out of range, as it does in float.
+    sums = [each for each in binding.sites if not (each.dynamic or each.site.is_lookup)]
+    static = {each.epilogue.output for each in sums}
     safe = static | (binding.forms.int8 - entries)
     found = {var: frozenset({var}) for var in graph.inputs if _is_float(graph, var)}
     for eqn in graph.equations:

@@ -22,6 +22,7 @@ from jaxquant.plan.plan import Plan
 from jaxquant.run import accumulate, loops, lowerings, nonfinite
 from jaxquant.run.calls import SiteCall, has_kernel
 from jaxquant.run.fusion import find_chains
+from jaxquant.run.lookups import looked_up
 from jaxquant.run.loops import Inside
 from jaxquant.run.lowerings import Evaluation, Hook, Lowering
 from jaxquant.run.pooling import find_early_pools
@@ -265,6 +266,8 @@ class Program:
         return lowerings.on_dequantized(eqn)
 
     def _of_site(self, site: Int8Site) -> Lowering:
+        if site.site.is_lookup:
+            return looked_up(self.graph, site, self.weights)
         if not self.mode.integer:
             return accumulate.on_dequantized_weight(self.graph, site, self.weights)
         if site.dynamic:

@@ -16,6 +16,7 @@ from jaxquant.backends.choice import Choice, check_backend, choose_backend, tabl
 from jaxquant.graph import ir
 from jaxquant.graph.calls import shapes_text
 from jaxquant.graph.cuts import Cuts, cut_tree, pieces
+from jaxquant.graph.kinds import LOOKUP_KIND
 from jaxquant.graph.model import Model, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
@@ -296,7 +297,8 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
         )
     tensors = {tensor.base for tensor in plan.tensors}
     integer = MODES[plan.mode].integer
-    sites = {site.name for site in plan.sites if site.fingerprint and integer}
+    with_arrays = [s for s in plan.sites if s.fingerprint and s.kind != LOOKUP_KIND and integer]
+    sites = {site.name for site in with_arrays}
     differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
     if differing:
         raise ValueError(

@@ -15,7 +15,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.layout import WeightView
 from jaxquant.run import blocks
-from jaxquant.run.dequantize import StoredWeight, dequantize_groups, dequantize_weight
+from jaxquant.run.dequantize import StoredWeight, dequantize_weight
 
 
 def apply(
@@ -34,8 +34,6 @@ def apply(
       stored: the stored weight.
     """
     dtype = env.graph.dtype(view.var)
-    if eqn.name == "gather":
-        return _look_up(eqn, env.read(eqn.inputs[1]), stored).astype(dtype)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
     is_chosen = site.contraction is not None and site.contraction.choosing is not None
     if is_chosen and not view.movements and not site.as_contraction.has_batch:
@@ -148,23 +146,3 @@ def _by_chosen(
 
     rows, ends = layout.x(x), layout.ends(sizes)
     return layout.back(ragged.by_blocks(layout, rows, ends, product, 0, jnp.float32))
-
-
-def _look_up(eqn: ir.Equation, indices: jax.Array, stored: StoredWeight) -> jax.Array:
-    """Rows of a table [V, K], dequantized after they are gathered: float32 [..., K]."""
-
-    def rows(table: jax.Array) -> jax.Array:
-        return jax.lax.gather(
-            table,
-            indices,
-            eqn.params["dimension_numbers"],
-            slice_sizes=(1, table.shape[1]),
-            unique_indices=eqn.params["unique_indices"],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            mode=eqn.params["mode"],
-        )
-
-    integers, scale = rows(stored.integers), rows(stored.scale)  # NaN for an index out of range
-    axis, layout = scale.ndim - 1, stored.layout
-    length = layout.shape[layout.axis]
-    return dequantize_groups(integers, scale, axis, length, layout.size, stored.weight_bits)

@@ -43,10 +43,12 @@ class StoredWeights:
         return layout.weight_view(self._graph, site, self._integer)
 
     def in_groups(self, site: Site, qparams: Mapping[str, Any]) -> StoredWeight:
-        """The weight of a site whose weight alone is quantized."""
+        """The weight of a site that dequantizes it; where others sum integers, an embedding's."""
         view, slot = self.view(site), self._slots[site.name]
         groups = group_layout(view.shape, view.channels, self._plan.group_size)
         scale = layout.get(qparams["params"], slot.scale)
+        if self._integer:  # a scale for each row [V], or one for the table
+            scale = jnp.broadcast_to(scale.reshape(-1, 1), (view.shape[0], 1))
         return StoredWeight(self.integers(site, qparams), scale, groups, slot.weight_bits)
 
     def restore(self, restored: Restored, qparams: Mapping[str, Any]) -> jax.Array:

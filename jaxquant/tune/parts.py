@@ -147,7 +147,7 @@ def _own_parts(program: Program) -> tuple[Part, ...]:
     live = {eqn.index for eqn in program.equations}
     composites = program.model.composites.whole
     reading = binding.picks | binding.decisions | binding.forms.reads_int8
-    for site in program.model.sites_of(program.mode.lookups):
+    for site in program.model.sites:
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue
         whole = composites.get(site.equation)

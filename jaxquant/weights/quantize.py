@@ -118,15 +118,22 @@ def _quantize_graph(
     weights, operands = fold(graph, params, *_static_tensors(binding, slots))
     scales = {tensor.name: tensor.scale for tensor in plan.tensors}
     uses = collections.Counter(slots.values())
+    per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
     for int8_site in binding.sites:
         site = int8_site.site
+        if site.is_lookup:
+            assert site.weight is not None
+            table = np.asarray(weights[site.weight]).astype(np.float64)
+            _check_finite(site, table)
+            scale = weight_scale(table, site.channel_axes if per_channel else ())
+            _put(qparams, slots[site.name], quantize_weight(table, site.channel_axes, scale), scale)
+            continue
         planned = int8_site.with_scales
         accumulator = np.asarray(np.prod([scales[binding.scales[v]] for v in planned]))
         offset, others = None, {}
         if site.name in slots:
             assert site.weight is not None
             axes = site.channel_axes
-            per_channel = plan.weight_quantize_type == "channel_wise_abs_max"
             weight = once(graph, site, np.asarray(weights[site.weight])).astype(np.float64)
             if not int8_site.dynamic:
                 weight = undivided(binding, site, weight, divisors)
@@ -139,8 +146,7 @@ def _quantize_graph(
                 growth = _growth(used, fits.get(site.name + layer_suffix(binding.layer)))
                 scale = scale * growth.reshape(scale.shape)
             int8 = quantize_weight(weight, axes, scale)
-            layout.put(qparams["params"], slots[site.name].int8, int8)
-            layout.put(qparams["params"], slots[site.name].scale, scale.astype(np.float32))
+            _put(qparams, slots[site.name], int8, scale)
             zero_point = 0 if int8_site.dynamic else binding.zero_points.get(site.operands[0], 0)
             if chooses:  # each row has the scale of what it chose; the sums keep no zero point
                 largest, others["relative_scale"] = relative_scales(site, weight, scale)
@@ -162,6 +168,23 @@ def _quantize_graph(
         if binding.model.scans:
             qparams["tensors"][tensor.name]["zero_point"] = np.int32(tensor.zero_point)
     return qparams
+
+
+def _check_finite(site: Site, table: np.ndarray) -> None:
+    """Raise ValueError where the table of an embedding holds infinities, which no integer is."""
+    if not np.isfinite(table).all():
+        raise ValueError(
+            f"the table of site {site.name!r} holds infinities, which have no int8 form: leave it "
+            f"in float with skip=({site.name!r},)"
+        )
+
+
+def _put(
+    qparams: dict[str, Any], slot: layout.WeightSlot, integers: np.ndarray, scale: np.ndarray
+) -> None:
+    """Set a stored weight."""
+    layout.put(qparams["params"], slot.int8, integers)
+    layout.put(qparams["params"], slot.scale, scale.astype(np.float32))
 
 
 def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
@@ -231,12 +254,13 @@ def _put_grouped_weights(
         slots[s.site.name]: layout.weight_view(graph, s.site, integer=False) for s in binding.sites
     }
     weights, _ = fold(graph, params, [view.var for view in views.values()], [])
+    for site in (each.site for each in binding.sites if each.site.is_lookup):
+        _check_finite(site, np.asarray(weights[views[slots[site.name]].var]))
     for slot, view in views.items():
         weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
         groups = group_layout(view.shape, view.channels, plan.group_size)
         integers, scale = quantize_groups(weight, groups, slot.weight_bits)
-        layout.put(tree, slot.int8, integers)
-        layout.put(tree, slot.scale, scale.astype(np.float32))
+        _put({"params": tree}, slot, integers, scale)
 
 
 def _put_float_leaves(

@@ -39,7 +39,7 @@ MODELS = {
     ),
     "tied": (
         lambda p, ids: jnp.tanh(p["table"][ids] @ p["dense"]) @ p["table"].T,
-        ("table", "dense"), IDS, ["table"],
+        ("table", "dense"), IDS, [],
     ),
     "penalty": (
         lambda p, x: (jnp.tanh(x @ p["dense"]), jnp.sum(jnp.square(p["dense"].reshape(-1)))),

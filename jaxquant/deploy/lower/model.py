@@ -91,6 +91,7 @@ def lower(
             }
             for part in binding.all_layers()
             for each in part.sites
+            if not each.site.is_lookup
         },
         scales=scales,
         uses=Uses(network, scales),
