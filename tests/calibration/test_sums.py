@@ -1,5 +1,7 @@
 """The blocks in which candidates are evaluated, and the errors that rule most of them out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,19 @@ def test_blocks_without_a_candidate_are_skipped():
     assert "cond[" in str(jax.make_jaxpr(function)(jnp.ones(256), jnp.asarray(256.0)))
 
 
+@functools.partial(jax.jit, static_argnames="weight")
+def evaluated(h, levels, limit, weight):
+    """The candidates, the errors of all of them, and of those that clipping does not rule out."""
+    grid = sums.Levels(levels, 255)
+    candidates = sums.candidate_thresholds(h, limit)
+    edges = sums.level_edges(candidates, grid, h.size)
+    tables = sums.running_sums(h)
+    errors = sums.squared_errors(tables, candidates, sums.look_up(tables, edges), grid)
+    clipped = jnp.where(candidates < limit, sums.clipped_squares(h), 0.0)
+    (found,) = sums.weighted_errors(h, candidates, limit, grid, weight)
+    return errors + (weight - 1) * clipped, found
+
+
 @pytest.mark.parametrize("weight", [1.0, 16.0])
 @pytest.mark.parametrize("levels", [127.0, 255.0])
 @pytest.mark.parametrize("shape", ["normal", "laplace", "outlier"])
@@ -44,16 +59,8 @@ def test_what_clipping_rules_out_costs_more_than_no_clipping(weight, levels, sha
         "outlier": np.append(rng.normal(size=4000), 20),
     }[shape]
     h = jnp.asarray(np.histogram(np.abs(x), bins)[0], jnp.float64)
-    grid = sums.Levels(jnp.asarray(levels), 255)
     limit = jnp.asarray(bins - 0.5, jnp.float64)
-    candidates = sums.candidate_thresholds(h, limit)
-    edges = sums.level_edges(candidates, grid, bins)
-    tables = sums.running_sums(h)
-    errors = sums.squared_errors(tables, candidates, sums.look_up(tables, edges), grid)
-    clipped = jnp.where(candidates < limit, sums.clipped_squares(h), 0.0)
-    every = np.asarray(errors + (weight - 1) * clipped)
-
-    (found,) = map(np.asarray, sums.weighted_errors(h, candidates, limit, grid, weight))
+    every, found = map(np.asarray, evaluated(h, jnp.asarray(levels), limit, weight))
     left = np.isfinite(found)
     assert 1 <= left.sum() < bins
     np.testing.assert_allclose(found[left], every[left], rtol=1e-9)

@@ -57,7 +57,7 @@ def check_results(workdir: Path, model: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name == "efficientnet_lite0" else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "cifar10_resnet20" else pytest.mark.slow)
         for name in CONFIGS
     ],
 )
