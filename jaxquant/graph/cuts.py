@@ -100,6 +100,8 @@ class _Cutting:
         self.origins: dict[int, Segment] = {}
         self.pieces: dict[ir.Var, list[ir.Var]] = {}
         self._whole: dict[ir.Var, ir.Var] = {}
+
+        # The parameters are cut in their own tree, so that their pieces come in its order.
         structure = jax.tree.structure(params)
         tree = cut_tree(jax.tree.unflatten(structure, graph.leaves), cuts, self._cut_leaf)
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -187,13 +189,16 @@ class _Cutting:
         fixed = [self.whole(x, eqn) for x in eqn.inputs[:constants]]
         carry = [self.whole(x, eqn) for x in eqn.inputs[constants : constants + carried]]
         sliced = [self._slices(x, bounds, eqn) for x in eqn.inputs[constants + carried :]]
+
+        # A scan for each span, which starts with the carry that the one before it ends with; a scan
+        # backwards begins with the last span.
         spans = list(itertools.pairwise(bounds))
         parts: list[list[ir.Var]] = [[] for _ in eqn.outputs[carried:]]
         order = list(enumerate(spans))
         backwards = bool(eqn.params["reverse"])
         for place, (start, stop) in reversed(order) if backwards else order:
             is_last = place == (0 if backwards else len(spans) - 1)
-            ends = eqn.outputs[:carried]
+            ends = eqn.outputs[:carried]  # only the last scan to run gives what others read
             after = ends if is_last else [self._new(self.avals[v], static=False) for v in ends]
             stacked = [self._sized(v, stop - start) for v in eqn.outputs[carried:]]
             for part, var in zip(parts, stacked, strict=True):
@@ -209,6 +214,8 @@ class _Cutting:
                 },
             )  # fmt: skip
             carry = list(after)
+
+        # What the steps stack is one tensor again for whoever reads it.
         for part, var in zip(parts, eqn.outputs[carried:], strict=True):
             self._join(part, var, eqn)
 

@@ -147,9 +147,11 @@ def weight_slots(
             weight = site.stored_weight
             if weight is None:
                 continue
+            # Computed alike from the same parameter means stored once, wherever it is read.
             view = weight_view(graph, site, integer)
             key = (model.expression(view.var), view.channels, bits[site.name])
             if key not in slots:
+                # Under its largest parameter, with a number where that has several weights in it.
                 name = graph.paths[trace.largest(graph, graph.sources(weight))]
                 path = by_name.get(name, (name,))
                 slots[key] = WeightSlot(path, views.get(path, 0), bits[site.name])

@@ -149,6 +149,7 @@ def find_divisible(program: Program, where: Where) -> list[Divisible]:
         for site in (s.site for s in part.binding.sites if s.site.name in program.slots):
             for var in site.operands:
                 users.setdefault(program.slots[site.name], set()).add((part, var))
+
     # What is read in float, or by what has no such input, would be equalized with it.
     others = [each.site.name for part in programs for each in part.restored.values()]
     stored = [each for part in programs for each in part.binding.sites]
@@ -171,20 +172,27 @@ def _in_graph(program: Program, alone: set[layout.WeightSlot], where: Where) -> 
     for site in (s.site for s in binding.sites if not s.dynamic):
         for var in site.operands:
             readers.setdefault(var, []).append(site)
+
     families = list(binding.forms.family.values())
     found = []
     for var, name in binding.names.items():
+        # Its factors go into the weights behind it: all its readers have to have such a weight, and
+        # nothing may compare its integers or share their scale.
         sites = readers.get(var, [])
         is_alone = families.count(binding.forms.family[var]) == 1
         stored = all(program.slots.get(site.name) in alone for site in sites)
         decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))
         if not (sites and is_alone and stored) or decided:
             continue
+
+        # All readers have to agree on what its channels are.
         products = tuple(Product(graph, site) for site in sites)
-        axes = {input_axes(p.site) for p in products}
-        if len(axes) > 1 or any(p.reason for p in products):
+        axes = {input_axes(product.site) for product in products}
+        if len(axes) > 1 or any(product.reason for product in products):
             continue
-        dots = all(p.site.as_contraction.window is None for p in products)
+
+        # SmoothQuant is made for dots.
+        dots = all(product.site.as_contraction.window is None for product in products)
         asked = where.get("equalization", frozenset())
         if dots:
             asked |= where.get("smoothquant", frozenset())

@@ -48,21 +48,29 @@ class SiteCall:
         """
         site, residual = self.chain.site.site, self.chain.residual
         qparams, quantized = state.qparams, state.quantized
+
+        # Its arrays: the weight is packed where the user has prepared the model for kernels.
         found = {"weight": layout.get(qparams["params"], self.slot.int8)}
         found |= qparams["sites"][site.name]  # multiplier, bias and the like
         if site.as_contraction.choosing is not None:
             found["sizes"] = state.env.read(self._equation.inputs[2])
         if site.name in qparams.get("packed", {}):
             found["packed"] = qparams["packed"][site.name]
+
+        # The grids of its result and of what it adds.
         if self.chain.grid is not None:
             found["inv_scale"] = quantized.inv_scale(self.chain.grid)
         if residual is not None and self.chain.residual_int8:
             found["residual_scale"] = quantized.scale(residual)
+
+        # Tensors, unless a call of the same sequence gives them.
         if "x" not in linked:
             found["x"] = quantized.int8(site.operands[0])
         if residual is not None and "residual" not in linked:
             read = quantized.int8 if self.chain.residual_int8 else quantized.float32
             found["residual"] = read(residual)
+
+        # Inside a scan zero points are arrays: one program serves all layers.
         if self.call.varies:
             found["zero_point"] = quantized.zero_point(site.operands[0])
             if residual is not None and self.chain.residual_int8:

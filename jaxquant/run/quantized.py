@@ -135,7 +135,8 @@ class QuantizedTensors:
         params = dict(eqn.params)
         operands = [self._moved(x, eqn.outputs[0]) for x in eqn.inputs]
         if eqn.name == "convert_element_type":
-            return operands
+            return operands  # between float types: the integers stay
+        # These two fill in values of their own, which are other ones among integers.
         if eqn.name == "reduce_window_max":
             return [pooling.max_pool(operands[0], eqn)]
         if eqn.name == "gather":

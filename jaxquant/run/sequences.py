@@ -84,12 +84,16 @@ class _Open:
             reads["residual"] = (chain.residual, chain.residual_int8)
         links = {name: self._given[read] for name, read in reads.items() if read in self._given}
         outside = {var for name, (var, _) in reads.items() if name not in links}
+
+        # Threads take samples through all calls, so these need one batch; and nothing outside may
+        # have to run between two of them.
         if self._calls:
             same = self._batch() == self._graph.shape(chain.output)[0]
             if not (same and all(self._joins(each.call) for each in (call, *self._calls.values()))):
                 return False
             if outside & (self._depends | self._outputs):
                 return False
+
         position = len(self._calls)
         self._calls[last] = call
         self._links.append(links)
@@ -117,6 +121,7 @@ def in_order(equations: Sequence[ir.Equation], found: Sequence[Members],
         places = [place for place, eqn in enumerate(ordered) if eqn.index in own]
         start, end = places[0], places[-1] + 1
         between = ordered[start:end]
+        # What lies between and reads none of their results comes before them, the rest behind.
         ordered[start:end] = sorted(
             between, key=lambda eqn: 1 if eqn.index in own else 2 * (eqn.index in members.later)
         )
