@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic
+from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic, whiles
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.graph.marks import unmarked
 from jaxquant.graph.tied import find_tables, with_tied_tables
@@ -243,7 +243,8 @@ class _Builder:
         """What an equation computes in another form, whose weights are found; None for others."""
         if eqn.primitive.name == "scan":
             return self._as_layers(eqn, operands)
-        return meshes.as_batches(eqn) if eqn.primitive.name == "shard_map" else None
+        other_form = _OTHER_FORMS.get(eqn.primitive.name)
+        return None if other_form is None else other_form(eqn)
 
     def _as_layers(self, eqn: Any, operands: Sequence[ir.Atom]) -> jaxprs.ClosedJaxpr | None:
         """A scan with the weights that it picks by its numbers as layers; None for another."""
@@ -300,9 +301,13 @@ class _Builder:
 
 
 def _holds_site(eqn: Any) -> bool:
+    inside = jaxprs.sub_bodies(eqn.params)
     return eqn.primitive.name in contraction.PRIMITIVES or any(
-        _holds_site(inner) for _, jaxpr, _ in jaxprs.sub_bodies(eqn.params) for inner in jaxpr.eqns
+        whiles.holds_product(jaxpr) for _, jaxpr, _ in inside
     )
+
+
+_OTHER_FORMS = {"shard_map": meshes.as_batches, "while": whiles.with_test_in_body}
 
 
 def _hint(error: Exception, params: Any) -> str | None:

@@ -243,7 +243,6 @@ def _map(w, x):
     [
         (_scan, ("scan",)),
         (_while, ("while",)),
-        (_while_cond, ("while",)),
         (_fori, ("scan",)),
         (_cond, ("cond",)),
         (_switch, ("cond",)),
@@ -255,6 +254,11 @@ def test_sites_inside_control_flow_are_found_with_their_weight(loop, inside):
     (site,) = find(lambda p, x: loop(p["fc"]["w"], x), {"fc": {"w": jnp.ones((6, 6))}}, X)
     assert (site.kind, site.name, site.inside) == ("mul", "fc", inside)
     assert site.output is None
+
+
+def test_sites_in_the_test_of_a_loop_stand_before_it_and_in_its_body():
+    found = find(lambda p, x: _while_cond(p["fc"]["w"], x), {"fc": {"w": jnp.ones((6, 6))}}, X)
+    assert [(site.name, site.inside) for site in found] == [("fc", ()), ("fc:1", ("while",))]
 
 
 def test_sites_inside_a_shard_map_are_found():

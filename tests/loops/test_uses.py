@@ -169,15 +169,43 @@ def test_what_is_empty_whatever_the_batch_stays_float():
     np.testing.assert_allclose(qapply(qparams, X), apply_fn(PARAMS, X), atol=0.05)
 
 
-def test_the_test_of_a_loop_is_float_and_one_without_steps_is_never_run():
-    def apply_fn(params, x):
-        x = lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"][:0])[0]
-        start = jnp.float32(0), x @ params["again"]
+def test_the_test_of_a_loop_is_in_its_body():
+    def halving(params, x, loop):
+        return loop(
+            lambda x: jnp.abs(x @ params["again"]).max() > 0.1,
+            lambda x: x / 2,
+            x,
+        )
+
+    def in_python(test, step, x):
+        while test(x):
+            x = step(x)
+        return x
+
+    qparams, qapply = networks.quantize(
+        PARAMS, lambda params, x: halving(params, x, lax.while_loop), X
+    )
+    assert [(site.name, site.status) for site in qapply.plan.sites] == [
+        ("again", "int8"),
+        ("again:1", "int8"),
+    ]
+    assert qparams["params"]["again"].keys() == {"int8", "scale"}
+    wanted = halving(PARAMS, X, in_python)
+    assert jnp.abs(wanted).max() < jnp.abs(X).max()
+    np.testing.assert_allclose(qapply(qparams, X), wanted, atol=0.02)
+
+
+def test_the_test_of_a_batch_of_loops_is_float_and_one_without_steps_is_never_run():
+    def each(params, x):
         return lax.while_loop(
             lambda carry: (carry[1] @ params["again"]).sum() < carry[0],
             lambda carry: (carry[0] - 9, carry[1]),
-            start,
+            (jnp.float32(0), x),
         )[1]
+
+    def apply_fn(params, x):
+        x = lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"][:0])[0]
+        return jax.vmap(each, (None, 0))(params, x @ params["again"])
 
     _, qapply = jaxquant.quant_dynamic(
         PARAMS, apply_fn, measure.shapes(X), allow_batch_dependence=True, progress=False
