@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from jaxquant.calibration.resume import (
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
-from jaxquant.graph.model import FloatModel
+from jaxquant.graph.model import FloatModel, Model
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
 from jaxquant.plan.make import make_plan, observed_tensors
@@ -156,51 +157,71 @@ def quantize(
         first, *others = observations.examples
         model = trace_with_batch_sizes(source, first, others)
         check_weights(model.graph, model.sites, source.params)
-        cut = cut_scans(source, model, config, first, others)
-    if cut is not None:
-        source, model = cut.source, cut.model
-        config, observations = cut.resolved(config), cut.renamed(observations)
+
+    def cut(more: Rules) -> _Cut:
+        """The model with its scans cut as the rules so far, and some more, ask for."""
+        asked = config.with_rules(more)
+        found = cut_scans(source, model, asked, first, others)
+        if found is None:
+            return _Cut(source, model, asked, observations)
+        return _Cut(found.source, found.model, found.resolved(asked), found.renamed(observations))
+
+    with progress.stage("tracing"):
+        start = cut(())
     found: Rules = ()
     if config.optimize_for == "speed":
-        found = slower_in_int8(model, observations, config, progress)
+        found = slower_in_int8(start.model, start.observations, start.config, progress)
         config = config.with_rules(found)
+        start = cut(())
     with progress.stage("searching thresholds"):
-        planned = make_plan(model, observations, config)
-    if outliers := rules_for_outliers(source, observations, planned, config, progress):
+        planned = start.binding
+    if outliers := rules_for_outliers(
+        start.source, start.observations, planned, start.config, progress
+    ):
         config, found = config.with_rules(outliers), (*found, *outliers)
-        planned = make_plan(model, observations, config)
+        start = cut(())
 
     def plan_of(rules: Rules) -> Binding:
-        if not rules:
-            return planned
-        return make_plan(model, observations, config.with_rules(rules))
+        return cut(rules).binding
 
     def build(rules: Rules) -> Built:
         with progress.stage("searching thresholds"):
-            binding = plan_of(rules)
-        return _build(source, observations, binding, file, progress)
+            own = cut(rules) if rules else start
+            binding = own.binding
+        return _build(own, binding, file, progress)
 
     if goal is None:
-        qparams, qapply = build(())
+        built = build(())
     else:
-        built, rules = control(source, observations, plan_of, build, goal, progress)
-        (qparams, qapply), found = built, (*found, *rules)
+        built, rules = control(start.source, observations, plan_of, build, goal, progress)
+        found = (*found, *rules)
+    qparams, qapply = built.qparams, built.qapply
     if found:
         qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
-    inputs = observations.examples[0]
-    warn_if_poor(source, qapply.plan, qapply.report(), inputs)
-    warn_if_larger(source.params, qparams)
+    warn_if_poor(built.source, qapply.plan, qapply.report(), first)
+    warn_if_larger(built.source.params, qparams)
     return qparams, qapply
 
 
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A model with its scans cut as rules ask for, and what was observed by the names there."""
+
+    source: FloatModel
+    model: Model
+    config: QuantConfig
+    observations: Observations
+
+    @functools.cached_property
+    def binding(self) -> Binding:
+        """What becomes int8."""
+        return make_plan(self.model, self.observations, self.config)
+
+
 def _build(
-    source: FloatModel,
-    observations: Observations,
-    binding: Binding,
-    file: str | os.PathLike[str] | None,
-    progress: Progress,
+    cut: _Cut, binding: Binding, file: str | os.PathLike[str] | None, progress: Progress
 ) -> Built:
-    examples = observations.examples
+    source, examples = cut.source, cut.observations.examples
     qparams, uncorrected, program, comparison, notes = quantize_and_recover(
         source, binding, examples, file=file, progress=progress
     )
@@ -210,7 +231,7 @@ def _build(
         ranges = ranges_of(examples)
         code = Code(source.apply_fn, source.given, source.cuts)
         qapply = QuantizedApply(code, program.whole_plan, report, examples[0], ranges=ranges)
-    return Built(qparams, qapply)
+    return Built(qparams, qapply, binding, source)
 
 
 def _sweep(

@@ -21,7 +21,15 @@ from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.patterns import matches_layer, takes_some_layers
 from jaxquant.graph.sites import Site
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.rules import SETTINGS, SHARED_SETTINGS, Rule, check_rules, check_skip
+from jaxquant.plan.rules import (
+    SETTINGS,
+    SHARED_SETTINGS,
+    Rule,
+    check_rules,
+    check_skip,
+    first_layer,
+    matching,
+)
 
 
 def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cuts:
@@ -38,15 +46,15 @@ def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cut
     """
     graph = model.graph
     of_scans: dict[int, set[int]] = {}
-    for rule in rules:
-        if all(getattr(rule, name) is None for name in SHARED_SETTINGS):
-            continue
-        for site in sites:
-            if takes_some_layers(site, rule.pattern):
-                taken = _outer_layers(model, site, rule)
-                changes = [n for n in range(1, len(taken)) if taken[n] != taken[n - 1]]
-                ends = {0, *changes, len(taken)}
-                of_scans.setdefault(site.location[0], set()).update(ends)
+    shared = [rule for rule in rules if any(getattr(rule, n) is not None for n in SHARED_SETTINGS)]
+    for site in sites:
+        some = [rule for rule in shared if takes_some_layers(site, rule.pattern)]
+        for rule in some:
+            _check_layers(model, site, rule)
+        if some:
+            layers = [_settings(site, number, shared) for number in range(site.scans[0])]
+            changes = [n for n in range(1, len(layers)) if layers[n] != layers[n - 1]]
+            of_scans.setdefault(site.location[0], set()).update((0, *changes, len(layers)))
     # Parameters that one scan goes over are cut alike, and so are the scans over one parameter.
     of_leaves: dict[int, set[int]] = {}
     while True:  # until nothing is added: a cut goes from scan to parameter to scan
@@ -61,39 +69,51 @@ def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cut
             return {graph.paths[var]: tuple(sorted(cut)) for var, cut in of_leaves.items()}
 
 
-def _outer_layers(model: Model, site: Site, rule: Rule) -> list[bool]:
-    """Whether a rule takes each of the layers of the scan that can be cut.
+def _settings(site: Site, number: int, rules: Sequence[Rule]) -> list[tuple[Any, str] | None]:
+    """What rules set that all layers of a scan share, in one layer of a site, and why."""
+    layer = (number, *first_layer(site)[1:])
+    places = matching(rules, site, layer)
+    found: list[tuple[Any, str] | None] = []
+    for name in SHARED_SETTINGS:
+        setting = [rules[place] for place in places if getattr(rules[place], name) is not None]
+        last = setting[-1] if setting else None
+        found.append(None if last is None else (getattr(last, name), last.reason or last.pattern))
+    return found
 
-    Raises:
-      ValueError: it cannot be cut.
+
+def why_not_cut(model: Model, site: Site) -> str:
+    """Why the scan over stacked weights around a site cannot be cut; "" where it can be.
+
+    Args:
+      model: a whole model.
+      site: one of its sites, inside such a scan.
     """
     eqn = model.graph.equations[site.location[0]]
     (body, *_) = model.bodies[eqn.index]
+    if body.layers is None:
+        return f"whose scan runs inside {eqn.name!r} and has one program for all its layers there"
+    if not any(var in model.graph.leaves for var in scanned_operands(eqn)):
+        return (
+            "whose weights are computed before the scan goes over them, so that it has one program "
+            "for all its layers"
+        )
+    return ""
+
+
+def _check_layers(model: Model, site: Site, rule: Rule) -> None:
+    """Raise ValueError where a rule takes layers of a site for which the scan cannot be cut."""
     shared = " and ".join(name for name in SHARED_SETTINGS if getattr(rule, name) is not None)
     start = f"the pattern {rule.pattern!r} sets {shared} for some layers of {site.name!r}, "
-    if body.layers is None:
-        raise ValueError(
-            f"{start}whose scan runs inside {eqn.name!r} and has one program for all its layers "
-            "there. Set it for the whole site; algo and symmetric may be set for one layer"
-        )
-    if not any(var in model.graph.leaves for var in scanned_operands(eqn)):
-        raise ValueError(
-            f"{start}whose weights are computed before the scan goes over them, so that it has one "
-            "program for all its layers. Set it for the whole site; algo and symmetric may be set "
-            "for one layer"
-        )
-    found = []
+    end = "algo and symmetric may be set for one layer"
+    if why := why_not_cut(model, site):
+        raise ValueError(f"{start}{why}. Set it for the whole site; {end}")
     for number in range(site.scans[0]):
         inner = np.ndindex(site.scans[1:])
-        taken = {matches_layer(site, rule.pattern, (number, *layer)) for layer in inner}
-        if len(taken) > 1:
+        if len({matches_layer(site, rule.pattern, (number, *layer)) for layer in inner}) > 1:
             raise ValueError(
                 f"{start}a scan inside a scan, of which the inner one has one program for all its "
-                "layers. Set it for layers of the outer one, with one pair of brackets; algo and "
-                "symmetric may be set for one layer"
+                f"layers. Set it for layers of the outer one, with one pair of brackets; {end}"
             )
-        found.append(taken.pop())
-    return found
 
 
 def cut_scans(

@@ -110,14 +110,14 @@ def arrays_of(
     stacked: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     layered = body.model.layers is not None
     for part in body.binding.all_graphs():
-        for name in (each.site.name for each in part.sites):
+        for name in (site.name for site in part.plan.sites):
             if name in body.body.slots:
                 slot = body.body.slots[name]
                 for path in (slot.int8, slot.scale):
                     one = every if not layered or ("params", *path) in body.body.shared else stacked
                     layout.put(one["params"], path, layout.get(qparams["params"], path))
-            for entry in ("sites", "packed"):
-                if name in qparams.get(entry, {}):
+            for entry in (each for each in qparams if each not in ("params", "tensors")):
+                if name in qparams[entry]:
                     in_all = entry == "packed" and _is_shared(body, name)
                     one = stacked if layered and not in_all else every
                     one.setdefault(entry, {})[name] = qparams[entry][name]

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 from jaxquant.plan import ties
-from jaxquant.plan.plan import Plan, TensorPlan
+from jaxquant.plan.binding import Binding
+from jaxquant.plan.plan import TensorPlan
+from jaxquant.tune.units import by_layer, find_units
 
 
-def families_of(plan: Plan, sites: Sequence[str]) -> tuple[str, ...]:
-    """The tensor families that these sites read."""
-    inputs: Mapping[str, tuple[str, ...]] = {site.name: site.inputs for site in plan.sites}
-    return tuple(dict.fromkeys(family for name in sites for family in inputs[name]))
+def changed_sites(before: Binding, after: Binding) -> tuple[str, ...]:
+    """The sites whose type, or the grid of whose input, differs.
 
-
-def changed_sites(before: Plan, after: Plan) -> tuple[str, ...]:
-    """The sites whose type, or the grid of whose input, differs."""
-    old = {site.name: site for site in before.sites}
-    grids = [_grids(plan) for plan in (before, after)]
-    found = []
-    for site in after.sites:
-        same = old[site.name].status == site.status and all(
-            family in grids[0] and all(map(_is_same, grids[0][family], grids[1][family]))
-            for family in site.inputs
+    Where that is in some of a site's layers, these: "NAME[3]".
+    """
+    old, new = by_layer(before), by_layer(after)
+    differing = {
+        name
+        for name, (site, tensors) in new.items()
+        if name in old
+        and (
+            old[name].site.status != site.status
+            or len(old[name].tensors) != len(tensors)
+            or not all(map(_is_same, old[name].tensors, tensors))
         )
-        if not same:
-            found.append(site.name)
+    }
+    names = [site.name for site in before.whole_plan.sites]
+    found: list[str] = []
+    for name, unit in find_units(before.model, names, single_layers=False).items():
+        layers = [layer for layer in unit.layer_names if layer in differing]
+        found += [name] if len(layers) == len(unit.layers) else layers
     return tuple(found)
-
-
-def _grids(plan: Plan) -> dict[str, list[TensorPlan]]:
-    """Family -> a tensor of it, in each layer."""
-    found: dict[str, dict[str, TensorPlan]] = {}
-    for tensor in plan.tensors:
-        found.setdefault(tensor.base_family, {})[tensor.family] = tensor
-    return {family: list(layers.values()) for family, layers in found.items()}
 
 
 def _is_same(a: TensorPlan, b: TensorPlan) -> bool:

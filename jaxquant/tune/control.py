@@ -13,7 +13,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,16 +21,16 @@ import jax
 from jaxquant.calibration.observations import Observations
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.plan import Plan
 from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
-from jaxquant.tune.changes import changed_sites, families_of
+from jaxquant.tune.changes import changed_sites
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.scores import Scores, score
 from jaxquant.tune.sensitivity import measure
 from jaxquant.tune.switch import Switch
+from jaxquant.tune.units import Unit, by_layer
 
 FOR_THE_METRIC = "left in float for the sake of the metric (max_drop)"
 _RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
@@ -41,14 +41,18 @@ Rules: TypeAlias = tuple[Rule, ...]
 
 
 class Built(NamedTuple):
-    """An int8 model."""
+    """An int8 model.
+
+    Attributes:
+      qparams, qapply: it.
+      binding: its plan, in the traced model.
+      source: the float model, its scans cut as the plan says.
+    """
 
     qparams: dict[str, Any]
     qapply: QuantizedApply
-
-    @property
-    def plan(self) -> Plan:
-        return self.qapply.plan
+    binding: Binding
+    source: FloatModel
 
 
 class Attempt(NamedTuple):
@@ -60,7 +64,8 @@ class Attempt(NamedTuple):
       score: of the metric.
       gain: over the best model so far.
       kept: whether later steps, or the result, build on it.
-      sites: the sites whose type, or the grid of whose input, differs from full int8.
+      sites: the sites whose type, or the grid of whose input, differs from full int8; where that
+        is in some layers of a scan alone, these ("layers/mlp[3]").
     """
 
     step: str
@@ -93,7 +98,8 @@ def control(
 
     Its report's summary has "control": float_score, int8_score (of full int8), score, target, held,
     out_of_time, ranking (the sites, most sensitive first; [] where full int8 holds) and steps (each
-    an `Attempt` as a dict).  A site inside a scan over stacked weights is one, with all its layers.
+    an `Attempt` as a dict).  Of a site inside a scan over stacked weights each layer is tried by
+    itself, where the scan can be cut there; else the site is, with all its layers.
     """
     model = functools.partial(jax.jit(source.apply_fn), source.given)
     with progress.stage("accuracy control"):
@@ -129,6 +135,7 @@ class _Search:
         self.target = float_score - goal.max_drop
         self.steps: list[Attempt] = []
         self.ranking: list[str] = []
+        self.units: Mapping[str, Unit] = {}
         self.out_of_time = False
         self.rules: Rules = ()
         with progress.stage("full int8"):
@@ -157,11 +164,17 @@ class _Search:
             built = self._build(rules)
             found = self._score(built)
         kept = found > self.score if keep is None else keep(found)
-        sites = changed_sites(self.full.plan, built.plan)
+        sites = changed_sites(self.full.binding, built.binding)
         self.steps.append(Attempt(step, detail, found, found - self.score, kept, sites))
         if kept:
             self.best, self.score, self.rules = built, found, rules
         return self.steps[-1]
+
+    def thresholds(self, binding: Binding, units: Sequence[str]) -> tuple[float, ...]:
+        """Those of what some units read."""
+        layers = by_layer(binding)
+        names = [name for unit in units for name in self.units[unit].layer_names]
+        return tuple(tensor.threshold for name in names for tensor in layers[name].tensors)
 
     def reaches(self, found: float) -> bool:
         """True for a score that holds the goal."""
@@ -186,7 +199,7 @@ class _Search:
             "ranking": list(self.ranking),
             "steps": [{**step._asdict(), "sites": list(step.sites)} for step in self.steps],
         }
-        return Built(self.best.qparams, self.best.qapply.with_summary({"control": summary}))
+        return self.best._replace(qapply=self.best.qapply.with_summary({"control": summary}))
 
     def _score(self, built: Built) -> float:
         with self._progress.stage("scoring"):
@@ -202,16 +215,17 @@ def _rank(
 ) -> tuple[list[str], list[str]]:
     """The sites, most sensitive first, and the suspects: the first ones, whose float type does."""
     built = search.full
-    switch = Switch(source, built.qparams, built.plan, observations.examples)
+    plan, examples = built.binding.whole_plan, observations.examples
+    switch = Switch(source, built.qparams, plan, examples, single_layers=True)
+    search.units = switch.units
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget
     deadline = None if budget is None else search.started + _RANKING_SHARE * budget
     found = measure(scores, switch.names, search.float_score, progress=progress, deadline=deadline)
-    quality = {
-        row["name"]: row["sqnr_db"]
-        for row in built.qapply.report().rows
-        if row["name"] in switch.names and row["sqnr_db"] is not None
-    }
+    rows = built.qapply.report().rows
+    known = {each["name"]: each["sqnr_db"] for row in rows for each in (row["by_layer"] or ())}
+    known |= {row["name"]: row["sqnr_db"] for row in rows}
+    quality = {name: known[name] for name in switch.names if known.get(name) is not None}
     ranking = found.ranking(quality)
     search.ranking = ranking
     if not found.complete:
@@ -224,12 +238,11 @@ def _rank(
 
 
 def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
-    families = families_of(search.full.plan, suspects)
-    tried = {_thresholds(search.full.plan, families)}
+    tried = {search.thresholds(search.full.binding, suspects)}
     for algo in search.goal.algos:
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
-        thresholds = _thresholds(search.plan_of(rules).whole_plan, families)
+        thresholds = search.thresholds(search.plan_of(rules), suspects)
         if thresholds in tried:
             continue
         if not search.may_go_on():
@@ -240,16 +253,18 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
 
 def _try_recovery(search: _Search, suspects: Sequence[str]) -> None:
     for step in search.goal.recovery:
+        there = by_layer(search.best.binding)
+        plans = {name: there[search.units[name].layer_names[0]].site for name in suspects}
         known = {
-            site.name: site.recover
-            for site in search.best.plan.sites
+            name: site.recover
+            for name, site in plans.items()
             if site.weight_path and not site.computes_weight
         }
-        there = [name for name in suspects if name in known and step not in known[name]]
-        if not there or not search.may_go_on() or not _is_installed(step):
+        lacking = [name for name, steps in known.items() if step not in steps]
+        if not lacking or not search.may_go_on() or not _is_installed(step):
             continue
-        more = [Rule(f"site:{name}", recover=(*known[name], step)) for name in there]
-        search.consider("recovery", f"{step} at {_names(there)}", (*search.rules, *more))
+        more = [Rule(f"site:{name}", recover=(*known[name], step)) for name in lacking]
+        search.consider("recovery", f"{step} at {_names(lacking)}", (*search.rules, *more))
 
 
 def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str]) -> None:
@@ -297,11 +312,6 @@ def _counts(total: int) -> list[int]:
 def _names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
-
-
-def _thresholds(plan: Plan, families: Sequence[str]) -> tuple[float, ...]:
-    """The thresholds of some families, in all layers."""
-    return tuple(t.threshold for f in families for t in plan.tensors if t.base_family == f)
 
 
 def _is_installed(step: str) -> bool:

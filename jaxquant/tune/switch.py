@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,9 @@ from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
 from jaxquant.tune.parts import Here, Outcome, Part, Parts, Value, evaluate_parts, find_parts
+from jaxquant.tune.units import find_units
 
-Chosen: TypeAlias = Mapping[str, Any]
-_REST = ""  # the name of the parts that are no sites
+_CHOSEN = "chosen"  # what is int8, beside `qparams`: by site, bool with an axis for each scan
 
 
 class Switch:
@@ -36,9 +36,10 @@ class Switch:
       source: the float model.
       qparams, plan: the int8 model.
       examples: batches of the model's inputs, on which biases are corrected.
+      single_layers: whether layers of a scan are chosen one by one, where it can be cut there.
 
     Attributes:
-      names: the sites that can be chosen, in evaluation order.
+      units: what can be chosen, by name: sites, and layers of sites.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Switch:
         qparams: Mapping[str, Any],
         plan: Plan,
         examples: Sequence[tuple[Any, ...]],
+        single_layers: bool = False,
     ):
         params = source.params
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
-        self.names = find_parts(program).names
+        self.units = find_units(program.model, find_parts(program).names, single_layers)
         self._params = params
         self._qparams = without_correction(program, params, qparams)
         self._plan = plan
@@ -60,44 +62,52 @@ class Switch:
             program = program_by_site(bind(source.trace(inputs), plan), params)
             return find_parts(program), jax.tree.leaves(inputs)
 
-        def mixed(params: Any, qparams: Any, chosen: Chosen, *inputs: Any) -> Any:
+        def mixed(params: Any, qparams: Any, rest: Any, *inputs: Any) -> Any:
             parts, flat = start(inputs)
 
             def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
-                return Outcome(_pick(chosen, part, as_float, as_int8))
+                return Outcome(_pick(_is_int8(here, part, rest), as_float, as_int8))
 
             return evaluate.outputs(evaluate_parts(parts, params, qparams, flat, choose)[0])
 
-        def shifts(params: Any, qparams: Any, chosen: Chosen, inputs: Any) -> dict[str, Shift]:
-            return _shifts(*start(inputs), params, qparams, chosen)
+        def shifts(params: Any, qparams: Any, rest: Any, inputs: Any) -> dict[str, Shift]:
+            return _shifts(*start(inputs), params, qparams, rest)
 
         self._mixed, self._shifts = jax.jit(mixed), jax.jit(shifts)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the units, in the order that they have where scans are Python loops."""
+        return tuple(self.units)
+
     def model(self, int8: Collection[str]) -> Callable[..., Any]:
-        """The model `(*inputs) -> outputs` in which these sites are int8 and the others float."""
+        """The model `(*inputs) -> outputs` in which these units are int8 and the others float."""
         unknown = set(int8) - set(self.names)
         if unknown:
             raise ValueError(f"no int8 site is named {', '.join(sorted(unknown))}")
-        chosen = {name: np.bool_(name in int8) for name in self.names}
-        chosen[_REST] = np.bool_(2 * len(set(int8)) > len(self.names))
-        qparams = self._qparams
+        chosen: dict[str, np.ndarray] = {}
+        for name, unit in self.units.items():
+            before = chosen.get(unit.site, False)
+            chosen[unit.site] = before | unit.choices(name in int8)
+        rest = np.bool_(2 * len(set(int8)) > len(self.names))  # what is no site
+        qparams = {**self._qparams, _CHOSEN: chosen}
         if is_corrected(self._plan) and int8:
-            run = functools.partial(self._shifts, self._params, qparams, chosen)
+            run = functools.partial(self._shifts, self._params, qparams, rest)
             qparams = with_shifts(self._plan, qparams, map(run, self._examples))
-        return functools.partial(self._mixed, self._params, qparams, chosen)
+        return functools.partial(self._mixed, self._params, qparams, rest)
 
 
 def _shifts(
-    parts: Parts, flat: list[Any], params: Any, qparams: Any, chosen: Chosen
+    parts: Parts, flat: list[Any], params: Any, qparams: Any, rest: Any
 ) -> dict[str, Shift]:
     """The shift of each int8 site of a mixture, behind the corrected ones before it."""
 
     def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
-        values = _pick(chosen, part, as_float, as_int8)
+        on = _is_int8(here, part, rest)
+        values = _pick(on, as_float, as_int8)
         if not has_bias(here.program, part):
             return Outcome(values)
         shift, corrected = shift_at(part, here.in_float, values[0])
-        on = chosen[part.name]
         values = [jnp.where(on, corrected, values[0])]
         return Outcome(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
 
@@ -105,11 +115,16 @@ def _shifts(
     return evaluate_parts(parts, params, qparams, flat, choose, reference)[1].of
 
 
-def _pick(chosen: Chosen, part: Part, as_float: Value, as_int8: Value) -> Any:
+def _is_int8(here: Here, part: Part, rest: Any) -> Any:
+    """Whether a part is int8 here, in the layer of a step; bool []."""
+    return here.qparams[_CHOSEN][part.name] if part.name else rest
+
+
+def _pick(is_int8: Any, as_float: Value, as_int8: Value) -> Any:
     """One of the two, and the other is not computed."""
     kinds = [(x.shape, x.dtype) for x in jax.eval_shape(lambda: list(map(jnp.asarray, as_int8())))]
 
     def widened() -> list[Any]:
         return [jnp.asarray(x).astype(dtype) for x, (_, dtype) in zip(as_float(), kinds)]
 
-    return lax.cond(chosen[part.name], lambda: list(map(jnp.asarray, as_int8())), lambda: widened())
+    return lax.cond(is_int8, lambda: list(map(jnp.asarray, as_int8())), lambda: widened())

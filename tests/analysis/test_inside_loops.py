@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant
+from jaxquant import stages
 from jaxquant.analysis import plots
 from jaxquant.graph.model import FloatModel
+from jaxquant.progress import Progress
+from jaxquant.tune.goal import Goal
 from jaxquant.tune.switch import Switch
 from tests import networks
 
@@ -135,20 +140,31 @@ def test_a_mixture_of_one_kind_is_that_model_inside_loops_too(loop, quantized_lo
     assert np.abs(switch.model([inside])(X) - apply_fn(arrays, X)).max() > 1e-5
 
 
-def test_accuracy_control_leaves_a_site_of_a_scan_in_float():
+def test_accuracy_control_leaves_a_layer_of_a_scan_in_float_as_it_does_in_a_loop_in_python():
     arrays = params(spoilt=1)
+    told = []
 
-    def metric(function):
-        return -float(jnp.abs(function(X) - scanned(arrays, X)).mean())
+    def metric(model):
+        return -float(jnp.abs(model(X) - scanned(arrays, X)).mean())
 
-    qparams, qapply = jaxquant.quant_post(
-        arrays, scanned, [X], metric=metric, max_drop=0.1, recover=(), progress=False
-    )
-    control = qapply.report().summary["control"]
-    assert control["held"]
-    assert control["ranking"][0] == "layers/b"
-    assert [row["name"] for row in qapply.report().rows if row["status"] == "float"] == ["layers/b"]
-    assert metric(lambda x: qapply(qparams, x)) == control["score"]
+    for function, name in ((scanned, str), (unrolled, as_in_the_scan)):
+        config = jaxquant.QuantConfig(recover=())
+        observations = jaxquant.calibrate(arrays, function, [X], progress=False, config=config)
+        source, goal = (
+            stages.float_model(arrays, function),
+            Goal(metric, 0.1, algos=(), recovery=()),
+        )
+        qparams, qapply = stages.quantize(
+            source, observations, config, None, Progress("quantize", shown=False), goal
+        )
+        control = qapply.report().summary["control"]
+        assert control["held"]
+        assert metric(functools.partial(qapply, qparams)) == control["score"]
+        floats = [row["name"] for row in qapply.report().rows if row["status"] == "float"]
+        tried = [[name(site) for site in step["sites"]] for step in control["steps"]]
+        told.append((list(map(name, floats)), name(control["ranking"][0]), tried))
+    assert told[0][:2] == (["layers/b[1]"], "layers/b[1]")
+    assert told[0] == told[1]
 
 
 def test_a_poor_model_is_told_the_layer_where_it_falls():

@@ -11,6 +11,8 @@ import pytest
 
 import jaxquant
 from jaxquant import Rule
+from jaxquant.graph.model import trace_model
+from jaxquant.plan.segments import find_cuts
 from tests import networks
 from tests.loops import measure
 
@@ -318,3 +320,12 @@ def test_results_of_a_cut_scan_are_put_together_in_float():
     (row,) = [row for row in qapply.report().rows if row["kind"] == "concat"]
     assert "puts together" in row["reason"]
     np.testing.assert_allclose(qapply(qparams, X), whole[1](whole[0], X), rtol=0, atol=0.05)
+
+
+def test_layers_for_which_rules_set_the_same_are_cut_apart_no_further():
+    model = trace_model(scanned, PARAMS, (X,))
+    rules = [Rule(f"site:layers/b[{n}]", dtype="float", reason="the metric") for n in (1, 2)]
+    cuts = find_cuts(model, model.sites, rules)
+    assert set(cuts.values()) == {(0, 1, LAYERS)}
+    rules.append(Rule("site:layers/b[0]", dtype="float", reason="the metric"))
+    assert set(find_cuts(model, model.sites, rules).values()) == {(0, LAYERS)}
