@@ -37,13 +37,14 @@ def scored(plant):
 
 
 def quantize(fault, **options):
+    """What repairs a planted fault unasked ("outliers") is left out."""
     return jaxquant.quant_post(
         fault.params,
         faults.apply_fn,
         fault.images,
         batch_size=256,
         progress=False,
-        **{**fault.options, **options},
+        **{"recover": ("bias_correction",), **fault.options, **options},
     )
 
 
