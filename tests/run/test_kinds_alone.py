@@ -98,14 +98,14 @@ def test_a_gather_out_of_range_gives_zero_where_a_float_one_gives_nan():
     np.testing.assert_array_equal(model(x, jnp.array([1, 700])), 127 * expected)
 
 
-def test_a_lookup_in_a_parameter_table_stays_float():
+def test_a_lookup_in_a_parameter_table_hands_on_no_integers():
     def apply_fn(p, ids):
         return p["embed"]["table"][ids] @ p["fc"]["w"]
 
-    table, w = networks.whole_numbers((9, C)), networks.exact_weight((C, 3))
+    table, w = networks.exact_weight((9, C)), networks.exact_weight((C, 3))
     model = full.quantize(apply_fn, {"embed": {"table": table}, "fc": {"w": w}}, np.arange(9))
-    np.testing.assert_array_equal(model.qparams["params"]["embed"]["table"], table)
-    assert [site.kind for site in model.plan.sites] == ["mul"]
+    np.testing.assert_array_equal(model.qparams["params"]["embed"]["table"]["int8"], table)
+    assert [site.kind for site in model.plan.sites] == ["lookup_table", "mul"]
     np.testing.assert_array_equal(model(np.array([3, 0])), table[jnp.array([3, 0])] @ w)
 
 

@@ -191,16 +191,17 @@ def test_integer_and_bool_inputs_beside_float_ones():
         return {"scores": hidden @ p["fc"]["w"], "ids": ids, "mask": mask}
 
     params = {
-        "embed": {"table": networks.whole_numbers((9, 6))},
+        "embed": {"table": networks.exact_weight((9, 6))},
         "fc": {"w": networks.exact_weight((6, 3))},
     }
-    ids = jnp.array([0, 3, 8, 3])  # row 0 holds 127, and its sum with x does not pass it
+    ids = jnp.array([0, 3, 8, 3])  # each row holds 127, and its sum with x does not pass it
     mask, x = jnp.array([True, True, False, True]), jnp.zeros((4, 6))
     qparams, qapply = networks.quantize(params, apply_fn, ids, mask, x)
     jax.tree.map(
         np.testing.assert_array_equal, qapply(qparams, ids, mask, x), apply_fn(params, ids, mask, x)
     )
-    np.testing.assert_array_equal(qparams["params"]["embed"]["table"], params["embed"]["table"])
+    stored = qparams["params"]["embed"]["table"]["int8"]
+    np.testing.assert_array_equal(stored, params["embed"]["table"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
