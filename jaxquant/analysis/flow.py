@@ -94,17 +94,20 @@ def find_flow(binding: Binding, shown: Collection[str]) -> Flow:
 def _flow_of(
     binding: Binding, shown: Collection[str], operands: Mapping[ir.Var, tuple[Flow, ir.Var]]
 ) -> Flow:
-    ends = {s.site.name: s.epilogue.output for s in binding.sites}
-    found = binding.model.sites
-    sites = [
-        s
-        for s in found
-        if of_layer(s.name, binding.layer) in shown and not is_elsewhere(binding.model, s)
-    ]
-    outputs = {ends.get(s.name, s.output): of_layer(s.name, binding.layer) for s in sites}
+    # A site gives what its epilogue does, where it has one.
+    ends = {each.site.name: each.epilogue.output for each in binding.sites}
+    sites = {
+        of_layer(site.name, binding.layer): site
+        for site in binding.model.sites
+        if not is_elsewhere(binding.model, site)
+    }
+    sites = {name: site for name, site in sites.items() if name in shown}
+    outputs = {ends.get(site.name, site.output): name for name, site in sites.items()}
     names = {var: name for var, name in outputs.items() if var is not None}
     flow = Flow(binding.graph, names, operands)
-    flow.inputs.update({of_layer(s.name, binding.layer): s.operands for s in sites})
+    flow.inputs.update({name: site.operands for name, site in sites.items()})
+
+    # The layers in the order in which they run: each one's carry is what the one before gives.
     for index, bodies in binding.bodies.items():
         backwards = binding.graph.equations[index].params.get("reverse", False)
         flow.bodies[index] = []

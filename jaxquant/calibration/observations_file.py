@@ -137,18 +137,21 @@ def write(
         raise AssertionError("observations without an origin")
     stats = list(seen.tensors.values())
     tensors: dict[str, np.ndarray] = {
-        "counts": np.stack([s.counts for s in stats]).astype(np.int64)
+        "counts": np.stack([each.counts for each in stats]).astype(np.int64)
     }
     for name in _SCALARS:
-        tensors[name] = np.array([getattr(s, name) for s in stats], np.float64)
-    for e, example in enumerate(seen.examples):
-        for k, leaf in enumerate(jax.tree.leaves(example)):
-            tensors[f"examples/{e}/{k}"] = np.asarray(leaf)
-    for t, name in enumerate(seen.states and seen.tensors):
-        for k, leaf in enumerate(jax.tree.leaves(seen.states[name])):
-            tensors[f"states/{t}/{k}"] = np.asarray(leaf)
+        tensors[name] = np.array([getattr(each, name) for each in stats], np.float64)
+
+    # Pytrees by the numbers of their leaves: the reader has the structures.
+    for number, example in enumerate(seen.examples):
+        for place, leaf in enumerate(jax.tree.leaves(example)):
+            tensors[f"examples/{number}/{place}"] = np.asarray(leaf)
+    for number, name in enumerate(seen.states and seen.tensors):
+        for place, leaf in enumerate(jax.tree.leaves(seen.states[name])):
+            tensors[f"states/{number}/{place}"] = np.asarray(leaf)
     if digests is not None:
         tensors["batches"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+
     record = {
         "tensors": list(seen.tensors),
         "batches": seen.batches,

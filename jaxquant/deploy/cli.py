@@ -201,14 +201,21 @@ def differences(
 ) -> dict[str, dict[str, str]]:
     """What differs between two models, by name: sites, tensors (their grids), arrays."""
     plans = a[1].plan, b[1].plan
-    sites = [{s.name: f"{s.kind} {s.status} {s.reason}".strip() for s in p.sites} for p in plans]
-    grids = [
-        {t.name: f"scale {t.scale:.6g}, zero point {t.zero_point}" for t in p.tensors}
-        for p in plans
+    sites = [
+        {site.name: f"{site.kind} {site.status} {site.reason}".strip() for site in plan.sites}
+        for plan in plans
     ]
+    grids = [
+        {
+            each.name: f"scale {each.scale:.6g}, zero point {each.zero_point}"
+            for each in plan.tensors
+        }
+        for plan in plans
+    ]
+    apart = ("sites", "tensors")  # these have entries of their own
     settings = [
-        {k: str(v) for k, v in dataclasses.asdict(p).items() if k not in ("sites", "tensors")}
-        for p in plans
+        {name: str(x) for name, x in dataclasses.asdict(plan).items() if name not in apart}
+        for plan in plans
     ]
     arrays = tree.flatten(a[0]), tree.flatten(b[0])
     return {

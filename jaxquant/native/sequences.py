@@ -73,30 +73,38 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
         if each.static.handler != library.CONV or "uint8" in dtypes:
             raise ValueError("a sequence is of convolutions, of int8 tensors and not uint8 ones")
         taken.append([])
-        for k, value in enumerate(each.operands):
+        for place, value in enumerate(each.operands):
             if isinstance(value, Link):
                 taken[-1].append(value)
                 continue
             taken[-1].append(len(operands))
-            if k in each.static.batched:
+            if place in each.static.batched:
                 batched.append(len(operands))
             operands.append(value)
+
     # Behind the operands come the results that are wanted, then what lies between the calls.
-    every = [(i, k) for i, each in enumerate(calls) for k in range(len(each.static.outputs))]
+    every = [
+        (index, result)
+        for index, each in enumerate(calls)
+        for result in range(len(each.static.outputs))
+    ]
     wanted = list(dict.fromkeys(results))
     ordered = [*wanted, *(key for key in every if key not in wanted)]
     places = {key: len(operands) + place for place, key in enumerate(ordered)}
+
+    # The handler reads the calls from four arrays, each with the fields of all of them in turn.
     records: dict[str, list[int | float]] = {
         "places": [], "images": [], "geometry": [], "clamps": []
     }  # fmt: skip
     for index, each in enumerate(calls):
         takes = [places[x.call, x.result] if isinstance(x, Link) else x for x in taken[index]]
-        gives = [places[index, k] for k in range(len(each.static.outputs))]
+        gives = [places[index, result] for result in range(len(each.static.outputs))]
         records["places"] += _places(each, takes, gives)
         records["images"] += Image(*each.operands[X].shape[1:])
         for name in ("geometry", "clamps"):
             records[name] += dict(each.static.attributes)[name]
-    outputs = tuple(calls[index].static.outputs[k] for index, k in wanted)
+
+    outputs = tuple(calls[index].static.outputs[result] for index, result in wanted)
     attributes = tuple((name, tuple(numbers)) for name, numbers in records.items())
     given = call(Static(library.SEQUENCE, outputs, tuple(batched), attributes), operands)
     return tuple(given[wanted.index(key)] for key in results)

@@ -136,13 +136,12 @@ class Report:
         quantized.sort(key=lambda row: row["kind"] == LOOKUP_KIND)  # those that compute come first
         label = next((row["mode"] for row in quantized), INT8)
         kinds = ", ".join(
-            f"{kind} {n[INT8]}" + (f" (+{n[FLOAT]} float)" if n[FLOAT] else "")
-            for kind, n in s["kinds"].items()
+            f"{kind} {count[INT8]}" + (f" (+{count[FLOAT]} float)" if count[FLOAT] else "")
+            for kind, count in s["kinds"].items()
         )
-        lines = [
-            f"{s['sites_int8']} sites {label}, {s['sites_float']} float: {kinds}.",
-        ]
-        floats = [t for t in self.tensors if t["status"] == FLOAT]
+        lines = [f"{s['sites_int8']} sites {label}, {s['sites_float']} float: {kinds}."]
+
+        floats = [tensor for tensor in self.tensors if tensor["status"] == FLOAT]
         if not MODES[s["mode"]].integer:
             floats = []  # they all are
         else:
@@ -150,7 +149,7 @@ class Report:
                 f"Tensors between them: {s['tensors_int8']} int8, {s['tensors_float']} float"
                 + (":" if s["tensors_float"] else ".")
             )
-        lines += [f"  {t['name']}: {t['reason']}" for t in floats[:_SHOWN_TENSORS]]
+        lines += [f"  {each['name']}: {each['reason']}" for each in floats[:_SHOWN_TENSORS]]
         if len(floats) > _SHOWN_TENSORS:
             lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
         if s["output_sqnr_db"] is not None:

@@ -141,9 +141,13 @@ def _own_parts(program: Program) -> tuple[Part, ...]:
     """The parts of a program's own graph, in evaluation order."""
     graph, binding = program.graph, program.binding
     parts = [
-        Part(s.site.name, s.site.kind, _chain(graph, s), s.site.operands, s) for s in binding.sites
+        Part(each.site.name, each.site.kind, _chain(graph, each), each.site.operands, each)
+        for each in binding.sites
     ]
-    names = {s.name for s in program.plan.sites if s.status == INT8} - {u.name for u in parts}
+
+    # Sites without an accumulator or a weight, as far as they compute: what moves has no error.
+    quantized = {site.name for site in program.plan.sites if site.status == INT8}
+    names = quantized - {part.name for part in parts}
     live = {eqn.index for eqn in program.equations}
     composites = program.model.composites.whole
     reading = binding.picks | binding.decisions | binding.forms.reads_int8
@@ -154,6 +158,8 @@ def _own_parts(program: Program) -> tuple[Part, ...]:
         indices = (site.equation,) if whole is None else whole.members
         members = tuple(graph.equations[i] for i in indices)
         parts.append(Part(site.name, site.kind, members, site.operands))
+
+    # What reads int8 and is neither a site nor in an epilogue.
     taken = {eqn.index for part in parts for eqn in part.members}
     for index in sorted(live & binding.forms.reads_int8 - taken):
         parts.append(Part("", "", (graph.equations[index],)))
