@@ -142,7 +142,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
         else:
             placed[axis] = batch_axes[varying]
         limit = start + (count - 1) * step + taken
-        if not (isinstance(size, int) and start >= 0 and limit <= size):
+        if start < 0 or not at_least(size, limit):  # or it is not known, of a symbol
             return None
         cuts.append((start, limit, step))
     # An axis of the result that nothing varies along has one element: it is a slice of one index.

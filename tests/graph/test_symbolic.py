@@ -27,6 +27,8 @@ INDEXING = {
     "the one of one": lambda x: x[:, 3:4][:, 0],
     "taken in a row": lambda x: jnp.take(x, 2 * jnp.arange(3), axis=1),
     "resized": lambda x: jax.image.resize(x, (x.shape[0], 4, 5, 4), "nearest"),
+    "as many as the batch": lambda x: jnp.concatenate([x, x])[: x.shape[0]],
+    "the first sample": lambda x: x[:1],
     "median": lambda x: jnp.median(x, axis=-1),
 }
 
