@@ -247,6 +247,16 @@ def _dot(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
     return dot(params["dimension_numbers"], ranks)
 
 
+def summed_over_leading(params: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The parameters of a dot of operands with so many more leading axes, which it sums over."""
+    contracted, batch = (
+        tuple(tuple(axis + count for axis in axes) for axes in pair)
+        for pair in params["dimension_numbers"]
+    )
+    summed = tuple((*range(count), *axes) for axes in contracted)
+    return {**params, "dimension_numbers": (summed, batch)}
+
+
 def _ragged(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | None:
     """A dot whose rows are in groups, one after the other, each with a weight of its own.
 
@@ -292,12 +302,13 @@ def _whole(numbers: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(int(n) if isinstance(n, Integral) else n for n in numbers)
 
 
+DOT = "dot_general"  # the primitive of a dot without groups
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction | None]] = {
     "conv_general_dilated": _conv,
-    "dot_general": _dot,
+    DOT: _dot,
     "ragged_dot_general": _ragged,
 }
 PRIMITIVES = frozenset(_BUILDERS)
 """The primitives that are contractions, by name."""
-DENSE = frozenset({"conv_general_dilated", "dot_general"})
+DENSE = frozenset({"conv_general_dilated", DOT})
 """Those of them that are a convolution or a dot whatever their parameters."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxquant.graph import contraction
 from jaxquant.jax_shim import jaxprs, mesh_maps
 from jaxquant.jax_shim.jaxprs import Place
 from jaxquant.jax_shim.mesh_maps import MeshMap, Split
@@ -149,7 +150,7 @@ def _joined(x: jax.Array, split: Split, axes: Sequence[str], mesh_map: MeshMap) 
     return x.transpose(order).reshape(shape)
 
 
-class _Product(NamedTuple):
+class _Deferred(NamedTuple):
     """A dot that is not computed yet, so that a sum over devices may be one sum with its own.
 
     Attributes:
@@ -167,13 +168,7 @@ class _Product(NamedTuple):
         lhs, rhs = self.factors
         for axis in axes:
             lhs, rhs = jax.lax.all_gather(lhs, axis), jax.lax.all_gather(rhs, axis)
-        contracted, batch = (
-            tuple(tuple(d + len(axes) for d in each) for each in pair)
-            for pair in self.params["dimension_numbers"]
-        )
-        devices = tuple(range(len(axes)))
-        summed = tuple((*devices, *each) for each in contracted)
-        params = {**self.params, "dimension_numbers": (summed, batch)}
+        params = contraction.summed_over_leading(self.params, len(axes))
         (value,) = jaxprs.bind(jax.lax.dot_general_p, [lhs, rhs], params)
         for eqn in self.behind:
             (value,) = jaxprs.bind(eqn.primitive, [value], _of_one_device(eqn))
@@ -187,14 +182,14 @@ def _interpret(body: jaxprs.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -
 
 
 def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[Any]:
-    """Apply one equation; the result of a dot is a `_Product`.
+    """Apply one equation; the result of a dot is a `_Deferred`.
 
     Loops and choices are made anew: their recorded bodies have the types of values inside a
     `shard_map`.
     """
     name = eqn.primitive.name
     collective = name.removesuffix(_INVARIANT)
-    product = operands[0] if operands and isinstance(operands[0], _Product) else None
+    product = operands[0] if operands and isinstance(operands[0], _Deferred) else None
     if name in _CASTS:
         return operands
     if product is not None and name in _LINEAR and len(operands) == 1:
@@ -202,8 +197,8 @@ def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[
     if product is not None and collective == "psum":
         return [product.value(eqn.params["axes"])]
     operands = [_computed(x) for x in operands]
-    if name == "dot_general":
-        return [_Product((operands[0], operands[1]), _of_one_device(eqn))]
+    if name == contraction.DOT:
+        return [_Deferred((operands[0], operands[1]), _of_one_device(eqn))]
     if name == "shard_map":
         return _run(eqn.params, operands)
     if name in _LOOPS:
@@ -220,7 +215,7 @@ def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[
 
 
 def _computed(x: Any) -> Any:
-    return x.value() if isinstance(x, _Product) else x
+    return x.value() if isinstance(x, _Deferred) else x
 
 
 def _of_one_device(eqn: jaxprs.JaxprEqn) -> dict[str, Any]:
