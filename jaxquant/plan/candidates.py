@@ -26,7 +26,7 @@ LARGEST_SUM_OF_TENSORS = (2**31 - 1) // 255**2
 SKIP_SCOPE = "skip_quant"
 
 
-def reported(graph: ir.Graph, found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
+def reported(found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
     """The sites of the report: convolutions, dots, embeddings, and what else was asked for."""
     return tuple(
         site

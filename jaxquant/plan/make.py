@@ -43,7 +43,7 @@ def observed_tensors(model: Model, config: QuantConfig) -> Observed:
     Those that become int8 without the skips are among them, and those that do when convolutions
     and dots alone are int8, so that these choices can be changed later.
     """
-    sites = reported(model.graph, model.sites, config)
+    sites = reported(model.sites, config)
     check_sites(sites)
     _check_patterns(model.sites, config)
     observed = _observed(model, config)
@@ -54,7 +54,7 @@ def observed_tensors(model: Model, config: QuantConfig) -> Observed:
 
 def _reasons(model: Model, config: QuantConfig) -> set[str]:
     """Why the sites of a model stay float, those of its bodies too."""
-    sites = reported(model.graph, _own_sites(model), config)
+    sites = reported(_own_sites(model), config)
     found = {f"{site.kind}: {reason_for_float(model, site, config)}" for site in sites}
     bodies = (body for bodies in model.bodies.values() for body in bodies)
     return found.union(*(_reasons(body, config) for body in bodies))
@@ -106,7 +106,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         observations lack a tensor.
     """
     found = model.sites
-    check_sites(reported(model.graph, found, config))
+    check_sites(reported(found, config))
     _check_patterns(found, config)
     sites, tensors = _plan_region(model, observations, config, [()])
     places = {site.name: site.location for site in found}
@@ -206,7 +206,7 @@ def _site_plans(model: Model, found: tuple[Site, ...], draft: _Draft) -> list[Si
     """The plans of the sites in a model's own graph."""
     graph, names, mode = model.graph, model.names, MODES[draft.config.mode]
     config, chosen, forms = draft.config, draft.chosen, draft.forms
-    sites = reported(graph, found, config)
+    sites = reported(found, config)
     families = {var: names[entry] for var, entry in forms.heads.items()}
     allowed = {site.name for site in chosen}
     absorbed = _absorbed(graph, chosen)
@@ -218,7 +218,7 @@ def _site_plans(model: Model, found: tuple[Site, ...], draft: _Draft) -> list[Si
             reason = _unused(graph, site, forms)
         else:
             reason = reason_for_float(model, site, config)
-        plan_of_site = _site_plan(graph, site, reason, mode, forms, families)
+        plan_of_site = _site_plan(graph, site, reason, mode, families)
         plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
     return plans
 
@@ -280,7 +280,7 @@ def _forms(
 ) -> Forms:
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
-    sites = reported(model.graph, found, config)
+    sites = reported(found, config)
     left = [site for site in sites if site.name not in allowed and not site.is_lookup]
     barred = {site.equation for site in left if not site.inside}
     return find_forms(model, chosen, config.kinds, barred)
@@ -332,7 +332,6 @@ def _site_plan(
     site: Site,
     reason: str,
     mode: Mode,
-    forms: Forms,
     families: Mapping[ir.Var, str],
 ) -> SitePlan:
     inputs: tuple[str, ...] = ()
