@@ -16,6 +16,7 @@ from jaxquant.graph.checks import check_model, check_no_randomness, check_weight
 from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
 from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
+from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, WEIGHT_ONLY
 from jaxquant.plan.rules import Rule
@@ -220,6 +221,7 @@ def _quantize(
         model = trace_with_batch_sizes(source, inputs)
         check_no_randomness(model.graph)
         check_weights(model.graph, model.sites, params)
+        config = config.with_rules(float_tables(model, params))
         if not allow_batch_dependence:
             check_independence(source, inputs, fast_convolutions)
         if (cut := cut_scans(source, model, config, inputs)) is not None:

@@ -30,6 +30,7 @@ from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.model import FloatModel, Model
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
+from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan, observed_tensors
 from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
@@ -157,6 +158,7 @@ def quantize(
         first, *others = observations.examples
         model = trace_with_batch_sizes(source, first, others)
         check_weights(model.graph, model.sites, source.params)
+        config = config.with_rules(float_tables(model, source.params))
 
     def cut(more: Rules) -> _Cut:
         """The model with its scans cut as the rules so far, and some more, ask for."""
