@@ -154,11 +154,7 @@ def quantize(
     goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
-    with progress.stage("tracing"):
-        first, *others = observations.examples
-        model = trace_with_batch_sizes(source, first, others)
-        check_weights(model.graph, model.sites, source.params)
-        config = config.with_rules(float_tables(model, source.params))
+    first, *others = observations.examples
 
     def cut(more: Rules) -> _Cut:
         """The model with its scans cut as the rules so far, and some more, ask for."""
@@ -169,28 +165,34 @@ def quantize(
         return _Cut(found.source, found.model, found.resolved(asked), found.renamed(observations))
 
     with progress.stage("tracing"):
+        model = trace_with_batch_sizes(source, first, others)
+        check_weights(model.graph, model.sites, source.params)
+        config = config.with_rules(float_tables(model, source.params))
         start = cut(())
     found: Rules = ()
     if config.optimize_for == "speed":
         found = slower_in_int8(start.model, start.observations, start.config, progress)
         config = config.with_rules(found)
         start = cut(())
+
     with progress.stage("searching thresholds"):
-        planned = start.binding
+        start = start.planned()
     if outliers := rules_for_outliers(
-        start.source, start.observations, planned, start.config, progress
+        start.source, start.observations, start.binding, start.config, progress
     ):
         config, found = config.with_rules(outliers), (*found, *outliers)
-        start = cut(())
+        with progress.stage("searching thresholds"):
+            start = cut(()).planned()
 
     def plan_of(rules: Rules) -> Binding:
-        return cut(rules).binding
+        return cut(rules).binding if rules else start.binding
 
     def build(rules: Rules) -> Built:
-        with progress.stage("searching thresholds"):
-            own = cut(rules) if rules else start
-            binding = own.binding
-        return _build(own, binding, file, progress)
+        own = start
+        if rules:
+            with progress.stage("searching thresholds"):
+                own = cut(rules).planned()
+        return _build(own, file, progress)
 
     if goal is None:
         built = build(())
@@ -219,11 +221,14 @@ class _Cut:
         """What becomes int8."""
         return make_plan(self.model, self.observations, self.config)
 
+    def planned(self) -> _Cut:
+        """Itself, once it is known what becomes int8."""
+        _ = self.binding
+        return self
 
-def _build(
-    cut: _Cut, binding: Binding, file: str | os.PathLike[str] | None, progress: Progress
-) -> Built:
-    source, examples = cut.source, cut.observations.examples
+
+def _build(cut: _Cut, file: str | os.PathLike[str] | None, progress: Progress) -> Built:
+    source, binding, examples = cut.source, cut.binding, cut.observations.examples
     qparams, uncorrected, program, comparison, notes = quantize_and_recover(
         source, binding, examples, file=file, progress=progress
     )
