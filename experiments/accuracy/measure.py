@@ -29,7 +29,7 @@ def measure(network: Network, methods: Sequence[Method], workdir: str) -> None:
       workdir: where to keep them.
     """
     store = Store(workdir)
-    setup = prepare(network.config)._replace(progress=False)  # processes write side by side
+    setup = prepare(network.config)
     fp32 = store.evaluation(network)
     if fp32 is None:
         _say(network.name, "float32 ...")

@@ -83,6 +83,7 @@ def network(config: ConfigDict, name: str, backend: str) -> Network:
         {k: v for k, v in config.items() if k not in ("models", "weights", "per_model")}
     )
     own.model, own.weights = name, config.weights.get(name, "")
+    own.progress = False  # processes write side by side
     own.update(config.per_model.get(name, {}))
     if own.weights == "random":
         weights: str | None = "random"
