@@ -230,6 +230,6 @@ def test_the_command_writes_the_table(tmp_path):
     done = command(tmp_path, "--methods=KL")
     assert done.returncode == 0, done.stderr
     assert "| ResNet20, CIFAR-10 | KL |" in (tmp_path / "table.md").read_text()
-    assert "| VGG16 | no weights" in (tmp_path / "table.md").read_text()
+    assert "- VGG16: no weights" in (tmp_path / "table.md").read_text()
     kl, vgg = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert (kl["model"], kl["method"], vgg["model"]) == ("cifar10_resnet20", "KL", "vgg16")
