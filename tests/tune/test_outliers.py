@@ -113,6 +113,25 @@ def test_large_rows_are_scaled_in_the_call():
     assert sqnr(two_dots, DOTS, qparams, qapply, x) > sqnr(two_dots, DOTS, *static, x) + 10
 
 
+def test_outliers_that_are_frequent_are_seen():
+    """One row in 8, as the first of short sequences; they make up the mean square."""
+
+    def frequent(seed: int) -> np.ndarray:
+        x = draw(seed, 256, WIDTH)
+        x[::8] *= 300
+        return x
+
+    def apply_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ p["body"]) @ p["head"]
+
+    warnings.simplefilter("ignore")
+    qparams, qapply = jaxquant.quant_post(DOTS, apply_fn, [frequent(7)], progress=False)
+    x = frequent(9)
+    want, found = np.asarray(apply_fn(DOTS, x)), np.asarray(qapply(qparams, x))
+    others = np.arange(len(x)) % 8 != 0
+    assert measure.sqnr(want[others], found[others]) > 15
+
+
 def test_what_a_rule_says_of_a_dot_stays():
     for setting in ({"dynamic": False}, {"recover": ()}):
         _, qapply = of_tokens(rules=[jaxquant.Rule("body", **setting)])
