@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxquant.graph import contraction
+from jaxquant.graph import contraction, whiles
 from jaxquant.jax_shim import jaxprs, mesh_maps
 from jaxquant.jax_shim.jaxprs import Place
 from jaxquant.jax_shim.mesh_maps import MeshMap, Split
@@ -247,12 +247,18 @@ def _while(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
     of_test, of_body = params["cond_nconsts"], params["body_nconsts"]
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     read_by_test, fixed = operands[:of_test], operands[of_test : of_test + of_body]
-    results = jax.lax.while_loop(
-        lambda carry: _interpret(test.jaxpr, test.consts, [*read_by_test, *carry])[0],
-        lambda carry: _interpret(body.jaxpr, body.consts, [*fixed, *carry]),
-        list(operands[of_test + of_body :]),
-    )
-    return list(results)
+
+    def goes_on(carry: Sequence[Any]) -> jax.Array:
+        lanes: jax.Array = _interpret(test.jaxpr, test.consts, [*read_by_test, *carry])[0]
+        return lanes
+
+    def step(carry: Sequence[Any]) -> list[Any]:
+        return _interpret(body.jaxpr, body.consts, [*fixed, *carry])
+
+    start = list(operands[of_test + of_body :])
+    if whiles.has_lanes(test):
+        return whiles.tested_in_body(goes_on, step, start)
+    return jax.lax.while_loop(goes_on, step, start)
 
 
 def _cond(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:

@@ -72,8 +72,6 @@ def _why_inside(model: Model, site: Site) -> str:
         region = region.bodies(eqn)[number]
         if eqn.params.get("length") == 0:
             return "inside a scan of length 0, of which no step runs"
-        if region.key == "cond_jaxpr":
-            return "inside the test of a while loop, which runs in float"
         if eqn.name == "shard_map":
             return f"inside shard_map, which runs in float: {why_kept(eqn.params)}"
         if eqn.name not in CONTROL_FLOW:

@@ -195,23 +195,43 @@ def test_the_test_of_a_loop_is_in_its_body():
     np.testing.assert_allclose(qapply(qparams, X), wanted, atol=0.02)
 
 
-def test_the_test_of_a_batch_of_loops_is_float_and_one_without_steps_is_never_run():
+@pytest.mark.parametrize("tests_a_product", [True, False])
+def test_a_batch_of_loops_does_what_each_does_alone(tests_a_product, tmp_path):
+    """`jax.vmap` of a `while`: samples end after unlike numbers of steps."""
+
     def each(params, x):
+        def goes_on(carry):
+            steps, y = carry
+            size = jnp.abs(y @ params["again"] if tests_a_product else y).max()
+            return (size > 0.5) & (steps < 6)
+
         return lax.while_loop(
-            lambda carry: (carry[1] @ params["again"]).sum() < carry[0],
-            lambda carry: (carry[0] - 9, carry[1]),
-            (jnp.float32(0), x),
+            goes_on, lambda c: (c[0] + 1, jnp.tanh(c[1] @ params["again"]) / 2), (0, x)
         )[1]
 
     def apply_fn(params, x):
-        x = lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"][:0])[0]
-        return jax.vmap(each, (None, 0))(params, x @ params["again"])
+        return jax.vmap(each, (None, 0))(params, x)
 
-    _, qapply = jaxquant.quant_dynamic(
-        PARAMS, apply_fn, measure.shapes(X), allow_batch_dependence=True, progress=False
-    )
-    assert [row["reason"].partition(";")[0] for row in qapply.report().rows] == [
+    x = X * jnp.linspace(0.1, 2, len(X))[:, None]
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, x)
+    assert {site.status for site in qapply.plan.sites} == {"int8"}
+    assert len(qapply.plan.sites) == (3 if tests_a_product else 1)
+    together = np.asarray(qapply(qparams, x))
+    alone = np.concatenate([qapply(qparams, x[n : n + 1]) for n in range(len(x))])
+    np.testing.assert_array_equal(together, alone)
+    assert np.abs(together - apply_fn(PARAMS, x)).max() < 0.1
+    jaxquant.save_quantized_model(tmp_path / "model", qparams, qapply)
+    loaded, apply_loaded = jaxquant.load_quantized_model(tmp_path / "model")
+    np.testing.assert_array_equal(apply_loaded(loaded, x), together)
+
+
+def test_a_scan_without_steps_is_never_run():
+    def apply_fn(params, x):
+        x = lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"][:0])[0]
+        return x @ params["again"]
+
+    _, qapply = jaxquant.quant_dynamic(PARAMS, apply_fn, measure.shapes(X), progress=False)
+    assert [row["reason"] for row in qapply.report().rows] == [
         "inside a scan of length 0, of which no step runs",
         "",
-        "inside the test of a while loop, which runs in float",
     ]
