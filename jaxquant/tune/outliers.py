@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from jaxquant.calibration.observations import Observations, TensorStats
+from jaxquant.graph import kinds
 from jaxquant.graph.model import FloatModel
 from jaxquant.graph.sites import Site
 from jaxquant.plan.binding import Binding
@@ -175,7 +176,10 @@ class _Tried(NamedTuple):
         is_divided = by_channel <= _GAIN * planned
         best = by_channel if is_divided else planned
         is_coarse = best > _FINE * len(self.noise)
-        free = not any(_says_dynamic(site, config) for site in self.sites.values())
+        # Where more than dots and convolutions is int8, a dot that leaves them would have other
+        # tensors quantized from float than calibration saw.
+        others_stay = config.kinds <= {*kinds.DOT_KINDS, kinds.LOOKUP_KIND}
+        free = others_stay and not any(_says_dynamic(s, config) for s in self.sites.values())
         for name in self.sites:
             if free and is_coarse and by_row <= _GAIN * best:
                 yield Rule(f"site:{name}", dynamic=True, reason=_reason("rows", planned, by_row))

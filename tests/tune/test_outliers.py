@@ -132,6 +132,19 @@ def test_outliers_that_are_frequent_are_seen():
     assert measure.sqnr(want[others], found[others]) > 15
 
 
+def test_where_tensors_stay_int8_no_dot_leaves_them():
+    def residual(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.maximum(x @ p["body"] + x, 0) @ p["head"]
+
+    batches = [tokens(256, 7), tokens(256, 8)]
+    _, qapply = jaxquant.quant_post(
+        DOTS, residual, batches, algo="abs_max", is_full_quantize=True, progress=False
+    )
+    assert not any(site.dynamic for site in qapply.plan.sites)
+    _, qapply = jaxquant.quant_post(DOTS, residual, batches, algo="abs_max", progress=False)
+    assert any(site.dynamic for site in qapply.plan.sites)
+
+
 def test_what_a_rule_says_of_a_dot_stays():
     for setting in ({"dynamic": False}, {"recover": ()}):
         _, qapply = of_tokens(rules=[jaxquant.Rule("body", **setting)])
