@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.expressions import find_expressions
+from jaxquant.jax_shim import jaxprs
 
 
 def with_tied_tables(graph: ir.Graph, tables: Collection[ir.Var] = ()) -> ir.Graph:
@@ -45,12 +46,21 @@ def with_tied_tables(graph: ir.Graph, tables: Collection[ir.Var] = ()) -> ir.Gra
 
 
 def find_tables(graph: ir.Graph) -> frozenset[ir.Var]:
-    """The static matrices that rows are looked up in by indices that depend on the inputs."""
-    return frozenset(
-        eqn.input_vars[0]
-        for eqn in graph.equations
-        if kinds.is_lookup(graph, eqn) and not graph.static[eqn.outputs[0]]
-    )
+    """The static matrices that rows are looked up in by indices that depend on the inputs.
+
+    Also inside the loops and choices of the graph, in what all steps read alike.
+    """
+    found: set[ir.Var] = set()
+    for eqn in graph.equations:
+        if not eqn.outputs or graph.static[eqn.outputs[0]]:
+            continue
+        if kinds.is_lookup(graph, eqn):
+            found.add(eqn.input_vars[0])
+        for place in jaxprs.looked_up(eqn.name, eqn.params):
+            table = eqn.inputs[place]
+            if isinstance(table, int) and graph.static[table]:
+                found.add(table)
+    return frozenset(found)
 
 
 def _transposed(graph: ir.Graph, atom: ir.Atom) -> ir.Var | None:

@@ -65,6 +65,35 @@ def sub_bodies(params: dict[str, Any]) -> list[tuple[str, Jaxpr, Sequence[Any]]]
     return found
 
 
+def looked_up(name: str, params: Mapping[str, Any]) -> frozenset[int]:
+    """The operands of an equation that its bodies look rows up in: matrices, the same in all steps.
+
+    Args:
+      name, params: of a loop, a choice or a call; of another equation there is none.
+    """
+    found: set[int] = set()
+    for key, body, _ in sub_bodies(dict(params)):
+        first = 0
+        if name == "cond":
+            first = 1
+        elif name == "while" and key == "body_jaxpr":
+            first = params["cond_nconsts"]
+        found.update(first + place for place in _looked_up_in(body))
+    return frozenset(found)
+
+
+def _looked_up_in(body: Jaxpr) -> frozenset[int]:
+    """The places of the arguments of a body that rows are looked up in."""
+    tables: set[Any] = set()
+    for eqn in body.eqns:
+        matrix = eqn.invars[0] if eqn.primitive.name == "gather" else None
+        if matrix is not None and tuple(eqn.params["slice_sizes"]) == (1, *shape_of(matrix)[1:]):
+            tables.add(matrix)
+        inside = [eqn.invars[place] for place in looked_up(eqn.primitive.name, eqn.params)]
+        tables.update(x for x in inside if not isinstance(x, Literal))
+    return frozenset(place for place, var in enumerate(body.invars) if var in tables)
+
+
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many of the operands of a `scan` are constants, and how many are its carry."""
     if "num_consts" in params:

@@ -23,6 +23,23 @@ def looping(p, ids):
     return jax.lax.fori_loop(0, 2, step, p["table"][ids])
 
 
+def looked_up_in(loop):
+    """A recurrent model of words: the table is read in the loop, and tied behind it."""
+
+    def apply_fn(p, ids):
+        start = jnp.zeros((ids.shape[0], 5))
+        if loop == "scan":
+            h, _ = jax.lax.scan(lambda h, x: (jnp.tanh(h + p["table"][x]), None), start, ids.T)
+        elif loop == "while":
+            step = lambda c: (c[0] + 1, jnp.tanh(c[1] + jnp.take(p["table"], ids[:, 0], 0)))  # noqa: E731
+            h = jax.lax.while_loop(lambda c: c[0] < 2, step, (0, start))[1]
+        else:
+            h = jax.lax.cond(ids[0, 0] < 9, lambda: p["table"][ids[:, 0]], lambda: start)
+        return h @ p["table"].T
+
+    return apply_fn
+
+
 # name: (function, the shape of the weight of its dot)
 MODELS = {
     "an output layer": (lambda p, ids: p["table"][ids] @ p["table"].T, (9, 5)),
@@ -30,6 +47,7 @@ MODELS = {
                         .repeat(3, 0)[:9], (9, 5)),
     "each cast by itself": (by_itself, (9, 5)),
     "in a loop": (looping, (9, 5)),
+    **{f"looked up in a {x}": (looked_up_in(x), (9, 5)) for x in ("scan", "while", "cond")},
     "another table": (lambda p, ids: p["table"][ids] @ p["other"].T, (5, 9)),
 }  # fmt: skip
 
