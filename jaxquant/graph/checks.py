@@ -123,7 +123,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
 
     A table of embeddings may hold infinities while it stays float.
     """
-    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
+    leaves = values_of(graph, params)
     checked: set[ir.Var] = set()
     for site in sites:
         if site.weight is not None and 0 in graph.shape(site.weight):
@@ -136,7 +136,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
             if var in checked:
                 continue
             checked.add(var)
-            bad = _count(leaves[var], lambda x: ~np.isfinite(x))
+            bad = count(leaves[var], lambda x: ~np.isfinite(x))
             if bad:
                 raise ValueError(
                     f"the weight of site {site.name!r}, params[{graph.paths[var]!r}], holds NaN or "
@@ -144,7 +144,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
                     "parameters of an earlier training step"
                 )
     for var in graph.leaves:
-        if _count(leaves[var], np.isnan):
+        if count(leaves[var], np.isnan):
             raise ValueError(f"params[{graph.paths[var]!r}] holds NaN")
 
 
@@ -174,7 +174,13 @@ def _weight_sources(graph: ir.Graph, site: Site) -> Sequence[ir.Var]:
     return [var for var in graph.leaves if graph.paths[var] == site.weight_path]
 
 
-def _count(leaf: Any, bad: Callable[[np.ndarray], np.ndarray]) -> int:
+def values_of(graph: ir.Graph, params: Any) -> dict[ir.Var, Any]:
+    """What the leaves and constants of a model's own graph hold."""
+    return dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
+
+
+def count(leaf: Any, bad: Callable[[np.ndarray], np.ndarray]) -> int:
+    """How many elements of a parameter are bad; of one that holds no floats, none."""
     if prng.is_key_dtype(leaf.dtype) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
         return 0
     return int(bad(np.asarray(leaf).astype(np.float32)).sum())

@@ -24,9 +24,9 @@ from jaxquant.jax_shim import jaxprs, mesh_maps
 from jaxquant.jax_shim.jaxprs import Place
 from jaxquant.jax_shim.mesh_maps import MeshMap, Split
 
-# Between devices, with a form along an axis.
 # They tell the type checker of a `shard_map` where values differ, and compute nothing.
 _CASTS = frozenset({"pvary", "reduced_vary_cast", "reduced_vary_cast_p"})
+# Between devices, with a form along an axis.
 _REDUCTIONS = {
     "pmax": jax.lax.reduce_max,
     "pmin": jax.lax.reduce_min,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxquant.graph.checks import count, values_of
 from jaxquant.graph.model import Model
 from jaxquant.plan.rules import Rule
 
@@ -17,14 +17,11 @@ def float_tables(model: Model, params: Any) -> tuple[Rule, ...]:
     No integer stands for one, and a table may well have some: a mask that is looked up and added
     to scores.
     """
-    graph = model.graph
-    leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True)) | dict(graph.constants)
-    found = []
+    values, found = values_of(model.graph, params), []
     for site in model.sites:
         if not site.is_lookup or site.inside or site.weight is None:
             continue
-        tables = [leaves[var] for var in graph.sources(site.weight)]
-        if any(bool(np.isinf(np.asarray(table)).any()) for table in tables):
+        if any(count(values[var], np.isinf) for var in model.graph.sources(site.weight)):
             found.append(site.name)
     reason = "its table holds infinities, which have no int8 form"
     return tuple(Rule(f"site:{name}", dtype="float", reason=reason) for name in found)

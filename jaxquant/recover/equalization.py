@@ -45,10 +45,10 @@ from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.evenness import readers_of_joined
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.recover.attempts import attempts
 from jaxquant.recover.divisible import Divisible, Where, find_divisible
 from jaxquant.recover.factors import Divided, choose
 from jaxquant.recover.step import Draft, Step, Task
+from jaxquant.recover.tensor_trials import tensor_trials
 from jaxquant.run.program import program_by_site
 from jaxquant.weights.quantize import Divisors, quantize_params
 
@@ -127,11 +127,11 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
         return {}
     equalized = where.get("equalization", frozenset())
     found: dict[str, Divided] = {}
-    for attempt in attempts(task, draft, divisible):
-        tensor = attempt.tensor
+    for trial in tensor_trials(task, draft, divisible):
+        tensor = trial.tensor
         both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
-        for part, best in zip(attempt.parts, choose(attempt.tried, alphas), strict=False):
+        for part, best in zip(trial.parts, choose(trial.tried, alphas), strict=False):
             factors = best.factors.reshape(tensor.sizes)
             found[part.named(tensor.name)] = best._replace(factors=factors)
     return found

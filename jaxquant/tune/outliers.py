@@ -30,11 +30,11 @@ from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.plan.rules import OUTLIERS, Rule, first_layer, matching, setting
 from jaxquant.progress import Progress
-from jaxquant.recover.attempts import Attempt, attempts
 from jaxquant.recover.divisible import find_divisible
 from jaxquant.recover.equalization import ALPHAS
 from jaxquant.recover.factors import choose
 from jaxquant.recover.step import Draft, Task
+from jaxquant.recover.tensor_trials import TensorTrial, tensor_trials
 from jaxquant.run.program import program_by_site
 from jaxquant.weights.quantize import quantize_params
 
@@ -78,13 +78,13 @@ def rules_for_outliers(
         if not divisible:
             return ()
         draft = Draft(program, quantize_params(binding, source.params))
-        found: dict[Hashable, _Tried] = {}
-        for attempt in attempts(task, draft, divisible):
-            sites = [product.site for product in attempt.tensor.readers]
+        found: dict[Hashable, _AlikeDots] = {}
+        for trial in tensor_trials(task, draft, divisible):
+            sites = [product.site for product in trial.tensor.readers]
             key = tuple(groups[site.name] for site in sites)
-            tried = found.setdefault(key, _Tried({}, []))
+            tried = found.setdefault(key, _AlikeDots({}, []))
             tried.sites.update((site.name, site) for site in sites)
-            tried.noise.extend(_noise_of(attempt))
+            tried.noise.extend(_noise_of(trial))
     steps = {site.name: site.recover for site in binding.whole_plan.sites}
     return tuple(rule for tried in found.values() for rule in tried.rules(steps, config))
 
@@ -142,24 +142,24 @@ def _is_coarse(tensor: TensorPlan, seen: TensorStats | None) -> bool:
 
 
 class _Noise(NamedTuple):
-    """How much of the outputs of the dots behind a tensor is noise: as planned, ..."""
+    """How much of the outputs of the dots behind a tensor is noise, by the scales that it has."""
 
     planned: float
     by_channel: float
     by_row: float
 
 
-def _noise_of(attempt: Attempt) -> Iterator[_Noise]:
+def _noise_of(trial: TensorTrial) -> Iterator[_Noise]:
     """In each of the layers."""
-    divided = choose(attempt.tried, ALPHAS["equalization"])
-    for number, tried in enumerate(attempt.tried):
+    divided = choose(trial.tried, ALPHAS["equalization"])
+    for number, tried in enumerate(trial.tried):
         planned = by_channel = tried.noise(tried.own, None)
         if divided:
             by_channel = tried.noise(divided[number].grid, divided[number].factors)
         yield _Noise(planned, by_channel, tried.noise_by_row())
 
 
-class _Tried(NamedTuple):
+class _AlikeDots(NamedTuple):
     """The dots behind tensors that are alike, by their names, and the noise in each layer."""
 
     sites: dict[str, Site]

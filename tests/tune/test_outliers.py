@@ -160,6 +160,6 @@ def test_ordinary_tensors_are_not_looked_at(params, apply_fn, monkeypatch):
     def looked(*args: Any) -> Any:
         raise AssertionError("the samples were run for nothing")
 
-    monkeypatch.setattr("jaxquant.tune.outliers.attempts", looked)
+    monkeypatch.setattr("jaxquant.tune.outliers.tensor_trials", looked)
     _, qapply = quantize(params, apply_fn)
     assert qapply.report().rules == ()

@@ -20,7 +20,7 @@ from jaxquant.run.layers import GraphLayer
 from jaxquant.weights.fold import fold
 
 
-class Attempt(NamedTuple):
+class TensorTrial(NamedTuple):
     """A tensor in layers that are divided alike: one, or those that have a weight in common.
 
     Attributes:
@@ -34,7 +34,9 @@ class Attempt(NamedTuple):
     tried: Sequence[Tried]
 
 
-def attempts(task: Task, draft: Draft, divisible: Sequence[Divisible]) -> Iterator[Attempt]:
+def tensor_trials(
+    task: Task, draft: Draft, divisible: Sequence[Divisible]
+) -> Iterator[TensorTrial]:
     """Run the float model on the samples, and give each tensor that they came to.
 
     Args:
@@ -59,7 +61,7 @@ def attempts(task: Task, draft: Draft, divisible: Sequence[Divisible]) -> Iterat
                 _tried(parts[at], tensor, seen[tensor.name][at[1]], weights[at], corrected)
                 for at in places
             ]
-            yield Attempt(tensor, [parts[at] for at in places], tried)
+            yield TensorTrial(tensor, [parts[at] for at in places], tried)
 
 
 def _weights(part: GraphLayer, divisible: Sequence[Divisible]) -> dict[ir.Var, np.ndarray]:
