@@ -80,8 +80,9 @@ def rules_for_outliers(
         draft = Draft(program, quantize_params(binding, source.params))
         found: dict[Hashable, _AlikeDots] = {}
         for trial in tensor_trials(task, draft, divisible):
-            sites = [product.site for product in trial.tensor.readers]
-            key = tuple(groups[site.name] for site in sites)
+            products = trial.tensor.readers
+            sites = [product.site for product in products]
+            key = tuple((groups[p.site.name], p.matrix_shape) for p in products)
             tried = found.setdefault(key, _AlikeDots({}, []))
             tried.sites.update((site.name, site) for site in sites)
             tried.noise.extend(_noise_of(trial))

@@ -145,6 +145,17 @@ def test_where_tensors_stay_int8_no_dot_leaves_them():
     assert any(site.dynamic for site in qapply.plan.sites)
 
 
+def test_numbers_that_tell_no_layer_join_nothing_of_unlike_shapes():
+    """Haiku numbers all dots of a model in one row."""
+    layers = {"linear_1": CHANNELS["up"][0], "linear_2": draw(6, WIDTH, 2 * WIDTH)}
+
+    def apply_fn(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh((x * CHANNELS["gain"][0]) @ p["linear_1"]) @ p["linear_2"]
+
+    _, qapply = quantize(layers, apply_fn)
+    assert [rule.pattern for rule in qapply.report().rules] == ["site:linear_1"]
+
+
 def test_what_a_rule_says_of_a_dot_stays():
     for setting in ({"dynamic": False}, {"recover": ()}):
         _, qapply = of_tokens(rules=[jaxquant.Rule("body", **setting)])
