@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from jaxquant.graph.layer_names import layer_suffix
 class Found:
     """What is found of a network, by its model's own graph and by those of its bodies.
 
-    `folded` is where the constants of a body are, which all its steps share; the rest are the
-    attributes of a `Network` of these names.
+    `operators` are the kinds that are looked for (`jaxquant.graph.operators`); `folded` is where
+    the constants of a body are, which all its steps share; the rest are the attributes of a
+    `Network` of these names.
     """
 
+    operators: Collection[str] = ()
     tensors: list[Tensor] = dataclasses.field(default_factory=list)
     moves: list[Node] = dataclasses.field(default_factory=list)
     entries: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -42,6 +42,8 @@ class Tensor:
 class Node:
     """One operation, by the name and the parameters of its JAX primitive.
 
+    Where JAX writes several, they are those of a kind of `jaxquant.graph.operators`.
+
     `reads_int8` tells that operands with an int8 form are read dequantized; `picks` that the
     result is int8 and this is its dequantized value.  `bodies` are those of a loop or a choice.
     `contraction` says what a convolution or dot does with the axes of its operands; None of others.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
+from jaxquant.deploy.joined import Joined
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
 from jaxquant.deploy.plain_values import plain, scalar
 from jaxquant.deploy.restoring import looking_up, restoring
@@ -26,11 +27,19 @@ from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
 
 
-def to_network(program: Program, inputs: tuple[Any, ...]) -> tuple[Network, dict[str, np.ndarray]]:
-    """The network of a program, whose graph may have symbolic sizes, and its constants by name."""
+def to_network(
+    program: Program, inputs: tuple[Any, ...], operators: Collection[str] = ()
+) -> tuple[Network, dict[str, np.ndarray]]:
+    """The network of a program, whose graph may have symbolic sizes, and its constants by name.
+
+    Args:
+      program: the program.
+      inputs: what it was traced for.
+      operators: the kinds of `jaxquant.graph.operators` that are one operation of the network.
+    """
     graph = program.graph
     outputs = jax.tree.unflatten(graph.out_tree, graph.outputs)
-    translated = _Translator(program, program.binding, program.model.root, Found(), [])
+    translated = _Translator(program, program.binding, program.model.root, Found(operators), [])
     numbers = tuple(translated.number(var) for var in graph.inputs)
     translated.add_equations()
     found = translated.found
@@ -100,8 +109,13 @@ class _Translator(Tensors):
             eqn = graph.equations[index]
             self.need_static(eqn.inputs)
             self.found.moves.append(self.node(eqn))
+        joined = self._joined(self.program.equations, binding)
         for eqn in self.program.equations:
-            if eqn.index in by_index and by_index[eqn.index].site.is_lookup:
+            if eqn.index in joined.inside:
+                continue
+            if eqn.index in joined.by_last:
+                self._operator(joined, eqn)
+            elif eqn.index in by_index and by_index[eqn.index].site.is_lookup:
                 self._look_up(by_index[eqn.index].site)
             elif eqn.index in by_index:
                 self.nodes.append(self._site(by_index[eqn.index]))
@@ -137,6 +151,25 @@ class _Translator(Tensors):
             source=jaxprs.line_of(eqn.source_info),
         )
 
+    def _joined(self, equations: Sequence[ir.Equation], binding: Binding | None) -> Joined:
+        return Joined(self.graph, self.found.operators, equations, binding)
+
+    def _operator(self, joined: Joined, last: ir.Equation) -> None:
+        """Add several equations as one operation."""
+        operator = joined.by_last[last.index]
+        self.need_static(operator.inputs)
+        self.nodes.append(
+            Node(
+                op=operator.kind,
+                inputs=tuple(map(self.number, operator.inputs)),
+                outputs=tuple(map(self.number, last.outputs)),
+                params=operator.params,
+                scope=last.scope,
+                reads_int8=joined.reads_int8(operator),
+                source=jaxprs.line_of(last.source_info),
+            )
+        )
+
     def _bodies(self, eqn: ir.Equation) -> tuple[Body, ...]:
         """The bodies of a loop or a choice; of what else holds programs, none."""
         if eqn.name not in CONTROL_FLOW:
@@ -148,12 +181,18 @@ class _Translator(Tensors):
         inner, graph = self._inside(region, self.program, self.binding, []), region.graph
         for var in graph.constants:
             inner.fold(var)
-        return Body(
-            region.key,
-            tuple(inner.number(var) for var in region.arguments),
-            tuple(inner.node(eqn) for eqn in graph.equations),
-            inner.outputs(),
-        )
+        inner.add_in_float()
+        arguments = tuple(inner.number(var) for var in region.arguments)
+        return Body(region.key, arguments, tuple(inner.nodes), inner.outputs())
+
+    def add_in_float(self) -> None:
+        """Add the operations of the graph as they are, static ones too."""
+        joined = self._joined(self.graph.equations, None)
+        for eqn in self.graph.equations:
+            if eqn.index in joined.by_last:
+                self._operator(joined, eqn)
+            elif eqn.index not in joined.inside:
+                self.nodes.append(self.node(eqn))
 
     def _inside(
         self,

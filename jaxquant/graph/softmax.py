@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxquant.graph import copies, ir, primitives
+from jaxquant.graph import copies, ir, matching, primitives
 
 
 def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ...]] | None:
     """The source and the members of a softmax that ends in an equation; None of another equation.
 
-    What is found is exp(x - m) / sum(exp(x - m)), where m depends on x alone.
+    The source of a masked one are the scores before the mask.
     """
+    found = _unmasked(graph, division)
+    if found is None:
+        return None
+    source, members, _ = found
+    source = _before_mask(graph, source, members)
+    if not matching.is_private(graph, members, division.outputs[0]):
+        return None
+    return source, tuple(sorted(members))
+
+
+def match_operator(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
+    """The softmax along one axis that ends in an equation, behind its mask; None of others."""
+    found = _unmasked(graph, division)
+    if found is None or not matching.is_private(graph, found[1], division.outputs[0]):
+        return None
+    source, members, axes = found
+    if len(axes) != 1:
+        return None
+    return matching.Match((source,), frozenset(members), {"axis": axes[0]})
+
+
+def _unmasked(
+    graph: ir.Graph, division: ir.Equation
+) -> tuple[ir.Var, set[int], tuple[int, ...]] | None:
+    """The source, the members and the axes of exp(x - m) / sum(exp(x - m)), for an m of x alone."""
     if division.name != "div":
         return None
     numerator, denominator = division.inputs
-    exponential = _producer(graph, numerator)
+    exponential = matching.producer(graph, numerator)
     if exponential is None or exponential.name != "exp":
         return None
     members = {division.index, exponential.index}
@@ -23,17 +48,17 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
     if total is None or total.name != "reduce_sum" or total.inputs[0] != numerator:
         return None
     members.add(total.index)
-    shifted = _producer(graph, exponential.inputs[0])
+    shifted = matching.producer(graph, exponential.inputs[0])
     if shifted is None or shifted.name != "sub" or not isinstance(shifted.inputs[0], int):
         return None
-    source = shifted.inputs[0]
+    source, axes = shifted.inputs[0], tuple(total.params["axes"])
     members.add(shifted.index)
     stack = [shifted.inputs[1]]
     while stack:
         atom = stack.pop()
         if graph.is_static(atom) or atom == source:
             continue
-        eqn = _producer(graph, atom)
+        eqn = matching.producer(graph, atom)
         if eqn is None or eqn.name not in (
             "reduce_max", "max", "stop_gradient", "broadcast_in_dim", "reshape", "select_n",
             "is_finite",
@@ -41,14 +66,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
             return None
         members.add(eqn.index)
         stack.extend(eqn.inputs)
-    source = _before_mask(graph, source, members)
-    inner = {v for i in members - {division.index} for v in graph.equations[i].outputs}
-    for var in inner:
-        if var in graph.output_vars:
-            return None
-        if any(user.index not in members for user in graph.consumers.get(var, ())):
-            return None
-    return source, tuple(sorted(members))
+    return source, members, axes
 
 
 def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
@@ -86,7 +104,7 @@ def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
         atom = stack.pop()
         if graph.is_static(atom) or not jnp.issubdtype(graph.dtype(atom), jnp.floating):
             continue
-        eqn, steps = _producer(graph, atom), steps + 1
+        eqn, steps = matching.producer(graph, atom), steps + 1
         if eqn is None or steps > _MASK_STEPS:
             return False
         if not primitives.is_elementwise(eqn) and eqn.name not in _MASK_SHAPING:
@@ -99,13 +117,9 @@ _MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "slice", "squeeze", "t
 _MASK_STEPS = 32  # equations from truth values to a mask, at most
 
 
-def _producer(graph: ir.Graph, atom: ir.Atom) -> ir.Equation | None:
-    return graph.producer.get(atom) if isinstance(atom, int) else None
-
-
 def _through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.Equation | None:
-    eqn = _producer(graph, atom)
+    eqn = matching.producer(graph, atom)
     while eqn is not None and eqn.name in ("broadcast_in_dim", "reshape", "stop_gradient"):
         members.add(eqn.index)
-        eqn = _producer(graph, eqn.inputs[0])
+        eqn = matching.producer(graph, eqn.inputs[0])
     return eqn

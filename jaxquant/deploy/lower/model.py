@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ def lower(
     qapply: Any,
     shapes: Any = None,
     constraints: Sequence[str] = (),
+    operators: Collection[str] = (),
 ) -> Lowered:
     """Describe an int8 model for an exporter.
 
@@ -57,6 +58,7 @@ def lower(
       qparams: the arrays of the int8 model.
       qapply: the function that came with them.
       shapes, constraints: see `jaxquant.save_quantized_model`.
+      operators: the kinds of `jaxquant.graph.operators` that the format has.
 
     Raises:
       ValueError: the model's weights alone are integers, it cannot be traced with sizes
@@ -74,7 +76,7 @@ def lower(
 
     def as_network(inputs: tuple[Any, ...]) -> tuple[Binding, Network, dict[str, np.ndarray]]:
         traced = by_xla.program(*inputs)
-        return traced.binding, *to_network(traced, inputs)
+        return traced.binding, *to_network(traced, inputs, operators)
 
     binding, network, constants = program.traced(by_xla, shapes, constraints, as_network)
     scales = Scales(qapply.plan, plain["tensors"])

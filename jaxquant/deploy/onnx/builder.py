@@ -19,6 +19,20 @@ class Builder(Nodes):
         """A shape as a tensor; with `may_infer`, one size that varies is left to Reshape as -1."""
         return whole_numbers.shape(self, sizes, may_infer)
 
+    def reshape(self, name: str, before: Sequence[Size], after: Sequence[Size]) -> str:
+        """A tensor of some physical sizes with others.
+
+        Reshape keeps a size that it is told as 0, and infers one that is -1, so that sizes which
+        vary are rarely computed.
+        """
+        pairs = zip(before, after, strict=False)
+        sizes = [0 if isinstance(new, str) and new == old else new for old, new in pairs]
+        sizes += after[len(sizes) :]
+        if 0 in (*before, *after) or sum(isinstance(size, str) for size in sizes) > 1:
+            return self.node("Reshape", [name, self.shape(after)])
+        numbers = [-1 if isinstance(size, str) else size for size in sizes]
+        return self.node("Reshape", [name, self.ints(numbers)])
+
     def plain(self, value: Value) -> Value:
         """The value without a factor."""
         if value.factor == 1.0:
@@ -36,7 +50,7 @@ class Builder(Nodes):
             return dataclasses.replace(value, name=self.constant(array), order=order)
         moved = [axis for axis in value.order if value.shape[axis] != 1]
         if moved == [axis for axis in order if value.shape[axis] != 1]:  # sizes of 1 move freely
-            name = self.node("Reshape", [value.name, self.shape([value.shape[a] for a in order])])
+            name = self.reshape(value.name, value.physical, [value.shape[a] for a in order])
         else:
             name = self.node("Transpose", [value.name], perm=[value.order.index(a) for a in order])
         return dataclasses.replace(value, name=name, order=order)
@@ -53,5 +67,5 @@ class Builder(Nodes):
     def reshaped(self, value: Value, shape: Sequence[Size]) -> Value:
         """A reshape in row-major order, as JAX does it."""
         value = self.ordered(value, straight(value.rank))
-        name = self.node("Reshape", [value.name, self.shape(shape)])
+        name = self.reshape(value.name, value.physical, shape)
         return Value(name, tuple(shape), straight(len(shape)))

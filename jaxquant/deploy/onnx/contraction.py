@@ -80,7 +80,7 @@ def weighted_dot(
     sizes = [x.shape[axis] for axis in free]
     if len(own.contracted) != 1:
         width = math.prod(int(x.shape[axis]) for axis in own.contracted)
-        name = b.node("Reshape", [x.name, b.shape([*sizes, width])])
+        name = b.reshape(x.name, x.physical, [*sizes, width])
     else:
         name = x.name
     if len(free) == 1:
@@ -109,7 +109,9 @@ def of_rows(
     order = tuple(start + k for k in range(len(free)))
     order += tuple((len(free) if side == 0 else 0) + k for k in range(len(outputs)))
     if len(outputs) != 1:
-        name = b.node("Reshape", [name, b.shape([shape[axis] for axis in order])])
+        rows, channels = [shape[axis] for axis in order[: len(free)]], order[len(free) :]
+        sizes = [shape[axis] for axis in channels]
+        name = b.reshape(name, [*rows, _joined_size(sizes)], [*rows, *sizes])
     return Value(name, shape, order)
 
 
@@ -117,7 +119,7 @@ def dot(
     b: Builder, contraction: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
 ) -> Value:
     """A dot of two tensors: batch axes, free axes of the first, free axes of the second."""
-    names = []
+    names, joined = [], list[Size]()
     for side, (value, own) in enumerate(zip(values, contraction.operands, strict=True)):
         rest = (*own.free, *own.contracted) if side == 0 else (*own.contracted, *own.free)
         value = b.ordered(value, (*own.batch, *rest))
@@ -127,13 +129,13 @@ def dot(
         name = value.name
         if len(free) != 1 or len(contracted) != 1:
             rows, columns = (free, contracted) if side == 0 else (contracted, free)
-            name = b.node(
-                "Reshape", [name, b.shape([*batch, _joined_size(rows), _joined_size(columns)])]
-            )
+            name = b.reshape(name, value.physical, [*batch, *map(_joined_size, (rows, columns))])
         names.append(name)
+        joined.append(_joined_size(free))
     name = b.node("MatMul", names)
     if any(len(own.free) != 1 for own in contraction.operands):
-        name = b.node("Reshape", [name, b.shape(shape)])
+        batch = list(shape[: len(contraction.operands[0].batch)])
+        name = b.reshape(name, [*batch, *joined], shape)
     return Value(name, shape, straight(len(shape)))
 
 

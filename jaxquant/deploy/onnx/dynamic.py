@@ -68,7 +68,7 @@ def _integer_dot(e: Emitter, site: Int8Node, x: Value) -> Value:
     width = math.prod(int8.shape[axis] for axis in weight.contracted)
     name = x.name
     if len(own.contracted) != 1:
-        name = b.node("Reshape", [name, b.shape([*(x.shape[axis] for axis in own.free), width])])
+        name = b.reshape(name, x.physical, [*(x.shape[axis] for axis in own.free), width])
     inverse, scale = _grid(e, name, [len(own.free)])
     # uint8 with zero point 128: runtimes multiply that by every form of a weight.
     rows = b.node("Round", [b.node("Mul", [name, inverse])])

@@ -16,6 +16,7 @@ from jaxquant.deploy.onnx import (
     contraction,
     elementwise,
     indexing,
+    operators,
     ordering,
     reduction,
     shaping,
@@ -186,6 +187,9 @@ class Emitter:
             return [self._contract(node, self._copied(node, values), shapes[0])]
         if node.op in self._with_bodies:
             return self._with_bodies[node.op](self, node, self._copied(node, values))
+        if node.op in operators.TABLE:
+            copied = self._copied(node, values)
+            return [operators.TABLE[node.op](self.builder, node, copied)]
         if node.op in WITH_DTYPES:
             dtypes = [elementwise.onnx_dtype(self.dtype(x)) for x in node.inputs]
             copied = self._copied(node, values)

@@ -11,8 +11,8 @@ import numpy as np
 from jaxquant._version import __version__
 from jaxquant.deploy.lower.model import Lowered, lower
 from jaxquant.deploy.lower.values import Value, straight
-from jaxquant.deploy.network import Int8Node
-from jaxquant.deploy.onnx import control_flow, elementwise, reduction, shaping
+from jaxquant.deploy.network import Int8Node, Node
+from jaxquant.deploy.onnx import control_flow, elementwise, operators, reduction, shaping
 from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.emitter import WITH_DTYPES, Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
@@ -24,6 +24,7 @@ from jaxquant.keywords import named
 from jaxquant.progress import Progress
 
 OPSETS = range(13, 24)
+_USUAL = 17  # which runtimes of 2022 load
 _CHANNELS_FIRST = (0, 3, 1, 2)
 _MAX_BYTES = 2**31 - 1  # of a protobuf message
 
@@ -41,7 +42,7 @@ def export_onnx(
     qparams: Mapping[str, Any],
     qapply: Any,
     *,
-    opset: int = 17,
+    opset: int | None = None,
     channels_first: bool = False,
     runtime: str = "any",
     processors: str = "any",
@@ -60,7 +61,9 @@ def export_onnx(
       path: of the file to write.
       qparams: the arrays of the int8 model.
       qapply: the function that came with them; a loaded one will do.
-      opset: the version of the ONNX operators, 13 to 23.
+      opset: the version of the ONNX operators, 13 to 23.  None is the oldest one, 17 or later, that
+        has the model's own operators: 20 for `Gelu`.  An older one has theirs composed of others,
+        before 17 `LayerNormalization` too.
       channels_first: give inputs and outputs of four axes as [B, C, H, W] where the model has
         [B, H, W, C], as most runtimes want them.
       runtime: "any" is QDQ throughout, with int8 activations where the zero point is 0 and uint8
@@ -90,20 +93,28 @@ def export_onnx(
       >>> jaxquant.export_onnx(f"{folder.name}/model.onnx", qparams, qapply)
       >>> folder.cleanup()
     """
-    if opset not in OPSETS:
+    if opset is not None and opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     target = Target(runtime, processors)
-    builder = Builder(opset)
+    newest = OPSETS[-1] if opset is None else opset
+    kinds = [kind for kind, since in operators.SINCE.items() if since <= newest]
     with Progress("export_onnx", progress) as shown:
         with shown.stage("tracing"):
-            lowered = lower("ONNX", qparams, qapply, shapes, constraints)
+            lowered = lower("ONNX", qparams, qapply, shapes, constraints, kinds)
         with shown.stage("writing the graph"):
+            builder = Builder(_opset(lowered) if opset is None else opset)
             quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
             model = _model(
                 Emitter(lowered, quantizer, emit_site, control_flow.TABLE), channels_first
             )
         with shown.stage("saving"):
             atomic.write_file(path, [model.SerializeToString(deterministic=True)])
+
+
+def _opset(model: Lowered) -> int:
+    """The oldest opset that has the operators of a model."""
+    nodes = [node for node in model.network.walk() if isinstance(node, Node)]
+    return max([_USUAL, *(operators.SINCE.get(node.op, 0) for node in nodes)])
 
 
 def _first_factors(model: Lowered) -> frozenset[str]:

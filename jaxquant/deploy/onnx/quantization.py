@@ -125,3 +125,13 @@ class Quantizer:
             self.builder.constant(np.zeros(int32.shape, np.int32), "bias_zero_point"),
         ]
         return self.builder.node("DequantizeLinear", inputs, "bias", axis=0)
+
+    def float_bias(self, weight: Weight) -> str | None:
+        """The bias as qapply adds it.
+
+        Half a step of the accumulator, which `bias` may be off, is enough to round one value in a
+        thousand another way where the result is quantized again, perhaps behind a normalization.
+        """
+        if weight.bias is None:
+            return None
+        return self.builder.constant(weight.bias.astype(np.float32), "bias")

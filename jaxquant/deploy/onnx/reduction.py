@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value
+from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx.builder import Builder
@@ -31,9 +31,23 @@ OPERATIONS = frozenset((*_REDUCTIONS, *_LOGICAL, *_INDICES, *_WINDOWS, *_CUMULAT
 
 
 def emit(
-    b: Builder, node: Node, value: Value, shape: tuple[Size, ...], dtype: str = "float32"
+    b: Builder,
+    node: Node,
+    value: Value,
+    shape: tuple[Size, ...],
+    dtype: str = "float32",
+    is_int8: bool = False,
 ) -> Value:
-    """The result of a reduction; `shape` is that of the result, `dtype` that of the operand."""
+    """The result of a reduction.
+
+    Args:
+      b: the graph.
+      node: the operation.
+      value: its operand.
+      shape: of the result.
+      dtype: of the operand.
+      is_int8: the operand is dequantized, and a runtime may compute on its integers.
+    """
     if node.op in _WINDOWS:
         return _window(b, node, value, shape)
     if node.op in _INDICES:
@@ -48,7 +62,7 @@ def emit(
         reverse = int(bool(node.params.get("reverse")))
         name = b.node("CumSum", [value.name, axis], reverse=reverse)
         return dataclasses.replace(value, name=name)
-    return _reduce(b, node, value, shape)
+    return _reduce(b, node, value, shape, is_int8)
 
 
 def _cumulative(b: Builder, node: Node, value: Value) -> Value:
@@ -70,12 +84,14 @@ def _cumulative(b: Builder, node: Node, value: Value) -> Value:
     return dataclasses.replace(value, name=name)
 
 
-def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], is_int8: bool) -> Value:
     axes = tuple(node.params["axes"])
     order = _remaining(value, axes)
     sizes = [value.shape[axis] for axis in axes]
     pooled = node.op == "reduce_sum" and value.order[2:] and set(value.order[2:]) == set(axes)
-    if pooled and all(isinstance(size, int) for size in sizes):
+    # [B, T, C] over its last axis holds features: no positions, which a float pool would be for.
+    are_positions = is_int8 or value.rank > 3 or value.order != straight(value.rank)
+    if pooled and are_positions and all(isinstance(size, int) for size in sizes):
         # The form of it that runtimes have an int8 kernel for.
         name = b.node("GlobalAveragePool", [value.name])
         name = b.node("Flatten", [name], axis=1)

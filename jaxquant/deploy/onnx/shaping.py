@@ -42,7 +42,7 @@ def _reshape(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) ->
     sizes = [shape[axis] for axis in order]
     if list(value.physical) == sizes:
         return Value(value.name, shape, order)
-    return Value(b.node("Reshape", [value.name, b.shape(sizes)]), shape, order)
+    return Value(b.reshape(value.name, value.physical, sizes), shape, order)
 
 
 def _broadcast(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:

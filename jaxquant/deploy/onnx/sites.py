@@ -29,7 +29,7 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
         values = operands * 2 if len(operands) == 1 else operands
         value = contraction.dot(e.builder, node.contraction, values, shape)
     elif node.op in reduction.OPERATIONS:
-        value = reduction.emit(e.builder, node, operands[0], shape)
+        value = reduction.emit(e.builder, node, operands[0], shape, is_int8=True)
     else:
         raise NotCovered(f"the operation {node.op!r} in int8")
     worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
@@ -81,7 +81,10 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     matrix = int8.transpose((*own.contracted, *own.free)).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
     weight_form = e.quantizer.target.dot_weight()
-    names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
+    # Behind a MatMul runtimes add the bias in float32; its steps are for a Gemm, in integers.
+    is_gemm = len(given.operands[side].free) == 1
+    bias_name = e.quantizer.bias(weight) if is_gemm else e.quantizer.float_bias(weight)
+    names = e.quantizer.weight(weight, weight_form), bias_name
     return _moved(e, site, contraction.weighted_dot(e.builder, given, side, x, *names, shape))
 
 
@@ -112,8 +115,8 @@ def _integer_dot(
     name = b.node("MatMulInteger", inputs)
     name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
     name = b.node("Mul", [name, b.constant(weight.steps, "steps")])
-    if weight.bias is not None:
-        name = b.node("Add", [name, b.constant(weight.bias.astype(np.float32), "bias")])
+    if bias := e.quantizer.float_bias(weight):
+        name = b.node("Add", [name, bias])
     return Value(name, shape, (*result.free[0], *result.window, *result.free[1]))
 
 

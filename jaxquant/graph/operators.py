@@ -1,0 +1,56 @@
+"""Operations that JAX writes as several equations and runtimes have as one operator.
+
+Other than the composites that a plan knows, they are no sites: what an export reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+from jaxquant.graph import gelu, ir, layer_norm, matching, softmax
+
+# What finds an operation: a function (graph, last equation); None of other equations.
+Find: TypeAlias = Callable[[ir.Graph, ir.Equation], matching.Match | None]
+
+FINDERS: Mapping[str, Find] = {
+    "gelu": gelu.match,
+    "layer_norm": layer_norm.match,
+    "softmax": softmax.match_operator,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One operation of several equations, none of whose inner tensors others read.
+
+    Attributes:
+      kind: of the operation, a key of `FINDERS`.
+      inputs: the tensors that it reads, those that depend on the model's inputs first.
+      members: the indices of its equations, ascending; the last one gives its result.
+      params: "gelu": approximate, "tanh" or "none"; "layer_norm": axis, epsilon, has_scale and
+        has_bias (inputs [C] behind the first); "softmax": axis.
+    """
+
+    kind: str
+    inputs: tuple[ir.Var, ...]
+    members: tuple[int, ...]
+    params: Mapping[str, Any]
+
+
+def find_operators(graph: ir.Graph, kinds: Collection[str]) -> dict[int, Operator]:
+    """The operations of these kinds by the index of their last equation.
+
+    Of operations inside each other, a normalization without its scale, the largest counts.
+    """
+    found: dict[int, Operator] = {}
+    taken: set[int] = set()
+    for eqn in reversed(graph.equations):
+        for kind in () if eqn.index in taken or len(eqn.outputs) != 1 else kinds:
+            match = FINDERS[kind](graph, eqn)
+            if match is not None and not taken & match.members:
+                members = tuple(sorted(match.members))
+                found[eqn.index] = Operator(kind, match.inputs, members, match.params)
+                taken |= match.members
+    return found

@@ -1,0 +1,46 @@
+"""Which operations of several equations are found in a graph, and which of them inside others."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.graph import operators, trace
+from tests import networks
+
+X = networks.images(0, (3, 5, 8))
+
+
+def found(function, params=None):
+    graph = trace.trace(function, params or {}, (X,))
+    return list(operators.find_operators(graph, operators.FINDERS).values())
+
+
+def test_the_largest_of_two_is_one():
+    module = nn.LayerNorm()
+    (norm,) = found(module.apply, module.init(jax.random.key(0), X))
+    assert norm.kind == "layer_norm"
+    assert norm.params["has_scale"]
+
+
+def test_one_behind_the_other():
+    kinds = [each.kind for each in found(lambda p, x: jax.nn.softmax(jax.nn.gelu(x), axis=1))]
+    assert sorted(kinds) == ["gelu", "softmax"]
+
+
+def test_softmax_is_found_behind_its_mask():
+    def net(p, x):
+        return jax.nn.softmax(jnp.where(np.tri(5, 8, dtype=bool), x, -1e9))
+
+    (softmax,) = found(net)
+    assert softmax.params == {"axis": 2}
+
+
+def test_a_softmax_along_two_axes_is_none():
+    assert not found(lambda p, x: jax.nn.softmax(x, axis=(1, 2)))
+
+
+def test_only_the_kinds_that_are_asked_for():
+    graph = trace.trace(lambda p, x: jax.nn.softmax(jax.nn.gelu(x)), {}, (X,))
+    (only,) = operators.find_operators(graph, ("gelu",)).values()
+    assert only.kind == "gelu"
