@@ -1,13 +1,16 @@
 """One step of a decoder of 57.5 M parameters, by weights in float32, in 8 bits and in 4.
 
     python -m experiments.benchmarks.decode --batch 1 4
+    python -m experiments.benchmarks.decode --scanned     the layers a scan, of stacked weights
+    python -m experiments.benchmarks.decode --xla         and by XLA without kernels
 
-A minute.  With the time goes the memory of the compiled program: its arguments (weights and cache
-among them) and what it needs beside them.
+Two minutes.  All forms run in turns.  With the time goes the memory of the compiled program: its
+arguments (weights and cache among them) and what it needs beside them.
 """
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +25,16 @@ MATRICES = {
     "query": (WIDTH, WIDTH), "key": (WIDTH, WIDTH), "value": (WIDTH, WIDTH), "out": (WIDTH, WIDTH),
     "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
 }  # fmt: skip
-FORMS: dict[str, dict[str, int]] = {
-    "8 bits": {"weight_bits": 8}, "4 bits in groups of 64": {"weight_bits": 4, "group_size": 64}
-}  # fmt: skip
+FORMS: dict[str, Callable[..., Any]] = {
+    "8 bits": jaxquant.quant_weights,
+    "4 bits in groups of 128": functools.partial(
+        jaxquant.quant_weights, weight_bits=4, group_size=128
+    ),
+    "4 bits in groups of 32": functools.partial(
+        jaxquant.quant_weights, weight_bits=4, group_size=32
+    ),
+    "dynamic": jaxquant.quant_dynamic,
+}
 
 
 def make_params() -> dict[str, Any]:
@@ -44,23 +54,35 @@ def normalize(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
 
 
+def mix(w: Any, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """One layer [B, 1, W] after the tokens whose keys and values [B, T, H, D] are given."""
+    y = normalize(x)
+    split = (-1, 1, WIDTH // HEAD, HEAD)
+    query, key, value = (jnp.reshape(y @ w[n], split) for n in ("query", "key", "value"))
+    seen = jnp.concatenate([keys, key], axis=1)
+    scores = jnp.einsum("bthd,bshd->bhts", query, seen) / HEAD**0.5
+    mixed = jnp.einsum(
+        "bhts,bshd->bthd",
+        jax.nn.softmax(scores, axis=-1),
+        jnp.concatenate([values, value], axis=1),
+    )
+    x = x + jnp.reshape(mixed, (-1, WIDTH)) @ w["out"]
+    y = normalize(x)
+    return x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+
+
 def step(params: Any, ids: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Logits [B, V] of tokens [B] after those whose keys and values [L, B, T, H, D] are given."""
     x = params["embedding"][ids]
-    for layer, w in enumerate(params["layers"]):
-        y = normalize(x)
-        split = (-1, 1, WIDTH // HEAD, HEAD)
-        query, key, value = (jnp.reshape(y @ w[n], split) for n in ("query", "key", "value"))
-        seen = jnp.concatenate([keys[layer], key], axis=1)
-        scores = jnp.einsum("bthd,bshd->bhts", query, seen) / HEAD**0.5
-        mixed = jnp.einsum(
-            "bhts,bshd->bthd",
-            jax.nn.softmax(scores, axis=-1),
-            jnp.concatenate([values[layer], value], axis=1),
+    if isinstance(params["layers"], dict):
+        x, _ = jax.lax.scan(
+            lambda x, layer: (mix(layer[0], x, *layer[1:]), None),
+            x,
+            (params["layers"], keys, values),
         )
-        x = x + jnp.reshape(mixed, (-1, WIDTH)) @ w["out"]
-        y = normalize(x)
-        x = x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+    else:
+        for layer, w in enumerate(params["layers"]):
+            x = mix(w, x, keys[layer], values[layer])
     return normalize(x) @ params["embedding"].T
 
 
@@ -69,15 +91,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--context", type=int, default=64, help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--scanned", action="store_true", help="the layers are a scan")
+    parser.add_argument("--xla", action="store_true", help="the forms without kernels too")
     args = parser.parse_args()
     params = make_params()
+    if args.scanned:
+        params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])
     for batch in args.batch:
         cache = jnp.full((LAYERS, batch, args.context, WIDTH // HEAD, HEAD), 0.1)
         inputs = (jnp.zeros((batch,), jnp.int32), cache, cache)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
         models: dict[str, tuple[Any, Any]] = {"float32": (params, step)}
         for name, form in FORMS.items():
-            models[name] = jaxquant.quant_weights(params, step, shapes, progress=False, **form)
+            qparams, qapply = models[name] = form(params, step, shapes, progress=False)
+            if args.xla:
+                models[f"{name}, XLA"] = qparams, qapply.with_backend("xla")
         programs = {}
         for name, (arrays, apply_fn) in models.items():
             compiled = jax.jit(apply_fn).lower(arrays, *inputs).compile()

@@ -1,4 +1,4 @@
-"""What a backend gives, and the calls that it runs.
+"""What a backend gives, and the calls and products that it runs.
 
 A backend is one implementation of the calls of an int8 program: kernels for one kind of device, or
 the operations that XLA has everywhere.  To add one, write a class like `Backend` in a file of its
@@ -109,6 +109,53 @@ class Call:
         return math.prod(self.shape) / max(math.prod(self.weight_shape[a] for a in kept), 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Rows x [M, K] times a weight that is stored as integers, a matrix [K, N] or [N, K].
+
+        y = sum(x * (q * s))      float32, of float rows: weights whose groups have a scale each
+        y = sum(x * q)            int32, of int8 rows
+
+    The operands are x; the integers, int8, or uint8 of two that are neighbours along K, the first
+    in the low half; and of float rows the scales, float32, [groups, N] or [N, groups].
+
+    Attributes:
+      rows: M; of an exported program it may vary, and be no number.
+      length: K.
+      columns: N.
+      sums_last: whether the matrix is [N, K].
+      dtype: of the rows.
+      weight_bits: 8, or 4.
+      group_size: how many neighbours along K share a scale.
+      precision: of float rows, as `lax.dot_general` takes it.
+    """
+
+    rows: Any
+    length: int
+    columns: int
+    sums_last: bool
+    dtype: Any
+    weight_bits: int = 8
+    group_size: int = 0
+    precision: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows and sums are integers."""
+        return bool(self.dtype == jnp.int8)
+
+    @property
+    def groups(self) -> int:
+        """How many scales a column has."""
+        return -(-self.length // self.group_size) if self.group_size else 1
+
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the result, [M, N]."""
+        dtype = jnp.int32 if self.is_whole else jnp.float32
+        return jax.ShapeDtypeStruct((self.rows, self.columns), dtype)
+
+
 class Backend(Protocol):
     """One implementation of calls.  All of them agree bit for bit where results are int8.
 
@@ -151,4 +198,12 @@ class Backend(Protocol):
           operands: for each call the others.
           results: those that are wanted: which call, and which of its results.
         """
+        ...
+
+    def covers_product(self, product: Product) -> bool:
+        """Whether it has a form of a product with a stored matrix."""
+        ...
+
+    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
+        """The result of a product with a stored matrix."""
         ...

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant import native
 from jaxquant.backends import ragged
-from jaxquant.backends.backend import Call, Links, Operands
+from jaxquant.backends.backend import Call, Links, Operands, Product
 from jaxquant.backends.conv import ChannelsLast, undilated
 from jaxquant.backends.matrices import Matrices, matrices_of
 from jaxquant.graph import ir
@@ -22,10 +22,14 @@ from jaxquant.jax_shim import jaxprs
 # longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
 # and the native ones (two cores, AVX512-VNNI), and longer from 32 rows on.
 _ROWS_WORTH_PACKING = 32
+# Rows of a product with a stored matrix up to which memory is what it takes long for.
+_FEW_ROWS = 16
 
 
 class Native:
     """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
+
+    Of products with a stored matrix it runs those of few rows, which read the integers as they lie.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -88,6 +92,22 @@ class Native:
             read = {name: _link(calls, *source) for name, source in linked.items()}
             made.append(_convolution(call, {**others, **read}))
         return native.sequence(made, results)
+
+    def covers_product(self, product: Product) -> bool:
+        is_few = isinstance(product.rows, int) and product.rows <= _FEW_ROWS
+        has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16", "int8")
+        by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
+        return is_few and has_dtype and by_steps and product.length > 0
+
+    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
+        x, integers, *scales = operands
+        return native.dot_stored(
+            x,
+            integers,
+            scales[0] if scales else None,
+            sums_last=product.sums_last,
+            group_size=product.group_size or product.length,
+        )
 
 
 def has(call: Call) -> bool:

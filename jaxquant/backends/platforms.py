@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jaxquant.backends.backend import Backend, Call, Links, Operands
+from jaxquant.backends.backend import Backend, Call, Links, Operands, Product
 from jaxquant.backends.native import Native
 from jaxquant.backends.xla import Xla
 from jaxquant.jax_shim import choices
@@ -44,6 +44,11 @@ def covers(table: Table, call: Call) -> bool:
 def joins(table: Table, call: Call) -> bool:
     """Whether a backend of the table takes a call into a sequence."""
     return any(backend.joins(call) for backend in kernels(table))
+
+
+def covers_product(table: Table, product: Product) -> bool:
+    """Whether a backend of the table has a form of its own for a product with a stored matrix."""
+    return any(backend.covers_product(product) for backend in kernels(table))
 
 
 def run(table: Table, call: Call, operands: Operands) -> Sequence[jax.Array]:
@@ -92,13 +97,39 @@ def run_sequence(
     return _chosen(table, covers_all, form, outputs, arrays)
 
 
+def run_product(table: Table, product: Product, *operands: jax.Array) -> jax.Array:
+    """A product with a stored matrix, by the backend that the table has for it where it will run.
+
+    On several devices that is XLA, which leaves a sharded weight where it is.
+    """
+
+    def form(backend: Backend) -> choices.Form:
+        return lambda *arrays: [backend.product(product, *arrays)]
+
+    def covers(backend: Backend) -> bool:
+        return backend.covers_product(product)
+
+    (result,) = _chosen(table, covers, form, [product.output], operands, one_device=True)
+    return result
+
+
 def _chosen(
     table: Table,
     covers: Callable[[Backend], bool],
     form: Callable[[Backend], choices.Form],
     outputs: Sequence[jax.ShapeDtypeStruct],
     operands: Sequence[Any],
+    one_device: bool = False,
 ) -> Sequence[jax.Array]:
+    """What the first backend gives that covers it, where it will run.
+
+    Args:
+      table: the backends.
+      covers: which of them do.
+      form: what one of them runs.
+      outputs, operands: of that.
+      one_device: whether kernels run on one device alone.
+    """
     rows = {platform: [b for b in row if covers(b)] for platform, row in table.items()}
     backends = list(dict.fromkeys(backend for row in rows.values() for backend in row[:1]))
     if len(backends) == 1:  # nothing to choose
@@ -107,7 +138,8 @@ def _chosen(
 
     def pick(place: choices.Place) -> int:
         row = rows.get(place.platform, [XLA])
-        able = (backend for backend in row if backend.is_exported or not place.is_export)
+        is_fit = not place.is_export and (place.is_one_device or not one_device)
+        able = (backend for backend in row if backend.is_exported or is_fit)
         return backends.index(next(able))
 
     return choices.choose(pick, [form(backend) for backend in backends], outputs, operands)

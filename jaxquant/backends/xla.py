@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import int8, ragged
-from jaxquant.backends.backend import NO_CLAMP, Call, Clamp, Links, Operands
+from jaxquant.backends import blocks, int8, ragged
+from jaxquant.backends.backend import NO_CLAMP, Call, Clamp, Links, Operands, Product
 from jaxquant.backends.epilogue import epilogue
+from jaxquant.graph import contraction
 
 
 class Xla:
@@ -61,6 +62,16 @@ class Xla:
             read = {name: given[at][k] for name, (at, k) in linked.items()}
             given.append(self.call(call, {**others, **read}))
         return [given[position][k] for position, k in results]
+
+    def covers_product(self, product: Product) -> bool:
+        return True
+
+    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
+        if not product.is_whole:
+            return blocks.dot(product, *operands)
+        numbers = (((1,), (int(product.sums_last),)), ((), ()))
+        x, integers = operands
+        return int8.dot((x, integers), contraction.dot(numbers, (2, 2)))
 
 
 def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:

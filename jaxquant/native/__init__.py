@@ -16,9 +16,11 @@ from jaxquant.native.library import (
 from jaxquant.native.ops import conv, conv_call, dot, dot_by_groups
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
+from jaxquant.native.stored import GROUP_STEP, dot_stored
 from jaxquant.native.thresholds import Weighing, kl_thresholds
 
 __all__ = [
+    "GROUP_STEP",
     "Availability",
     "Call",
     "Link",
@@ -32,6 +34,7 @@ __all__ = [
     "differences",
     "dot",
     "dot_by_groups",
+    "dot_stored",
     "float_depthwise",
     "histogram",
     "histogram_types",

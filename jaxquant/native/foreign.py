@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
-SEQUENCE, GROUPS = "jaxquant_sequence", "jaxquant_groups"
+SEQUENCE, GROUPS, STORED = "jaxquant_sequence", "jaxquant_groups", "jaxquant_stored"
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
 FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
 
 # What XLA calls, by its own interface.
-HANDLERS = (CONV, DOT, GROUPS, SEQUENCE, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE)
+HANDLERS = (
+    CONV, DOT, GROUPS, SEQUENCE, STORED, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE
+)  # fmt: skip
 
 _DOUBLES = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")
 # What Python calls: the type of the result and those of the arguments.

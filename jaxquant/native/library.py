@@ -20,6 +20,7 @@ from jaxquant.native.foreign import (
     HISTOGRAM,
     PACK,
     SEQUENCE,
+    STORED,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "HISTOGRAM",
     "PACK",
     "SEQUENCE",
+    "STORED",
     "Availability",
     "available",
     "int8_is_faster",

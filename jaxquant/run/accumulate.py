@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends import int8, ragged
+from jaxquant.backends import int8, platforms, ragged
+from jaxquant.backends.backend import Product
 from jaxquant.backends.epilogue import epilogue
+from jaxquant.backends.platforms import Table
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
@@ -21,6 +23,7 @@ from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run import dynamic, weight_only
 from jaxquant.run.lowerings import Evaluation, Lowering
+from jaxquant.run.stored_matrix import stored_matrix
 from jaxquant.run.weights import StoredWeights
 
 
@@ -37,8 +40,16 @@ def of_tensors(graph: ir.Graph, int8_site: Int8Site) -> Lowering:
     return lowering
 
 
-def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights) -> Lowering:
-    """A site whose operands have scales of their own in each call; with or without a weight."""
+def scaled_in_the_call(
+    graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights, table: Table
+) -> Lowering:
+    """A site whose operands have scales of their own in each call; with or without a weight.
+
+    Args:
+      graph, int8_site: the site.
+      weights: where its weight is.
+      table: the backends that may run it.
+    """
     site = int8_site.site
     eqn = graph.equations[site.equation]
 
@@ -48,26 +59,52 @@ def scaled_in_the_call(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeig
         if site.stored_weight is None:
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
-            operands.insert(site.weight_position, weights.integers(site, state.qparams))
+            stored = weights.integers(site, state.qparams)
+            total = _by_kernel(site, operands[0], stored, table)
+            operands.insert(site.weight_position, stored)
             if site.as_contraction.choosing is not None:
                 operands.append(state.env.read(eqn.inputs[2]))
                 relative = state.qparams["sites"][site.name]["relative_scale"]
                 scales.append(ragged.of_rows(site.as_contraction, relative, *operands))
-            total = int8.accumulate(site.as_contraction, operands, zero_points)
+            if total is None:
+                total = int8.accumulate(site.as_contraction, operands, zero_points)
             value = total.astype(jnp.float32)
         return _finished(int8_site, value, state, scales)
 
     return lowering
 
 
-def on_dequantized_weight(graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights) -> Lowering:
-    """A site that computes in the model's dtype on a weight stored as integers."""
+def _by_kernel(site: Site, x: jax.Array, weight: jax.Array, table: Table) -> jax.Array | None:
+    """The int32 sums of a dot of int8 rows with a stored weight; None where there is no kernel."""
+    if (matrix := stored_matrix(site, weight.shape)) is None:
+        return None
+    rows = matrix.rows(x)
+    product = Product(
+        rows.shape[0], matrix.length, matrix.columns, matrix.sums_last, dtype=rows.dtype
+    )
+    if not platforms.covers_product(table, product):
+        return None
+    integers = matrix.matrix(weight, matrix.length)
+    return matrix.back(platforms.run_product(table, product, rows, integers), x.shape)
+
+
+def on_dequantized_weight(
+    graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights, table: Table
+) -> Lowering:
+    """A site that computes in the model's dtype on a weight stored as integers.
+
+    Args:
+      graph, int8_site: the site.
+      weights: where its weight is.
+      table: the backends that may run it.
+    """
     site = int8_site.site
     eqn, view = graph.equations[site.equation], weights.view(site)
 
     def lowering(state: Evaluation) -> evaluate.Values:
         stored = weights.in_groups(site, state.qparams)
-        return {int8_site.epilogue.output: weight_only.apply(state.env, eqn, site, view, stored)}
+        value = weight_only.apply(state.env, eqn, site, view, stored, table)
+        return {int8_site.epilogue.output: value}
 
     return lowering
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from jaxquant.backends.dequantize import dequantize_groups
 from jaxquant.plan.groups import GroupLayout
 
 
@@ -27,42 +27,3 @@ def dequantize_weight(weight: StoredWeight) -> jax.Array:
     length = layout.shape[layout.axis]
     value = dequantize_groups(integers, scale, layout.axis, length, layout.size, weight_bits)
     return value.reshape(layout.permuted).transpose(layout.inverse)
-
-
-def dequantize_groups(
-    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, weight_bits: int
-) -> jax.Array:
-    """Integers [..., K or K/2, ...] times their scales [..., K/size, ...] along `axis`: float32.
-
-    Args:
-      integers: int8, or uint8 that holds two 4-bit integers each.
-      scale: float32.
-      axis: where the groups are.
-      length: K.
-      size: the group size.
-      weight_bits: 8 or 4.
-    """
-    if weight_bits == 4:
-        integers = _unpack(integers, axis)
-    value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
-    return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
-
-
-def _unpack(packed: jax.Array, axis: int) -> jax.Array:
-    """Both halves of every byte, neighbours along `axis`: int8 [..., 2 K, ...].
-
-    Shifts by a vector, and no concatenation, so that XLA fuses it with what follows.
-    """
-    shifts = jnp.array([4, 0], jnp.int8).reshape([2, *[1] * (packed.ndim - axis - 1)])
-    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
-    both = (jnp.expand_dims(signed, axis + 1) << shifts) >> jnp.int8(4)  # the sign comes along
-    shape = list(packed.shape)
-    shape[axis] *= 2
-    return both.reshape(shape)
-
-
-def _repeat(x: jax.Array, axis: int, times: int) -> jax.Array:
-    """Each element along `axis` so many times."""
-    shape = [*x.shape[: axis + 1], times, *x.shape[axis + 1 :]]
-    spread = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
-    return spread.reshape([*x.shape[:axis], x.shape[axis] * times, *x.shape[axis + 1 :]])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 
+from jaxquant.backends.dequantize import dequantize_groups
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan.binding import Int8Site
-from jaxquant.run.dequantize import StoredWeight, dequantize_groups
+from jaxquant.run.dequantize import StoredWeight
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.weights import StoredWeights
 

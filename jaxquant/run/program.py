@@ -269,9 +269,9 @@ class Program:
         if site.site.is_lookup:
             return looked_up(self.graph, site, self.weights)
         if not self.mode.integer:
-            return accumulate.on_dequantized_weight(self.graph, site, self.weights)
+            return accumulate.on_dequantized_weight(self.graph, site, self.weights, self._backends)
         if site.dynamic:
-            return accumulate.scaled_in_the_call(self.graph, site, self.weights)
+            return accumulate.scaled_in_the_call(self.graph, site, self.weights, self._backends)
         return accumulate.of_tensors(self.graph, site)
 
     def _calling(self, each: SiteCall) -> Lowering:

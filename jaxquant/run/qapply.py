@@ -74,8 +74,9 @@ class QuantizedApply(NotPickled):
     shape, so calling it outside `jit` is fine too.
 
     On CPU the convolutions and dots with a weight are native kernels where those can be compiled
-    and are faster (`jaxquant.native`), else XLA's; `backend` says which, and why.  An export has
-    XLA's always.
+    and are faster (`jaxquant.native`), else XLA's; `backend` says which, and why.  Where scales are
+    not known beforehand, as in `quant_dynamic` and `quant_weights`, they are dots of few rows.  An
+    export has XLA's always.
 
     Attributes:
       source: the float model.
@@ -245,12 +246,13 @@ class QuantizedApply(NotPickled):
             was quantized with.
 
         Returns:
-          `qparams` with an entry "packed"; unchanged where XLA runs the model.
+          `qparams` with an entry "packed"; unchanged where XLA runs the model, or kernels that read
+          weights as they are stored: those of `quant_dynamic` and `quant_weights`.
 
         Raises:
           ValueError: the inputs are not known.
         """
-        if self.backend.name != "native":
+        if self.backend.name != "native" or not MODES[self.plan.mode].tensor_scales:
             return dict(qparams)
         if not inputs and self.inputs is None:
             raise ValueError("qapply.prepare(qparams, *inputs) needs a sample input of this model")

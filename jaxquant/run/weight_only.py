@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends import ragged
+from jaxquant.backends import platforms, ragged
+from jaxquant.backends.backend import Product
 from jaxquant.backends.matrices import Matrices
+from jaxquant.backends.platforms import Table
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.layout import WeightView
-from jaxquant.run import blocks
 from jaxquant.run.dequantize import StoredWeight, dequantize_weight
+from jaxquant.run.stored_matrix import StoredMatrix, stored_matrix
 
 
 def apply(
@@ -24,6 +23,7 @@ def apply(
     site: Site,
     view: WeightView,
     stored: StoredWeight,
+    table: Table,
 ) -> jax.Array:
     """The site's equation on its dequantized weight, in the model's dtype.
 
@@ -32,6 +32,7 @@ def apply(
       eqn, site: the site.
       view: how the equation takes the stored weight.
       stored: the stored weight.
+      table: the backends that may run it.
     """
     dtype = env.graph.dtype(view.var)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
@@ -39,10 +40,9 @@ def apply(
     if is_chosen and not view.movements and not site.as_contraction.has_batch:
         value = _by_chosen(eqn, site, operands[0], stored, operands[1])
         return value.astype(env.graph.dtype(eqn.outputs[0]))
-    if (order := _as_matrix(site, view, stored)) is not None:
-        return _by_blocks(eqn, site, operands[0], stored, order).astype(
-            env.graph.dtype(eqn.outputs[0])
-        )
+    if (matrix := stored_matrix(site, stored.layout.permuted, view.movements)) is not None:
+        value = _by_matrix(eqn, operands[0], stored, matrix, table)
+        return value.astype(env.graph.dtype(eqn.outputs[0]))
     weight = dequantize_weight(stored).astype(dtype)
     weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
     for movement in view.movements:
@@ -52,69 +52,33 @@ def apply(
     return value
 
 
-def _as_matrix(site: Site, view: WeightView, stored: StoredWeight) -> tuple[int, ...] | None:
-    """Where the weight's axes are in what is stored, if that is a matrix; None otherwise.
-
-    Its summed axes are the first or the last, and it has others than those.
-    """
-    layout, contraction = stored.layout, site.as_contraction
-    if not contraction.is_dot or any(m.name != "transpose" for m in view.movements):
-        return None
-    if contraction.has_batch or layout.order != tuple(range(len(layout.order))):
-        return None
-    order = layout.order
-    for movement in view.movements:
-        order = tuple(order[a] for a in movement.params["permutation"])
-    summed = len(site.weight_axes.contracted)
-    is_first = layout.axis == 0
-    is_last = layout.axis == len(layout.shape) - 1
-    is_whole = summed in (0, len(order)) or not (is_first or is_last)
-    return None if is_whole or 0 in layout.shape else order
-
-
-def _by_blocks(
-    eqn: ir.Equation, site: Site, x: jax.Array, stored: StoredWeight, order: Sequence[int]
+def _by_matrix(
+    eqn: ir.Equation, x: jax.Array, stored: StoredWeight, matrix: StoredMatrix, table: Table
 ) -> jax.Array:
     """A dot with a stored matrix, as float32.
 
     Args:
-      eqn, site: the dot; it has no batch axes.
+      eqn: the dot.
       x: its other operand.
       stored: the weight.
-      order: the stored axis that each axis of the weight is.
+      matrix: what it is in the dot.
+      table: the backends that may run it.
     """
-    free, channels = site.input_axes.free, site.weight_axes.free
-    layout = stored.layout
-
-    # x as a matrix [rows, K], K in the order in which the weight is stored.
-    summed = (order[axis] for axis in site.weight_axes.contracted)
-    pairs = sorted(zip(summed, site.input_axes.contracted, strict=True))
-    rows = x.transpose([*free, *(axis for _, axis in pairs)])
-    rows = rows.reshape(math.prod(x.shape[axis] for axis in free), layout.shape[layout.axis])
-
-    # The weight as a matrix [K, N] or [N, K]: the axes of channels are neighbours too.
-    length = layout.shape[layout.axis]
-    others = math.prod(layout.permuted[order[axis]] for axis in channels)
-    shape = (length, others) if layout.axis == 0 else (others, length)
-    along = int(layout.axis != 0)
-    scale_shape = tuple(layout.groups if axis == along else others for axis in (0, 1))
-    packed = -(-length // 2) if stored.weight_bits == 4 else length
-    stored_shape = tuple(packed if axis == along else others for axis in (0, 1))
-    matrix = stored._replace(
-        integers=stored.integers.reshape(stored_shape),
-        scale=stored.scale.reshape(scale_shape),
-        layout=layout.as_matrix(shape),
+    layout, bits = stored.layout, stored.weight_bits
+    rows = matrix.rows(x)
+    product = Product(
+        rows=rows.shape[0],
+        length=matrix.length,
+        columns=matrix.columns,
+        sums_last=matrix.sums_last,
+        dtype=x.dtype,
+        weight_bits=bits,
+        group_size=layout.size,
+        precision=eqn.params["precision"],
     )
-    value = blocks.dot(rows, matrix, eqn.params["precision"])
-
-    # The result's axes are the left operand's first; channels come as they are stored.
-    ascending = sorted(channels, key=lambda axis: order[axis])
-    value = value.reshape(
-        [*(x.shape[axis] for axis in free), *(layout.permuted[order[axis]] for axis in ascending)]
-    )
-    places = [len(free) + ascending.index(axis) for axis in channels]
-    rest = list(range(len(free)))
-    return value.transpose([*rest, *places] if site.weight_position else [*places, *rest])
+    integers = matrix.matrix(stored.integers, -(-matrix.length * bits // 8))
+    scale = matrix.matrix(stored.scale, layout.groups)
+    return matrix.back(platforms.run_product(table, product, rows, integers, scale), x.shape)
 
 
 def _by_chosen(

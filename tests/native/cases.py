@@ -142,7 +142,7 @@ def targets() -> dict[str, dict[str, str]]:
             assert flags  # a compiler for another CPU does not know them
             continue
         found[variant] = {}
-        for attribute in ("CONV", "DOT", "GROUPS", "SEQUENCE"):
+        for attribute in ("CONV", "DOT", "GROUPS", "SEQUENCE", "STORED"):
             symbol = getattr(library, attribute)
             found[variant][attribute] = f"{symbol}_{number}"
             capsule = jax.ffi.pycapsule(getattr(loaded, symbol))

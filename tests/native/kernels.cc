@@ -1,7 +1,7 @@
 // Tests of the kernels without XLA: every instruction set against plain loops, bit for bit.
 //
 //   kernels CASES    some known convolutions and so many random ones, by each instruction set, alone
-//                    and on threads
+//                    and on threads; products with stored weights, by long vectors and by short ones
 //
 // Prints what differs, and ends with 1 if anything does.  All memory is of the size that it must
 // have, so that the address sanitizer sees what is read or written beside it.
@@ -20,6 +20,7 @@
 #include "histogram.h"
 #include "pack.h"
 #include "sequence.h"
+#include "stored.h"
 
 namespace jaxquant {
 namespace {
@@ -367,6 +368,62 @@ void check_groups(Random& random, int64_t products, int64_t rows, bool own) {
   check(found == expected.integers, "groups of " + std::to_string(rows) + " rows");
 }
 
+// Rows times stored integers: floats within the rounding of so many sums, and int32.
+template <class V>
+void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns, int64_t size,
+                  bool sums_first, bool packed) {
+  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr};
+  const Array<int8_t> weights = random.bytes(s.bytes() * columns);
+  const Array<int8_t> x = random.bytes(rows * length);
+  const Array<float> scale = random.reals(s.groups() * columns, 0.1f, 1.0f);
+  s.weights = weights.data(), s.scale = scale.data();
+  Array<float> found(rows * columns);
+  Array<int32_t> whole(rows * columns);
+  StartedThreads threads;
+  const auto to_float = [](int8_t q) { return float(q); };
+  multiply_stored<V>(threads, s, x.data(), to_float, found.data());
+  if (!packed) multiply_stored<V>(threads, s, x.data(), to_float, whole.data());
+
+  bool are_near = true, are_same = true;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int64_t row = i / columns, column = i % columns;
+    double sum = 0, size_of_sum = 0;
+    int64_t integer = 0;
+    for (int64_t k = 0; k < length; ++k) {
+      const int64_t at = packed ? k / 2 : k;
+      const int8_t byte = weights[sums_first ? at * columns + column : column * s.bytes() + at];
+      const int half = k % 2 ? (byte >> 4) & 15 : byte & 15;
+      const int q = !packed ? byte : half < 8 ? half : half - 16;
+      const int64_t group = k / size;
+      const double unit = scale[sums_first ? group * columns + column : column * s.groups() + group];
+      sum += x[row * length + k] * q * unit;
+      size_of_sum += std::fabs(x[row * length + k] * q * unit);
+      integer += x[row * length + k] * q;
+    }
+    are_near &= std::fabs(found[i] - sum) <= 6e-8 * double(length + 2) * size_of_sum;
+    are_same &= packed || whole[i] == integer;
+  }
+  const std::string what = std::to_string(rows) + " rows, " + std::to_string(length) + " products, " +
+                           std::to_string(columns) + " columns, groups of " + std::to_string(size) +
+                           (sums_first ? ", sums first" : "") + (packed ? ", packed" : "");
+  check(are_near, "the floats of " + what);
+  check(are_same, "the integers of " + what);
+}
+
+template <class V>
+void check_stored_of(Random& random) {
+  for (bool sums_first : {true, false}) {
+    for (bool packed : {true, false}) {
+      for (int64_t rows : {1, 3, 9})
+        check_stored<V>(random, rows, 67, 29, 67, sums_first, packed);
+      check_stored<V>(random, 1, 97, 330, 32, sums_first, packed);
+      check_stored<V>(random, 15, 130, 70, 64, sums_first, packed);
+    }
+  }
+  check_stored<V>(random, 2, 2100, 5, 2100, true, false);
+  check_stored<V>(random, 2, 2100, 5, 2100, false, false);
+}
+
 void check_histogram(Random& random, int64_t n) {
   const Array<float> x = random.reals(n, -3.0f, 3.5f);
   uint32_t counts[kBins];
@@ -407,6 +464,8 @@ int main(int, char** arguments) {
     check_groups(random, 3, rows, true);
   }
   for (int64_t n : {1, 2, 7}) check_sequence(random, n);
+  check_stored_of<VectorsHere>(random);
+  check_stored_of<Vectors<4, 16>>(random);
   check_histogram(random, 70000);
   return failures != 0;
 }

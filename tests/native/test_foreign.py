@@ -56,12 +56,18 @@ def functions() -> dict[str, Callable[[], object]]:
     groups = jax.jit(
         lambda x: native.dot_by_groups(x.reshape(18, 9, 20), weights, multipliers, None, ends)
     )
+    stored = jax.jit(
+        lambda y: native.dot_stored(
+            y.reshape(162, 20), weight, multipliers[0, :1], sums_last=False, group_size=20
+        )
+    )
     differences = jax.jit(lambda y: native.differences(y, y * y, (0.0, 6.0)))
     depthwise = jax.jit(lambda y: native.float_depthwise(y, window))
     return {
         foreign.CONV: lambda: conv(x),
         foreign.DOT: lambda: dot(x),
         foreign.GROUPS: lambda: groups(x),
+        foreign.STORED: lambda: stored(y),
         foreign.PACK: lambda: jax.jit(native.pack_conv)(kernel),
         foreign.SEQUENCE: lambda: sequence(x),
         foreign.HISTOGRAM: lambda: jax.jit(native.histogram, static_argnums=1)(y, -20),

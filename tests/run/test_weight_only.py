@@ -124,6 +124,7 @@ def test_what_runs_on_the_weight_is_float():
     """No integer reaches a dot: the weight is what is stored, the operation is the model's."""
     params, x = {"w": networks.images(0, (9, 4))}, networks.images(1, (3, 9))
     qparams, qapply = jaxquant.quant_weights(params, lambda p, x: x @ p["w"], x, weight_bits=4)
+    qapply = qapply.with_backend("xla")
     lines = jax.jit(qapply).lower(qparams, x).as_text().splitlines()
     dots = [line for line in lines if "dot_general" in line]
     assert dots

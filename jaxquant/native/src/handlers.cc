@@ -5,6 +5,7 @@
 #include "histogram.h"
 #include "kl.h"
 #include "pack.h"
+#include "stored.h"
 #include "xla.h"
 
 namespace jaxquant {
@@ -92,6 +93,44 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   });
 }
 
+// x [M, K] times a matrix of stored integers: [K, N], or [N, K] where the sums come last, of int8
+// or, packed, of uint8.
+ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
+                          ffi::Buffer<ffi::F32> scale, ffi::Result<ffi::AnyBuffer> out,
+                          int64_t sums_last, int64_t size) {
+  const auto in = x.dimensions(), to = out->dimensions();
+  if (in.size() != 2 || to.size() != 2 || to[0] != in[0] || size < 1) return invalid("wrong shapes");
+  const bool is_whole = out->element_type() == ffi::S32;
+  Stored s{in[0], in[1], to[1], size, !sums_last, weights.element_type() == ffi::U8,
+           static_cast<const int8_t*>(weights.untyped_data()),
+           is_whole ? nullptr : scale.typed_data()};
+  if (int64_t(weights.element_count()) != s.bytes() * s.columns)
+    return invalid("the weights are of another shape");
+  if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
+  if (!is_whole && int64_t(scale.element_count()) != s.groups() * s.columns)
+    return invalid("the scales are of another shape");
+  XlaThreads threads(pool, s.rows * s.length * s.columns);
+  return with_memory([&] {
+    const auto multiply = [&](auto* rows, auto to_float, auto* result) {
+      multiply_stored<VectorsHere>(threads, s, rows, to_float, result);
+    };
+    if (is_whole) {
+      multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); },
+               out->typed_data<int32_t>());
+    } else if (x.element_type() == ffi::BF16) {
+      const auto to_float = [](uint16_t bits) {
+        const uint32_t word = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &word, sizeof(value));
+        return value;
+      };
+      multiply(static_cast<const uint16_t*>(x.untyped_data()), to_float, out->typed_data<float>());
+    } else {
+      multiply(x.typed_data<float>(), [](float value) { return value; }, out->typed_data<float>());
+    }
+  });
+}
+
 }  // namespace
 }  // namespace jaxquant
 
@@ -129,6 +168,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("groups")
                                   .Attr<bool>("row_runs"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_stored, jaxquant::stored_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("sums_last")
+                                  .Attr<int64_t>("size"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
                               jaxquant::fused_operands()

@@ -10,14 +10,14 @@ bandwidth for it; several devices keep a sharded weight where it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.backends.backend import Product
+from jaxquant.backends.dequantize import dequantize_groups
 from jaxquant.jax_shim import choices, jaxprs
-from jaxquant.run.dequantize import StoredWeight, dequantize_groups, dequantize_weight
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -27,43 +27,41 @@ _FEWEST_ROWS, _MOST_ROWS = 16, 256
 _ROWS_EACH = 4
 
 
-def dot(x: jax.Array, stored: StoredWeight, precision: Any = None) -> jax.Array:
-    """`x` times a stored weight that is a matrix, [K, N], or [N, K] where K is its last axis.
+def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -> jax.Array:
+    """A product of float rows with a stored matrix; the weight is rounded to the rows' dtype.
 
     Args:
-      x: [M, K], floats; the dequantized weight is rounded to their dtype.
-      stored: the weight; its layout's `order` is the identity and its `shape` has two axes.
-      precision: of the product, as `lax.dot_general` takes it.
+      product: what is multiplied.
+      x, integers, scale: its operands.
 
     Returns:
       float32 [M, N].
     """
-    axis = stored.layout.axis
-    columns = stored.layout.shape[1 - axis]
+    axis = int(product.sums_last)
 
     def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
         numbers = (((1,), (axis,)), ((), ()))
         return lax.dot_general(
-            x, weight.astype(x.dtype), numbers, precision, preferred_element_type=jnp.float32
+            x,
+            weight.astype(x.dtype),
+            numbers,
+            product.precision,
+            preferred_element_type=jnp.float32,
         )
 
     def by_blocks(x: jax.Array, integers: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
-        matrix = stored._replace(
-            integers=integers if stored.weight_bits == 4 else integers.reshape(stored.layout.shape),
-            scale=scale,
-        )
-        return [(_along_sums if axis == 0 else _along_outputs)(x, matrix, dot)]
+        form = _along_outputs if product.sums_last else _along_sums
+        return [form(product, x, integers, scale, dot)]
 
     def whole(x: jax.Array, integers: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
-        weight = dequantize_weight(stored._replace(integers=integers, scale=scale))
-        return [dot(x, weight.reshape(stored.layout.shape))]
+        size, bits = product.group_size, product.weight_bits
+        return [dot(x, dequantize_groups(integers, scale, axis, product.length, size, bits))]
 
     def on_one_device(*operands: jax.Array) -> Sequence[jax.Array]:
         return lax.platform_dependent(*operands, cpu=by_blocks, default=whole)
 
-    outputs = [jax.ShapeDtypeStruct((x.shape[0], columns), jnp.float32)]
-    operands = [x, stored.integers, stored.scale]
-    return choices.choose_by_devices(on_one_device, whole, outputs, operands)[0]
+    operands = [x, integers, scale]
+    return choices.choose_by_devices(on_one_device, whole, [product.output], operands)[0]
 
 
 def _rows_at_once(samples: object) -> int:
@@ -73,11 +71,13 @@ def _rows_at_once(samples: object) -> int:
     return min(max(_ROWS_EACH * samples, _FEWEST_ROWS), _MOST_ROWS)
 
 
-def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
+def _along_sums(
+    product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array, dot: Dot
+) -> jax.Array:
     """[M, N] from a weight [K, N]: the sum of the products with blocks of its rows."""
-    length, columns = stored.layout.shape
-    size, groups = stored.layout.size, stored.layout.groups
-    packed = 2 if stored.weight_bits == 4 else 1
+    length, columns, bits = product.length, product.columns, product.weight_bits
+    size, groups = product.group_size, product.groups
+    packed = 2 if bits == 4 else 1
     rows = _rows_at_once(x.shape[0])
     if groups > 1:
         # whole groups, or an even part of one: a block's scales are its own then
@@ -90,14 +90,11 @@ def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
 
     def partial(start: jax.Array | int, count: int) -> jax.Array:
         """The product of `count` columns of x, from `start`, with their rows of the weight."""
-        integers = lax.dynamic_slice_in_dim(
-            stored.integers, start // packed, -(-count // packed), axis=0
-        )
-        if groups == 1:
-            scale = stored.scale
-        else:
-            scale = lax.dynamic_slice_in_dim(stored.scale, start // size, -(-count // size), axis=0)
-        block = dequantize_groups(integers, scale, 0, count, size, stored.weight_bits)
+        part = lax.dynamic_slice_in_dim(integers, start // packed, -(-count // packed), axis=0)
+        scales = scale
+        if groups > 1:
+            scales = lax.dynamic_slice_in_dim(scale, start // size, -(-count // size), axis=0)
+        block = dequantize_groups(part, scales, 0, count, size, bits)
         return dot(lax.dynamic_slice_in_dim(x, start, count, axis=1), block)
 
     whole, left = divmod(length, rows) if rows else (0, 0)
@@ -108,19 +105,18 @@ def _along_sums(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
     return total + partial(whole * rows, left) if left else total
 
 
-def _along_outputs(x: jax.Array, stored: StoredWeight, dot: Dot) -> jax.Array:
+def _along_outputs(
+    product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array, dot: Dot
+) -> jax.Array:
     """[M, N] from a weight [N, K]: blocks of its rows give blocks of the columns."""
-    columns, length = stored.layout.shape
+    columns, size, bits = product.columns, product.group_size, product.weight_bits
     rows = min(_rows_at_once(x.shape[0]), columns)
 
     def partial(start: jax.Array | int, count: int) -> jax.Array:
-        integers, scale = (
-            lax.dynamic_slice_in_dim(array, start, count, axis=0)
-            for array in (stored.integers, stored.scale)
+        part, scales = (
+            lax.dynamic_slice_in_dim(array, start, count, axis=0) for array in (integers, scale)
         )
-        size = stored.layout.size
-        block = dequantize_groups(integers, scale, 1, length, size, stored.weight_bits)
-        return dot(x, block)
+        return dot(x, dequantize_groups(part, scales, 1, product.length, size, bits))
 
     def step(i: jax.Array, result: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(result, partial(i * rows, rows), i * rows, axis=1)

@@ -1,0 +1,255 @@
+// Products of rows x [M, K] with a matrix of stored integers, which is read as it lies.
+//
+// A product of few rows takes as long as the memory takes to give the weights.  So they are read
+// once, as integers, and become floats in registers alone.  Where a matrix is [K, N], a tile is some
+// rows of x and vectors of neighbouring columns; where it is [N, K], some rows and columns, each
+// summed along vectors of K.  A tile adds up one group of K after the other, times its scales:
+//
+//   y = sum over groups (sum over the group (x * q)) * scale        floats
+//   y = sum (x * q)                                                 int32, of rows of int8
+//
+// The integers of the second are computed as floats too, which are exact up to 2^24: no more than
+// kExact products are added before they become int32.  How a sum is made up depends on K and the
+// groups alone, not on the tile or the thread: a column has the same bits in any of them.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "vectors.h"
+#include "parallel.h"
+#include "shape.h"
+#include "window.h"
+
+namespace jaxquant {
+
+constexpr int64_t kExact = 1024;      // products of two int8 that floats add up exactly
+constexpr int64_t kColumnsEach = 64;  // a line of the cache: threads share none
+constexpr int64_t kRowsAhead = 8;     // of a matrix [K, N] that are fetched before they are read
+constexpr int64_t kCached = 1 << 18;  // bytes of a matrix that stay in the cache of a core
+constexpr size_t kKeptRows = 1 << 22;  // bytes of rows whose memory is kept for the next call
+
+// What lies where.
+struct Stored {
+  int64_t rows, length, columns;  // M, K, N
+  int64_t size;                   // of a group: K, or a multiple of 32
+  bool sums_first;                // [K, N], else [N, K]
+  bool packed;                    // two 4-bit integers a byte, neighbours along K, the first low
+  const int8_t* weights;
+  const float* scale;  // [groups, N] or [N, groups]; null where the results are int32
+
+  int64_t groups() const { return ceil_div(length, size); }
+  int64_t bytes() const { return packed ? ceil_div(length, 2) : length; }  // of a column
+  // The floats of a row of x as the tiles read it: those behind K are zero.
+  int64_t padded() const { return round_up(length, 64); }
+};
+
+// Rows of x as the tiles read them: floats, [M, padded].
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// What becomes of the sums of a group: times their scale, to floats, or to int32.
+template <class L, bool kWhole>
+struct Totals {
+  using Number = std::conditional_t<kWhole, int32_t, float>;
+  using Vector = std::conditional_t<kWhole, typename L::Ints, typename L::Floats>;
+
+  template <class Scale>
+  static void add(Vector& total, typename L::Floats sums, Scale scale) {
+    if constexpr (kWhole) total += L::ints(sums);
+    else total += sums * scale;
+  }
+};
+
+// kRows rows of x from `row`, times kVectors vectors of columns from `column` of a matrix [K, N].
+// Of one vector only `count` columns may be there.
+template <class L, bool kPacked, bool kWhole, int kRows, int kVectors, bool kPart>
+void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t count,
+                  typename Totals<L, kWhole>::Number* out) {
+  using T = Totals<L, kWhole>;
+  constexpr int kLanes = L::kCount;
+  constexpr int64_t kEach = kPacked ? 2 : 1;  // places along K of a stored row
+  const auto bytes = [&](const int8_t* from) {
+    if constexpr (kPart) return L::bytes(from, count);
+    else return L::bytes(from);
+  };
+  typename T::Vector totals[kRows][kVectors] = {};
+  const float* in = x.data + row * x.stride;
+  const int64_t size = kWhole ? kExact : s.size;
+  const int8_t* const end = s.weights + s.bytes() * s.columns;
+  for (int64_t first = 0; first < s.length; first += size) {
+    const int64_t last = std::min(first + size, s.length);
+    typename L::Floats sums[kRows][kVectors] = {};
+    const int8_t* w = s.weights + first / kEach * s.columns + column;
+    for (int64_t k = first; k < last; k += kEach, w += s.columns) {
+      if (w + kRowsAhead * s.columns < end) {
+        for (int v = 0; v < kVectors; v += 64 / kLanes)
+          __builtin_prefetch(w + kRowsAhead * s.columns + v * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kPacked) {
+          typename L::Floats low, high;
+          L::halves(bytes(w + v * kLanes), low, high);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            sums[r][v] += low * in[r * x.stride + k];
+            sums[r][v] += high * in[r * x.stride + k + 1];
+          }
+        } else {
+          const auto weights = L::floats(bytes(w + v * kLanes));
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) sums[r][v] += weights * in[r * x.stride + k];
+        }
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      typename L::Floats scale{};
+      if constexpr (!kWhole) {
+        const float* at = s.scale + first / size * s.columns + column + v * kLanes;
+        scale = kPart ? L::load(at, count) : L::load(at);
+      }
+      for (int r = 0; r < kRows; ++r) T::add(totals[r][v], sums[r][v], scale);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      std::memcpy(out + (row + r) * s.columns + column + v * kLanes, &totals[r][v],
+                  4 * (kPart ? count : kLanes));
+    }
+  }
+}
+
+// kRows rows of x from `row`, times kColumns columns from `column` of a matrix [N, K].
+template <class L, bool kPacked, bool kWhole, int kRows, int kColumns>
+void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
+               typename Totals<L, kWhole>::Number* out) {
+  using T = Totals<L, kWhole>;
+  constexpr int kLanes = L::kCount;
+  constexpr int64_t kEach = kPacked ? 2 : 1;
+  const int64_t bytes = s.bytes(), size = kWhole ? kExact : s.size, groups = s.groups();
+  typename T::Vector totals[kRows][kColumns] = {};
+  const int8_t* const weights = s.weights + column * bytes;
+  for (int64_t first = 0; first < s.length; first += size) {
+    const int64_t last = std::min(first + size, s.length);
+    typename L::Floats sums[kRows][kColumns] = {};
+    const auto add = [&](int64_t at, const auto& read) {
+      const float* in = x.data + row * x.stride + at * kEach;
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) {
+        if constexpr (kPacked) {
+          typename L::Floats low, high;
+          L::halves(read(weights + c * bytes + at), low, high);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            sums[r][c] += low * L::load(in + r * x.stride);
+            sums[r][c] += high * L::load(in + r * x.stride + kLanes);
+          }
+        } else {
+          const auto floats = L::floats(read(weights + c * bytes + at));
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) sums[r][c] += floats * L::load(in + r * x.stride);
+        }
+      }
+    };
+    int64_t at = first / kEach;
+    const int64_t end = ceil_div(last, kEach);
+    for (; at + kLanes <= end; at += kLanes)
+      add(at, [](const int8_t* from) { return L::bytes(from); });
+    if (at < end) add(at, [&](const int8_t* from) { return L::bytes(from, end - at); });
+    for (int c = 0; c < kColumns; ++c) {
+      const float scale = kWhole ? 1.0f : s.scale[(column + c) * groups + first / size];
+      for (int r = 0; r < kRows; ++r) T::add(totals[r][c], sums[r][c], scale);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c)
+      out[(row + r) * s.columns + column + c] = L::sum(totals[r][c]);
+  }
+}
+
+// kRows rows of x times columns [column, last), in tiles of kMost vectors or columns and, for what
+// those leave, of a quarter of it, and of one.
+template <class L, bool kPacked, bool kWhole, int kRows, int kMost = L::sums_of(kRows)>
+void tiles(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t last,
+           typename Totals<L, kWhole>::Number* out) {
+  if (s.sums_first) {
+    constexpr int64_t kColumns = kMost * L::kCount;
+    for (; column + kColumns <= last; column += kColumns)
+      columns_tile<L, kPacked, kWhole, kRows, kMost, false>(s, x, row, column, kColumns, out);
+  } else {
+    constexpr int kColumns = std::min(kMost, 8);
+    for (; column + kColumns <= last; column += kColumns)
+      sums_tile<L, kPacked, kWhole, kRows, kColumns>(s, x, row, column, out);
+  }
+  if (column == last) return;  // always so for [N, K] where kMost is 1
+  constexpr int kLess = std::max(kMost / 4, 1);
+  if constexpr (kMost > 1) tiles<L, kPacked, kWhole, kRows, kLess>(s, x, row, column, last, out);
+  else columns_tile<L, kPacked, kWhole, kRows, 1, true>(s, x, row, column, last - column, out);
+}
+
+// Rows [row, rows) of x times columns [column, last), in tiles of kMost rows and of less and less.
+template <class L, bool kPacked, bool kWhole, int kMost = 8>
+void all_rows(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t last,
+              typename Totals<L, kWhole>::Number* out) {
+  for (; row + kMost <= s.rows; row += kMost)
+    tiles<L, kPacked, kWhole, kMost>(s, x, row, column, last, out);
+  if constexpr (kMost > 1) all_rows<L, kPacked, kWhole, kMost / 2>(s, x, row, column, last, out);
+}
+
+// x as the tiles read it, [M, padded]: floats; beside packed columns [N, K] those of the low and of
+// the high halves of a vector of bytes apart.
+template <class X, class F>
+void copy_rows(const Stored& s, const X* x, int lanes, const F& to_float, float* to) {
+  const bool apart = s.packed && !s.sums_first;
+  const int64_t padded = s.padded();
+  std::memset(to, 0, s.rows * padded * sizeof(float));
+  for (int64_t row = 0; row < s.rows; ++row, x += s.length, to += padded) {
+    if (!apart) {
+      for (int64_t k = 0; k < s.length; ++k) to[k] = to_float(x[k]);
+      continue;
+    }
+    for (int64_t k = 0; k < s.length; ++k) {
+      const int64_t start = k / (2 * lanes) * (2 * lanes), within = k - start;
+      to[start + within % 2 * lanes + within / 2] = to_float(x[k]);
+    }
+  }
+}
+
+template <class L, bool kPacked, bool kWhole>
+void multiply_columns(Threads& threads, const Stored& s, const Rows& x,
+                      typename Totals<L, kWhole>::Number* out) {
+  const int64_t lines = std::max<int64_t>(1, s.columns / kColumnsEach);
+  const int64_t tasks = std::min(lines, threads.count());
+  // Where several tiles of rows meet the same columns, these are so many that they stay in the cache.
+  const bool once = (s.rows & (s.rows - 1)) == 0 && s.rows <= 8;
+  const int64_t part = once ? s.columns : round_up(kCached / s.bytes() + 1, kColumnsEach);
+  parallel_for(threads, tasks, [&](int64_t task) {
+    const int64_t start = task * lines / tasks * kColumnsEach;
+    const int64_t end = task + 1 < tasks ? (task + 1) * lines / tasks * kColumnsEach : s.columns;
+    for (int64_t column = start; column < end; column += part)
+      all_rows<L, kPacked, kWhole>(s, x, 0, column, std::min(column + part, end), out);
+  });
+}
+
+// The product with vectors of the kind `L`.
+//
+//   x    rows [M, K] of any type, which `to_float` makes floats of
+//   out  [M, N], float or, for rows of int8, int32
+template <class L, class X, class F, class Number>
+void multiply_stored(Threads& threads, const Stored& s, const X* x, const F& to_float, Number* out) {
+  if (s.rows == 0 || s.columns == 0 || s.length == 0) return;
+  static thread_local Scratch scratch;
+  float* rows = reinterpret_cast<float*>(scratch.reserve(s.rows * s.padded() * sizeof(float)));
+  copy_rows(s, x, L::kCount, to_float, rows);
+  const Rows read{rows, s.padded()};
+  if constexpr (std::is_same_v<Number, int32_t>)
+    multiply_columns<L, false, true>(threads, s, read, out);
+  else if (s.packed) multiply_columns<L, true, false>(threads, s, read, out);
+  else multiply_columns<L, false, false>(threads, s, read, out);
+  scratch.trim(kKeptRows);
+}
+
+}  // namespace jaxquant

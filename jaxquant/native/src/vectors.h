@@ -1,0 +1,118 @@
+// Vectors of floats, and stored integers as such: what the products of few rows are made of.
+//
+// The compiler's own vectors, which it makes of whatever the processor has, 4 floats of them or 16.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace jaxquant {
+
+#if defined(__AVX512F__)
+constexpr int kLanesHere = 16, kRegistersHere = 32;
+#elif defined(__AVX__)
+constexpr int kLanesHere = 8, kRegistersHere = 16;
+#elif defined(__aarch64__)
+constexpr int kLanesHere = 4, kRegistersHere = 32;
+#else
+constexpr int kLanesHere = 4, kRegistersHere = 16;
+#endif
+
+// The compiler's vectors of so many lanes; written out, since sizes that depend on a template's
+// arguments are lost on GCC 12.
+template <int kLanes>
+struct VectorTypes;
+#define JAXQUANT_VECTOR_TYPES(lanes)                                   \
+  template <>                                                     \
+  struct VectorTypes<lanes> {                                         \
+    typedef float Floats __attribute__((vector_size(4 * lanes))); \
+    typedef int32_t Ints __attribute__((vector_size(4 * lanes))); \
+    typedef int8_t Bytes __attribute__((vector_size(lanes)));     \
+  }
+JAXQUANT_VECTOR_TYPES(4);
+JAXQUANT_VECTOR_TYPES(8);
+JAXQUANT_VECTOR_TYPES(16);
+#undef JAXQUANT_VECTOR_TYPES
+
+// Vectors of `kLanes` floats, of which the processor has `kRegisters`.
+template <int kLanes, int kRegisters>
+struct Vectors {
+  static constexpr int kCount = kLanes;
+  using Floats = typename VectorTypes<kLanes>::Floats;
+  using Ints = typename VectorTypes<kLanes>::Ints;
+  using Bytes = typename VectorTypes<kLanes>::Bytes;
+
+  // How many vectors of sums, for each of `rows`, stay in registers beside what they are made of.
+  static constexpr int sums_of(int rows) {
+    int most = 16;
+    while (most > 1 && most * rows > kRegisters - 4) most /= 2;
+    return most;
+  }
+
+  static Floats load(const float* from) { return read<Floats>(from, sizeof(Floats)); }
+  static Bytes bytes(const int8_t* from) { return read<Bytes>(from, sizeof(Bytes)); }
+  // The first `count` of a vector, zeros behind them.
+  static Floats load(const float* from, int64_t count) { return read<Floats>(from, 4 * count); }
+  static Bytes bytes(const int8_t* from, int64_t count) { return read<Bytes>(from, count); }
+
+  static Floats floats(Bytes bytes) { return __builtin_convertvector(ints(bytes), Floats); }
+  // GCC 12 goes through single bytes where it is left to it.
+  static Ints ints(Bytes bytes) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) return (Ints)_mm512_cvtepi8_epi32((__m128i)bytes);
+#endif
+#if defined(__AVX2__)
+    if constexpr (kLanes == 8) {
+      int64_t eight;
+      std::memcpy(&eight, &bytes, sizeof(eight));
+      return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight));
+    }
+#endif
+    return __builtin_convertvector(bytes, Ints);
+  }
+  static Ints ints(Floats floats) { return __builtin_convertvector(floats, Ints); }
+
+  // The low and the high half of every byte, each a 4-bit integer with its sign.
+  static void halves(Bytes bytes, Floats& low, Floats& high) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {  // by a table: the index is in the low four bits of a lane
+      const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      const __m512i both = _mm512_cvtepu8_epi32((__m128i)bytes);
+      low = (Floats)_mm512_permutexvar_ps(both, table);
+      high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
+      return;
+    }
+#endif
+    const Ints both = ints(bytes);
+    low = __builtin_convertvector((both << 28) >> 28, Floats);
+    high = __builtin_convertvector(both >> 4, Floats);
+  }
+
+  // The lanes of a vector, added in pairs of halves.
+  template <class Vector>
+  static auto sum(Vector vector) {
+    using Lane = std::decay_t<decltype(vector[0])>;
+    Lane lanes[kLanes];
+    std::memcpy(lanes, &vector, sizeof(vector));
+    for (int half = kLanes / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+
+ private:
+  template <class Vector>
+  static Vector read(const void* from, int64_t bytes) {
+    Vector vector{};
+    std::memcpy(&vector, from, bytes);
+    return vector;
+  }
+};
+
+using VectorsHere = Vectors<kLanesHere, kRegistersHere>;
+
+}  // namespace jaxquant

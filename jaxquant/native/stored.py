@@ -1,0 +1,79 @@
+"""Products of rows with a matrix of stored integers, which is read as it lies and never copied."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.native import library
+from jaxquant.native.call import Static, call
+
+GROUP_STEP = 32  # of which a group is a multiple where there are several
+
+
+def dot_stored(
+    x: jax.Array, integers: jax.Array, scale: jax.Array | None, *, sums_last: bool, group_size: int
+) -> jax.Array:
+    """Rows times a matrix of stored integers.
+
+        y = sum over groups (sum(x * q) * s)      float32, of float rows
+        y = sum(x * q)                            int32, of int8 rows
+
+    Made for few rows, which take as long as the integers take to be read once; any number is right.
+    Integers are multiplied before they meet their scale, and neither is rounded to the dtype of the
+    rows: a float beyond 2e36 overflows.
+
+    Args:
+      x: float32, bfloat16 or int8 [M, K].
+      integers: int8 [K, N], or packed uint8 [ceil(K / 2), N], two of 4 bits a byte, neighbours
+        along K, the first in the low half; with `sums_last` [N, K] and [N, ceil(K / 2)].
+      scale: float32 [groups, N], with `sums_last` [N, groups]; None of int8 rows, whose integers
+        are of 8 bits.
+      sums_last: whether K is the last axis of the matrix.
+      group_size: how many neighbours along K share a scale: a multiple of `GROUP_STEP`, or K.
+
+    Returns:
+      float32 or int32 [M, N].
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes or dtypes are not as said above.
+    """
+    library.require()
+    _check(x, integers, scale, sums_last, group_size)
+    columns = integers.shape[0 if sums_last else 1]
+    dtype = "int32" if scale is None else "float32"
+    static = Static(
+        library.STORED,
+        (((columns,), dtype),),
+        (0,),
+        (("sums_last", int(sums_last)), ("size", group_size)),
+    )
+    scales = jnp.zeros((0,), jnp.float32) if scale is None else scale
+    return call(static, [x, integers, scales])[0]
+
+
+def _check(
+    x: jax.Array, integers: jax.Array, scale: jax.Array | None, sums_last: bool, group_size: int
+) -> None:
+    """Refuse what `dot_stored` does not take."""
+    rows = ("int8",) if scale is None else ("float32", "bfloat16")
+    weights = ("int8",) if scale is None else ("int8", "uint8")
+    if x.dtype.name not in rows or integers.dtype.name not in weights:
+        raise ValueError(
+            f"{x.dtype} rows and {integers.dtype} weights {'without' if scale is None else 'with'} "
+            f"scales; expected {' or '.join(rows)} and {' or '.join(weights)}"
+        )
+    length = x.shape[-1]
+    groups = -(-length // group_size)
+    if groups > 1 and group_size % GROUP_STEP:
+        raise ValueError(f"groups of {group_size} are no multiple of {GROUP_STEP}")
+    stored = length if integers.dtype == jnp.int8 else -(-length // 2)
+    columns = integers.shape[0 if sums_last else -1]
+    expected = [(size, columns)[:: -1 if sums_last else 1] for size in (stored, groups)]
+    fits = integers.shape == expected[0] and (scale is None or scale.shape == expected[1])
+    if x.ndim != 2 or not fits:
+        raise ValueError(
+            f"x {x.shape} does not fit a stored matrix {integers.shape} with scales "
+            f"{None if scale is None else scale.shape}; expected {expected[0]} and {expected[1]}"
+        )

@@ -1,0 +1,136 @@
+"""Rows times stored integers against NumPy, by every build of the kernels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import native
+from jaxquant.weights.groups import pack, unpack
+from tests.native.cases import int8_values, needs_kernels, with_variants
+
+pytestmark = needs_kernels
+
+# What a float32 sum of so many products may be off by, of the sum of their sizes.
+ROUNDING = 2.0**-24
+
+
+def stored(bits: int, length: int, columns: int, group_size: int, sums_last: bool):
+    """Integers and scales of a matrix, and the float64 matrix [K, N] that they stand for."""
+    largest = 127 if bits == 8 else 7
+    integers = np.random.default_rng(1).integers(
+        -largest, largest, (length, columns), np.int8, endpoint=True
+    )
+    groups = -(-length // group_size)
+    scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(np.float32)
+    scale[:, :: max(columns // 2, 1)] = 0  # channels of zeros
+    weight = integers * np.repeat(scale.astype(np.float64), group_size, axis=0)[:length]
+    kept = integers if bits == 8 else pack(integers, 0)
+    if sums_last:
+        kept = integers.T if bits == 8 else pack(integers.T, 1)
+        assert bits == 8 or (unpack(kept, 1, length) == integers.T).all()
+    return jnp.asarray(kept), jnp.asarray(scale.T if sums_last else scale), weight
+
+
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("rows", "length", "columns", "group_size", "dtype"),
+    [
+        (1, 70, 273, 70, jnp.float32),
+        (2, 33, 1, 33, jnp.float32),
+        (3, 131, 20, 32, jnp.bfloat16),
+        (17, 129, 79, 64, jnp.float32),
+    ],
+)
+def test_floats(rows, length, columns, group_size, dtype, bits, sums_last):
+    integers, scale, weight = stored(bits, length, columns, group_size, sums_last)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, length)), dtype)
+
+    @jax.jit
+    def run(x, integers, scale):
+        return with_variants(
+            lambda: native.dot_stored(
+                x, integers, scale, sums_last=sums_last, group_size=group_size
+            )
+        )
+
+    exact = np.asarray(x, np.float64)
+    bound = ROUNDING * (length + 2) * (np.abs(exact) @ np.abs(weight))
+    for variant, found in run(x, integers, scale).items():
+        assert found.dtype == jnp.float32
+        assert (np.abs(found - exact @ weight) <= bound).all(), variant
+
+
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize(("rows", "length", "columns"), [(1, 5000, 70), (3, 31, 7), (16, 1025, 33)])
+def test_integers(rows, length, columns, sums_last):
+    """Sums that are beyond what a float32 holds are the same integers all the same."""
+    x, weight = np.full((rows, length), -128, np.int8), np.full((length, columns), -127, np.int8)
+    x[1:] = int8_values(0, (rows - 1, length))
+    weight[:, 1:] = int8_values(1, (length, columns - 1), low=-127)
+    matrix = jnp.asarray(weight.T if sums_last else weight)
+
+    @jax.jit
+    def run(x, matrix):
+        return with_variants(
+            lambda: native.dot_stored(x, matrix, None, sums_last=sums_last, group_size=length)
+        )
+
+    for variant, found in run(jnp.asarray(x), matrix).items():
+        np.testing.assert_array_equal(
+            found, x.astype(np.int64) @ weight.astype(np.int64), err_msg=variant
+        )
+
+
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_not_finite_is_its_row_s_alone(bits, sums_last):
+    integers, scale, weight = stored(bits, 40, 33, 40, sums_last)
+    x = np.random.default_rng(0).standard_normal((4, 40)).astype(np.float32)
+    x[1, 39], x[2, 0] = np.nan, np.inf
+    found = native.dot_stored(jnp.asarray(x), integers, scale, sums_last=sums_last, group_size=40)
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ weight
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+    assert np.isfinite(found[::3]).all()
+
+
+def test_no_rows_and_mapped_ones():
+    integers, scale, weight = stored(8, 12, 5, 12, sums_last=False)
+
+    def run(x):
+        return native.dot_stored(x, integers, scale, sums_last=False, group_size=12)
+
+    assert run(jnp.zeros((0, 12), jnp.float32)).shape == (0, 5)
+    x = np.random.default_rng(0).standard_normal((3, 2, 12)).astype(np.float32)
+    np.testing.assert_allclose(jax.vmap(run)(jnp.asarray(x)), x @ weight, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.zeros((2, 8), jnp.float32)}, "does not fit"),
+        ({"x": jnp.zeros((2, 64), jnp.float16)}, "float16 rows"),
+        ({"x": jnp.zeros((2, 64), jnp.int8)}, "int8 rows and int8 weights with"),
+        ({"group_size": 16}, "no multiple of 32"),
+        ({"sums_last": True}, "does not fit"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(change, message):
+    given = {
+        "x": jnp.zeros((2, 64), jnp.float32),
+        "integers": jnp.zeros((64, 5), jnp.int8),
+        "scale": jnp.ones((1, 5), jnp.float32),
+        "sums_last": False,
+        "group_size": 64,
+    } | change
+    with pytest.raises(ValueError, match=message):
+        native.dot_stored(
+            given["x"], given["integers"], given["scale"],
+            sums_last=given["sums_last"], group_size=given["group_size"],
+        )  # fmt: skip
