@@ -237,6 +237,3 @@ def test_saved_and_loaded(quantize, tmp_path):
     loaded, load_apply = jaxquant.load_quantized_model(tmp_path / "model")
     np.testing.assert_allclose(load_apply(loaded, X[:3]), expected, rtol=0, atol=1e-5)
     assert load_apply.plan == qapply.plan
-    if qapply.plan.mode == "weight_only":
-        with pytest.raises(ValueError, match="ONNX export covers"):
-            jaxquant.export_onnx(tmp_path / "model.onnx", qparams, qapply)

@@ -42,7 +42,9 @@ class Tensor:
 class Node:
     """One operation, by the name and the parameters of its JAX primitive.
 
-    Where JAX writes several, they are those of a kind of `jaxquant.graph.operators`.
+    Where JAX writes several, they are those of a kind of `jaxquant.graph.operators`.  "dequantize"
+    is none of either: a weight in float of its stored integers and their scales, with its `groups`
+    and `bits`.
 
     `reads_int8` tells that operands with an int8 form are read dequantized; `picks` that the
     result is int8 and this is its dequantized value.  `bodies` are those of a loop or a choice.

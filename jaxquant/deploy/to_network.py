@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,9 @@ import numpy as np
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
 from jaxquant.deploy.joined import Joined
-from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Tensor
 from jaxquant.deploy.plain_values import plain, scalar
-from jaxquant.deploy.restoring import looking_up, restoring
+from jaxquant.deploy.restoring import restored_groups, undoing
 from jaxquant.deploy.tensors import Tensors
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
@@ -23,6 +23,8 @@ from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding, Int8Site
+from jaxquant.plan.groups import GroupLayout, group_layout
+from jaxquant.plan.layout import WeightSlot
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
 
@@ -117,6 +119,8 @@ class _Translator(Tensors):
                 self._operator(joined, eqn)
             elif eqn.index in by_index and by_index[eqn.index].site.is_lookup:
                 self._look_up(by_index[eqn.index].site)
+            elif eqn.index in by_index and not self.program.mode.integer:
+                self._on_dequantized(by_index[eqn.index].site)
             elif eqn.index in by_index:
                 self.nodes.append(self._site(by_index[eqn.index]))
             elif eqn.index in self.program.bodies:
@@ -295,6 +299,49 @@ class _Translator(Tensors):
             parts = tuple(stacks[step][k] for step in steps)
             self.add("stack", parts, (self.number(var),), {"axis": 0})
 
+    def _on_dequantized(self, site: Site) -> None:
+        """Add a site that computes in float, and its weight, which is dequantized before it."""
+        assert site.weight is not None
+        graph, eqn = self.graph, self.graph.equations[site.equation]
+        view = self.program.weights.view(site)
+        groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
+        weight = self._dequantize(self.program.slots[site.name], groups, view.var)
+        if view.shape != graph.shape(view.var):
+            axes, number = tuple(range(len(view.shape))), self.new(graph, view.var)
+            params = {"broadcast_dimensions": axes, "shape": graph.shape(view.var)}
+            self.add("broadcast_in_dim", (weight,), (number,), params)
+            weight = number
+        for movement in view.movements:
+            number = self.new(graph, movement.outputs[0])
+            moved = self.node(movement)
+            self.nodes.append(dataclasses.replace(moved, inputs=(weight,), outputs=(number,)))
+            weight = number
+        self.need_static(x for x in eqn.inputs if x != site.weight)
+        node = self.node(eqn)
+        inputs = [weight if x == site.weight else y for x, y in zip(eqn.inputs, node.inputs)]
+        self.nodes.append(dataclasses.replace(node, inputs=tuple(inputs)))
+
+    def _dequantize(self, slot: WeightSlot, groups: GroupLayout, var: ir.Var) -> int:
+        """Add the dequantization of a weight, and give the number of its float.
+
+        Args:
+          slot: where it is stored.
+          groups: its layout.
+          var: the weight, or what follows from it.
+        """
+        shape = tuple(groups.permuted[axis] for axis in groups.inverse)
+        number = self.found.new(Tensor(shape, "float32"))
+        params = {"groups": groups, "bits": slot.weight_bits}
+        self.add("dequantize", self._take_stored(slot, var), (number,), params)
+        return number
+
+    def _take_stored(self, slot: WeightSlot, var: ir.Var) -> tuple[int, int]:
+        """Numbers for the integers and the scales that are stored for a weight."""
+        integers, scale = (self.found.new(Tensor((), dtype)) for dtype in ("int8", "float32"))
+        for number, path in ((integers, slot.int8), (scale, slot.scale)):
+            self.found.leaves[str(number)] = self._stored(path, var)
+        return integers, scale
+
     def _site(self, int8_site: Int8Site) -> Int8Node:
         graph, site, epilogue = self.graph, int8_site.site, int8_site.epilogue
         eqn = graph.equations[site.equation]
@@ -382,46 +429,40 @@ class _Translator(Tensors):
 
     def _restore(self, var: ir.Var) -> None:
         """Nodes that compute a static tensor from the integers of a weight and their scales."""
-        steps, stored = restoring(self.program, var)
-        self._add_steps(steps, stored, var, {}, var)
+        restored = self.program.restored[var]
+        slot, groups = (
+            self.program.slots[restored.site.name],
+            restored_groups(self.program, restored),
+        )
+        weight = self._dequantize(slot, groups, var)
+        steps = undoing(self.program, restored)
+        self._add_steps(steps, weight, self.number(var))
 
     def _look_up(self, site: Site) -> None:
-        """Nodes that look rows up among integers and their scales."""
+        """Add the lookup of rows among integers and their scales."""
         assert site.weight is not None
-        assert site.output is not None
-        eqn = self.graph.equations[site.equation]
-        steps, stored = looking_up(self.program, site)
+        eqn, slot = self.graph.equations[site.equation], self.program.slots[site.name]
+        view = self.program.weights.view(site)
+        groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
         self.need_static(eqn.inputs[1:])
-        given = {steps.inputs[-1]: self.number(eqn.input_vars[-1])}
-        self._add_steps(steps, stored, site.weight, given, site.output, eqn.scope)
+        node = self.node(eqn)
+        stored = self._take_stored(slot, site.weight)
+        params = {**node.params, "groups": groups, "bits": slot.weight_bits}
+        inputs = (*stored, node.inputs[1])
+        self.nodes.append(dataclasses.replace(node, op="look_up", inputs=inputs, params=params))
 
-    def _add_steps(
-        self,
-        steps: ir.Graph,
-        stored: Sequence[tuple[str, ...]],
-        weight: ir.Var,
-        given: Mapping[ir.Var, int],
-        result: ir.Var,
-        scope: str = "",
-    ) -> None:
-        """Nodes that compute a tensor from what is stored for a weight.
+    def _add_steps(self, steps: ir.Graph, given: int, result: int) -> None:
+        """Nodes that compute a tensor from another one.
 
         Args:
-          steps: the computation.
-          stored: where its first inputs are in `qparams`.
-          weight: what is stored, or what follows from it.
-          given: its other inputs -> their numbers.
-          result: the tensor that it gives.
-          scope: of the nodes.
+          steps: the computation, of one input.
+          given: the number of that.
+          result: of the tensor that it gives.
         """
-        numbers = dict(given)
-        for path, source in zip(stored, steps.inputs, strict=False):
-            numbers[source] = self.new(steps, source)
-            self.found.leaves[str(numbers[source])] = self._stored(path, weight)
+        numbers = {steps.inputs[0]: given}
         for eqn in steps.equations:
             for output in eqn.outputs:
-                is_result = output == steps.outputs[0]
-                numbers[output] = self.number(result) if is_result else self.new(steps, output)
+                numbers[output] = self.new(steps, output)
             params = jaxprs.portable_params(eqn.name, eqn.params)
             self.nodes.append(
                 Node(
@@ -432,7 +473,9 @@ class _Translator(Tensors):
                     ),
                     outputs=tuple(numbers[x] for x in eqn.outputs),
                     params={key: plain(value) for key, value in params.items()},
-                    scope=scope,
-                    contraction=steps.contractions.get(eqn.index),
+                    scope="",
                 )
             )
+        (last,) = steps.outputs
+        assert isinstance(last, int), "a weight is no scalar"
+        self.add("optimization_barrier", (numbers[last],), (result,), {})

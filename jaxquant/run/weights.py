@@ -51,10 +51,14 @@ class StoredWeights:
             scale = jnp.broadcast_to(scale.reshape(-1, 1), (view.shape[0], 1))
         return StoredWeight(self.integers(site, qparams), scale, groups, slot.weight_bits)
 
+    def stored_view(self, restored: Restored) -> layout.WeightView:
+        """What is stored of a tensor that is read in float; of one layer where they are stacked."""
+        return layout.weight_view(restored.stored_in, restored.site, self._integer)
+
     def restore(self, restored: Restored, qparams: Mapping[str, Any]) -> jax.Array:
         """A static tensor that float equations read, from the integers of a weight."""
         graph, slot = restored.stored_in, self._slots[restored.site.name]
-        view = layout.weight_view(graph, restored.site, self._integer)
+        view = self.stored_view(restored)
 
         def floats(integers: jax.Array, scale: jax.Array) -> jax.Array:
             if self._integer:

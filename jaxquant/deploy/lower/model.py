@@ -15,7 +15,6 @@ from jaxquant.deploy.network import Int8Node, Network
 from jaxquant.deploy.to_network import to_network
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.modes import WEIGHT_ONLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Lowered:
 
 
 def lower(
-    file_format: str,
     qparams: Mapping[str, Any],
     qapply: Any,
     shapes: Any = None,
@@ -54,23 +52,16 @@ def lower(
     """Describe an int8 model for an exporter.
 
     Args:
-      file_format: what errors call the format.
       qparams: the arrays of the int8 model.
       qapply: the function that came with them.
       shapes, constraints: see `jaxquant.save_quantized_model`.
       operators: the kinds of `jaxquant.graph.operators` that the format has.
 
     Raises:
-      ValueError: the model's weights alone are integers, it cannot be traced with sizes
-        that vary, or the arrays are another model's.
+      ValueError: the model cannot be traced with sizes that vary, or the arrays are another
+        model's.
       TypeError: `qapply` is another function.
     """
-    if getattr(qapply, "plan", None) and qapply.plan.mode == WEIGHT_ONLY:
-        raise ValueError(
-            f"{file_format} export covers models that compute on integers, as quant_post and "
-            f"quant_dynamic make them; this one is {qapply.plan.mode!r}. Use "
-            "jaxquant.export_stablehlo"
-        )
     plain = tree.plain(qparams, qapply)
     by_xla = qapply.with_backend("xla")
 
@@ -93,7 +84,7 @@ def lower(
             }
             for part in binding.all_layers()
             for each in part.sites
-            if not each.site.is_lookup
+            if each.site.name in plain["sites"]
         },
         scales=scales,
         uses=Uses(network, scales),

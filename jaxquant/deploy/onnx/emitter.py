@@ -16,10 +16,12 @@ from jaxquant.deploy.onnx import (
     contraction,
     elementwise,
     indexing,
+    lookups,
     operators,
     ordering,
     reduction,
     shaping,
+    stored,
 )
 from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.quantization import Quantizer
@@ -55,6 +57,7 @@ class Emitter:
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
+        self._weights: dict[Var, stored.Stored] = {}  # until something reads them in float
         self._layouts: dict[Var, Sequence[int]] = {}
         for node in self.network.walk():
             given = node.node.contraction if isinstance(node, Int8Node) else None
@@ -88,6 +91,10 @@ class Emitter:
         if isinstance(atom, Scalar):
             dtype = elementwise.onnx_dtype(atom.dtype)
             return Value(self.builder.constant(atom.array().astype(dtype)), (), ())
+        if atom in self._weights and atom not in self._floats:
+            weight = self._weights[atom]
+            order = straight(len(weight.shape))
+            self._floats[atom] = stored.dequantized(self.builder, weight, order)
         if atom not in self._floats:
             key = str(atom)
             name = self.network.leaves.get(key) or self.network.constants.get(key)
@@ -154,7 +161,10 @@ class Emitter:
                 self._int8[var] = self.quantizer.quantize(self.full(value, var), entry)
 
     def _float_node(self, node: Node) -> None:
-        if self._is_clipped_later(node):
+        if self._is_clipped_later(node) or self._is_weight(node):
+            return
+        if (result := self._on_stored(node)) is not None:
+            self._floats[node.outputs[0]] = result
             return
         values = [
             self.dequantized(x)
@@ -170,6 +180,48 @@ class Emitter:
         else:
             results = self.apply(node, values)
         self._floats.update(zip(node.outputs, results, strict=True))
+
+    def _is_weight(self, node: Node) -> bool:
+        """Take a stored weight, or its transpose, as it is: what reads it may have a form of it."""
+        weight = None
+        if node.op == "dequantize":
+            weight = self._stored(node)
+        elif node.op == "transpose" and node.inputs[0] in self._weights:
+            weight = self._weights[node.inputs[0]].transposed(node.params["permutation"])
+        if weight is not None:
+            self._weights[node.outputs[0]] = weight
+        return weight is not None
+
+    def _stored(self, node: Node) -> stored.Stored:
+        """What is stored for the weight that an operation reads first."""
+        names = [self.network.leaves[str(x)] for x in node.inputs[:2]]
+        integers, scale = (self.model.arrays[name] for name in names)
+        return stored.read(integers, scale, node.params["groups"], node.params["bits"])
+
+    def _on_stored(self, node: Node) -> Value | None:
+        """What an operation on a stored weight gives; None of one that reads it in float."""
+        given, shape = node.contraction, self.shape(node.outputs[0])
+        if node.op == "look_up":
+            (indices,) = self._copied(_reading(node, 2), [self.value(node.inputs[2])])
+            return lookups.look_up(self.builder, node, self._stored(node), indices, shape, 0)
+        pairs = enumerate(node.inputs[:2])
+        weights = [
+            (k, self._weights[x]) for k, x in pairs if isinstance(x, int) and x in self._weights
+        ]
+        if given is None or len(weights) != 1:
+            return None
+        ((position, weight),) = weights
+        is_matrix = stored.is_matrix(weight, given, position)
+        if not is_matrix and (given.window is None or position == 0):
+            return None
+        side = 1 - position
+        (x,) = self._copied(_reading(node, side), [self.value(node.inputs[side])])
+        if is_matrix:
+            is_onnxruntime = self.quantizer.target.is_onnxruntime
+            return stored.dot(self.builder, given, side, x, weight, shape, is_onnxruntime)
+        order = contraction.kernel_order(conv_form(given, weight.shape))
+        kernel = stored.dequantized(self.builder, weight, order)
+        return self._contract(node, [x, kernel], shape)
 
     def _is_clipped_later(self, node: Node) -> bool:
         """Put off a lower bound whose upper one comes behind it: both become one Clip."""
@@ -240,6 +292,11 @@ class Emitter:
         else:
             name = self.builder.ordered(kernel, contraction.kernel_order(form)).name
         return contraction.conv(self.builder, given, form, x, name, None, shape)
+
+
+def _reading(node: Node, side: int) -> Node:
+    """An operation as if it read this operand alone."""
+    return dataclasses.replace(node, inputs=(node.inputs[side],))
 
 
 def _scaled(node: Node, values: Sequence[Value]) -> Value | None:

@@ -12,7 +12,7 @@ from jaxquant._version import __version__
 from jaxquant.deploy.lower.model import Lowered, lower
 from jaxquant.deploy.lower.values import Value, straight
 from jaxquant.deploy.network import Int8Node, Node
-from jaxquant.deploy.onnx import control_flow, elementwise, operators, reduction, shaping
+from jaxquant.deploy.onnx import control_flow, elementwise, operators, reduction, shaping, stored
 from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.emitter import WITH_DTYPES, Emitter
 from jaxquant.deploy.onnx.quantization import Quantizer
@@ -100,7 +100,7 @@ def export_onnx(
     kinds = [kind for kind, since in operators.SINCE.items() if since <= newest]
     with Progress("export_onnx", progress) as shown:
         with shown.stage("tracing"):
-            lowered = lower("ONNX", qparams, qapply, shapes, constraints, kinds)
+            lowered = lower(qparams, qapply, shapes, constraints, kinds)
         with shown.stage("writing the graph"):
             builder = Builder(_opset(lowered) if opset is None else opset)
             quantizer = Quantizer(builder, lowered.scales, target, _first_factors(lowered))
@@ -114,7 +114,9 @@ def export_onnx(
 def _opset(model: Lowered) -> int:
     """The oldest opset that has the operators of a model."""
     nodes = [node for node in model.network.walk() if isinstance(node, Node)]
-    return max([_USUAL, *(operators.SINCE.get(node.op, 0) for node in nodes)])
+    needed = [operators.SINCE.get(node.op, _USUAL) for node in nodes]
+    needed += [stored.since(**node.params) for node in nodes if node.op == "dequantize"]
+    return max([_USUAL, *needed])
 
 
 def _first_factors(model: Lowered) -> frozenset[str]:
@@ -162,9 +164,10 @@ def _model(emitter: Emitter, channels_first: bool) -> Any:
         raise ValueError("the model is larger than the 2 GiB of one ONNX file")
     graph = onnx.helper.make_graph(builder.nodes, "jaxquant", inputs, outputs, initializers)
     opset = onnx.helper.make_opsetid("", builder.opset)
+    others = [onnx.helper.make_opsetid(domain, 1) for domain in sorted(builder.domains)]
     model = onnx.helper.make_model(
         graph,
-        opset_imports=[opset],
+        opset_imports=[opset, *others],
         ir_version=onnx.helper.find_min_ir_version_for([opset]),
         producer_name="jaxquant",
         producer_version=__version__,

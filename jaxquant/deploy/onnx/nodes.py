@@ -35,9 +35,11 @@ class Nodes:
         self.opset = opset
         self.onnx = import_onnx()
         self.nodes: list[Any] = []
+        self._outermost = self.nodes
         self.arrays: dict[str, np.ndarray] = {}  # the initialisers
         self._constants: dict[Any, str] = {}
         self.read: set[str] = set()  # the names that some node reads
+        self.domains: set[str] = set()  # of operators that are not ONNX's own
         self._names: set[str] = set()
         self._sizes: dict[str, tuple[str, int, int]] = {}  # name -> input, axis, what divides it
         self.scope = ""
@@ -62,6 +64,7 @@ class Nodes:
         ends = [f":{k}" if outputs > 1 else ":out" for k in range(outputs)]
         names = [self.unique(name + end) for end in ends]
         self.read.update(inputs)
+        self.domains |= {attributes["domain"]} if "domain" in attributes else set()
         make = self.onnx.helper.make_node
         self.nodes.append(make(op, list(inputs), names, name=name, **attributes))
         return names
@@ -77,6 +80,15 @@ class Nodes:
             yield self.nodes
         finally:
             self.nodes = outer
+
+    @contextlib.contextmanager
+    def outermost(self) -> Iterator[None]:
+        """What is added inside goes into the graph around all loops, before the one at hand."""
+        inner, self.nodes = self.nodes, self._outermost
+        try:
+            yield
+        finally:
+            self.nodes = inner
 
     def constant(self, array: Any, hint: str = "constant", is_shared: bool = True) -> str:
         """An initialiser; equal arrays share one, unless this one is not to be shared."""

@@ -1,0 +1,92 @@
+"""Embeddings: rows of a table of integers, dequantized behind the lookup."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jaxquant.deploy.lower.values import Size, Value
+from jaxquant.deploy.network import Node
+from jaxquant.deploy.onnx import elementwise, indexing
+from jaxquant.deploy.onnx.builder import Builder
+from jaxquant.deploy.onnx.stored import Stored
+
+
+def look_up(
+    b: Builder, node: Node, table: Stored, indices: Value, shape: tuple[Size, ...], offset: int
+) -> Value:
+    """Rows of a table [V, K].
+
+    Args:
+      b: the graph.
+      node: a gather, with what is done with an index out of range.
+      table: what is stored.
+      indices: those of the rows.
+      shape: of the result.
+      offset: what is added to the integers of the table in the file, 0 or 128 for uint8.
+    """
+    width = table.shape[1]
+    (length,) = table.layout.shape[1:]
+    scale = np.ascontiguousarray(table.scale)
+
+    # What is out of range comes by way of the scales, where it is NaN: integers have none.
+    clipped = {**node.params, "mode": "CLIP", "fill_value": None}
+    if table.bits == 4:
+        rows = _rows(b, node, clipped, _packed(table.integers), indices, shape)
+        values = _unpacked(b, rows, width)
+    else:
+        integers = (table.integers.astype(np.int16) + offset).astype(
+            np.uint8 if offset else np.int8
+        )
+        rows = _rows(b, node, clipped, integers, indices, shape)
+        inputs = [rows.name, b.constant(np.float32(1), "one")]
+        inputs += [b.constant(np.uint8(offset), "zero_point")] if offset else []
+        values = dataclasses.replace(rows, name=b.node("DequantizeLinear", inputs, "rows"))
+    units = _rows(b, node, dict(node.params), scale, indices, shape)
+    if table.layout.groups > 1:
+        group = b.constant(np.arange(length) // table.layout.size, "group")
+        name = b.node("Gather", [units.name, group], axis=units.axis(units.rank - 1))
+        units = dataclasses.replace(units, name=name, shape=values.shape)
+    return elementwise.apply(b, "Mul", [values, units])
+
+
+def _rows(
+    b: Builder,
+    node: Node,
+    params: dict[str, object],
+    array: np.ndarray,
+    indices: Value,
+    shape: tuple[Size, ...],
+) -> Value:
+    """The rows of an array [V, any]."""
+    sizes = (*shape[:-1], array.shape[1])
+    gather = dataclasses.replace(
+        node, op="gather", params={**params, "slice_sizes": (1, array.shape[1])}
+    )
+    table = Value(b.constant(array, "table"), array.shape, (0, 1))
+    emit = indexing.TABLE["gather"]
+    (rows,) = emit(b, gather, [table, indices], [sizes], [str(array.dtype), "int32"])
+    return rows
+
+
+def _packed(integers: np.ndarray) -> np.ndarray:
+    """Two integers of four bits a byte, each with 8 added: uint8 [V, K / 2], rounded up."""
+    digits = (integers + 8).astype(np.uint8)
+    digits = np.pad(digits, ((0, 0), (0, digits.shape[1] % 2)))
+    packed: np.ndarray = digits[:, ::2] | (digits[:, 1::2] << 4)
+    return packed
+
+
+def _unpacked(b: Builder, rows: Value, width: int) -> Value:
+    """The integers of packed rows in float, by a table of what every byte holds."""
+    byte = np.arange(256)
+    pairs = np.stack([byte & 15, byte >> 4], axis=-1).astype(np.float32) - 8
+    rows = b.ordered(rows, tuple(range(rows.rank)))
+    index = b.node("Cast", [rows.name], to=elementwise.ONNX_TYPES["int32"])
+    name = b.node("Gather", [b.constant(pairs, "pairs"), index], axis=0)
+    sizes: list[Size] = [*rows.shape[:-1], 2 * int(rows.shape[-1])]
+    name = b.reshape(name, [*rows.shape, 2], sizes)
+    if width % 2:
+        name = b.node("Slice", [name, *map(b.ints, ([0], [width], [rows.rank - 1]))])
+    return Value(name, (*rows.shape[:-1], width), tuple(range(rows.rank)))
