@@ -39,6 +39,7 @@ def quant_dynamic(
     *,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     weight_quantize_type: str = "channel_wise_abs_max",
+    activation_quantize_type: str = "asymmetric",
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     rules: Sequence[Rule] = (),
@@ -53,10 +54,12 @@ def quant_dynamic(
     tensors between sites stay float.  Weights are those of `jaxquant.quant_post`, and so are the
     names, the skips, the epilogues and the report.
 
-    Activations are symmetric, scale = the largest |x| / 127, with a scale for each row of a dot's
-    operand (each token of a transformer: what one output element sums over) and for each sample and
-    feature group of a convolution's input.  So what a sample gives does not depend on the others of
-    its batch, and a depthwise convolution has a scale for each channel.
+    There is a scale for each row of a dot's operand (each token of a transformer: what one output
+    element sums over) and for each sample and feature group of a convolution's input.  So what a
+    sample gives does not depend on the others of its batch, and a depthwise convolution has a scale
+    for each channel.  Rows that meet a weight have a zero point too, so that their integers take
+    256 steps from the least to the largest x; all others are symmetric, scale = the largest
+    |x| / 127.
 
     Args:
       params: pytree of float arrays, as for `jaxquant.quant_post`.
@@ -69,6 +72,7 @@ def quant_dynamic(
         with a weight), "lookup_table" (an embedding), and if asked for "conv2d_transpose" and
         "matmul" (two activations).
       weight_quantize_type: "channel_wise_abs_max" or "abs_max".
+      activation_quantize_type: "asymmetric" or "symmetric": zero points for none.
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
       rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype` alone.
       select: what of an item of `example` is given to `apply_fn`.
@@ -98,7 +102,7 @@ def quant_dynamic(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,
         weight_quantize_type=weight_quantize_type,
-        activation_quantize_type="symmetric",
+        activation_quantize_type=activation_quantize_type,
         recover=(),
         skip=skip,
         skip_first_last=skip_first_last,

@@ -111,6 +111,8 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
             yield ("params", *slot.scale), (((channels,), ()), float32)
             if site.contraction is not None and site.contraction.choosing is not None:
                 yield ("sites", site.name, "relative_scale"), (((channels,),), float32)
+            if int8_site.asymmetric:
+                yield ("sites", site.name, "weight_sum"), (((channels,),), np.dtype(np.int32))
             continue
         groups = group_layout(shape, view.channels, plan.group_size)
         by_group, pairs = list(groups.shape), list(groups.shape)

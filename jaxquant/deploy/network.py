@@ -97,6 +97,7 @@ class Int8Node:
       channel_sizes, channel_axes: where the channels are in the tensor that these give.
       output: the tensor at the end of the epilogue.
       dynamic: its operands get their scales in each call.
+      asymmetric: and the rows of its input their zero points.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Int8Node:
     channel_axes: tuple[int, ...]
     output: Var
     dynamic: bool
+    asymmetric: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -368,6 +368,7 @@ class _Translator(Tensors):
             channel_axes=epilogue.channels.axes,
             output=self.number(epilogue.output),
             dynamic=int8_site.dynamic,
+            asymmetric=int8_site.asymmetric,
         )
 
     def need_static(self, atoms: Any) -> None:

@@ -143,7 +143,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
             if epilogue.affine != affine or not known:
                 raise _other_graph([site.name])
             is_dynamic = not (mode.tensor_scales or site.is_lookup) or planned[site.name].dynamic
-            bound.append(Int8Site(site, epilogue, is_dynamic))
+            asymmetric = planned[site.name].asymmetric
+            bound.append(Int8Site(site, epilogue, is_dynamic, asymmetric))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
 

@@ -27,11 +27,13 @@ class Int8Site:
       epilogue: what its multiplier and bias stand for; of an embedding, which has neither, its end
         is the embedding's result.
       dynamic: what it reads is scaled in each call.
+      asymmetric: on grids with a zero point.
     """
 
     site: Site
     epilogue: Epilogue
     dynamic: bool
+    asymmetric: bool = False
 
     @property
     def with_scales(self) -> tuple[ir.Var, ...]:

@@ -19,9 +19,10 @@ from jaxquant.plan.constants import has_infinity, takes_constants
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.rules import Rule, first_layer, matching, setting
 
-# How many products int32 holds the sum of: of a tensor and a weight, of two tensors less their zero
-# points.
+# How many products int32 holds the sum of: of a tensor and a weight, of a tensor less its zero
+# point and a weight, of two tensors less theirs.
 LARGEST_SUM = (2**31 - 1) // (128 * 127)
+LARGEST_SUM_OF_ROWS = (2**31 - 1) // (255 * 127)
 LARGEST_SUM_OF_TENSORS = (2**31 - 1) // 255**2
 SKIP_SCOPE = "skip_quant"
 
@@ -84,6 +85,24 @@ def is_dynamic(site: Site, config: QuantConfig) -> bool:
     rules = config.all_rules
     asked = setting(rules, matching(rules, site, first_layer(site)), "dynamic", otherwise=False)
     return bool(asked) and site.kind in kinds.DOT_KINDS
+
+
+def has_asymmetric_rows(graph: ir.Graph, site: Site, config: QuantConfig) -> bool:
+    """Whether the rows of a site that is scaled in the call have zero points.
+
+    Those that meet a stored weight do, but where they choose it: then each sum would have a part
+    of its own to take away.
+    """
+    given, eqn = site.contraction, graph.equations[site.equation]
+    if given is None or not given.is_dot or given.choosing is not None:
+        return False
+    if site.stored_weight is None:
+        return False
+    if given.terms(graph.shape(eqn.inputs[1])) > LARGEST_SUM_OF_ROWS:
+        return False
+    rules, symmetric = config.all_rules, config.activation_quantize_type == "symmetric"
+    places = matching(rules, site, first_layer(site))
+    return not setting(rules, places, "symmetric", otherwise=symmetric)
 
 
 def _picked(graph: ir.Graph, site: Site) -> str:

@@ -17,6 +17,8 @@
                of multipliers; the multiplier of a channel whose weight is all zero is 0 there.
                Of a ragged dot also "relative_scale": [C], of the channels of all that rows choose
                from: the multiplier [C / G] has the largest scale of G, of which these are parts.
+               Of a dot whose rows get a scale and a zero point in the call also "weight_sum":
+               int32 [C], what a step of the zero point adds to each sum.
                Where the weights alone are quantized there is no such entry.
     "tensors": tensor -> {"scale": [], "inv_scale": []}: float32; a float is multiplied by
                `inv_scale` before rounding, an integer less the plan's zero point by `scale` to get

@@ -17,12 +17,18 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.bind import bind, is_elsewhere, layers_of
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.candidates import candidates, is_dynamic, reason_for_float, reported
+from jaxquant.plan.candidates import (
+    candidates,
+    has_asymmetric_rows,
+    is_dynamic,
+    reason_for_float,
+    reported,
+)
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
-from jaxquant.plan.modes import MODES, Mode
+from jaxquant.plan.modes import DYNAMIC, MODES, Mode
 from jaxquant.plan.plan import INT8, Plan, PlannedCut, SitePlan, TensorPlan
 from jaxquant.plan.rules import (
     Rule,
@@ -219,7 +225,7 @@ def _site_plans(model: Model, found: tuple[Site, ...], draft: _Draft) -> list[Si
         else:
             reason = reason_for_float(model, site, config)
         plan_of_site = _site_plan(graph, site, reason, mode, families)
-        plans.append(plan_of_site if reason else _with_settings(plan_of_site, site, config))
+        plans.append(plan_of_site if reason else _with_settings(graph, plan_of_site, site, config))
     return plans
 
 
@@ -292,7 +298,7 @@ def _nothing_left(reasons: set[str]) -> ValueError:
     return ValueError(f"no site is left to quantize ({'; '.join(first)}{others})")
 
 
-def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
+def _with_settings(graph: ir.Graph, plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
     """The plan of an int8 site with what the rules set for it."""
     rules = config.all_rules
     places = matching(rules, site, first_layer(site))
@@ -304,6 +310,8 @@ def _with_settings(plan: SitePlan, site: Site, config: QuantConfig) -> SitePlan:
         settings["recover"] = ()
     if is_dynamic(site, config):
         settings |= {"dynamic": True, "inputs": ()}
+    if is_dynamic(site, config) or config.mode == DYNAMIC:
+        settings["asymmetric"] = has_asymmetric_rows(graph, site, config)
     return dataclasses.replace(plan, **settings)
 
 

@@ -68,7 +68,7 @@ class SitePlan:
     how the weight and the affine operands are computed, "" for a site that does not accumulate;
     `computes_weight`: see `jaxquant.graph.sites.Site`.  `recover` are the steps that may repair an
     int8 site, `weight_bits` those of its stored weight; `dynamic`: what it reads is scaled in each
-    call.
+    call; `asymmetric`: with a zero point for each row, where it is scaled in the call.
     """
 
     name: str
@@ -84,6 +84,7 @@ class SitePlan:
     recover: tuple[str, ...] = ()
     weight_bits: int = 8
     dynamic: bool = False
+    asymmetric: bool = False
 
     @property
     def status(self) -> str:

@@ -48,8 +48,8 @@ class Rule:
       dtype: "float", or "int8" where a rule before, `skip` or `skip_first_last` says "float".
       algo: how thresholds are chosen, as in `jaxquant.quant_post`.
       symmetric: whether the grids have zero point 0 always.
-      dynamic: whether what these convolutions and dots read is scaled in each call, by the largest
-        |x| of every sample or row (each token of a transformer), as `jaxquant.quant_dynamic` does,
+      dynamic: whether what these convolutions and dots read is scaled in each call, by the range
+        of every sample or row (each token of a transformer), as `jaxquant.quant_dynamic` does,
         and not by a threshold of calibration.  It pays where few rows are far larger than the
         others, and costs time.
       recover: the recovery steps at these sites, () for none.  A tensor is equalized where all

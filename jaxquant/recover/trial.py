@@ -59,10 +59,14 @@ class Trial:
         return self._noise(self._off(*self._quantized(grid, factors)))
 
     def noise_by_row(self) -> float:
-        """The same where each row has a scale of its own, that of its largest |x|."""
-        largest = np.abs(self.inputs).max(axis=(1, 2), keepdims=True, initial=0.0)
-        steps = np.where(largest > 0, largest, 127.0) / 127.0
-        integers = np.rint(self.inputs / steps)
+        """The same where each row has a scale and a zero point of its own, for its range."""
+        low, high = (
+            reduced(self.inputs, axis=(1, 2), keepdims=True, initial=0.0)
+            for reduced in (np.min, np.max)
+        )
+        steps = np.where(high > low, high - low, 255.0) / 255.0
+        zero_points = -128 - np.rint(low / steps)
+        integers = np.clip(np.rint(self.inputs / steps) + zero_points, -128, 127) - zero_points
         return self._noise(self._off(integers, self.weight, steps.reshape(1, -1, 1)))
 
     def _noise(self, off: np.ndarray) -> float:

@@ -54,7 +54,8 @@ def scaled_in_the_call(
     eqn = graph.equations[site.equation]
 
     def lowering(state: Evaluation) -> evaluate.Values:
-        operands, scales = dynamic.quantize_operands(state.env, eqn, site)
+        scaled = dynamic.quantize_operands(state.env, eqn, int8_site)
+        operands, scales = [each.int8 for each in scaled], [each.scale for each in scaled]
         zero_points = [0] * len(operands)
         if site.stored_weight is None:
             value = _sum(graph, site, operands, zero_points, state.env)
@@ -68,6 +69,9 @@ def scaled_in_the_call(
                 scales.append(ragged.of_rows(site.as_contraction, relative, *operands))
             if total is None:
                 total = int8.accumulate(site.as_contraction, operands, zero_points)
+            if (zero_point := scaled[0].zero_point) is not None:
+                sums = state.qparams["sites"][site.name]["weight_sum"]
+                total = total - zero_point * output_channels(graph, site).spread(sums, total.ndim)
             value = total.astype(jnp.float32)
         return _finished(int8_site, value, state, scales)
 

@@ -1,56 +1,61 @@
 """int8 operands whose scales are computed in each call.
 
-Symmetric, scale = the largest |x| / 127, for the smallest parts of a tensor that an integer sum
-allows, so that no sample's scale depends on another sample: every row of a dot's operand (what is
-summed to one element), every sample and feature group of a convolution's input.
+Scales are of the smallest parts of a tensor that an integer sum allows, so that no sample's scale
+depends on another sample: every row of a dot's operand (what is summed to one element), every
+sample and feature group of a convolution's input.  They are symmetric, the largest |x| / 127, but
+for the rows that meet a stored weight: their integers take the 256 steps from the row's least to
+its largest value, 0 within, since rows are lopsided (behind a GELU, or by an outlier), and the
+zero point's part of each sum is known from the weight (`jaxquant.plan.layout`, "weight_sum").
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.contraction import Contraction
-from jaxquant.graph.sites import Site
+from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.grid import SMALLEST_SCALE
 
 
-def quantize_operands(
-    env: evaluate.Environment, eqn: ir.Equation, site: Site
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What a convolution or dot reads beside its weight, as `quantize_operand` gives it."""
-    shapes = [env.graph.shape(atom) for atom in eqn.inputs]
-    found = [
-        quantize_operand(site.as_contraction, position, env.wide(atom), shapes[1 - position])
-        for position, atom in enumerate(eqn.inputs[:2])
-        if atom != site.weight
-    ]
-    return [x for x, _ in found], [scale for _, scale in found]
+class Scaled(NamedTuple):
+    """An operand on grids of its own.
 
-
-def quantize_operand(
-    contraction: Contraction, position: int, x: jax.Array, other: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """An operand of a convolution or dot as int8, and what its integers are worth.
-
-    Args:
-      contraction: the convolution or dot.
-      position: the operand's place; 0 for a convolution.
-      x: the operand, floats.
-      other: the shape of the other operand.
-
-    Returns:
-      int8 in the shape of `x`, and float32 scales that broadcast to the shape of the result.
+    Attributes:
+      int8: in its shape.
+      scale: float32, what its integers are worth; broadcasts to the shape of the result.
+      zero_point: likewise int32, the integers that stand for zero; None for 0.
     """
-    x = x.astype(jnp.float32)
-    if contraction.window is not None:
-        return _conv_input(x, other, contraction)
-    return _dot_operand(x, position, contraction)
+
+    int8: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+
+
+def quantize_operands(
+    env: evaluate.Environment, eqn: ir.Equation, int8_site: Int8Site
+) -> list[Scaled]:
+    """What a convolution or dot reads beside its weight, on grids that are found in the call."""
+    site = int8_site.site
+    contraction, is_asymmetric = site.as_contraction, int8_site.asymmetric
+    shapes = [env.graph.shape(atom) for atom in eqn.inputs]
+    found = []
+    for position, atom in enumerate(eqn.inputs[:2]):
+        if atom == site.weight:
+            continue
+        x = env.wide(atom).astype(jnp.float32)
+        if contraction.window is not None:
+            found.append(_conv_input(x, shapes[1 - position], contraction))
+        else:
+            found.append(_dot_operand(x, position, contraction, is_asymmetric))
+    return found
 
 
 def _grid(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,22 +64,46 @@ def _grid(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     return threshold * jnp.float32(1 / 127), jnp.float32(127) / threshold
 
 
+def _asymmetric_grid(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scale, its inverse and the zero point (a float) of what lies in [low, high], 0 in it.
+
+    No product is added to anything before it is rounded: a compiler may round both at once in one
+    place and not in another, and the zero point is needed in two.
+    """
+    half = high * jnp.float32(0.5) - low * jnp.float32(0.5)  # exact; the whole may overflow
+    scale = jnp.maximum(half * jnp.float32(2 / 255), jnp.float32(SMALLEST_SCALE))
+    inverse = jnp.float32(1) / scale
+    zero_point = -128 - lax.round(low * inverse, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return scale, inverse, lax.clamp(jnp.float32(-128), zero_point, jnp.float32(127))
+
+
 def _dot_operand(
-    x: jax.Array, position: int, contraction: Contraction
-) -> tuple[jax.Array, jax.Array]:
-    """A scale for each index along the axes that are not summed over."""
+    x: jax.Array, position: int, contraction: Contraction, is_asymmetric: bool
+) -> Scaled:
+    """A grid for each index along the axes that are not summed over."""
     own = contraction.operands[position]
-    threshold = jnp.max(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
-    scale, inverse = _grid(threshold)
     kept = (*own.batch, *own.free)
-    ordered = scale.transpose([*kept, *own.contracted])
     shape = contraction.spread_shape(position, [x.shape[a] for a in kept])
-    return int8.quantize(x, inverse), ordered.reshape(shape)
+
+    def at_the_result(rows: jax.Array) -> jax.Array:
+        return rows.transpose([*kept, *own.contracted]).reshape(shape)
+
+    if not is_asymmetric:
+        threshold = jnp.max(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
+        scale, inverse = _grid(threshold)
+        return Scaled(int8.quantize(x, inverse), at_the_result(scale))
+    low, high = (
+        reduced(x, axis=own.contracted, keepdims=True, initial=0) for reduced in (jnp.min, jnp.max)
+    )
+    scale, inverse, zero_point = _asymmetric_grid(low, high)
+    return Scaled(
+        int8.quantize(x, inverse, zero_point),
+        at_the_result(scale),
+        at_the_result(zero_point).astype(jnp.int32),
+    )
 
 
-def _conv_input(
-    x: jax.Array, kernel: tuple[int, ...], contraction: Contraction
-) -> tuple[jax.Array, jax.Array]:
+def _conv_input(x: jax.Array, kernel: tuple[int, ...], contraction: Contraction) -> Scaled:
     """A scale for each sample and feature group."""
     own, (samples, channels) = contraction.operands[0], contraction.result.free
     rows = x.transpose((*own.free, *own.contracted, *own.window))
@@ -82,7 +111,8 @@ def _conv_input(
     scale, inverse = _grid(jnp.max(jnp.abs(rows), axis=2, initial=0))
     inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
     spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)
-    return int8.quantize(x, spread), _by_channel(scale, outputs, (*samples, *channels), x.ndim)
+    worth = _by_channel(scale, outputs, (*samples, *channels), x.ndim)
+    return Scaled(int8.quantize(x, spread), worth)
 
 
 def _by_channel(scale: jax.Array, channels: int, axes: Sequence[int], rank: int) -> jax.Array:

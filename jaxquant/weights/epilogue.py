@@ -27,9 +27,14 @@ def accumulator_terms(
     Returns:
       [C]; and [C] or None.
     """
-    summed = tuple(a for a in range(int8.ndim) if a not in axes)
-    sums = int8.sum(axis=summed, dtype=np.int64).reshape(-1)
+    sums = sums_by_channel(int8, axes)
     return np.broadcast_to(unit, sums.shape), zero_point * sums if zero_point else None
+
+
+def sums_by_channel(int8: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """The sums of a weight over all but its channels' `axes`: int64 [C]."""
+    summed = tuple(a for a in range(int8.ndim) if a not in axes)
+    return int8.sum(axis=summed, dtype=np.int64).reshape(-1)
 
 
 @np.errstate(over="ignore")  # refused at the end

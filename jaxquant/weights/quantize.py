@@ -20,7 +20,13 @@ from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
-from jaxquant.weights.epilogue import accumulator_terms, compose, epilogue_arrays, whole_steps
+from jaxquant.weights.epilogue import (
+    accumulator_terms,
+    compose,
+    epilogue_arrays,
+    sums_by_channel,
+    whole_steps,
+)
 from jaxquant.weights.fold import fold, leaves_of_layers
 from jaxquant.weights.groups import quantize_groups
 from jaxquant.weights.integers import (
@@ -152,6 +158,8 @@ def _quantize_graph(
                 largest, others["relative_scale"] = relative_scales(site, weight, scale)
                 accumulator = largest * accumulator
             else:
+                if int8_site.asymmetric:
+                    others["weight_sum"] = sums_by_channel(int8, axes).astype(np.int32)
                 accumulator, offset = accumulator_terms(int8, axes, scale * accumulator, zero_point)
                 accumulator = accumulator * channels_in_use(weight, axes)
         arrays = epilogue_arrays(int8_site, operands, accumulator, offset) | others

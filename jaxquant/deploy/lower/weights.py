@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.model import Lowered
 from jaxquant.deploy.network import Int8Node
-from jaxquant.weights.epilogue import LARGEST_BIAS
+from jaxquant.weights.epilogue import LARGEST_BIAS, sums_by_channel
 
 
 class SiteArrays(NamedTuple):
@@ -58,8 +58,7 @@ def site_arrays(model: Lowered, site: Int8Node) -> SiteArrays:
         return SiteArrays(int8, multiplier, None)
     bias = np.broadcast_to(arrays["bias"].astype(np.float64), channels)
     if zero_point and site.weight:
-        summed = tuple(a for a in range(int8.ndim) if a not in site.weight_axes)
-        bias = bias + multiplier * zero_point * int8.sum(summed, dtype=np.int64).reshape(-1)
+        bias = bias + multiplier * zero_point * sums_by_channel(int8, site.weight_axes)
     return SiteArrays(int8, multiplier, bias)
 
 

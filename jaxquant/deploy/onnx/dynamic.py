@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def dot(e: Emitter, site: Int8Node) -> Value:
     if len(values) < len(sides):  # a tensor with itself
         values = values * 2
     factors = [
-        _rounded(e, value, given.operands[side].contracted)
+        _rounded(e, value, given.operands[side].contracted, site.asymmetric)
         for value, side in zip(values, sides, strict=True)
     ]
     if is_weighted:
@@ -69,41 +70,83 @@ def _integer_dot(e: Emitter, site: Int8Node, x: Value) -> Value:
     name = x.name
     if len(own.contracted) != 1:
         name = b.reshape(name, x.physical, [*(x.shape[axis] for axis in own.free), width])
-    inverse, scale = _grid(e, name, [len(own.free)])
-    # uint8 with zero point 128: runtimes multiply that by every form of a weight.
-    rows = b.node("Round", [b.node("Mul", [name, inverse])])
-    rows = b.node("Add", [rows, b.constant(np.float32(128))])
-    rows = b.node("Cast", [rows], to=elementwise.ONNX_TYPES["uint8"])
     matrix = int8.transpose((*weight.contracted, *weight.free)).reshape(width, -1)
     integers, zero_point = e.quantizer.integers(matrix, (), e.quantizer.target.dot_weight())
-    inputs = [rows, integers, b.constant(np.uint8(128), "zero_point"), zero_point]
-    total = b.node("Cast", [b.node("MatMulInteger", inputs)], to=elementwise.ONNX_TYPES["float32"])
+    # uint8 with zero point 128: runtimes multiply that by every form of a weight.
+    middle = [integers, b.constant(np.uint8(128), "zero_point"), zero_point]
+    grid = _grid(e, name, [len(own.free)], site.asymmetric)
+    rows = b.node("Add", [_integers(e, name, grid), b.constant(np.float32(128))])
+    rows = b.node("Cast", [rows], to=elementwise.ONNX_TYPES["uint8"])
+    total = b.node("MatMulInteger", [rows, *middle])
+    if grid.zero_point is not None:
+        sums = b.constant(matrix.sum(axis=0, dtype=np.int64).astype(np.int32), "weight_sum")
+        shift = b.node("Cast", [grid.zero_point], to=elementwise.ONNX_TYPES["int32"])
+        total = b.node("Sub", [total, b.node("Mul", [shift, sums])])
+    total = b.node("Cast", [total], to=elementwise.ONNX_TYPES["float32"])
     steps = b.constant(multiplier.astype(np.float32), "steps")
     # One after the other: of the product of both scales ONNX Runtime 1.32 makes a fused operator
     # with MatMulInteger, which loses the bias.
-    name = b.node("Mul", [b.node("Mul", [total, steps]), scale])
+    name = b.node("Mul", [b.node("Mul", [total, steps]), grid.scale])
     if bias is not None:
         name = b.node("Add", [name, b.constant(bias.astype(np.float32), "bias")])
     return contraction.of_rows(b, given, side, name, e.shape(site.node.outputs[0]))
 
 
-def _rounded(e: Emitter, value: Value, summed: Sequence[int]) -> Value:
+def _rounded(e: Emitter, value: Value, summed: Sequence[int], is_asymmetric: bool) -> Value:
     """A tensor on the grids of its rows, in float: `summed` are the axes along a row."""
-    value = e.builder.plain(value)
-    inverse, scale = _grid(e, value.name, sorted(value.axis(axis) for axis in summed))
-    steps = e.builder.node("Round", [e.builder.node("Mul", [value.name, inverse])])
-    return dataclasses.replace(value, name=e.builder.node("Mul", [steps, scale]))
+    b, value = e.builder, e.builder.plain(value)
+    grid = _grid(e, value.name, sorted(value.axis(axis) for axis in summed), is_asymmetric)
+    steps = _integers(e, value.name, grid)
+    if grid.zero_point is not None:
+        steps = b.node("Sub", [steps, grid.zero_point])
+    return dataclasses.replace(value, name=b.node("Mul", [steps, grid.scale]))
 
 
-def _grid(e: Emitter, name: str, axes: Sequence[int]) -> tuple[str, str]:
-    """What rows along some physical axes are multiplied by before they are rounded, and after."""
+class _Grid(NamedTuple):
+    """The grids of rows, float32 tensors; the zero points too, None where they are 0."""
+
+    inverse: str
+    scale: str
+    zero_point: str | None = None
+
+
+def _integers(e: Emitter, name: str, grid: _Grid) -> str:
+    """A tensor in steps of its grids, as floats."""
     b = e.builder
-    largest = b.node("Abs", [name])
+    steps = b.node("Round", [b.node("Mul", [name, grid.inverse])])
+    if grid.zero_point is None:
+        return steps
+    return _clipped(e, b.node("Add", [steps, grid.zero_point]))
+
+
+def _grid(e: Emitter, name: str, axes: Sequence[int], is_asymmetric: bool) -> _Grid:
+    """The grids of rows along some physical axes, as `jaxquant.run.dynamic` computes them."""
+    b = e.builder
+    if not is_asymmetric:
+        largest = _reduced(e, "ReduceMax", b.node("Abs", [name]), axes)
+        largest = b.node("Max", [largest, b.constant(np.float32(LARGEST * SMALLEST_SCALE))])
+        inverse = b.node("Div", [b.constant(np.float32(LARGEST)), largest])
+        return _Grid(inverse, b.node("Mul", [largest, b.constant(np.float32(1 / LARGEST))]))
+    zero, half = b.constant(np.float32(0)), b.constant(np.float32(0.5))
+    low = b.node("Min", [_reduced(e, "ReduceMin", name, axes), zero])
+    high = b.node("Max", [_reduced(e, "ReduceMax", name, axes), zero])
+    width = b.node("Sub", [b.node("Mul", [high, half]), b.node("Mul", [low, half])])
+    step = b.node("Mul", [width, b.constant(np.float32(2 / 255))])
+    scale = b.node("Max", [step, b.constant(np.float32(SMALLEST_SCALE))])
+    inverse = b.node("Div", [b.constant(np.float32(1)), scale])
+    least = b.node("Round", [b.node("Mul", [low, inverse])])
+    zero_point = b.node("Sub", [b.constant(np.float32(-128)), least])
+    return _Grid(inverse, scale, _clipped(e, zero_point))
+
+
+def _clipped(e: Emitter, name: str) -> str:
+    limits = [e.builder.constant(np.float32(bound)) for bound in (-128, 127)]
+    return e.builder.node("Clip", [name, *limits])
+
+
+def _reduced(e: Emitter, operator: str, name: str, axes: Sequence[int]) -> str:
+    """ReduceMax or ReduceMin along physical axes, which keep size 1."""
+    b = e.builder
     if b.opset < 18:
-        largest = b.node("ReduceMax", [largest], axes=list(axes), keepdims=1)
-    else:
-        largest = b.node("ReduceMax", [largest, b.ints(axes)], keepdims=1)
-    least = b.constant(np.float32(LARGEST * SMALLEST_SCALE))
-    largest = b.node("Max", [largest, least])
-    inverse = b.node("Div", [b.constant(np.float32(LARGEST)), largest])
-    return inverse, b.node("Mul", [largest, b.constant(np.float32(1 / LARGEST))])
+        return b.node(operator, [name], axes=list(axes), keepdims=1)
+    return b.node(operator, [name, b.ints(axes)], keepdims=1)
