@@ -33,6 +33,20 @@ class Builder(Nodes):
         numbers = [-1 if isinstance(size, str) else size for size in sizes]
         return self.node("Reshape", [name, self.ints(numbers)])
 
+    def transposed_constant(self, matrix: np.ndarray, hint: str) -> str:
+        """A constant matrix that is in the file transposed, where something else reads that.
+
+        Runtimes transpose it once, when they load the file, and keep the form of their kernels.
+        """
+        name = self.constant(np.ascontiguousarray(matrix.T), hint)
+        with self.outermost():
+            return self.node("Transpose", [name], perm=[1, 0])
+
+    def reshaped_constant(self, name: str, shape: Sequence[int]) -> str:
+        """A constant that something else reads with other sizes."""
+        with self.outermost():
+            return self.node("Reshape", [name, self.ints(shape)])
+
     def plain(self, value: Value) -> Value:
         """The value without a factor."""
         if value.factor == 1.0:

@@ -71,7 +71,8 @@ def _integer_dot(e: Emitter, site: Int8Node, x: Value) -> Value:
     if len(own.contracted) != 1:
         name = b.reshape(name, x.physical, [*(x.shape[axis] for axis in own.free), width])
     matrix = int8.transpose((*weight.contracted, *weight.free)).reshape(width, -1)
-    integers, zero_point = e.quantizer.integers(matrix, (), e.quantizer.target.dot_weight())
+    form, is_table = e.quantizer.target.dot_weight(), site.weight in e.tables
+    integers, zero_point = e.quantizer.integers(matrix, (), form, is_table)
     # uint8 with zero point 128: runtimes multiply that by every form of a weight.
     middle = [integers, b.constant(np.uint8(128), "zero_point"), zero_point]
     grid = _grid(e, name, [len(own.free)], site.asymmetric)

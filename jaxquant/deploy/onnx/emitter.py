@@ -25,6 +25,7 @@ from jaxquant.deploy.onnx import (
 )
 from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.quantization import Quantizer
+from jaxquant.deploy.onnx.target import WeightForm
 
 WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 # What emits an operation that holds others: of its operands with all their copies, its results.
@@ -59,12 +60,27 @@ class Emitter:
         self._lows: dict[Var, tuple[Value, Value]] = {}
         self._weights: dict[Var, stored.Stored] = {}  # until something reads them in float
         self._layouts: dict[Var, Sequence[int]] = {}
+        self.tables, self._unsigned = self._find_tables()
         for node in self.network.walk():
             given = node.node.contraction if isinstance(node, Int8Node) else None
             if not isinstance(node, Int8Node) or node.dynamic:
                 continue
             if given is not None and given.window is not None:
                 self._layouts.setdefault(node.operands[0], contraction.input_order(given))
+
+    def _find_tables(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The tables, by name, that rows are looked up in; those that dots read as uint8."""
+        looked_up, dequantized, multiplied = set[str](), set[str](), set[str]()
+        for node in self.network.walk():
+            if isinstance(node, Int8Node):
+                multiplied.add(node.weight)
+            elif node.op in ("look_up", "dequantize"):
+                found = looked_up if node.op == "look_up" else dequantized
+                found.add(self.network.leaves[str(node.inputs[0])])
+        target = self.quantizer.target
+        unsigned = multiplied if target.dot_weight() is WeightForm.UINT8 else set[str]()
+        unsigned |= dequantized if target.is_onnxruntime else set()
+        return frozenset(looked_up), frozenset(looked_up & unsigned)
 
     def set_input(self, var: Var, value: Value) -> None:
         self._floats[var] = value
@@ -196,14 +212,17 @@ class Emitter:
         """What is stored for the weight that an operation reads first."""
         names = [self.network.leaves[str(x)] for x in node.inputs[:2]]
         integers, scale = (self.model.arrays[name] for name in names)
-        return stored.read(integers, scale, node.params["groups"], node.params["bits"])
+        weight = stored.read(integers, scale, node.params["groups"], node.params["bits"])
+        return dataclasses.replace(weight, is_table=names[0] in self.tables)
 
     def _on_stored(self, node: Node) -> Value | None:
         """What an operation on a stored weight gives; None of one that reads it in float."""
         given, shape = node.contraction, self.shape(node.outputs[0])
         if node.op == "look_up":
             (indices,) = self._copied(_reading(node, 2), [self.value(node.inputs[2])])
-            return lookups.look_up(self.builder, node, self._stored(node), indices, shape, 0)
+            table = self._stored(node)
+            is_unsigned = self.network.leaves[str(node.inputs[0])] in self._unsigned
+            return lookups.look_up(self.builder, node, table, indices, shape, is_unsigned)
         pairs = enumerate(node.inputs[:2])
         weights = [
             (k, self._weights[x]) for k, x in pairs if isinstance(x, int) and x in self._weights

@@ -14,7 +14,12 @@ from jaxquant.deploy.onnx.stored import Stored
 
 
 def look_up(
-    b: Builder, node: Node, table: Stored, indices: Value, shape: tuple[Size, ...], offset: int
+    b: Builder,
+    node: Node,
+    table: Stored,
+    indices: Value,
+    shape: tuple[Size, ...],
+    is_unsigned: bool,
 ) -> Value:
     """Rows of a table [V, K].
 
@@ -24,7 +29,7 @@ def look_up(
       table: what is stored.
       indices: those of the rows.
       shape: of the result.
-      offset: what is added to the integers of the table in the file, 0 or 128 for uint8.
+      is_unsigned: the table is in the file as uint8, 128 more, as a dot reads it.
     """
     width = table.shape[1]
     (length,) = table.layout.shape[1:]
@@ -36,12 +41,12 @@ def look_up(
         rows = _rows(b, node, clipped, _packed(table.integers), indices, shape)
         values = _unpacked(b, rows, width)
     else:
-        integers = (table.integers.astype(np.int16) + offset).astype(
-            np.uint8 if offset else np.int8
-        )
+        offset = 128 if is_unsigned else 0
+        shifted = table.integers.astype(np.int16) + offset
+        integers = shifted.astype(np.uint8 if is_unsigned else np.int8)
         rows = _rows(b, node, clipped, integers, indices, shape)
         inputs = [rows.name, b.constant(np.float32(1), "one")]
-        inputs += [b.constant(np.uint8(offset), "zero_point")] if offset else []
+        inputs += [b.constant(np.uint8(offset), "zero_point")] if is_unsigned else []
         values = dataclasses.replace(rows, name=b.node("DequantizeLinear", inputs, "rows"))
     units = _rows(b, node, dict(node.params), scale, indices, shape)
     if table.layout.groups > 1:

@@ -84,33 +84,46 @@ class Quantizer:
         scale = self.builder.constant(np.float32(self._scales.scale(entry)), "scale")
         return [scale, self.builder.constant(self.zero(entry), "zero_point")]
 
-    def weight(self, weight: Weight, form: WeightForm) -> str:
-        """The dequantized weight: an initialiser of integers and its scales, or one of floats."""
+    def weight(self, weight: Weight, form: WeightForm, is_table: bool = False) -> str:
+        """The dequantized weight: an initialiser of integers and its scales, or one of floats.
+
+        With `is_table` rows of its transpose are looked up too.
+        """
         if form is WeightForm.FLOAT:
             along = [1] * weight.int8.ndim
             along[weight.axis] = weight.scale.size
             return self.builder.constant(weight.int8 * weight.scale.reshape(along), "weight")
-        integers, zero_point = self.integers(weight.int8, weight.scale.shape, form)
+        integers, zero_point = self.integers(weight.int8, weight.scale.shape, form, is_table)
         scale = self.builder.constant(weight.scale, "weight_scale")
         axis = {"axis": weight.axis} if weight.scale.ndim else {}
         inputs = [integers, scale, zero_point]
         return self.builder.node("DequantizeLinear", inputs, "weight", **axis)
 
     def integers(
-        self, int8: np.ndarray, zero_shape: tuple[int, ...], form: WeightForm
+        self,
+        int8: np.ndarray,
+        zero_shape: tuple[int, ...],
+        form: WeightForm,
+        is_table: bool = False,
     ) -> tuple[str, str]:
         """The initialisers of a weight's integers and of their zero point, of this shape.
 
         int8 ones are shared with no other node: ONNX Runtime replaces both, once for each node,
         where the session option session.x64quantprecision makes weights uint8, and fails to load
-        the model where they are replaced already.
+        the model where they are replaced already.  A table of which rows are looked up too is in
+        the file once, transposed.
         """
         is_unsigned = form is WeightForm.UINT8
         dtype, offset = (np.uint8, 128) if is_unsigned else (np.int8, 0)
         shifted = (int8.astype(np.int16) + offset).astype(dtype)
         zero_point = np.full(zero_shape, offset, dtype)
+        hint = f"weight_{shifted.dtype}"
+        if is_table:
+            name = self.builder.transposed_constant(shifted, hint)
+        else:
+            name = self.builder.constant(shifted, hint, is_shared=is_unsigned)
         return (
-            self.builder.constant(shifted, f"weight_{shifted.dtype}", is_shared=is_unsigned),
+            name,
             self.builder.constant(zero_point, "weight_zero_point", is_shared=is_unsigned),
         )
 

@@ -80,11 +80,11 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
     width = math.prod(int8.shape[axis] for axis in own.contracted)
     matrix = int8.transpose((*own.contracted, *own.free)).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
-    weight_form = e.quantizer.target.dot_weight()
     # Behind a MatMul runtimes add the bias in float32; its steps are for a Gemm, in integers.
     is_gemm = len(given.operands[side].free) == 1
     bias_name = e.quantizer.bias(weight) if is_gemm else e.quantizer.float_bias(weight)
-    names = e.quantizer.weight(weight, weight_form), bias_name
+    weight_form, is_table = e.quantizer.target.dot_weight(), site.weight in e.tables
+    names = e.quantizer.weight(weight, weight_form, is_table), bias_name
     return _moved(e, site, contraction.weighted_dot(e.builder, given, side, x, *names, shape))
 
 

@@ -38,6 +38,8 @@ class Stored:
       layout: its groups.
       bits: of the integers.
       axes: for each axis of the weight, which axis of `layout.permuted` it is.
+      is_table: rows of it are looked up too, which then read what a dot does: it is in the file
+        once, as [V, K].
     """
 
     integers: np.ndarray
@@ -45,6 +47,12 @@ class Stored:
     layout: GroupLayout
     bits: int
     axes: tuple[int, ...]
+    is_table: bool = False
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a lookup and a dot may read one array; ONNX picks no rows of 4-bit integers."""
+        return self.is_table and self.bits == 8
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,36 +163,53 @@ def dot(
     if packed is None:
         name = b.node("MatMul", [name, _matrix(b, integers, scale, stored)])
     else:
-        arrays, attributes = packed
-        constants = [b.constant(array, f"weight_{array.dtype}") for array in arrays]
-        inputs = [name, *constants]
+        words, scales, attributes = packed
+        if stored.is_shared and words.size == integers.size:
+            table = b.constant(words.reshape(len(words), -1), "table")
+            weight_name = b.reshaped_constant(table, words.shape)
+        else:
+            weight_name = b.constant(words, "weight_uint8")
+        inputs = [name, weight_name, b.constant(scales, "weight_scale")]
         name = b.node("MatMulNBits", inputs, domain=_CONTRIBUTED, **attributes)
     return contraction.of_rows(b, given, side, name, shape)
 
 
 def _matrix(b: Builder, integers: np.ndarray, scale: np.ndarray, stored: Stored) -> str:
     """A matrix [K, N] in float of its integers and their scales [G, N]."""
+    turned = stored.is_shared
     if len(scale) == 1:
-        return _dequantize(b, integers, scale[0], stored.bits, 1)
-    return _dequantize(b, integers, scale, stored.bits, 0, block_size=stored.layout.size)
+        return _dequantize(b, integers, scale[0], stored.bits, 1, turned)
+    size = stored.layout.size
+    return _dequantize(b, integers, scale, stored.bits, 0, turned, block_size=size)
 
 
 def _dequantize(
-    b: Builder, integers: np.ndarray, scale: np.ndarray, bits: int, axis: int, **block: int
+    b: Builder,
+    integers: np.ndarray,
+    scale: np.ndarray,
+    bits: int,
+    axis: int,
+    turned: bool = False,
+    **block: int,
 ) -> str:
+    """Integers times their scales; with `turned`, a matrix that is in the file transposed."""
     if (bits == 4 or block) and b.opset < BLOCKS_SINCE:
         what = "of 4 bits" if bits == 4 else "with scales for groups of a channel"
         raise NotCovered(f"weights {what} before opset {BLOCKS_SINCE}")
     stored = integers.astype(_FOUR_BITS) if bits == 4 else integers
-    names = [b.constant(stored, f"weight_int{bits}"), b.constant(scale, "weight_scale")]
+    if turned:
+        name = b.transposed_constant(stored, "table")
+    else:
+        name = b.constant(stored, f"weight_int{bits}")
     with b.outermost():  # a loop reads the float: once for all its steps
+        names = [name, b.constant(scale, "weight_scale")]
         return b.node("DequantizeLinear", names, "weight", axis=axis, **block)
 
 
 def _packed(
     integers: np.ndarray, scale: np.ndarray, stored: Stored
-) -> tuple[list[np.ndarray], dict[str, Any]] | None:
-    """What MatMulNBits reads of a matrix [K, N], and its attributes; None where it has no form.
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]] | None:
+    """What MatMulNBits reads of a matrix [K, N]: words, scales and attributes; None for no form.
 
     Its blocks are of a power of two, 16 or more.  Rows are padded to whole blocks with zeros, which
     are 8 or 128 there.
@@ -201,4 +226,4 @@ def _packed(
     padded: np.ndarray = digits[:, ::2] | (digits[:, 1::2] << 4) if bits == 4 else digits
     words = padded.reshape(columns, blocks, size * bits // 8)
     attributes = {"K": rows, "N": columns, "bits": bits, "block_size": size, "accuracy_level": 1}
-    return [words, np.ascontiguousarray(scale.T)], attributes
+    return words, np.ascontiguousarray(scale.T), attributes

@@ -16,13 +16,16 @@ def session(path, **settings):
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     for name, value in settings.items():
-        setattr(options, name, value)
+        if "." in name:
+            options.add_session_config_entry(name, value)
+        else:
+            setattr(options, name, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run(path, *inputs):
+def run(path, *inputs, **settings):
     """All outputs for the flattened inputs, in the order of the file."""
-    active = session(path)
+    active = session(path, **settings)
     names = [entry.name for entry in active.get_inputs()]
     return active.run(None, dict(zip(names, map(np.asarray, jax.tree.leaves(inputs)), strict=True)))
 
