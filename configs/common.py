@@ -54,7 +54,7 @@ SETTINGS: settings.Settings = {
     ),
     "is_full_quantize": (False, "all kinds become int8"),
     "weight_quantize_type": ("channel_wise_abs_max", "or abs_max: one scale for each weight"),
-    "activation_quantize_type": ("asymmetric", "or symmetric"),
+    "activation_quantize_type": ("asymmetric", "or symmetric, dynamic"),
     "recover": (("outliers", "bias_correction"), "the steps that repair the int8 model"),
     "skip": ((), "patterns of sites that stay float"),
     "rules": (

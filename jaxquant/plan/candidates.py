@@ -81,9 +81,9 @@ def _why_inside(model: Model, site: Site) -> str:
 
 
 def is_dynamic(site: Site, config: QuantConfig) -> bool:
-    """Whether a rule says that what a convolution or dot reads is scaled in each call."""
-    rules = config.all_rules
-    asked = setting(rules, matching(rules, site, first_layer(site)), "dynamic", otherwise=False)
+    """Whether what a convolution or dot reads is scaled in each call, by a rule or as all are."""
+    rules, otherwise = config.all_rules, config.activation_quantize_type == "dynamic"
+    asked = setting(rules, matching(rules, site, first_layer(site)), "dynamic", otherwise)
     return bool(asked) and site.kind in kinds.DOT_KINDS
 
 

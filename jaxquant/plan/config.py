@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul", "lookup_table")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
-ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric")
+ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric", "dynamic")
 OPTIMIZE_FOR = ("size", "speed")
 DEFAULT_RECOVERY = (OUTLIERS, "bias_correction")
 
@@ -73,7 +73,9 @@ class QuantConfig:
         additions, concatenation, softmax, interpolation, shape operations, ...
       weight_quantize_type: "channel_wise_abs_max" (a scale per output channel) or "abs_max".
       activation_quantize_type: "asymmetric" (a zero point where that makes the steps smaller: all
-        256 integers for what is never negative) or "symmetric".
+        256 integers for what is never negative) or "symmetric"; or "dynamic": what convolutions and
+        dots read is scaled in each call, as `jaxquant.quant_dynamic` does, but where a rule says
+        `Rule(dynamic=False)`.
       recover: what repairs the int8 model, () for nothing; always in this order:
         "outliers" looks for dots that read a tensor of which a few channels or rows are far larger
         than all others, as in transformers, and gives them "equalization" where that halves the
@@ -227,6 +229,11 @@ class QuantConfig:
             "activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES
         )
         check_known("optimize_for", self.optimize_for, OPTIMIZE_FOR)
+        if self.mode != STATIC and self.activation_quantize_type == "dynamic":
+            raise ValueError(
+                "activation_quantize_type='dynamic' is of jaxquant.quant_post; in mode "
+                f"{self.mode!r} no tensor is calibrated: choose 'asymmetric' or 'symmetric'"
+            )
         for name in ("is_full_quantize", "skip_first_last"):
             check_flag(name, getattr(self, name))
         for pattern in self.skip:

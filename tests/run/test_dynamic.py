@@ -271,6 +271,21 @@ def test_a_rule_for_all_dots_is_the_dynamic_mode():
     assert qapply.report().tensors == dynamic.report().tensors
 
 
+def test_all_but_some_dots_are_dynamic_by_the_configuration():
+    qparams, qapply = quantized_chain([], activation_quantize_type="dynamic", recover=())
+    by_rule, other = quantized_chain(["*"], recover=())
+    np.testing.assert_array_equal(qapply(qparams, ROWS), other(by_rule, ROWS))
+    _, qapply = jaxquant.quant_post(
+        CHAIN, chain, [ROWS], activation_quantize_type="dynamic", progress=False,
+        rules=[jaxquant.Rule("last", dynamic=False)],
+    )  # fmt: skip
+    modes = {row["name"]: row["mode"] for row in qapply.report().rows}
+    assert modes.pop("last") == "int8"
+    assert set(modes.values()) == {"int8 (dynamic)"}
+    with pytest.raises(ValueError, match=r"of jaxquant\.quant_post"):
+        jaxquant.quant_dynamic(CHAIN, chain, ROWS, activation_quantize_type="dynamic")
+
+
 @pytest.mark.parametrize("recover", [(), ("equalization",)])
 def test_a_rule_for_one_dot_leaves_the_others_on_grids_of_the_plan(recover):
     """`aside` reads the tensor that `second` reads, each in its own way."""
