@@ -1,34 +1,37 @@
-"""Quantization without calibration data: dynamic int8, and weights alone."""
+"""Quantization without thresholds: dynamic int8, and weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
-from jaxquant.calibration.data import iterate
+from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
-from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag
+from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag, rule_data
 from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, WEIGHT_ONLY
-from jaxquant.plan.rules import Rule
+from jaxquant.plan.rules import STEPS_OF_WEIGHTS, Rule
 from jaxquant.plan.segments import cut_scans
+from jaxquant.plan.sensitive import eight_bit_rules
 from jaxquant.progress import Progress
-from jaxquant.recover.compare import Comparison
+from jaxquant.recover.step import Data
+from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.make import make_report
 from jaxquant.report.sqnr import UNKNOWN, measure_quality
 from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.program import program_by_site
 from jaxquant.run.qapply import Code, QuantizedApply
-from jaxquant.weights.quantize import quantize_params
 
 
 @named
@@ -110,8 +113,8 @@ def quant_dynamic(
         mode=DYNAMIC,
     )
     with Progress("quant_dynamic", progress) as shown:
-        inputs = _inputs(example, select)
-        return _quantize(params, apply_fn, inputs, config, allow_batch_dependence, shown)
+        given = _inputs(example, select)
+        return _quantize(params, apply_fn, given, config, allow_batch_dependence, shown)
 
 
 @named
@@ -122,7 +125,10 @@ def quant_weights(
     *,
     weight_bits: int = 8,
     group_size: int | None = None,
+    recover: Sequence[str] | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
+    batch_size: int | None = None,
+    batch_nums: int | None = None,
     skip: Sequence[str] = (),
     skip_first_last: bool = False,
     rules: Sequence[Rule] = (),
@@ -137,23 +143,42 @@ def quant_weights(
     one CPU device that of a dot a few rows at a time, so that memory holds the integers alone.
     Dots of up to 16 rows are native kernels there, which sum in float32 (docs/native_kernels.md).
 
-    Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127 or / 7.  With a
-    `group_size` that many neighbours share a scale: along the axes of the weight that are summed
-    over, flattened, so that the last group of a channel holds what is left and no size has to
-    divide.  Four bits want groups: 128 or fewer.
+    Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127, or of 4 bits
+    / 7 or less, down to half of that, where clipping the largest leaves a smaller squared error.
+    With a `group_size` that many neighbours share a scale: along the axes of the weight that are
+    summed over, flattened, so that the last group of a channel holds what is left and no size has
+    to divide.  Four bits want groups: 128 or fewer.
+
+    Given data, weights are not rounded to the nearest integer, but so that the errors of one are
+    made up for by others on what the float model gives each site (GPTQ; Frantar et al., 2022).
+    Convolutions are too, on the patches under their windows.  A weight for which that
+    does not lessen the error on held-out samples stays rounded to nearest, as do embeddings, which
+    sum nothing, and what reads fewer than 32 positions; the report says so for each site.  128
+    samples or more do; the data are read once for every GiB of covariances, 16 K² bytes for each
+    weight that sums K products.
+
+    With `weight_bits=4` the embeddings and the first and the last site are kept in 8 bits where all
+    of them together hold less than a fiftieth of the parameters, smallest first (the positions of
+    a transformer, not its words); the report's `rules` name them, and `rules` of your own override
+    that.
 
     Args:
       params: pytree of float arrays, as for `jaxquant.quant_post`.
       apply_fn: a pure function `apply_fn(params, *inputs)` in inference mode.
-      example: inputs to trace with, or `jax.ShapeDtypeStruct`s, as for `jaxquant.quant_dynamic`.
+      example: a data set, as for `jaxquant.quant_post`, of samples like those to come; or
+        `jax.ShapeDtypeStruct`s, as for `jaxquant.quant_dynamic`, where there are no data.
       weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
+      recover: ("gptq",) as described above, the default where data are given; () for rounding to
+        nearest, of the first batch alone.
       quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
         "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
         if asked for "conv2d_transpose".
+      batch_size, batch_nums: how `example` is read, as for `jaxquant.quant_post`.
       skip, skip_first_last: what stays float, as for `jaxquant.quant_post`.
-      rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype` and `weight_bits`.
+      rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype`, `weight_bits` and
+        `recover`.
       select: what of an item of `example` is given to `apply_fn`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
       progress: show what is being done, as `jaxquant.quant_post`.
@@ -164,7 +189,8 @@ def quant_weights(
 
     Raises:
       ValueError: an argument is not valid, `example` is empty or does not fit `apply_fn`, a weight
-        is not finite, a skip pattern matches nothing, or nothing is there to quantize.
+        or what a site reads is not finite, a skip pattern matches nothing, or nothing is there to
+        quantize.
       TypeError: a parameter is not an array.
 
     Example:
@@ -178,10 +204,17 @@ def quant_weights(
       >>> qapply.report().rows[0]["mode"]
       'int4 weights'
     """
+    has_data = not _has_shapes(example)
+    if recover and not has_data:
+        raise ValueError(
+            f"recover={tuple(recover)!r} rounds weights on data, and example is shapes alone: pass "
+            "samples, or leave recover out"
+        )
+    default = STEPS_OF_WEIGHTS if has_data else ()
     config = QuantConfig(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,
-        recover=(),
+        recover=default if recover is None else recover,
         skip=skip,
         skip_first_last=skip_first_last,
         rules=rules,
@@ -190,19 +223,58 @@ def quant_weights(
         group_size=group_size,
     )
     with Progress("quant_weights", progress) as shown:
-        inputs = _inputs(example, select)
-        return _quantize(params, apply_fn, inputs, config, allow_batch_dependence, shown)
+        given = _inputs(example, select, batch_size, batch_nums)
+        return _quantize(params, apply_fn, given, config, allow_batch_dependence, shown)
 
 
-def _inputs(example: Any, select: Any) -> tuple[Any, ...]:
-    """The arguments after `params`: of shapes as they are, of a data set its first batch."""
+class _Given(NamedTuple):
+    """What a model is traced and calibrated with.
+
+    Attributes:
+      inputs: the arguments after `params`, arrays or shapes.
+      data: all batches, of which `inputs` is the first; None of shapes.
+    """
+
+    inputs: tuple[Any, ...]
+    data: Data | None
+
+
+def _inputs(
+    example: Any, select: Any, batch_size: int | None = None, batch_nums: int | None = None
+) -> _Given:
+    """The arguments after `params`: of shapes as they are, of a data set its batches."""
     if not _has_shapes(example):
-        return next(iterate(example, batch_nums=1, select=select))
+        read = functools.partial(
+            iterate, example, batch_size=batch_size, batch_nums=batch_nums, select=select
+        )
+        total = num_batches(example, batch_size, batch_nums, select=select)
+        if not isinstance(example, Iterator):
+            return _Given(next(read()), Data(read, total))
+        batches = read()
+        first = next(batches)
+        return _Given(first, Data(_Once(itertools.chain([first], batches)), total))
     if select is not None:
         raise ValueError(
             "select picks from items of a data set; leave it out where you pass shapes"
         )
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    return _Given(tuple(example) if isinstance(example, (tuple, list)) else (example,), None)
+
+
+class _Once:
+    """Reads what can be read once alone, a generator."""
+
+    def __init__(self, batches: Iterator[tuple[Any, ...]]):
+        self._batches: Iterator[tuple[Any, ...]] | None = batches
+
+    def __call__(self) -> Iterator[tuple[Any, ...]]:
+        batches, self._batches = self._batches, None
+        if batches is None:
+            raise ValueError(
+                "the covariances of this model are summed in several passes over the data, and "
+                "example is a generator, which can be read once: pass a list, or a callable that "
+                "returns a fresh generator"
+            )
+        return batches
 
 
 def _has_shapes(tree: Any) -> bool:
@@ -214,11 +286,12 @@ def _has_shapes(tree: Any) -> bool:
 def _quantize(
     params: Any,
     apply_fn: Callable[..., Any],
-    inputs: tuple[Any, ...],
+    given: _Given,
     config: QuantConfig,
     allow_batch_dependence: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], QuantizedApply]:
+    inputs = given.inputs
     check_flag("allow_batch_dependence", allow_batch_dependence)
     check_model(params, apply_fn)
     source = FloatModel(apply_fn, params)
@@ -227,20 +300,26 @@ def _quantize(
         check_no_randomness(model.graph)
         check_weights(model.graph, model.sites, params)
         config = config.with_rules(float_tables(model, params))
+        if sensitive := eight_bit_rules(model, config):
+            config = dataclasses.replace(config, rules=(*sensitive, *config.rules))
         if not allow_batch_dependence:
             check_independence(source, inputs, fast_convolutions)
         if (cut := cut_scans(source, model, config, inputs)) is not None:
             source, model, config = cut.source, cut.model, cut.resolved(config)
         binding = make_plan(model, None, config)
-    with progress.stage("quantizing weights"):
-        qparams = quantize_params(binding, source.params)
-        program = program_by_site(binding, source.params)
+    recovered = quantize_and_recover(source, binding, [inputs], data=given.data, progress=progress)
+    program, qparams = recovered.program, recovered.qparams
     with progress.stage("comparing"):
-        known = not _has_shapes(inputs)  # of an example that is shapes alone there is nothing
-        comparison = Comparison(program, source.params)
-        quality = measure_quality(comparison, qparams, inputs) if known else UNKNOWN
-        report = make_report(program, source.params, qparams, quality, recovery={})
+        quality = UNKNOWN  # of an example that is shapes alone
+        if given.data is not None:
+            quality = measure_quality(recovered.comparison, qparams, inputs)
+        report = make_report(
+            program, source.params, qparams, quality, recovered.notes, recovered.by_site
+        )
     plan = binding.whole_plan
     warn_if_poor(source, plan, report, inputs)
     warn_if_larger(params, qparams)
-    return qparams, QuantizedApply(Code(apply_fn, params, source.cuts), plan, report, inputs)
+    qapply = QuantizedApply(Code(apply_fn, params, source.cuts), plan, report, inputs)
+    if sensitive:
+        qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in sensitive]})
+    return qparams, qapply

@@ -229,12 +229,11 @@ class _Cut:
 
 def _build(cut: _Cut, file: str | os.PathLike[str] | None, progress: Progress) -> Built:
     source, binding, examples = cut.source, cut.binding, cut.observations.examples
-    qparams, uncorrected, program, comparison, notes = quantize_and_recover(
-        source, binding, examples, file=file, progress=progress
-    )
+    recovered = quantize_and_recover(source, binding, examples, file=file, progress=progress)
+    program, qparams = recovered.program, recovered.qparams
     with progress.stage("comparing"):
-        quality = measure_quality(comparison, qparams, examples[0], uncorrected)
-        report = make_report(program, source.params, qparams, quality, notes)
+        quality = measure_quality(recovered.comparison, qparams, examples[0], recovered.uncorrected)
+        report = make_report(program, source.params, qparams, quality, recovered.notes)
         ranges = ranges_of(examples)
         code = Code(source.apply_fn, source.given, source.cuts)
         qapply = QuantizedApply(code, program.whole_plan, report, examples[0], ranges=ranges)

@@ -51,7 +51,7 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
     rule = _last_on_dtype(config.all_rules, site)
     if rule is not None and rule.dtype == "float":
         return rule.reason or f"rule {rule.pattern!r}"
-    if rule is None and config.skip_first_last and site.name in _first_and_last(model.located):
+    if rule is None and config.skip_first_last and site.name in first_and_last(model.located):
         return "first or last layer (skip_first_last)"
     if not site.inside and site.equation in model.joins:
         return "it puts together what a rule cut a scan into"
@@ -171,7 +171,8 @@ def _weightless(graph: ir.Graph, site: Site) -> str:
     return ""
 
 
-def _first_and_last(found: Sequence[Site]) -> tuple[str, str]:
+def first_and_last(found: Sequence[Site]) -> tuple[str, str]:
+    """The names of the first and the last site with a weight outside of loops; "" without one."""
     weighted = [
         site.name
         for site in found

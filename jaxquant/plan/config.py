@@ -13,9 +13,10 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
-from jaxquant.plan.modes import MODES, STATIC, WEIGHT_ONLY
+from jaxquant.plan.modes import DYNAMIC, MODES, STATIC, WEIGHT_ONLY
 from jaxquant.plan.rules import (
     OUTLIERS,
+    STEPS_OF_WEIGHTS,
     Rule,
     check_known,
     check_pattern,
@@ -207,6 +208,7 @@ class QuantConfig:
             object.__setattr__(self, name, names(name, getattr(self, name)))
         object.__setattr__(self, "recover", steps("recover", self.recover))
         check_known("mode", self.mode, MODES)
+        self._check_steps("recover", self.recover)
         valid = MODES[self.mode].kinds
         asked = [
             PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
@@ -262,13 +264,27 @@ class QuantConfig:
                 f"rule {rule.pattern!r}: weight_bits={rule.weight_bits} is of "
                 "jaxquant.quant_weights; where operations are of int8, weights are too"
             )
-        for name in (
-            () if MODES[self.mode].tensor_scales else ("algo", "symmetric", "dynamic", "recover")
-        ):
+        absent = () if self.mode == STATIC else ("algo", "symmetric", "dynamic")
+        for name in (*absent, "recover") if self.mode == DYNAMIC else absent:
             if getattr(rule, name) is not None:
                 raise ValueError(
                     f"rule {rule.pattern!r} sets {name}, which is of jaxquant.quant_post: in mode "
                     f"{self.mode!r} no tensor is calibrated"
+                )
+        self._check_steps(f"rule {rule.pattern!r}: recover", rule.recover or ())
+
+    def _check_steps(self, argument: str, steps: Sequence[str]) -> None:
+        """Raise ValueError where a recovery step is not of this mode."""
+        for step in steps:
+            mode, function = (
+                (WEIGHT_ONLY, "quant_weights")
+                if step in STEPS_OF_WEIGHTS
+                else (STATIC, "quant_post")
+            )
+            if self.mode != mode:
+                raise ValueError(
+                    f"{argument}: {step!r} is a step of jaxquant.{function}, not of mode "
+                    f"{self.mode!r}"
                 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,19 @@ from jaxquant.weights.quantize import Divisors
 
 
 @dataclasses.dataclass(frozen=True)
+class Data:
+    """All batches of calibration data.
+
+    Attributes:
+      read: gives them from the first on, in each call.
+      total: how many there are; None where that is not known.
+    """
+
+    read: Callable[[], Iterable[tuple[Any, ...]]]
+    total: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What every step is given beside the int8 model.
 
@@ -31,13 +44,20 @@ class Task:
       examples: batches of calibration samples, which may be of several shapes.
       file: where a step may keep what took long; None for nowhere.
       progress: shows the steps.
+      data: all batches, of which the examples are some; None where those are all.
     """
 
     source: FloatModel
     examples: Sequence[tuple[Any, ...]]
     file: str | os.PathLike[str] | None
     progress: Progress
+    data: Data | None = None
     _compared: dict[Any, Comparison] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def batches(self) -> Data:
+        """All batches that there are."""
+        return self.data or Data(lambda: self.examples, len(self.examples))
 
     @property
     def alike(self) -> Sequence[tuple[Any, ...]]:
@@ -76,6 +96,7 @@ class Draft:
       uncorrected: the same before bias correction; None without that step.
       divisors: what the channels of tensors are divided by before they are quantized.
       notes: a line for the report of what each step did.
+      by_site: what became of the weights of single sites, for the report.
     """
 
     program: Program
@@ -83,6 +104,7 @@ class Draft:
     uncorrected: Any = None
     divisors: Divisors = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by_site: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def replaced(self, name: str, note: str, **changes: Any) -> Draft:
         """The model with some attributes changed by a step, and a line of what it did."""

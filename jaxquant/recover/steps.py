@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.binding import Binding
+from jaxquant.plan.modes import MODES
 from jaxquant.plan.rules import RECOVERY_STEPS
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
-from jaxquant.recover.step import Draft, Step, Task
+from jaxquant.recover.step import Data, Draft, Step, Task
 from jaxquant.run.program import Program, program_by_site
 from jaxquant.weights.quantize import quantize_params
 
@@ -31,6 +32,7 @@ class Recovered(NamedTuple):
       uncorrected: its arrays before bias correction; None without that step.
       comparison: of it with the float model.
       notes: a line of what each step did.
+      by_site: what became of the weights of single sites.
     """
 
     qparams: Any
@@ -38,6 +40,7 @@ class Recovered(NamedTuple):
     program: Program
     comparison: Comparison
     notes: dict[str, str]
+    by_site: Mapping[str, str]
 
 
 def check_steps(names: Sequence[str]) -> None:
@@ -58,6 +61,7 @@ def quantize_and_recover(
     examples: Sequence[tuple[Any, ...]],
     *,
     file: str | os.PathLike[str] | None = None,
+    data: Data | None = None,
     progress: Progress,
 ) -> Recovered:
     """Quantize the parameters and repair the int8 model by the steps that its sites have.
@@ -69,14 +73,22 @@ def quantize_and_recover(
       binding: what becomes int8 of it.
       examples: batches of calibration samples.
       file: where a step may keep what took long; None for nowhere.
+      data: all calibration batches; None where the examples are all.
       progress: shows the steps.
     """
-    task = Task(source, examples, file, progress)
+    task = Task(source, examples, file, progress, data)
     with progress.stage("quantizing weights"):
         qparams = quantize_params(binding, source.params)
     draft = Draft(program_by_site(binding, source.params), qparams)
+    has_tensors = MODES[binding.plan.mode].tensor_scales
     for step in STEPS:
-        if step.is_automatic or step.is_asked_for(binding.whole_plan.recover):
+        if (step.is_automatic and has_tensors) or step.is_asked_for(binding.whole_plan.recover):
             draft = step.run(task, draft)
-    comparison = task.comparison(draft.program)
-    return Recovered(draft.qparams, draft.uncorrected, draft.program, comparison, {**draft.notes})
+    return Recovered(
+        qparams=draft.qparams,
+        uncorrected=draft.uncorrected,
+        program=draft.program,
+        comparison=task.comparison(draft.program),
+        notes={**draft.notes},
+        by_site=draft.by_site,
+    )

@@ -27,8 +27,16 @@ def make_report(
     qparams: Any,
     quality: Quality,
     recovery: Mapping[str, str],
+    by_site: Mapping[str, str] | None = None,
 ) -> Report:
-    """Collect the report's plain data; nothing of it holds a device array."""
+    """Collect the report's plain data; nothing of it holds a device array.
+
+    Args:
+      program, params, qparams: of the quantized model.
+      quality: how far it is from the float model.
+      recovery: what each recovery step did.
+      by_site: what became of the weights of single sites.
+    """
     plan = program.whole_plan
     label = MODES[plan.mode].label
     thresholds = _thresholds(plan)
@@ -64,6 +72,7 @@ def make_report(
         row["own_sqnr_db"] = quality.own.get(site.name)
         row["sqnr_db"] = quality.sites.get(site.name)
         row["by_layer"] = _by_layer(site.name, quality)
+        row["rounding"] = (by_site or {}).get(site.name, "")
         if site.name in rounded:
             row["reason"] += "; its weight is stored as the integers of another site"
         rows.append(row)

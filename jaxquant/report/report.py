@@ -26,13 +26,14 @@ _COLUMNS = (
     ("own dB", "own_sqnr_db"),
     ("SQNR dB", "sqnr_db"),
     ("epilogue", "epilogue"),
+    ("rounding", "rounding"),
     ("why float", "reason"),
 )
 _NUMBERS = ("threshold", "weight_scale", "own_sqnr_db", "sqnr_db")
-_IN_HTML_ALONE = ("weight_scale", "epilogue", "reason")  # no room; a reason has a line of its own
+# No room; a reason has a line of its own, and so has a rounding.
+_IN_HTML_ALONE = ("weight_scale", "epilogue", "rounding", "reason")
 _WIDTH = 80  # characters of a line, where the terminal does not have more
 _SHOWN_TENSORS = 6  # of the float ones, in the text
-_RIGHT = [key in _NUMBERS for _, key in _COLUMNS]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Report:
         sqnr_db (with the errors before it too), by_layer (inside scans over stacked weights one
         dict for each layer: name, own_sqnr_db, sqnr_db; those of the row are of the worst layer),
         epilogue, weight_path; None where there is no such value; see
-        `jaxquant.report.sqnr.Quality`.
+        `jaxquant.report.sqnr.Quality`; rounding (what a recovery step did with its weight, or "").
       tensors: one dict per tensor that an operation reads: name, status ("int8" | "float" |
         "fused"), reason; see `jaxquant.report.coverage`.
       summary: sites_int8, sites_float, kinds (kind -> numbers of int8 and float sites),
@@ -84,8 +85,8 @@ class Report:
         shown = [head, rule]
         for line, row in zip(lines, self.rows, strict=True):
             shown.append(line)
-            if row["reason"]:
-                shown.append(_wrapped(f"    {row['reason']}", width))
+            for told in filter(None, (row["reason"], row["rounding"])):
+                shown.append(_wrapped(f"    {told}", width))
         told = [_wrapped(line, width) for line in self._footer().splitlines()]
         return "\n".join([*shown, "", *told, *(_wrapped(x, width) for x in self._legend())])
 
@@ -93,9 +94,13 @@ class Report:
 
     def _repr_html_(self) -> str:
         dim = [row["status"] != INT8 for row in self.rows]
-        return f"{html_table(self._cells(), _RIGHT, dim)}<pre>{html.escape(self._footer())}</pre>"
+        is_told = any(row["rounding"] for row in self.rows)
+        columns = [column for column in _COLUMNS if column[1] != "rounding" or is_told]
+        right = [key in _NUMBERS for _, key in columns]
+        cells = self._cells(columns)
+        return f"{html_table(cells, right, dim)}<pre>{html.escape(self._footer())}</pre>"
 
-    def _cells(self, columns: Sequence[tuple[str, str]] = _COLUMNS) -> list[list[str]]:
+    def _cells(self, columns: Sequence[tuple[str, str]]) -> list[list[str]]:
         head = [title for title, _ in columns]
         return [head, *([_cell(row, key) for _, key in columns] for row in self.rows)]
 

@@ -1,19 +1,25 @@
 """Weights as integers of 8 or 4 bits with a scale for each group of them.
 
-Symmetric: [-127, 127] or [-7, 7], scale = the largest |w| of the group over 127 or 7, round half to
-even.  A group that is all zero has scale 1, and no scale is below the least float32 that programs
-compute with.  Two 4-bit integers share a byte: JAX keeps `jnp.int4`
-in a byte each on CPU and in files.
+Symmetric: [-127, 127] or [-7, 7], scale = a threshold of the group over 127 or 7, round half to
+even.  In 8 bits the threshold is the largest |w| of the group; in 4 bits, where a step is large, it
+is that or down to half of it, whichever leaves the least squared error: the largest weight is
+clipped where the steps of all the others are worth more.  A group that is all zero has scale 1, and
+no scale is below the least float32 that programs compute with.  Two 4-bit integers share a byte:
+JAX keeps `jnp.int4` in a byte each on CPU and in files.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import GroupLayout
 
-_LARGEST = {8: 127, 4: 7}
+LARGEST: Mapping[int, int] = {8: 127, 4: 7}  # bits -> the largest integer
+CLIPPED = tuple(n / 20 for n in range(19, 9, -1))  # of the largest |w|: thresholds that are tried
+_BLOCK = 1 << 20  # weights whose thresholds are searched together
 
 
 def quantize_groups(
@@ -43,16 +49,57 @@ def quantize_groups(
     padded = np.zeros((*rows.shape[:-1], groups * size))
     padded[..., :length] = rows
     padded = padded.reshape(*rows.shape[:-1], groups, size)
-    largest = _LARGEST[weight_bits]
+    largest = LARGEST[weight_bits]
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
-    scale = np.where(threshold > 0, np.maximum(threshold / largest, SMALLEST_SCALE), 1.0)
-    integers = np.clip(np.rint(padded / scale[..., None]), -largest, largest).astype(np.int8)
-    integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
-    integers = np.moveaxis(integers, -1, layout.axis)
-    scale = np.moveaxis(scale, -1, layout.axis)
     if weight_bits == 4:
-        return pack(integers, layout.axis), scale
-    return integers.reshape(layout.permuted).transpose(layout.inverse), scale
+        threshold = _least_error(padded, threshold, largest)
+    scale = np.where(threshold > 0, np.maximum(threshold / largest, SMALLEST_SCALE), 1.0)
+    integers = _rounded(padded, scale, largest).astype(np.int8)
+    integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
+    return stored(np.moveaxis(integers, -1, layout.axis), layout, weight_bits), np.moveaxis(
+        scale, -1, layout.axis
+    )
+
+
+def stored(integers: np.ndarray, layout: GroupLayout, weight_bits: int) -> np.ndarray:
+    """Integers int8 in `layout.shape` as they are stored; see `quantize_groups`."""
+    if weight_bits == 4:
+        return pack(integers, layout.axis)
+    return integers.reshape(layout.permuted).transpose(layout.inverse)
+
+
+def in_layout(integers: np.ndarray, layout: GroupLayout, weight_bits: int) -> np.ndarray:
+    """Stored integers as int8 in `layout.shape`: what `stored` was given."""
+    if weight_bits == 4:
+        return unpack(integers, layout.axis, layout.shape[layout.axis])
+    return np.asarray(integers).transpose(layout.order).reshape(layout.shape)
+
+
+def _rounded(groups: np.ndarray, scale: np.ndarray, largest: int) -> np.ndarray:
+    """Groups [..., size] in whole steps of their scales [...]."""
+    return np.clip(np.rint(groups / scale[..., None]), -largest, largest)
+
+
+def _least_error(groups: np.ndarray, threshold: np.ndarray, largest: int) -> np.ndarray:
+    """The thresholds [...] with the least squared error of groups [..., size].
+
+    Args:
+      groups: the weights.
+      threshold: [...], the largest |w| of each group.
+      largest: integer.
+    """
+    flat, found = groups.reshape(-1, groups.shape[-1]), threshold.reshape(-1).copy()
+    count = max(1, _BLOCK // max(flat.shape[-1], 1))
+    for first in range(0, len(flat), count):  # a few rows at a time: each trial copies them
+        some, own = flat[first : first + count], found[first : first + count]
+        most, least = own.copy(), np.full(own.shape, np.inf)
+        for part in (1.0, *CLIPPED):
+            scale = np.maximum(most * part / largest, SMALLEST_SCALE)
+            off = _rounded(some, scale, largest) * scale[..., None] - some
+            error = np.einsum("gk,gk->g", off, off)
+            is_less = error < least
+            own[is_less], least[is_less] = (most * part)[is_less], error[is_less]
+    return found.reshape(threshold.shape)
 
 
 def pack(integers: np.ndarray, axis: int) -> np.ndarray:

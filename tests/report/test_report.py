@@ -29,6 +29,7 @@ KEYS = {
     "sqnr_db",
     "epilogue",
     "inputs",
+    "rounding",
     "weight_path",
 }
 SUMMARY = {

@@ -12,7 +12,10 @@ settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=50)
 
 
 def fake_groups(weight, channels, group_size, bits):
-    """`weight` rounded to the grids of its groups, one channel at a time; float64."""
+    """`weight` rounded to the grids of its groups, one channel at a time; float64.
+
+    In 4 bits the threshold of a group is 100, 95, ..., 50 % of its largest |w|, as it likes best.
+    """
     largest = 2 ** (bits - 1) - 1
     rows = np.moveaxis(np.asarray(weight).astype(np.float64), channels, range(len(channels)))
     shape = rows.shape
@@ -22,9 +25,15 @@ def fake_groups(weight, channels, group_size, bits):
     for i, row in enumerate(rows):
         for start in range(0, len(row), size):
             group = row[start : start + size]
-            scale = np.float32(np.abs(group).max() / largest)
-            if scale:
-                found[i, start : start + size] = np.rint(group / scale) * scale
+            tried = []
+            for part in range(20, 9, -1) if bits == 4 else [20]:
+                scale = np.abs(group).max() * part / 20 / largest
+                if scale:
+                    integers = np.clip(np.rint(group / scale), -largest, largest)
+                    error = ((integers * scale - group) ** 2).sum()
+                    tried.append((error, integers * np.float32(scale)))
+            if tried:
+                found[i, start : start + size] = min(tried, key=lambda pair: pair[0])[1]
     return np.moveaxis(found.reshape(shape), range(len(channels)), channels)
 
 
@@ -74,6 +83,14 @@ def test_a_group_of_zeros_and_ties():
     integers, scale = quantize_groups(weight, group_layout((1, 6), (0,), 2), 8)
     assert scale.tolist() == [[1.0, 1.0, 2.5 / 127]]
     assert integers[0, :4].tolist() == [0, 0, 127, 0]
+
+
+def test_four_bits_clip_a_weight_that_costs_all_others_their_steps():
+    weight = np.array([[10.0, *[1.0, -1.0] * 40]])  # steps of 10 / 7 lose the others
+    layout = group_layout((1, 81), (0,), None)
+    _, scale = quantize_groups(weight, layout, 4)
+    assert scale.tolist() == [[8 / 7]]  # 2² + 80 (8 / 7 - 1)² is the least of those tried
+    assert quantize_groups(weight, layout, 8)[1].tolist() == [[10 / 127]]
 
 
 @pytest.mark.parametrize(

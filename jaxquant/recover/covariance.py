@@ -1,0 +1,233 @@
+"""How the inputs of sites vary together: sums of x xᵀ over calibration data, streamed.
+
+A site is a product of matrices (`jaxquant.recover.product`): each output position reads G vectors x
+[K], one for each group of features (one, but for grouped convolutions).  Of a convolution x is the
+patch that its window holds.  The sums [G, K, K] are those of the float model, in float32 within a
+batch and in float64 on the host across batches; sites that read one tensor alike share them.
+
+The last quarter of the positions of every batch, its last samples, is summed apart: it is held out
+from what is made of the rest.  Where there are fewer than four (single tokens, steps of a loop),
+every fourth evaluation is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.graph import evaluate, ir
+from jaxquant.graph.model import FloatModel, Model
+from jaxquant.graph.sites import Site
+from jaxquant.plan.bind import bind
+from jaxquant.plan.plan import Plan
+from jaxquant.recover.looks import Look, States, look_at
+from jaxquant.recover.product import Product
+from jaxquant.run.layers import Layer
+
+POSITIONS = 16384  # of a site's output that are summed of each batch, at most
+HELD_OUT = 4  # one position of so many
+KEPT, APART = 0, 1  # the parts of the sums
+
+
+class Sums(NamedTuple):
+    """What was summed of the vectors that a site reads, in its two parts.
+
+    Attributes:
+      products: [2, G, K, K], Σ x xᵀ.
+      counts: [2], of how many positions.
+      evaluations: [], of the graph, how many there were.
+    """
+
+    products: Any
+    counts: Any
+    evaluations: Any
+
+
+# Site -> layer -> its sums; sites that read one tensor alike have the same arrays.
+Found: TypeAlias = Mapping[str, Mapping[Layer, Sums]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A site whose inputs are summed.
+
+    Attributes:
+      model: of the graph that it is in.
+      product: the site.
+    """
+
+    model: Model
+    product: Product
+
+    @property
+    def site(self) -> Site:
+        return self.product.site
+
+    @property
+    def shared(self) -> Any:
+        """Equal for sites of one graph that read the same vectors."""
+        site, weight = self.site, self.site.weight
+        assert weight is not None
+        kernel = tuple(self.product.graph.shape(weight)[a] for a in site.weight_axes.window)
+        return self.model, site.operands[0], site.input_axes, site.as_contraction.window, kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its sums of products, with an axis for each scan over stacked weights around it."""
+        groups, sums, _ = self.product.matrix_shape
+        return (*self.model.scans, 2, groups, sums, sums)
+
+    @property
+    def look(self) -> Look:
+        """Adds what one evaluation of its graph shows."""
+        return Look((self.site.operands[0],), self._add)
+
+    def start(self, evaluations: Any) -> Sums:
+        """No sums yet, behind so many evaluations in other batches."""
+        scans = self.model.scans
+        evaluations = jnp.broadcast_to(jnp.asarray(evaluations, jnp.int32), scans)
+        counts = jnp.zeros((*scans, 2), jnp.int32)
+        return Sums(jnp.zeros(self.shape, jnp.float32), counts, evaluations)
+
+    def _add(self, state: Sums, env: evaluate.Environment) -> Sums:
+        x, positions = env.read(self.site.operands[0]), self.product.positions
+        index = np.arange(positions)
+        if positions > POSITIONS:
+            drawn = np.random.default_rng(0).choice(positions, POSITIONS, replace=False)
+            index = np.sort(drawn)
+        rows = self.product.inputs(x, 0, index)
+        count = len(index)
+        if count < HELD_OUT:
+            is_apart = state.evaluations % HELD_OUT == HELD_OUT - 1
+            part_of = jnp.stack([~is_apart, is_apart])
+            products = jnp.where(part_of[:, None, None, None], _products(rows), jnp.float32(0))
+            counts = part_of.astype(jnp.int32) * count
+        else:
+            cut = count - count // HELD_OUT
+            products = jnp.stack([_products(rows[:cut]), _products(rows[cut:])])
+            counts = jnp.asarray([cut, count - cut], jnp.int32)
+        return Sums(state.products + products, state.counts + counts, state.evaluations + 1)
+
+
+def _products(rows: jax.Array) -> jax.Array:
+    """[G, K, K] of float32 [R, G, K]."""
+    return jnp.einsum("rgk,rgl->gkl", rows, rows, precision="highest")
+
+
+def readers_of(
+    source: FloatModel, plan: Plan, inputs: tuple[Any, ...], names: Iterable[str]
+) -> list[Reader]:
+    """The sites of these names, in the model for inputs of these shapes."""
+    wanted = frozenset(names)
+    return [
+        Reader(part.model, Product(part.graph, each.site))
+        for part in bind(source.trace(inputs), plan).all_graphs()
+        for each in part.sites
+        if each.site.name in wanted
+    ]
+
+
+def sum_products(
+    source: FloatModel,
+    plan: Plan,
+    batches: Iterable[tuple[Any, ...]],
+    names: Sequence[str],
+) -> Found:
+    """Run the float model over all batches, compiled once for each of their shapes.
+
+    Args:
+      source: the float model.
+      plan: has the sites.
+      batches: the data.
+      names: the sites whose inputs are summed.
+
+    Raises:
+      ValueError: what a site reads is NaN or infinite, or too large for its square.
+    """
+    programs: dict[Any, _OfShape] = {}
+    found: dict[str, Sums] = {}
+    for number, inputs in enumerate(batches):
+        shapes = jax.tree.structure(inputs), tuple(map(_shape, jax.tree.leaves(inputs)))
+        if shapes not in programs:
+            programs[shapes] = _OfShape(source, readers_of(source, plan, inputs, names))
+        before = {name: sums.evaluations for name, sums in found.items()}
+        for name, sums in programs[shapes](inputs, before).items():
+            _check_finite(name, sums, number)
+            found[name] = _joined(found.get(name), sums)
+    every = next(iter(programs.values()))
+    return {
+        name: {layer: Sums(*(array[layer] for array in found[first]))
+               for layer in np.ndindex(scans)}
+        for name, first, scans in every.members()
+    }  # fmt: skip
+
+
+def _joined(before: Sums | None, more: Sums) -> Sums:
+    """The sums of one more batch with those before it."""
+    products, counts = np.asarray(more.products, np.float64), np.asarray(more.counts, np.int64)
+    if before is not None:
+        products, counts = before.products + products, before.counts + counts
+    return Sums(products, counts, np.asarray(more.evaluations))
+
+
+class _OfShape:
+    """The sums of the batches of one shape; what sites read alike is summed once."""
+
+    def __init__(self, source: FloatModel, readers: Sequence[Reader]):
+        self._readers = readers
+        self._model = readers[0].model.whole
+        self._params = source.params
+        self._firsts: dict[Any, Reader] = {}
+        for reader in readers:
+            self._firsts.setdefault(reader.shared, reader)
+        self._looks: dict[Model, dict[str, Look]] = {}
+        for reader in self._firsts.values():
+            self._looks.setdefault(reader.model, {})[reader.site.name] = reader.look
+        self._step = jax.jit(self._sum)
+
+    def __call__(self, inputs: tuple[Any, ...], evaluations: Mapping[str, Any]) -> dict[str, Sums]:
+        """The sums of one batch, by the first site that reads each tensor.
+
+        Args:
+          inputs: the batch.
+          evaluations: how many there were in earlier batches, by the same names.
+        """
+        before = {
+            reader.site.name: evaluations.get(reader.site.name, np.int32(0))
+            for reader in self._firsts.values()
+        }
+        found: dict[str, Sums] = self._step(self._params, jax.tree.leaves(inputs), before)
+        return found
+
+    def members(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Each site, that whose sums it shares, and the layers around it."""
+        for reader in self._readers:
+            yield reader.site.name, self._firsts[reader.shared].site.name, reader.model.scans
+
+    def _sum(self, params: Any, flat: Sequence[Any], evaluations: Mapping[str, Any]) -> States:
+        start = {
+            reader.site.name: reader.start(evaluations[reader.site.name])
+            for reader in self._firsts.values()
+        }
+        return look_at(self._looks, self._model, jax.tree.leaves(params), flat, start)
+
+
+def _shape(x: Any) -> tuple[tuple[int, ...], Any]:
+    struct = ir.struct(x)
+    return struct.shape, struct.dtype
+
+
+def _check_finite(name: str, sums: Sums, batch: int) -> None:
+    """Raise ValueError where a batch gave NaN or infinity."""
+    diagonal = np.einsum("...kk->...k", np.asarray(sums.products))
+    if not np.isfinite(diagonal).all():
+        raise ValueError(
+            f"the input of site {name!r} holds NaN or infinity in batch {batch}, or values whose "
+            "squares are beyond float32; check that batch and the float model on it, or leave the "
+            f"site's weight rounded to nearest with Rule('site:{name}', recover=())"
+        )
