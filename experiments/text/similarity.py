@@ -50,7 +50,8 @@ def main() -> None:
 def repaired(
     apply_fn: Callable[..., jax.Array], params: Any, ids: Sequence[np.ndarray]
 ) -> Iterator[tuple[str, Any, jaxquant.QuantizedApply]]:
-    """The static form with less and with more against outliers: (its name, qparams, qapply)."""
+    """The static form with less and with more against outliers, and weights that are rounded to
+    nearest: (its name, qparams, qapply)."""
     for name, options in (
         ("static, no look at outliers", {"recover": ("bias_correction",)}),
         (
@@ -59,6 +60,13 @@ def repaired(
         ),
     ):
         yield name, *jaxquant.quant_post(params, apply_fn, ids, progress=False, **options)
+    for bits, options in ((8, {}), (4, {"group_size": 32})):
+        yield (
+            f"{bits}-bit weights, rounded to nearest",
+            *jaxquant.quant_weights(
+                params, apply_fn, ids, weight_bits=bits, recover=(), progress=False, **options
+            ),
+        )
 
 
 def batches(sentences: Sequence[str], size: int = BATCH) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.sites import Site
+from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.looks import Look, States, look_at
@@ -188,7 +189,8 @@ class _OfShape:
         self._looks: dict[Model, dict[str, Look]] = {}
         for reader in self._firsts.values():
             self._looks.setdefault(reader.model, {})[reader.site.name] = reader.look
-        self._step = jax.jit(self._sum)
+        quick = compilation.quick_compilation()
+        self._step = jax.jit(self._sum, compiler_options=quick)
 
     def __call__(self, inputs: tuple[Any, ...], evaluations: Mapping[str, Any]) -> dict[str, Sums]:
         """The sums of one batch, by the first site that reads each tensor.
