@@ -36,14 +36,23 @@ def conv(
     contraction: Contraction,
     form: ConvForm,
     x: Value,
-    kernel: str,
-    bias: str | None,
+    others: Sequence[str],
     shape: tuple[Size, ...],
+    is_integer: bool = False,
 ) -> Value:
-    """A convolution with a kernel in ONNX's layout."""
+    """A convolution with a kernel in ONNX's layout.
+
+    Args:
+      b: the graph.
+      contraction: the convolution.
+      form: which ONNX has of it.
+      x: its input.
+      others: what it reads beside that: the kernel, and its bias if it has one.
+      shape: of the result.
+      is_integer: it is a ConvInteger; behind the kernel come both zero points.
+    """
     result = contraction.result
     x = b.ordered(x, input_order(contraction))
-    inputs = [x.name, kernel] + ([bias] if bias else [])
     order = (*result.free[0], *result.free[1], *result.window)
     attributes: dict[str, Any] = {
         "kernel_shape": list(form.window),
@@ -54,8 +63,8 @@ def conv(
     }
     if any(form.beyond):
         attributes["output_padding"] = list(form.beyond)
-    op = "ConvTranspose" if form.is_transposed else "Conv"
-    return Value(b.node(op, inputs, **attributes), shape, order)
+    op = "ConvTranspose" if form.is_transposed else "ConvInteger" if is_integer else "Conv"
+    return Value(b.node(op, [x.name, *others], **attributes), shape, order)
 
 
 def input_order(contraction: Contraction) -> tuple[int, ...]:

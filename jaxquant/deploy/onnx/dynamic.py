@@ -1,4 +1,7 @@
-"""Dots whose operands get their scales in each call, a row at a time, as `jaxquant.run.dynamic`."""
+"""What gets the scales of its operands in each call, as `jaxquant.run.dynamic` computes them.
+
+Every row of a dot's operand has its own, every sample and feature group of a convolution's.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxquant.deploy.lower.convolution import conv_form
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.lower.weights import Weight, site_arrays
@@ -27,13 +31,13 @@ def dot(e: Emitter, site: Int8Node) -> Value:
     float32, which gives the same but for the order of the sums.
 
     Raises:
-      NotCovered: it is a convolution, or a ragged dot.
+      NotCovered: it is a ragged dot.
     """
     given, shape = site.node.contraction, e.shape(site.node.outputs[0])
     if given is not None and given.choosing is not None:
         raise NotCovered("an int8 ragged dot, whose rows choose their weight")
     if given is None or not given.is_dot:
-        raise NotCovered("what is no dot and scales its operands in each call")
+        raise NotCovered("what is no convolution or dot and scales its operands in each call")
     values = [e.full(e.value(var), var) for var in site.operands]
     is_weighted = bool(site.weight) or site.computed_weight is not None
     if is_weighted and not given.has_batch:
@@ -48,6 +52,57 @@ def dot(e: Emitter, site: Int8Node) -> Value:
     if is_weighted:
         factors.insert(site.weight_position, _whole_weight(e, site))
     return contraction.dot(e.builder, given, factors, shape)
+
+
+def conv(e: Emitter, site: Int8Node) -> Value:
+    """The sums of a convolution times the scales of its input, without its multiplier and bias.
+
+    It is ConvInteger; ONNX has no such transposed one, which is computed in float32 on the same
+    integers.
+
+    Raises:
+      NotCovered: runtimes have no such convolution.
+    """
+    b, given, shape = e.builder, site.node.contraction, e.shape(site.node.outputs[0])
+    assert given is not None, "a convolution"
+    int8 = site_arrays(e.model, site).int8
+    form = conv_form(given, int8.shape)
+    order = contraction.kernel_order(form)
+    stored = form.kernel(int8, order)
+    (var,) = site.operands
+    x = b.ordered(e.full(e.value(var), var), contraction.input_order(given))
+
+    # One grid for each sample and feature group: [N, G, 1], then [N, channels, 1, ...].
+    rows = b.node("Reshape", [x.name, b.ints([0, form.feature_groups, -1])])
+    grid = _grid(e, rows, [2], False)
+    inputs, outputs = int8.shape[form.inputs], int8.shape[form.outputs] // form.feature_groups
+    inverse = _by_channel(e, grid.inverse, form.feature_groups, inputs, x.rank)
+    scale = _by_channel(e, grid.scale, form.feature_groups, outputs, x.rank)
+
+    steps = _integers(e, x.name, grid._replace(inverse=inverse))
+    if form.is_transposed:
+        kernel = b.constant(stored.astype(np.float32), "weight")
+        x = dataclasses.replace(x, name=steps)
+        sums = contraction.conv(b, given, form, x, [kernel], shape)
+    else:
+        steps = b.node("Add", [steps, b.constant(np.float32(128))])
+        steps = b.node("Cast", [steps], to=elementwise.ONNX_TYPES["uint8"])
+        integers, zero_point = e.quantizer.integers(stored, (), e.quantizer.target.dot_weight())
+        others = [integers, b.constant(np.uint8(128), "zero_point"), zero_point]
+        x = dataclasses.replace(x, name=steps)
+        sums = contraction.conv(b, given, form, x, others, shape, is_integer=True)
+        name = b.node("Cast", [sums.name], to=elementwise.ONNX_TYPES["float32"])
+        sums = dataclasses.replace(sums, name=name)
+    return dataclasses.replace(sums, name=b.node("Mul", [sums.name, scale]))
+
+
+def _by_channel(e: Emitter, name: str, groups: int, count: int, rank: int) -> str:
+    """[N, G, 1] for a tensor [N, channels, ...] of this rank, with so many channels a group."""
+    b = e.builder
+    if count > 1 and groups > 1:
+        name = b.node("Expand", [name, b.ints([1, 1, count])])
+    channels = groups * count if groups > 1 else 1
+    return b.node("Reshape", [name, b.ints([0, channels, *[1] * (rank - 2)])])
 
 
 def _whole_weight(e: Emitter, site: Int8Node) -> Value:

@@ -310,7 +310,7 @@ class Emitter:
             name = contraction.flipped_kernel(self.builder, form, kernel)
         else:
             name = self.builder.ordered(kernel, contraction.kernel_order(form)).name
-        return contraction.conv(self.builder, given, form, x, name, None, shape)
+        return contraction.conv(self.builder, given, form, x, [name], shape)
 
 
 def _reading(node: Node, side: int) -> Node:

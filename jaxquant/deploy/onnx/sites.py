@@ -38,8 +38,12 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
 
 
 def _dynamic(e: Emitter, site: Int8Node) -> Value:
-    """A dot whose operands get their scales in each call."""
-    value, given = dynamic.dot(e, site), site.node.contraction
+    """A convolution or dot whose operands get their scales in each call."""
+    given = site.node.contraction
+    if given is not None and given.window is not None:
+        _, multiplier, bias = site_arrays(e.model, site)
+        return _finish(e, site, dynamic.conv(e, site), multiplier, bias)
+    value = dynamic.dot(e, site)
     is_weighted = bool(site.weight) or site.computed_weight is not None
     if is_weighted and given is not None and not given.has_batch:
         return _moved(e, site, value)
@@ -65,8 +69,9 @@ def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
         if is_dot and not e.model.uses.is_quantized(site.output):
             return _moved(e, site, _integer_dot(e, site, given, form, weight, entry, shape))
         weight_form = e.quantizer.target.conv_weight(form)
-        names = e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight)
-        value = contraction.conv(e.builder, given, form, x, *names, shape)
+        names = (e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight))
+        read = [name for name in names if name]
+        value = contraction.conv(e.builder, given, form, x, read, shape)
         return _moved(e, site, value)
     side, own = 1 - site.weight_position, given.operands[site.weight_position]
     if given.has_batch:

@@ -1,4 +1,4 @@
-"""ONNX files of dots whose operands get their scales in each call."""
+"""ONNX files of convolutions and dots whose operands get their scales in each call."""
 
 import flax.linen as nn
 import jax
@@ -79,13 +79,47 @@ def test_dynamic_dots_of_scanned_layers(tmp_path):
     agree(tmp_path, qparams, qapply, ROWS[:5])
 
 
-def test_dynamic_convolutions_are_named(tmp_path):
+@pytest.mark.parametrize("processors", ["any", "vnni"])
+def test_every_form_of_convolution(tmp_path, processors):
     layout = ("NHWC", "HWIO", "NHWC")
+    forms = {
+        "plain": ((3, 3, 4, 6), {"window_strides": (2, 1)}),
+        "pointwise": ((1, 1, 4, 6), {}),
+        "grouped": ((3, 3, 2, 6), {"feature_group_count": 2}),
+        "depthwise": ((3, 3, 1, 4), {"feature_group_count": 4}),
+        "two each": ((3, 3, 1, 8), {"feature_group_count": 4, "rhs_dilation": (1, 2)}),
+        "transposed": ((3, 3, 4, 5), {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 2))}),
+    }
+    params = {name: networks.images(k, shape) for k, (name, (shape, _)) in enumerate(forms.items())}
 
     def net(p, x):
-        return jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=layout)
+        found = {}
+        for name, (_, options) in forms.items():
+            settings = {"window_strides": (1, 1), "padding": "SAME", **options}
+            y = jax.lax.conv_general_dilated(x, p[name], dimension_numbers=layout, **settings)
+            found[name] = jax.nn.relu(y + 0.5)
+        return found
 
-    params, x = {"k": networks.images(0, (3, 3, 2, 4))}, networks.images(1, (2, 5, 5, 2))
-    qparams, qapply = jaxquant.quant_dynamic(params, net, x, progress=False)
-    with pytest.raises(ValueError, match=r"scales its operands in each call.*site 'k'"):
-        jaxquant.export_onnx(tmp_path / "model.onnx", qparams, qapply)
+    sizes = np.array([1, 0.01, 30, 0], np.float32)[:, None, None, None]
+    x = networks.images(9, (4, 6, 7, 4)) * sizes
+    kinds = ("conv2d", "depthwise_conv2d", "conv2d_transpose")
+    qparams, qapply = jaxquant.quant_dynamic(
+        params, net, x, quantizable_op_type=kinds, progress=False
+    )
+    sites = {row["name"]: row["status"] for row in qapply.report().rows}
+    assert {sites[name] for name in forms} == {"int8"}
+    agree(tmp_path, qparams, qapply, x[1:], processors=processors, shapes="b, 6, 7, 4")
+
+
+def test_a_network_of_convolutions(tmp_path):
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (3, 3), (2, 2))(x))
+            x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+            return nn.Dense(5)(nn.Conv(12, (1, 1))(x).mean((1, 2)))
+
+    x = networks.images(0, (6, 8, 8, 3))
+    variables = Network().init(jax.random.key(0), x)
+    qparams, qapply = jaxquant.quant_dynamic(variables, Network().apply, x, progress=False)
+    agree(tmp_path, qparams, qapply, x[:3])
