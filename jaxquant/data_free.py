@@ -153,9 +153,10 @@ def quant_weights(
     made up for by others on what the float model gives each site (GPTQ; Frantar et al., 2022).
     Convolutions are too, on the patches under their windows.  A weight for which that
     does not lessen the error on held-out samples stays rounded to nearest, as do embeddings, which
-    sum nothing, and what reads fewer than 32 positions; the report says so for each site.  128
-    samples or more do; the data are read once for every GiB of covariances, 16 K² bytes for each
-    weight that sums K products.
+    sum nothing, what reads fewer than 32 positions, and what would take more than 4 GiB of
+    covariances: 16 K² bytes for each weight that sums K products, and each layer of a scan over
+    stacked weights; the report says so for each site.  128 samples or more do; the data are read
+    once for every GiB.
 
     With `weight_bits=4` the embeddings and the first and the last site are kept in 8 bits where all
     of them together hold less than a fiftieth of the parameters, smallest first (the positions of

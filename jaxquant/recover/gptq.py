@@ -34,6 +34,7 @@ from jaxquant.weights.groups import LARGEST
 
 DAMPINGS = (0.01, 0.1, 1.0)  # the least of them that lessens the error
 MEMORY = 1 << 30  # bytes of covariances that are summed in one pass over the data
+LARGEST_SUMS = 4 << 30  # bytes that the covariances of one weight may take, in all its layers
 FEWEST = 32  # positions to round a weight on
 Key: TypeAlias = tuple[tuple[str, ...], Layer]  # where a weight is stored, and in which layer
 
@@ -71,7 +72,9 @@ class Weight:
     def add(self, reader: Reader, layer: Layer) -> None:
         """One more site, or layer of it, that reads the weight."""
         self.readers.append((reader, layer))
-        self.reason = self.reason or reader.product.reason
+        size = _bytes(reader)
+        too_large = f"its covariances would take {size / 1e9:.1f} GB" if size > LARGEST_SUMS else ""
+        self.reason = self.reason or reader.product.reason or too_large
 
     def round(self, found: Found) -> Rounded:
         """Round the weight anew, in place, where that is better."""
@@ -124,7 +127,8 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     """Round the weights of the sites with this step anew.
 
     Reads all batches of the task, once for every `MEMORY` bytes of covariances: 16 K² bytes for a
-    site that sums K products, in each layer.
+    site that sums K products, in each layer.  A weight for which that is more than `LARGEST_SUMS`
+    stays rounded to nearest.
 
     Raises:
       ValueError: what a site reads is NaN or infinite.
@@ -187,7 +191,7 @@ def _in_passes(weights: Mapping[Key, Weight]) -> Iterator[list[Key]]:
     summed: dict[Any, int] = {}
     for keys in by_path.values():
         readers = [reader for key in keys for reader, _ in weights[key].readers]
-        own = {reader.shared: 8 * math.prod(reader.shape) for reader in readers}
+        own = {reader.shared: _bytes(reader) for reader in readers}
         if some and sum({**summed, **own}.values()) > MEMORY:
             yield some
             some, summed = [], {}
@@ -195,6 +199,11 @@ def _in_passes(weights: Mapping[Key, Weight]) -> Iterator[list[Key]]:
         summed |= own
     if some:
         yield some
+
+
+def _bytes(reader: Reader) -> int:
+    """What the sums of one site take on the host, in float64."""
+    return 8 * math.prod(reader.shape)
 
 
 def _gain_db(before: float, after: float) -> float:

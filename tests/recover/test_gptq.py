@@ -123,6 +123,14 @@ def test_several_passes_give_the_same(monkeypatch):
         quantize(PARAMS, network, (x for x in batches))
 
 
+def test_what_would_take_too_much_memory_stays_to_nearest(monkeypatch):
+    monkeypatch.setattr(gptq, "LARGEST_SUMS", 16 * 8**2)
+    params = {"a": draw(0, WIDTH, 8), "b": draw(1, 8, 4)}
+    found = rows(quantize(params, network, X)[1])
+    assert found["a"]["rounding"] == "to nearest: its covariances would take 0.0 GB"
+    assert found["b"]["rounding"].startswith("gptq: ")
+
+
 def test_dead_and_constant_channels_and_fewer_samples_than_channels():
     x = X.copy()
     x[:, 3], x[:, 5] = 0, 2.5
