@@ -12,10 +12,9 @@ import numpy as np
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
 from jaxquant.deploy.joined import Joined
-from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node, Tensor
-from jaxquant.deploy.plain_values import plain, scalar
-from jaxquant.deploy.restoring import restored_groups, undoing
-from jaxquant.deploy.tensors import Tensors
+from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
+from jaxquant.deploy.plain_values import plain
+from jaxquant.deploy.stored_tensors import StoredTensors
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
@@ -23,8 +22,7 @@ from jaxquant.graph.regions import CONTROL_FLOW, Region
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding, Int8Site
-from jaxquant.plan.groups import GroupLayout, group_layout
-from jaxquant.plan.layout import WeightSlot
+from jaxquant.plan.groups import group_layout
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
 
@@ -67,7 +65,7 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
-class _Translator(Tensors):
+class _Translator(StoredTensors):
     """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
     Args:
@@ -90,9 +88,7 @@ class _Translator(Tensors):
         outer: _Translator | None = None,
         step: int | None = None,
     ) -> None:
-        super().__init__(region, found, nodes)
-        self.program = program
-        self.binding = binding
+        super().__init__(program, binding, region, found, nodes)
         self._outer = outer
         self._step = step
         self._static_done: set[ir.Var] = set()
@@ -305,7 +301,7 @@ class _Translator(Tensors):
         graph, eqn = self.graph, self.graph.equations[site.equation]
         view = self.program.weights.view(site)
         groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
-        weight = self._dequantize(self.program.slots[site.name], groups, view.var)
+        weight = self.dequantize(self.program.slots[site.name], groups, view.var)
         if view.shape != graph.shape(view.var):
             axes, number = tuple(range(len(view.shape))), self.new(graph, view.var)
             params = {"broadcast_dimensions": axes, "shape": graph.shape(view.var)}
@@ -321,27 +317,6 @@ class _Translator(Tensors):
         inputs = [weight if x == site.weight else y for x, y in zip(eqn.inputs, node.inputs)]
         self.nodes.append(dataclasses.replace(node, inputs=tuple(inputs)))
 
-    def _dequantize(self, slot: WeightSlot, groups: GroupLayout, var: ir.Var) -> int:
-        """Add the dequantization of a weight, and give the number of its float.
-
-        Args:
-          slot: where it is stored.
-          groups: its layout.
-          var: the weight, or what follows from it.
-        """
-        shape = tuple(groups.permuted[axis] for axis in groups.inverse)
-        number = self.found.new(Tensor(shape, "float32"))
-        params = {"groups": groups, "bits": slot.weight_bits}
-        self.add("dequantize", self._take_stored(slot, var), (number,), params)
-        return number
-
-    def _take_stored(self, slot: WeightSlot, var: ir.Var) -> tuple[int, int]:
-        """Numbers for the integers and the scales that are stored for a weight."""
-        integers, scale = (self.found.new(Tensor((), dtype)) for dtype in ("int8", "float32"))
-        for number, path in ((integers, slot.int8), (scale, slot.scale)):
-            self.found.leaves[str(number)] = self._stored(path, var)
-        return integers, scale
-
     def _site(self, int8_site: Int8Site) -> Int8Node:
         graph, site, epilogue = self.graph, int8_site.site, int8_site.epilogue
         eqn = graph.equations[site.equation]
@@ -353,7 +328,7 @@ class _Translator(Tensors):
                 self.need_static((site.weight,))
                 computed = self.number(site.weight)
             else:
-                weight = self._stored(self.program.slots[site.name].int8, site.weight)
+                weight = self.stored_name(self.program.slots[site.name].int8, site.weight)
         return Int8Node(
             name=site.name + layer_suffix(self.binding.layer),
             kind=site.kind,
@@ -379,7 +354,7 @@ class _Translator(Tensors):
                 continue
             self._static_done.add(var)
             if var in self.program.restored:
-                self._restore(var)
+                self.restore(var)
             elif var in self.program.float_paths:
                 path = ("params", *self.program.float_paths[var])
                 self.found.leaves[str(self.number(var))] = tensor_names.join(path)
@@ -409,36 +384,6 @@ class _Translator(Tensors):
                 return
         self.alias(var, outer.unstack(operand)[index[0]] if index else outer.number(operand))
 
-    def fold(self, var: ir.Var) -> None:
-        """Give a tensor that depends on nothing its array, which the steps of a loop share."""
-        key = self.region.location, var
-        if key not in self.found.folded:
-            name = self.found.folded[key] = f"constants/{len(self.found.arrays)}"
-            self.found.arrays[name] = constants.fold(self.graph, var)
-        self.found.constants[str(self.number(var))] = self.found.folded[key]
-
-    def _stored(self, path: tuple[str, ...], var: ir.Var) -> str:
-        """The name of what is stored of a weight; where layers have their own, of one layer's.
-
-        Args:
-          path: where it is in `qparams`.
-          var: the weight, or what follows from it.
-        """
-        varies = self.binding.model.varies_by_layer(var)
-        index = tuple(k for k, own in zip(self.binding.layer, varies, strict=True) if own)
-        return self.found.slice_of(tensor_names.join(("params", *path)), index)
-
-    def _restore(self, var: ir.Var) -> None:
-        """Nodes that compute a static tensor from the integers of a weight and their scales."""
-        restored = self.program.restored[var]
-        slot, groups = (
-            self.program.slots[restored.site.name],
-            restored_groups(self.program, restored),
-        )
-        weight = self._dequantize(slot, groups, var)
-        steps = undoing(self.program, restored)
-        self._add_steps(steps, weight, self.number(var))
-
     def _look_up(self, site: Site) -> None:
         """Add the lookup of rows among integers and their scales."""
         assert site.weight is not None
@@ -447,36 +392,7 @@ class _Translator(Tensors):
         groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
         self.need_static(eqn.inputs[1:])
         node = self.node(eqn)
-        stored = self._take_stored(slot, site.weight)
+        stored = self.take_stored(slot, site.weight)
         params = {**node.params, "groups": groups, "bits": slot.weight_bits}
         inputs = (*stored, node.inputs[1])
         self.nodes.append(dataclasses.replace(node, op="look_up", inputs=inputs, params=params))
-
-    def _add_steps(self, steps: ir.Graph, given: int, result: int) -> None:
-        """Nodes that compute a tensor from another one.
-
-        Args:
-          steps: the computation, of one input.
-          given: the number of that.
-          result: of the tensor that it gives.
-        """
-        numbers = {steps.inputs[0]: given}
-        for eqn in steps.equations:
-            for output in eqn.outputs:
-                numbers[output] = self.new(steps, output)
-            params = jaxprs.portable_params(eqn.name, eqn.params)
-            self.nodes.append(
-                Node(
-                    op=eqn.name,
-                    inputs=tuple(
-                        scalar(x.value) if isinstance(x, ir.Literal) else numbers[x]
-                        for x in eqn.inputs
-                    ),
-                    outputs=tuple(numbers[x] for x in eqn.outputs),
-                    params={key: plain(value) for key, value in params.items()},
-                    scope="",
-                )
-            )
-        (last,) = steps.outputs
-        assert isinstance(last, int), "a weight is no scalar"
-        self.add("optimization_barrier", (numbers[last],), (result,), {})
