@@ -127,7 +127,7 @@ class _Search:
         divisor = matching.spread_number(graph, count)
         if summed is None or divisor is None or len(summed.params["axes"]) != 1:
             return None
-        (axis,) = summed.params["axes"]
+        axis = int(summed.params["axes"][0])
         size = graph.shape(summed.inputs[0])[axis]
         wanted = divisor if eqn.name == "div" else (1 / divisor if divisor else 0)
         if not isinstance(size, int) or abs(wanted - size) > 1e-5 * size:

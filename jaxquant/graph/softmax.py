@@ -30,7 +30,7 @@ def match_operator(graph: ir.Graph, division: ir.Equation) -> matching.Match | N
     source, members, axes = found
     if len(axes) != 1:
         return None
-    return matching.Match((source,), frozenset(members), {"axis": axes[0]})
+    return matching.Match((source,), frozenset(members), {"axis": int(axes[0])})
 
 
 def _unmasked(

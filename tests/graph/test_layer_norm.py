@@ -44,6 +44,17 @@ def with_inverse(p, x):
     return inverse * (x - x.mean(-1, keepdims=True)) + p["bias"]
 
 
+def by_rows(p, x):
+    """Equinox's, of one vector, under `vmap`."""
+
+    def norm(row):
+        variance = jnp.maximum(0.0, jnp.var(row, keepdims=True))
+        inverse = jax.lax.rsqrt(variance + EPSILON)
+        return p["scale"] * ((row - jnp.mean(row, keepdims=True)) * inverse) + p["bias"]
+
+    return jax.vmap(jax.vmap(norm))(x)
+
+
 FORMS = {
     "linen": (linen(), 2, True, True),
     "linen, variance of differences": (linen(use_fast_variance=False), 2, True, True),
@@ -53,6 +64,7 @@ FORMS = {
     "nnx": (of_nnx(), 2, True, True),
     "standardize": ((lambda p, x: jax.nn.standardize(x, epsilon=EPSILON), {}, X), 2, False, False),
     "another axis": ((by_hand, {}, X), 1, False, False),
+    "equinox": ((by_rows, VECTORS, X), 2, True, True),
     "haiku": ((with_inverse, VECTORS, X), 2, True, True),
 }
 
