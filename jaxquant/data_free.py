@@ -22,7 +22,7 @@ from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag, rule
 from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, WEIGHT_ONLY
-from jaxquant.plan.rules import STEPS_OF_WEIGHTS, Rule
+from jaxquant.plan.rules import Rule
 from jaxquant.plan.segments import cut_scans
 from jaxquant.plan.sensitive import eight_bit_rules
 from jaxquant.progress import Progress
@@ -171,8 +171,11 @@ def quant_weights(
       weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
-      recover: ("gptq",) as described above, the default where data are given; () for rounding to
-        nearest, of the first batch alone.
+      recover: how data repair the weights, () for not at all, of the first batch alone:
+        "gptq" as described above, the default where data are given; "awq" before it gives channels
+        of large inputs, outside of loops, a finer grid (Lin et al., 2023): they are divided in the
+        normalisation or linear layer before the site, where nothing else reads that, and the
+        weights multiplied, so that it costs nothing in the call.
       quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
         "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
         if asked for "conv2d_transpose".
@@ -211,7 +214,7 @@ def quant_weights(
             f"recover={tuple(recover)!r} rounds weights on data, and example is shapes alone: pass "
             "samples, or leave recover out"
         )
-    default = STEPS_OF_WEIGHTS if has_data else ()
+    default = ("gptq",) if has_data else ()
     config = QuantConfig(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,

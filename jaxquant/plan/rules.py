@@ -15,6 +15,7 @@ from jaxquant.graph.sites import Site
 DTYPES = ("int8", "float")
 # The recovery steps in their order: name -> the module of `jaxquant.recover` that has its `STEP`.
 RECOVERY_STEPS: Mapping[str, str] = {
+    "awq": "awq",
     "gptq": "gptq",
     "equalization": "equalization",
     "smoothquant": "equalization",
@@ -22,7 +23,7 @@ RECOVERY_STEPS: Mapping[str, str] = {
     "bias_correction": "bias_correction",
 }
 # Those of `jaxquant.quant_weights`; the others are of `jaxquant.quant_post`.
-STEPS_OF_WEIGHTS = ("gptq",)
+STEPS_OF_WEIGHTS = ("awq", "gptq")
 # Not a step on the int8 model, but a choice before it: see `jaxquant.tune.outliers`.
 OUTLIERS = "outliers"
 WEIGHT_BITS = (8, 4)
@@ -56,7 +57,7 @@ class Rule:
         and not by a threshold of calibration.  It pays where few rows are far larger than the
         others, and costs time.
       recover: the recovery steps at these sites, () for none.  A tensor is equalized where all
-        sites that read it have the step.  In `jaxquant.quant_weights` "gptq".
+        sites that read it have the step.  In `jaxquant.quant_weights` "awq" and "gptq".
       weight_bits: 8, or in `jaxquant.quant_weights` also 4.
       reason: why, for the report; "" for the rule itself.
 

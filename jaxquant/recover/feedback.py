@@ -16,6 +16,7 @@ group taken from its moved weights as in the paper's default, gave 16.2.)
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -115,3 +116,8 @@ def output_error(covariance: jax.Array, error: jax.Array) -> jax.Array:
       error: float32 [G, K, N], E.
     """
     return jnp.sum(error * jnp.matmul(covariance, error, precision="highest"))
+
+
+def gain_db(before: float, after: float) -> float:
+    """By how many dB an error fell."""
+    return 10 * math.log10(before / max(after, before * 1e-12))

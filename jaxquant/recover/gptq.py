@@ -24,7 +24,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
 from jaxquant.recover.covariance import APART, KEPT, Found, Reader, sum_products
-from jaxquant.recover.feedback import mixing, output_error, round_with_feedback
+from jaxquant.recover.feedback import gain_db, mixing, output_error, round_with_feedback
 from jaxquant.recover.product import Product
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.stored_matrix import StoredMatrix, stored_matrix
@@ -105,7 +105,7 @@ class Weight:
             if error < nearest:
                 after = rounded(products.sum(axis=0), damping)
                 integers[...] = matrix.stored(after, self._slot.weight_bits)
-                return Rounded(_gain_db(nearest, error))
+                return Rounded(gain_db(nearest, error))
         return Rounded(reason="rounding to nearest is no worse")
 
     def _summed(self, found: Found) -> tuple[StoredMatrix | None, np.ndarray, np.ndarray]:
@@ -134,8 +134,9 @@ def round_weights(task: Task, draft: Draft) -> Draft:
       ValueError: what a site reads is NaN or infinite.
     """
     program, plan = draft.program, draft.program.whole_plan
+    source = draft.source or task.source
     qparams: Any = jax.tree.map(np.array, jax.device_get(dict(draft.qparams)))
-    whole = GraphLayer(program, program.binding, qparams, task.source.params)
+    whole = GraphLayer(program, program.binding, qparams, source.params)
     weights = _find_weights(whole, plan.recovered_by("gptq"))
     outcomes = {key: Rounded(reason=weight.reason) for key, weight in weights.items()}
     for keys in _in_passes(weights):
@@ -143,7 +144,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
         names = list(dict.fromkeys(reader.site.name for reader in readers))
         with task.progress.stage("covariances", task.batches.total, "batch") as stage:
             batches = stage.each(task.batches.read())
-            found = sum_products(task.source, plan, batches, names)
+            found = sum_products(source, plan, batches, names)
         with task.progress.stage("gptq", len(keys), "weight") as stage:
             for key in stage.each(keys):
                 outcomes[key] = weights[key].round(found)
@@ -151,7 +152,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
         "gptq",
         _summary(outcomes),
         qparams=jax.device_put(qparams),
-        by_site=_by_site(weights, outcomes),
+        by_site=draft.told(_by_site(weights, outcomes)),
     )
 
 
@@ -204,10 +205,6 @@ def _in_passes(weights: Mapping[Key, Weight]) -> Iterator[list[Key]]:
 def _bytes(reader: Reader) -> int:
     """What the sums of one site take on the host, in float64."""
     return 8 * math.prod(reader.shape)
-
-
-def _gain_db(before: float, after: float) -> float:
-    return 10 * math.log10(before / max(after, before * 1e-12))
 
 
 def _summary(outcomes: Mapping[Key, Rounded]) -> str:

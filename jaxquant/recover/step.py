@@ -97,6 +97,8 @@ class Draft:
       divisors: what the channels of tensors are divided by before they are quantized.
       notes: a line for the report of what each step did.
       by_site: what became of the weights of single sites, for the report.
+      source: the float model with other parameters that compute the same, of which `qparams` is
+        made; None where it is the task's.
     """
 
     program: Program
@@ -105,6 +107,15 @@ class Draft:
     divisors: Divisors = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     by_site: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: FloatModel | None = None
+
+    def told(self, sites: Mapping[str, str]) -> dict[str, str]:
+        """`by_site` with more of some sites, behind what the steps before said."""
+        more = {
+            name: "; ".join(filter(None, (self.by_site.get(name), text)))
+            for name, text in sites.items()
+        }
+        return {**self.by_site, **more}
 
     def replaced(self, name: str, note: str, **changes: Any) -> Draft:
         """The model with some attributes changed by a step, and a line of what it did."""
