@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.backends.backend import Product
-from jaxquant.backends.dequantize import dequantize_groups
+from jaxquant.backends.dequantize import dequantize_groups, dequantize_halves
 from jaxquant.jax_shim import choices, jaxprs
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
@@ -110,12 +110,20 @@ def _along_outputs(
 ) -> jax.Array:
     """[M, N] from a weight [N, K]: blocks of its rows give blocks of the columns."""
     columns, size, bits = product.columns, product.group_size, product.weight_bits
+    is_apart = bits == 4 and (product.groups == 1 or size % 2 == 0)
+    if is_apart:
+        halves = jnp.pad(x, ((0, 0), (0, product.length % 2)))
+        halves = halves.reshape(x.shape[0], -1, 2)
+        even, odd = halves[:, :, 0], halves[:, :, 1]
     rows = min(_rows_at_once(x.shape[0]), columns)
 
     def partial(start: jax.Array | int, count: int) -> jax.Array:
         part, scales = (
             lax.dynamic_slice_in_dim(array, start, count, axis=0) for array in (integers, scale)
         )
+        if is_apart:
+            low, high = dequantize_halves(part, scales, size)
+            return dot(even, low) + dot(odd, high)
         return dot(x, dequantize_groups(part, scales, 1, product.length, size, bits))
 
     def step(i: jax.Array, result: jax.Array) -> jax.Array:

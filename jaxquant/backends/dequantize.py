@@ -25,6 +25,29 @@ def dequantize_groups(
     return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
 
 
+def dequantize_halves(
+    packed: jax.Array, scale: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The 4-bit integers at the even and at the odd places of K times their scales.
+
+    Where K is the last axis, to make the two of a byte neighbours again takes several times as long
+    as all else on CPU; apart they are products with the even and the odd places of x.
+
+    Args:
+      packed: uint8 [N, K / 2].
+      scale: float32 [N, groups].
+      size: the group size, even where there are several.
+
+    Returns:
+      float32 [N, K / 2], twice.
+    """
+    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    if scale.shape[1] > 1:
+        scale = jax.lax.slice_in_dim(_repeat(scale, 1, size // 2), 0, packed.shape[1], axis=1)
+    low, high = (signed << jnp.int8(4)) >> jnp.int8(4), signed >> jnp.int8(4)
+    return low.astype(jnp.float32) * scale, high.astype(jnp.float32) * scale
+
+
 def _unpack(packed: jax.Array, axis: int) -> jax.Array:
     """Both halves of every byte, neighbours along `axis`: int8 [..., 2 K, ...].
 

@@ -22,8 +22,9 @@ from jaxquant.jax_shim import jaxprs
 # longer than those save: XLA's dots of 1 to 8 rows took a half to a third of the time of packing
 # and the native ones (two cores, AVX512-VNNI), and longer from 32 rows on.
 _ROWS_WORTH_PACKING = 32
-# Rows of a product with a stored matrix up to which memory is what it takes long for.
-_FEW_ROWS = 16
+# Rows of a product with a stored matrix, of floats and of int8, up to which the kernels are faster
+# than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
+_FEW_ROWS, _FEW_INT8_ROWS = 16, 8
 
 
 class Native:
@@ -94,7 +95,8 @@ class Native:
         return native.sequence(made, results)
 
     def covers_product(self, product: Product) -> bool:
-        is_few = isinstance(product.rows, int) and product.rows <= _FEW_ROWS
+        most = _FEW_INT8_ROWS if product.is_whole else _FEW_ROWS
+        is_few = isinstance(product.rows, int) and product.rows <= most
         has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16", "int8")
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
         return is_few and has_dtype and by_steps and product.length > 0

@@ -93,6 +93,8 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   });
 }
 
+constexpr int64_t kProductsOfByte = 4;
+
 // x [M, K] times a matrix of stored integers: [K, N], or [N, K] where the sums come last, of int8
 // or, packed, of uint8.
 ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
@@ -109,7 +111,9 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
   if (!is_whole && int64_t(scale.element_count()) != s.groups() * s.columns)
     return invalid("the scales are of another shape");
-  XlaThreads threads(pool, s.rows * s.length * s.columns);
+  // A byte takes as long to be read as some products take, and more of them where rows are few.
+  const int64_t read = s.bytes() * s.columns;
+  XlaThreads threads(pool, s.rows * s.length * s.columns + kProductsOfByte * read);
   return with_memory([&] {
     const auto multiply = [&](auto* rows, auto to_float, auto* result) {
       multiply_stored<VectorsHere>(threads, s, rows, to_float, result);

@@ -25,7 +25,7 @@ namespace jaxquant {
 
 constexpr int64_t kExact = 1024;      // products of two int8 that floats add up exactly
 constexpr int64_t kColumnsEach = 64;  // a line of the cache: threads share none
-constexpr int64_t kRowsAhead = 8;     // of a matrix [K, N] that are fetched before they are read
+constexpr int64_t kRowsAhead = 16;    // of a matrix [K, N] that are fetched before they are read
 constexpr int64_t kCached = 1 << 18;  // bytes of a matrix that stay in the cache of a core
 constexpr size_t kKeptRows = 1 << 22;  // bytes of rows whose memory is kept for the next call
 
@@ -82,6 +82,8 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   for (int64_t first = 0; first < s.length; first += size) {
     const int64_t last = std::min(first + size, s.length);
     typename L::Floats sums[kRows][kVectors] = {};
+    const float* const scales = kWhole ? nullptr : s.scale + first / size * s.columns + column;
+    for (int v = 0; !kWhole && v < kVectors; ++v) __builtin_prefetch(scales + v * kLanes);
     const int8_t* w = s.weights + first / kEach * s.columns + column;
     for (int64_t k = first; k < last; k += kEach, w += s.columns) {
       if (w + kRowsAhead * s.columns < end) {
@@ -107,10 +109,8 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
     }
     for (int v = 0; v < kVectors; ++v) {
       typename L::Floats scale{};
-      if constexpr (!kWhole) {
-        const float* at = s.scale + first / size * s.columns + column + v * kLanes;
-        scale = kPart ? L::load(at, count) : L::load(at);
-      }
+      if constexpr (!kWhole)
+        scale = kPart ? L::load(scales, count) : L::load(scales + v * kLanes);
       for (int r = 0; r < kRows; ++r) T::add(totals[r][v], sums[r][v], scale);
     }
   }
@@ -122,43 +122,31 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   }
 }
 
-// kRows rows of x from `row`, times kColumns columns from `column` of a matrix [N, K].
-template <class L, bool kPacked, bool kWhole, int kRows, int kColumns>
+// kRows rows of x from `row`, times kColumns columns from `column` of a matrix [N, K] of bytes.
+template <class L, bool kWhole, int kRows, int kColumns>
 void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
                typename Totals<L, kWhole>::Number* out) {
   using T = Totals<L, kWhole>;
   constexpr int kLanes = L::kCount;
-  constexpr int64_t kEach = kPacked ? 2 : 1;
-  const int64_t bytes = s.bytes(), size = kWhole ? kExact : s.size, groups = s.groups();
+  const int64_t size = kWhole ? kExact : s.size, groups = s.groups();
   typename T::Vector totals[kRows][kColumns] = {};
-  const int8_t* const weights = s.weights + column * bytes;
+  const int8_t* const weights = s.weights + column * s.length;
   for (int64_t first = 0; first < s.length; first += size) {
     const int64_t last = std::min(first + size, s.length);
     typename L::Floats sums[kRows][kColumns] = {};
-    const auto add = [&](int64_t at, const auto& read) {
-      const float* in = x.data + row * x.stride + at * kEach;
+    const auto add = [&](int64_t k, const auto& read) {
+      const float* in = x.data + row * x.stride + k;
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; ++c) {
-        if constexpr (kPacked) {
-          typename L::Floats low, high;
-          L::halves(read(weights + c * bytes + at), low, high);
+        const auto floats = L::floats(read(weights + c * s.length + k));
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            sums[r][c] += low * L::load(in + r * x.stride);
-            sums[r][c] += high * L::load(in + r * x.stride + kLanes);
-          }
-        } else {
-          const auto floats = L::floats(read(weights + c * bytes + at));
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) sums[r][c] += floats * L::load(in + r * x.stride);
-        }
+        for (int r = 0; r < kRows; ++r) sums[r][c] += floats * L::load(in + r * x.stride);
       }
     };
-    int64_t at = first / kEach;
-    const int64_t end = ceil_div(last, kEach);
-    for (; at + kLanes <= end; at += kLanes)
-      add(at, [](const int8_t* from) { return L::bytes(from); });
-    if (at < end) add(at, [&](const int8_t* from) { return L::bytes(from, end - at); });
+    int64_t k = first;
+    for (; k + kLanes <= last; k += kLanes)
+      add(k, [](const int8_t* from) { return L::bytes(from); });
+    if (k < last) add(k, [&](const int8_t* from) { return L::bytes(from, last - k); });
     for (int c = 0; c < kColumns; ++c) {
       const float scale = kWhole ? 1.0f : s.scale[(column + c) * groups + first / size];
       for (int r = 0; r < kRows; ++r) T::add(totals[r][c], sums[r][c], scale);
@@ -167,6 +155,44 @@ void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c)
       out[(row + r) * s.columns + column + c] = L::sum(totals[r][c]);
+  }
+}
+
+// The same of packed integers.  A group of these is few vectors, so that its scale meets the weights,
+// once for all rows.
+template <class L, int kRows, int kColumns>
+void packed_sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, float* out) {
+  constexpr int kLanes = L::kCount;
+  const int64_t bytes = s.bytes(), groups = s.groups();
+  typename L::Floats sums[kRows][kColumns] = {};
+  const int8_t* const weights = s.weights + column * bytes;
+  const float* scale = s.scale + column * groups;
+  const auto add = [&](int64_t at, const auto& read) {
+    const float* in = x.data + row * x.stride + 2 * at;
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) {
+      typename L::Floats low, high;
+      L::halves(read(weights + c * bytes + at), low, high);
+      low *= scale[c * groups], high *= scale[c * groups];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][c] += low * L::load(in + r * x.stride);
+        sums[r][c] += high * L::load(in + r * x.stride + kLanes);
+      }
+    }
+  };
+  int64_t at = 0;
+  for (int64_t end = s.size / 2; at + kLanes <= bytes; at += kLanes) {
+    if (at == end) ++scale, end += s.size / 2;
+    add(at, [](const int8_t* from) { return L::bytes(from); });
+  }
+  if (at < bytes) {
+    scale = s.scale + column * groups + 2 * at / s.size;
+    add(at, [&](const int8_t* from) { return L::bytes(from, bytes - at); });
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c)
+      out[(row + r) * s.columns + column + c] = L::sum(sums[r][c]);
   }
 }
 
@@ -181,8 +207,10 @@ void tiles(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t 
       columns_tile<L, kPacked, kWhole, kRows, kMost, false>(s, x, row, column, kColumns, out);
   } else {
     constexpr int kColumns = std::min(kMost, 8);
-    for (; column + kColumns <= last; column += kColumns)
-      sums_tile<L, kPacked, kWhole, kRows, kColumns>(s, x, row, column, out);
+    for (; column + kColumns <= last; column += kColumns) {
+      if constexpr (kPacked) packed_sums_tile<L, kRows, kColumns>(s, x, row, column, out);
+      else sums_tile<L, kWhole, kRows, kColumns>(s, x, row, column, out);
+    }
   }
   if (column == last) return;  // always so for [N, K] where kMost is 1
   constexpr int kLess = std::max(kMost / 4, 1);
