@@ -83,7 +83,7 @@ def quantized(mode: str, params: Any, apply_fn: Any, ids: np.ndarray) -> tuple[A
         bits = int(mode[0])
         group = 32 if bits == 4 else None
         return jaxquant.quant_weights(
-            params, apply_fn, ids, weight_bits=bits, group_size=group, progress=False
+            params, apply_fn, ids, weight_bits=bits, group_size=group, recover=(), progress=False
         )
     full = mode == "full"
     return jaxquant.quant_post(
