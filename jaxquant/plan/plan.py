@@ -10,7 +10,7 @@ from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.modes import STATIC
 from jaxquant.plan.rules import RECOVERY_STEPS
 
-VERSION = 2
+VERSION = 3
 INT8, FLOAT = "int8", "float"
 
 
