@@ -27,9 +27,9 @@ from jaxquant.plan.groups import group_layout
 from jaxquant.recover.covariance import APART, KEPT, Found, sum_products
 from jaxquant.recover.feedback import gain_db, output_error
 from jaxquant.recover.folding import Place, dividing, place_of
+from jaxquant.recover.grouped_matrix import GroupedMatrix, grouped_matrix
 from jaxquant.recover.product import Product
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.recover.stored_matrix import StoredMatrix, stored_matrix
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
 from jaxquant.weights.groups import quantize_groups
@@ -159,9 +159,9 @@ class _Reading:
         self._bits = program.slots[site.name].weight_bits
         self._view = layout.weight_view(graph, site, integer=False)
         self._layout = group_layout(self._view.shape, self._view.channels, group_size)
-        matrix = stored_matrix(Product(graph, site), self._view, self._layout)
+        matrix = grouped_matrix(Product(graph, site), self._view, self._layout)
         assert matrix is not None, "what is a parameter, rearranged, is stored as it is"
-        self._matrix: StoredMatrix = matrix
+        self._matrix: GroupedMatrix = matrix
         values, _ = fold(graph, params, [self._view.var], [])
         self._weight = matrix.matrix(values[self._view.var]).astype(np.float64)
 

@@ -25,9 +25,9 @@ from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
 from jaxquant.recover.covariance import APART, KEPT, Found, Reader, sum_products
 from jaxquant.recover.feedback import gain_db, mixing, output_error, round_with_feedback
+from jaxquant.recover.grouped_matrix import GroupedMatrix, grouped_matrix
 from jaxquant.recover.product import Product
 from jaxquant.recover.step import Draft, Step, Task
-from jaxquant.recover.stored_matrix import StoredMatrix, stored_matrix
 from jaxquant.run.layers import GraphLayer, Layer
 from jaxquant.weights.fold import fold
 from jaxquant.weights.groups import LARGEST
@@ -108,14 +108,14 @@ class Weight:
                 return Rounded(gain_db(nearest, error))
         return Rounded(reason="rounding to nearest is no worse")
 
-    def _summed(self, found: Found) -> tuple[StoredMatrix | None, np.ndarray, np.ndarray]:
+    def _summed(self, found: Found) -> tuple[GroupedMatrix | None, np.ndarray, np.ndarray]:
         """How the weight is stored, and the sums over all sites that read it."""
         matrix, products, counts = None, np.zeros(()), np.zeros(2, np.int64)
         for reader, layer in self.readers:
             product = reader.product
             view = layout.weight_view(product.graph, reader.site, integer=False)
             own = group_layout(view.shape, view.channels, self._group_size)
-            if (matrix := stored_matrix(product, view, own)) is None:
+            if (matrix := grouped_matrix(product, view, own)) is None:
                 break
             sums = found[reader.site.name][layer]
             products = products + matrix.covariance(sums.products)

@@ -19,7 +19,7 @@ from jaxquant.recover.product import Product
 from jaxquant.weights.groups import in_layout, stored
 
 
-class StoredMatrix(NamedTuple):
+class GroupedMatrix(NamedTuple):
     """Which elements of a stored weight the matrix of a site is made of.
 
     Attributes:
@@ -63,7 +63,7 @@ class StoredMatrix(NamedTuple):
         return products[..., back, :][..., :, back]
 
 
-def stored_matrix(product: Product, view: WeightView, layout: GroupLayout) -> StoredMatrix | None:
+def grouped_matrix(product: Product, view: WeightView, layout: GroupLayout) -> GroupedMatrix | None:
     """How the matrix of a site is stored; None where one stored element is in several places of it.
 
     Args:
@@ -91,7 +91,7 @@ def stored_matrix(product: Product, view: WeightView, layout: GroupLayout) -> St
     )
     order = flat_rows[elements[0, :, 0]]
     elements = elements[:, np.argsort(order)]
-    return StoredMatrix(layout, elements, flat_scales[elements[:, :: layout.size]], order)
+    return GroupedMatrix(layout, elements, flat_scales[elements[:, :: layout.size]], order)
 
 
 def _taken(graph: ir.Graph, array: np.ndarray, view: WeightView, product: Product) -> np.ndarray:

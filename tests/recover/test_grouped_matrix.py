@@ -13,8 +13,8 @@ from jax import lax
 from jaxquant.graph.model import trace_model
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
+from jaxquant.recover.grouped_matrix import grouped_matrix
 from jaxquant.recover.product import Product
-from jaxquant.recover.stored_matrix import stored_matrix
 from jaxquant.weights.groups import quantize_groups
 
 
@@ -51,7 +51,7 @@ def test_is_what_the_product_multiplies(case, group_size, bits):
     product = Product(model.graph, site)
     view = layout.weight_view(model.graph, site, integer=False)
     groups = group_layout(view.shape, view.channels, group_size)
-    found = stored_matrix(product, view, groups)
+    found = grouped_matrix(product, view, groups)
     assert found is not None
 
     # Its rows are those of the product in another order, in which groups are neighbours.
@@ -92,5 +92,5 @@ def test_what_stands_in_several_places_has_none():
         view = layout.weight_view(model.graph, site, integer=False)
         groups = group_layout(view.shape, view.channels, None)
         is_spread = view.shape != model.graph.shape(site.weight)
-        found = stored_matrix(Product(model.graph, site), view, groups)
+        found = grouped_matrix(Product(model.graph, site), view, groups)
         assert (found is None) == is_spread
