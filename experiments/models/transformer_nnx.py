@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.models.layers_nnx import make_layers, run, with_parameters
+
 
 class Block(nnx.Module):
     """Attention and two dense layers, each behind its LayerNorm: [B, T, D] -> [B, T, D]."""
@@ -19,7 +21,7 @@ class Block(nnx.Module):
         self.up = nnx.Linear(width, hidden, rngs=rngs)
         self.down = nnx.Linear(hidden, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.dense_norm(x))))
 
@@ -39,36 +41,17 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        self.scanned = scanned
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.positions = nnx.Embed(length, width, rngs=rngs)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, rngs=rngs)
-        if scanned:
-
-            @nnx.split_rngs(splits=layers)
-            @nnx.vmap
-            def make(rngs: nnx.Rngs) -> Block:
-                return Block(width, heads, hidden, rngs)
-
-            self.layers = make(rngs)
-        else:
-            self.layers = nnx.List(Block(width, heads, hidden, rngs) for _ in range(layers))
+        self.layers = make_layers(
+            lambda rngs: Block(width, heads, hidden, rngs), layers, scanned, rngs
+        )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         x = self.tokens(ids) + self.positions(jnp.arange(ids.shape[1], dtype=jnp.int32))
-        mask = nnx.make_causal_mask(ids)
-        if self.scanned:
-            x = _run(x, self.layers, mask)
-        else:
-            for layer in self.layers:
-                x = layer(x, mask)
-        return self.head(self.norm(x))
-
-
-@nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
-def _run(x: jax.Array, layer: Block, mask: jax.Array) -> jax.Array:
-    return layer(x, mask)
+        return self.head(self.norm(run(x, self.layers, nnx.make_causal_mask(ids))))
 
 
 def from_linen(params: dict[str, Any], **settings: Any) -> Transformer:
@@ -78,20 +61,4 @@ def from_linen(params: dict[str, Any], **settings: Any) -> Transformer:
       params: of the scan, or of the loop where `scanned=False` is among the settings.
       **settings: what `Transformer` was made with.
     """
-    model = nnx.eval_shape(lambda: Transformer(**settings, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    flat = {
-        path: variable.replace(jnp.asarray(_leaf(params, path)))
-        for path, variable in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graph, nnx.from_flat_state(flat.items()))
-
-
-def _leaf(params: dict[str, Any], path: tuple[str | int, ...]) -> jax.Array:
-    """The leaf of linen's parameters for a path of nnx's, where a layer has a number."""
-    if path[0] == "layers" and isinstance(path[1], int):
-        path = (f"layers_{path[1]}", *path[2:])
-    leaf: Any = params
-    for key in path:
-        leaf = leaf[key]
-    return leaf
+    return with_parameters(lambda rngs: Transformer(**settings, rngs=rngs), params)

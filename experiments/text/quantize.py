@@ -1,10 +1,11 @@
 """Trains a network of text and quantizes it in every mode.
 
-    python -m experiments.text.quantize transformer lstm_tagger --steps 1500
+    python -m experiments.text.quantize transformer llama lstm_tagger --steps 1500
 
 Prints the accuracy at held-out characters in float32 and in each mode, how many sites are quantized
 and the SQNR of the logits, for the network with its loops and, with `--unrolled`, for the same one
-in a Python loop.  Of the transformer also what it makes of the beginning of a sentence.
+in a Python loop.  Of a network that goes on with texts also what it makes of the beginning of a
+sentence.
 Two to five minutes a network on two CPU cores; `--steps 0` leaves the weights random.
 """
 
@@ -44,7 +45,7 @@ def main() -> None:
         if arguments.unrolled:
             print(f"{name}: unrolled")
             _print_modes(*unrolled(module, params), calibration, windows)
-        if name == "transformer":
+        if isinstance(module, decoder.Decoder):
             model = module.clone(decode=True)
             ids = corpus.encode(PROMPT)[None]
             print(corpus.decode(np.asarray(decoder.generate(model, params, ids, model.length))[0]))
@@ -52,7 +53,7 @@ def main() -> None:
 
 def unrolled(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     """The network with a Python loop in the place of its scan, and its parameters."""
-    if isinstance(module, transformer.Transformer):
+    if isinstance(module, decoder.Decoder):
         return module.clone(scanned=False), transformer.unstack(params)
     return module.clone(unrolled=True), params
 

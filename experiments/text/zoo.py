@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from experiments.errors import SettingsError
+from experiments.models.llama import Llama
 from experiments.models.tagger import CELLS, Tagger
 from experiments.models.transformer import Transformer
 from experiments.text import corpus
@@ -44,5 +45,6 @@ def _tagger(cell: str) -> Entry:
 
 MODELS = {
     "transformer": Entry(lambda: Transformer(corpus.VOCABULARY), corpus.language_reference, 64),
+    "llama": Entry(lambda: Llama(corpus.VOCABULARY), corpus.language_reference, 64),
     **{f"{cell}_tagger": _tagger(cell) for cell in CELLS},
 }

@@ -138,7 +138,9 @@ class Emitter:
                 value = self.full(self.value(var), var)
                 if var in self._layouts:  # the order that the convolution behind it reads
                     value = self.builder.ordered(value, self._layouts[var])
-                self._int8[var] = self.quantizer.quantize(value, self.network.entries[str(var)])
+                # By the entry that it is read by: of several that share their numbers some may be
+                # int8 in the file, and some uint8.
+                self._int8[var] = self.quantizer.quantize(value, self.network.scales[str(var)])
             else:
                 self._move(self.model.uses.moves[var])
         return self._int8[var]

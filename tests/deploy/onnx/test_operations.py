@@ -128,6 +128,17 @@ def test_dots(name, tmp_path):
     agrees(tmp_path, weights(4, *shape), function, images(0, IMAGE), at_least=60)
 
 
+def test_the_parts_of_a_first_factor_have_its_type(tmp_path):
+    """As of keys with rotary positions: each part has an entry of its own, like the whole's."""
+
+    def apply_fn(p, x):
+        first, second = jnp.split(x @ p, 2, axis=-1)
+        turned = jnp.concatenate([first - second, first + second], axis=-1)
+        return turned @ x.swapaxes(1, 2)
+
+    agrees(tmp_path, weights(8, 8), apply_fn, images(0, (3, 6, 8)), full=True)
+
+
 @BOTH
 def test_attention(full, tmp_path):
     def apply_fn(p, x):

@@ -1,5 +1,7 @@
 """The forms of each network of text give the same, and decoding by a cache what the whole gives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,31 @@ def test_decoding_with_a_cache_takes_the_token_that_the_whole_text_gives(params,
 def test_a_text_that_does_not_fit_is_refused(params, ids, length):
     with pytest.raises(ValueError, match=f"length={length} .* 3 tokens of the prompt .* 9"):
         decoder.generate(Transformer(**SETTINGS, decode=True), params, ids[:, :3], length)
+
+
+def test_tokens_are_drawn_by_a_key(params):
+    model, prompt = Transformer(**SETTINGS, decode=True), jnp.zeros((100, 1), jnp.int32)
+
+    @functools.partial(jax.jit, static_argnames="temperature")
+    def sample(key, temperature):
+        return decoder.generate(model, params, prompt, 3, temperature=temperature, key=key)
+
+    first, second = jax.random.split(jax.random.key(0))
+    drawn = np.asarray(sample(first, 2.0))
+    np.testing.assert_array_equal(sample(first, 2.0), drawn)
+    assert (sample(second, 2.0) != drawn).mean() > 0.4  # of which a third is the prompt
+    # What comes first has the shares that the logits say.
+    logits = jax.jit(Transformer(**SETTINGS).apply)({"params": params}, prompt[:1])
+    shares = np.bincount(drawn[:, 1], minlength=11) / 100
+    np.testing.assert_allclose(shares, jax.nn.softmax(logits[0, 0] / 2), atol=0.15)
+    greedy = jax.jit(lambda: decoder.generate(model, params, prompt, 3))()
+    np.testing.assert_array_equal(sample(first, 1e-4), greedy)
+
+
+def test_a_temperature_that_is_not_above_0_is_refused(params, ids):
+    model, key = Transformer(**SETTINGS, decode=True), jax.random.key(0)
+    with pytest.raises(ValueError, match="temperature=0 is not above 0; without a key"):
+        decoder.generate(model, params, ids, 9, temperature=0, key=key)
 
 
 @pytest.mark.parametrize("cell", CELLS)

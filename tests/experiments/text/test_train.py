@@ -27,5 +27,7 @@ def test_a_network_learns_what_is_there_to_learn(rng):
 
 
 def test_an_unknown_network_is_refused():
-    with pytest.raises(SettingsError, match="no model 'rnn'; there are transformer, lstm_tagger"):
+    with pytest.raises(
+        SettingsError, match="no model 'rnn'; there are transformer, llama, lstm_tagger"
+    ):
         zoo.find("rnn")
