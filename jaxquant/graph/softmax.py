@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from jaxquant.graph import copies, ir, matching, primitives
@@ -15,7 +17,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
     found = _unmasked(graph, division)
     if found is None:
         return None
-    source, members, _ = found
+    source, members = found.source, set(found.members)
     source = _before_mask(graph, source, members)
     if not matching.is_private(graph, members, division.outputs[0]):
         return None
@@ -25,18 +27,31 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
 def match_operator(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
     """The softmax along one axis that ends in an equation, behind its mask; None of others."""
     found = _unmasked(graph, division)
-    if found is None or not matching.is_private(graph, found[1], division.outputs[0]):
+    if found is None or not matching.is_private(graph, found.members, division.outputs[0]):
         return None
-    source, members, axes = found
-    if len(axes) != 1:
-        return None
-    return matching.Match((source,), frozenset(members), {"axis": int(axes[0])})
+    if len(found.axes) != 1 or found.axes[0] in _varying_axes(graph, found.shift, found.source):
+        return None  # what differs along the axis does not cancel
+    return matching.Match((found.source,), found.members, {"axis": int(found.axes[0])})
 
 
-def _unmasked(
-    graph: ir.Graph, division: ir.Equation
-) -> tuple[ir.Var, set[int], tuple[int, ...]] | None:
-    """The source, the members and the axes of exp(x - m) / sum(exp(x - m)), for an m of x alone."""
+class _Unmasked(NamedTuple):
+    """exp(x - m) / sum(exp(x - m)), for an m that is made of maxima of x, and of parameters.
+
+    Attributes:
+      source: x.
+      shift: m.
+      members: the indices of the equations.
+      axes: of the sum.
+    """
+
+    source: ir.Var
+    shift: ir.Atom
+    members: frozenset[int]
+    axes: tuple[int, ...]
+
+
+def _unmasked(graph: ir.Graph, division: ir.Equation) -> _Unmasked | None:
+    """What ends in a division; None of others."""
     if division.name != "div":
         return None
     numerator, denominator = division.inputs
@@ -66,7 +81,18 @@ def _unmasked(
             return None
         members.add(eqn.index)
         stack.extend(eqn.inputs)
-    return source, members, axes
+    return _Unmasked(source, shifted.inputs[1], frozenset(members), axes)
+
+
+def _varying_axes(graph: ir.Graph, atom: ir.Atom, source: ir.Var) -> frozenset[int]:
+    """The axes along which what is subtracted from `source` may differ."""
+    if atom == source:
+        return frozenset(range(len(graph.shape(source))))
+    eqn = matching.producer(graph, atom)
+    if eqn is None or graph.is_static(atom):
+        return copies.varying_axes(graph, atom)
+    of_operands = (_varying_axes(graph, x, source) for x in eqn.inputs)
+    return frozenset().union(*(primitives.follow_axes(graph, eqn, axes) for axes in of_operands))
 
 
 def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxquant.graph import ir, primitives
+from jaxquant.graph import ir, matching, primitives
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 
-_SAME = ("convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision")
+_SAME = ("copy", "copy_p", "stop_gradient", "reduce_precision")
 _MOVED = ("reshape", "squeeze", "expand_dims")
 
 
@@ -124,7 +124,7 @@ def _is_alone(graph: ir.Graph, var: ir.Var) -> bool:
 def _before(graph: ir.Graph, eqn: ir.Equation, axis: int) -> int | None:
     """Where an axis of the result of a movement or a cast is in its operand."""
     before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
-    if eqn.name in _SAME:
+    if eqn.name in _SAME or matching.is_float_cast(graph, eqn):  # one to integers rounds
         return axis
     if eqn.name == "transpose":
         return int(eqn.params["permutation"][axis])

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxquant.graph import operators, trace
 from tests import networks
@@ -38,6 +39,26 @@ def test_softmax_is_found_behind_its_mask():
 
 def test_a_softmax_along_two_axes_is_none():
     assert not found(lambda p, x: jax.nn.softmax(x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("shift", "is_softmax"),
+    [
+        (lambda p, x: x.max(-1, keepdims=True), True),
+        (lambda p, x: jnp.maximum(x.max(-1, keepdims=True), 0.0), True),
+        (lambda p, x: p["sample"], True),
+        (lambda p, x: p["channel"], False),
+        (lambda p, x: x.max(1, keepdims=True), False),
+        (lambda p, x: jnp.maximum(x, 0.0), False),
+    ],
+)
+def test_what_is_subtracted_in_a_softmax_is_one_value_along_its_axis(shift, is_softmax):
+    def net(p, x):
+        unit = jnp.exp(x - shift(p, x))
+        return unit / unit.sum(-1, keepdims=True)
+
+    params = {"sample": networks.images(1, (3, 5, 1)), "channel": networks.images(2, (8,))}
+    assert bool(found(net, params)) == is_softmax
 
 
 def test_only_the_kinds_that_are_asked_for():

@@ -56,6 +56,10 @@ def twice(p: Any, x: jax.Array) -> jax.Array:
     return (x * p["gain"]) @ p["w"] + p["gain"]
 
 
+def rounded(p: Any, x: jax.Array) -> jax.Array:
+    return (x @ p["before"]).astype(jnp.int32).astype(jnp.float32) @ p["w"]
+
+
 LINEN = Linen().init(jax.random.key(0), X)["params"]
 PLAIN = {"gain": draw(WIDTH), "before": draw(WIDTH, WIDTH), "bias": draw(WIDTH),
          "w": draw(WIDTH, WIDTH), "kernel": draw(3, 1, WIDTH, WIDTH)}  # fmt: skip
@@ -67,6 +71,7 @@ CASES = {
                    {"norm/scale", "norm/bias"}),
     "read by others": (lambda p, x: Linen().apply({"params": p}, x), LINEN, "kept", None),
     "no line": (squared, PLAIN, "w", None),
+    "integers between": (rounded, PLAIN, "w", None),
     "a parameter of others": (twice, PLAIN, "w", None),
 }  # fmt: skip
 
