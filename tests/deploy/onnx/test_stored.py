@@ -34,9 +34,10 @@ def agrees(path, model, *inputs):
 
 
 WAYS = [("8 bits", "any"), ("4 bits in groups", "any"), ("4 bits", "onnxruntime")]
+SOME_WAYS = [WAYS[0], pytest.param(*WAYS[1], marks=pytest.mark.slow), WAYS[2]]
 
 
-@pytest.mark.parametrize(("form", "target"), WAYS)
+@pytest.mark.parametrize(("form", "target"), SOME_WAYS)
 def test_a_transformer(form, target, tmp_path):
     module = Block()
     variables = networks.random_params(lambda: module.init(jax.random.key(0), IDS))

@@ -26,21 +26,23 @@ PUBLISHED = [
     (EfficientNetLite("lite0"), 224, 4_652_008),
     (EfficientNetLite("lite1"), 240, 5_416_680),
     (EfficientNetLite("lite2"), 260, 6_092_072),
-    (EfficientNetLite("lite3"), 280, 8_197_096),
-    (EfficientNetLite("lite4"), 300, 13_006_568),
+    pytest.param(EfficientNetLite("lite3"), 280, 8_197_096, marks=pytest.mark.slow),
+    pytest.param(EfficientNetLite("lite4"), 300, 13_006_568, marks=pytest.mark.slow),
     (MobileNetV1(), 224, 4_231_976),
     (MobileNetV2(), 224, 3_504_872),
     (ResNet(50), 224, 25_583_592),
     (ResNet(101), 224, 44_601_832),
     (ResNet(50, **TORCHVISION), 224, 25_557_032),
-    (ResNet(101, **TORCHVISION), 224, 44_549_160),
+    pytest.param(ResNet(101, **TORCHVISION), 224, 44_549_160, marks=pytest.mark.slow),
     (VGG(16), 224, 138_357_544),
     (VGG(19), 224, 143_667_240),
     (GoogLeNet(), 224, 6_998_552),
     (CifarResNet(20), 32, 269_722),
     # With a 3x3 stem: 9408 - 1728 fewer than torchvision's, and 990 classes less.
     (ResNet(50, 10, **TORCHVISION, small_images=True), 32, 23_520_842),
-    (ResNet(101, 10, **TORCHVISION, small_images=True), 32, 42_512_970),
+    pytest.param(
+        ResNet(101, 10, **TORCHVISION, small_images=True), 32, 42_512_970, marks=pytest.mark.slow
+    ),
     # The first dense layer sees 512 values and not 25088; 990 classes less.
     (VGG(16, 10), 32, 138_357_544 - (25088 - 512) * 4096 - 990 * 4097),
 ]
@@ -54,7 +56,15 @@ def test_parameter_count_is_the_published_one(model, size, count):
 
 @pytest.mark.parametrize(
     "network",
-    [EfficientNetLite, MobileNetV1, MobileNetV2, ResNet, VGG, GoogLeNet, CifarResNet],
+    [
+        pytest.param(EfficientNetLite, marks=pytest.mark.slow),
+        MobileNetV1,
+        pytest.param(MobileNetV2, marks=pytest.mark.slow),
+        pytest.param(ResNet, marks=pytest.mark.slow),
+        VGG,
+        GoogLeNet,
+        CifarResNet,
+    ],
 )
 def test_training_gives_logits_and_new_statistics_of_the_same_shapes(network):
     model = network(num_classes=7)
@@ -71,6 +81,7 @@ def test_training_gives_logits_and_new_statistics_of_the_same_shapes(network):
     assert before == after
 
 
+@pytest.mark.slow
 def test_small_images_are_not_shrunk_before_the_first_block():
     for model, side in (
         (ResNet(50, small_images=True), 32),
