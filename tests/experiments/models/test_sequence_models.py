@@ -103,7 +103,9 @@ def test_a_temperature_that_is_not_above_0_is_refused(params, ids):
         decoder.generate(model, params, ids, 9, temperature=0, key=key)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "cell", ["lstm", *(pytest.param(c, marks=pytest.mark.slow) for c in CELLS if c != "lstm")]
+)
 def test_a_tagger_by_rnn_is_the_one_unrolled_by_hand(cell, ids):
     model = Tagger(11, 5, width=6, cell=cell)
     variables = jax.jit(model.init)(jax.random.key(0), ids)
