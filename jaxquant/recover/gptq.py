@@ -135,7 +135,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     """
     program, plan = draft.program, draft.program.whole_plan
     source = draft.source or task.source
-    qparams: Any = jax.tree.map(np.array, jax.device_get(dict(draft.qparams)))
+    qparams: Any = jax.tree.map(_on_host, dict(draft.qparams))
     whole = GraphLayer(program, program.binding, qparams, source.params)
     weights = _find_weights(whole, plan.recovered_by("gptq"))
     outcomes = {key: Rounded(reason=weight.reason) for key, weight in weights.items()}
@@ -148,15 +148,23 @@ def round_weights(task: Task, draft: Draft) -> Draft:
         with task.progress.stage("gptq", len(keys), "weight") as stage:
             for key in stage.each(keys):
                 outcomes[key] = weights[key].round(found)
+    after = jax.tree.map(lambda x: x, dict(draft.qparams))  # the others stay on their devices
+    for path in {weights[key].path for key, outcome in outcomes.items() if not outcome.reason}:
+        layout.put(after["params"], path, jax.device_put(layout.get(qparams["params"], path)))
     return draft.replaced(
         "gptq",
         _summary(outcomes),
-        qparams=jax.device_put(qparams),
+        qparams=after,
         by_site=draft.told(_by_site(weights, outcomes)),
     )
 
 
 STEP = Step(names=("gptq",), run=round_weights)
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    """An array of the model for NumPy: a copy to write to of integers, else the same numbers."""
+    return np.asarray(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.array(x)
 
 
 def _find_weights(whole: GraphLayer, asked: Collection[str]) -> dict[Key, Weight]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant
 from jaxquant.recover import gptq
@@ -199,6 +200,14 @@ def test_a_weight_of_several_sites_is_rounded_for_all_of_them():
     qparams, qapply = quantize(table, tied, ids[0])
     assert {row["rounding"][:4] for row in qapply.report().rows} == {"", "gptq"}
     assert set(qparams["params"]["w"]) == {"int4", "scale"}
+
+
+def test_what_is_no_stored_weight_stays_where_it_is():
+    place = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("all",)), PartitionSpec())
+    params = {"w": draw(0, WIDTH, 8), "shift": jax.device_put(draw(1, 8), place)}
+    qparams, qapply = quantize(params, lambda p, x: x @ p["w"] + p["shift"], together(2, 64, WIDTH))
+    assert "gptq" in str(qapply.report().rows)
+    assert qparams["params"]["shift"].sharding == place
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
