@@ -41,11 +41,12 @@ class StoredTensors(Tensors):
 
     def fold(self, var: ir.Var) -> None:
         """Give a tensor that depends on nothing its array, which the steps of a loop share."""
+        number = str(self.number(var))
         key = self.region.location, var
         if key not in self.found.folded:
             name = self.found.folded[key] = f"constants/{len(self.found.arrays)}"
             self.found.arrays[name] = constants.fold(self.graph, var)
-        self.found.constants[str(self.number(var))] = self.found.folded[key]
+        self.found.constants[number] = self.found.folded[key]
 
     def stored_name(self, path: tuple[str, ...], var: ir.Var) -> str:
         """The name of what is stored of a weight; where layers have their own, of one layer's.

@@ -9,6 +9,7 @@ from jaxquant.deploy.network import Atom, Int8Node, Node, Tensor
 from jaxquant.deploy.plain_values import scalar
 from jaxquant.graph import ir
 from jaxquant.graph.regions import Region
+from jaxquant.jax_shim import jaxprs, prng
 
 
 class Tensors:
@@ -43,7 +44,13 @@ class Tensors:
         return scalar(atom.value) if isinstance(atom, ir.Literal) else self.number(atom)
 
     def new(self, graph: ir.Graph, var: ir.Var) -> int:
-        """A number for a tensor of a graph, this one or another."""
+        """A number for a tensor of a graph, this one or another.
+
+        Raises:
+          ValueError: it is a PRNG key; the message says where it is from.
+        """
+        if prng.is_key_dtype(graph.dtype(var)):
+            raise _random(graph, var)
         shape = tuple(d if isinstance(d, int) else str(d) for d in graph.shape(var))
         return self.found.new(Tensor(shape, str(graph.dtype(var))))
 
@@ -69,3 +76,18 @@ class Tensors:
             numbers = self._unstacked[atom]
             self.add("unstack", (self.number(atom),), numbers, {"axis": 0})
         return self._unstacked[atom]
+
+
+def _random(graph: ir.Graph, key: ir.Var) -> ValueError:
+    """What tells that a key has no place in a network, and what has."""
+    where = "an input, a constant or what a loop carries"
+    if (eqn := graph.producer.get(key)) is not None:
+        where = f"the operation {eqn.name!r}" + (f" in {eqn.scope!r}" if eqn.scope else "")
+        line = jaxprs.line_of(eqn.source_info)
+        where += f", {line}" if line else ""
+    return ValueError(
+        f"the model draws random numbers by a PRNG key ({where}), and ONNX has no operations that "
+        "give the numbers of jax.random. Export what gives the logits, such as one step of the "
+        "loop, quantized by itself, and draw where the file is run, or take what is likeliest. "
+        "jaxquant.save_quantized_model and export_stablehlo keep the model as it is"
+    )

@@ -166,12 +166,15 @@ class Graph:
         return found
 
     def _only_copies(self, eqn: Equation) -> bool:
-        """True where axes of size 1 become longer, and nothing else happens.
+        """True where axes of size 1 become longer, and nothing else happens; or nothing at all.
 
-        JAX leaves some such equations out where the axes stay as they are, for a batch of one.
+        JAX leaves some such equations out where the axes stay as they are, for a batch of one, and
+        conversions of a number to the dtype that it has, where sizes are symbolic.
         """
         if not eqn.input_vars or len(eqn.outputs) != 1:
             return False
+        if eqn.name == "convert_element_type":
+            return self.dtype(eqn.inputs[0]) == self.dtype(eqn.outputs[0])
         before, after = self.shape(eqn.inputs[0]), self.shape(eqn.outputs[0])
         if len(before) != len(after):
             return False

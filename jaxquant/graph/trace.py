@@ -100,7 +100,7 @@ def trace_body(
     outside = find_tables(outer)
     tables = [v for v, x in zip(invars, operands, strict=True) if v in leaves and x in outside]
     graph = builder.graph(leaves, inputs, outputs, None)
-    return with_tied_tables(graph, tables), tuple(invars)
+    return with_tied_tables(symbolic.restore_slices(graph), tables), tuple(invars)
 
 
 def path_of(graph: ir.Graph, var: ir.Var) -> str:

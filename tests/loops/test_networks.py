@@ -13,9 +13,12 @@ import pytest
 import jaxquant
 from experiments.models import transformer
 from experiments.models.llama import Llama
+from experiments.models.vit import Vit
 from tests.loops import measure
 
 LLAMA = Llama(vocabulary=16, layers=2, width=8, heads=2, groups=1, hidden=12)
+VIT = Vit(num_classes=5, patch=2, layers=2, width=8, heads=2, hidden=12)
+IMAGES = jnp.asarray(np.random.default_rng(2).normal(size=(4, 4, 4, 3)), jnp.float32)
 IDS = jnp.asarray(np.random.default_rng(1).integers(0, 16, (4, 5)), jnp.int32)
 
 
@@ -27,7 +30,7 @@ class Network(NamedTuple):
     sites: int
 
 
-NETWORKS = {"llama": Network(LLAMA, IDS, 7)}
+NETWORKS = {"llama": Network(LLAMA, IDS, 7), "vit": Network(VIT, IMAGES, 6)}
 
 
 def static(params: Any, apply_fn: Callable[..., Any], x: jax.Array) -> Any:
@@ -52,14 +55,23 @@ MODES: dict[str, Callable[..., Any]] = {
 }
 
 
+FURTHER = {("llama", "dynamic"), ("vit", "4 bits")}  # which the others nearly cover
+
+
 @functools.cache
 def make_params(name: str) -> Any:
     module, x, _ = NETWORKS[name]
     return jax.jit(module.init)(jax.random.key(0), x)["params"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NETWORKS)
+CASES = [
+    pytest.param(name, mode, marks=[pytest.mark.slow] if (name, mode) in FURTHER else [])
+    for name in NETWORKS
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_scan_is_quantized_as_the_loop(name, mode):
     module, x, inside = NETWORKS[name]
     params = make_params(name)

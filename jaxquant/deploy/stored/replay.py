@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,8 @@ class Replay:
 
     def _apply(self, equation: Equation) -> None:
         inputs = tuple(self._atom(x) for x in equation.inputs)
-        if (number := self._folded(equation, inputs)) is not None:
+        numbers = [x.value if isinstance(x, ir.Literal) else None for x in inputs]
+        if (number := self._folded(equation, numbers, self._sizes)) is not None:
             self._sizes.add(len(self._atoms))
             self._atoms.append(ir.Literal(number))
             self._values.append(number)
@@ -99,18 +100,23 @@ class Replay:
             )
         )
 
-    def _folded(self, equation: Equation, inputs: Sequence[ir.Atom]) -> np.ndarray | None:
+    def _folded(
+        self, equation: Equation, operands: Sequence[np.ndarray | None], sizes: Collection[int]
+    ) -> np.ndarray | None:
         """The number that an equation makes of sizes that are known; None of anything else.
 
         A trace with numbers for the sizes has the number there, and a site's fingerprint with it.
+
+        Args:
+          equation: of the graph, or of a body.
+          operands: those that are numbers; None in the place of the others.
+          sizes: which atoms are made of sizes alone, and numbers.
         """
         if equation.op == primitives.SIZE:
             size = values.decode(equation.params["dim"], self._known, self._no_body)
             return np.asarray(size, symbols.size_dtype()) if isinstance(size, int) else None
-        numbers = [x.value for x in inputs if isinstance(x, ir.Literal)]
-        if len(numbers) != len(inputs) or self._sizes.isdisjoint(
-            x for x in equation.inputs if isinstance(x, int)
-        ):
+        numbers = [x for x in operands if x is not None]
+        if len(numbers) != len(operands) or not any(x in sizes for x in equation.inputs):
             return None
         if equation.op == "convert_element_type":
             dtype = values.decode(equation.params["new_dtype"], self._known, self._no_body)
@@ -189,6 +195,7 @@ class Replay:
     def _run_body(self, body: Body, number: int, depth: int, *inputs: Any) -> list[Any]:
         found = [self._closed_over[constant.array] for constant in body.constants]
         found += inputs
+        sizes: set[int] = set()  # see `_folded`
 
         def read(atom: Atom) -> Any:
             if isinstance(atom, int):
@@ -198,6 +205,11 @@ class Replay:
         for equation in body.equations:
             _check_bodies(equation, number)
             operands = [read(x) for x in equation.inputs]
+            numbers = [None if isinstance(x, jax.core.Tracer) else x for x in operands]
+            if (folded := self._folded(equation, numbers, sizes)) is not None:
+                sizes.add(len(found))
+                found.append(folded)
+                continue
             scope = equation.scope
             with jax.named_scope(scope) if scope else contextlib.nullcontext():
                 if equation.op == primitives.CALL:

@@ -1,0 +1,44 @@
+"""The forms of the vision transformer give the same; its tokens are the patches and one more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.models import transformer, vit_nnx
+from experiments.models.vit import Vit
+
+SETTINGS = {"num_classes": 5, "patch": 2, "layers": 2, "width": 8, "heads": 2, "hidden": 12}
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def params():
+    images = jnp.zeros((1, 4, 4, 3), jnp.float32)
+    return jax.jit(Vit(**SETTINGS).init)(jax.random.key(0), images)["params"]
+
+
+def logits(params, images, **settings):
+    return jax.jit(Vit(**SETTINGS, **settings).apply)({"params": params}, images)
+
+
+def test_scanned_and_unrolled_layers_in_linen_and_nnx_give_the_same(params, rng):
+    images = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
+    expected, loop = logits(params, images), transformer.unstack(params)
+    assert expected.shape == (2, 5)
+    np.testing.assert_allclose(logits(loop, images, scanned=False), expected, **CLOSE)
+    for scanned, given in ((True, params), (False, loop)):
+        model = vit_nnx.from_linen(given, **SETTINGS, size=4, scanned=scanned)
+        graph, state = nnx.split(model)
+        found = jax.jit(lambda state, x, graph=graph: nnx.merge(graph, state)(x))(state, images)
+        np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def test_where_a_patch_is_counts_by_its_position_alone(params, rng):
+    images = jnp.asarray(rng.normal(size=(1, 4, 4, 3)), jnp.float32)
+    turned = jnp.roll(images, 2, axis=2)  # two columns of patches change places
+    assert np.abs(logits(params, turned) - logits(params, images)).max() > 1e-4
+    nowhere = {**params, "positions": jnp.zeros_like(params["positions"])}
+    assert params["positions"].shape == (1, 5, 8)
+    np.testing.assert_allclose(logits(nowhere, turned), logits(nowhere, images), **CLOSE)
