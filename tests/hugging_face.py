@@ -5,6 +5,8 @@ generation loop "same" in place of the SQNR, the part of the tokens that stay.  
 `tests/test_hugging_face.py` in an environment that has the package.
 """
 
+import functools
+import importlib
 import json
 import warnings
 
@@ -12,12 +14,16 @@ import numpy as np
 
 import jaxquant
 
-warnings.simplefilter("ignore")  # of the package: its Flax models are its last ones
-import transformers  # noqa: E402
-
 TOKENS, LENGTH = 100, 16
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 WORDS = {"vocab_size": TOKENS, "max_position_embeddings": 32, **SIZES, "intermediate_size": 128}
+
+
+@functools.cache
+def hugging_face():
+    """The package, which says in warnings that its Flax models are its last ones."""
+    warnings.simplefilter("ignore")
+    return importlib.import_module("transformers")
 
 
 def text(seed):
@@ -33,29 +39,29 @@ def images(seed):
 
 
 def gpt2():
-    config = transformers.GPT2Config(
+    config = hugging_face().GPT2Config(
         vocab_size=TOKENS, n_embd=64, n_layer=2, n_head=4, n_positions=32
     )
-    return transformers.FlaxGPT2LMHeadModel(config, seed=0)
+    return hugging_face().FlaxGPT2LMHeadModel(config, seed=0)
 
 
 MODELS = {
     "bert": (
-        lambda: transformers.FlaxBertModel(transformers.BertConfig(**WORDS), seed=0),
+        lambda: hugging_face().FlaxBertModel(hugging_face().BertConfig(**WORDS), seed=0),
         text,
         "last_hidden_state",
     ),
     "gpt2": (gpt2, text, "logits"),
     "llama": (
-        lambda: transformers.FlaxLlamaForCausalLM(
-            transformers.LlamaConfig(**WORDS, num_key_value_heads=2), seed=0
+        lambda: hugging_face().FlaxLlamaForCausalLM(
+            hugging_face().LlamaConfig(**WORDS, num_key_value_heads=2), seed=0
         ),
         text,
         "logits",
     ),
     "vit": (
-        lambda: transformers.FlaxViTModel(
-            transformers.ViTConfig(**SIZES, intermediate_size=128, image_size=32, patch_size=8),
+        lambda: hugging_face().FlaxViTModel(
+            hugging_face().ViTConfig(**SIZES, intermediate_size=128, image_size=32, patch_size=8),
             seed=0,
         ),
         images,
