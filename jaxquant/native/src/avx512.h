@@ -12,6 +12,12 @@
 
 namespace jaxquant {
 
+// sum += the products of four unsigned bytes with four signed ones, in each lane.  Of the intrinsic
+// GCC 12 makes copies of the sums, so that those of a tile do not fit into registers any more.
+__attribute__((always_inline)) inline void add_products(__m512i& sum, __m512i x, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weights));
+}
+
 template <int H, int NR, bool kClamps, bool kPlain>
 void avx512_tile(const Segment& s0, const Segment& s1, const Runs& runs,
                  const Block& block, const Avx512Sums& epilogue) {
@@ -42,7 +48,7 @@ void avx512_tile(const Segment& s0, const Segment& s1, const Runs& runs,
         std::memcpy(&four, p, 4);
         const __m512i x = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-        for (int r = 0; r < NR; ++r) sums[i][r] = _mm512_dpbusd_epi32(sums[i][r], x, weights[r]);
+        for (int r = 0; r < NR; ++r) add_products(sums[i][r], x, weights[r]);
       }
 #pragma GCC unroll 7
       for (int i = 0; i < H; ++i) {
@@ -52,7 +58,7 @@ void avx512_tile(const Segment& s0, const Segment& s1, const Runs& runs,
         const __m512i x = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
         for (int r = 0; r < NR; ++r)
-          sums[H + i][r] = _mm512_dpbusd_epi32(sums[H + i][r], x, weights[r]);
+          add_products(sums[H + i][r], x, weights[r]);
       }
       a0 += 4, a3 += 4, a6 += 4, b0 += 4, b3 += 4, b6 += 4;
     }
@@ -82,13 +88,13 @@ inline void accumulate(const uint8_t* in, const DepthwiseRow& row, __m512i (&sum
     const __m512i x2 = _mm512_loadu_si512(in + at[2]), x3 = _mm512_loadu_si512(in + at[3]);
     const __m512i low01 = _mm512_unpacklo_epi8(x0, x1), high01 = _mm512_unpackhi_epi8(x0, x1);
     const __m512i low23 = _mm512_unpacklo_epi8(x2, x3), high23 = _mm512_unpackhi_epi8(x2, x3);
-    sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_unpacklo_epi16(low01, low23),
+    add_products(sums[0], _mm512_unpacklo_epi16(low01, low23),
                                   _mm512_load_si512(w));
-    sums[1] = _mm512_dpbusd_epi32(sums[1], _mm512_unpackhi_epi16(low01, low23),
+    add_products(sums[1], _mm512_unpackhi_epi16(low01, low23),
                                   _mm512_load_si512(w + 64));
-    sums[2] = _mm512_dpbusd_epi32(sums[2], _mm512_unpacklo_epi16(high01, high23),
+    add_products(sums[2], _mm512_unpacklo_epi16(high01, high23),
                                   _mm512_load_si512(w + 128));
-    sums[3] = _mm512_dpbusd_epi32(sums[3], _mm512_unpackhi_epi16(high01, high23),
+    add_products(sums[3], _mm512_unpackhi_epi16(high01, high23),
                                   _mm512_load_si512(w + 192));
   }
 }
