@@ -21,6 +21,7 @@ from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
+from jaxquant.jax_shim.extremes import largest, least
 from jaxquant.plan.bind import bind
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.epilogue import Epilogue
@@ -218,7 +219,7 @@ def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment)
     activation = find_activation(reference.graph, epilogue.output)
     pair = (reference.wide(activation.end), activation.of(value, reference))
     reduce = epilogue.channels.reduce
-    return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (jnp.min, jnp.max)))
+    return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (least, largest)))
 
 
 def _fits(here: Here) -> dict[str, Clipping]:
@@ -246,8 +247,8 @@ def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Enviro
         clipped=jnp.sum(outside.astype(jnp.float32)),
         count=jnp.float32(x.size),
         clipped_noise=jnp.sum(jnp.where(outside, off**2, 0)),
-        low=jnp.min(x, initial=jnp.inf),
-        high=jnp.max(x, initial=-jnp.inf),
+        low=least(x, initial=jnp.inf),
+        high=largest(x, initial=-jnp.inf),
     )
 
 

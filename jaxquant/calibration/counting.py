@@ -23,7 +23,7 @@ from jaxquant.calibration.histogram import (
     power_of_two,
 )
 from jaxquant.jax_shim import compilation
-from jaxquant.jax_shim.bad_values import nan_if_bad
+from jaxquant.jax_shim.extremes import largest, least
 
 # float32 of any shape -> uint32 [2048], the counts of |x| over the range of `Histogram.exponent`,
 # and float32 [2], the least and the largest x; one of these is not finite where a value is not.
@@ -56,8 +56,7 @@ def portable_counts(x: jax.Array) -> list[jax.Array]:
     times, but for splits that gain little.  Not measured on GPU or TPU.
     """
     x = x.reshape(-1)
-    bad = nan_if_bad(x)
-    low, high = jnp.min(x, initial=jnp.inf) + bad, jnp.max(x, initial=-jnp.inf) + bad
+    low, high = least(x, initial=jnp.inf), largest(x, initial=-jnp.inf)
     # Masking single values that are bad instead would double the time of it all.
     good = (low > -jnp.inf) & (high < jnp.inf)
     exponent = exponent_above(abs_max_of(low, high, good))

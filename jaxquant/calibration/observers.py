@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxquant.calibration import counting, histogram, kl, threshold
 from jaxquant.calibration.observations import TensorStats
-from jaxquant.jax_shim.bad_values import nan_if_bad
+from jaxquant.jax_shim.extremes import largest
 
 
 class Observer(NamedTuple):
@@ -113,7 +113,7 @@ def _no_peaks() -> _Peaks:
 
 def _add_peaks(state: _Peaks, x: jax.Array) -> _Peaks:
     rows = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1).astype(jnp.float32)
-    peaks = jnp.max(jnp.abs(rows), axis=1, initial=0.0) + nan_if_bad(rows, axis=1)
+    peaks = largest(jnp.abs(rows), axis=1, initial=0.0)
     samples = state.samples + jnp.float32(len(rows))
     moved = jnp.sum((peaks - state.mean) / jnp.maximum(samples, 1))
     return _Peaks(state.mean + moved, samples)

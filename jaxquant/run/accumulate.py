@@ -18,7 +18,7 @@ from jaxquant.backends.platforms import Table
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
-from jaxquant.jax_shim.bad_values import nan_if_bad
+from jaxquant.jax_shim.extremes import largest
 from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
@@ -158,8 +158,7 @@ def _quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array,
     """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
     weight = weight.astype(jnp.float32)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
-    threshold = jnp.max(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
-    threshold = threshold + nan_if_bad(weight, axis=summed, keepdims=True)
+    threshold = largest(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
     smallest = jnp.float32(SMALLEST_SCALE)  # of which the inverse is a float
     scale = jnp.where(threshold == 0, 1, jnp.maximum(threshold / jnp.float32(127), smallest))
     return int8.quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)

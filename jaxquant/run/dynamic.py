@@ -21,7 +21,7 @@ from jax import lax
 from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.contraction import Contraction
-from jaxquant.jax_shim.bad_values import nan_if_bad
+from jaxquant.jax_shim.extremes import largest, least
 from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.grid import SMALLEST_SCALE
 
@@ -89,15 +89,14 @@ def _dot_operand(
     def at_the_result(rows: jax.Array) -> jax.Array:
         return rows.transpose([*kept, *own.contracted]).reshape(shape)
 
-    bad = nan_if_bad(x, axis=own.contracted, keepdims=True)
     if not is_asymmetric:
-        threshold = jnp.max(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
-        scale, inverse = _grid(threshold + bad)
+        threshold = largest(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
+        scale, inverse = _grid(threshold)
         return Scaled(int8.quantize(x, inverse), at_the_result(scale))
     low, high = (
-        reduced(x, axis=own.contracted, keepdims=True, initial=0) for reduced in (jnp.min, jnp.max)
+        reduced(x, axis=own.contracted, keepdims=True, initial=0) for reduced in (least, largest)
     )
-    scale, inverse, zero_point = _asymmetric_grid(low, high + bad)
+    scale, inverse, zero_point = _asymmetric_grid(low, high)
     return Scaled(
         int8.quantize(x, inverse, zero_point),
         at_the_result(scale),
@@ -110,7 +109,7 @@ def _conv_input(x: jax.Array, kernel: tuple[int, ...], contraction: Contraction)
     own, (samples, channels) = contraction.operands[0], contraction.result.free
     rows = x.transpose((*own.free, *own.contracted, *own.window))
     rows = rows.reshape(rows.shape[0], contraction.feature_groups, -1)
-    scale, inverse = _grid(jnp.max(jnp.abs(rows), axis=2, initial=0) + nan_if_bad(rows, axis=2))
+    scale, inverse = _grid(largest(jnp.abs(rows), axis=2, initial=0))
     inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
     spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)
     worth = _by_channel(scale, outputs, (*samples, *channels), x.ndim)

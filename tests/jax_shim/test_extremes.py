@@ -8,7 +8,7 @@ from jax import lax
 
 import jaxquant
 from jaxquant.calibration import counting
-from jaxquant.jax_shim.bad_values import nan_if_bad
+from jaxquant.jax_shim.extremes import largest, least
 from tests import networks
 
 pytestmark = pytest.mark.optimized
@@ -21,10 +21,14 @@ def with_bad(value, shape=SHAPE):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_it_tells_of_the_rows_that_hold_them(value):
-    found = jax.jit(lambda x: nan_if_bad(x, axis=1))(with_bad(value))
+@pytest.mark.parametrize("ours", [least, largest])
+def test_they_tell_of_the_rows_that_hold_them(ours, value):
+    x, others = with_bad(value), np.arange(50) != BAD
+    found = np.asarray(jax.jit(lambda x: ours(x, axis=1))(x))
     assert np.flatnonzero(np.isnan(found)).tolist() == [BAD]
-    assert not np.any(np.asarray(found)[np.arange(50) != BAD])
+    expected = np.asarray(x)[others]
+    expected = expected.min(axis=1) if ours is least else expected.max(axis=1)
+    np.testing.assert_array_equal(found[others], expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
