@@ -41,6 +41,21 @@ def fake(x: Any) -> np.ndarray:
     return quantize(x, inv_scale(x)) / np.float64(inv_scale(x))
 
 
+def fake_lopsided_rows(x: Any, axes: Sequence[int]) -> np.ndarray:
+    """`x` on grids of its own for everything that is not along `axes`, in float64.
+
+    Each goes from the least to the largest value, 0 within, and has a zero point.
+    """
+    x = np.asarray(x).astype(np.float32)
+    low, high = (f(x, axis=axes, keepdims=True, initial=0) for f in (np.min, np.max))
+    half = high / np.float32(2) - low / np.float32(2)
+    scale = np.maximum(half * np.float32(2 / 255), np.float32(2.0**-126))
+    inverse = np.float32(1) / scale
+    zero_point = np.clip(-128 - np.rint(low * inverse), -128, 127)
+    int8 = np.clip(np.rint(x * inverse) + zero_point, -128, 127)
+    return (int8 - zero_point).astype(np.float64) * scale
+
+
 def quantize_weight(weight: Any, axes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """int64 weight and its float64 scales, one for each index along `axes`, in their order.
 

@@ -21,7 +21,7 @@ import numpy as np
 import jaxquant
 from experiments.benchmarks.float_onnx import write_float
 from experiments.benchmarks.interleave import print_table, time_in_turn
-from experiments.onnx_runtimes import onnxruntime_session
+from experiments.onnx_runtimes import onnxruntime_session, quantize_static
 from experiments.text import corpus, minilm
 from experiments.text.similarity import batches
 
@@ -126,25 +126,8 @@ def _dynamic(float32: Path, folder: Path) -> Path:
 
 
 def _static(float32: Path, folder: Path, samples: Sequence[np.ndarray]) -> Path:
-    from onnxruntime import quantization
-
-    path, left = folder / "static.onnx", iter(samples)
-    name = _input_name(float32)
-
-    class Reader(quantization.CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(({name: ids} for ids in left), None)
-
-    quantization.quantize_static(
-        str(float32),
-        str(path),
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        op_types_to_quantize=["MatMul", "Gather"],
-    )
+    path = folder / "static.onnx"
+    quantize_static(float32, path, samples, op_types_to_quantize=["MatMul", "Gather"])
     return path
 
 
@@ -161,12 +144,6 @@ def _openvino(float32: Path, samples: Sequence[np.ndarray]) -> Run:
     config = {"INFERENCE_NUM_THREADS": usable_cores(), "PERFORMANCE_HINT": "LATENCY"}
     request = core.compile_model(model, "CPU", config).create_infer_request()
     return lambda ids: request.infer([ids])
-
-
-def _input_name(path: Path) -> str:
-    import onnx
-
-    return onnx.load(path, load_external_data=False).graph.input[0].name
 
 
 if __name__ == "__main__":

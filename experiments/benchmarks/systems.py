@@ -12,7 +12,7 @@ import numpy as np
 import jaxquant
 from experiments import zoo
 from experiments.benchmarks.tuned_float import tuned
-from experiments.onnx_runtimes import onnxruntime_session, openvino_model
+from experiments.onnx_runtimes import onnxruntime_session, openvino_model, quantize_static
 
 Program = Callable[[], Any]
 
@@ -72,33 +72,12 @@ class Case:
     @functools.cache  # noqa: B019
     def quantized_by_onnxruntime(self) -> Path:
         """The float network as ONNX Runtime's own quantizer makes it int8."""
-        from onnxruntime import quantization
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         prepared, path = self.folder / "prepared.onnx", self.folder / "onnxruntime.onnx"
         quant_pre_process(str(self.float_onnx()), str(prepared), skip_symbolic_shape=True)
-        name, samples = _input_name(prepared), iter([self.channels_first[:1]])
-
-        class Reader(quantization.CalibrationDataReader):
-            def get_next(self) -> dict[str, np.ndarray] | None:
-                return next(({name: x} for x in samples), None)
-
-        quantization.quantize_static(
-            str(prepared),
-            str(path),
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
+        quantize_static(prepared, path, [self.channels_first[:1]])
         return path
-
-
-def _input_name(path: Path) -> str:
-    import onnx
-
-    return onnx.load(path, load_external_data=False).graph.input[0].name
 
 
 def jax_float(case: Case) -> Program:
