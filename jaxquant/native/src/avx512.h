@@ -57,8 +57,7 @@ void avx512_tile(const Segment& s0, const Segment& s1, const Runs& runs,
         std::memcpy(&four, p, 4);
         const __m512i x = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-        for (int r = 0; r < NR; ++r)
-          add_products(sums[H + i][r], x, weights[r]);
+        for (int r = 0; r < NR; ++r) add_products(sums[H + i][r], x, weights[r]);
       }
       a0 += 4, a3 += 4, a6 += 4, b0 += 4, b3 += 4, b6 += 4;
     }
@@ -88,14 +87,10 @@ inline void accumulate(const uint8_t* in, const DepthwiseRow& row, __m512i (&sum
     const __m512i x2 = _mm512_loadu_si512(in + at[2]), x3 = _mm512_loadu_si512(in + at[3]);
     const __m512i low01 = _mm512_unpacklo_epi8(x0, x1), high01 = _mm512_unpackhi_epi8(x0, x1);
     const __m512i low23 = _mm512_unpacklo_epi8(x2, x3), high23 = _mm512_unpackhi_epi8(x2, x3);
-    add_products(sums[0], _mm512_unpacklo_epi16(low01, low23),
-                                  _mm512_load_si512(w));
-    add_products(sums[1], _mm512_unpackhi_epi16(low01, low23),
-                                  _mm512_load_si512(w + 64));
-    add_products(sums[2], _mm512_unpacklo_epi16(high01, high23),
-                                  _mm512_load_si512(w + 128));
-    add_products(sums[3], _mm512_unpackhi_epi16(high01, high23),
-                                  _mm512_load_si512(w + 192));
+    add_products(sums[0], _mm512_unpacklo_epi16(low01, low23), _mm512_load_si512(w));
+    add_products(sums[1], _mm512_unpackhi_epi16(low01, low23), _mm512_load_si512(w + 64));
+    add_products(sums[2], _mm512_unpacklo_epi16(high01, high23), _mm512_load_si512(w + 128));
+    add_products(sums[3], _mm512_unpackhi_epi16(high01, high23), _mm512_load_si512(w + 192));
   }
 }
 
