@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 DISABLE_VARIABLE = "JAXQUANT_NATIVE"
-# Kernels whose int8 convolutions and dots take longer than XLA's: several times as long on AVX2,
-# AVX-VNNI and AVX-512 without VNNI (experiments/benchmarks/instruction_sets.py).
+# Kernels whose int8 convolutions and dots take longer than XLA's: several times as long
+# (experiments/benchmarks/instruction_sets.py).
 _SLOWER_THAN_XLA = ("portable",)
 _LOADING = threading.Lock()  # two threads that ask at once do not load the library twice
 
@@ -88,7 +88,7 @@ def is_known() -> bool:
 
 
 def instruction_set() -> str:
-    """What the loaded kernels are written for: "AMX", "AVX512-VNNI" or "portable"."""
+    """What the loaded kernels are written for: "AVX2", for example; "portable" for nothing."""
     return build.load().jaxquant_kernels().decode()
 
 
@@ -103,7 +103,7 @@ def int8_is_faster() -> Availability:
     if ok and instruction_set() in _SLOWER_THAN_XLA:
         return Availability(
             False,
-            f"faster than the {reason}, all that there are for a processor without AVX512-VNNI",
+            f"faster than the {reason}, all that there are for a processor without AVX2",
         )
     return Availability(ok, reason)
 

@@ -128,7 +128,13 @@ def requantized(y: np.ndarray, out: native.Requantize) -> np.ndarray:
 
 
 # The kernels that the compiler leaves when it may not use the instructions of the better ones.
-VARIANTS = {"best": (), "no AMX": ("-mno-amx-tile", "-mno-amx-int8"), "portable": ("-mno-avx512f",)}
+VARIANTS = {
+    "best": (),
+    "no AMX": ("-mno-amx-tile", "-mno-amx-int8"),
+    "no VNNI": ("-mno-avx512vnni", "-mno-avxvnni"),
+    "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
+    "portable": ("-mno-avx2",),
+}
 
 
 @functools.cache

@@ -451,7 +451,16 @@ int main(int, char** arguments) {
     const Case given(random, shape);
     const Expected expected(given);
     expected.check_everywhere<Portable>();
+#ifdef JAXQUANT_AVX2
+    expected.check_everywhere<Avx2>();
+#endif
+#ifdef JAXQUANT_AVX_VNNI
+    expected.check_everywhere<AvxVnni>();
+#endif
 #ifdef JAXQUANT_AVX512
+    expected.check_everywhere<Avx512Words>();
+#endif
+#ifdef JAXQUANT_AVX512_VNNI
     expected.check_everywhere<Avx512>();
 #endif
 #ifdef JAXQUANT_AMX

@@ -7,7 +7,7 @@
 
 #include "avx512.h"
 
-#if defined(JAXQUANT_AVX512) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
+#if defined(JAXQUANT_AVX512_VNNI) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__)
 #define JAXQUANT_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -105,7 +105,7 @@ void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& 
 // The epilogue of one segment: [height][row] sums, of which `vectors` times 16 are there.
 template <bool kClamps, bool kPlain>
 void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& segment,
-            int64_t pixel, const Runs& runs, const int32_t* init, const Lanes* lanes,
+            int64_t pixel, const Runs& runs, const int32_t* init, const Channels16* of,
             int64_t vectors, const Avx512Sums& given) {
   const Avx512Sums epilogue = given;  // its own, so that it stays in registers
   int64_t at = segment.out, column = segment.column;
@@ -116,8 +116,8 @@ void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& seg
     for (int64_t v = 0; v < vectors; ++v) {
       const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * v),
                                            _mm512_loadu_si512(init + 16 * v));
-      if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, lanes[v], at);
-      else epilogue.store(sum, lanes[v], at);
+      if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, of[v], at);
+      else epilogue.store(sum, of[v], at);
     }
     at += pixel;
   }
@@ -135,7 +135,7 @@ inline void prefetch_inputs(const Segment* segments, int64_t count, int64_t heig
 
 struct Amx : Avx512 {
   static constexpr const char* kName = "AMX";
-  static constexpr int64_t kPixels = kAmxSegment;
+  static constexpr int64_t kPixels = kAmxSegment, kSegment = kAsFewAsPossible;
   static constexpr int64_t kStep = 4 * kAmxGroups;
   static constexpr bool kRunsOn = true;
 
@@ -169,14 +169,14 @@ struct Amx : Avx512 {
     std::vector<int8_t> tails[kAmxBlocks];
     for (int64_t start = share.first; start < share.last; start += most) {
       const int64_t count = std::min(most, share.last - start), row = count * kBlock;
-      Lanes lanes[2 * kAmxBlocks];
+      Channels16 of[2 * kAmxBlocks];
       Block blocks[kAmxBlocks];
       int64_t vectors = 0;
       for (int64_t i = 0; i < count; ++i) {
         blocks[i] = weights.block(share.group, start + i);
         copy_tails(runs, blocks[i].weights, weights.wide(start + i) ? 128 : 64, tails[i]);
         for (int64_t c = 0; c < blocks[i].channels; c += 16)
-          lanes[vectors++] = sums.lanes(blocks[i].channel + c, blocks[i].channels - c);
+          of[vectors++] = sums.channels(blocks[i].channel + c, blocks[i].channels - c);
       }
       const Segment* const end = share.segments.data() + share.segments.size();
       for_pairs(share.segments, [&](const Segment& s0, const Segment& s1) {
@@ -190,7 +190,7 @@ struct Amx : Avx512 {
           tile(s0, s1, height, runs, blocks[i], tails[i].data(), products + i * kBlock, row);
         }
         const auto store = [&](const Segment& s, const int32_t* from) {
-          finish_segment(from, row, height, s, outputs, runs, blocks[0].init, lanes, vectors,
+          finish_segment(from, row, height, s, outputs, runs, blocks[0].init, of, vectors,
                          sums);
         };
         store(s0, products);

@@ -1,7 +1,7 @@
 // The epilogue on registers of sixteen sums, by AVX-512.
 #pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define JAXQUANT_AVX512 1
 #include <immintrin.h>
 
@@ -10,7 +10,7 @@
 namespace jaxquant {
 
 // What belongs to 16 channels: `mask` has those that are there.
-struct Lanes {
+struct Channels16 {
   int64_t channel;
   __mmask16 mask;
   __m512 multiplier, bias;
@@ -19,6 +19,7 @@ struct Lanes {
 // The epilogue on 16 sums in a register.
 class Avx512Sums {
  public:
+  static constexpr int kCount = 16;
   const bool plain;   // `Epilogue::plain`
   const bool clamps;  // whether the clamp of `to_grid` changes anything
 
@@ -47,7 +48,7 @@ class Avx512Sums {
   }
 
   // Channels [c, c + 16), of which `n` are there.
-  Lanes lanes(int64_t c, int64_t n) const {
+  Channels16 channels(int64_t c, int64_t n) const {
     const __mmask16 mask = n >= 16 ? 0xffff : __mmask16((1u << std::max<int64_t>(n, 0)) - 1);
     return {c, mask, _mm512_maskz_loadu_ps(mask, e_.multiplier + c),
             e_.bias ? _mm512_maskz_loadu_ps(mask, e_.bias + c) : _mm512_setzero_ps()};
@@ -62,35 +63,35 @@ class Avx512Sums {
     return round(y, plus);
   }
   template <bool kClamps>
-  void store_plain(__m512i sums, const Lanes& lanes, int64_t at) const {
-    const __m512i q = to_grid<kClamps>(sums, lanes.multiplier, lanes.bias, zero_point_);
-    _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + at + lanes.channel, lanes.mask, q);
+  void store_plain(__m512i sums, const Channels16& of, int64_t at) const {
+    const __m512i q = to_grid<kClamps>(sums, of.multiplier, of.bias, zero_point_);
+    _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + at + of.channel, of.mask, q);
   }
 
   // Stores the results of an epilogue of any form; `at` is where channel 0 of this pixel is in the
   // output.
-  void store(__m512i sums, const Lanes& lanes, int64_t at) const {
-    const int64_t first = at + lanes.channel;
-    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lanes.multiplier, lanes.bias);
+  void store(__m512i sums, const Channels16& of, int64_t at) const {
+    const int64_t first = at + of.channel;
+    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), of.multiplier, of.bias);
     y = clamp(y, low_, high_);
     if (e_.residual_q) {
-      const __m128i bytes = _mm_maskz_loadu_epi8(lanes.mask, e_.residual_q + first);
+      const __m128i bytes = _mm_maskz_loadu_epi8(of.mask, e_.residual_q + first);
       const __m512i q = _mm512_cvtepi8_epi32(_mm_xor_si128(bytes, residual_flip_));
       y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(q, residual_zero_point_)),
                           residual_scale_, y);
     }
     if (e_.residual_f)
-      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes.mask, e_.residual_f + first));
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(of.mask, e_.residual_f + first));
     y = clamp(y, low_after_, high_after_);
     if (e_.out_f) {
-      if (e_.streams && first % 16 == 0 && lanes.mask == 0xffff)
+      if (e_.streams && first % 16 == 0 && of.mask == 0xffff)
         _mm512_stream_ps(e_.out_f + first, y);
       else
-        _mm512_mask_storeu_ps(e_.out_f + first, lanes.mask, y);
+        _mm512_mask_storeu_ps(e_.out_f + first, of.mask, y);
     }
     if (e_.out_q) {
       const __m512i q = round(y, zero_point_);
-      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, lanes.mask, q);
+      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, of.mask, q);
     }
   }
 
@@ -102,7 +103,7 @@ class Avx512Sums {
   // `n` sums of one output pixel, for the channels from `c`.
   void apply(const int32_t* sums, int64_t c, int64_t n, int64_t at) const {
     for (int64_t i = 0; i < n; i += 16) {
-      const Lanes some = lanes(c + i, n - i);
+      const Channels16 some = channels(c + i, n - i);
       store(_mm512_maskz_loadu_epi32(some.mask, sums + i), some, at);
     }
   }

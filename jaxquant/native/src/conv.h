@@ -40,9 +40,16 @@ class Product {
 
 // Segments of one height that cover `n` pixels; the last may overlap the one before it.
 template <class Set>
-int64_t segment_count(int64_t n) { return ceil_div(n, Set::kPixels); }
+int64_t segment_height(int64_t n) {
+  int64_t best = 0, least = INT64_MAX;
+  for (int64_t height = std::min(n, Set::kPixels); height > 0; --height) {
+    const int64_t cost = ceil_div(n, height) * (4 * height + Set::kSegment);
+    if (cost < least) best = height, least = cost;
+  }
+  return best;
+}
 template <class Set>
-int64_t segment_height(int64_t n) { return ceil_div(n, segment_count<Set>(n)); }
+int64_t segment_count(int64_t n) { return ceil_div(n, segment_height<Set>(n)); }
 
 inline void add_segments(std::vector<Segment>& segments, int64_t n, int64_t height,
                          const uint8_t* in, ptrdiff_t stride, int64_t out, int64_t pixel) {
@@ -86,9 +93,9 @@ void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
   const PackedMatrix& layout = product.layout();
   const int64_t in = c / layout.groups;
   const int64_t padded = round_up(in, Set::kStep);
-  const bool copies = x.flip || in != padded;
+  const bool copies = x.only_copied() || in != padded;
   const int64_t tile = 2 * Set::kPixels;
-  const int64_t fitting = std::min(kScratchBytes / 2 / padded,
+  const int64_t fitting = std::min(kScratchBytes / 2 / (padded * x.width),
                                    kOutputBytes / product.output_bytes());
   const int64_t most = std::max<int64_t>(2 * tile, fitting / tile * tile);
   const int64_t weights = layout.padded_out() * padded;
@@ -109,13 +116,13 @@ void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
       const uint8_t* from = x.data + first * c + g * in;
       ptrdiff_t stride = c;
       if (copies) {
-        uint8_t* to = Scratch::of_thread().reserve(n * padded);
+        uint8_t* to = Scratch::of_thread().reserve(n * padded * x.width);
         if (in == padded && in == c) {
           x.copy(to, from, n * c);
         } else {
-          for (int64_t i = 0; i < n; ++i) x.copy(to + i * padded, from + i * c, in);
+          for (int64_t i = 0; i < n; ++i) x.copy(to + i * padded * x.width, from + i * c, in);
         }
-        from = to, stride = padded;
+        from = to, stride = padded * x.width;
       }
       segments.clear();
       add_segments(segments, n, height, from, stride, first * product.outputs(),
@@ -139,10 +146,11 @@ void conv(Threads& threads, const Activations& x, const ConvShape& s,
   const int64_t reach_h = (s.oh - 1) * s.stride_h + (s.kh - 1) * s.dilation_h;
   const int64_t reach_w = (s.ow - 1) * s.stride_w + (s.kw - 1) * s.dilation_w;
   const bool inside = s.pad_h == 0 && s.pad_w == 0 && reach_h < s.h && reach_w < s.w;
-  const bool copies = x.flip || !inside || nc % Set::kStep;
+  const bool copies = x.only_copied() || !inside || nc % Set::kStep;
   const bool copies_pixels = copies && s.one_tap();
-  const int64_t padded = round_up(nc, Set::kStep);  // of a copied pixel
-  const int64_t row_bytes = copies_pixels ? s.ow * padded : (reach_w + 1) * nc * s.stride_h;
+  const int64_t padded = round_up(nc, Set::kStep);  // values of a copied pixel
+  const int64_t row_bytes =
+      x.width * (copies_pixels ? s.ow * padded : (reach_w + 1) * nc * s.stride_h);
   const int64_t most = std::max<int64_t>(1, kScratchBytes / row_bytes);
   const int64_t weights = s.groups * layout.padded_out() * layout.four_bytes * 4;
   const Split parts = split(s.n, s.oh, layout.blocks(), threads.count(), most,
@@ -162,20 +170,20 @@ void conv(Threads& threads, const Activations& x, const ConvShape& s,
       ptrdiff_t pixel = s.c, row = s.w * s.c;  // distances in the input, in bytes
       int64_t stride_h = s.stride_h, stride_w = s.stride_w;
       if (copies_pixels) {
-        pixel = padded, row = s.ow * pixel, stride_h = stride_w = 1;
+        pixel = padded * x.width, row = s.ow * pixel, stride_h = stride_w = 1;
         uint8_t* to = Scratch::of_thread().reserve((last - first) * row);
         copy_pixels(x, s, image, first, last, g * nc, nc, padded, to);
         from = to;
       } else if (copies) {
         const int64_t rows = (last - 1 - first) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
-        pixel = nc, row = (reach_w + 1) * nc;
+        pixel = nc * x.width, row = (reach_w + 1) * pixel;
         uint8_t* to = Scratch::of_thread().reserve(rows * row);
         copy_window(x, s, image, first, last, g * nc, nc, to);
         from = to;
       }
       // One run a window row where its columns are contiguous, else one a tap.
       offsets.clear();
-      const bool row_runs = s.row_runs() && pixel == nc;
+      const bool row_runs = s.row_runs() && pixel == nc * x.width;
       for (int64_t i = 0; i < s.kh; ++i) {
         for (int64_t j = 0; j < (row_runs ? 1 : s.kw); ++j)
           offsets.push_back(i * s.dilation_h * row + j * s.dilation_w * pixel);

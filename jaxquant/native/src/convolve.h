@@ -33,7 +33,8 @@ template <class Set>
 void convolve_by(Threads& threads, const Input& x, const ConvShape& s, const int8_t* packed,
                  const Epilogue& epilogue) {
   if (s.depthwise()) {
-    depthwise<Set>(threads, Activations::as_u8(x.data, x.is_int8, x.zero_point, x.subtracted), s,
+    depthwise<Set>(threads,
+                   Set::Depthwise::activations(x.data, x.is_int8, x.zero_point, x.subtracted), s,
                    packed, epilogue);
     return;
   }

@@ -23,7 +23,7 @@ void depthwise(Threads& threads, const Activations& x, const ConvShape& s, const
   std::vector<int32_t> init(layout.padded());
   std::vector<float> multiplier(layout.padded()), bias(layout.padded());
   for (int64_t i = 0; i < layout.padded(); ++i) {
-    const int64_t at = i / kLanes * kLanes + channel_of(i % kLanes);
+    const int64_t at = i / kLanes * kLanes + Set::Depthwise::channel_of(i % kLanes);
     init[i] = int32_t(0u - uint32_t(x.zero_point) * uint32_t(window_sums[at]));
     const int64_t c = repeats ? at % s.c : at;
     multiplier[i] = c < s.c ? epilogue.multiplier[c] : 0.0f;
@@ -31,11 +31,11 @@ void depthwise(Threads& threads, const Activations& x, const ConvShape& s, const
   }
 
   const int64_t columns = (s.ow - 1) * s.stride_w + (s.kw - 1) * s.dilation_w + 1;
-  const int64_t row_bytes = columns * s.c;
+  const int64_t pixel = s.c * x.width, row_bytes = columns * pixel;
   std::vector<ptrdiff_t> offsets;
   for (int64_t t = 0; t < 4 * quads; ++t) {
     const int64_t tap = std::min(t, s.kh * s.kw - 1);  // beyond the window: a weight of zero
-    offsets.push_back(tap / s.kw * s.dilation_h * row_bytes + tap % s.kw * s.dilation_w * s.c);
+    offsets.push_back(tap / s.kw * s.dilation_h * row_bytes + tap % s.kw * s.dilation_w * pixel);
   }
 
   const int64_t halo = (s.kh - 1) * s.dilation_h;
@@ -45,6 +45,7 @@ void depthwise(Threads& threads, const Activations& x, const ConvShape& s, const
   const int64_t rows = std::max<int64_t>(1, std::min(most, ceil_div(s.oh, parts)));
   const int64_t row_parts = ceil_div(s.oh, rows);
   const typename Set::Sums sums(epilogue);
+  const typename Set::Depthwise::Taps taps(layout, packed);
 
   parallel_for(threads, s.n * row_parts, [&](int64_t task) {
     const int64_t image = task / row_parts;
@@ -57,21 +58,21 @@ void depthwise(Threads& threads, const Activations& x, const ConvShape& s, const
       const int64_t out = (image * s.oh + i) * s.ow * s.c;
       for (int64_t b = 0; b < blocks; ++b) {
         DepthwiseRow row;
-        row.in = in + b * kLanes;
+        row.in = in + b * kLanes * x.width;
         row.out = out + b * kLanes;
         row.steps = flat ? ceil_div(s.ow * s.c, kLanes) : s.ow;
-        row.in_step = flat ? kLanes : s.stride_w * s.c;
+        row.in_step = flat ? kLanes * x.width : s.stride_w * pixel;
         row.out_step = flat ? kLanes : s.c;
         row.lanes = flat ? kLanes : std::min<int64_t>(kLanes, s.c - b * kLanes);
         row.last_lanes = flat ? s.ow * s.c - (row.steps - 1) * kLanes : row.lanes;
         row.offsets = offsets.data();
-        row.quads = quads;
-        row.weights = layout.block(packed, b);
+        row.taps = layout.taps;
+        row.weights = taps.block(b);
         row.init = init.data() + b * kLanes;
         row.multiplier = multiplier.data() + b * kLanes;
         row.bias = bias.data() + b * kLanes;
         row.channel = b * kLanes;
-        Set::depthwise_row(row, s.c, sums);
+        Set::Depthwise::row(row, s.c, sums);
       }
     }
     sums.flush();

@@ -14,6 +14,9 @@
 
 namespace jaxquant {
 
+// What each segment takes beside its pixels, in quarters of one, where these are all that counts.
+constexpr int64_t kAsFewAsPossible = 1 << 20;
+
 struct Runs {
   const ptrdiff_t* offsets;  // [taps]
   int64_t taps;
@@ -99,17 +102,12 @@ void run_tiles(const Share& share, const Weights& weights, const typename Set::S
 }
 
 // The function for tiles of two segments of `height` pixels, of those that `Tiles::at<H>` names.
-template <class Tiles>
+template <class Tiles, int H = Tiles::kHighest>
 auto tile_of_height(int64_t height) {
-  switch (height) {
-    case 1: return Tiles::template at<1>();
-    case 2: return Tiles::template at<2>();
-    case 3: return Tiles::template at<3>();
-    case 4: return Tiles::template at<4>();
-    case 5: return Tiles::template at<5>();
-    case 6: return Tiles::template at<6>();
-    default: return Tiles::template at<7>();
+  if constexpr (H > 1) {
+    if (height < H) return tile_of_height<Tiles, H - 1>(height);
   }
+  return Tiles::template at<H>();
 }
 
 }  // namespace jaxquant

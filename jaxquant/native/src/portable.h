@@ -87,9 +87,34 @@ void portable_tile(const Segment& s0, const Segment& s1, const Runs& runs,
   }
 }
 
+struct PortableDepthwise {
+  static constexpr auto activations = Activations::as_u8;
+  using Taps = PackedTaps;
+  static constexpr int64_t channel_of(int64_t i) { return i % 16 / 4 * 16 + i / 16 * 4 + i % 4; }
+
+  static void row(const DepthwiseRow& row, int64_t channels, const PortableSums& epilogue) {
+    for (int64_t i = 0; i < row.steps; ++i) {
+      int32_t sums[kLanes];
+      std::memcpy(sums, row.init, sizeof(sums));
+      const uint8_t* in = row.in + i * row.in_step;
+      for (int64_t q = 0; q < ceil_div(row.taps, 4); ++q) {
+        for (int64_t k = 0; k < kLanes; ++k) {
+          for (int64_t t = 0; t < 4; ++t) {
+            const int32_t w = row.weights[(q * kLanes + k) * 4 + t];
+            sums[k] += int32_t(in[row.offsets[4 * q + t] + channel_of(k)]) * w;
+          }
+        }
+      }
+      const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
+      store_general<PortableDepthwise>(sums, row, lanes, row.out + i * row.out_step, channels, epilogue);
+    }
+  }
+};
+
 struct Portable {
   static constexpr const char* kName = "portable";
-  static constexpr int64_t kPixels = 7;     // of a segment, at most
+  static constexpr int64_t kPixels = 7;  // of a segment, at most
+  static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr int64_t kStep = 4;       // bytes of a run that are read at a time
   static constexpr bool kRunsOn = false;  // segments end where rows do
   using Sums = PortableSums;
@@ -102,6 +127,7 @@ struct Portable {
 
   template <int NR>
   struct Tiles {
+    static constexpr int kHighest = kPixels;
     template <int H>
     static constexpr auto at() { return portable_tile<H, NR>; }
   };
@@ -109,23 +135,7 @@ struct Portable {
     return wide ? tile_of_height<Tiles<2>>(height) : tile_of_height<Tiles<1>>(height);
   }
 
-  static void depthwise_row(const DepthwiseRow& row, int64_t channels, const PortableSums& epilogue) {
-    for (int64_t i = 0; i < row.steps; ++i) {
-      int32_t sums[kLanes];
-      std::memcpy(sums, row.init, sizeof(sums));
-      const uint8_t* in = row.in + i * row.in_step;
-      for (int64_t q = 0; q < row.quads; ++q) {
-        for (int64_t k = 0; k < kLanes; ++k) {
-          for (int64_t t = 0; t < 4; ++t) {
-            const int32_t w = row.weights[(q * kLanes + k) * 4 + t];
-            sums[k] += int32_t(in[row.offsets[4 * q + t] + channel_of(k)]) * w;
-          }
-        }
-      }
-      const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
-      store_general(sums, row, lanes, row.out + i * row.out_step, channels, epilogue);
-    }
-  }
+  using Depthwise = PortableDepthwise;
 };
 
 }  // namespace jaxquant

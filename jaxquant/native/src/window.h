@@ -1,6 +1,7 @@
 // Copies of the input that a kernel reads: u8, with the zero point where the window leaves it.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -43,10 +44,11 @@ class Scratch {
 // Activations as a kernel reads them.
 struct Activations {
   const uint8_t* data;
-  uint8_t flip;        // what a copy changes: 0x80 makes u8 of int8
+  uint8_t flip;        // what a copy changes: 0x80 makes u8 of int8, and int8 of u8
   uint8_t fill;        // the zero point, as stored in the copy
   int32_t zero_point;  // what the sums of the weights are multiplied by and taken away
   bool is_signed;
+  int64_t width = 1;   // bytes of a value in the copy
 
   // Kernels that multiply u8 by s8 read an int8 tensor as q + 128, and uint8 as it is.
   static Activations as_u8(const void* data, bool is_int8, int32_t zero_point,
@@ -54,19 +56,43 @@ struct Activations {
     return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0x80 : 0),
             uint8_t(zero_point + 128), subtracted + 128, false};
   }
-  // Kernels that multiply s8 by s8 as well read either as it is stored.
+  // Kernels that multiply s8 by s8 read an int8 tensor as it is, and uint8 as q.
+  static Activations as_s8(const void* data, bool is_int8, int32_t zero_point,
+                           int32_t subtracted) {
+    return {static_cast<const uint8_t*>(data), uint8_t(is_int8 ? 0 : 0x80), uint8_t(zero_point),
+            subtracted, true};
+  }
+  // Kernels that multiply both read either as it is stored.
   static Activations as_stored(const void* data, bool is_int8, int32_t zero_point,
                                int32_t subtracted) {
-    if (!is_int8) return as_u8(data, false, zero_point, subtracted);
-    return {static_cast<const uint8_t*>(data), 0, uint8_t(zero_point), subtracted, true};
+    return is_int8 ? as_s8(data, true, zero_point, subtracted)
+                   : as_u8(data, false, zero_point, subtracted);
+  }
+  // Kernels that multiply int16 read a copy in which every q is one.
+  static Activations as_s16(const void* data, bool is_int8, int32_t zero_point,
+                            int32_t subtracted) {
+    Activations x = as_s8(data, is_int8, zero_point, subtracted);
+    x.width = 2;
+    return x;
   }
 
+  // Whether a kernel cannot read the tensor where it is.
+  bool only_copied() const { return flip || width > 1; }
+
   void copy(uint8_t* to, const uint8_t* from, int64_t n) const {
-    if (!flip) {
+    if (width > 1) {
+      int16_t* wide = reinterpret_cast<int16_t*>(to);
+      for (int64_t i = 0; i < n; ++i) wide[i] = int8_t(from[i] ^ flip);
+    } else if (flip) {
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i] ^ 0x80;
+    } else {
       std::memcpy(to, from, n);
-      return;
     }
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i] ^ 0x80;
+  }
+  // The zero point, `n` times.
+  void pad(uint8_t* to, int64_t n) const {
+    if (width > 1) std::fill_n(reinterpret_cast<int16_t*>(to), n, int16_t(int8_t(fill)));
+    else std::memset(to, fill, n);
   }
 };
 
@@ -78,33 +104,34 @@ inline int64_t copy_window(const Activations& x, const ConvShape& s, int64_t ima
   const int64_t rows = (last - 1 - first) * s.stride_h + (s.kh - 1) * s.dilation_h + 1;
   const int64_t left = std::min(std::max<int64_t>(s.pad_w, 0), columns);
   const int64_t right = std::max<int64_t>(left, std::min(columns, s.pad_w + s.w));
-  for (int64_t r = 0; r < rows; ++r, to += columns * nc) {
+  const int64_t pixel = nc * x.width;
+  for (int64_t r = 0; r < rows; ++r, to += columns * pixel) {
     const int64_t row = first * s.stride_h - s.pad_h + r;
     if (row < 0 || row >= s.h) {
-      std::memset(to, x.fill, columns * nc);
+      x.pad(to, columns * nc);
       continue;
     }
     const uint8_t* from = x.data + ((image * s.h + row) * s.w + left - s.pad_w) * s.c + c0;
-    std::memset(to, x.fill, left * nc);
+    x.pad(to, left * nc);
     if (nc == s.c) {
-      x.copy(to + left * nc, from, (right - left) * nc);
+      x.copy(to + left * pixel, from, (right - left) * nc);
     } else {
-      for (int64_t k = left; k < right; ++k) x.copy(to + k * nc, from + (k - left) * s.c, nc);
+      for (int64_t k = left; k < right; ++k) x.copy(to + k * pixel, from + (k - left) * s.c, nc);
     }
-    std::memset(to + right * nc, x.fill, (columns - right) * nc);
+    x.pad(to + right * pixel, (columns - right) * nc);
   }
   return columns;
 }
 
-// The same for a window of one element: only the pixels that it reads, [rows][ow][padded] bytes.
+// The same for a window of one element: only the pixels that it reads, [rows][ow][padded] values.
 inline void copy_pixels(const Activations& x, const ConvShape& s, int64_t image, int64_t first,
                         int64_t last, int64_t c0, int64_t nc, int64_t padded, uint8_t* to) {
   for (int64_t i = first; i < last; ++i) {
     const int64_t row = i * s.stride_h - s.pad_h;
-    for (int64_t j = 0; j < s.ow; ++j, to += padded) {
+    for (int64_t j = 0; j < s.ow; ++j, to += padded * x.width) {
       const int64_t column = j * s.stride_w - s.pad_w;
       if (row < 0 || row >= s.h || column < 0 || column >= s.w) {
-        std::memset(to, x.fill, padded);
+        x.pad(to, padded);
       } else {
         x.copy(to, x.data + ((image * s.h + row) * s.w + column) * s.c + c0, nc);
       }

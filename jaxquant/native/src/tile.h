@@ -1,0 +1,99 @@
+// The tile of `gemm.h` in registers, for any instruction set that has products of small integers.
+//
+// `P` is a struct of static members that knows the instruction:
+//
+//   Vector       sums, for kChannels channels of one pixel
+//   kVectors     how many of them share what is read of a pixel
+//   kGroupBytes  what four values of a pixel take as they are read
+//   Values, values    these, repeated for every channel
+//   Packed, packed    the weights of four values of kChannels channels, as they are packed
+//   start        sums of kChannels channels that start from these int32
+//   add          a vector of sums, and their products
+//   Sums         the epilogue, of vectors of `Sums::kCount` sums
+//   result       vector number `r` of a pixel's sums as the epilogue takes them
+#pragma once
+
+#include "gemm.h"
+
+namespace jaxquant {
+
+// All channels of a block, as many at a time as `P` keeps the sums of; the weights of one group of
+// four values are 16 * NR channels apart from the next.
+template <class P, int H, int NR, bool kClamps, bool kPlain>
+void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
+                   const typename P::Sums& epilogue) {
+  constexpr int V = std::min(P::kVectors, 16 * NR / P::kChannels);
+  constexpr int kTogether = V * P::kChannels, kCount = P::Sums::kCount;
+  const ptrdiff_t stride = runs.stride;
+  for (int first = 0; first < std::min<int64_t>(16 * NR, block.channels); first += kTogether) {
+    typename P::Vector sums[2 * H][V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const auto start = P::start(block.init + first + v * P::kChannels);
+#pragma GCC unroll 14
+      for (int i = 0; i < 2 * H; ++i) sums[i][v] = start;
+    }
+    const int8_t* w = block.weights + 4 * first;
+    for (int64_t t = 0; t < runs.taps; ++t) {
+      // A pointer for every three pixels of a segment, so that each is one addressing mode away.
+      const uint8_t* a0 = s0.in + runs.offsets[t];
+      const uint8_t* b0 = s1.in + runs.offsets[t];
+      const uint8_t *a3 = a0 + 3 * stride, *a6 = a0 + 6 * stride;
+      const uint8_t *b3 = b0 + 3 * stride, *b6 = b0 + 6 * stride;
+      for (int64_t k = 0; k < runs.groups; ++k) {
+        typename P::Packed weights[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) weights[v] = P::packed(w + 4 * P::kChannels * v);
+        w += 64 * NR;
+#pragma GCC unroll 7
+        for (int i = 0; i < H; ++i) {
+          const auto x = P::values((i < 3 ? a0 : i < 6 ? a3 : a6) + (i % 3) * stride);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[i][v] = P::add(sums[i][v], x, weights[v]);
+        }
+#pragma GCC unroll 7
+        for (int i = 0; i < H; ++i) {
+          const auto x = P::values((i < 3 ? b0 : i < 6 ? b3 : b6) + (i % 3) * stride);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[H + i][v] = P::add(sums[H + i][v], x, weights[v]);
+        }
+        a0 += P::kGroupBytes, a3 += P::kGroupBytes, a6 += P::kGroupBytes;
+        b0 += P::kGroupBytes, b3 += P::kGroupBytes, b6 += P::kGroupBytes;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kTogether / kCount; ++r) {
+      const int from = first + r * kCount;
+      const auto channels = epilogue.channels(block.channel + from, block.channels - from);
+#pragma GCC unroll 14
+      for (int i = 0; i < 2 * H; ++i) {
+        const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
+        const auto sum = P::result(sums[i], r);
+        if constexpr (kPlain) epilogue.template store_plain<kClamps>(sum, channels, at);
+        else epilogue.store(sum, channels, at);
+      }
+    }
+  }
+}
+
+// The tiles of `P` by their height and what they need of the epilogue.
+template <class P, int NR, bool kClamps, bool kPlain>
+struct RegisterTiles {
+  static constexpr int kHighest = P::kPixels;
+  template <int H>
+  static constexpr auto at() { return register_tile<P, H, NR, kClamps, kPlain>; }
+};
+
+template <class P, bool kClamps, bool kPlain>
+auto find_register_tile(int64_t height, bool wide) {
+  return wide ? tile_of_height<RegisterTiles<P, 2, kClamps, kPlain>>(height)
+              : tile_of_height<RegisterTiles<P, 1, kClamps, kPlain>>(height);
+}
+template <class P>
+auto find_register_tile(int64_t height, bool wide, const typename P::Sums& sums) {
+  if (!sums.plain) return find_register_tile<P, true, false>(height, wide);
+  return sums.clamps ? find_register_tile<P, true, true>(height, wide)
+                     : find_register_tile<P, false, true>(height, wide);
+}
+
+}  // namespace jaxquant
