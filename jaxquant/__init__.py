@@ -16,6 +16,7 @@ from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.observations_file import load_observations, save_observations
 from jaxquant.calibration.observers import Observer, histogram_observer
 from jaxquant.data_free import quant_dynamic, quant_weights
+from jaxquant.deploy.litert.export import export_litert
 from jaxquant.deploy.onnx.export import export_onnx
 from jaxquant.deploy.saved import load_quantized_model, save_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate",
     "capture",
     "describe",
+    "export_litert",
     "export_onnx",
     "export_stablehlo",
     "histogram_observer",

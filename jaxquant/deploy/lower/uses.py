@@ -68,20 +68,23 @@ class Uses:
         """
         # The network clips first and quantizes then.  Both orders give the same integers, so a
         # runtime may turn them round where nobody reads the float in between.
-        reader = self._only_reader(var)
-        if var in self._results:
-            return False
+        reader = self.only_reader(var)
         if reader is not None and str(var) not in self.network.entries:
             clips = (with_scalar(reader, "max") or with_scalar(reader, "min")) is not None
             # between the steps of an unrolled loop a tensor has another number
             is_transparent = clips or reader.op in ("reduce_window_max", "optimization_barrier")
             return is_transparent and self.is_quantized(reader.outputs[0])
-        readers = self._readers.get(var, [])
-        floats = [
-            n for n in readers if (n.dynamic if isinstance(n, Int8Node) else not n.reads_int8)
-        ]
         entry = self.network.entries.get(str(var))
-        return entry is not None and not floats and not self._scales.is_divided(entry)
+        if entry is None or self.is_read_in_float(var):
+            return False
+        return not self._scales.is_divided(entry)
+
+    def is_read_in_float(self, var: Var) -> bool:
+        """True where somebody reads the float of a tensor that others read in int8."""
+        return var in self._results or any(
+            node.dynamic if isinstance(node, Int8Node) else not node.reads_int8
+            for node in self._readers.get(var, ())
+        )
 
     def lower_bound(self, node: Node) -> tuple[Var, Scalar] | None:
         """The tensor and the number of max(x, low) that only min(_, high) reads: one clip."""
@@ -89,17 +92,19 @@ class Uses:
         if split is None or (node.reads_int8 and str(split[0]) in self.network.scales):
             return None
         (var,) = node.outputs
-        reader = self._only_reader(var)
-        if reader is None or with_scalar(reader, "min") is None or var in self._results:
+        reader = self.only_reader(var)
+        if reader is None or with_scalar(reader, "min") is None:
             return None
         if str(var) in self.network.scales or self.network.tensors[var].dtype not in _FLOATS:
             return None
         return split
 
-    def _only_reader(self, var: Var) -> Node | None:
-        """The operation on floats that alone reads a tensor."""
+    def only_reader(self, var: Var) -> Node | None:
+        """The operation on floats that alone reads a tensor, which is no result either."""
         readers = self._readers.get(var, [])
-        return readers[0] if len(readers) == 1 and isinstance(readers[0], Node) else None
+        if var in self._results or len(readers) != 1 or not isinstance(readers[0], Node):
+            return None
+        return readers[0]
 
 
 def with_scalar(node: Node, op: str) -> tuple[Var, Scalar] | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from jaxquant.deploy.lower.convolution import conv_form
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.model import Lowered
+from jaxquant.deploy.lower.stored import Stored, read
 from jaxquant.deploy.lower.uses import with_scalar
 from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Atom, Int8Node, Node, Scalar, Var
@@ -58,7 +59,7 @@ class Emitter:
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
-        self._weights: dict[Var, stored.Stored] = {}  # until something reads them in float
+        self._weights: dict[Var, Stored] = {}  # until something reads them in float
         self._layouts: dict[Var, Sequence[int]] = {}
         self.tables, self._unsigned = self._find_tables()
         for node in self.network.walk():
@@ -210,11 +211,11 @@ class Emitter:
             self._weights[node.outputs[0]] = weight
         return weight is not None
 
-    def _stored(self, node: Node) -> stored.Stored:
+    def _stored(self, node: Node) -> Stored:
         """What is stored for the weight that an operation reads first."""
         names = [self.network.leaves[str(x)] for x in node.inputs[:2]]
         integers, scale = (self.model.arrays[name] for name in names)
-        weight = stored.read(integers, scale, node.params["groups"], node.params["bits"])
+        weight = read(integers, scale, node.params["groups"], node.params["bits"])
         return dataclasses.replace(weight, is_table=names[0] in self.tables)
 
     def _on_stored(self, node: Node) -> Value | None:

@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 
+from jaxquant.deploy.lower.stored import Stored
 from jaxquant.deploy.lower.values import Size, Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import elementwise, indexing
 from jaxquant.deploy.onnx.builder import Builder
-from jaxquant.deploy.onnx.stored import Stored
 
 
 def look_up(

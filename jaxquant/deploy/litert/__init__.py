@@ -1,0 +1,1 @@
+"""LiteRT (TensorFlow Lite) files of int8 models, written without TensorFlow."""

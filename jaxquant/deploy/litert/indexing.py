@@ -1,0 +1,39 @@
+"""Primitives that pick by index: lookups of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from jaxquant.deploy.litert import elementwise
+from jaxquant.deploy.litert.builder import Builder
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.network import Node
+
+
+def _gather(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    """Whole rows along one axis, by an index for each: `table[indices]`.
+
+    The runtime has no index out of range: what JAX does there is not in the file.
+    """
+    table, indices = b.plain(x[0]), b.ordered(x[1], straight(x[1].rank))
+    numbers, sizes = node.params["dimension_numbers"], list(node.params["slice_sizes"])
+    axes = list(numbers["start_index_map"])
+    if len(axes) != 1 or list(numbers["collapsed_slice_dims"]) != axes or sizes[axes[0]] != 1:
+        raise NotCovered("a gather of other than whole rows along one axis")
+    (axis,) = axes
+    places = range(axis, axis + indices.rank - 1)
+    offsets = [a for a in range(len(shape)) if a not in places]
+    whole = [1 if a == axis else size for a, size in enumerate(table.shape)]
+    is_plain = sizes == whole and not numbers["operand_batching_dims"]
+    if not is_plain or sorted(numbers["offset_dims"]) != offsets:
+        raise NotCovered("a gather of other than whole rows along one axis")
+    table = b.ordered(table, straight(table.rank))
+    rows = b.reshape(elementwise.cast(b, indices, "int32"), indices.shape[:-1])
+    name = b.alike("GATHER", table, [rows], shape, "GatherOptions", Axis=axis)
+    return Value(name, shape, straight(len(shape)))
+
+
+TABLE: Mapping[str, Callable[[Builder, Node, list[Value], tuple[Size, ...]], Value]] = {
+    "gather": _gather,
+}

@@ -1,0 +1,170 @@
+"""The accumulating int8 sites: int8 kernels where their result is quantized, else floats."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxquant.deploy.litert import contraction, elementwise, reduction
+from jaxquant.deploy.litert.chains import Chain
+from jaxquant.deploy.litert.contraction import Result
+from jaxquant.deploy.litert.emitter import Emitter
+from jaxquant.deploy.litert.graph import Grid
+from jaxquant.deploy.lower.convolution import ConvForm, conv_form
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.values import Value
+from jaxquant.deploy.lower.weights import Weight, make_weight, site_arrays
+from jaxquant.deploy.network import Int8Node
+from jaxquant.graph.contraction import Contraction
+
+_SUMS = ("reduce_sum", "reduce_window_sum")
+
+
+def emit_site(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+    """The result of a site: int8 at the end of its chain, or float at that of its epilogue."""
+    if site.dynamic:
+        raise NotCovered(
+            "an int8 operation whose scales are found in each call (quantize with "
+            "jaxquant.quant_post, or without the rule dynamic=True)"
+        )
+    if site.weight or site.computed_weight is not None:
+        return _weighted(e, site, chain)
+    if site.node.op in _SUMS:
+        return _sum(e, site, chain)
+    return _product(e, site, chain)
+
+
+class _Parts(NamedTuple):
+    """What a convolution or dense layer reads beside its input."""
+
+    weight: Weight
+    form: ConvForm | None
+
+
+def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+    """A convolution or dot with a weight."""
+    given = site.node.contraction
+    assert given is not None, "an operation with a weight is a convolution or dot"
+    if given.choosing is not None or given.has_batch:
+        raise NotCovered("an int8 dot whose weight has batch axes, or is chosen by row")
+    if chain is not None and chain.factor != 1:
+        chain = None
+    weight, form = _parts(e, site, given)
+    result = Result() if chain is None else e.end_of(chain)
+    b, shape = e.builder, e.shape(site.node.outputs[0])
+    x = e.operand(site.operands[0]) if chain is None else e.int8(site.operands[0])
+    read = _float_parts(e, site, weight) if chain is None else _int8_parts(e, weight)
+    if form is not None:
+        value = contraction.conv(b, given, form, x, read, shape, result)
+    else:
+        side = 1 - site.weight_position
+        value = contraction.dense(b, given, side, x, read, shape, result)
+    return _moved(e, site, value, chain, result)
+
+
+def _parts(e: Emitter, site: Int8Node, given: Contraction) -> _Parts:
+    """The weight of a site in the layout of the file, with its epilogue folded in."""
+    int8, multiplier, bias = site_arrays(e.model, site)
+    input_scale = e.model.scales.scale(e.model.entries(site)[0])
+    if given.window is not None:
+        form = conv_form(given, int8.shape)
+        stored, axis = contraction.kernel(form, int8)
+        return _Parts(make_weight(stored, axis, multiplier, bias, input_scale), form)
+    own = given.operands[site.weight_position]
+    width = math.prod(int8.shape[axis] for axis in own.contracted)
+    matrix = int8.transpose((*own.free, *own.contracted)).reshape(-1, width)
+    return _Parts(make_weight(matrix, 0, multiplier, bias, input_scale), None)
+
+
+def _int8_parts(e: Emitter, weight: Weight) -> list[str]:
+    """The int8 weight and the int32 bias."""
+    scale = np.broadcast_to(weight.scale, weight.int8.shape[weight.axis])
+    name = e.builder.constant(weight.int8, "weight", Grid(scale, 0, weight.axis))
+    steps, int32 = np.broadcast_to(weight.steps, scale.shape), weight.bias_steps()
+    if int32 is None:
+        return [name, contraction.no_bias(e.builder, len(scale), steps)]
+    return [name, e.builder.constant(int32, "bias", Grid(steps))]
+
+
+def _float_parts(e: Emitter, site: Int8Node, weight: Weight) -> list[str]:
+    """The weight, stored as int8 and dequantized when the model is loaded, and a float bias."""
+    e.in_float.append(site.name)
+    name, _ = _int8_parts(e, weight)
+    floats = e.builder.op("DEQUANTIZE", [name], weight.int8.shape)
+    channels = weight.int8.shape[weight.axis]
+    if weight.bias is None:
+        return [floats, contraction.no_bias(e.builder, channels, None)]
+    return [floats, e.builder.constant(weight.bias.astype(np.float32), "bias")]
+
+
+def _product(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+    """A dot of two activations."""
+    given, b = site.node.contraction, e.builder
+    if given is None:
+        raise NotCovered(f"the operation {site.node.op!r} in int8")
+    ratio, bias = _epilogue(e, site)
+    shape = e.shape(site.node.outputs[0])
+    is_exact = bias is None and abs(ratio * (1.0 if chain is None else chain.factor) - 1) < 1e-6
+    if chain is not None and is_exact:
+        values = [e.int8(var) for var in site.operands]
+        values = values * 2 if len(values) == 1 else values
+        result = Result(e.grid(chain.end))
+        return _moved(e, site, contraction.dot(b, given, values, shape, result), chain, result)
+    values = [e.operand(var) for var in site.operands]
+    values = values * 2 if len(values) == 1 else values
+    return _finished(e, site, contraction.dot(b, given, values, shape, Result()), ratio, bias)
+
+
+def _sum(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+    """A mean or a sum, along axes or over windows."""
+    b, node = e.builder, site.node
+    ratio, bias = _epilogue(e, site)
+    shape = e.shape(node.outputs[0])
+    if chain is not None and node.op == "reduce_sum" and bias is None:
+        axes = tuple(node.params["axes"])
+        sizes = [e.shape(site.operands[0])[axis] for axis in axes]
+        count = math.prod(size for size in sizes if isinstance(size, int))
+        is_mean = abs(ratio * chain.factor * count - 1) < 1e-6
+        if is_mean and all(isinstance(size, int) for size in sizes):
+            result = Result(e.grid(chain.end))
+            x = e.int8(site.operands[0])
+            value = reduction.along(b, "MEAN", x, axes, shape, "int8", result.grid)
+            return _moved(e, site, value, chain, result)
+    value = reduction.emit(b, node, e.operand(site.operands[0]), shape)
+    return _finished(e, site, value, ratio, bias)
+
+
+def _epilogue(e: Emitter, site: Int8Node) -> tuple[float, float | None]:
+    """What a site without a weight multiplies the product of its operands by, and adds."""
+    arrays = e.model.sites[site.name]
+    worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
+    ratio, bias = np.asarray(arrays["multiplier"]) / worth, arrays.get("bias")
+    if ratio.size != 1 or (bias is not None and bias.size != 1):
+        raise NotCovered("a product of activations with a multiplier for each channel")
+    added = None if bias is None or not bias.any() else float(bias.flat[0])
+    return float(ratio.flat[0]), added
+
+
+def _finished(e: Emitter, site: Int8Node, value: Value, ratio: float, bias: float | None) -> Value:
+    """A float result with what it is multiplied by and what is added."""
+    value = _rearranged(e, site, value)
+    factor = value.factor * ratio
+    value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
+    if bias is None:
+        return value
+    return elementwise.apply(e.builder, "ADD", [value, elementwise.scalar(e.builder, bias)])
+
+
+def _moved(e: Emitter, site: Int8Node, value: Value, chain: Chain | None, result: Result) -> Value:
+    """The rearrangements of the accumulator, and what is left of the chain."""
+    value = _rearranged(e, site, value)
+    return value if chain is None else e.behind(value, chain, result)
+
+
+def _rearranged(e: Emitter, site: Int8Node, value: Value) -> Value:
+    for node in site.movements:
+        (value,) = e.apply(node, [value])
+    return value

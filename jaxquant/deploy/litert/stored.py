@@ -1,0 +1,90 @@
+"""Weights that are stored as integers and read in float, and tables of which rows are looked up.
+
+A weight is int8 in the file, with a `DEQUANTIZE` behind it that runtimes do once, when they load
+the file.  LiteRT's kernels of floats and int8 weights ("hybrid") quantize the floats as well, which
+`qapply` does not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxquant.deploy.litert import contraction, elementwise
+from jaxquant.deploy.litert.builder import Builder
+from jaxquant.deploy.litert.graph import Grid
+from jaxquant.deploy.lower.convolution import ConvForm
+from jaxquant.deploy.lower.errors import NotCovered
+from jaxquant.deploy.lower.stored import Stored
+from jaxquant.deploy.lower.values import Size, Value, straight
+
+
+def matrix(b: Builder, stored: Stored, channels: tuple[int, ...]) -> str:
+    """The weight of a dense layer in float: [N, K], N the axes `channels`."""
+    integers, scale = _of_channels(stored, channels)
+    return _dequantize(b, integers.T, Grid(scale, 0, 0))
+
+
+def kernel(b: Builder, stored: Stored, form: ConvForm) -> str:
+    """The kernel of a convolution in float, in the runtime's layout."""
+    integers, scale = _of_channels(stored, (form.outputs,))
+    array, axis = contraction.kernel(form, _in_place(stored, integers, (form.outputs,)))
+    return _dequantize(b, array, Grid(scale, 0, axis))
+
+
+def dequantized(b: Builder, stored: Stored) -> Value:
+    """The weight in float, in the model's own axes."""
+    channels = tuple(axis for axis in range(len(stored.shape)) if axis not in stored.summed)
+    integers, scale = _of_channels(stored, channels)
+    wide = [axis for axis in channels if stored.shape[axis] != 1]
+    array = _in_place(stored, integers, channels)
+    order = straight(array.ndim)
+    if len(wide) <= 1:
+        grid = Grid(scale, 0, wide[0] if wide else 0)
+        return Value(_dequantize(b, array, grid), stored.shape, order)
+    value = Value(_dequantize(b, array, Grid.of(1.0, 0)), stored.shape, order)
+    along = [size if axis in channels else 1 for axis, size in enumerate(stored.shape)]
+    return elementwise.apply(b, "MUL", [value, b.named(scale.reshape(along), "weight_scale")])
+
+
+def look_up(b: Builder, table: Stored, indices: Value, shape: tuple[Size, ...]) -> Value:
+    """Rows of an int8 table [V, K], each times its scale: float."""
+    integers, scale = table.integers, np.ascontiguousarray(table.scale)
+    if table.bits != 8 or scale.shape[1] != 1:
+        raise _groups(table)
+    places = elementwise.cast(b, b.ordered(indices, straight(indices.rank)), "int32")
+    flat = b.reshape(places, indices.shape[:-1])
+    sizes, physical = (*shape[:-1], 1), list(shape)
+    names = [b.constant(integers, "table"), flat]
+    rows = Value(b.op("GATHER", names, physical, "int8", None, "GatherOptions", Axis=0), shape,
+                 straight(len(shape)))  # fmt: skip
+    names = [b.constant(scale, "table_scale"), flat]
+    units = Value(b.op("GATHER", names, sizes, options="GatherOptions", Axis=0), sizes,
+                  straight(len(shape)))  # fmt: skip
+    return elementwise.apply(b, "MUL", [elementwise.cast(b, rows, "float32"), units])
+
+
+def _of_channels(stored: Stored, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The integers [K, N] and the scales [N]."""
+    integers, scale = stored.matrix(channels)
+    if stored.bits != 8 or len(scale) != 1:
+        raise _groups(stored)
+    return integers, np.ascontiguousarray(scale[0], np.float32)
+
+
+def _in_place(stored: Stored, integers: np.ndarray, channels: tuple[int, ...]) -> np.ndarray:
+    """A matrix [K, N] as the weight that it is of, in the model's own axes."""
+    axes = (*stored.summed, *channels)
+    apart = integers.reshape([stored.shape[axis] for axis in axes])
+    return apart.transpose([axes.index(axis) for axis in range(len(axes))])
+
+
+def _dequantize(b: Builder, integers: np.ndarray, grid: Grid) -> str:
+    return b.op("DEQUANTIZE", [b.constant(integers, "weight", grid)], integers.shape)
+
+
+def _groups(stored: Stored) -> NotCovered:
+    what = f"{stored.bits} bits" if stored.bits != 8 else f"groups of {stored.layout.size}"
+    return NotCovered(
+        f"a weight of {what} (LiteRT has int8 weights with a scale for each channel: quantize "
+        "without weight_bits and group_size)"
+    )

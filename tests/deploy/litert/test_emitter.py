@@ -1,0 +1,116 @@
+"""What lies between convolutions and dots: in int8 where qapply keeps it so, else in float."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tests.deploy.litert.runtime import agrees
+from tests.deploy.litert.test_contraction import weights
+from tests.networks import images
+
+IMAGE = (4, 8, 6, 8)
+
+
+def window_sum(y, sizes, strides, padding):
+    return lax.reduce_window(y, 0.0, lax.add, (1, *sizes, 1), (1, *strides, 1), padding)
+
+
+def behind_conv(functions):
+    """Every function of what a convolution gives, with a dot over its last axis behind it."""
+
+    def apply_fn(p, x):
+        y = nn.relu(x @ p["first"])
+        results = {name: function(y) for name, function in functions.items()}
+        return {name: z @ p["last"][: z.shape[-1]] for name, z in results.items()}
+
+    return {"first": weights(8, 8), "last": weights(16, 5)}, apply_fn
+
+
+MOVES = {
+    "reshape": lambda y: y.reshape(-1, 48, 8),
+    "transpose": lambda y: y.transpose(0, 2, 3, 1),
+    "flatten": lambda y: y.reshape(y.shape[0], -1)[:, :16],
+    "slice": lambda y: y[:, 1:7:2, ::3],
+    "reverse": lambda y: y[:, ::-1],
+    "pad": lambda y: jnp.pad(y, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=0.5),
+    "cut": lambda y: lax.pad(y, 0.0, ((0, 0, 0), (-1, 2, 0), (0, 0, 0), (0, 0, 0))),
+    "concatenate": lambda y: jnp.concatenate([y, 2.0 * y[..., :3]], -1),
+    "stack": lambda y: jnp.stack([y, y], 1),
+    "split": lambda y: jnp.concatenate(jnp.split(y, 2, -1)[::-1], -1),
+    "tile": lambda y: jnp.tile(y, (1, 2, 1, 1)),
+    "rows": lambda y: jnp.take(y, jnp.array([2, 0, 1]), axis=1),
+}
+POOLS = {
+    "max": lambda y: nn.max_pool(y, (2, 2), (2, 2)),
+    "max, same": lambda y: nn.max_pool(y, (3, 3), (2, 2), padding="SAME"),
+    "max, padded": lambda y: nn.max_pool(y, (3, 3), (2, 2), padding=((1, 1), (1, 1))),
+    "average": lambda y: window_sum(y, (3, 3), (1, 1), "SAME") / 9.0,
+    "mean": lambda y: y.mean((1, 2)),
+    "along one axis": lambda y: nn.max_pool(y[:, 0], (2,), (2,)),
+    "largest": lambda y: y.max((1, 2)),
+}
+ACTIVATIONS = {
+    "clip": lambda y: jnp.clip(y, 0.3, 2.5),
+    "swish": nn.swish,
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "gelu": lambda y: nn.gelu(y, approximate=False),
+    "gelu, approximate": nn.gelu,
+    "softmax": nn.softmax,
+    "leaky relu": nn.leaky_relu,
+    "normalized": lambda y: (
+        (y - y.mean(-1, keepdims=True)) * lax.rsqrt(y.var(-1, keepdims=True) + 1e-3)
+    ),
+    "powers": lambda y: y**3 + y**2,
+}
+SUMS = {
+    "add": lambda y: y + y[:, ::-1],
+    "subtract": lambda y: y - 0.5 * y[:, ::-1],
+    "multiply": lambda y: y * y[:, ::-1],
+    "scaled": lambda y: y * y.mean((1, 2), keepdims=True),
+}
+
+
+def test_moves_hand_int8_on(tmp_path):
+    found = agrees(tmp_path, *behind_conv(MOVES), images(0, IMAGE), full=True)
+    # The last dots read floats, and so does the product before the concatenation.
+    assert found.count("DEQUANTIZE") == 2 * len(MOVES) + 1
+    assert found.count("QUANTIZE") == 2
+
+
+def test_pools(tmp_path):
+    found = agrees(tmp_path, *behind_conv(POOLS), images(0, IMAGE), full=True)
+    assert found.count("MEAN") == 1
+
+
+def test_activations(tmp_path):
+    # An integer in some thousand is another where exp and its like differ in their last bits.
+    agrees(tmp_path, *behind_conv(ACTIVATIONS), images(0, IMAGE), at_least=45)
+
+
+def test_sums_of_int8(tmp_path):
+    found = agrees(tmp_path, *behind_conv(SUMS), images(0, IMAGE), full=True, at_least=45)
+    assert {"ADD", "SUB", "MUL"} <= set(found)
+
+
+def test_resizing(tmp_path):
+    p = {"first": weights(8, 8), "last": weights(8, 5)}
+
+    def apply_fn(p, x):
+        y = nn.relu(x @ p["first"])
+        sizes = y.shape[0], 2 * y.shape[1], 2 * y.shape[2], y.shape[3]
+        return {m: jax.image.resize(y, sizes, m) @ p["last"] for m in ("nearest", "bilinear")}
+
+    agrees(tmp_path, p, apply_fn, images(0, (3, 3, 4, 8)))
+
+
+def test_embeddings_and_several_inputs(tmp_path):
+    p = {"table": weights(20, 8), "w": weights(8, 5)}
+
+    def apply_fn(p, x):
+        y = p["table"][x["ids"]] * x["mask"][..., None]
+        return {"logits": y @ p["w"], "best": (y @ p["w"]).argmax(-1)}
+
+    ids = jnp.arange(24).reshape(4, 6) % 20
+    agrees(tmp_path, p, apply_fn, {"ids": ids, "mask": (ids > 3).astype(jnp.float32)})

@@ -1,0 +1,119 @@
+"""What an exported file says of itself, and what export_litert refuses."""
+
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant
+from tests.deploy.litert.runtime import interpreter, litert, run, sqnr
+from tests.deploy.litert.test_contraction import weights
+from tests.networks import images, quantize
+
+tflite = pytest.importorskip("tflite")
+
+
+def two_inputs(p, x):
+    return {"a/b": nn.relu(x["left"] @ p["w"]) @ p["v"], "c": x["right"] * 2.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    p = {"w": weights(8, 8), "v": weights(8, 3)}
+    x = {"left": images(0, (4, 6, 8)), "right": images(1, (4, 2))}
+    return *quantize(p, two_inputs, x), x
+
+
+def test_the_signature_names_inputs_and_outputs(model, tmp_path):
+    qparams, qapply, x = model
+    jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    active = litert.Interpreter(str(tmp_path / "m.tflite"))
+    assert active.get_signature_list() == {
+        "serving_default": {
+            "inputs": ["input/left", "input/right"],
+            "outputs": ["output/a/b", "output/c"],
+        }
+    }
+    found = active.get_signature_runner()(
+        **{"input/left": np.asarray(x["left"][:1]), "input/right": np.asarray(x["right"][:1])}
+    )
+    expected = qapply(qparams, jax.tree.map(lambda a: a[:1], x))
+    for name in ("a/b", "c"):
+        assert sqnr(expected[name], found[f"output/{name}"]) > 100
+
+
+def test_the_batch_varies_and_has_its_name(model, tmp_path):
+    qparams, qapply, _ = model
+    jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    (given, *_) = interpreter(tmp_path / "m.tflite").get_input_details()
+    assert given["shape_signature"].tolist() == [-1, 6, 8]
+    file = tflite.Model.GetRootAs((tmp_path / "m.tflite").read_bytes())
+    notes = {file.Metadata(k).Name(): file.Metadata(k) for k in range(file.MetadataLength())}
+    note = json.loads(file.Buffers(notes[b"jaxquant"].Buffer()).DataAsNumpy().tobytes())
+    assert note["sizes"]["input/left"] == ["batch", 6, 8]
+    assert note["in_float"] == ["v"]  # whose result nobody quantizes
+
+
+def test_channels_last(tmp_path):
+    p, x = {"w": weights(6, 3, 3, 3)}, images(0, (4, 3, 8, 8))
+    qparams, qapply = quantize(p, lambda p, x: jax.lax.conv(x, p["w"], (1, 1), "SAME"), x)
+    path = tmp_path / "m.tflite"
+    jaxquant.export_litert(path, qparams, qapply, channels_last=True, progress=False)
+    (found,) = run(path, x.transpose(0, 2, 3, 1))
+    assert sqnr(np.asarray(qapply(qparams, x)).transpose(0, 2, 3, 1), found) > 100
+
+
+def test_a_fixed_size_is_in_the_file(model, tmp_path):
+    qparams, qapply, _ = model
+    path = tmp_path / "m.tflite"
+    jaxquant.export_litert(
+        path, qparams, qapply, shapes=({"left": "2, 6, 8", "right": "2, 2"},), progress=False
+    )
+    (given, *_) = interpreter(path).get_input_details()
+    assert given["shape"].tolist() == [2, 6, 8]
+
+
+def test_what_is_not_covered_is_named(tmp_path):
+    p, x = {"w": weights(8, 8)}, images(0, (4, 8))
+    qparams, qapply = quantize(p, lambda p, x: jnp.sort(x @ p["w"]), x)
+    with pytest.raises(ValueError, match=r"does not cover the operation 'sort'.*site 'w'"):
+        jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dynamic_models_are_refused_with_what_to_do(tmp_path):
+    p, x = {"w": weights(8, 8)}, images(0, (4, 8))
+    qparams, qapply = jaxquant.quant_dynamic(p, lambda p, x: x @ p["w"], x)
+    with pytest.raises(ValueError, match=r"found in each call \(quantize with .*quant_post"):
+        jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+
+
+def test_weights_alone(tmp_path):
+    p = {"w": weights(8, 8), "k": weights(3, 8, 8), "table": weights(5, 8)}
+
+    def apply_fn(p, x):
+        y = jax.lax.conv_general_dilated(
+            x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jnp.tanh(y @ p["w"]) @ p["table"].T
+
+    x = images(0, (4, 6, 8))
+    qparams, qapply = jaxquant.quant_weights(p, apply_fn, x)
+    jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    (found,) = run(tmp_path / "m.tflite", x)
+    assert sqnr(qapply(qparams, x), found) > 100
+    assert (tmp_path / "m.tflite").stat().st_size < 6000
+
+    qparams, qapply = jaxquant.quant_weights(p, apply_fn, x, weight_bits=4)
+    with pytest.raises(ValueError, match=r"a weight of 4 bits \(LiteRT has int8 weights"):
+        jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+
+
+def test_a_missing_package_names_the_extra(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tflite", None)
+    with pytest.raises(ImportError, match=r"export_litert needs tflite: pip install .*\[litert\]"):
+        jaxquant.export_litert(tmp_path / "m.tflite", *model[:2], progress=False)
