@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant import native
 from jaxquant.backends import ragged
 from jaxquant.backends.backend import Call, Links, Operands, Product
-from jaxquant.backends.conv import ChannelsLast, undilated
+from jaxquant.backends.channels_last import ChannelsLast, undilated
 from jaxquant.backends.matrices import Matrices, matrices_of
 from jaxquant.graph import ir
 from jaxquant.jax_shim import jaxprs

@@ -15,8 +15,9 @@ import pytest
 from jax import lax
 
 import jaxquant
+from jaxquant.backends import conv
 from tests import reference
-from tests.contractions import int8_conv
+from tests.contractions import int8_conv, of_conv
 
 settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=30)
 
@@ -92,6 +93,55 @@ def test_equals_the_reference(case):
 @hypothesis.given(convolutions(depthwise=True))
 def test_depthwise_equals_the_reference(case):
     assert_exact(*case)
+
+
+# Compiled for CPU, where convolutions of int8 that are dilated with zeros give wrong sums.
+EMULATED = {"cuda": (conv.on_gpu, np.int8), "tpu": (conv.on_any_tpu, np.int32)}
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
+def test_many_channels_of_a_group_each_on_a_tpu(strides):
+    """More channels than its matrix unit has rows are a sum over taps, or stay groups."""
+    params = {
+        "window_strides": strides, "padding": ((1, 1), (1, 0)), "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1), "dimension_numbers": NHWC, "feature_group_count": 129,
+    }  # fmt: skip
+    x, kernel = int8_values(0, (1, 4, 5, 129)), int8_values(1, (3, 3, 1, 129))
+    got = conv.on_any_tpu(x.astype(np.int32), kernel.astype(np.int32), of_conv(params), 0)
+    np.testing.assert_array_equal(got, reference.conv(x, kernel, **params))
+
+
+@pytest.mark.parametrize("platform", EMULATED)
+@hypothesis.settings(settings, max_examples=20)
+@hypothesis.given(st.booleans().flatmap(convolutions), st.sampled_from((0, -128, 5)))
+def test_forms_of_other_platforms_equal_the_reference(platform, case, zero_point):
+    lhs, rhs, params = case
+    form, dtype = EMULATED[platform]
+    x, kernel = int8_values(0, lhs), int8_values(1, rhs)
+    contraction = of_conv(params)
+    got = compile_fast(lambda x, kernel: form(x, kernel, contraction, zero_point))(
+        x.astype(dtype), kernel.astype(dtype)
+    )
+    assert got.dtype == jnp.int32
+    want = reference.conv(x.astype(int) - zero_point, kernel, **params)
+    kept = zero_point * kernel.astype(int).sum(
+        tuple(np.delete(range(kernel.ndim), params["dimension_numbers"].rhs_spec[0]))
+    )
+    along = [-1 if a == params["dimension_numbers"].out_spec[1] else 1 for a in range(got.ndim)]
+    np.testing.assert_array_equal(got, want + kept.reshape(along))
+
+
+@pytest.mark.parametrize("platform", conv.FORMS)
+def test_an_export_holds_the_form_of_its_platform(platform: str):
+    params = {
+        "window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1), "dimension_numbers": NHWC, "feature_group_count": 2,
+    }  # fmt: skip
+    shapes = [jax.ShapeDtypeStruct(s, jnp.int8) for s in ((8, 8, 8, 8), (3, 3, 4, 6))]
+    convolve = jax.jit(lambda x, kernel: int8_conv(x, kernel, params))
+    text = jax.export.export(convolve, platforms=[platform])(*shapes).mlir_module()
+    results = [line.rpartition("->")[2] for line in text.splitlines() if "convolution" in line]
+    assert ["f32" in result for result in results] == [platform in ("cuda", "rocm")]
 
 
 @settings
