@@ -8,10 +8,9 @@ should not take the native kernels.  Weights are random: no time depends on them
 
 Another processor is seen with `CPUMASK=avx2 LD_PRELOAD=cpumask.so`, a library that makes CPUID
 fault and answers without some features.  A compiler may crash under it, so compile the kernels
-beforehand without the mask, by flags that say the same, in a cache of their own:
+beforehand without the mask:
 
-    export CXX="g++ -mno-avx512f -mno-avxvnni" JAXQUANT_CACHE_DIR=~/kernels-avx2
-    python -c "from jaxquant import native; print(native.available())"
+    JAXQUANT_INSTRUCTIONS=AVX2 python -c "from jaxquant import native; print(native.available())"
     CPUMASK=avx2 LD_PRELOAD=cpumask.so python -m experiments.benchmarks.instruction_sets
 """
 

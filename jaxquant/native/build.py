@@ -1,10 +1,11 @@
 """Compile the kernels with the machine's own compiler, once, and load them.
 
-The library is kept in a per-user cache (`jaxquant.native.cache`) under a name that hashes the
-sources, the compiler, jaxlib and the processor, so that a change of any of them compiles anew: one
-home directory may serve many machines.  Where it cannot be compiled, one that was compiled for a
-lesser processor does.  Needs a C++17 compiler (`$CXX`, else `c++`, `g++` or `clang++`); the FFI
-headers come with jaxlib.
+It is compiled for the best set of instructions that the processor has
+(`jaxquant.native.instructions`), and kept in a per-user cache (`jaxquant.native.cache`) under a
+name that hashes the sources, the compiler, jaxlib and the set, so that a change of any of them
+compiles anew: one home directory may serve many machines, which share what is for the same set.
+Where it cannot be compiled, one that was compiled for a lesser set does.  Needs a C++17 compiler
+(`$CXX`, else `c++`, `g++` or `clang++`); the FFI headers come with jaxlib.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jaxlib.version
 
-from jaxquant.native import fields, foreign, processor
+from jaxquant.native import fields, foreign, instructions, processor
 from jaxquant.native.cache import CACHE_VARIABLE, Folder, Sealed, cache_dir, hashed
 from jaxquant.native.errors import BuildError, CompilerTimeout
+from jaxquant.native.instructions import InstructionSet
 
 __all__ = ["CACHE_VARIABLE", "BuildError", "build", "cache_dir", "find_compiler", "load"]
 
@@ -38,7 +41,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 # Nobody reads the flags of floating-point exceptions: without them choices between two values need
 # no branch, and loops with such become vectors on AVX2.
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno",
     "-fno-trapping-math", *WARNINGS, *fields.definitions(),
 )  # fmt: skip
 _ANY_PROCESSOR = ("-std=c++17", "-O0", "-fPIC", "-shared", *WARNINGS)
@@ -64,29 +67,33 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler is on the PATH (install g++ or clang++, or set CXX)")
 
 
-def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
+def build(name: str | None = None) -> pathlib.Path:
     """Compile the kernels unless the cache has them.
 
     Args:
-      flags: further compiler flags, which come last.
+      name: of the set of instructions; None for the best that this processor has.
 
     Returns:
       The path of the shared library.
 
     Raises:
-      BuildError: there is no compiler, or it failed, or no folder to keep the library in.
+      BuildError: there is no compiler, or it failed, or no folder to keep the library in, or the
+        processor lacks the set.
     """
-    return _obtain(flags).path
+    return _obtain(name).path
 
 
 @functools.cache
-def load(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(name: str | None = None) -> ctypes.CDLL:
     """The loaded library, compiled if need be, with its functions declared.
+
+    Args:
+      name: as of `build`.
 
     Raises:
       BuildError: it cannot be compiled or loaded.
     """
-    return _obtain(flags).library
+    return _obtain(name).library
 
 
 class _Loaded(NamedTuple):
@@ -94,90 +101,111 @@ class _Loaded(NamedTuple):
     library: ctypes.CDLL
 
 
-def _obtain(flags: tuple[str, ...]) -> _Loaded:
+class _Compiler(NamedTuple):
+    command: list[str]
+    version: str
+
+
+def _obtain(name: str | None) -> _Loaded:
     try:
         with Folder(cache_dir()) as folder:
-            return _remembering_timeouts(folder, find_compiler(), flags)
+            return _remembering_timeouts(folder, find_compiler(), name)
     except OSError as error:  # a full disk, sources that cannot be read, no descriptor left, ...
         raise BuildError(f"cannot compile the kernels: {error}") from None
 
 
-def _remembering_timeouts(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _Loaded:
+def _remembering_timeouts(folder: Folder, command: list[str], name: str | None) -> _Loaded:
     """A compiler that hangs is not waited for in every process."""
-    note = f"timeout-{_name(command, flags)}"
+    note = f"timeout-{_hash(command)}"
     if (reason := folder.failure(note)) is not None:
         raise BuildError(reason)
     try:
-        return _from_cache(folder, command, flags)
+        compiler = _Compiler(command, _printed_by([*command, "--version"]))
+        return _best(folder, compiler, name)
     except CompilerTimeout as error:
         folder.remember_failure(note, str(error))
         raise
 
 
-def _from_cache(folder: Folder, command: list[str], flags: tuple[str, ...]) -> _Loaded:
-    version = _printed_by([*command, "--version"])
-    present = _processor(folder, command, version)
-    family = f"kernels-{_name(command, flags, version)}"
-    name = f"{family}-{hashed([present.text.encode()], 12)}.so"
-    if (found := folder.find(name)) is not None:
-        return _load(found)
-    with folder.workshop() as workshop:
-        compiling = [*command, *_FLAGS, *flags]
-        try:
-            needs = processor.needed(
-                _printed_by([*compiling, "-dM", "-E", "-x", "c++", os.devnull])
-            )
-            if present.features is not None and (lacks := needs - present.features):
-                raise BuildError(
-                    f"{shlex.join(compiling)} uses {', '.join(sorted(lacks))}, which this "
-                    "processor does not have"
-                )
-            headers = ["-isystem", jax.ffi.include_dir()]
-            output = workshop.path / "library.so"
-            _printed_by([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
-            made = workshop.sealed(output.name, needs)
-        except BuildError:
-            if (found := _for_a_lesser_processor(folder, family, present)) is None:
-                raise
+def _best(folder: Folder, compiler: _Compiler, name: str | None) -> _Loaded:
+    """The library of the best set that can be had, or of the one that is named."""
+    present = _processor(folder, compiler)
+    compiles, failure = True, BuildError(f"this processor does not have {name}")
+    for wanted in instructions.runnable(present):
+        if name not in (None, wanted.name):
+            continue
+        file = f"kernels-{wanted.name}-{_hash(compiler.command, wanted.flags, compiler.version)}.so"
+        if (found := _cached(folder, file, present)) is not None:
             return _load(found)
+        if not compiles:
+            continue  # but one that was compiled before will do
+        try:
+            needs = _needed(compiler, wanted)
+        except CompilerTimeout:
+            raise
+        except BuildError as error:  # an old compiler does not know the set
+            failure = error
+            continue
+        if lacks := needs - (present.features or needs):
+            command = shlex.join(_compiling(compiler, wanted))
+            failure = BuildError(
+                f"{command} uses {', '.join(sorted(lacks))}, which this processor does not have"
+            )
+            continue
+        try:
+            return _compiled(folder, file, _compiling(compiler, wanted), needs)
+        except CompilerTimeout:
+            raise
+        except BuildError as error:
+            compiles, failure = False, error
+    raise failure
+
+
+def _compiling(compiler: _Compiler, wanted: InstructionSet) -> list[str]:
+    return [*compiler.command, *_FLAGS, *wanted.flags]
+
+
+def _needed(compiler: _Compiler, wanted: InstructionSet) -> frozenset[str]:
+    """The features that the compiler may use, to which `$CXX` may add some."""
+    command = [*_compiling(compiler, wanted), "-dM", "-E", "-x", "c++", os.devnull]
+    return processor.needed(_printed_by(command))
+
+
+def _cached(folder: Folder, file: str, present: processor.Processor) -> Sealed | None:
+    """A library that was compiled, here or on another machine, and runs here."""
+    found = folder.find(file)
+    if found is not None and found.needs and not present.runs(found.needs):
+        os.close(found.descriptor)
+        return None
+    return found
+
+
+def _compiled(folder: Folder, file: str, compiling: list[str], needs: frozenset[str]) -> _Loaded:
+    headers = ["-isystem", jax.ffi.include_dir()]
+    with folder.workshop() as workshop:
+        output = workshop.path / "library.so"
+        _printed_by([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
+        made = workshop.sealed(output.name, needs)
         loaded = _load(made)  # before it is kept: what does not load is compiled anew next time
-        return loaded._replace(path=workshop.store(made, name).path)
+        return loaded._replace(path=workshop.store(made, file).path)
 
 
-def _for_a_lesser_processor(
-    folder: Folder, family: str, present: processor.Processor
-) -> Sealed | None:
-    """The best library that was compiled on another machine and runs here; None for none."""
-    best = None
-    for name in folder.names():
-        if not (name.startswith(family) and name.endswith(".so")):
-            continue
-        if (found := folder.find(name)) is None:
-            continue
-        if present.runs(found.needs) and (best is None or len(found.needs) > len(best.needs)):
-            best, found = found, best
-        if found is not None:
-            os.close(found.descriptor)
-    return best
-
-
-def _processor(folder: Folder, command: list[str], version: str) -> processor.Processor:
+def _processor(folder: Folder, compiler: _Compiler) -> processor.Processor:
     """What the processor has, by a library of its own."""
-    any_processor = list(_ANY_PROCESSOR)
+    command = [*compiler.command, *_ANY_PROCESSOR]
     if platform.machine() in ("x86_64", "AMD64"):
-        any_processor.append("-march=x86-64")  # behind what CXX may say
+        command.append("-march=x86-64")  # behind what CXX may say
     source = (_SOURCES / _PROCESSOR).read_bytes()
-    parts = [source, *map(os.fsencode, (*command, *any_processor, version, platform.machine()))]
-    name = f"processor-{hashed(parts, 20)}.so"
-    if (found := folder.find(name)) is not None:
+    parts = [source, *map(os.fsencode, (*command, compiler.version, platform.machine()))]
+    file = f"processor-{hashed(parts, 20)}.so"
+    if (found := folder.find(file)) is not None:
         return _ask(found)
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
-        compiling = [*command, *any_processor, str(_SOURCES / _PROCESSOR), "-o", str(output)]
-        _printed_by(compiling)
+        _printed_by([*command, str(_SOURCES / _PROCESSOR), "-o", str(output)])
         made = workshop.sealed(output.name, frozenset())
         present = _ask(made)
-        workshop.store(made, name)
+        workshop.store(made, file)
         return present
 
 
@@ -207,7 +235,7 @@ def _dlopen(found: Sealed) -> ctypes.CDLL:
     return ctypes.CDLL(descriptor if os.path.exists(descriptor) else str(found.path))
 
 
-def _name(command: list[str], flags: tuple[str, ...], version: str = "") -> str:
+def _hash(command: list[str], flags: Sequence[str] = (), version: str = "") -> str:
     files = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cc"))
     parts = [part for path in files for part in (path.name.encode(), path.read_bytes())]
     texts = (*command, *_FLAGS, *flags, version, platform.machine(), jaxlib.version.__version__)

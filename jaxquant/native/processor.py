@@ -49,11 +49,9 @@ class Processor(NamedTuple):
     """The processor that this process sees.
 
     Attributes:
-      text: all that the compiler's choice of instructions may depend on.
       features: those that a library may need; None where that is not known, off x86.
     """
 
-    text: str
     features: frozenset[str] | None
 
     def runs(self, needs: Collection[str]) -> bool:
@@ -71,8 +69,7 @@ def ask(library: ctypes.CDLL) -> Processor:
     library.jaxquant_processor.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     buffer = ctypes.create_string_buffer(_TEXT)
     library.jaxquant_processor(buffer, _TEXT)
-    text = buffer.value.decode()
-    return Processor(text, _features(text))
+    return Processor(_features(buffer.value.decode()))
 
 
 def _features(text: str) -> frozenset[str] | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.native import build, library
+from jaxquant.native import build, instructions, library
 
 needs_kernels = pytest.mark.skipif(
     not native.available().available, reason=native.available().reason
@@ -127,26 +127,19 @@ def requantized(y: np.ndarray, out: native.Requantize) -> np.ndarray:
     return np.clip(scaled.astype(np.float64) + out.zero_point, top - 255, top).astype(out.dtype)
 
 
-# The kernels that the compiler leaves when it may not use the instructions of the better ones.
-VARIANTS = {
-    "best": (),
-    "no AMX": ("-mno-amx-tile", "-mno-amx-int8"),
-    "no VNNI": ("-mno-avx512vnni", "-mno-avxvnni"),
-    "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
-    "portable": ("-mno-avx2",),
-}
-
-
 @functools.cache
 def targets() -> dict[str, dict[str, str]]:
-    """What every variant is registered as, by the attribute of `library` that has the name."""
+    """What the kernels of every set of instructions that this processor has are registered as, by
+    the attribute of `library` that has the name."""
     found = {}
-    for number, (variant, flags) in enumerate(VARIANTS.items()):
+    for number, wanted in enumerate(instructions.all_here()):
         try:
-            loaded = build.load(flags)
+            loaded = build.load(wanted.name)
         except build.BuildError:
-            assert flags  # a compiler for another CPU does not know them
+            if wanted.name == "portable":
+                raise
             continue
+        variant = wanted.name
         found[variant] = {}
         for attribute in ("CONV", "DOT", "GROUPS", "SEQUENCE", "STORED"):
             symbol = getattr(library, attribute)

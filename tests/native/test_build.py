@@ -11,8 +11,9 @@ import time
 import pytest
 
 from jaxquant import native
-from jaxquant.native import build, cache, library
+from jaxquant.native import build, cache, instructions, library
 from jaxquant.native.errors import BuildError, CompilerTimeout
+from jaxquant.native.processor import Processor
 from tests.native.cases import needs_kernels
 from tests.native.fake_compiler import FakeCompiler
 
@@ -107,6 +108,9 @@ def test_a_blank_compiler_is_the_machine_s(monkeypatch: pytest.MonkeyPatch):
         build.find_compiler()
 
 
+x86 = pytest.mark.skipif(len(instructions.all_here()) == 1, reason="this architecture has one set")
+
+
 @needs_kernels
 class TestProcessors:
     def test_what_a_processor_lacks_is_not_loaded(self, tmp_path, monkeypatch):
@@ -117,29 +121,65 @@ class TestProcessors:
         with pytest.raises(BuildError, match="uses AMX_COMPLEX, which this processor does not"):
             build.build()
 
+    @pytest.fixture
+    def on(self, monkeypatch):
+        """Makes this processor one that has a set of instructions and no more."""
+        ask = build.processor.ask
+        features = {s.name: s.features for s in instructions.all_here()}
+
+        def become(name: str) -> None:
+            monkeypatch.setattr(
+                build.processor,
+                "ask",
+                lambda library: ask(library)._replace(features=features[name]),
+            )
+            monkeypatch.setattr(build.processor, "needed", lambda _: features[name])
+
+        return become
+
+    @x86
     def test_one_for_a_lesser_processor_does_where_none_can_be_compiled(
-        self, tmp_path, monkeypatch, folder
+        self, tmp_path, monkeypatch, on
     ):
         monkeypatch.setenv("CXX", FakeCompiler(tmp_path).command)
-        ask = build.processor.ask
-
-        def on(name: str, features: set[str]) -> None:
-            def other(library):
-                return ask(library)._replace(text=name, features=frozenset(features))
-
-            monkeypatch.setattr(build.processor, "ask", other)
-
         paths = {}
-        for name, needs in {"old": {"SSE3"}, "new": {"SSE3", "AVX2"}, "newer": {"AVX512F"}}.items():
-            on(name, needs)
-            monkeypatch.setattr(build.processor, "needed", lambda _, needs=needs: frozenset(needs))
+        for name in ("AVX2", "AVX-512", "AMX"):
+            on(name)
             paths[name] = build.build()
         assert len({*paths.values()}) == 3
         FakeCompiler(tmp_path, "exit 1")  # from now on
-        on("another", {"SSE3", "AVX2", "FMA"})
-        assert build.build() == paths["new"]
-        on("one that none of them runs on", {"SSE2"})
-        with pytest.raises(BuildError, match="uses AVX512F"):
+        on("AVX512-VNNI")
+        assert build.build() == paths["AVX-512"]
+        on("portable")
+        with pytest.raises(BuildError, match="exit status 1"):
+            build.build()
+
+    @x86
+    def test_machines_with_the_same_set_share_a_library(self, tmp_path, monkeypatch, on):
+        """A home directory may serve several machines."""
+        compiler = FakeCompiler(tmp_path)
+        monkeypatch.setenv("CXX", compiler.command)
+        on("AVX2")
+        path, features = build.build(), build.processor.needed("")
+        monkeypatch.setattr(build.processor, "ask", lambda _: Processor(features | {"AES"}))
+        assert build.build() == path
+        assert compiler.compilations == 1
+
+    @x86
+    def test_a_compiler_that_does_not_know_a_set(self, tmp_path, monkeypatch, on):
+        on("AMX")
+        old = f'case "$*" in *amx*) exit 1 ;; esac; exec {FakeCompiler(tmp_path).command} "$@"'
+        monkeypatch.setenv("CXX", script(tmp_path / "old", old))
+        assert "kernels-AVX512-VNNI-" in build.build().name
+
+    def test_a_set_is_asked_for(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CXX", FakeCompiler(tmp_path).command)
+        monkeypatch.setenv(instructions.VARIABLE, "portable")
+        assert build.build().name.startswith("kernels-portable-")
+        monkeypatch.setenv(instructions.VARIABLE, "avx3")
+        with pytest.raises(
+            BuildError, match=r"JAXQUANT_INSTRUCTIONS is 'avx3'; what this .* portable"
+        ):
             build.build()
 
 

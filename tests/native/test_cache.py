@@ -163,15 +163,6 @@ class TestLibrary:
             os.umask(before)
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
-    def test_of_a_processor_is_no_other_s(self, compiler: FakeCompiler, monkeypatch):
-        """A home directory may serve several machines."""
-        path, ask = build.build(), build.processor.ask
-        monkeypatch.setattr(
-            build.processor, "ask", lambda library: ask(library)._replace(text="another")
-        )
-        assert build.build() != path
-        assert compiler.compilations == 2
-
     def test_that_is_replaced_after_the_check_is_not_loaded(
         self, compiler: FakeCompiler, folder: pathlib.Path, tmp_path: pathlib.Path
     ):

@@ -32,7 +32,6 @@ class _Library:
 
 def test_the_features_of_a_server():
     found = processor.ask(_Library(ICE_LAKE))
-    assert found.text == ICE_LAKE
     assert found.runs({"AVX2", "FMA", "LZCNT", "AVX512F", "AVX512VNNI", "GFNI"})
     assert not found.runs({"AVX512VNNI", "AMX_TILE"})
     assert not found.runs({"AVXVNNI"})
