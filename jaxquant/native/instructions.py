@@ -53,12 +53,17 @@ _X86 = (
     _x86("AVX2", "haswell", *_AVX2),
     _x86("portable", ""),
 )
+ARM = (
+    InstructionSet("NEON", ("-march=armv8.2-a+dotprod",), frozenset({"ARM_FEATURE_DOTPROD"})),
+    InstructionSet("portable", ("-march=armv8-a",), frozenset()),
+)
 _OTHER = (InstructionSet("portable", (), frozenset()),)
+_BY_MACHINE = {"x86_64": _X86, "AMD64": _X86, "aarch64": ARM, "arm64": ARM}
 
 
 def all_here() -> tuple[InstructionSet, ...]:
     """The sets of this architecture, the best first."""
-    return _X86 if platform.machine() in ("x86_64", "AMD64") else _OTHER
+    return _BY_MACHINE.get(platform.machine(), _OTHER)
 
 
 def runnable(present: Processor) -> Sequence[InstructionSet]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 _TEXT = 1 << 12
 
 # Where CPUID tells of what a compiler may use on its own: (leaf, register) -> feature -> bit.
-# `__FEATURE__` is the macro that GCC and Clang define where they may use it.
+# `__FEATURE__` is the macro that GCC and Clang define where they may use it, on ARM `__FEATURE`.
 _LEAVES = {
     ("1.0", "ecx"): {
         "SSE3": 0, "PCLMUL": 1, "SSSE3": 9, "FMA": 12, "SSE4_1": 19, "SSE4_2": 20, "MOVBE": 22,
@@ -36,7 +36,8 @@ _LEAVES = {
     },
 }  # fmt: skip
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
-_FEATURES = frozenset(name for bits in _LEAVES.values() for name in bits)
+_ARM = ("ARM_FEATURE_DOTPROD", "ARM_FEATURE_MATMUL_INT8")
+_FEATURES = frozenset(name for bits in _LEAVES.values() for name in bits).union(_ARM)
 # The registers that the operating system must save for a feature, by the start of its name; the
 # first that fits.
 _SAVED = {
@@ -49,7 +50,8 @@ class Processor(NamedTuple):
     """The processor that this process sees.
 
     Attributes:
-      features: those that a library may need; None where that is not known, off x86.
+      features: those that a library may need; None where that is not known,
+        on other architectures than x86-64 and ARM64.
     """
 
     features: frozenset[str] | None
@@ -74,6 +76,8 @@ def ask(library: ctypes.CDLL) -> Processor:
 
 def _features(text: str) -> frozenset[str] | None:
     lines = {name: values for name, *values in map(str.split, text.splitlines())}
+    if "arm" in lines:
+        return frozenset(name for name, has in zip(_ARM, lines["arm"], strict=True) if has == "1")
     if "xcr0" not in lines:
         return None
     saved = int(lines["xcr0"][0], 16)
@@ -91,4 +95,4 @@ def _registers(feature: str) -> int:
 def needed(macros: str) -> frozenset[str]:
     """The features that a compiler may use which predefines these macros (`-dM -E`)."""
     defined = {words[1] for line in macros.splitlines() if len(words := line.split()) > 1}
-    return frozenset(name for name in _FEATURES if f"__{name}__" in defined)
+    return frozenset(name for name in _FEATURES if {f"__{name}__", f"__{name}"} & defined)

@@ -457,6 +457,9 @@ int main(int, char** arguments) {
 #ifdef JAXQUANT_AVX_VNNI
     expected.check_everywhere<AvxVnni>();
 #endif
+#ifdef JAXQUANT_NEON
+    expected.check_everywhere<Neon>();
+#endif
 #ifdef JAXQUANT_AVX512
     expected.check_everywhere<Avx512Words>();
 #endif

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 
 import jax
 import pytest
 
-from jaxquant.native import build, fields
+from jaxquant.native import build, fields, instructions
 from tests.native.cases import needs_kernels
 
 pytestmark = needs_kernels  # without a compiler there is nothing to try
 
 _TESTS = pathlib.Path(__file__).parent
 _SOURCES = pathlib.Path(build.__file__).parent / "src"
-_STRICT = ("-std=c++17", "-march=native", *build.WARNINGS, "-Werror", *fields.definitions())
+_STRICT = ("-std=c++17", *build.WARNINGS, "-Werror", *fields.definitions())
 _SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-def compile_(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*build.find_compiler(), *_STRICT, *map(str, arguments)]
+def compile_(
+    *arguments: object, machine: str = "-march=native"
+) -> subprocess.CompletedProcess[str]:
+    command = [*build.find_compiler(), *_STRICT, machine, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -64,4 +67,26 @@ def test_against_plain_loops(optimized: str, cases: int, tmp_path: pathlib.Path)
     found = subprocess.run(
         [program, str(cases)], env=environment, capture_output=True, text=True
     )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CROSS and EMULATOR), reason="needs g++-aarch64-linux-gnu and qemu-user")
+@pytest.mark.parametrize("wanted", instructions.ARM, ids=lambda wanted: wanted.name)
+def test_on_emulated_arm(
+    wanted: instructions.InstructionSet, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The sets of ARM against plain loops, without sanitizers, which the emulator does not run."""
+    monkeypatch.setenv("CXX", f"{CROSS} -static")
+    program = tmp_path / "kernels"
+    (machine,) = wanted.flags
+    sources = ("-pthread", "-I", _SOURCES, _TESTS / "kernels.cc")
+    done = compile_("-O1", *sources, "-o", program, machine=machine)
+    assert done.returncode == 0, done.stderr
+    found = subprocess.run(
+        [str(EMULATOR), "-cpu", "max", program, "60"], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout + found.stderr

@@ -64,5 +64,6 @@ def test_names_the_kernels():
         "AVX-512",
         "AVX-VNNI",
         "AVX2",
+        "NEON",
         "portable",
     )

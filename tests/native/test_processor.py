@@ -47,10 +47,17 @@ def test_registers_that_the_system_does_not_save(saved: str, runs: bool):
 
 
 def test_another_architecture():
-    """Nothing is known but whether it is the same: no library of another one runs."""
-    found = processor.ask(_Library("hwcap 1f 2\n"))
+    """Nothing is known of it: no library of another one runs."""
+    found = processor.ask(_Library(""))
     assert found.features is None
     assert not found.runs(())
+
+
+def test_the_features_of_arm():
+    found = processor.ask(_Library("arm 1 0\n"))
+    assert found.runs({"ARM_FEATURE_DOTPROD"})
+    assert not found.runs({"ARM_FEATURE_MATMUL_INT8"})
+    assert processor.needed("#define __ARM_FEATURE_DOTPROD 1\n") == {"ARM_FEATURE_DOTPROD"}
 
 
 def test_what_macros_say():

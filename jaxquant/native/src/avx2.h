@@ -46,22 +46,10 @@ struct Avx2WordBytes : Avx2Bytes {
   }
 };
 
-struct Avx2 {
+struct Avx2 : RegisterSet<Avx2Words, WordDepthwise<Avx2WordBytes>> {
   static constexpr const char* kName = "AVX2";
-  static constexpr int64_t kPixels = Avx2Words::kPixels, kSegment = 1;
-  static constexpr int64_t kStep = 4;     // values of a run that are read at a time
-  static constexpr bool kRunsOn = false;  // segments end where rows do
-  using Sums = Avx2Sums;
-  using Depthwise = WordDepthwise<Avx2WordBytes>;
-
+  static constexpr int64_t kSegment = 1;
   static constexpr auto activations = Activations::as_s16;
-
-  static void run(const Share& share, const Weights& weights, const Sums& sums) {
-    run_tiles<Avx2>(share, weights, sums);
-  }
-  static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    return find_register_tile<Avx2Words>(height, wide, sums);
-  }
 };
 
 }  // namespace jaxquant

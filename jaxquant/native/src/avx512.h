@@ -44,22 +44,10 @@ struct Avx512Depthwise : InterleavedDepthwise<Avx512Bytes, Avx512Products> {
   }
 };
 
-struct Avx512 {
+struct Avx512 : RegisterSet<Avx512Products, Avx512Depthwise> {
   static constexpr const char* kName = "AVX512-VNNI";
-  static constexpr int64_t kPixels = Avx512Products::kPixels, kSegment = kAsFewAsPossible;
-  static constexpr int64_t kStep = 4;     // bytes of a run that are read at a time
-  static constexpr bool kRunsOn = false;  // segments end where rows do
-  using Sums = Avx512Sums;
-  using Depthwise = Avx512Depthwise;
-
+  static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr auto activations = Activations::as_u8;
-
-  static void run(const Share& share, const Weights& weights, const Sums& sums) {
-    run_tiles<Avx512>(share, weights, sums);
-  }
-  static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    return find_register_tile<Avx512Products>(height, wide, sums);
-  }
 };
 
 }  // namespace jaxquant

@@ -51,22 +51,10 @@ struct Avx512WordBytes : Avx512Bytes {
   }
 };
 
-struct Avx512Words {
+struct Avx512Words : RegisterSet<Avx512WordProducts, WordDepthwise<Avx512WordBytes>> {
   static constexpr const char* kName = "AVX-512";
-  static constexpr int64_t kPixels = Avx512WordProducts::kPixels, kSegment = 1;
-  static constexpr int64_t kStep = 4;     // values of a run that are read at a time
-  static constexpr bool kRunsOn = false;  // segments end where rows do
-  using Sums = Avx512Sums;
-  using Depthwise = WordDepthwise<Avx512WordBytes>;
-
+  static constexpr int64_t kSegment = 1;
   static constexpr auto activations = Activations::as_s16;
-
-  static void run(const Share& share, const Weights& weights, const Sums& sums) {
-    run_tiles<Avx512Words>(share, weights, sums);
-  }
-  static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    return find_register_tile<Avx512WordProducts>(height, wide, sums);
-  }
 };
 
 }  // namespace jaxquant

@@ -48,22 +48,10 @@ struct AvxVnniDepthwise : InterleavedDepthwise<Avx2Bytes, AvxVnniProducts> {
   }
 };
 
-struct AvxVnni {
+struct AvxVnni : RegisterSet<AvxVnniProducts, AvxVnniDepthwise> {
   static constexpr const char* kName = "AVX-VNNI";
-  static constexpr int64_t kPixels = AvxVnniProducts::kPixels, kSegment = kAsFewAsPossible;
-  static constexpr int64_t kStep = 4;     // bytes of a run that are read at a time
-  static constexpr bool kRunsOn = false;  // segments end where rows do
-  using Sums = Avx2Sums;
-  using Depthwise = AvxVnniDepthwise;
-
+  static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr auto activations = Activations::as_u8;
-
-  static void run(const Share& share, const Weights& weights, const Sums& sums) {
-    run_tiles<AvxVnni>(share, weights, sums);
-  }
-  static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    return find_register_tile<AvxVnniProducts>(height, wide, sums);
-  }
 };
 
 }  // namespace jaxquant

@@ -23,6 +23,7 @@
 #include "avx512.h"
 #include "avx512_words.h"
 #include "avx_vnni.h"
+#include "neon.h"
 #include "portable.h"
 
 namespace jaxquant {
@@ -41,6 +42,8 @@ auto with_instructions(const Work& work) {
   return work(AvxVnni{});
 #elif defined(JAXQUANT_AVX2)
   return work(Avx2{});
+#elif defined(JAXQUANT_NEON)
+  return work(Neon{});
 #else
   return work(Portable{});
 #endif

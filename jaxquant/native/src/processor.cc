@@ -5,7 +5,7 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
-#elif defined(__linux__)
+#elif defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -30,12 +30,23 @@ extern "C" void jaxquant_processor(char* text, int64_t size) {
   unsigned low = 0, high = 0;
   if (saves) __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   std::snprintf(text, end - text, "xcr0 %x %x\n", low, high);
-#elif defined(__linux__)
-  std::snprintf(text, end - text, "hwcap %lx %lx\n", getauxval(AT_HWCAP), getauxval(AT_HWCAP2));
+#elif defined(__aarch64__)
+  // Products of bytes: sums of four (FEAT_DotProd), and of matrices of them (FEAT_I8MM).
+#if defined(__linux__)
+  const bool sums = getauxval(AT_HWCAP) >> 20 & 1, matrices = getauxval(AT_HWCAP2) >> 13 & 1;
 #elif defined(__APPLE__)
-  uint32_t family = 0;
-  size_t bytes = sizeof(family);
-  sysctlbyname("hw.cpufamily", &family, &bytes, nullptr, 0);
-  std::snprintf(text, end - text, "family %x\n", family);
+  const auto has = [](const char* feature) {
+    int value = 0;
+    size_t bytes = sizeof(value);
+    return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value;
+  };
+  const bool sums = has("hw.optional.arm.FEAT_DotProd");
+  const bool matrices = has("hw.optional.arm.FEAT_I8MM");
+#else
+  const bool sums = false, matrices = false;
+#endif
+  std::snprintf(text, end - text, "arm %x %x\n", sums, matrices);
+#else
+  (void)end;
 #endif
 }

@@ -96,4 +96,21 @@ auto find_register_tile(int64_t height, bool wide, const typename P::Sums& sums)
                      : find_register_tile<P, false, true>(height, wide);
 }
 
+// What instruction sets of such tiles have in common.
+template <class P, class D>
+struct RegisterSet {
+  static constexpr int64_t kPixels = P::kPixels;
+  static constexpr int64_t kStep = 4;     // values of a run that are read at a time
+  static constexpr bool kRunsOn = false;  // segments end where rows do
+  using Sums = typename P::Sums;
+  using Depthwise = D;
+
+  static void run(const Share& share, const Weights& weights, const Sums& sums) {
+    run_tiles<RegisterSet>(share, weights, sums);
+  }
+  static auto find_tile(int64_t height, bool wide, const Sums& sums) {
+    return find_register_tile<P>(height, wide, sums);
+  }
+};
+
 }  // namespace jaxquant

@@ -1,0 +1,103 @@
+// Registers of four float32 or int32, or of 16 bytes, on ARM.
+#pragma once
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define JAXQUANT_NEON 1
+#include <arm_neon.h>
+
+#include <cstring>
+
+#include "lane_epilogue.h"
+#include "vectors.h"
+
+namespace jaxquant {
+
+struct NeonLanes {
+  static constexpr int kCount = 4;
+  using Floats = VectorTypes<4>::Floats;
+  using Ints = VectorTypes<4>::Ints;
+
+  static Floats splat(float value) { return (Floats)vdupq_n_f32(value); }
+  static Ints splat(int32_t value) { return (Ints)vdupq_n_s32(value); }
+
+  static Floats load(const float* from, int64_t n) { return some<Floats>(from, n); }
+  static Ints load_ints(const int32_t* from, int64_t n) { return some<Ints>(from, n); }
+  static Ints load_bytes(const int8_t* from, int64_t n) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, from, n == kCount ? 4 : n);
+    return (Ints)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes))));
+  }
+  static void store(float* to, Floats floats, int64_t n) {
+    if (n == kCount) vst1q_f32(to, (float32x4_t)floats);
+    else std::memcpy(to, &floats, 4 * n);
+  }
+  static void store_bytes(int8_t* to, Ints ints, int64_t n) {
+    const int16x4_t words = vmovn_s32((int32x4_t)ints);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
+    std::memcpy(to, &four, n == kCount ? 4 : n);
+  }
+  static void stream(float* to, Floats floats) { store(to, floats, kCount); }
+  static void fence() {}
+
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  }
+  static Floats least(Floats a, Floats b) {
+    return (Floats)vminq_f32((float32x4_t)a, (float32x4_t)b);
+  }
+  static Floats most(Floats a, Floats b) {
+    return (Floats)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+  }
+  static Floats floats(Ints ints) { return (Floats)vcvtq_f32_s32((int32x4_t)ints); }
+  static Ints rounded(Floats floats) { return (Ints)vcvtnq_s32_f32((float32x4_t)floats); }
+
+ private:
+  template <class Vector>
+  static Vector some(const void* from, int64_t n) {
+    Vector read{};
+    std::memcpy(&read, from, n == kCount ? sizeof(read) : 4 * n);
+    return read;
+  }
+};
+
+using NeonSums = LaneSums<NeonLanes>;
+
+// What the depthwise kernels do with registers of 16 bytes.
+struct NeonBytes {
+  using Vector = NeonLanes::Ints;
+  using Sums = NeonSums;
+  static constexpr int kBytes = 16;
+
+  static Vector splat(int32_t value) { return NeonLanes::splat(value); }
+  static NeonLanes::Floats load(const float* from) { return NeonLanes::load(from, 4); }
+  static Vector load_ints(const int32_t* from) { return NeonLanes::load_ints(from, 4); }
+  static Vector load_bytes(const void* from) {
+    return (Vector)vld1q_s8(static_cast<const int8_t*>(from));
+  }
+  static Vector low_bytes(Vector a, Vector b) { return (Vector)vzip1q_s8((int8x16_t)a, (int8x16_t)b); }
+  static Vector high_bytes(Vector a, Vector b) {
+    return (Vector)vzip2q_s8((int8x16_t)a, (int8x16_t)b);
+  }
+  static Vector low_pairs(Vector a, Vector b) { return (Vector)vzip1q_s16((int16x8_t)a, (int16x8_t)b); }
+  static Vector high_pairs(Vector a, Vector b) {
+    return (Vector)vzip2q_s16((int16x8_t)a, (int16x8_t)b);
+  }
+  static Vector to_bytes(Vector (&sums)[4], uint8_t flip) {
+    const int8x16_t bytes = vcombine_s8(narrow(sums[0], sums[1]), narrow(sums[2], sums[3]));
+    return (Vector)veorq_s8(bytes, vdupq_n_s8(int8_t(flip)));
+  }
+  static void store(int8_t* to, Vector bytes, int64_t n) {
+    if (n >= kBytes) vst1q_s8(to, (int8x16_t)bytes);
+    else std::memcpy(to, &bytes, n);
+  }
+
+ private:
+  static int8x8_t narrow(Vector a, Vector b) {
+    return vqmovn_s16(vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b)));
+  }
+};
+
+}  // namespace jaxquant
+
+#endif
