@@ -26,6 +26,7 @@ class Found:
     moves: list[Node] = dataclasses.field(default_factory=list)
     entries: dict[str, str] = dataclasses.field(default_factory=dict)
     scales: dict[str, str] = dataclasses.field(default_factory=dict)
+    rounded: set[int] = dataclasses.field(default_factory=set)
     leaves: dict[str, str] = dataclasses.field(default_factory=dict)
     constants: dict[str, str] = dataclasses.field(default_factory=dict)
     slices: dict[str, Slice] = dataclasses.field(default_factory=dict)

@@ -136,6 +136,7 @@ class Network:
       moves: the operations that hand int8 values on; they run where their result is read.
       entries: tensor (its number, as text) -> the entry of `qparams["tensors"]` that quantizes it.
       scales: int8 tensor (likewise) -> the entry that says what its values are worth.
+      rounded: the tensors that are quantized for everybody: their float is what int8 stands for.
       leaves: tensor (likewise) -> the name of the float array in `qparams`.
       constants: tensors (likewise) that depend on no parameter -> the name of their array.
       slices: names of arrays that are a part of one with another name, each behind its own.
@@ -153,6 +154,7 @@ class Network:
     leaves: Mapping[str, str]
     constants: Mapping[str, str]
     slices: Mapping[str, Slice]
+    rounded: frozenset[Var] = frozenset()
 
     def walk(self) -> Iterator[Node | Int8Node]:
         """What runs, with what runs in the bodies of loops and choices."""

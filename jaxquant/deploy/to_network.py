@@ -55,6 +55,7 @@ def to_network(
         leaves=found.leaves,
         constants=found.constants,
         slices=found.slices,
+        rounded=frozenset(found.rounded),
         tensors=tuple(found.tensors),
     )
     return network, found.arrays
@@ -103,6 +104,7 @@ class _Translator(StoredTensors):
             (self.found.scales, binding.scales),
         ):
             tensors |= {str(self.number(var)): name + suffix for var, name in names.items()}
+        self.found.rounded.update(map(self.number, forms.rounded))
         for index in sorted(forms.moves):
             eqn = graph.equations[index]
             self.need_static(eqn.inputs)

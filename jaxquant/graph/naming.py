@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxquant.graph import ir, kinds, primitives
 from jaxquant.graph.sites import Site
@@ -83,7 +83,10 @@ def module_of(path: str) -> str:
 
 
 def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
-    """Names of the tensors that sites read: after the first site that does, `b1/Conv_0/input`.
+    """Names of the tensors that sites read or give.
+
+    What is read is named after the first site that does, `b1/Conv_0/input`; what none reads after
+    the site that gives it, up to the end of the functions behind it, `b1/Conv_0/output`.
 
     Rearrangements (reshape, transpose, ...) are seen through, so that all readers of one tensor
     share its name.  The second operand of a site gives `.../input_1`.  Convolutions and dots
@@ -97,7 +100,28 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
             root = primitives.movement_root(graph, operand)
             named.setdefault(root, name)
             named.setdefault(operand, f"{name}:moved")  # where the rearrangement is kept in float
+    for site in sorted(sites, key=_naming_rank):
+        for var in _given(graph, site):
+            named.setdefault(var, f"{site.name}/output")
     return named
+
+
+def _given(graph: ir.Graph, site: Site) -> Iterator[ir.Var]:
+    """What a site gives, and what follows from that alone: an epilogue, an activation."""
+    var = site.output
+    while var is not None:
+        yield var
+        readers = graph.consumers.get(var, ())
+        if len(readers) != 1 or not _follows_alone(graph, readers[0], var):
+            return
+        (var,) = readers[0].outputs
+
+
+def _follows_alone(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> bool:
+    """True for a function of each element of a tensor, with constants, and for a rearrangement."""
+    if not (primitives.is_elementwise(eqn) or primitives.is_movement(graph, eqn)):
+        return False
+    return all(x == var or graph.is_static(x) for x in eqn.inputs)
 
 
 def _naming_rank(site: Site) -> int:

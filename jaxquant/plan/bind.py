@@ -14,7 +14,7 @@ from jaxquant.plan.binding import Binding, BoundBody, Int8Site, on_grids
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.forms import find_forms
 from jaxquant.plan.modes import MODES
-from jaxquant.plan.plan import INT8, Plan, SitePlan
+from jaxquant.plan.plan import INT8, LITERT, Plan, SitePlan
 from jaxquant.plan.restore import Restored, restorable
 
 
@@ -127,7 +127,9 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     left = [s for s in found if s.name in planned and planned[s.name].status != INT8]
     barred = {site.equation for site in left if not (site.inside or site.is_lookup)}
     static = [site for site in chosen if not (site.is_lookup or planned[site.name].dynamic)]
-    forms = find_forms(model, static if mode.tensor_scales else (), plan.kinds, barred)
+    forms = find_forms(
+        model, static if mode.tensor_scales else (), plan.kinds, barred, plan.target == LITERT
+    )
     names = model.names
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import DYNAMIC, MODES, STATIC, WEIGHT_ONLY
+from jaxquant.plan.plan import ANY, LITERT
 from jaxquant.plan.rules import (
     OUTLIERS,
     STEPS_OF_WEIGHTS,
@@ -32,6 +33,7 @@ DEFAULT_OP_TYPES = ("conv2d", "depthwise_conv2d", "mul", "lookup_table")
 WEIGHT_QUANTIZE_TYPES = ("channel_wise_abs_max", "abs_max")
 ACTIVATION_QUANTIZE_TYPES = ("asymmetric", "symmetric", "dynamic")
 OPTIMIZE_FOR = ("size", "speed")
+TARGETS = (ANY, LITERT)
 DEFAULT_RECOVERY = (OUTLIERS, "bias_correction")
 
 
@@ -48,6 +50,7 @@ class Settings(TypedDict, total=False):
     skip: Sequence[str]
     skip_first_last: bool
     optimize_for: str
+    target: str
     rules: Sequence[Rule]
 
 
@@ -98,6 +101,10 @@ class QuantConfig:
         batch size that the model will serve), and stays float where int8 takes longer; the report
         says so, with the ratio.  Each different site costs about a second.  The result depends on
         the timing: another call may leave other sites in float.
+      target: what will run the model.  "litert" is for `jaxquant.export_litert`: LiteRT's int8
+        kernels round what they give, so what a convolution, a dot with a weight or a mean gives is
+        rounded to an int8 grid, for outputs and float operations too, and so is all that is added
+        where additions are int8 (`is_full_quantize`).  "any" keeps float32 there.
       rules: settings for some of the sites, each a `jaxquant.Rule`; the last that matches wins.
       mode: how sites compute: "static" of `jaxquant.quant_post`; the others are those of
         `jaxquant.quant_dynamic` and `jaxquant.quant_weights`.
@@ -125,6 +132,7 @@ class QuantConfig:
     skip: Sequence[str] = ()
     skip_first_last: bool = False
     optimize_for: str = "size"
+    target: str = ANY
     rules: Sequence[Rule] = ()
     mode: str = STATIC
     weight_bits: int = 8
@@ -231,6 +239,12 @@ class QuantConfig:
             "activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES
         )
         check_known("optimize_for", self.optimize_for, OPTIMIZE_FOR)
+        check_known("target", self.target, TARGETS)
+        if self.mode != STATIC and self.target != ANY:
+            raise ValueError(
+                f"target={self.target!r} is of jaxquant.quant_post; in mode {self.mode!r} no "
+                "tensor is calibrated"
+            )
         if self.mode != STATIC and self.activation_quantize_type == "dynamic":
             raise ValueError(
                 "activation_quantize_type='dynamic' is of jaxquant.quant_post; in mode "

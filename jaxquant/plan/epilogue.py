@@ -118,6 +118,21 @@ def _ends(graph: ir.Graph, site: Site) -> tuple[_End, ...]:
     return tuple(ends)
 
 
+def fused_end(graph: ir.Graph, site: Site) -> ir.Var:
+    """The tensor behind the clips that a kernel fuses with a site, and the division of a mean."""
+    var = find_epilogue(graph, site).output
+    while (eqn := _only_consumer(graph, var)) is not None:
+        numbers = [primitives.constant_scalar(graph, x) for x in eqn.inputs if x != var]
+        with_numbers = len(eqn.inputs) == len(numbers) + 1 and None not in numbers
+        is_scaling = site.contraction is None and eqn.name in ("mul", "div")
+        if not with_numbers or not (eqn.name in ("max", "min", "clamp") or is_scaling):
+            break
+        if eqn.name in ("clamp", "div") and eqn.inputs[eqn.name == "clamp"] != var:
+            break
+        var = eqn.outputs[0]
+    return var
+
+
 def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
     """How the site's weight and the operands of its epilogue are computed from the parameters.
 

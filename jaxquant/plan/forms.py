@@ -26,6 +26,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.candidates import in_skip_scope
 from jaxquant.plan.constants import takes_constants
+from jaxquant.plan.epilogue import fused_end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Forms:
       moves: the indices of the equations that hand int8 through.
       reads_int8: the indices of float equations that read the int8 form of their operands.
       family: int8 tensor -> the tensor that stands for all that share its scale.
+      rounded: the entries that everybody reads as what their int8 form stands for.
     """
 
     entries: tuple[ir.Var, ...]
@@ -45,6 +47,7 @@ class Forms:
     moves: frozenset[int]
     reads_int8: frozenset[int]
     family: Mapping[ir.Var, ir.Var]
+    rounded: frozenset[ir.Var] = frozenset()
 
     @functools.cached_property
     def heads(self) -> Mapping[ir.Var, ir.Var]:
@@ -60,6 +63,7 @@ def find_forms(
     sites: Sequence[Site],
     listed: Collection[str] = (),
     barred: Collection[int] = (),
+    rounds: bool = False,
 ) -> Forms:
     """The forms when `sites`, and no others, run in int8 wherever that is of use.
 
@@ -69,16 +73,22 @@ def find_forms(
       listed: the kinds that were asked for; of them, elementwise kinds and activation functions
         let elementwise equations read int8, "relu" lets a ReLU of an int8 tensor stay int8.
       barred: the indices of equations that stay float, so that they hand no int8 through.
+      rounds: what sites with a weight and sums give is rounded to an int8 grid, whoever reads it.
     """
     elementwise = not {*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS}.isdisjoint(listed)
-    return _found(model, tuple(sites), elementwise, "relu" in listed, frozenset(barred))
+    return _found(model, tuple(sites), elementwise, "relu" in listed, frozenset(barred), rounds)
 
 
 @once
 def _found(
-    model: Model, sites: tuple[Site, ...], elementwise: bool, relu: bool, barred: frozenset[int]
+    model: Model,
+    sites: tuple[Site, ...],
+    elementwise: bool,
+    relu: bool,
+    barred: frozenset[int],
+    rounds: bool,
 ) -> Forms:
-    return _Search(model, sites, elementwise, relu, barred).found()
+    return _Search(model, sites, elementwise, relu, barred, rounds).found()
 
 
 class _Search:
@@ -89,6 +99,7 @@ class _Search:
         elementwise: bool,
         relu: bool,
         barred: frozenset[int],
+        rounds: bool,
     ):
         self._graph = graph = model.graph
         self._composites = model.composites
@@ -101,6 +112,7 @@ class _Search:
         self._elementwise = elementwise
         self._relu = relu
         self._barred = barred
+        self._rounds = rounds
         self._normalising = model.composites.normalisations
         self._entries: dict[ir.Var, None] = {}
         self._int8: set[ir.Var] = set()
@@ -110,6 +122,7 @@ class _Search:
         for site in self._sites:
             if self._is_anchor(site):
                 self._need_operands(site)
+        ends = self._round_results() if self._rounds else set[ir.Var]()
         self._cut_elementwise()
         self._spread()
         return Forms(
@@ -118,6 +131,7 @@ class _Search:
             frozenset(self._moves),
             frozenset(self._reads_int8()),
             self._families(),
+            frozenset(ends & self._entries.keys()),
         )
 
     def _is_anchor(self, site: Site) -> bool:
@@ -221,13 +235,27 @@ class _Search:
                 continue
             fused: list[ir.Var] = []
             for operand in self._to_quantize(site):
-                if self._is_fused(operand, site, bases):
+                if not self._rounds and self._is_fused(operand, site, bases):
                     fused.append(operand)
                 else:
                     self._need(operand)
             positions = {v: self._position(bases.get(v, v)) for v in fused}
             for operand in sorted(fused, key=positions.__getitem__)[:-1]:
                 self._need(operand)
+
+    def _round_results(self) -> set[ir.Var]:
+        """Give what sites give an int8 form, behind the clips that are fused with them.
+
+        A product of two activations is left in float where somebody reads it so.
+        """
+        ends = set[ir.Var]()
+        for site in self._sites:
+            is_product = site.contraction is not None and site.weight is None
+            if self._behaviour[site.equation] == behaviours.ACCUMULATE and not is_product:
+                ends.add(fused_end(self._graph, site))
+        for var in sorted(ends):
+            self._need(var)
+        return ends
 
     def _to_quantize(self, site: Site) -> tuple[ir.Var, ...]:
         """The operands of an elementwise site, without a divisor: it could be rounded to zero."""

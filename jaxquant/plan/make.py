@@ -29,7 +29,7 @@ from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.evenness import constants_in, find_uneven, tied_tensors
 from jaxquant.plan.forms import Forms, find_forms
 from jaxquant.plan.modes import DYNAMIC, MODES, Mode
-from jaxquant.plan.plan import INT8, Plan, PlannedCut, SitePlan, TensorPlan
+from jaxquant.plan.plan import INT8, LITERT, Plan, PlannedCut, SitePlan, TensorPlan
 from jaxquant.plan.rules import (
     Rule,
     check_rules,
@@ -128,6 +128,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         mode=config.mode,
         group_size=config.group_size,
         cuts=tuple(PlannedCut(path, bounds) for path, bounds in sorted(model.cuts.items())),
+        target=config.target,
     )
     return without_ties(bind(model, plan))
 
@@ -289,7 +290,7 @@ def _forms(
     sites = reported(found, config)
     left = [site for site in sites if site.name not in allowed and not site.is_lookup]
     barred = {site.equation for site in left if not site.inside}
-    return find_forms(model, chosen, config.kinds, barred)
+    return find_forms(model, chosen, config.kinds, barred, config.target == LITERT)
 
 
 def _nothing_left(reasons: set[str]) -> ValueError:

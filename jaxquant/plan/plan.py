@@ -12,6 +12,8 @@ from jaxquant.plan.rules import RECOVERY_STEPS
 
 VERSION = 3
 INT8, FLOAT = "int8", "float"
+# What runs the model: LiteRT's int8 kernels give int8 alone.
+ANY, LITERT = "any", "litert"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Plan:
 
     `kinds` are those that were asked for; `mode` is a key of `jaxquant.plan.modes.MODES`;
     `algo` is that of tensors for which no rule names another; `group_size` (None: a scale per
-    channel) is of weight-only quantization; `cuts` are of parameters whose layers are in segments.
+    channel) is of weight-only quantization; `cuts` are of parameters whose layers are in segments;
+    `target` is that of `QuantConfig`.
     """
 
     sites: tuple[SitePlan, ...]
@@ -120,6 +123,7 @@ class Plan:
     mode: str = STATIC
     group_size: int | None = None
     cuts: tuple[PlannedCut, ...] = ()
+    target: str = ANY
     version: int = VERSION
 
     @property

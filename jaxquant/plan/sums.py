@@ -40,11 +40,13 @@ class ScaledGraph:
     Attributes:
       graph: it.
       scales: the tensors that are quantized from float -> the names of their scales.
+      rounded: those that everybody reads as what their int8 form stands for.
       bodies: of its loops and choices, by the index of their equation: each body, and its layers.
     """
 
     graph: ir.Graph
     scales: Mapping[ir.Var, str]
+    rounded: frozenset[ir.Var] = frozenset()
     bodies: Mapping[int, Sequence[tuple[Model, Sequence[ScaledGraph]]]] = dataclasses.field(
         default_factory=dict
     )
@@ -56,6 +58,7 @@ class ScaledGraph:
         return ScaledGraph(
             binding.graph,
             {var: binding.scales[var] + suffix for var in binding.names},
+            binding.forms.rounded,
             {
                 index: [
                     (body.model, [ScaledGraph.of(layer) for layer in body.layers])
@@ -120,6 +123,8 @@ class _Search:
                     self._loop(scaled, eqn, model, layers)
             elif _hands_on(scaled.graph, eqn):
                 for var in (v for v in eqn.input_vars if not scaled.graph.static[v]):
+                    if var in scaled.rounded:  # the sums end there
+                        continue
                     self._link((scaled, var), (scaled, eqn.outputs[0]), _adds(scaled.graph, eqn))
 
     def _loop(

@@ -38,8 +38,9 @@ import numpy as np
 
 from jaxquant.graph import ir
 from jaxquant.graph.layer_names import layer_suffix
+from jaxquant.plan import additions
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.plan import TensorPlan
+from jaxquant.plan.plan import LITERT, TensorPlan
 from jaxquant.plan.sums import ScaledGraph, SumScales, find_sums, hands_on
 
 EXCESS = 2.0**-11  # by what part of it a multiplier may grow to be a fraction
@@ -82,6 +83,7 @@ def without_ties(binding: Binding) -> Binding:
             assert fit.unit is not None
             if planned[name] * LARGEST_STEP >= fit.unit:
                 scales[name] = odd_multiple(planned[name], fit.unit)
+    scales |= _of_additions(binding, planned)
 
     def changed(bound: Binding) -> Binding:
         suffix = layer_suffix(bound.layer)
@@ -91,6 +93,22 @@ def without_ties(binding: Binding) -> Binding:
         return bound.with_tensors(tensors).in_bodies(changed)
 
     return changed(binding)
+
+
+def _of_additions(binding: Binding, planned: Mapping[str, float]) -> dict[str, float]:
+    """The scales that additions of int8 tensors read and give, where LiteRT does them."""
+    scales: dict[str, float] = {}
+    if binding.plan.target != LITERT:
+        return scales
+    for part in binding.all_layers():
+        suffix = layer_suffix(part.layer)
+        for group in additions.added_scales(part):
+            names = [name + suffix for name in group]
+            unit = additions.unit_of(max(planned[name] for name in names))
+            for name in names:
+                if planned[name] * LARGEST_STEP >= unit:
+                    scales[name] = odd_multiple(planned[name], unit)
+    return scales
 
 
 def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:

@@ -88,6 +88,8 @@ class SiteCall:
         """
         if results and self.chain.grid is not None:
             state.quantized.put(self.chain.output, results[-1], self.chain.grid)
+            if self.chain.is_rounded:
+                return {self.chain.output: state.quantized.wide(self.chain.output)}
         return {self.chain.output: results[0]} if results and self.chain.float_out else {}
 
 

@@ -32,6 +32,7 @@ class Chain:
       movements: the equations that rearrange the sums before they are multiplied: those of the
         epilogue, and those between it and what follows.
       channels: where the output channels are behind them.
+      is_rounded: True where those who read it in float read what its int8 form stands for.
       grid: the tensor on whose scale the output is quantized: itself, or what an early max pool
         makes of it; None where it is not quantized.  An output with a scale for each channel
         leaves as float and is quantized behind the call, which knows one scale for a tensor.
@@ -44,6 +45,7 @@ class Chain:
     residual: ir.Var | None
     residual_int8: bool
     float_out: bool
+    is_rounded: bool
     grid: ir.Var | None
     movements: tuple[ir.Equation, ...]
     channels: primitives.Channels
@@ -70,7 +72,8 @@ def find_chains(
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
     }
     # What others read as well is quantized for the pool behind the call.
-    floats = read_in_float(binding, live).union(
+    read = read_in_float(binding, live)
+    floats = (read - binding.forms.rounded).union(
         eqn.input_vars[0] for eqn in early.values() if eqn.input_vars[0] not in pooled
     )
     grids = {**pooled, **{var: var for var in binding.names if var not in binding.per_channel}}
@@ -85,6 +88,8 @@ def find_chains(
             continue
         if goes_on(site):
             chain = _follow(graph, binding, site, indices - claimed, floats, grids)
+            is_rounded = chain.output in read and not chain.float_out
+            chain = dataclasses.replace(chain, is_rounded=is_rounded)
         else:
             chain = alone(graph, site)
         claimed.update(chain.members)
@@ -98,7 +103,7 @@ def alone(graph: ir.Graph, site: Int8Site) -> Chain:
     last = graph.producer[output].index
     epilogue = site.epilogue
     return Chain(
-        site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, None,
+        site, output, (last,), (NO_CLAMP, NO_CLAMP), None, False, True, False, None,
         epilogue.movements, epilogue.channels,
     )  # fmt: skip
 
@@ -147,6 +152,7 @@ def _follow(
         residual,
         residual_int8,
         current in floats or grid is None,
+        False,
         grid,
         (*site.epilogue.movements, *movements),
         channels,

@@ -54,6 +54,19 @@ def selected(eqn: ir.Equation) -> Lowering:
     return lambda state: {var: state.quantized.wide(var) for var in eqn.outputs}
 
 
+def rounded(lowering: Lowering, var: ir.Var) -> Lowering:
+    """A lowering whose result everybody reads as what its int8 form stands for."""
+
+    def with_rounding(state: Evaluation) -> evaluate.Values:
+        values = lowering(state)
+        if var not in values or state.quantized.holds(var):
+            return values
+        state.env.write(var, values[var])
+        return {**values, var: state.quantized.wide(var)}
+
+    return with_rounding
+
+
 def decided(eqn: ir.Equation) -> Lowering:
     """argmax and comparisons: on int8 where the scales agree, else on the dequantized values."""
     otherwise = on_dequantized(eqn)

@@ -16,7 +16,7 @@ from jaxquant.backends.choice import fastest_here
 from jaxquant.graph import evaluate, ir
 from jaxquant.plan import layout
 from jaxquant.plan.binding import Binding, Int8Site
-from jaxquant.plan.liveness import float_leaves, live_equations
+from jaxquant.plan.liveness import float_leaves, live_equations, read_in_float
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import accumulate, loops, lowerings, nonfinite
@@ -149,8 +149,17 @@ class Program:
             self.body.varies,
         )
         state = Evaluation(qparams, env, quantized)
-        evaluate.run(env, self.lowerings, state)
+        evaluate.run(env, {**self.lowerings, **self._rounding()}, state)
         return state
+
+    def _rounding(self) -> dict[int, Lowering]:
+        """The lowerings of what is rounded for everybody; hooks see it before that."""
+        found = {}
+        for var in self.binding.forms.rounded & read_in_float(self.binding, self.equations):
+            index = self.graph.producer[var].index if var in self.graph.producer else -1
+            if index in self.lowerings:
+                found[index] = lowerings.rounded(self.lowerings[index], var)
+        return found
 
     def hooked(self, hook: Hook) -> Program:
         """The program with `hook(site, lowering)` in place of the lowering of each int8 site.

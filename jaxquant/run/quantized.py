@@ -59,6 +59,10 @@ class QuantizedTensors:
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
         return self._values[var]
 
+    def holds(self, var: ir.Var) -> bool:
+        """Whether the int8 form of a tensor is there already."""
+        return var in self._values
+
     def put(self, var: ir.Var, value: jax.Array, grid: ir.Var) -> None:
         """Set what was quantized where it was computed: `var` on the scale of `grid`."""
         if var == grid:

@@ -97,7 +97,7 @@ class Emitter:
         """The float (or whole-number) value of a tensor."""
         if isinstance(atom, Scalar):
             return self.builder.named(atom.array().astype(elementwise.litert_dtype(atom.dtype)))
-        if atom in self._int8 and atom not in self._floats:
+        if atom in self.network.rounded or (atom in self._int8 and atom not in self._floats):
             return self.dequantized(atom)
         if atom in self._weights and atom not in self._floats:
             self._floats[atom] = stored.dequantized(self.builder, self._weights[atom])
@@ -132,7 +132,7 @@ class Emitter:
             if entry is None:
                 self._move(self.model.uses.moves[var])
                 return self._int8[var]
-            value = self.full(self.value(var), var)
+            value = self.full(self._floats.get(var) or self.value(var), var)
             if self.model.scales.is_divided(entry):
                 divisors = self._divisors(entry, value.rank, inverse=True)
                 value = elementwise.apply(self.builder, "MUL", [value, divisors])

@@ -36,8 +36,8 @@ def export_litert(
     Operations take int8 and give int8 wherever `qapply` quantizes what they give: weights are int8
     with a scale for each output channel, biases int32, activations are fused.  What it computes in
     float is float in the file too.  So is a convolution or dot whose result nobody quantizes (an
-    output, a residual addition), on the same integers, since LiteRT's int8 kernels give int8 alone;
-    `is_full_quantize=True` leaves fewer of them.
+    output, a residual addition), on the same integers, since LiteRT's int8 kernels give int8 alone:
+    `jaxquant.quant_post(target="litert", is_full_quantize=True)` makes a model without them.
 
     The file has a signature, "serving_default", with the names of the model's inputs and outputs,
     and says in its metadata "jaxquant" how the sizes that vary are called.

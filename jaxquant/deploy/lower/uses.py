@@ -81,6 +81,8 @@ class Uses:
 
     def is_read_in_float(self, var: Var) -> bool:
         """True where somebody reads the float of a tensor that others read in int8."""
+        if var in self.network.rounded:
+            return False
         return var in self._results or any(
             node.dynamic if isinstance(node, Int8Node) else not node.reads_int8
             for node in self._readers.get(var, ())

@@ -108,6 +108,8 @@ class Emitter:
         if isinstance(atom, Scalar):
             dtype = elementwise.onnx_dtype(atom.dtype)
             return Value(self.builder.constant(atom.array().astype(dtype)), (), ())
+        if atom in self.network.rounded:
+            return self.dequantized(atom)
         if atom in self._weights and atom not in self._floats:
             weight = self._weights[atom]
             order = straight(len(weight.shape))
@@ -136,7 +138,7 @@ class Emitter:
         """The int8 form of a tensor."""
         if var not in self._int8:
             if str(var) in self.network.entries:
-                value = self.full(self.value(var), var)
+                value = self.full(self._floats.get(var) or self.value(var), var)
                 if var in self._layouts:  # the order that the convolution behind it reads
                     value = self.builder.ordered(value, self._layouts[var])
                 # By the entry that it is read by: of several that share their numbers some may be

@@ -1,0 +1,82 @@
+"""Models that are quantized for LiteRT: the file computes what qapply does, bit for bit."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import jaxquant
+from tests.deploy.litert.runtime import ops, run, sqnr
+from tests.networks import images, random_params
+
+SHAPE = (4, 12, 12, 3)
+
+
+class Residual(nn.Module):
+    """Inverted residuals and a shortcut, whose sums meet in additions."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="stem")(x))
+        for n in range(3):
+            y = nn.relu6(nn.Conv(24, (1, 1), name=f"expand{n}")(x))
+            y = nn.relu6(nn.Conv(24, (3, 3), feature_group_count=24, name=f"depthwise{n}")(y))
+            x = x + nn.Conv(8, (1, 1), name=f"project{n}")(y)
+        y = nn.Conv(16, (1, 1), (2, 2), name="shortcut")(x)
+        x = nn.relu(y + nn.Conv(16, (3, 3), (2, 2), name="strided")(x))
+        return nn.Dense(10, name="head")(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    batch, net = images(0, SHAPE), Residual()
+    params = random_params(lambda: net.init(jax.random.key(0), batch))
+
+    def quantized(**config):
+        return jaxquant.quant_post(
+            params, net.apply, [batch], algo="abs_max", recover=(), progress=False, **config
+        )
+
+    return quantized, net.apply, params
+
+
+def test_residual_networks_are_int8_throughout_and_exact(model, tmp_path):
+    quantized, apply_fn, params = model
+    qparams, qapply = quantized(is_full_quantize=True, target="litert")
+    path, x = tmp_path / "m.tflite", images(1, (16, *SHAPE[1:]))
+    jaxquant.export_litert(path, qparams, qapply, progress=False)
+    found = ops(path)
+    assert found.count("ADD") == 4
+    assert (found.count("QUANTIZE"), found.count("DEQUANTIZE")) == (1, 1)
+    expected = np.asarray(qapply(qparams, x))
+    np.testing.assert_array_equal(run(path, x)[0], expected)
+    assert sqnr(apply_fn(params, x), expected) > 25
+
+
+def test_additions_in_float_between_int8_convolutions(model, tmp_path):
+    qparams, qapply = model[0](target="litert")
+    path, x = tmp_path / "m.tflite", images(1, SHAPE)
+    jaxquant.export_litert(path, qparams, qapply, progress=False)
+    jaxquant.save_quantized_model(tmp_path / "m.safetensors", qparams, qapply, progress=False)
+    loaded = jaxquant.load_quantized_model(tmp_path / "m.safetensors")
+    expected = np.asarray(qapply(qparams, x))
+    assert sqnr(expected, run(path, x)[0]) > 100
+    np.testing.assert_array_equal(np.asarray(loaded[1](loaded[0], x)), expected)
+
+
+def test_what_a_site_gives_is_on_its_grid_for_everybody(model):
+    qparams, qapply = model[0](target="litert")
+    (grid,) = (t for t in qapply.plan.tensors if t.name == "head/output")
+    steps = np.asarray(qapply(qparams, images(1, SHAPE)), np.float64) / grid.scale
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+    assert all(t.name != "head/output" for t in model[0]()[1].plan.tensors)
+
+
+def test_onnx_has_the_same_grids(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from tests.deploy.onnx.runtime import run as run_onnx
+
+    qparams, qapply = model[0](is_full_quantize=True, target="litert")
+    jaxquant.export_onnx(tmp_path / "m.onnx", qparams, qapply, progress=False)
+    x = images(1, SHAPE)
+    assert sqnr(qapply(qparams, x), run_onnx(tmp_path / "m.onnx", x)[0]) > 100
