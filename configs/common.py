@@ -53,6 +53,7 @@ SETTINGS: settings.Settings = {
         "the kinds that become int8",
     ),
     "is_full_quantize": (False, "all kinds become int8"),
+    "target": ("any", "or litert: what LiteRT's kernels compute"),
     "weight_quantize_type": ("channel_wise_abs_max", "or abs_max: one scale for each weight"),
     "activation_quantize_type": ("asymmetric", "or symmetric, dynamic"),
     "recover": (("outliers", "bias_correction"), "the steps that repair the int8 model"),

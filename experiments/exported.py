@@ -1,14 +1,16 @@
-r"""Compares an exported INT8 network with the one in JAX: saved file, ONNX Runtime, OpenVINO.
+r"""Compares an exported INT8 network with the one in JAX: saved file, ONNX, LiteRT.
 
   python experiments/exported.py --config=configs/mobilenet_v1.py --config.data_dir=IMAGES
 
 Quantizes the network, saves it and loads it in a fresh process that may import neither Flax nor the
-model's code, exports it as ONNX and runs that.  Prints the file's size against the float32
-parameters, the agreement of each with `qapply` on the images, the SQNR of its logits against
-`qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
+model's code, exports it as ONNX and for LiteRT and runs that.  Prints the file's size against the
+float32 parameters, the agreement of each with `qapply` on the images, the SQNR of its logits
+against `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
 beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
 differs by a hair.  A runtime that is not installed is left out.  --help lists the
-settings; `--processors` is passed on to `jaxquant.export_onnx`.
+settings; `--processors` is passed on to `jaxquant.export_onnx`.  For LiteRT in int8 throughout:
+
+  --config.target=litert --config.is_full_quantize
 """
 
 import importlib.util
@@ -49,10 +51,10 @@ np.save(sys.argv[3], np.asarray(qapply(qparams, np.load(sys.argv[2]))))
 
 
 class Runtime(NamedTuple):
-    """An ONNX runtime with the network.
+    """A runtime with the network.
 
     Attributes:
-      run: images [B, C, H, W] to logits.
+      run: images to logits.
       integers: how many convolutions and dots it runs on integers, and on floats.
     """
 
@@ -86,8 +88,19 @@ def openvino(path: Path, folder: Path) -> Runtime:
     )
 
 
+def litert(path: Path, folder: Path) -> Runtime:
+    from experiments.litert_runtime import interpreter, operators
+
+    found = operators(path)
+    active = interpreter(path)
+    kinds = Counter((op, dtype) for op, dtype in found if op in _LITERT)
+    integers = sum(count for (_, dtype), count in kinds.items() if dtype == np.int8)
+    return Runtime(active, (integers, sum(kinds.values()) - integers))
+
+
+_LITERT = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", "TRANSPOSE_CONV")
 _ORT_INTEGER = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat")
-RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, "ai_edge_litert": litert}
 OPTIONS = {"onnxruntime": "onnxruntime", "openvino": "any"}
 
 
@@ -99,6 +112,7 @@ def run(config: ConfigDict, processors: str = "any") -> None:
         setup.calibration_batches,
         algo=config.algo,
         is_full_quantize=config.is_full_quantize,
+        target=config.target,
         recover=tuple(config.recover),
         progress=config.progress,
     )
@@ -117,16 +131,17 @@ def run(config: ConfigDict, processors: str = "any") -> None:
             if importlib.util.find_spec(runtime) is None:
                 print(f"{runtime}: not installed")
                 continue
-            path = folder / f"{runtime}.onnx"
-            form = {
-                "runtime": OPTIONS[runtime],
-                "processors": processors,
-                "progress": config.progress,
-            }
-            jaxquant.export_onnx(path, qparams, qapply, channels_first=True, **form)
+            path = folder / f"{runtime}.model"
+            given = images
+            if runtime in OPTIONS:
+                form = {"runtime": OPTIONS[runtime], "processors": processors}
+                form["progress"] = config.progress
+                jaxquant.export_onnx(path, qparams, qapply, channels_first=True, **form)
+                given = [_channels_first(x) for x in images]
+            else:
+                jaxquant.export_litert(path, qparams, qapply, progress=config.progress)
             found = make(path, folder)
-            got = [found.run(_channels_first(x)) for x in images]
-            first = _channels_first(images[0])
+            got, first = [found.run(x) for x in given], given[0]
             programs[runtime] = lambda found=found, first=first: found.run(first)
             integers, floats = found.integers
             print(

@@ -67,6 +67,7 @@ def run(config: ConfigDict) -> tuple[str, dict[str, Any], Any]:
             algo=config.algo,
             quantizable_op_type=tuple(config.quantizable_op_type),
             is_full_quantize=config.is_full_quantize,
+            target=config.target,
             weight_quantize_type=config.weight_quantize_type,
             activation_quantize_type=config.activation_quantize_type,
             recover=tuple(config.recover),

@@ -1,6 +1,6 @@
-"""Times ONNX files in turn, by ONNX Runtime and by OpenVINO.
+"""Times files in turn: ONNX by ONNX Runtime and by OpenVINO, `.tflite` by LiteRT.
 
-    python -m experiments.benchmarks.onnx_files any.onnx vnni.onnx
+    python -m experiments.benchmarks.onnx_files any.onnx vnni.onnx model.tflite
 
 Of `jaxquant.export_onnx(..., processors=)`, for example.  Inputs are noise; a size with a name is
 `--batch`.  What is printed is the least processor time, of all threads: other work on the cores
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from experiments.litert_runtime import input_shape, interpreter
 from experiments.onnx_runtimes import onnxruntime_session, openvino_model
 
 Program = Callable[[], Any]
@@ -32,13 +33,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
+    programs: dict[str, Program] = {}
     for runtime, load in RUNTIMES.items():
-        if importlib.util.find_spec(runtime) is None:
+        files = [
+            file for file in options.files if (file.suffix == ".tflite") == (runtime == LITERT)
+        ]
+        if files and importlib.util.find_spec(runtime) is None:
             print(f"{runtime}: not installed")
-            continue
-        programs = {str(file): load(file, noise(file, options.batch)) for file in options.files}
-        for name, seconds in least_in_turn(programs, options.rounds).items():
-            print(f"{runtime:12} {name:40} {1e3 * seconds:8.2f} ms", flush=True)
+        elif files:
+            programs |= {f"{runtime:14} {file}": load(file, options.batch) for file in files}
+    for name, seconds in least_in_turn(programs, options.rounds).items():
+        print(f"{name:55} {1e3 * seconds:8.2f} ms", flush=True)
 
 
 def noise(file: Path, batch: int) -> dict[str, np.ndarray]:
@@ -52,17 +57,24 @@ def noise(file: Path, batch: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def onnxruntime(file: Path, inputs: dict[str, np.ndarray]) -> Program:
-    session = onnxruntime_session(file)
+def onnxruntime(file: Path, batch: int) -> Program:
+    session, inputs = onnxruntime_session(file), noise(file, batch)
     return lambda: session.run(None, inputs)
 
 
-def openvino(file: Path, inputs: dict[str, np.ndarray]) -> Program:
-    request = openvino_model(file).create_infer_request()
+def openvino(file: Path, batch: int) -> Program:
+    request, inputs = openvino_model(file).create_infer_request(), noise(file, batch)
     return lambda: request.infer(inputs)
 
 
-RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino}
+def litert(file: Path, batch: int) -> Program:
+    run, shape = interpreter(file), input_shape(file)
+    x = np.random.default_rng(0).normal(size=(batch, *shape[1:])).astype(np.float32)
+    return lambda: run(x)
+
+
+LITERT = "ai_edge_litert"
+RUNTIMES = {"onnxruntime": onnxruntime, "openvino": openvino, LITERT: litert}
 
 
 def least_in_turn(programs: dict[str, Program], rounds: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxquant._version import __version__
 from jaxquant.deploy import tree
+from jaxquant.deploy.litert.export import export_litert
 from jaxquant.deploy.onnx.export import OPSETS, export_onnx
 from jaxquant.deploy.onnx.target import PROCESSORS, RUNTIMES
 from jaxquant.deploy.saved import FORMAT, load_quantized_model
@@ -23,7 +24,7 @@ from jaxquant.run.qapply import QuantizedApply
 
 SAME, DIFFERENT, FAILED = 0, 1, 2
 _EXIT_CODES = "exit status: 0 done, 2 a file is refused or cannot be read or written"
-_SUFFIXES = {"onnx": ".onnx", "stablehlo": ".jaxexport"}
+_SUFFIXES = {"litert": ".tflite", "onnx": ".onnx", "stablehlo": ".jaxexport"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m jaxquant inspect model.safetensors\n"
         "  python -m jaxquant inspect model.safetensors --json | jq .summary\n"
         "  python -m jaxquant compare old.safetensors new.safetensors\n"
-        "  python -m jaxquant convert model.safetensors --to onnx --channels-first\n",
+        "  python -m jaxquant convert model.safetensors model.tflite\n"
+        "  python -m jaxquant convert model.safetensors model.onnx --channels-first\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxquant {__version__}")
@@ -76,16 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         _convert,
-        "write a saved model as ONNX (QDQ form) or as StableHLO",
+        "write a saved model for LiteRT (.tflite), as ONNX (QDQ form) or as StableHLO",
         _EXIT_CODES,
     )
     convert.add_argument("path", metavar="PATH", help="a saved model")
-    convert.add_argument("--to", required=True, choices=sorted(_SUFFIXES), help="the format")
     convert.add_argument(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="the file to write; default: PATH with another suffix",
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        help="the file to write; default: PATH with the suffix of the format",
+    )
+    convert.add_argument(
+        "--to",
+        choices=sorted(_SUFFIXES),
+        help=f"the format; default: by the suffix of OUTPUT, {', '.join(_SUFFIXES.values())}",
     )
     convert.add_argument(
         "--shapes",
@@ -112,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         "--channels-first",
         action="store_true",
         help="ONNX: images as [B, C, H, W], as most runtimes want them",
+    )
+    convert.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="LiteRT: images as [B, H, W, C] where the model has [B, C, H, W]",
     )
     convert.add_argument(
         "--runtime",
@@ -252,15 +263,16 @@ def _array_difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[options.to]
+    to = _format(options)
+    output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[to]
     if os.path.abspath(output) == os.path.abspath(options.path):
-        raise ValueError(f"{output} is the model itself; give another --output")
+        raise ValueError(f"{output} is the model itself; give another OUTPUT")
     qparams, qapply = load_quantized_model(options.path)
     # One text is for all inputs, several are for one each.
     shapes = tuple(options.shapes) if len(options.shapes) > 1 else next(iter(options.shapes), None)
-    options_of_both: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
-    options_of_both["progress"] = False  # a command says nothing beside its result
-    if options.to == "onnx":
+    options_of_all: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
+    options_of_all["progress"] = False  # a command says nothing beside its result
+    if to == "onnx":
         export_onnx(
             output,
             qparams,
@@ -269,13 +281,31 @@ def _convert(options: argparse.Namespace) -> int:
             channels_first=options.channels_first,
             runtime=options.runtime,
             processors=options.processors,
-            **options_of_both,
+            **options_of_all,
         )
+    elif to == "litert":
+        channels_last = options.channels_last
+        export_litert(output, qparams, qapply, channels_last=channels_last, **options_of_all)
     else:
-        export_stablehlo(output, qparams, qapply, **options_of_both)
+        export_stablehlo(output, qparams, qapply, **options_of_all)
     size = os.path.getsize(output)
     if options.json:
-        print(json.dumps({"output": output, "format": options.to, "bytes": size}))
+        print(json.dumps({"output": output, "format": to, "bytes": size}))
     else:
         print(f"{output}: {size:,} bytes")
     return SAME
+
+
+def _format(options: argparse.Namespace) -> str:
+    """The format that a model is converted to, as asked for or by the suffix of the file."""
+    if options.to is not None:
+        return str(options.to)
+    suffix = os.path.splitext(options.output or "")[1]
+    for name, own in _SUFFIXES.items():
+        if suffix == own:
+            return name
+    wanted = options.output or "the file to write"
+    raise ValueError(
+        f"the format of {wanted} is not known: give OUTPUT a suffix of "
+        f"{', '.join(_SUFFIXES.values())}, or one of --to {', '.join(_SUFFIXES)}"
+    )

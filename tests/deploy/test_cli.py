@@ -52,7 +52,7 @@ def test_compare(saved, tmp_path, capsys):
 
 def test_convert_to_stablehlo(saved, tmp_path, capsys):
     output = tmp_path / "model.jaxexport"
-    assert main(["convert", str(saved), "--to", "stablehlo", "-o", str(output), "--json"]) == 0
+    assert main(["convert", str(saved), str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == output.stat().st_size
     exported = jax.export.deserialize(bytearray(output.read_bytes()))
     x, (qparams, qapply) = images(3, (2, 8, 8, 3)), small()
@@ -62,8 +62,8 @@ def test_convert_to_stablehlo(saved, tmp_path, capsys):
 def test_convert_to_onnx(saved, tmp_path):
     onnx = pytest.importorskip("onnx")
     output = tmp_path / "model.onnx"
-    options = ["--channels-first", "--opset", "18", "--processors", "vnni", "--output", str(output)]
-    assert main(["convert", str(saved), "--to", "onnx", *options]) == 0
+    options = ["--channels-first", "--opset", "18", "--processors", "vnni"]
+    assert main(["convert", str(saved), str(output), *options]) == 0
     model = onnx.load(output)
     assert model.opset_import[0].version == 18
     sizes = model.graph.input[0].type.tensor_type.shape.dim
@@ -73,12 +73,22 @@ def test_convert_to_onnx(saved, tmp_path):
     assert onnx.TensorProto.UINT8 not in types
 
 
+def test_convert_by_the_suffix_of_the_file(saved, tmp_path, capsys):
+    pytest.importorskip("tflite")
+    output = tmp_path / "m.tflite"
+    assert main(["convert", str(saved), str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "litert"
+    assert output.read_bytes()[4:8] == b"TFL3"
+    assert main(["convert", str(saved), str(tmp_path / "m.txt")]) == 2
+    assert "a suffix of .tflite, .onnx, .jaxexport" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("shape", "batch"), [("1, 8, 8, 3", 1), ("n, 8, 8, 3", "n")])
 @pytest.mark.parametrize("to", ["onnx", "stablehlo"])
 def test_convert_for_other_shapes_than_the_model_was_saved_for(to, shape, batch, saved, tmp_path):
     onnx = pytest.importorskip("onnx")
     output = tmp_path / "model"
-    assert main(["convert", str(saved), "--to", to, "--shapes", shape, "-o", str(output)]) == 0
+    assert main(["convert", str(saved), str(output), "--to", to, "--shapes", shape]) == 0
     if to == "onnx":
         size = onnx.load(output).graph.input[0].type.tensor_type.shape.dim[0]
         assert (size.dim_param or size.dim_value) == batch
@@ -88,7 +98,7 @@ def test_convert_for_other_shapes_than_the_model_was_saved_for(to, shape, batch,
 
 
 def test_shapes_that_the_model_does_not_take_are_refused(saved, tmp_path, capsys):
-    convert = ["convert", str(saved), "--to", "stablehlo", "-o", str(tmp_path / "m"), "--shapes"]
+    convert = ["convert", str(saved), str(tmp_path / "m.jaxexport"), "--shapes"]
     assert main([*convert, "1, 8, 8"]) == 2
     assert "gives 3 sizes for an array of shape (4, 8, 8, 3)" in capsys.readouterr().err
     assert main([*convert, "1, 8, 8, 5"]) == 2
@@ -103,8 +113,8 @@ def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
         ["inspect", str(tmp_path / "missing")],
         ["compare", str(saved), str(tmp_path / "bad")],
         ["convert", str(tmp_path / "bad"), "--to", "onnx"],
-        ["convert", str(saved), "--to", "stablehlo", "-o", str(saved)],
-        ["convert", str(saved), "--to", "stablehlo", "-o", str(tmp_path / "no" / "folder")],
+        ["convert", str(saved), str(saved), "--to", "stablehlo"],
+        ["convert", str(saved), str(tmp_path / "no" / "folder.onnx")],
     ):
         assert main(arguments) == 2
         captured = capsys.readouterr()
