@@ -5,10 +5,10 @@ r"""Compares an exported INT8 network with the one in JAX: saved file, ONNX, Lit
 Quantizes the network, saves it and loads it in a fresh process that may import neither Flax nor the
 model's code, exports it as ONNX and for LiteRT and runs that.  Prints the file's size against the
 float32 parameters, the agreement of each with `qapply` on the images, the SQNR of its logits
-against `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its time
-beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
-differs by a hair.  A runtime that is not installed is left out.  --help lists the
-settings; `--processors` is passed on to `jaxquant.export_onnx`.  For LiteRT in int8 throughout:
+against `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its
+time beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
+differs by a hair.  A runtime that is not installed is left out.  --help lists the settings;
+`--processors` is passed on to `jaxquant.export_onnx`.  For LiteRT in int8 throughout:
 
   --config.target=litert --config.is_full_quantize
 """
