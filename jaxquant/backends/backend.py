@@ -1,4 +1,4 @@
-"""What a backend gives, and the calls and products that it runs.
+"""What a backend gives, and the calls, products and operations that it runs.
 
 A backend is one implementation of the calls of an int8 program: kernels for one kind of device, or
 the operations that XLA has everywhere.  To add one, write a class like `Backend` in a file of its
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -156,8 +156,40 @@ class Product:
         return jax.ShapeDtypeStruct((self.rows, self.columns), dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class FloatOperation:
+    """An operation of float32 tensors that JAX writes as several equations.
+
+    Its operands are its inputs, what its equations read beside them, and the grid of the result.
+
+    Attributes:
+      kind: as of `jaxquant.graph.operators.Operator`.
+      params: likewise.
+      inputs: shape and dtype of what it reads.
+      shape: of its result.
+      equations: computes it as the model does, of the inputs and of what these equations read
+        beside them, such as numbers that `params` have.
+      is_int8: whether the result is quantized, on a grid that is given behind all of these: the
+        inverse scale, float32 [], and the zero point, int32 [].
+    """
+
+    kind: str
+    params: Mapping[str, Any]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+    shape: tuple[int, ...]
+    equations: Callable[..., jax.Array]
+    is_int8: bool = False
+
+    @property
+    def output(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the result."""
+        return jax.ShapeDtypeStruct(self.shape, jnp.int8 if self.is_int8 else jnp.float32)
+
+
 class Backend(Protocol):
     """One implementation of calls.  All of them agree bit for bit where results are int8.
+
+    What is float before it is int8 agrees up to rounding, as it does between two of XLA's programs.
 
     Attributes:
       name: as users choose it.
@@ -206,4 +238,12 @@ class Backend(Protocol):
 
     def product(self, product: Product, *operands: jax.Array) -> jax.Array:
         """The result of a product with a stored matrix."""
+        ...
+
+    def covers_operation(self, operation: FloatOperation) -> bool:
+        """Whether it has a form of an operation of floats."""
+        ...
+
+    def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
+        """The result of an operation of floats, up to rounding; see there for the operands."""
         ...

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxquant import native
-from jaxquant.backends import ragged
-from jaxquant.backends.backend import Call, Links, Operands, Product
+from jaxquant.backends import float_operations, ragged
+from jaxquant.backends.backend import Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.channels_last import ChannelsLast, undilated
 from jaxquant.backends.matrices import Matrices, matrices_of
 from jaxquant.graph import ir
@@ -30,7 +30,8 @@ _FEW_ROWS, _FEW_INT8_ROWS = 16, 8
 class Native:
     """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
 
-    Of products with a stored matrix it runs those of few rows, which read the integers as they lie.
+    Of products with a stored matrix it runs those of few rows, which read the integers as they lie;
+    of operations of floats attention, GELU and layer normalization.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -110,6 +111,12 @@ class Native:
             sums_last=product.sums_last,
             group_size=product.group_size or product.length,
         )
+
+    def covers_operation(self, operation: FloatOperation) -> bool:
+        return float_operations.has(operation)
+
+    def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
+        return float_operations.run(operation, *operands)
 
 
 def has(call: Call) -> bool:

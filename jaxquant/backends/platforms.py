@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jaxquant.backends.backend import Backend, Call, Links, Operands, Product
+from jaxquant.backends.backend import Backend, Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.native import Native
 from jaxquant.backends.xla import Xla
 from jaxquant.jax_shim import choices
@@ -110,6 +110,24 @@ def run_product(table: Table, product: Product, *operands: jax.Array) -> jax.Arr
         return backend.covers_product(product)
 
     (result,) = _chosen(table, covers, form, [product.output], operands, one_device=True)
+    return result
+
+
+def covers_operation(table: Table, operation: FloatOperation) -> bool:
+    """Whether a backend of the table has a form of its own for an operation of floats."""
+    return any(backend.covers_operation(operation) for backend in kernels(table))
+
+
+def run_operation(table: Table, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
+    """The result of an operation, by the backend that the table has for it where it will run."""
+
+    def form(backend: Backend) -> choices.Form:
+        return lambda *arrays: [backend.operation(operation, *arrays)]
+
+    def covers(backend: Backend) -> bool:
+        return backend.covers_operation(operation)
+
+    (result,) = _chosen(table, covers, form, [operation.output], operands, one_device=True)
     return result
 
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.backends import blocks, int8, ragged
-from jaxquant.backends.backend import NO_CLAMP, Call, Clamp, Links, Operands, Product
+from jaxquant.backends.backend import (
+    NO_CLAMP,
+    Call,
+    Clamp,
+    FloatOperation,
+    Links,
+    Operands,
+    Product,
+)
 from jaxquant.backends.epilogue import epilogue
 from jaxquant.graph import contraction
 
@@ -72,6 +80,15 @@ class Xla:
         numbers = (((1,), (int(product.sums_last),)), ((), ()))
         x, integers = operands
         return int8.dot((x, integers), contraction.dot(numbers, (2, 2)))
+
+    def covers_operation(self, operation: FloatOperation) -> bool:
+        return True
+
+    def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
+        if not operation.is_int8:
+            return operation.equations(*operands)
+        *others, inv_scale, zero_point = operands
+        return int8.quantize(operation.equations(*others), inv_scale, zero_point)
 
 
 def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:

@@ -1,6 +1,7 @@
 """Operations that JAX writes as several equations and runtimes have as one operator.
 
-Other than the composites that a plan knows, they are no sites: what an export reads.
+Other than the composites that a plan knows, they are no sites: what an export reads, and what
+kernels run in one pass.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
-from jaxquant.graph import gelu, ir, layer_norm, matching, softmax
+from jaxquant.graph import attention, gelu, ir, layer_norm, matching, softmax
 
 # What finds an operation: a function (graph, last equation); None of other equations.
 Find: TypeAlias = Callable[[ir.Graph, ir.Equation], matching.Match | None]
 
 FINDERS: Mapping[str, Find] = {
+    "attention": attention.match,
     "gelu": gelu.match,
     "layer_norm": layer_norm.match,
     "softmax": softmax.match_operator,
@@ -29,7 +31,8 @@ class Operator:
       kind: of the operation, a key of `FINDERS`.
       inputs: the tensors that it reads, those that depend on the model's inputs first.
       members: the indices of its equations, ascending; the last one gives its result.
-      params: "gelu": approximate, "tanh" or "none"; "layer_norm": axis, epsilon, has_scale and
+      params: "attention": layout, scale, fill, biases and masks, see `jaxquant.graph.attention`;
+        "gelu": approximate, "tanh" or "none"; "layer_norm": axis, epsilon, has_scale and
         has_bias (inputs [C] behind the first); "softmax": axis.
     """
 
@@ -39,17 +42,26 @@ class Operator:
     params: Mapping[str, Any]
 
 
-def find_operators(graph: ir.Graph, kinds: Collection[str]) -> dict[int, Operator]:
+def find_operators(
+    graph: ir.Graph, kinds: Collection[str], within: Collection[int] | None = None
+) -> dict[int, Operator]:
     """The operations of these kinds by the index of their last equation.
 
     Of operations inside each other, a normalization without its scale, the largest counts.
+
+    Args:
+      graph: the traced model.
+      kinds: keys of `FINDERS`.
+      within: the equations that they may consist of; by default all.
     """
     found: dict[int, Operator] = {}
     taken: set[int] = set()
     for eqn in reversed(graph.equations):
         for kind in () if eqn.index in taken or len(eqn.outputs) != 1 else kinds:
             match = FINDERS[kind](graph, eqn)
-            if match is not None and not taken & match.members:
+            if match is None or taken & match.members:
+                continue
+            if within is None or match.members <= set(within):
                 members = tuple(sorted(match.members))
                 found[eqn.index] = Operator(kind, match.inputs, members, match.params)
                 taken |= match.members

@@ -26,10 +26,11 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
 
 def match_operator(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
     """The softmax along one axis that ends in an equation, behind its mask; None of others."""
-    found = _unmasked(graph, division)
+    found = _unmasked(graph, division, moved=True)
     if found is None or not matching.is_private(graph, found.members, division.outputs[0]):
         return None
-    if len(found.axes) != 1 or found.axes[0] in _varying_axes(graph, found.shift, found.source):
+    sources = _before_moves(graph, found.source)
+    if len(found.axes) != 1 or found.axes[0] in _varying_axes(graph, found.shift, sources):
         return None  # what differs along the axis does not cancel
     return matching.Match((found.source,), found.members, {"axis": int(found.axes[0])})
 
@@ -50,8 +51,14 @@ class _Unmasked(NamedTuple):
     axes: tuple[int, ...]
 
 
-def _unmasked(graph: ir.Graph, division: ir.Equation) -> _Unmasked | None:
-    """What ends in a division; None of others."""
+def _unmasked(graph: ir.Graph, division: ir.Equation, moved: bool = False) -> _Unmasked | None:
+    """What ends in a division; None of others.
+
+    Args:
+      graph: the traced model.
+      division: the equation.
+      moved: whether m may be of x before its axes are transposed, as `vmap` has it.
+    """
     if division.name != "div":
         return None
     numerator, denominator = division.inputs
@@ -68,30 +75,43 @@ def _unmasked(graph: ir.Graph, division: ir.Equation) -> _Unmasked | None:
         return None
     source, axes = shifted.inputs[0], tuple(total.params["axes"])
     members.add(shifted.index)
+    sources = _before_moves(graph, source) if moved else {source}
     stack = [shifted.inputs[1]]
     while stack:
         atom = stack.pop()
-        if graph.is_static(atom) or atom == source:
+        if graph.is_static(atom) or atom in sources:
             continue
         eqn = matching.producer(graph, atom)
-        if eqn is None or eqn.name not in (
-            "reduce_max", "max", "stop_gradient", "broadcast_in_dim", "reshape", "select_n",
-            "is_finite",
-        ):  # fmt: skip
+        if eqn is None or not (eqn.name in _OF_MAXIMA or (moved and eqn.name == "transpose")):
             return None
         members.add(eqn.index)
         stack.extend(eqn.inputs)
     return _Unmasked(source, shifted.inputs[1], frozenset(members), axes)
 
 
-def _varying_axes(graph: ir.Graph, atom: ir.Atom, source: ir.Var) -> frozenset[int]:
-    """The axes along which what is subtracted from `source` may differ."""
-    if atom == source:
-        return frozenset(range(len(graph.shape(source))))
+# What leads from a tensor to the number that its softmax takes away.
+_OF_MAXIMA = frozenset(
+    {"reduce_max", "max", "stop_gradient", "broadcast_in_dim", "reshape", "select_n", "is_finite"}
+)
+
+
+def _before_moves(graph: ir.Graph, source: ir.Var) -> set[ir.Var]:
+    """A tensor, and those of which it is a transpose."""
+    found = {source}
+    while (eqn := graph.producer.get(source)) is not None and eqn.name == "transpose":
+        source = eqn.input_vars[0]
+        found.add(source)
+    return found
+
+
+def _varying_axes(graph: ir.Graph, atom: ir.Atom, sources: set[ir.Var]) -> frozenset[int]:
+    """The axes along which what is subtracted from one of `sources` may differ."""
+    if isinstance(atom, int) and atom in sources:
+        return frozenset(range(len(graph.shape(atom))))
     eqn = matching.producer(graph, atom)
     if eqn is None or graph.is_static(atom):
         return copies.varying_axes(graph, atom)
-    of_operands = (_varying_axes(graph, x, source) for x in eqn.inputs)
+    of_operands = (_varying_axes(graph, x, sources) for x in eqn.inputs)
     return frozenset().union(*(primitives.follow_axes(graph, eqn, axes) for axes in of_operands))
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from jax._src import dispatch
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jaxquant.jax_shim.jaxprs import Primitive, match_varying
 
@@ -60,7 +61,7 @@ def choose(
     Args:
       pick: which of the forms, by the place.
       forms: functions of the operands that give arrays like `outputs`; only those that are picked
-        are traced.
+        are traced.  The last one is differentiated, whichever runs.
       outputs: shape and dtype of the results.
       operands: arrays.
     """
@@ -141,8 +142,27 @@ def _choice_batching(
     return list(results), [0] * len(shapes)
 
 
+def _choice_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, forms: Any, **_: Any
+) -> tuple[list[Any], list[Any]]:
+    """The derivative is that of the last form, which JAX can differentiate if any."""
+    given = [ad.instantiate_zeros(t) for t in tangents]
+    given = [_float0(x) if x.dtype == jax.dtypes.float0 else x for x in given]
+    outs, derivatives = jax.jvp(lambda *xs: list(forms[-1](*xs)), tuple(primals), tuple(given))
+    return outs, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if d.dtype == jax.dtypes.float0 else d
+        for x, d in zip(outs, derivatives, strict=True)
+    ]
+
+
+def _float0(zeros: Any) -> np.ndarray:
+    """The tangent of integers, as `jax.jvp` takes it."""
+    return np.zeros(zeros.shape, jax.dtypes.float0)
+
+
 _choice.def_abstract_eval(_choice_avals)
 _choice.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _choice.bind(*ys, **params))(*xs))
+ad.primitive_jvps[_choice] = _choice_jvp
 batching.primitive_batchers[_choice] = _choice_batching
 mlir.register_lowering(_choice, _choice_lowering)
 for _platform in ("cpu", "cuda", "rocm", "tpu"):

@@ -2,6 +2,7 @@
 
 from jaxquant.native.counting import histogram, histogram_types
 from jaxquant.native.differences import difference_types, differences
+from jaxquant.native.float_operations import AttentionAxes, attention, gelu, layer_norm
 from jaxquant.native.floats import float_depthwise
 from jaxquant.native.fused import Call, Requantize, Residual
 from jaxquant.native.library import (
@@ -21,12 +22,14 @@ from jaxquant.native.thresholds import Weighing, kl_thresholds
 
 __all__ = [
     "GROUP_STEP",
+    "AttentionAxes",
     "Availability",
     "Call",
     "Link",
     "Requantize",
     "Residual",
     "Weighing",
+    "attention",
     "available",
     "conv",
     "conv_call",
@@ -36,11 +39,13 @@ __all__ = [
     "dot_by_groups",
     "dot_stored",
     "float_depthwise",
+    "gelu",
     "histogram",
     "histogram_types",
     "int8_is_faster",
     "is_known",
     "kl_thresholds",
+    "layer_norm",
     "pack_conv",
     "pack_dot",
     "require",

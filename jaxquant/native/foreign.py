@@ -16,11 +16,13 @@ import numpy as np
 CONV, DOT, PACK = "jaxquant_conv", "jaxquant_dot", "jaxquant_pack"
 SEQUENCE, GROUPS, STORED = "jaxquant_sequence", "jaxquant_groups", "jaxquant_stored"
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
-FLOAT_DEPTHWISE = "jaxquant_float_depthwise"
+FLOAT_DEPTHWISE, ATTENTION = "jaxquant_float_depthwise", "jaxquant_attention"
+GELU, LAYER_NORM = "jaxquant_gelu", "jaxquant_layer_norm"
 
 # What XLA calls, by its own interface.
 HANDLERS = (
-    CONV, DOT, GROUPS, SEQUENCE, STORED, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE
+    CONV, DOT, GROUPS, SEQUENCE, STORED, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE,
+    ATTENTION, GELU, LAYER_NORM,
 )  # fmt: skip
 
 _DOUBLES = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")

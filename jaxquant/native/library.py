@@ -11,26 +11,32 @@ import jax
 
 from jaxquant.native import build
 from jaxquant.native.foreign import (
+    ATTENTION,
     CONV,
     DIFFERENCES,
     DOT,
     FLOAT_DEPTHWISE,
+    GELU,
     GROUPS,
     HANDLERS,
     HISTOGRAM,
+    LAYER_NORM,
     PACK,
     SEQUENCE,
     STORED,
 )
 
 __all__ = [
+    "ATTENTION",
     "CONV",
     "DIFFERENCES",
     "DISABLE_VARIABLE",
     "DOT",
     "FLOAT_DEPTHWISE",
+    "GELU",
     "GROUPS",
     "HISTOGRAM",
+    "LAYER_NORM",
     "PACK",
     "SEQUENCE",
     "STORED",

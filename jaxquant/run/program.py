@@ -19,7 +19,7 @@ from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations, read_in_float
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
-from jaxquant.run import accumulate, loops, lowerings, nonfinite
+from jaxquant.run import accumulate, float_operations, loops, lowerings, nonfinite
 from jaxquant.run.calls import SiteCall, has_kernel
 from jaxquant.run.fusion import find_chains
 from jaxquant.run.lookups import looked_up
@@ -245,15 +245,24 @@ class Program:
         """Every equation as it is; over that the sites, and over those the calls."""
         members = [sequence.members for sequence in self.sequences]
         ordered = in_order(self.equations, members, calls)
-        table = {eqn.index: lowerings.in_float(eqn) for eqn in ordered}
+        in_float = {eqn.index: lowerings.in_float(eqn) for eqn in ordered}
+        table = dict(in_float)
         table |= {eqn.index: self._on_int8(eqn) for eqn in self.equations if self._reads_int8(eqn)}
         table |= {index: self._of_site(site) for index, site in self._ends().items()}
         for index, bodies in self.bodies.items():
             table[index] = loops.lowering(self.graph.equations[index], bodies)
         table |= {last: self._calling(call) for last, call in calls.items()}
 
-        # What a call or a sequence stands for has no entry of its own.
+        # What a call, a sequence or an operation stands for has no entry of its own.
         inside = {index for call in calls.values() for index in call.chain.members} - calls.keys()
+        if not self._by_site:
+            as_they_are = in_float.keys() - inside - {k for k in table if table[k] != in_float[k]}
+            found = float_operations.find(
+                self.binding, self._backends, as_they_are, lambda var: var not in self._origins
+            )
+            for last, (operator, lowering) in found.items():
+                table[last] = lowering
+                inside.update(operator.members[:-1])
         for sequence in self.sequences:
             first, *others = sequence.members.chains
             table[first] = self._calling_sequence(sequence)

@@ -1,7 +1,8 @@
 """The C++ of the kernels by itself: no warning, and no sanitizer that complains.
 
 `kernels.cc` compares every instruction set that this processor has with plain loops, AMX by an
-emulation (`amx_emulation.h`) also where the processor lacks it.
+emulation (`amx_emulation.h`) also where the processor lacks it; `float_kernels.cc` does so with
+those of floats, by vectors of every length.
 """
 
 from __future__ import annotations
@@ -50,22 +51,30 @@ def test_no_warning_of_the_optimizer(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize(
-    ("optimized", "cases"), [("-O0", 1), pytest.param("-O1", 300, marks=pytest.mark.slow)]
+    ("source", "optimized", "arguments"),
+    [
+        ("kernels.cc", "-O0", ("1",)),
+        ("float_kernels.cc", "-O0", ()),
+        pytest.param("kernels.cc", "-O1", ("300",), marks=pytest.mark.slow),
+        pytest.param("float_kernels.cc", "-O3", (), marks=pytest.mark.slow),
+    ],
 )
-def test_against_plain_loops(optimized: str, cases: int, tmp_path: pathlib.Path):
+def test_against_plain_loops(
+    source: str, optimized: str, arguments: tuple[str, ...], tmp_path: pathlib.Path
+):
     empty = tmp_path / "empty.cc"
     empty.write_text("int main() {}\n")
     if compile_(*_SANITIZED, empty, "-o", tmp_path / "empty").returncode:
         pytest.skip("the compiler has no sanitizers")
     program = tmp_path / "kernels"
     done = compile_(
-        optimized, *_SANITIZED, "-pthread", "-I", _SOURCES, _TESTS / "kernels.cc", "-o", program
+        optimized, *_SANITIZED, "-pthread", "-I", _SOURCES, _TESTS / source, "-o", program
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # Leaks are looked for by means that a container may forbid.
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     found = subprocess.run(
-        [program, str(cases)], env=environment, capture_output=True, text=True
+        [program, *arguments], env=environment, capture_output=True, text=True
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
 

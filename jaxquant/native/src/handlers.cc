@@ -1,6 +1,7 @@
 // The XLA FFI handlers: they check what they are given, and call the kernels.
 #include "differences.h"
 #include "float_depthwise.h"
+#include "float_handlers.h"
 #include "fused.h"
 #include "histogram.h"
 #include "kl.h"
@@ -164,6 +165,40 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_float_depthwise, jaxquant::float_depthwis
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<xla::ffi::Span<const int64_t>>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_gelu, jaxquant::gelu_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("by_tanh"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_layer_norm, jaxquant::layer_norm_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Ret<jaxquant::FloatBuffer>()
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_attention, jaxquant::attention_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<jaxquant::FloatBuffer>()
+                                  .Attr<xla::ffi::Span<const int64_t>>("query")
+                                  .Attr<xla::ffi::Span<const int64_t>>("key")
+                                  .Attr<xla::ffi::Span<const int64_t>>("value")
+                                  .Attr<xla::ffi::Span<const int64_t>>("result")
+                                  .Attr<xla::ffi::Span<const int64_t>>("bias")
+                                  .Attr<xla::ffi::Span<const int64_t>>("mask")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("fill"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_pack, jaxquant::pack_handler,
                               xla::ffi::Ffi::Bind()

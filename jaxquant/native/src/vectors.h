@@ -76,6 +76,13 @@ struct Vectors {
     return __builtin_convertvector(bytes, Ints);
   }
   static Ints ints(Floats floats) { return __builtin_convertvector(floats, Ints); }
+  // The low byte of each.
+  static Bytes narrow(Ints ints) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) return (Bytes)_mm512_cvtepi32_epi8((__m512i)ints);
+#endif
+    return __builtin_convertvector(ints, Bytes);
+  }
 
   // The low and the high half of every byte, each a 4-bit integer with its sign.
   static void halves(Bytes bytes, Floats& low, Floats& high) {

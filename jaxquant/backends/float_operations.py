@@ -1,0 +1,88 @@
+"""Attention, GELU and layer normalization by the native kernels."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import native
+from jaxquant.backends.backend import FloatOperation
+from jaxquant.graph.attention import Addend, Layout
+
+# Rows of queries from which on the attention kernel is faster than XLA: its vectors go along them.
+_FEWEST_ROWS = 8
+
+
+def has(operation: FloatOperation) -> bool:
+    """True where there is a kernel for an operation."""
+    if operation.is_int8 and operation.kind != "gelu":
+        return False
+    if any(each.dtype not in (jnp.float32, jnp.bool_) for each in operation.inputs):
+        return False
+    shape = operation.inputs[0].shape
+    if operation.kind == "attention":
+        rows = shape[operation.params["layout"].query[-2]]
+        return isinstance(rows, int) and rows >= _FEWEST_ROWS
+    if operation.kind == "layer_norm":
+        return bool(operation.params["axis"] == len(shape) - 1)
+    return operation.kind == "gelu"
+
+
+def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
+    """The result of an operation that there is a kernel for."""
+    inputs = operands[: len(operation.inputs)]
+    if operation.kind == "attention":
+        return _attention(operation, *inputs)
+    if operation.kind == "layer_norm":
+        return _layer_norm(operation, *inputs)
+    out = native.Requantize(*operands[-2:]) if operation.is_int8 else None
+    by_tanh = operation.params["approximate"] == "tanh"
+    return native.gelu(*inputs, approximate=by_tanh, out=out)
+
+
+def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:
+    params = operation.params
+    layout: Layout = params["layout"]
+    biases, masks = params["biases"], params["masks"]
+    q, k, v, *beside = inputs
+    of_biases, of_masks = beside[: len(biases)], beside[len(biases) :]
+    bias = _one(functools.partial(functools.reduce, operator.add), biases, of_biases)
+    mask = _one(functools.partial(functools.reduce, operator.and_), masks, of_masks)
+    order = tuple(range(len(layout.result)))
+    axes = native.AttentionAxes(
+        *layout,
+        bias=() if bias is None else order,
+        mask=() if mask is None else order,
+    )
+    return native.attention(
+        q, k, v, bias, mask, axes=axes, scale=params["scale"], fill=params["fill"]
+    )
+
+
+def _one(
+    joined: Callable[[list[jax.Array]], jax.Array],
+    addends: Sequence[Addend],
+    arrays: Sequence[jax.Array],
+) -> jax.Array | None:
+    """What is beside the scores as one tensor [batch, keys, rows]; None where nothing is."""
+    parts = []
+    for addend, array in zip(addends, arrays, strict=True):
+        small = array[
+            tuple(
+                slice(None) if axis in addend.varying else slice(0, 1) for axis in range(array.ndim)
+            )
+        ]
+        small = small.transpose(addend.axes)
+        parts.append(~small if addend.negated else small)
+    return joined(parts) if parts else None
+
+
+def _layer_norm(operation: FloatOperation, x: jax.Array, *vectors: jax.Array) -> jax.Array:
+    rest = list(vectors)
+    scale = rest.pop(0) if operation.params["has_scale"] else None
+    bias = rest.pop(0) if operation.params["has_bias"] else None
+    return native.layer_norm(x, scale, bias, epsilon=operation.params["epsilon"])

@@ -1,0 +1,292 @@
+"""Attention, `softmax(scale * q kᵀ + bias, where=mask) v`, as Flax, JAX and users write it.
+
+Axes may come in any order, heads may share keys and values, and what is written as several biases,
+masks and factors is one of each.  Source: Vaswani et al., arXiv:1706.03762.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+
+from jaxquant.graph import copies, ir, matching, primitives, softmax
+from jaxquant.graph.contraction import Axes, Contraction
+
+Order: TypeAlias = tuple[int, ...]
+
+
+class Addend(NamedTuple):
+    """A tensor beside the scores, of their shape.
+
+    Attributes:
+      axes: the axes of the scores: of the batch, the keys, the rows.
+      varying: those of them along which its values may differ.
+      negated: of a mask, whether a score stays where it is False.
+    """
+
+    axes: tuple[int, ...]
+    varying: frozenset[int]
+    negated: bool = False
+
+
+class Layout(NamedTuple):
+    """Where the axes of the tensors of an attention are.
+
+    Each has one entry for every batch axis, and two behind them.  Keys and values lack the batch
+    axes along which they are shared, such as that of heads in a group: None.
+
+    Attributes:
+      query: the rows, the depth.
+      key: the keys, the depth.
+      value: the keys, the places of a value.
+      result: the rows, the places of a value.
+    """
+
+    query: tuple[int, ...]
+    key: tuple[int | None, ...]
+    value: tuple[int | None, ...]
+    result: tuple[int, ...]
+
+
+def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
+    """The attention that ends in an equation, or in transposes of its result; None of others.
+
+    The inputs of the match are q, k and v, then its biases, then its masks.
+    """
+    product, members, moves = last, {last.index}, []
+    while product.name == "transpose":
+        moves.append(tuple(product.params["permutation"]))
+        before = matching.producer(graph, product.inputs[0])
+        if before is None:
+            return None
+        product = before
+        members.add(product.index)
+    second = graph.contractions.get(product.index)
+    if second is None or not _is_plain(graph, product, second):
+        return None
+    for side in (0, 1):
+        division = matching.producer(graph, product.inputs[side])
+        found = None if division is None else softmax.match_operator(graph, division)
+        if found is None or second.operands[side].contracted != (found.params["axis"],):
+            continue
+        scores = _Scores(graph, found.inputs[0])
+        if scores.product is None or scores.contraction is None:
+            return None
+        members |= found.members | scores.members
+        parts = _layout(scores, second, side)
+        if parts is None or not matching.is_private(graph, members, last.outputs[0]):
+            return None
+        layout, keys = parts
+        for move in reversed(moves):
+            layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
+        read = (
+            scores.product.inputs[1 - keys],
+            scores.product.inputs[keys],
+            product.inputs[1 - side],
+        )
+        return matching.Match(
+            tuple(x for x in (*read, *scores.biases, *scores.masks) if isinstance(x, int)),
+            frozenset(members),
+            {"layout": layout, **scores.params(keys)},
+        )
+    return None
+
+
+class _Scores:
+    """What a softmax reads, taken apart from behind: masks, biases, factors, the product.
+
+    Attributes:
+      product: the dot of q and k; None where there is none.
+      contraction: its axes.
+      biases: what is added to the scores.
+      masks: by which they are replaced.
+      members: the equations.
+    """
+
+    def __init__(self, graph: ir.Graph, scores: ir.Var) -> None:
+        self._graph = graph
+        self._scale, self._fill = 1.0, 0.0
+        # The axes of what the softmax reads, in the order in which a tensor before it has them.
+        self._order = tuple(range(len(graph.shape(scores))))
+        self.biases: dict[ir.Var, Order] = {}
+        self.masks: dict[ir.Var, Order] = {}
+        self._negated: set[ir.Var] = set()
+        self.members: set[int] = set()
+        self.product: ir.Equation | None = None
+        self.contraction: Contraction | None = None
+        eqn = graph.producer.get(scores)
+        while eqn is not None and not graph.static[eqn.outputs[0]]:
+            self.members.add(eqn.index)
+            if eqn.index in graph.contractions:
+                contraction = graph.contractions[eqn.index]
+                if _is_plain(graph, eqn, contraction):
+                    self.product, self.contraction = eqn, contraction
+                return
+            before = self._before(eqn)
+            eqn = None if before is None else matching.producer(graph, before)
+
+    def before_moves(self, axes: Axes) -> Axes:
+        """Axes of what the softmax gives as those of the product."""
+        at = self._order.index
+        return Axes(*(tuple(at(axis) for axis in part) for part in dataclasses.astuple(axes)))
+
+    def rows(self, keys: int) -> list[int]:
+        """The free axes of the operand without the keys in the order in which a layout has them.
+
+        Kernels go along the last one, so it is the longest.
+        """
+        assert self.contraction is not None
+        assert self.product is not None
+        shape = self._graph.shape(self.product.outputs[0])
+        sizes = [shape[axis] for axis in self.contraction.result.free[1 - keys]]
+        lengths = [size if isinstance(size, int) else math.inf for size in sizes]
+        return sorted(range(len(sizes)), key=lengths.__getitem__)
+
+    def params(self, keys: int) -> dict[str, Any]:
+        """What is done to the products, of which an operand has the keys."""
+        assert self.contraction is not None
+        result = self.contraction.result
+        *others, rows = [result.free[1 - keys][k] for k in self.rows(keys)]
+        wanted = [self._order[axis] for axis in (*result.batch, *others, *result.free[keys], rows)]
+
+        def addends(found: Mapping[ir.Var, Order]) -> tuple[Addend, ...]:
+            return tuple(
+                Addend(
+                    tuple(order.index(axis) for axis in wanted),
+                    _varying(self._graph, var),
+                    var in self._negated,
+                )
+                for var, order in found.items()
+            )
+
+        return {
+            "scale": self._scale,
+            "fill": self._fill,
+            "biases": addends(self.biases),
+            "masks": addends(self.masks),
+        }
+
+    def _before(self, eqn: ir.Equation) -> ir.Atom | None:
+        """The scores that an equation changes; None where a kernel cannot do as it does."""
+        if eqn.name == "transpose":
+            # Its axis k is the one before it that the permutation has there.
+            moved = tuple(eqn.params["permutation"])
+            self._order = tuple(self._order[moved.index(axis)] for axis in range(len(moved)))
+            return eqn.inputs[0]
+        if eqn.name == "select_n" and len(eqn.inputs) == 3:
+            return self._masked(eqn)
+        if eqn.name == "add" and self._scale == 1.0:
+            return self._biased(eqn)
+        if eqn.name not in ("mul", "div"):
+            return None
+        for place in (0, 1) if eqn.name == "mul" else (1,):
+            number = matching.spread_number(self._graph, eqn.inputs[place])
+            if number is not None and (number or eqn.name == "mul"):
+                self._scale *= number if eqn.name == "mul" else 1 / number
+                return eqn.inputs[1 - place]
+        return None
+
+    def _masked(self, eqn: ir.Equation) -> ir.Atom | None:
+        if self.biases or self._scale != 1.0:
+            return None  # those come before a mask, seen from the product
+        mask, *values = eqn.inputs
+        if not isinstance(mask, int) or self._graph.dtype(mask) != jnp.bool_:
+            return None
+        for place in (0, 1):
+            number = matching.spread_number(self._graph, values[place])
+            if number is not None and (not self.masks or number == self._fill):
+                if mask in self.masks or self._graph.shape(mask) != self._graph.shape(values[0]):
+                    return None
+                self.masks[mask], self._fill = self._order, number
+                if place == 1:
+                    self._negated.add(mask)
+                return values[1 - place]
+        return None
+
+    def _biased(self, eqn: ir.Equation) -> ir.Atom | None:
+        """The bias is the addend that comes of no dot, or a number."""
+        for place in (0, 1):
+            bias = eqn.inputs[place]
+            # Sizes of 1 need not be spread first.
+            if not isinstance(bias, int) or len(self._graph.shape(bias)) != len(self._order):
+                continue
+            if bias not in self.biases and not self._leads_to_product(bias):
+                self.biases[bias] = self._order
+                return eqn.inputs[1 - place]
+        return None
+
+    def _leads_to_product(self, atom: ir.Atom) -> bool:
+        """Whether scores come from here, by way of what this class takes apart."""
+        while (eqn := matching.producer(self._graph, atom)) is not None:
+            if eqn.index in self._graph.contractions:
+                return True
+            if eqn.name not in ("mul", "div", "add", "transpose") or self._graph.is_static(atom):
+                return False
+            others = [x for x in eqn.inputs if not self._graph.is_static(x)]
+            if len(others) != 1:
+                return eqn.name == "add"
+            atom = others[0]
+        return False
+
+
+def _is_plain(graph: ir.Graph, eqn: ir.Equation, contraction: Contraction) -> bool:
+    """True for a dot of two float32 tensors over one axis of each."""
+    atoms = (*eqn.inputs, *eqn.outputs)
+    return (
+        eqn.name == "dot_general"
+        and all(graph.dtype(x) == jnp.float32 for x in atoms)
+        and all(isinstance(x, int) for x in eqn.inputs)
+        and len(contraction.operands[0].contracted) == 1
+    )
+
+
+def _layout(scores: _Scores, second: Contraction, side: int) -> tuple[Layout, int] | None:
+    """The axes of two dots around a softmax, and which operand of the first one the keys are.
+
+    Args:
+      scores: what the softmax reads, with the dot of q and k.
+      second: the dot of the weights and v.
+      side: which operand of it the weights are.
+    """
+    first = scores.contraction
+    assert first is not None
+    weights, values = scores.before_moves(second.operands[side]), second.operands[1 - side]
+    keys = next((k for k in (0, 1) if first.result.free[k] == weights.contracted), None)
+    if keys is None or len(values.free) != 1:
+        return None
+    query, key, rows = first.operands[1 - keys], first.operands[keys], first.result.free[1 - keys]
+    if not rows or {*weights.batch} != {*first.result.batch} or {*weights.free} != {*rows}:
+        return None
+
+    of_batch = [weights.batch.index(axis) for axis in first.result.batch]
+    of_rows = scores.rows(keys)
+    shared = (None,) * (len(rows) - 1)  # what several rows share is one batch for each of them
+    layout = Layout(
+        query=(*query.batch, *(query.free[k] for k in of_rows), *query.contracted),
+        key=(*key.batch, *shared, *key.free, *key.contracted),
+        value=(*(values.batch[k] for k in of_batch), *shared, *values.contracted, *values.free),
+        result=(
+            *(second.result.batch[k] for k in of_batch),
+            *(second.result.free[side][weights.free.index(rows[k])] for k in of_rows),
+            *second.result.free[1 - side],
+        ),
+    )
+    return layout, keys
+
+
+def _varying(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
+    """The axes along which a tensor's values may differ, static or not."""
+    if graph.is_static(atom):
+        return copies.varying_axes(graph, atom)
+    eqn, sizes = matching.producer(graph, atom), graph.shape(atom)
+    wide = frozenset(axis for axis, size in enumerate(sizes) if size != 1)
+    if eqn is not None and eqn.name in ("broadcast_in_dim", "transpose", "reshape"):
+        return wide & primitives.follow_axes(graph, eqn, _varying(graph, eqn.inputs[0]))
+    if eqn is not None and primitives.is_elementwise(eqn):
+        alike = [x for x in eqn.inputs if graph.shape(x) == sizes]
+        return wide & frozenset().union(*(_varying(graph, x) for x in alike))
+    return wide

@@ -1,0 +1,233 @@
+"""Operations of floats that JAX writes as many equations, in one pass: attention, GELU, norms.
+
+XLA runs them beside the int8 dots of a transformer, and takes longer for them than those take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.jax_shim import jaxprs
+from jaxquant.native import library
+from jaxquant.native.fused import Requantize
+
+Order: TypeAlias = tuple[int | None, ...]
+
+
+class AttentionAxes(NamedTuple):
+    """Where the axes of the operands of `attention` and of its result are.
+
+    Each order has an entry for every batch axis and two behind them.  An operand lacks an axis,
+    None, along which it is the same; a bias and a mask may have size 1 there instead.
+
+    Attributes:
+      query: rows, depth.
+      key: keys, depth.
+      value: keys, places of a value.
+      result: rows, places of a value; it has all axes.
+      bias, mask: keys, rows, which come last if at all; () where there is none.
+    """
+
+    query: Order
+    key: Order
+    value: Order
+    result: Order
+    bias: Order = ()
+    mask: Order = ()
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    axes: AttentionAxes,
+    scale: float = 1.0,
+    fill: float = -jnp.inf,
+) -> jax.Array:
+    """softmax(scale * q kᵀ + bias) v, the scores being `fill` where `mask` is False.
+
+    Scores are never in memory as a whole.  Sums are float32, each in the order of its axis; the
+    exponential is exact to two units in the last place.
+
+    Args:
+      q, k, v, bias: float32.
+      mask: bool.
+      axes: where their axes are.
+      scale: of the products.
+      fill: a masked score.
+
+    Returns:
+      float32, with its axes where `axes.result` has them.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: a bias or a mask is given without its axes, or a dtype is another one.
+    """
+    library.require()
+    beside = [x for x in (bias, mask) if x is not None]
+    if (bias is None) == bool(axes.bias) or (mask is None) == bool(axes.mask):
+        raise ValueError("a bias and a mask have axes, and what is not given has none")
+    names = [x.dtype.name for x in (q, k, v)] + [x.dtype.name for x in beside]
+    expected = ["float32"] * (3 + (bias is not None)) + ["bool"] * (mask is not None)
+    if names != expected:
+        raise ValueError(f"operands of {', '.join(names)}; expected {', '.join(expected)}")
+    run = _attention(axes, float(scale), float(fill))
+    result: jax.Array = run(*jaxprs.match_varying([q, k, v, *beside]))
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _attention(axes: AttentionAxes, scale: float, fill: float) -> Callable[..., Any]:
+    """The call with its batching rule: a mapped axis is one batch axis more."""
+    given = [order for order in axes[:3] + axes[4:] if order]
+
+    @jax.custom_batching.custom_vmap
+    def run(*operands: jax.Array) -> Any:
+        sizes = [
+            max(_size(x, order[at]) for x, order in zip(operands, given, strict=True))
+            for at in range(len(axes.result) - 2)
+        ]
+        sizes += [_size(operands[0], axes.query[-2]), _size(operands[2], axes.value[-1])]
+        shape = [0] * len(sizes)
+        for axis, size in zip(axes.result, sizes, strict=True):
+            assert axis is not None, "a result has all axes"
+            shape[axis] = size
+        orders = {
+            name: np.asarray([-1 if axis is None else axis for axis in order], np.int64)
+            for name, order in axes._asdict().items()
+        }
+        calling = jax.ffi.ffi_call(
+            library.ATTENTION, jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        )
+        return calling(*operands, **orders, scale=np.float32(scale), fill=np.float32(fill))
+
+    @run.def_vmap
+    def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        names = [name for name, order in axes._asdict().items() if order and name != "result"]
+        orders = {
+            name: _with_batch(getattr(axes, name), is_mapped)
+            for name, is_mapped in zip(names, mapped, strict=True)
+        }
+        orders["result"] = _with_batch(axes.result, True)
+        return _attention(AttentionAxes(**orders), scale, fill)(*operands), True
+
+    return run
+
+
+def _size(x: jax.Array, axis: int | None) -> int:
+    return 1 if axis is None else x.shape[axis]
+
+
+def _with_batch(order: Order, is_mapped: bool) -> Order:
+    """The axes of an operand that has a further one in front, if it is mapped."""
+    if not is_mapped:
+        return (None, *order)
+    return (0, *(None if axis is None else axis + 1 for axis in order))
+
+
+def gelu(x: jax.Array, *, approximate: bool, out: Requantize | None = None) -> jax.Array:
+    """GELU: x times the normal distribution's P(X <= x), or its approximation by a tanh.
+
+    Args:
+      x: float32, of any shape.
+      approximate: by tanh.
+      out: how to make the result int8; None gives float32.
+
+    Returns:
+      float32 or int8, of the shape of x.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: x is of another dtype.
+    """
+    library.require()
+    if x.dtype != jnp.float32:
+        raise ValueError(f"x is {x.dtype}; expected float32")
+    grid = []
+    if out is not None:
+        grid = [jnp.asarray(out.inv_scale, jnp.float32), jnp.asarray(out.zero_point, jnp.int32)]
+    result: jax.Array = _gelu(bool(approximate))(x, *grid)
+    return result
+
+
+@functools.lru_cache(maxsize=2)
+def _gelu(approximate: bool) -> Callable[..., Any]:
+    """The call with its batching rule: a tensor of any shape has one grid."""
+
+    @jax.custom_batching.custom_vmap
+    def run(x: jax.Array, *grid: jax.Array) -> Any:
+        like = jax.ShapeDtypeStruct(x.shape, jnp.int8 if grid else jnp.float32)
+        return jax.ffi.ffi_call(library.GELU, like)(x, *grid, by_tanh=np.int64(approximate))
+
+    @run.def_vmap
+    def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        return _of_rows(run, size, mapped, operands)
+
+    return run
+
+
+def layer_norm(
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, *, epsilon: float
+) -> jax.Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, along the last axis.
+
+    Args:
+      x: float32 [..., C].
+      scale, bias: float32 [C], or None.
+      epsilon: beside the variance.
+
+    Returns:
+      float32 [..., C].
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: shapes or dtypes are not as said above.
+    """
+    library.require()
+    vectors = [jnp.zeros((0,), jnp.float32) if s is None else s for s in (scale, bias)]
+    if any(each.shape not in ((0,), x.shape[-1:]) for each in vectors) or {
+        each.dtype.name for each in (x, *vectors)
+    } != {"float32"}:
+        given = ", ".join(f"{each.dtype}{list(each.shape)}" for each in (x, *vectors))
+        raise ValueError(f"expected float32 x [..., C] with a scale and a bias [C], got {given}")
+    result: jax.Array = _layer_norm(float(epsilon))(x, *vectors)
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer_norm(epsilon: float) -> Callable[..., Any]:
+    """The call with its batching rule: rows may have any number of axes."""
+
+    @jax.custom_batching.custom_vmap
+    def run(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+        calling = jax.ffi.ffi_call(library.LAYER_NORM, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return calling(x, scale, bias, epsilon=np.float32(epsilon))
+
+    @run.def_vmap
+    def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        return _of_rows(run, size, mapped, operands)
+
+    return run
+
+
+def _of_rows(
+    run: Callable[..., Any], size: int, mapped: Sequence[bool], operands: Sequence[jax.Array]
+) -> Any:
+    """The batching rule of a call whose first operand may have any number of leading axes."""
+    if not any(mapped[1:]):
+        return run(*operands), True
+
+    def one(index: jax.Array) -> Any:
+        each = zip(operands, mapped, strict=True)
+        return run(*(jnp.asarray(x)[index] if is_mapped else x for x, is_mapped in each))
+
+    return jax.lax.map(one, jnp.arange(size)), True

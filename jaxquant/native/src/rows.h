@@ -1,0 +1,132 @@
+// Functions of rows of floats in one pass: GELU, layer normalization.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "float_math.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace jaxquant {
+
+constexpr int64_t kPart = 1 << 13;  // floats that a thread takes at once
+
+// The standard normal distribution's P(X <= x), within 3e-7 of its smaller side.
+//
+// A polynomial in 1 / (1 + p |x|) times e^(-x^2 / 2), as in Abramowitz and Stegun 7.1.26, of degree 8
+// and fitted to the least relative error.
+template <class L>
+inline typename L::Floats normal_distribution(typename L::Floats x) {
+  using Floats = typename L::Floats;
+  const Floats size = x < Floats{} ? -x : x;
+  const Floats t = 1.0f / (1.0f + 0.305f * size);
+  Floats p = Floats{} + 0.036698297f;
+  p = p * t - 0.15298446f;
+  p = p * t + 0.18571066f;
+  p = p * t - 0.037971143f;
+  p = p * t + 0.12101870f;
+  p = p * t + 0.10342176f;
+  p = p * t + 0.12246667f;
+  p = p * t + 0.12163974f;
+  const Floats tail = p * t * FloatMath<L>::exp(size * size * -0.5f);
+  return x < Floats{} ? tail : 1.0f - tail;
+}
+
+template <class L>
+inline typename L::Floats gelu(typename L::Floats x, bool by_tanh) {
+  if (!by_tanh) return x * normal_distribution<L>(x);
+  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+  const auto u = x * 0.7978845608f * (1.0f + 0.044715f * (x * x));
+  return x / (1.0f + FloatMath<L>::exp(u * -2.0f));
+}
+
+// Makes a vector of `from` at a time, and gives it to `store` with its place and how much of it counts.
+template <class L, class Make, class Store>
+void each_vector(Threads& threads, const float* from, int64_t size, const Make& make,
+                 const Store& store) {
+  parallel_for(threads, ceil_div(size, kPart), [&](int64_t part) {
+    const int64_t end = std::min(size, (part + 1) * kPart);
+    int64_t at = part * kPart;
+    for (; at + L::kCount <= end; at += L::kCount) store(at, make(L::load(from + at)), L::kCount);
+    if (at < end) store(at, make(L::load(from + at, end - at)), end - at);
+  });
+}
+
+template <class L>
+void gelu(Threads& threads, const float* x, int64_t size, bool by_tanh, float* out) {
+  each_vector<L>(
+      threads, x, size, [&](auto value) { return gelu<L>(value, by_tanh); },
+      [&](int64_t at, auto y, int64_t count) { std::memcpy(out + at, &y, count * sizeof(float)); });
+}
+
+// The same in int8, on the grid of a scale and a zero point.
+template <class L>
+void gelu(Threads& threads, const float* x, int64_t size, bool by_tanh, float inv_scale,
+          int32_t zero_point, int8_t* out) {
+  each_vector<L>(
+      threads, x, size,
+      [&](auto value) {
+        return FloatMath<L>::quantized(gelu<L>(value, by_tanh), inv_scale, float(zero_point));
+      },
+      [&](int64_t at, auto q, int64_t count) { std::memcpy(out + at, &q, count); });
+}
+
+// (x - mean) / sqrt(variance + epsilon) * scale + bias of each row; null for no scale or bias.
+struct LayerNorm {
+  int64_t columns;
+  float epsilon;
+  const float *scale, *bias;
+};
+
+// One row.  The variance is that of the centered numbers: mean(x^2) - mean^2 loses the digits of a
+// row that is far from zero.
+template <class L>
+inline void layer_norm_row(const LayerNorm& norm, const float* x, float* out) {
+  using Floats = typename L::Floats;
+  constexpr int kLanes = L::kCount;
+  const int64_t whole = norm.columns / kLanes * kLanes, rest = norm.columns - whole;
+  const float inverse = 1.0f / float(norm.columns);
+  Floats sums[2] = {};
+  for (int64_t c = 0; c < whole; c += kLanes) sums[c / kLanes % 2] += L::load(x + c);
+  if (rest) sums[0] += L::load(x + whole, rest);
+  const float mean = L::sum(sums[0] + sums[1]) * inverse;
+  Floats squares[2] = {};
+  const auto centered = [&](int64_t c) { return L::load(x + c) - mean; };
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Floats each = centered(c);
+    squares[c / kLanes % 2] += each * each;
+  }
+  float variance = L::sum(squares[0] + squares[1]);
+  for (int64_t c = whole; c < norm.columns; ++c) variance += (x[c] - mean) * (x[c] - mean);
+  const float deviation = 1.0f / std::sqrt(variance * inverse + norm.epsilon);
+  const auto finish = [&](Floats each, Floats scale, Floats bias) {
+    each *= deviation;
+    if (norm.scale) each *= scale;
+    if (norm.bias) each += bias;
+    return each;
+  };
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Floats y = finish(centered(c), norm.scale ? L::load(norm.scale + c) : Floats{},
+                            norm.bias ? L::load(norm.bias + c) : Floats{});
+    std::memcpy(out + c, &y, sizeof(y));
+  }
+  if (rest) {
+    const Floats y = finish(L::load(x + whole, rest) - mean,
+                            norm.scale ? L::load(norm.scale + whole, rest) : Floats{},
+                            norm.bias ? L::load(norm.bias + whole, rest) : Floats{});
+    std::memcpy(out + whole, &y, rest * sizeof(float));
+  }
+}
+
+template <class L>
+void layer_norm(Threads& threads, const LayerNorm& norm, const float* x, int64_t rows, float* out) {
+  const int64_t each = std::max<int64_t>(1, kPart / norm.columns);
+  parallel_for(threads, ceil_div(rows, each), [&](int64_t part) {
+    for (int64_t r = part * each; r < std::min(rows, (part + 1) * each); ++r)
+      layer_norm_row<L>(norm, x + r * norm.columns, out + r * norm.columns);
+  });
+}
+
+}  // namespace jaxquant

@@ -1,0 +1,181 @@
+"""Attention, GELU and layer normalization in one pass are NumPy's, in any order of axes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxquant import native
+from jaxquant.native import AttentionAxes
+from tests.native.cases import needs_kernels
+
+pytestmark = needs_kernels
+
+USUAL = (0, 2, 1, 3)  # [batch, rows, heads, depth]
+BESIDE = (0, 1, 2, 3)  # [batch, heads, keys, rows]
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def reference(q, k, v, bias=None, mask=None, scale=1.0, fill=-np.inf) -> np.ndarray:
+    """In float64, of tensors in the usual order."""
+    scores = np.einsum("bthd,bshd->bhts", q.astype(np.float64), k.astype(np.float64)) * scale
+    scores = scores if bias is None else scores + bias.transpose(0, 1, 3, 2)
+    scores = scores if mask is None else np.where(mask.transpose(0, 1, 3, 2), scores, fill)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshd->bthd", weights, v.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "depth", "values"),
+    [(8, 5, 7, 3), (1, 1, 1, 1), (65, 33, 16, 20), (130, 64, 32, 32)],
+)
+@pytest.mark.parametrize("beside", ["nothing", "bias", "mask of keys", "both"])
+def test_values(rows: int, keys: int, depth: int, values: int, beside: str):
+    q, k = normal(0, 2, rows, 3, depth), normal(1, 2, keys, 3, depth)
+    v, bias, mask = normal(2, 2, keys, 3, values), None, None
+    if beside in ("bias", "both"):
+        bias = normal(3, 1, 3, keys, rows)
+    if beside in ("mask of keys", "both"):
+        until = np.array([keys // 2, keys]).reshape(2, 1, 1, 1)
+        mask = np.arange(keys).reshape(1, 1, keys, 1) <= until
+    axes = AttentionAxes(
+        USUAL, USUAL, USUAL, USUAL, BESIDE if bias is not None else (),
+        BESIDE if mask is not None else (),
+    )  # fmt: skip
+    got = jax.jit(
+        lambda *xs: native.attention(*xs, axes=axes, scale=0.4, fill=-1e9)
+    )(q, k, v, bias, mask)  # fmt: skip
+    np.testing.assert_allclose(got, reference(q, k, v, bias, mask, 0.4, -1e9), atol=2e-5)
+
+
+def test_axes_in_any_order_and_keys_that_heads_share():
+    q, k, v = normal(0, 2, 9, 4, 6), normal(1, 2, 11, 4, 6), normal(2, 2, 11, 4, 6)
+    shared = AttentionAxes(
+        query=(2, 1, 3, 0), key=(0, None, 2, 1), value=(1, None, 2, 0), result=(3, 0, 1, 2)
+    )
+    got = native.attention(
+        jnp.asarray(q.transpose(3, 2, 0, 1)),
+        jnp.asarray(k[:, :, 0].transpose(0, 2, 1)),
+        jnp.asarray(v[:, :, 0].transpose(2, 0, 1)),
+        axes=shared,
+    )
+    one = [np.repeat(x[:, :, :1], 4, axis=2) for x in (k, v)]
+    want = reference(q, *one).transpose(2, 1, 3, 0)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_nan_and_rows_without_a_key_are_seen():
+    q, k, v = normal(0, 1, 9, 2, 6), normal(1, 1, 11, 2, 6), normal(2, 1, 11, 2, 6)
+    q[0, 3, 1, 0] = np.nan
+    mask = np.ones((1, 2, 11, 9), bool)
+    mask[0, 0, :, 5] = False
+    axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL, mask=BESIDE)
+    got = np.asarray(native.attention(q, k, v, None, mask, axes=axes))
+    bad = np.zeros((1, 9, 2), bool)
+    bad[0, 3, 1] = bad[0, 5, 0] = True
+    np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(bad[..., None], got.shape))
+
+
+def test_a_row_has_the_same_bits_in_any_company():
+    q, k, v = normal(0, 3, 70, 2, 16), normal(1, 3, 11, 2, 16), normal(2, 3, 11, 2, 16)
+    axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL)
+    whole = native.attention(q, k, v, axes=axes)
+    np.testing.assert_array_equal(native.attention(q[1:2], k[1:2], v[1:2], axes=axes)[0], whole[1])
+    np.testing.assert_array_equal(native.attention(q[:, :9], k, v, axes=axes), whole[:, :9])
+
+
+def test_vmap_is_one_call():
+    q, k, v = normal(0, 5, 2, 9, 2, 6), normal(1, 2, 11, 2, 6), normal(2, 5, 2, 11, 2, 6)
+    mask = np.random.default_rng(0).random((5, 2, 1, 11, 1)) < 0.7
+    axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL, mask=BESIDE)
+
+    def one(q, k, v, mask):
+        return native.attention(q, k, v, None, mask, axes=axes, fill=-1e9)
+
+    mapped = jax.vmap(one, (0, None, 0, 0))
+    want = [one(q[i], k, v[i], mask[i]) for i in range(5)]
+    np.testing.assert_array_equal(mapped(q, k, v, mask), np.stack(want))
+    assert "while" not in str(jax.make_jaxpr(mapped)(q, k, v, mask))
+
+
+def test_no_samples():
+    axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL)
+    empty = jnp.zeros((0, 9, 2, 6))
+    assert native.attention(empty, empty, empty, axes=axes).shape == (0, 9, 2, 6)
+    assert native.layer_norm(jnp.zeros((0, 4)), None, None, epsilon=1e-6).shape == (0, 4)
+    assert native.gelu(jnp.zeros((0, 4)), approximate=True).shape == (0, 4)
+
+
+def test_what_attention_refuses():
+    x = jnp.zeros((1, 9, 2, 6))
+    axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL)
+    with pytest.raises(ValueError, match="a bias and a mask have axes"):
+        native.attention(x, x, x, x, axes=axes)
+    with pytest.raises(ValueError, match="float32, float32, bfloat16; expected"):
+        native.attention(x, x, x.astype(jnp.bfloat16), axes=axes)
+    with pytest.raises(Exception, match="wrong shapes"):
+        native.attention(x, x, x[:, :4], axes=axes).block_until_ready()
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu_is_as_exact_as_jax_has_it(approximate: bool):
+    x = np.concatenate([np.linspace(-12, 12, 5003), [1e30, -1e30, 0, 1e-30]]).astype(np.float32)
+    with jax.enable_x64(True):
+        want = np.asarray(jax.nn.gelu(jnp.asarray(x, jnp.float64), approximate=approximate))
+    np.testing.assert_allclose(
+        native.gelu(jnp.asarray(x), approximate=approximate), want, atol=6e-7, rtol=2e-7
+    )
+    odd = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(
+        native.gelu(odd, approximate=approximate), jax.nn.gelu(odd, approximate=approximate)
+    )
+
+
+def test_gelu_in_int8_is_the_rounded_one():
+    x = jnp.asarray(normal(0, 3, 5, 37) * 4)
+    out = native.Requantize(np.float32(31.0), -100)
+    y = np.asarray(native.gelu(x, approximate=False))
+    want = np.clip(np.round(y * np.float32(31.0)) - 100, -128, 127)
+    np.testing.assert_array_equal(native.gelu(x, approximate=False, out=out), want)
+
+    def each(x, scale):
+        return native.gelu(x, approximate=False, out=native.Requantize(scale, -100))
+
+    scales = jnp.asarray([31.0, 31.0, 7.0])
+    got = jax.vmap(each)(x, scales)
+    np.testing.assert_array_equal(got[:2], want[:2])
+    np.testing.assert_array_equal(got[2], each(x[2], scales[2]))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 16, 100])
+@pytest.mark.parametrize("has", ["scale", "bias", "scale and bias", "neither"])
+def test_layer_norm(columns: int, has: str):
+    x = normal(0, 3, 5, columns) + 100
+    scale = normal(1, columns) if "scale" in has else None
+    bias = normal(2, columns) if "bias" in has else None
+    wide = x.astype(np.float64)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3)
+    want = want * (1 if scale is None else scale) + (0 if bias is None else bias)
+    norm = jax.jit(lambda *xs: native.layer_norm(*xs, epsilon=1e-3))
+    got = norm(x, scale, bias)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    mapped = jax.vmap(norm, (0, None, None))(x, scale, bias)
+    np.testing.assert_array_equal(mapped, got)
+
+
+def test_layer_norm_of_scales_that_differ():
+    x, scale = normal(0, 3, 5, 8), normal(1, 3, 8)
+
+    def norm(x, scale):
+        return native.layer_norm(x, scale, None, epsilon=1e-6)
+
+    want = np.stack([norm(x[i], scale[i]) for i in range(3)])
+    np.testing.assert_array_equal(jax.vmap(norm)(x, scale), want)
+    with pytest.raises(ValueError, match="expected float32 x"):
+        native.layer_norm(jnp.asarray(x[0]), jnp.asarray(scale[0, :4]), None, epsilon=1e-6)

@@ -1,0 +1,169 @@
+"""Attention, GELU and layer normalization between int8 sites run in one pass, and are the same."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxquant
+from tests import networks
+from tests.native.cases import needs_kernels
+
+pytestmark = needs_kernels
+
+KERNELS = ("jaxquant_attention", "jaxquant_gelu", "jaxquant_layer_norm")
+X = networks.images(0, (3, 12, 16))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
+        hidden = nn.gelu(nn.Dense(24)(nn.LayerNorm()(x)))
+        return x + nn.Dense(16)(hidden)
+
+
+def drawn(module: nn.Module, *inputs: np.ndarray):
+    return networks.random_params(lambda: module.init(jax.random.key(0), *inputs))
+
+
+def quantized(mode: str, module: nn.Module, *inputs: np.ndarray):
+    """(params, the float model, qparams, qapply)."""
+    params = drawn(module, *inputs)
+    options = {"post": {"recover": ()}, "weights": {"recover": ()}, "dynamic": {}}[mode]
+    quantize = getattr(jaxquant, f"quant_{mode}")
+    samples = inputs if len(inputs) == 1 else [inputs]
+    return params, module.apply, *quantize(params, module.apply, *samples, **options)
+
+
+def called(function, *arguments) -> list[str]:
+    """The kernels of floats that a compiled program calls, in order of their names."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    return sorted(name for name in KERNELS for _ in range(text.count(f"@{name}(")))
+
+
+@pytest.mark.parametrize("mode", ["post", "dynamic", "weights"])
+def test_a_transformer_block_in_every_mode(mode: str):
+    params, apply_fn, qparams, qapply = quantized(mode, Block(), X)
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    assert called(native, qparams, X) == [*KERNELS, KERNELS[-1]]
+    assert called(xla, qparams, X) == []
+    # Rounding of floats may move an integer by one where it is next to a tie.
+    got, want, y = native(qparams, X), xla(qparams, X), apply_fn(params, X)
+    assert np.abs(got - want).mean() < 0.02 * np.abs(want - y).mean()
+
+
+def test_what_is_asked_for_is_in_no_call():
+    """Full mode has int8 attention; an export has XLA's own operations."""
+    module = Block()
+    params = drawn(module, X)
+    qparams, qapply = jaxquant.quant_post(
+        params, module.apply, X, is_full_quantize=True, recover=()
+    )
+    assert "jaxquant_attention" not in called(qapply.with_backend("native"), qparams, X)
+    qparams, qapply = jaxquant.quant_post(params, module.apply, X, recover=())
+    exported = jax.export.export(jax.jit(qapply.with_backend("native")))(qparams, X)
+    assert not any(name in exported.mlir_module() for name in KERNELS)
+
+
+def test_masks_biases_and_shared_heads():
+    def apply_fn(params, x, mask):
+        q, k, v = (x @ params[name] for name in "qkv")
+        q = q.reshape(3, 12, 2, 2, 4)
+        k, v = (part.reshape(3, 12, 2, 4) for part in (k, v))
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * 0.5 + params["bias"]
+        scores = jnp.where(mask[:, None, None, None], scores, -1e9)
+        scores = jnp.where(np.tri(12, dtype=bool), scores, -1e9)
+        mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
+        return mixed.reshape(3, 12, 16) @ params["out"]
+
+    sizes = {"q": (16, 16), "k": (16, 8), "v": (16, 8), "bias": (2, 12, 12), "out": (16, 16)}
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    params["bias"] = params["bias"].reshape(2, 1, 12, 12)
+    mask = np.arange(12) < np.array([[12], [7], [1]])
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [(X, mask)], recover=())
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    assert called(native, qparams, X, mask) == ["jaxquant_attention"]
+    got, want = native(qparams, X, mask), xla(qparams, X, mask)
+    error = np.abs(want - apply_fn(params, X, mask)).mean()
+    assert np.abs(got - want).mean() < 0.02 * error
+
+
+def test_inside_a_scan_it_is_the_same_kernel():
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return layers(Block(name="block"), x, None)[0]
+
+    _, _, qparams, qapply = quantized("post", Scanned(), X)
+    native = qapply.with_backend("native")
+    assert set(called(native, qparams, X)) == {*KERNELS}
+    want = qapply.with_backend("xla")(qparams, X)
+    assert np.abs(native(qparams, X) - want).mean() < 0.01 * np.abs(want).mean()
+
+
+def test_nnx_attention_is_found():
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+            self.out = nnx.Linear(16, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.attention(x))
+
+    graph, state = nnx.split(Model())
+
+    def apply_fn(state, x):
+        return nnx.merge(graph, state)(x)
+
+    qparams, qapply = jaxquant.quant_post(state, apply_fn, X, recover=())
+    assert called(qapply.with_backend("native"), qparams, X) == ["jaxquant_attention"]
+
+
+def test_few_rows_are_left_to_xla():
+    module = nn.MultiHeadDotProductAttention(4)
+    one = X[:, :1]
+    params = drawn(module, one, X)
+    qparams, qapply = jaxquant.quant_post(params, module.apply, [(one, X)], recover=())
+    assert called(qapply.with_backend("native"), qparams, one, X) == []
+
+
+def test_nan_goes_through():
+    _, _, qparams, qapply = quantized("post", Block(), X)
+    bad = np.array(X)
+    bad[1, 3, 2] = np.nan
+    y = np.asarray(qapply.with_backend("native")(qparams, bad))
+    assert np.isnan(y[1]).all()
+    np.testing.assert_array_equal(y[::2], qapply.with_backend("native")(qparams, X)[::2])
+
+
+def test_batches_of_any_size_and_vmap():
+    _, _, qparams, qapply = quantized("post", Block(), X)
+    native = qapply.with_backend("native")
+    whole = native(qparams, X)
+    assert native(qparams, X[:0]).shape == (0, 12, 16)
+    np.testing.assert_array_equal(native(qparams, X[1:2])[0], whole[1])
+    each = jax.vmap(native, (None, 0))(qparams, X[:, None])
+    np.testing.assert_array_equal(each[:, 0], whole)
+
+
+def test_the_gradient_is_that_of_the_equations():
+    _, _, qparams, qapply = quantized("weights", Block(), X)
+
+    def gradient(backend: str) -> jax.Array:
+        model = qapply.with_backend(backend)
+        return jax.grad(lambda x: jnp.square(model(qparams, x)).sum())(jnp.asarray(X))
+
+    np.testing.assert_allclose(gradient("native"), gradient("xla"), rtol=1e-4, atol=1e-5)
