@@ -63,6 +63,10 @@ def functions() -> dict[str, Callable[[], object]]:
     )
     differences = jax.jit(lambda y: native.differences(y, y * y, (0.0, 6.0)))
     depthwise = jax.jit(lambda y: native.float_depthwise(y, window))
+    axes = native.AttentionAxes(*[(0, 2, 1, 3)] * 4)
+    attention = jax.jit(lambda y: native.attention(y, y, y, axes=axes))
+    gelu = jax.jit(lambda y: native.gelu(y, approximate=False))
+    layer_norm = jax.jit(lambda y: native.layer_norm(y, None, None, epsilon=1e-6))
     return {
         foreign.CONV: lambda: conv(x),
         foreign.DOT: lambda: dot(x),
@@ -73,6 +77,9 @@ def functions() -> dict[str, Callable[[], object]]:
         foreign.HISTOGRAM: lambda: jax.jit(native.histogram, static_argnums=1)(y, -20),
         foreign.DIFFERENCES: lambda: differences(y),
         foreign.FLOAT_DEPTHWISE: lambda: depthwise(y),
+        foreign.ATTENTION: lambda: attention(y),
+        foreign.GELU: lambda: gelu(y),
+        foreign.LAYER_NORM: lambda: layer_norm(y),
         "jaxquant_kernels": lambda: library.instruction_set(),
         "jaxquant_kl_thresholds": lambda: native.kl_thresholds(counts, limit, levels, weighing),
     }
