@@ -256,7 +256,10 @@ class Program:
         # What a call, a sequence or an operation stands for has no entry of its own.
         inside = {index for call in calls.values() for index in call.chain.members} - calls.keys()
         if not self._by_site:
-            as_they_are = in_float.keys() - inside - {k for k in table if table[k] != in_float[k]}
+            changed = {index for index in table if table[index] != in_float[index]}
+            producer = self.graph.producer
+            rounded = {producer[v].index for v in self.binding.forms.rounded if v in producer}
+            as_they_are = in_float.keys() - inside - changed - rounded
             found = float_operations.find(
                 self.binding, self._backends, as_they_are, lambda var: var not in self._origins
             )
