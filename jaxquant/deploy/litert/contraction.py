@@ -153,6 +153,8 @@ def dense(
     (count, _) = b.tensors[others[0]].shape
     joined = [*(rows or [1]), count]
     settings = {"KeepNumDims": True, "FusedActivationFunction": result.activation}
+    if result.grid is None:  # with int8 weights the rows are on grids with zero points
+        settings["AsymmetricQuantizeInputs"] = True
     options = "FullyConnectedOptions"
     names = [name, *others]
     name = b.op("FULLY_CONNECTED", names, joined, result.dtype, result.grid, options, **settings)

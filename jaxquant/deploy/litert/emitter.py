@@ -202,10 +202,8 @@ class Emitter:
         if self._is_weight(node):
             return
         if node.op == "look_up":
-            indices = self.full(self.value(node.inputs[2]), int(str(node.inputs[2])))
-            self._floats[node.outputs[0]] = stored.look_up(
-                self.builder, self._stored(node), indices, self.shape(node.outputs[0])
-            )
+            table, indices = self._stored(node), self.value(node.inputs[2])
+            self._floats[node.outputs[0]] = stored.look_up(self.builder, table, indices)
             return
         if node.contraction is not None and not node.reads_int8:
             self._floats[node.outputs[0]] = self._contract(node)
@@ -250,7 +248,8 @@ class Emitter:
 
     def _one(self, node: Node, values: list[Value], shape: tuple[Size, ...]) -> Value:
         if node.op in indexing.TABLE:
-            return indexing.TABLE[node.op](self.builder, node, self._copied(node, values), shape)
+            (table,) = self._copied(node, values[:1], (0,))
+            return indexing.TABLE[node.op](self.builder, node, [table, *values[1:]], shape)
         if node.op in moving.TABLE:
             if node.op not in moving.LAZY:
                 values = self._copied(node, values)

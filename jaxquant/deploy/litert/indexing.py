@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from jaxquant.deploy.litert import elementwise
 from jaxquant.deploy.litert.builder import Builder
 from jaxquant.deploy.lower.errors import NotCovered
@@ -30,8 +32,13 @@ def _gather(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> 
         raise NotCovered("a gather of other than whole rows along one axis")
     table = b.ordered(table, straight(table.rank))
     rows = b.reshape(elementwise.cast(b, indices, "int32"), indices.shape[:-1])
-    name = b.alike("GATHER", table, [rows], shape, "GatherOptions", Axis=axis)
-    return Value(name, shape, straight(len(shape)))
+    # An index that is the same for all samples picks one row for all of them.
+    picked = (*table.shape[:axis], *indices.shape[:-1], *table.shape[axis + 1 :])
+    arrays = b.array(table.name), b.array(rows)
+    if arrays[0] is not None and arrays[1] is not None:
+        return b.named(np.take(arrays[0], arrays[1], axis), "rows")
+    name = b.alike("GATHER", table, [rows], picked, "GatherOptions", Axis=axis)
+    return Value(name, picked, straight(len(shape)))
 
 
 TABLE: Mapping[str, Callable[[Builder, Node, list[Value], tuple[Size, ...]], Value]] = {

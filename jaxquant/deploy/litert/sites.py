@@ -26,15 +26,40 @@ _SUMS = ("reduce_sum", "reduce_window_sum")
 def emit_site(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """The result of a site: int8 at the end of its chain, or float at that of its epilogue."""
     if site.dynamic:
-        raise NotCovered(
-            "an int8 operation whose scales are found in each call (quantize with "
-            "jaxquant.quant_post, or without the rule dynamic=True)"
-        )
+        return _dynamic(e, site)
     if site.weight or site.computed_weight is not None:
         return _weighted(e, site, chain)
     if site.node.op in _SUMS:
         return _sum(e, site, chain)
     return _product(e, site, chain)
+
+
+def _dynamic(e: Emitter, site: Int8Node) -> Value:
+    """A site whose operands get their scales in each call.
+
+    LiteRT's kernels of floats and int8 weights do so too, by themselves ("hybrid"); products of two
+    activations it has in float alone.
+    """
+    given, b, shape = site.node.contraction, e.builder, e.shape(site.node.outputs[0])
+    assert given is not None, "an operation that is scaled in the call is a convolution or dot"
+    operands = [e.full(e.value(var), var) for var in site.operands]
+    if not (site.weight or site.computed_weight is not None):
+        values = operands * 2 if len(operands) == 1 else operands
+        arrays = e.model.sites[site.name]
+        multiplier, bias = np.asarray(arrays["multiplier"]), arrays.get("bias")
+        if multiplier.size != 1 or bias is not None:
+            raise NotCovered("a product of activations with a multiplier for each channel")
+        value = contraction.dot(b, given, values, shape, Result())
+        return _finished(e, site, value, float(multiplier.flat[0]), None)
+    weight, form = _parts(e, site, given, 1.0)
+    name, _ = _int8_parts(e, weight)
+    read = [name, _float_bias(e, weight)]
+    if form is not None:
+        value = contraction.conv(b, given, form, operands[0], read, shape, Result())
+    else:
+        side = 1 - site.weight_position
+        value = contraction.dense(b, given, side, operands[0], read, shape, Result())
+    return _rearranged(e, site, value)
 
 
 class _Parts(NamedTuple):
@@ -48,11 +73,9 @@ def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """A convolution or dot with a weight."""
     given = site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
-    if given.choosing is not None or given.has_batch:
-        raise NotCovered("an int8 dot whose weight has batch axes, or is chosen by row")
     if chain is not None and chain.factor != 1:
         chain = None
-    weight, form = _parts(e, site, given)
+    weight, form = _parts(e, site, given, e.model.scales.scale(e.model.entries(site)[0]))
     result = Result() if chain is None else e.end_of(chain)
     b, shape = e.builder, e.shape(site.node.outputs[0])
     x = e.operand(site.operands[0]) if chain is None else e.int8(site.operands[0])
@@ -65,10 +88,11 @@ def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     return _moved(e, site, value, chain, result)
 
 
-def _parts(e: Emitter, site: Int8Node, given: Contraction) -> _Parts:
+def _parts(e: Emitter, site: Int8Node, given: Contraction, input_scale: float) -> _Parts:
     """The weight of a site in the layout of the file, with its epilogue folded in."""
+    if given.choosing is not None or given.has_batch:
+        raise NotCovered("an int8 dot whose weight has batch axes, or is chosen by row")
     int8, multiplier, bias = site_arrays(e.model, site)
-    input_scale = e.model.scales.scale(e.model.entries(site)[0])
     if given.window is not None:
         form = conv_form(given, int8.shape)
         stored, axis = contraction.kernel(form, int8)
@@ -94,10 +118,13 @@ def _float_parts(e: Emitter, site: Int8Node, weight: Weight) -> list[str]:
     e.in_float.append(site.name)
     name, _ = _int8_parts(e, weight)
     floats = e.builder.op("DEQUANTIZE", [name], weight.int8.shape)
-    channels = weight.int8.shape[weight.axis]
+    return [floats, _float_bias(e, weight)]
+
+
+def _float_bias(e: Emitter, weight: Weight) -> str:
     if weight.bias is None:
-        return [floats, contraction.no_bias(e.builder, channels, None)]
-    return [floats, e.builder.constant(weight.bias.astype(np.float32), "bias")]
+        return contraction.no_bias(e.builder, weight.int8.shape[weight.axis], None)
+    return e.builder.constant(weight.bias.astype(np.float32), "bias")
 
 
 def _product(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:

@@ -15,7 +15,7 @@ from jaxquant.deploy.litert.graph import Grid
 from jaxquant.deploy.lower.convolution import ConvForm
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.stored import Stored
-from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.lower.values import Value, straight
 
 
 def matrix(b: Builder, stored: Stored, channels: tuple[int, ...]) -> str:
@@ -46,21 +46,29 @@ def dequantized(b: Builder, stored: Stored) -> Value:
     return elementwise.apply(b, "MUL", [value, b.named(scale.reshape(along), "weight_scale")])
 
 
-def look_up(b: Builder, table: Stored, indices: Value, shape: tuple[Size, ...]) -> Value:
-    """Rows of an int8 table [V, K], each times its scale: float."""
+def look_up(b: Builder, table: Stored, indices: Value) -> Value:
+    """Rows of an int8 table [V, K], each times its scale: float.
+
+    An index that is the same for all samples picks one row for all of them.
+    """
     integers, scale = table.integers, np.ascontiguousarray(table.scale)
     if table.bits != 8 or scale.shape[1] != 1:
         raise _groups(table)
     places = elementwise.cast(b, b.ordered(indices, straight(indices.rank)), "int32")
     flat = b.reshape(places, indices.shape[:-1])
-    sizes, physical = (*shape[:-1], 1), list(shape)
-    names = [b.constant(integers, "table"), flat]
-    rows = Value(b.op("GATHER", names, physical, "int8", None, "GatherOptions", Axis=0), shape,
-                 straight(len(shape)))  # fmt: skip
-    names = [b.constant(scale, "table_scale"), flat]
-    units = Value(b.op("GATHER", names, sizes, options="GatherOptions", Axis=0), sizes,
-                  straight(len(shape)))  # fmt: skip
-    return elementwise.apply(b, "MUL", [elementwise.cast(b, rows, "float32"), units])
+    if (known := b.array(flat)) is not None:
+        return b.named(integers[known] * scale[known], "rows")
+
+    def rows(array: np.ndarray) -> Value:
+        shape = (*indices.shape[:-1], array.shape[1])
+        names = [b.constant(array, "table"), flat]
+        dtype = str(array.dtype)
+        name = b.op("GATHER", names, shape, dtype, None, "GatherOptions", Axis=0)
+        return Value(name, shape, straight(len(shape)))
+
+    return elementwise.apply(
+        b, "MUL", [elementwise.cast(b, rows(integers), "float32"), rows(scale)]
+    )
 
 
 def _of_channels(stored: Stored, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

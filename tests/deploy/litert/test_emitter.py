@@ -100,7 +100,7 @@ def test_resizing(tmp_path):
     def apply_fn(p, x):
         y = nn.relu(x @ p["first"])
         sizes = y.shape[0], 2 * y.shape[1], 2 * y.shape[2], y.shape[3]
-        return {m: jax.image.resize(y, sizes, m) @ p["last"] for m in ("nearest", "bilinear")}
+        return jax.image.resize(y, sizes, "bilinear") @ p["last"]
 
     agrees(tmp_path, p, apply_fn, images(0, (3, 3, 4, 8)))
 

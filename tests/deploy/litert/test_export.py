@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxquant
-from tests.deploy.litert.runtime import interpreter, litert, run, sqnr
+from tests.deploy.litert.runtime import interpreter, litert, ops, run, sqnr
 from tests.deploy.litert.test_contraction import weights
 from tests.networks import images, quantize
 
@@ -85,11 +85,21 @@ def test_what_is_not_covered_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_dynamic_models_are_refused_with_what_to_do(tmp_path):
-    p, x = {"w": weights(8, 8)}, images(0, (4, 8))
-    qparams, qapply = jaxquant.quant_dynamic(p, lambda p, x: x @ p["w"], x)
-    with pytest.raises(ValueError, match=r"found in each call \(quantize with .*quant_post"):
-        jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+def test_what_is_scaled_in_the_call(tmp_path):
+    """The runtime finds scales of its own, much like those of qapply."""
+    p = {"k": weights(3, 3, 3, 8), "w": weights(8, 16), "v": weights(16, 5)}
+
+    def apply_fn(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        return nn.gelu(nn.relu(y) @ p["w"]) @ p["v"]
+
+    x = images(0, (4, 8, 8, 3))
+    qparams, qapply = jaxquant.quant_dynamic(p, apply_fn, x)
+    jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    (found,) = run(tmp_path / "m.tflite", x)
+    assert sqnr(qapply(qparams, x), found) > 35
+    assert "DEQUANTIZE" not in ops(tmp_path / "m.tflite")
 
 
 def test_weights_alone(tmp_path):

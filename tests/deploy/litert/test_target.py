@@ -1,5 +1,7 @@
 """Models that are quantized for LiteRT: the file computes what qapply does, bit for bit."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -32,6 +34,7 @@ def model():
     batch, net = images(0, SHAPE), Residual()
     params = random_params(lambda: net.init(jax.random.key(0), batch))
 
+    @functools.cache
     def quantized(**config):
         return jaxquant.quant_post(
             params, net.apply, [batch], algo="abs_max", recover=(), progress=False, **config
