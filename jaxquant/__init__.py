@@ -26,10 +26,12 @@ from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.rules import Rule
 from jaxquant.report.arrays import describe
 from jaxquant.report.report import Report
+from jaxquant.run.agreement import DisagreementError
 from jaxquant.run.qapply import QuantizedApply
 
 __all__ = [
     "Analysis",
+    "DisagreementError",
     "FileError",
     "Observations",
     "Observer",

@@ -65,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accelerators", action="store_true", help="run those marked 'accelerators'")
     parser.addoption("--network", action="store_true", help="run the tests marked 'network'")
     parser.addoption("--optimized", action="store_true", help="compile all tests as users do")
     parser.addoption("--slow", action="store_true", help="run the tests marked 'slow'")
@@ -81,7 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _NATIVE in item.path.parents:
             item.add_marker(pytest.mark.optimized)
-    for name, reason in (("network", "needs the internet"), ("slow", "takes long")):
+    reasons = {
+        "accelerators": "compiles for devices that are not here",
+        "network": "needs the internet",
+        "slow": "takes long",
+    }
+    for name, reason in reasons.items():
         if config.getoption(f"--{name}"):
             continue
         skip = pytest.mark.skip(reason=f"{reason}: give --{name}")

@@ -6,6 +6,7 @@ less z.  Each operation is exact in integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -93,9 +94,13 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
     Two forms are rewritten since XLA's int8 product on CPU is slower than its float32 one there
     (`experiments/benchmarks/kinds.py`, `experiments/benchmarks/experts.py`).  A single row gets a
     second one of zeros.  With batch axes the operand whose last axes are summed over comes first:
-    five times as fast.
+    five times as fast.  Without batch axes what is summed over is one axis, and the second operand
+    a matrix: of more axes ([D, heads, features] in attention) the compiler for TPU overflows its
+    stack (libtpu 0.0.42.1).
     """
     x, w = operands
+    if not contraction.has_batch and _has_more_axes(contraction):
+        return _by_matrix(x, w, contraction)
     if contraction.has_batch and _sums_last(contraction, 1) and not _sums_last(contraction, 0):
         other_way = contraction.swapped
         result = dot((w, x), other_way)
@@ -113,6 +118,23 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
         lax.pad(x, jnp.int8(0), pads), w, numbers, preferred_element_type=jnp.int32
     )
     return lax.slice_in_dim(result, 0, 1, axis=0)
+
+
+def _has_more_axes(contraction: Contraction) -> bool:
+    """True where more than one axis is summed over, or the second operand is no matrix."""
+    own, other = contraction.operands
+    return len(own.contracted) > 1 or len(other.free) > 1
+
+
+def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction) -> jax.Array:
+    """A dot without batch axes as one of x [..., K] with a matrix [K, N]."""
+    own, other = contraction.operands
+    rows, columns = ([v.shape[a] for a in p.free] for v, p in ((x, own), (w, other)))
+    summed = math.prod(w.shape[axis] for axis in other.contracted)
+    x = x.transpose((*own.free, *own.contracted)).reshape(*rows, summed)
+    w = w.transpose((*other.contracted, *other.free)).reshape(summed, math.prod(columns))
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    return dot((x, w), make_dot(numbers, (x.ndim, 2))).reshape(*rows, *columns)
 
 
 def _sums_last(contraction: Contraction, side: int) -> bool:

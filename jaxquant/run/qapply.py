@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.backends.choice import Choice, check_backend, choose_backend, table_of
+from jaxquant.backends.platforms import XLA_ALONE
 from jaxquant.graph import ir
 from jaxquant.graph.calls import shapes_text
 from jaxquant.graph.cuts import Cuts, cut_tree, pieces
@@ -21,6 +22,7 @@ from jaxquant.graph.model import Model, trace_model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
+from jaxquant.run.agreement import Agreement, DisagreementError, differences
 from jaxquant.run.inputs import Ranges, check_kinds, find_strange, has_values
 from jaxquant.run.pickling import NotPickled
 from jaxquant.run.program import Program
@@ -127,8 +129,14 @@ class QuantizedApply(NotPickled):
             self._look(inputs)
         return self._jitted(qparams, *inputs)
 
-    def check(self, qparams: Mapping[str, Any], *inputs: Any) -> None:
-        """Raise ValueError where the qparams, or the inputs, are not what this model takes.
+    def check(
+        self, qparams: Mapping[str, Any], *inputs: Any, device: jax.Device | None = None
+    ) -> Agreement:
+        """Whether the model is served rightly: its arrays, its inputs, and the device itself.
+
+        Where the default device is not a CPU, the model runs on both with these inputs, and the
+        sums of each site are compared: they are integers, and have to be the same.  Run it once on
+        new hardware, and with each new version of jaxlib: compilers have given wrong sums.
 
         Args:
           qparams: the arrays of the model.
@@ -136,19 +144,44 @@ class QuantizedApply(NotPickled):
             of calibration, and its values: other preprocessing than in calibration is silent
             otherwise, since what is beyond a threshold saturates, and what is far below rounds to
             zero.
+          device: which one is compared with the CPU; None for the default one.
+
+        Returns:
+          What was compared; prints as a line.
 
         Raises:
+          jaxquant.DisagreementError: a site, or the model, gives something else on the device.
+          RuntimeError: this process has no CPU device to compare with.
           ValueError: the qparams are of another model; an input is of another kind of dtype; its
             values reach further beyond the calibrated ones than these do from each other, or use
             less than a 32nd of them.  The message has both ranges.
         """
         check_qparams(qparams, self.plan)
         if not inputs:
-            return
+            return Agreement(None, 0)
         self._check_kinds(inputs)
         strange = find_strange(self._ranges or (), inputs)
         if strange:
             raise ValueError(_strange(strange))
+        if device is None and jax.default_backend() != "cpu":
+            device = jax.devices()[0]
+        return Agreement(None, 0) if device is None else self._compare(qparams, inputs, device)
+
+    def _compare(
+        self, qparams: Mapping[str, Any], inputs: tuple[Any, ...], device: jax.Device
+    ) -> Agreement:
+        """The model on a device and on the CPU."""
+        binding = bind(self._model(inputs), self.plan)
+        program = Program(binding, self.source.params, XLA_ALONE, by_site=True)
+        arrays = {name: value for name, value in qparams.items() if name != "packed"}
+        found = differences(program, arrays, jax.tree.leaves(inputs), device)
+        if not found:
+            return Agreement(device, len(binding.sites))
+        sites = "\n".join(f"  {name}: {told}" for name, told in found.items())
+        raise DisagreementError(
+            f"{device.device_kind} computes something else than the CPU:\n{sites}\nDo not serve "
+            "the model there: try another jaxlib, or leave these sites float (`rules=`)"
+        )
 
     def _check_kinds(self, inputs: tuple[Any, ...]) -> None:
         if self.inputs is not None and MODES[self.plan.mode].tensor_scales:
