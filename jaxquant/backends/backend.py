@@ -232,12 +232,18 @@ class Backend(Protocol):
         """
         ...
 
-    def covers_product(self, product: Product) -> bool:
-        """Whether it has a form of a product with a stored matrix."""
+    def covers_product(self, product: Product, is_packed: bool = False) -> bool:
+        """Whether it has a form of a product with a stored matrix, packed or not."""
         ...
 
-    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
-        """The result of a product with a stored matrix."""
+    def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
+        """The matrix in a further layout, for any number of rows; None where it reads no other."""
+        ...
+
+    def product(
+        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
+    ) -> jax.Array:
+        """The result of a product with a stored matrix, which may be packed as well."""
         ...
 
     def covers_operation(self, operation: FloatOperation) -> bool:

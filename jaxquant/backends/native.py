@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import native
@@ -25,13 +27,15 @@ _ROWS_WORTH_PACKING = 32
 # Rows of a product with a stored matrix, of floats and of int8, up to which the kernels are faster
 # than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
 _FEW_ROWS, _FEW_INT8_ROWS = 16, 8
+_EXACT_TERMS = 2**24 // 2**14  # products of two int8 whose sum is a float32 whatever they are
 
 
 class Native:
     """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
 
-    Of products with a stored matrix it runs those of few rows, which read the integers as they lie;
-    of operations of floats attention, GELU and layer normalization.
+    Of products with a stored matrix it runs those of few rows, which read the integers as they lie,
+    and those of many int8 rows, which pack them; of operations of floats attention, GELU and layer
+    normalization.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -95,15 +99,25 @@ class Native:
             made.append(_convolution(call, {**others, **read}))
         return native.sequence(made, results)
 
-    def covers_product(self, product: Product) -> bool:
-        most = _FEW_INT8_ROWS if product.is_whole else _FEW_ROWS
-        is_few = isinstance(product.rows, int) and product.rows <= most
-        has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16", "int8")
+    def covers_product(self, product: Product, is_packed: bool = False) -> bool:
+        if not isinstance(product.rows, int) or product.length == 0:
+            return False
+        if product.is_whole:
+            few, many = product.rows <= _FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
+            return few or ((many or is_packed) and native.int8_is_faster().available)
+        has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16")
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
-        return is_few and has_dtype and by_steps and product.length > 0
+        return product.rows <= _FEW_ROWS and has_dtype and by_steps
 
-    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
+    def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
+        return _packed_parts(product, integers) if product.is_whole else None
+
+    def product(
+        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
+    ) -> jax.Array:
         x, integers, *scales = operands
+        if product.is_whole and product.rows > _FEW_INT8_ROWS:
+            return _sums(product, x, integers, packed)
         return native.dot_stored(
             x,
             integers,
@@ -117,6 +131,35 @@ class Native:
 
     def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
         return float_operations.run(operation, *operands)
+
+
+def _packed_parts(product: Product, integers: jax.Array) -> jax.Array:
+    """A matrix in parts along K of so few terms that a float holds their sum; [parts, bytes]."""
+    weight = _in_parts(integers.T if product.sums_last else integers)
+    return jnp.stack([native.pack_dot(part) for part in weight])
+
+
+def _in_parts(array: jax.Array) -> list[jax.Array]:
+    """An array cut along its first axis into parts of equal size, the last one with zeros."""
+    count = -(-array.shape[0] // _EXACT_TERMS)
+    size = -(-array.shape[0] // count)
+    missing = count * size - array.shape[0]
+    if missing:
+        array = jnp.pad(array, ((0, missing), (0, 0)))
+    return [array[start : start + size] for start in range(0, count * size, size)]
+
+
+def _sums(
+    product: Product, x: jax.Array, integers: jax.Array, packed: jax.Array | None
+) -> jax.Array:
+    """The int32 sums of many rows x [M, K] times a weight, packed in the call if need be."""
+    packed = _packed_parts(product, integers) if packed is None else packed
+    rows, sums, columns = [part.T for part in _in_parts(x.T)], [], product.columns
+    for part, weight in zip(rows, packed, strict=True):
+        one = jnp.float32(1)
+        y = native.dot(part, weight, one, subtract_zero_point=False, columns=columns)
+        sums.append(y.astype(jnp.int32))
+    return functools.reduce(operator.add, sums)
 
 
 def has(call: Call) -> bool:

@@ -1,4 +1,4 @@
-"""Operations of calibration and recovery that have a kernel too, and where that runs.
+"""Operations beside the sums of int8 that have a kernel too, and where that runs.
 
 Each takes the form that JAX has everywhere, `portable`, and is that form where no kernel runs: on
 other platforms, on several devices, in an export, or where the kernels cannot be compiled.
@@ -28,6 +28,7 @@ __all__ = [
     "differences",
     "kl_search",
     "load",
+    "quantize_rows",
 ]
 
 Search: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -90,6 +91,30 @@ def differences(
 def difference_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """Shape and dtype of what `differences` gives."""
     return native.difference_types(channels)
+
+
+def quantize_rows(
+    portable: choices.Form, x: jax.Array, *, is_asymmetric: bool, smallest_scale: float
+) -> Sequence[jax.Array]:
+    """Rows in int8 on grids of their own; see `jaxquant.native.quantize_rows`.
+
+    Args:
+      portable: a function of x that gives the same.
+      x: float32 [..., K].
+      is_asymmetric, smallest_scale: of the grids.
+    """
+    if not native.runs_here() or 0 in x.shape:
+        return portable(x)
+
+    def natively(x: jax.Array) -> Sequence[jax.Array]:
+        return native.quantize_rows(x, is_asymmetric=is_asymmetric, smallest_scale=smallest_scale)
+
+    outputs = [
+        jax.ShapeDtypeStruct(x.shape, jnp.int8),
+        jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32),
+        jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32),
+    ]
+    return choices.choose_on_one_cpu(natively, portable, outputs, [x])
 
 
 def depthwise(

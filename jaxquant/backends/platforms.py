@@ -46,9 +46,15 @@ def joins(table: Table, call: Call) -> bool:
     return any(backend.joins(call) for backend in kernels(table))
 
 
-def covers_product(table: Table, product: Product) -> bool:
+def covers_product(table: Table, product: Product, is_packed: bool = False) -> bool:
     """Whether a backend of the table has a form of its own for a product with a stored matrix."""
-    return any(backend.covers_product(product) for backend in kernels(table))
+    return any(backend.covers_product(product, is_packed) for backend in kernels(table))
+
+
+def pack_product(table: Table, product: Product, integers: jax.Array) -> jax.Array | None:
+    """The matrix in the layout of a backend of the table; None where all read it as it lies."""
+    packed = (backend.pack_product(product, integers) for backend in kernels(table))
+    return next((each for each in packed if each is not None), None)
 
 
 def run(table: Table, call: Call, operands: Operands) -> Sequence[jax.Array]:
@@ -97,19 +103,26 @@ def run_sequence(
     return _chosen(table, covers_all, form, outputs, arrays)
 
 
-def run_product(table: Table, product: Product, *operands: jax.Array) -> jax.Array:
+def run_product(
+    table: Table, product: Product, *operands: jax.Array, packed: jax.Array | None = None
+) -> jax.Array:
     """A product with a stored matrix, by the backend that the table has for it where it will run.
 
     On several devices that is XLA, which leaves a sharded weight where it is.
     """
+    given = [*operands] if packed is None else [*operands, packed]
 
     def form(backend: Backend) -> choices.Form:
-        return lambda *arrays: [backend.product(product, *arrays)]
+        def of_arrays(*arrays: jax.Array) -> Sequence[jax.Array]:
+            last = None if packed is None else arrays[-1]
+            return [backend.product(product, *arrays[: len(operands)], packed=last)]
+
+        return of_arrays
 
     def covers(backend: Backend) -> bool:
-        return backend.covers_product(product)
+        return backend.covers_product(product, packed is not None)
 
-    (result,) = _chosen(table, covers, form, [product.output], operands, one_device=True)
+    (result,) = _chosen(table, covers, form, [product.output], given, one_device=True)
     return result
 
 

@@ -71,10 +71,15 @@ class Xla:
             given.append(self.call(call, {**others, **read}))
         return [given[position][k] for position, k in results]
 
-    def covers_product(self, product: Product) -> bool:
+    def covers_product(self, product: Product, is_packed: bool = False) -> bool:
         return True
 
-    def product(self, product: Product, *operands: jax.Array) -> jax.Array:
+    def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
+        return None
+
+    def product(
+        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
+    ) -> jax.Array:
         if not product.is_whole:
             return blocks.dot(product, *operands)
         numbers = (((1,), (int(product.sums_last),)), ((), ()))

@@ -2,7 +2,13 @@
 
 from jaxquant.native.counting import histogram, histogram_types
 from jaxquant.native.differences import difference_types, differences
-from jaxquant.native.float_operations import AttentionAxes, attention, gelu, layer_norm
+from jaxquant.native.float_operations import (
+    AttentionAxes,
+    attention,
+    gelu,
+    layer_norm,
+    quantize_rows,
+)
 from jaxquant.native.floats import float_depthwise
 from jaxquant.native.fused import Call, Requantize, Residual
 from jaxquant.native.library import (
@@ -48,6 +54,7 @@ __all__ = [
     "layer_norm",
     "pack_conv",
     "pack_dot",
+    "quantize_rows",
     "require",
     "runs_here",
     "runs_int8_here",

@@ -203,6 +203,41 @@ def layer_norm(
     return result
 
 
+def quantize_rows(
+    x: jax.Array, *, is_asymmetric: bool, smallest_scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows in int8, each on a grid of its own that its least and its largest value give.
+
+    Args:
+      x: float32 [..., K].
+      is_asymmetric: with all 256 steps from the least to the largest value, 0 within; else the
+        scale is the largest |x| / 127.
+      smallest_scale: no scale is less.
+
+    Returns:
+      int8 [..., K]; the scales, float32 [...]; the zero points, int32 [...].  The scale of a row
+      with NaN is NaN.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: x is of another dtype, or has no axis.
+    """
+    library.require()
+    if x.dtype != jnp.float32 or not x.ndim:
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float32 [..., K]")
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            (x.shape, jnp.int8), (x.shape[:-1], jnp.float32), (x.shape[:-1], jnp.int32),
+        )
+    ]  # fmt: skip
+    calling = jax.ffi.ffi_call(library.QUANTIZE_ROWS, shapes, vmap_method="broadcast_all")
+    q, scale, zero_point = calling(
+        x, asymmetric=np.int64(is_asymmetric), smallest=np.float32(smallest_scale)
+    )
+    return q, scale, zero_point
+
+
 @functools.lru_cache(maxsize=4096)
 def _layer_norm(epsilon: float) -> Callable[..., Any]:
     """The call with its batching rule: rows may have any number of axes."""

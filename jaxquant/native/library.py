@@ -22,6 +22,7 @@ from jaxquant.native.foreign import (
     HISTOGRAM,
     LAYER_NORM,
     PACK,
+    QUANTIZE_ROWS,
     SEQUENCE,
     STORED,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "HISTOGRAM",
     "LAYER_NORM",
     "PACK",
+    "QUANTIZE_ROWS",
     "SEQUENCE",
     "STORED",
     "Availability",

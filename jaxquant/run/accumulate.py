@@ -7,6 +7,7 @@ scaled in each call: the accumulator in int32, the epilogue in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run import dynamic, weight_only
 from jaxquant.run.lowerings import Evaluation, Lowering
-from jaxquant.run.stored_matrix import stored_matrix
+from jaxquant.run.stored_matrix import StoredMatrix, stored_matrix
 from jaxquant.run.weights import StoredWeights
 
 
@@ -55,14 +56,16 @@ def scaled_in_the_call(
     eqn = graph.equations[site.equation]
 
     def lowering(state: Evaluation) -> evaluate.Values:
-        scaled = dynamic.quantize_operands(state.env, eqn, int8_site)
+        natively = bool(platforms.kernels(table))
+        scaled = dynamic.quantize_operands(state.env, eqn, int8_site, natively)
         operands, scales = [each.int8 for each in scaled], [each.scale for each in scaled]
         zero_points = [0] * len(operands)
         if site.stored_weight is None:
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             stored = weights.integers(site, state.qparams)
-            total = _by_kernel(site, operands[0], stored, table)
+            packed = state.qparams.get("packed", {}).get(site.name)
+            total = _by_kernel(site, operands[0], stored, packed, table)
             operands.insert(site.weight_position, stored)
             if site.as_contraction.choosing is not None:
                 operands.append(state.env.read(eqn.inputs[2]))
@@ -79,18 +82,31 @@ def scaled_in_the_call(
     return lowering
 
 
-def _by_kernel(site: Site, x: jax.Array, weight: jax.Array, table: Table) -> jax.Array | None:
+def _by_kernel(
+    site: Site, x: jax.Array, weight: jax.Array, packed: jax.Array | None, table: Table
+) -> jax.Array | None:
     """The int32 sums of a dot of int8 rows with a stored weight; None where there is no kernel."""
     if (matrix := stored_matrix(site, weight.shape)) is None:
         return None
     rows = matrix.rows(x)
-    product = Product(
-        rows.shape[0], matrix.length, matrix.columns, matrix.sums_last, dtype=rows.dtype
-    )
-    if not platforms.covers_product(table, product):
+    product = _product(matrix, rows.shape[0])
+    if not platforms.covers_product(table, product, packed is not None):
         return None
     integers = matrix.matrix(weight, matrix.length)
-    return matrix.back(platforms.run_product(table, product, rows, integers), x.shape)
+    total = platforms.run_product(table, product, rows, integers, packed=packed)
+    return matrix.back(total, x.shape)
+
+
+def _product(matrix: StoredMatrix, rows: Any) -> Product:
+    return Product(rows, matrix.length, matrix.columns, matrix.sums_last, dtype=jnp.int8)
+
+
+def packed(site: Site, weight: jax.Array, table: Table) -> jax.Array | None:
+    """The weight of a dot that is scaled in the call as kernels read it; None where none does."""
+    if (matrix := stored_matrix(site, weight.shape)) is None:
+        return None
+    product = _product(matrix, 0)
+    return platforms.pack_product(table, product, matrix.matrix(weight, matrix.length))
 
 
 def on_dequantized_weight(

@@ -11,14 +11,14 @@ zero point's part of each sum is known from the weight (`jaxquant.plan.layout`, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import int8
+from jaxquant.backends import int8, operations
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.contraction import Contraction
 from jaxquant.jax_shim.extremes import largest, least
@@ -41,9 +41,15 @@ class Scaled(NamedTuple):
 
 
 def quantize_operands(
-    env: evaluate.Environment, eqn: ir.Equation, int8_site: Int8Site
+    env: evaluate.Environment, eqn: ir.Equation, int8_site: Int8Site, natively: bool = False
 ) -> list[Scaled]:
-    """What a convolution or dot reads beside its weight, on grids that are found in the call."""
+    """What a convolution or dot reads beside its weight, on grids that are found in the call.
+
+    Args:
+      env: the tensors.
+      eqn, int8_site: the site.
+      natively: by a kernel where there is one, which gives the same.
+    """
     site = int8_site.site
     contraction, is_asymmetric = site.as_contraction, int8_site.asymmetric
     shapes = [env.graph.shape(atom) for atom in eqn.inputs]
@@ -55,7 +61,7 @@ def quantize_operands(
         if contraction.window is not None:
             found.append(_conv_input(x, shapes[1 - position], contraction))
         else:
-            found.append(_dot_operand(x, position, contraction, is_asymmetric))
+            found.append(_dot_operand(x, position, contraction, is_asymmetric, natively))
     return found
 
 
@@ -79,28 +85,52 @@ def _asymmetric_grid(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def _dot_operand(
-    x: jax.Array, position: int, contraction: Contraction, is_asymmetric: bool
+    x: jax.Array, position: int, contraction: Contraction, is_asymmetric: bool, natively: bool
 ) -> Scaled:
     """A grid for each index along the axes that are not summed over."""
     own = contraction.operands[position]
     kept = (*own.batch, *own.free)
     shape = contraction.spread_shape(position, [x.shape[a] for a in kept])
 
-    def at_the_result(rows: jax.Array) -> jax.Array:
-        return rows.transpose([*kept, *own.contracted]).reshape(shape)
+    def rows(x: jax.Array, axes: tuple[int, ...]) -> Sequence[jax.Array]:
+        """The integers, scales and zero points of rows along `axes`, which keep their size 1."""
+        if not is_asymmetric:
+            threshold = largest(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+            scale, inverse = _grid(threshold)
+            return int8.quantize(x, inverse), scale, jnp.zeros(scale.shape, jnp.int32)
+        low, high = (
+            reduced(x, axis=axes, keepdims=True, initial=0) for reduced in (least, largest)
+        )
+        scale, inverse, zero_point = _asymmetric_grid(low, high)
+        return int8.quantize(x, inverse, zero_point), scale, zero_point.astype(jnp.int32)
 
-    if not is_asymmetric:
-        threshold = largest(jnp.abs(x), axis=own.contracted, keepdims=True, initial=0)
-        scale, inverse = _grid(threshold)
-        return Scaled(int8.quantize(x, inverse), at_the_result(scale))
-    low, high = (
-        reduced(x, axis=own.contracted, keepdims=True, initial=0) for reduced in (least, largest)
-    )
-    scale, inverse, zero_point = _asymmetric_grid(low, high)
-    return Scaled(
-        int8.quantize(x, inverse, zero_point),
-        at_the_result(scale),
-        at_the_result(zero_point).astype(jnp.int32),
+    first = x.ndim - len(own.contracted)
+    if natively and own.contracted == (*range(first, x.ndim),):
+        q, *grid = _native_rows(rows, x.reshape(*x.shape[:first], -1), is_asymmetric)
+        q = q.reshape(x.shape)
+        scale, zero_point = (each.reshape(*each.shape, *[1] * len(own.contracted)) for each in grid)
+    else:
+        q, scale, zero_point = rows(x, own.contracted)
+
+    def at_the_result(each: jax.Array) -> jax.Array:
+        return each.transpose([*kept, *own.contracted]).reshape(shape)
+
+    return Scaled(q, at_the_result(scale), at_the_result(zero_point) if is_asymmetric else None)
+
+
+def _native_rows(
+    rows: Callable[[jax.Array, tuple[int, ...]], Sequence[jax.Array]],
+    x: jax.Array,
+    is_asymmetric: bool,
+) -> Sequence[jax.Array]:
+    """The integers, scales and zero points of x [..., K], by a kernel where one runs."""
+
+    def portable(x: jax.Array) -> Sequence[jax.Array]:
+        q, scale, zero_point = rows(x, (x.ndim - 1,))
+        return q, scale[..., 0], zero_point[..., 0]
+
+    return operations.quantize_rows(
+        portable, x, is_asymmetric=is_asymmetric, smallest_scale=SMALLEST_SCALE
     )
 
 

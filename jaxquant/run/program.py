@@ -191,6 +191,12 @@ class Program:
             if kernel is not None:
                 weight = layout.get(qparams["params"], each.slot.int8)
                 packed[name] = kernel.pack(each.call, weight)
+        for site in self._ends().values():
+            if site.dynamic and site.site.stored_weight is not None and not site.site.is_lookup:
+                weight = self.weights.integers(site.site, qparams)
+                found = accumulate.packed(site.site, weight, self._backends)
+                if found is not None:
+                    packed[site.site.name] = found
         return packed
 
     def _programs(self, eqn: ir.Equation) -> tuple[Program, ...]:

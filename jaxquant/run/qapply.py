@@ -280,12 +280,12 @@ class QuantizedApply(NotPickled):
 
         Returns:
           `qparams` with an entry "packed"; unchanged where XLA runs the model, or kernels that read
-          weights as they are stored: those of `quant_dynamic` and `quant_weights`.
+          weights as they are stored, those of `quant_weights`.
 
         Raises:
           ValueError: the inputs are not known.
         """
-        if self.backend.name != "native" or not MODES[self.plan.mode].tensor_scales:
+        if self.backend.name != "native" or not MODES[self.plan.mode].integer:
             return dict(qparams)
         if not inputs and self.inputs is None:
             raise ValueError("qapply.prepare(qparams, *inputs) needs a sample input of this model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +181,43 @@ def test_layer_norm_of_scales_that_differ():
     np.testing.assert_array_equal(jax.vmap(norm)(x, scale), want)
     with pytest.raises(ValueError, match="expected float32 x"):
         native.layer_norm(jnp.asarray(x[0]), jnp.asarray(scale[0, :4]), None, epsilon=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 16, 100])
+@pytest.mark.parametrize("is_asymmetric", [False, True])
+def test_rows_in_int8(columns: int, is_asymmetric: bool):
+    x = normal(0, 3, 5, columns)
+    x[0, 0], x[1, 1] = 0, np.abs(x[1, 1])
+    quantize = functools.partial(
+        native.quantize_rows, is_asymmetric=is_asymmetric, smallest_scale=2.0**-126
+    )
+    q, scale, zero_point = (np.asarray(each) for each in quantize(jnp.asarray(x)))
+    low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
+    one = np.float32(1)
+    if is_asymmetric:
+        half = high * np.float32(0.5) - low * np.float32(0.5)
+        want = np.maximum(half * np.float32(2 / 255), np.float32(2.0**-126))
+        zero = np.clip(-128 - np.round(low * (one / want)), -128, 127)
+        inverse = one / want
+    else:
+        most = np.maximum(np.maximum(high, -low), np.float32(127 * 2.0**-126))
+        want, inverse, zero = most * np.float32(1 / 127), np.float32(127) / most, np.zeros((3, 5))
+    np.testing.assert_array_equal(scale, want)
+    np.testing.assert_array_equal(zero_point, zero)
+    rounded = np.round(x * inverse[..., None]) + zero[..., None]
+    np.testing.assert_array_equal(q, np.clip(rounded, -128, 127))
+    mapped = jax.vmap(quantize)(jnp.asarray(x))
+    for each, alone in zip(mapped, (q, scale, zero_point)):
+        np.testing.assert_array_equal(each, alone)
+
+
+def test_the_scale_of_a_row_with_nan_is_nan():
+    x = normal(0, 4, 37)
+    x[1, 36], x[2, 0] = np.nan, np.inf
+    for is_asymmetric in (False, True):
+        _, scale, _ = native.quantize_rows(
+            jnp.asarray(x), is_asymmetric=is_asymmetric, smallest_scale=2.0**-126
+        )
+        assert np.isnan(scale[1])
+        assert not np.isfinite(scale[2])
+        assert np.isfinite(np.asarray(scale)[[0, 3]]).all()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxquant
+from jaxquant import native
 from tests import networks
 from tests.native.cases import needs_kernels
 
@@ -81,9 +82,37 @@ def test_kernels_give_what_xla_gives(quantized, rows):
     np.testing.assert_allclose(qapply(qparams, x), expected, atol=near * size)
 
 
-def test_many_rows_are_left_to_xla(quantized):
+def test_more_rows_are_left_to_xla(quantized):
     qparams, qapply = quantized
     assert calls(qapply, qparams, networks.images(9, (17, WIDTH))) == 0
+
+
+@pytest.mark.parametrize("rows", [17, 40])
+def test_many_int8_rows_are_packed(rows):
+    """In the call, or before; of few rows the weight is read as it is stored nevertheless."""
+    if not native.int8_is_faster().available:
+        pytest.skip("XLA is faster here")
+    qparams, qapply = jaxquant.quant_dynamic(PARAMS, step, networks.images(9, (1, WIDTH)))
+    prepared = qapply.prepare(qparams)
+    assert len(prepared["packed"]) == 6
+    x = networks.images(9, (rows, WIDTH))
+    text = jax.jit(qapply).lower(prepared, x).as_text()
+    assert len(re.findall("custom_call @jaxquant_dot", text)) == 6
+    assert "jaxquant_pack" not in text
+    assert calls(qapply, prepared, x[:8]) == 6
+    expected = qapply.with_backend("xla")(qparams, x)
+    for arrays in (qparams, prepared):
+        np.testing.assert_allclose(qapply(arrays, x), expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_sums_of_more_terms_than_a_float_holds():
+    """Integers all at their ends: 3001 products of 127 * 127 are beyond 2 ** 24."""
+    x, w = jnp.ones((40, 3001)).at[:, ::2].set(0.9), jnp.ones((3001, 5))
+    qparams, qapply = jaxquant.quant_dynamic({"w": w}, lambda p, x: x @ p["w"], x)
+    want = qapply.with_backend("xla")(qparams, x)
+    native = qapply.with_backend("native")
+    np.testing.assert_array_equal(native(qparams, x), want)
+    np.testing.assert_array_equal(native(native.prepare(qparams), x), want)
 
 
 def test_samples_that_are_mapped(quantized):
@@ -105,6 +134,7 @@ def test_an_export_holds_no_call(quantized):
     np.testing.assert_allclose(exported.call(qparams, x), expected, atol=2e-2 * size)
 
 
-def test_there_is_nothing_to_pack(quantized):
+def test_there_is_nothing_to_pack_of_weights_alone(quantized):
     qparams, qapply = quantized
-    assert qapply.prepare(qparams).keys() == qparams.keys()
+    if qapply.plan.mode != "dynamic":
+        assert qapply.prepare(qparams).keys() == qparams.keys()

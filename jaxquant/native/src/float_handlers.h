@@ -54,6 +54,26 @@ inline ffi::Error layer_norm_handler(ffi::ThreadPool pool, FloatBuffer x, FloatB
   });
 }
 
+// x [..., K]: in int8, and the scale and the zero point of each row.
+inline ffi::Error quantize_rows_handler(ffi::ThreadPool pool, FloatBuffer x,
+                                        ffi::Result<ffi::Buffer<ffi::S8>> q,
+                                        ffi::Result<FloatBuffer> scales,
+                                        ffi::Result<ffi::Buffer<ffi::S32>> zero_points,
+                                        int64_t asymmetric, float smallest) {
+  const auto in = x.dimensions();
+  const int64_t size = int64_t(x.element_count()), columns = in.size() ? in.back() : 0;
+  if (size == 0) return ffi::Error::Success();
+  const int64_t rows = size / columns;
+  if (int64_t(q->element_count()) != size || int64_t(scales->element_count()) != rows ||
+      int64_t(zero_points->element_count()) != rows)
+    return invalid("wrong shapes");
+  XlaThreads threads(pool, size * 4);
+  return with_memory([&] {
+    quantize_rows<VectorsHere>(threads, x.typed_data(), rows, columns, asymmetric != 0, smallest,
+                               q->typed_data(), scales->typed_data(), zero_points->typed_data());
+  });
+}
+
 // The axes of a tensor in the order batch, line, place: their sizes and strides.  An axis that it
 // lacks, or of which it has one entry for all, has the stride 0.
 struct OrderedAxes {

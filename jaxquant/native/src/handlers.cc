@@ -183,6 +183,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_layer_norm, jaxquant::layer_norm_handler,
                                   .Ret<jaxquant::FloatBuffer>()
                                   .Attr<float>("epsilon"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_quantize_rows, jaxquant::quantize_rows_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Ret<jaxquant::FloatBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Attr<int64_t>("asymmetric")
+                                  .Attr<float>("smallest"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_attention, jaxquant::attention_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()

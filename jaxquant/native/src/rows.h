@@ -1,4 +1,4 @@
-// Functions of rows of floats in one pass: GELU, layer normalization.
+// Functions of rows of floats in one pass: GELU, layer normalization, a grid for each row.
 #pragma once
 
 #include <algorithm>
@@ -126,6 +126,70 @@ void layer_norm(Threads& threads, const LayerNorm& norm, const float* x, int64_t
   parallel_for(threads, ceil_div(rows, each), [&](int64_t part) {
     for (int64_t r = part * each; r < std::min(rows, (part + 1) * each); ++r)
       layer_norm_row<L>(norm, x + r * norm.columns, out + r * norm.columns);
+  });
+}
+
+// What the integers of a row are worth, and which of them stands for zero.
+struct RowGrid {
+  float scale, inverse;
+  int32_t zero_point;
+};
+
+// The grid of numbers in [low, high], 0 in it, as `jaxquant.run.dynamic` has it: of all 256 steps, or
+// symmetric.  NaN where one of them is NaN.
+inline RowGrid row_grid(float low, float high, bool asymmetric, float smallest) {
+  const auto at_least = [](float value, float least) { return value < least ? least : value; };
+  if (!asymmetric) {
+    const float threshold = at_least(high < -low ? -low : high, 127.0f * smallest);
+    return {threshold * (1.0f / 127.0f), 127.0f / threshold, 0};
+  }
+  const float half = high * 0.5f - low * 0.5f;
+  const float scale = at_least(half * (2.0f / 255.0f), smallest), inverse = 1.0f / scale;
+  const float zero = -128.0f - std::nearbyint(low * inverse);
+  return {scale, inverse, zero >= -128.0f ? int32_t(std::min(zero, 127.0f)) : -128};
+}
+
+// Rows in int8, each on a grid of its own.
+template <class L>
+void quantize_rows(Threads& threads, const float* x, int64_t rows, int64_t columns, bool asymmetric,
+                   float smallest, int8_t* q, float* scales, int32_t* zero_points) {
+  using Floats = typename L::Floats;
+  const int64_t each = std::max<int64_t>(1, kPart / columns);
+  const auto one = [&](int64_t r) {
+    const float* row = x + r * columns;
+    Floats low = {}, high = {};
+    typename L::Ints odd = {};
+    const auto look = [&](Floats value) {
+      low = value < low ? value : low;
+      high = value > high ? value : high;
+      odd |= value != value;
+    };
+    int64_t at = 0;
+    for (; at + L::kCount <= columns; at += L::kCount) look(L::load(row + at));
+    if (at < columns) look(L::load(row + at, columns - at));
+    float least = 0.0f, most = 0.0f;
+    for (int lane = 0; lane < L::kCount; ++lane) {
+      least = std::min(least, low[lane]), most = std::max(most, high[lane]);
+    }
+    for (int lane = 0; lane < L::kCount; ++lane)
+      if (odd[lane]) least = most = __builtin_nanf("");
+    const RowGrid grid = row_grid(least, most, asymmetric, smallest);
+    scales[r] = grid.scale, zero_points[r] = grid.zero_point;
+    const auto round = [&](Floats value) {
+      return FloatMath<L>::quantized(value, grid.inverse, float(grid.zero_point));
+    };
+    int8_t* to = q + r * columns;
+    for (at = 0; at + L::kCount <= columns; at += L::kCount) {
+      const auto rounded = round(L::load(row + at));
+      std::memcpy(to + at, &rounded, L::kCount);
+    }
+    if (at < columns) {
+      const auto rounded = round(L::load(row + at, columns - at));
+      std::memcpy(to + at, &rounded, columns - at);
+    }
+  };
+  parallel_for(threads, ceil_div(rows, each), [&](int64_t part) {
+    for (int64_t r = part * each; r < std::min(rows, (part + 1) * each); ++r) one(r);
   });
 }
 
