@@ -49,15 +49,15 @@ class Case:
         )
 
     @functools.cache  # noqa: B019
-    def onnx(self) -> Path:
+    def onnx(self, processors: str = "vnni") -> Path:
         """The fully quantized network as we export it, channels first.
 
-        With int8 weights, as the other systems quantize them and as OpenVINO needs them to run in
-        int8.
+        By default with int8 weights, as the other systems quantize them and as OpenVINO needs them
+        to run in int8; with "any" so that products do not saturate on processors without VNNI.
         """
-        path = self.folder / "int8.onnx"
+        path = self.folder / f"int8-{processors}.onnx"
         jaxquant.export_onnx(
-            path, *self.int8(True), channels_first=True, processors="vnni", progress=False
+            path, *self.int8(True), channels_first=True, processors=processors, progress=False
         )
         return path
 
@@ -142,6 +142,7 @@ SYSTEMS: dict[str, Callable[[Case], Program]] = {
     ),
     "onnxruntime-f32": lambda case: onnxruntime(case, case.float_onnx()),
     "onnxruntime-int8": lambda case: onnxruntime(case, case.quantized_by_onnxruntime()),
+    "onnxruntime-exact": lambda case: onnxruntime(case, case.onnx("any")),
     "openvino-f32": lambda case: openvino(case, case.float_onnx()),
     "openvino-int8": lambda case: openvino(case, case.onnx()),
     "qwix-int8": qwix,
