@@ -1,70 +1,33 @@
-"""Compile the kernels with the machine's own compiler, once, and load them.
+"""The kernels' library: one that the package carries, or one that is compiled here, once.
 
-It is compiled for the best set of instructions that the processor has
-(`jaxquant.native.instructions`), and kept in a per-user cache (`jaxquant.native.cache`) under a
-name that hashes the sources, the compiler, jaxlib and the set, so that a change of any of them
-compiles anew: one home directory may serve many machines, which share what is for the same set.
-Where it cannot be compiled, one that was compiled for a lesser set does.  Needs a C++17 compiler
-(`$CXX`, else `c++`, `g++` or `clang++`); the FFI headers come with jaxlib.
+Where a wheel carries none (`jaxquant.native.shipped`), it is compiled for the best set of
+instructions that the processor has (`jaxquant.native.instructions`), and kept in a per-user cache
+(`jaxquant.native.cache`) under a name that hashes the sources, the compiler, jaxlib and the set, so
+that a change of any of them compiles anew: one home directory may serve many machines, which share
+what is for the same set.  Where it cannot be compiled, one that was compiled for a lesser set does.
+Needs a C++17 compiler (`$CXX`, else `c++`, `g++` or `clang++`); the FFI headers come with jaxlib.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
 import pathlib
 import platform
 import shlex
-import shutil
-import signal
-import subprocess
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jaxlib.version
 
-from jaxquant.native import fields, foreign, instructions, processor
+from jaxquant.native import compiler, foreign, instructions, processor, shipped, sources
 from jaxquant.native.cache import CACHE_VARIABLE, Folder, Sealed, cache_dir, hashed
+from jaxquant.native.compiler import Compiler
 from jaxquant.native.errors import BuildError, CompilerTimeout
 from jaxquant.native.instructions import InstructionSet
 
-__all__ = ["CACHE_VARIABLE", "BuildError", "build", "cache_dir", "find_compiler", "load"]
-
-_SOURCES = pathlib.Path(__file__).parent / "src"
-_MAIN, _PROCESSOR = "handlers.cc", "processor.cc"
-# GCC's own header of AVX-512 starts from values that it leaves undefined, which GCC before 13 takes
-# for ours (its bug 105593).
-WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
-# Nobody reads the flags of floating-point exceptions: without them choices between two values need
-# no branch, and loops with such become vectors on AVX2.
-_FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno",
-    "-fno-trapping-math", *WARNINGS, *fields.definitions(),
-)  # fmt: skip
-_ANY_PROCESSOR = ("-std=c++17", "-O0", "-fPIC", "-shared", *WARNINGS)
-_SECONDS = 300.0  # that the compiler may take
-
-
-def find_compiler() -> list[str]:
-    """The command that compiles C++.
-
-    Raises:
-      BuildError: there is none.
-    """
-    if given := os.environ.get("CXX"):
-        try:
-            command = shlex.split(given)
-        except ValueError as error:
-            raise BuildError(f"CXX is {given!r}, which is no command: {error}") from None
-        if command:
-            return command
-    for name in ("c++", "g++", "clang++"):
-        if found := shutil.which(name):
-            return [found]
-    raise BuildError("no C++ compiler is on the PATH (install g++ or clang++, or set CXX)")
+__all__ = ["CACHE_VARIABLE", "BuildError", "build", "cache_dir", "load"]
 
 
 def build(name: str | None = None) -> pathlib.Path:
@@ -101,15 +64,12 @@ class _Loaded(NamedTuple):
     library: ctypes.CDLL
 
 
-class _Compiler(NamedTuple):
-    command: list[str]
-    version: str
-
-
 def _obtain(name: str | None) -> _Loaded:
+    if (path := shipped.find(name)) is not None:
+        return _loaded(path, path)
     try:
         with Folder(cache_dir()) as folder:
-            return _remembering_timeouts(folder, find_compiler(), name)
+            return _remembering_timeouts(folder, compiler.find_compiler(), name)
     except OSError as error:  # a full disk, sources that cannot be read, no descriptor left, ...
         raise BuildError(f"cannot compile the kernels: {error}") from None
 
@@ -120,55 +80,44 @@ def _remembering_timeouts(folder: Folder, command: list[str], name: str | None) 
     if (reason := folder.failure(note)) is not None:
         raise BuildError(reason)
     try:
-        compiler = _Compiler(command, _printed_by([*command, "--version"]))
-        return _best(folder, compiler, name)
+        return _best(folder, Compiler.of(command), name)
     except CompilerTimeout as error:
         folder.remember_failure(note, str(error))
         raise
 
 
-def _best(folder: Folder, compiler: _Compiler, name: str | None) -> _Loaded:
+def _best(folder: Folder, using: Compiler, name: str | None) -> _Loaded:
     """The library of the best set that can be had, or of the one that is named."""
-    present = _processor(folder, compiler)
+    present = _processor(folder, using)
     compiles, failure = True, BuildError(f"this processor does not have {name}")
     for wanted in instructions.runnable(present):
         if name not in (None, wanted.name):
             continue
-        file = f"kernels-{wanted.name}-{_hash(compiler.command, wanted.flags, compiler.version)}.so"
+        file = f"kernels-{wanted.name}-{_hash(using.command, wanted.flags, using.version)}.so"
         if (found := _cached(folder, file, present)) is not None:
             return _load(found)
         if not compiles:
             continue  # but one that was compiled before will do
         try:
-            needs = _needed(compiler, wanted)
+            needs = using.needed(wanted)
         except CompilerTimeout:
             raise
         except BuildError as error:  # an old compiler does not know the set
             failure = error
             continue
         if lacks := needs - (present.features or needs):
-            command = shlex.join(_compiling(compiler, wanted))
+            command = shlex.join(using.compiling(wanted))
             failure = BuildError(
                 f"{command} uses {', '.join(sorted(lacks))}, which this processor does not have"
             )
             continue
         try:
-            return _compiled(folder, file, _compiling(compiler, wanted), needs)
+            return _compiled(folder, file, using, wanted, needs)
         except CompilerTimeout:
             raise
         except BuildError as error:
             compiles, failure = False, error
     raise failure
-
-
-def _compiling(compiler: _Compiler, wanted: InstructionSet) -> list[str]:
-    return [*compiler.command, *_FLAGS, *wanted.flags]
-
-
-def _needed(compiler: _Compiler, wanted: InstructionSet) -> frozenset[str]:
-    """The features that the compiler may use, to which `$CXX` may add some."""
-    command = [*_compiling(compiler, wanted), "-dM", "-E", "-x", "c++", os.devnull]
-    return processor.needed(_printed_by(command))
 
 
 def _cached(folder: Folder, file: str, present: processor.Processor) -> Sealed | None:
@@ -180,29 +129,27 @@ def _cached(folder: Folder, file: str, present: processor.Processor) -> Sealed |
     return found
 
 
-def _compiled(folder: Folder, file: str, compiling: list[str], needs: frozenset[str]) -> _Loaded:
-    headers = ["-isystem", jax.ffi.include_dir()]
+def _compiled(
+    folder: Folder, file: str, using: Compiler, wanted: InstructionSet, needs: frozenset[str]
+) -> _Loaded:
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
-        _printed_by([*compiling, str(_SOURCES / _MAIN), *headers, "-o", str(output)])
+        using.compile_kernels(wanted, output)
         made = workshop.sealed(output.name, needs)
         loaded = _load(made)  # before it is kept: what does not load is compiled anew next time
         return loaded._replace(path=workshop.store(made, file).path)
 
 
-def _processor(folder: Folder, compiler: _Compiler) -> processor.Processor:
+def _processor(folder: Folder, using: Compiler) -> processor.Processor:
     """What the processor has, by a library of its own."""
-    command = [*compiler.command, *_ANY_PROCESSOR]
-    if platform.machine() in ("x86_64", "AMD64"):
-        command.append("-march=x86-64")  # behind what CXX may say
-    source = (_SOURCES / _PROCESSOR).read_bytes()
-    parts = [source, *map(os.fsencode, (*command, compiler.version, platform.machine()))]
-    file = f"processor-{hashed(parts, 20)}.so"
+    command = using.compiling_for_any()
+    parts = [sources.PROCESSOR.read_bytes(), *map(os.fsencode, (*command, using.version))]
+    file = f"processor-{hashed([*parts, platform.machine().encode()], 20)}.so"
     if (found := folder.find(file)) is not None:
         return _ask(found)
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
-        _printed_by([*command, str(_SOURCES / _PROCESSOR), "-o", str(output)])
+        using.compile_processor(output)
         made = workshop.sealed(output.name, frozenset())
         present = _ask(made)
         workshop.store(made, file)
@@ -211,76 +158,33 @@ def _processor(folder: Folder, compiler: _Compiler) -> processor.Processor:
 
 def _ask(found: Sealed) -> processor.Processor:
     try:
-        return processor.ask(_dlopen(found))
+        return processor.ask(ctypes.CDLL(str(_file(found))))
     except (OSError, AttributeError) as error:
         raise BuildError(f"{found.path} does not load: {error}") from None
 
 
 def _load(found: Sealed) -> _Loaded:
-    try:
-        library = _dlopen(found)
-        foreign.declare(library)
-    except (OSError, AttributeError) as error:
-        raise BuildError(f"{found.path} does not load: {error}") from None
-    return _Loaded(found.path, library)
-
-
-def _dlopen(found: Sealed) -> ctypes.CDLL:
-    """Load the file that was checked, whatever has its name by now.
-
-    The descriptor stays open: a later one of its number would have its name, by which the loader
+    """The descriptor stays open: a later one of its number would have its name, by which the loader
     takes a library for one that is loaded already.
     """
-    descriptor = f"/proc/self/fd/{found.descriptor}"
-    return ctypes.CDLL(descriptor if os.path.exists(descriptor) else str(found.path))
+    return _loaded(found.path, _file(found))
+
+
+def _loaded(path: pathlib.Path, file: pathlib.Path) -> _Loaded:
+    try:
+        library = ctypes.CDLL(str(file))
+        foreign.declare(library)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} does not load: {error}") from None
+    return _Loaded(path, library)
+
+
+def _file(found: Sealed) -> pathlib.Path:
+    """The file that was checked, whatever has its name by now."""
+    descriptor = pathlib.Path(f"/proc/self/fd/{found.descriptor}")
+    return descriptor if descriptor.exists() else found.path
 
 
 def _hash(command: list[str], flags: Sequence[str] = (), version: str = "") -> str:
-    files = sorted(p for p in _SOURCES.iterdir() if p.suffix in (".h", ".cc"))
-    parts = [part for path in files for part in (path.name.encode(), path.read_bytes())]
-    texts = (*command, *_FLAGS, *flags, version, platform.machine(), jaxlib.version.__version__)
-    return hashed([*parts, *map(os.fsencode, texts)], 20)
-
-
-def _printed_by(command: list[str]) -> str:
-    """What a compiler prints.
-
-    It reads nothing, and is the leader of a group of processes, so that those that it started end
-    with it.
-
-    Raises:
-      BuildError: it does not run, or fails.
-      CompilerTimeout: it takes too long.
-    """
-    text = shlex.join(command)
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise BuildError(f"{text} does not run: {error}") from None
-    try:
-        printed, errors = process.communicate(timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        _end(process)
-        raise CompilerTimeout(f"{text} did not end within {_SECONDS:g} s") from None
-    except BaseException:  # Ctrl-C does not reach another group
-        _end(process)
-        raise
-    if process.returncode:
-        said = errors.decode(errors="replace").strip()[-2000:]
-        raise BuildError(f"{text} failed (exit status {process.returncode}):\n{said}")
-    return printed.decode(errors="replace")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
+    texts = (*command, *flags, version, platform.machine(), jaxlib.version.__version__)
+    return hashed([*sources.parts(), *map(os.fsencode, texts)], 20)

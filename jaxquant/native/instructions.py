@@ -54,6 +54,11 @@ _X86 = (
     _x86("portable", ""),
 )
 ARM = (
+    InstructionSet(
+        "NEON-I8MM",
+        ("-march=armv8.2-a+dotprod+i8mm",),
+        frozenset({"ARM_FEATURE_DOTPROD", "ARM_FEATURE_MATMUL_INT8"}),
+    ),
     InstructionSet("NEON", ("-march=armv8.2-a+dotprod",), frozenset({"ARM_FEATURE_DOTPROD"})),
     InstructionSet("portable", ("-march=armv8-a",), frozenset()),
 )

@@ -460,6 +460,9 @@ int main(int, char** arguments) {
 #ifdef JAXQUANT_NEON
     expected.check_everywhere<Neon>();
 #endif
+#ifdef JAXQUANT_NEON_MATRICES
+    expected.check_everywhere<NeonMatrices>();
+#endif
 #ifdef JAXQUANT_AVX512
     expected.check_everywhere<Avx512Words>();
 #endif

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from jaxquant import native
-from jaxquant.native import build, cache, instructions, library
+from jaxquant.native import build, cache, compiler, instructions, library
 from jaxquant.native.errors import BuildError, CompilerTimeout
 from jaxquant.native.processor import Processor
 from tests.native.cases import needs_kernels
@@ -46,7 +46,7 @@ def test_a_compiler_that_hangs_ends_with_its_children(
     pids = tmp_path / "pids"
     hanging = f"sleep 600 & echo $! $$ > {pids}; cat; wait"
     monkeypatch.setenv("CXX", script(tmp_path / "hangs", hanging))
-    monkeypatch.setattr(build, "_SECONDS", 1.0)
+    monkeypatch.setattr(compiler, "_SECONDS", 1.0)
     with pytest.raises(CompilerTimeout, match="did not end within 1 s"):
         build.build()
     deadline = time.monotonic() + 30
@@ -105,7 +105,7 @@ def test_a_blank_compiler_is_the_machine_s(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
-        build.find_compiler()
+        compiler.find_compiler()
 
 
 x86 = pytest.mark.skipif(len(instructions.all_here()) < 3, reason="the sets are those of x86")

@@ -15,21 +15,21 @@ import subprocess
 import jax
 import pytest
 
-from jaxquant.native import build, fields, instructions
+from jaxquant.native import compiler, fields, instructions, sources
 from tests.native.cases import needs_kernels
 
 pytestmark = needs_kernels  # without a compiler there is nothing to try
 
 _TESTS = pathlib.Path(__file__).parent
-_SOURCES = pathlib.Path(build.__file__).parent / "src"
-_STRICT = ("-std=c++17", *build.WARNINGS, "-Werror", *fields.definitions())
+_SOURCES = sources.FOLDER
+_STRICT = ("-std=c++17", *sources.WARNINGS, "-Werror", *fields.definitions())
 _SANITIZED = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def compile_(
     *arguments: object, machine: str = "-march=native"
 ) -> subprocess.CompletedProcess[str]:
-    command = [*build.find_compiler(), *_STRICT, machine, *map(str, arguments)]
+    command = [*compiler.find_compiler(), *_STRICT, machine, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

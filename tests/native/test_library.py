@@ -64,6 +64,7 @@ def test_names_the_kernels():
         "AVX-512",
         "AVX-VNNI",
         "AVX2",
+        "NEON-I8MM",
         "NEON",
         "portable",
     )

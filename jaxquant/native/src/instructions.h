@@ -24,6 +24,7 @@
 #include "avx512_words.h"
 #include "avx_vnni.h"
 #include "neon.h"
+#include "neon_matrices.h"
 #include "portable.h"
 
 namespace jaxquant {
@@ -42,6 +43,8 @@ auto with_instructions(const Work& work) {
   return work(AvxVnni{});
 #elif defined(JAXQUANT_AVX2)
   return work(Avx2{});
+#elif defined(JAXQUANT_NEON_MATRICES)
+  return work(NeonMatrices{});
 #elif defined(JAXQUANT_NEON)
   return work(Neon{});
 #else

@@ -1,4 +1,4 @@
-// The instruction sets of ARM with products of bytes: sums of four of them, or of 2 x 2 x 8 (i8mm).
+// The instruction set of ARM with sums of four products of bytes.
 #pragma once
 
 #include "neon_lanes.h"
