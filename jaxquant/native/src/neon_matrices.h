@@ -44,7 +44,7 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const int32x2_t start = vld1_s32(block.init + first + 2 * j);
-#pragma GCC unroll 5
+#pragma GCC unroll 4
       for (int i = 0; i < H; ++i) sums[i][j] = vcombine_s32(start, start);
     }
     const auto add = [&](const EightByEight& weights, int i, int8x16_t x) {
@@ -56,13 +56,13 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
       const uint8_t *a = s0.in + runs.offsets[t], *b = s1.in + runs.offsets[t];
       for (int64_t k = 0; k + 2 <= runs.groups; k += 2, a += 8, b += 8, w += 128 * NR) {
         const EightByEight weights(w, w + 64 * NR);
-#pragma GCC unroll 5
+#pragma GCC unroll 4
         for (int i = 0; i < H; ++i) add(weights, i, two_pixels<8>(a + i * stride, b + i * stride));
       }
       if (runs.groups % 2) {
         const EightByEight weights(w, nullptr);
         w += 64 * NR;
-#pragma GCC unroll 5
+#pragma GCC unroll 4
         for (int i = 0; i < H; ++i) add(weights, i, two_pixels<4>(a + i * stride, b + i * stride));
       }
     }
@@ -75,7 +75,7 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
         if constexpr (kPlain) epilogue.store_plain<kClamps>(ints, channels, at);
         else epilogue.store(ints, channels, at);
       };
-#pragma GCC unroll 5
+#pragma GCC unroll 4
       for (int i = 0; i < H; ++i) {
         const int32x4_t left = sums[i][2 * r], right = sums[i][2 * r + 1];
         store(vcombine_s32(vget_low_s32(left), vget_low_s32(right)), s0.out + i * block.pixel);
@@ -87,7 +87,7 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
 
 struct NeonMatrices : Neon {
   static constexpr const char* kName = "NEON-I8MM";
-  static constexpr int64_t kPixels = 5;  // of a segment: GCC 12 keeps no more than 5 x 4 sums
+  static constexpr int64_t kPixels = 4;  // of a segment: GCC 12 keeps no more than 4 x 4 sums
 
   static void run(const Share& share, const Weights& weights, const Sums& sums) {
     run_tiles<NeonMatrices>(share, weights, sums);
