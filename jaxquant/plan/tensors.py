@@ -35,7 +35,7 @@ def plan_tensors(
     if missing:
         raise ValueError(
             f"the observations hold nothing on {', '.join(map(repr, missing[:5]))}; calibrate with "
-            "the same apply_fn and the same quantizable_op_type, is_full_quantize and skip"
+            "the same apply_fn and the same quantizable_op_type, is_full_quantize, target and skip"
         )
 
     # The members of each family share a grid, which holds the constants beside them as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -53,7 +54,7 @@ class Emitter:
         self._emit_site = emit_site
         self._floats: dict[Var, Value] = {}
         self._int8: dict[Var, Value] = {}
-        self._dequantized: dict[str, Value] = {}
+        self._dequantized: dict[str, str] = {}  # int8 tensor -> its float
         self._passed: set[Var] = set()  # what is inside a chain, which nobody else reads
         self._weights: dict[Var, Stored] = {}  # until something reads them in float
 
@@ -121,9 +122,10 @@ class Emitter:
     def operand(self, var: Var) -> Value:
         """What sites read as the float of a tensor: without what their weights hold, if divided."""
         value = self.int8(var)
+        # A transpose is another value of the same tensor.
         if value.name not in self._dequantized:
-            self._dequantized[value.name] = self.builder.dequantize(value)
-        return self._dequantized[value.name]
+            self._dequantized[value.name] = self.builder.dequantize(value).name
+        return dataclasses.replace(value, name=self._dequantized[value.name])
 
     def int8(self, var: Var) -> Value:
         """The int8 form of a tensor."""

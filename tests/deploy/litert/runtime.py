@@ -66,5 +66,5 @@ def agrees(tmp_path, params, apply_fn, *inputs, full=False, at_least=100.0, **ex
         ratio = sqnr(np.asarray(expected, np.float32), found)
         if ratio < (np.inf if expected.dtype in (bool, np.int32) else at_least):
             wrong[jax.tree_util.keystr(where)] = ratio
-    assert not wrong
+    assert not wrong, wrong
     return ops(path)

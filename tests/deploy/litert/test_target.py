@@ -65,14 +65,26 @@ def test_additions_in_float_between_int8_convolutions(model, tmp_path):
     expected = np.asarray(qapply(qparams, x))
     assert sqnr(expected, run(path, x)[0]) > 100
     np.testing.assert_array_equal(np.asarray(loaded[1](loaded[0], x)), expected)
-
-
-def test_what_a_site_gives_is_on_its_grid_for_everybody(model):
-    qparams, qapply = model[0](target="litert")
-    (grid,) = (t for t in qapply.plan.tensors if t.name == "head/output")
-    steps = np.asarray(qapply(qparams, images(1, SHAPE)), np.float64) / grid.scale
+    # The output is on its grid for everybody.
+    (grid,) = (tensor for tensor in qapply.plan.tensors if tensor.name == "head/output")
+    steps = expected.astype(np.float64) / grid.scale
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
-    assert all(t.name != "head/output" for t in model[0]()[1].plan.tensors)
+
+
+def test_the_layers_of_a_scan_are_rounded_too(tmp_path):
+    p = {"w": images(1, (3, 8, 8)) * 0.4, "head": images(3, (8, 5))}
+
+    def apply_fn(p, x):
+        y, _ = jax.lax.scan(lambda c, w: (c + nn.relu(c @ w), None), x, p["w"])
+        return y @ p["head"]
+
+    x = images(0, (16, 8))
+    options = {"is_full_quantize": True, "target": "litert", "recover": (), "progress": False}
+    qparams, qapply = jaxquant.quant_post(p, apply_fn, [x], **options)
+    jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
+    assert ops(tmp_path / "m.tflite").count("ADD") == 3
+    assert ops(tmp_path / "m.tflite").count("QUANTIZE") == 1
+    np.testing.assert_array_equal(run(tmp_path / "m.tflite", x)[0], qapply(qparams, x))
 
 
 def test_onnx_has_the_same_grids(model, tmp_path):
