@@ -34,7 +34,7 @@ from experiments.models.transformer import Transformer
 VOCABULARY, BATCH, LENGTH = 96, 8, 64
 LOOPS = ("transformer", "lstm_tagger", "decoder", "experts")
 IMAGES = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0", "googlenet")
-NETWORKS = (*LOOPS, *IMAGES, "encoder", "minilm")
+NETWORKS = (*LOOPS, *IMAGES, "causal", "encoder", "minilm")
 MODES = ("static", "full", "dynamic", "8-bit weights", "4-bit weights", "bfloat16")
 # A batch of the networks that are measured by their cycles, and how it is sampled in quantization.
 IMAGE, SAMPLE = (224, 224, 3), (1, 64, 64, 3)
@@ -55,6 +55,11 @@ def network(
         sample = np.random.default_rng(0).normal(size=SAMPLE).astype(np.float32)
         variables = jax.jit(classifier.init)(jax.random.key(0), sample)
         return classifier.apply, variables, sample
+    if name == "causal":
+        sizes = {"width": 1024, "heads": 8, "hidden": 4096, "layers": 2, "length": TOKENS}
+        causal = Transformer(1000, scanned=False, **sizes)
+        tokens = np.random.default_rng(0).integers(0, 1000, (1, TOKENS)).astype(np.int32)
+        return causal.apply, jax.jit(causal.init)(jax.random.key(0), tokens), tokens
     if name in ("encoder", "minilm"):
         sizes = {"width": 768, "heads": 12, "hidden": 3072, "layers": 2, "vocabulary": 1000}
         encoder = Bert(**sizes) if name == "encoder" else Bert()
