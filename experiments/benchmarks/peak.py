@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.native import build
+from jaxquant.native import compiler
 
 _SOURCE = Path(__file__).with_name("peak.cc")
 _OPERATIONS = 1 << 34  # of a thread in one run
@@ -66,7 +66,9 @@ def _compiled() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "peak.so")
         flags = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"]
-        subprocess.run([*build.find_compiler(), *flags, str(_SOURCE), "-o", str(path)], check=True)
+        subprocess.run(
+            [*compiler.find_compiler(), *flags, str(_SOURCE), "-o", str(path)], check=True
+        )
         library = ctypes.CDLL(str(path))
     library.multiply_int8.argtypes = [ctypes.c_int64] * 2
     library.multiply_int8.restype = ctypes.c_int64

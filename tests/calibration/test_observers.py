@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis
-import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -79,13 +78,18 @@ def test_a_wrong_fraction_is_refused(percent):
 
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=25)
 @hypothesis.given(
-    hnp.arrays(np.float32, 300, elements=st.floats(0, 100, width=32)),
+    st.builds(
+        lambda seed, power: 100 * np.random.default_rng(seed).uniform(size=300) ** power,
+        st.integers(0, 2**32 - 1),
+        st.floats(0.2, 6),
+    ),
     st.sampled_from((127, 200, 255)),
     st.sampled_from((("mse", 1.0), ("auto", 16.0))),
 )
 def test_the_least_error_of_all_candidates(x, levels, method):
     name, weight = method
-    hypothesis.assume(x.max() > 1)
+    # Of a few values each could fall on a step by chance, at one of the thresholds below and at
+    # none of the search's own: there are many.
     stats = stats_of(x)
     found = chosen(name, x, levels)
     # The search knows the bins, so it is compared on values at their centres.

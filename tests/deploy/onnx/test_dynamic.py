@@ -9,7 +9,8 @@ import pytest
 import jaxquant
 from tests import networks
 from tests.deploy.onnx import runtime
-from tests.run.test_dynamic import CHAIN, DOTS, ROWS, shapes
+from tests.run.test_dynamic import DOTS, shapes
+from tests.run.test_dynamic_rules import CHAIN, ROWS
 
 
 def agree(tmp_path, qparams, qapply, inputs, **settings):
