@@ -127,7 +127,9 @@ class _Scores:
                     self.product, self.contraction = eqn, contraction
                 return
             before = self._before(eqn)
-            eqn = None if before is None else matching.producer(graph, before)
+            if before is None or len({_elements(graph, x) for x in (before, *eqn.outputs)}) != 1:
+                return  # what is beside them repeats the scores along an axis of size 1
+            eqn = matching.producer(graph, before)
 
     def before_moves(self, axes: Axes) -> Axes:
         """Axes of what the softmax gives as those of the product."""
@@ -278,6 +280,11 @@ def _layout(scores: _Scores, second: Contraction, side: int) -> tuple[Layout, in
     return layout, keys
 
 
+def _elements(graph: ir.Graph, atom: ir.Atom) -> tuple[Any, ...]:
+    """The sizes of a tensor in any order."""
+    return tuple(sorted(graph.shape(atom), key=str))
+
+
 def _varying(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
     """The axes along which a tensor's values may differ, static or not."""
     if graph.is_static(atom):
@@ -287,6 +294,7 @@ def _varying(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
     if eqn is not None and eqn.name in ("broadcast_in_dim", "transpose", "reshape"):
         return wide & primitives.follow_axes(graph, eqn, _varying(graph, eqn.inputs[0]))
     if eqn is not None and primitives.is_elementwise(eqn):
-        alike = [x for x in eqn.inputs if graph.shape(x) == sizes]
+        # A scalar varies along nothing; of operands of a size of 1, the others vary along it.
+        alike = [x for x in eqn.inputs if len(graph.shape(x)) == len(sizes)]
         return wide & frozenset().union(*(_varying(graph, x) for x in alike))
     return wide

@@ -94,6 +94,43 @@ def test_masks_biases_and_shared_heads():
     assert np.abs(got - want).mean() < 0.02 * error
 
 
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_what_is_beside_scores_is_made_of_parts_with_sizes_of_one(kind: str):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, counts):
+            mask = nn.make_attention_mask(counts, counts)
+            if kind == "mask":
+                return nn.Dense(16)(nn.MultiHeadDotProductAttention(4)(x, mask=mask))
+            q, k, v = (nn.Dense(16)(x).reshape(3, 12, 4, 4) for _ in range(3))
+            table = self.param("table", nn.initializers.normal(1.0), (1, 4, 12, 12))
+            bias = table + jnp.where(counts, 0.0, -1e9)[:, None, None]
+            mixed = jax.nn.dot_product_attention(q, k, v, bias=bias)
+            return nn.Dense(16)(mixed.reshape(3, 12, 16))
+
+    counts = np.arange(12) < np.array([[12], [7], [1]])
+    params, apply_fn, qparams, qapply = quantized("post", Model(), X, counts)
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    assert called(native, qparams, X, counts) == ["jaxquant_attention"]
+    got, want = native(qparams, X, counts), xla(qparams, X, counts)
+    error = np.abs(want - apply_fn(params, X, counts)).mean()
+    assert np.abs(got - want).mean() < 0.02 * error
+
+
+def test_scores_of_one_key_that_a_bias_repeats():
+    def apply_fn(params, x, bias):
+        q, k, v = x @ params["q"], x[:, :1] @ params["k"], x @ params["v"]
+        scores = jnp.einsum("bqd,bkd->bqk", q, k) + bias
+        return (jax.nn.softmax(scores) @ v) @ params["out"]
+
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(16, 16)).astype(np.float32) for name in ("q", "k", "v", "out")}
+    bias = rng.normal(size=(3, 12, 12)).astype(np.float32)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [(X, bias)], recover=())
+    got, want = (qapply.with_backend(b)(qparams, X, bias) for b in ("native", "xla"))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_inside_a_scan_it_is_the_same_kernel():
     class Scanned(nn.Module):
         @nn.compact
