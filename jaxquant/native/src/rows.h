@@ -162,7 +162,8 @@ void quantize_rows(Threads& threads, const float* x, int64_t rows, int64_t colum
     const auto look = [&](Floats value) {
       low = value < low ? value : low;
       high = value > high ? value : high;
-      odd |= value != value;
+      const Floats nothing = value - value;  // NaN of infinity too, as its row is in XLA
+      odd |= nothing != nothing;
     };
     int64_t at = 0;
     for (; at + L::kCount <= columns; at += L::kCount) look(L::load(row + at));
