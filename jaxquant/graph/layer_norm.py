@@ -7,7 +7,7 @@ factors may come in any order, and the variance is that of `jnp.var` or the fast
 
 from __future__ import annotations
 
-from jaxquant.graph import ir, matching
+from jaxquant.graph import ir, matching, primitives
 
 _SPREADING = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "stop_gradient", "copy")
 
@@ -66,8 +66,10 @@ class _Search:
     ) -> tuple[ir.Var, int, float] | None:
         """The tensor, the axis and the epsilon of two factors; None where they are others."""
         given = self._centered(centered)
-        epsilon = None if given is None else self._epsilon(deviation, *given)
-        return None if given is None or epsilon is None else (*given, epsilon)
+        if given is None or given[1] in self._varying(deviation):
+            return None
+        epsilon = self._epsilon(deviation, *given)
+        return None if epsilon is None else (*given, epsilon)
 
     def _factors(self, atom: ir.Atom) -> list[ir.Atom]:
         """What a product is of; a division's divisor is one too, since it is recognized later."""
@@ -100,6 +102,22 @@ class _Search:
             return None
         self._members.add(eqn.index)
         return eqn
+
+    def _varying(self, atom: ir.Atom) -> frozenset[int]:
+        """The axes along which what is made of sums may differ, of an operand of the whole tensor.
+
+        Sums that are spread back along other axes than those they have left are another function.
+        Axes keep their order, so that they are where they were if the summed one holds copies.
+        """
+        graph, eqn = self._graph, matching.producer(self._graph, atom)
+        wide = frozenset(axis for axis, size in enumerate(graph.shape(atom)) if size != 1)
+        if eqn is None or graph.is_static(atom) or eqn.name == "reduce_sum":
+            return wide
+        if eqn.name in _SPREADING:
+            return wide & primitives.follow_axes(graph, eqn, self._varying(eqn.inputs[0]))
+        alike = [x for x in eqn.inputs if len(graph.shape(x)) == len(graph.shape(atom))]
+        others = [x for x in alike if not graph.is_static(x)]
+        return wide & frozenset().union(*(self._varying(x) for x in others))
 
     def _chosen(self, eqn: ir.Equation) -> ir.Atom | None:
         """What is always chosen, as by `jnp.var`, which asks whether there are elements."""
@@ -138,7 +156,7 @@ class _Search:
         """The tensor, and the axis, whose means a tensor has been freed of."""
         graph, eqn = self._graph, self._step(atom, "sub")
         found = None if eqn is None else self._mean(eqn.inputs[1])
-        if eqn is None or found is None:
+        if eqn is None or found is None or found[1] in self._varying(eqn.inputs[1]):
             return None
         # The means may be of a wider copy than what they are taken from.
         roots = [eqn.inputs[0], *(c.inputs[0] for c in matching.behind_casts(graph, eqn.inputs[0]))]

@@ -114,3 +114,25 @@ def test_a_divided_scale_stays_outside():
 
     (match,) = matches(net, VECTORS)
     assert not match.params["has_scale"]
+
+
+def mean_on_another_axis(p, x):
+    return (x - x.mean(-1)[:, None, :]) * jax.lax.rsqrt(x.var(-1, keepdims=True) + EPSILON)
+
+
+def variance_on_another_axis(p, x):
+    centered = x - x.mean(-1, keepdims=True)
+    return centered * jax.lax.rsqrt(x.var(-1)[:, None, :] + EPSILON)
+
+
+def fast_variance_of_two_axes(p, x):
+    mean = x.mean(-1)
+    variance = jnp.square(x).mean(-1)[:, :, None] - jnp.square(mean)[:, None, :]
+    return (x - mean[:, :, None]) * jax.lax.rsqrt(variance + EPSILON)
+
+
+@pytest.mark.parametrize(
+    "other", [mean_on_another_axis, variance_on_another_axis, fast_variance_of_two_axes]
+)
+def test_sums_that_are_spread_along_another_axis_of_the_same_size(other):
+    assert matches(other, {}, networks.images(0, (3, 8, 8))) == []
