@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxquant.deploy.litert.builder import Builder
+from jaxquant.deploy.lower.elementwise import aligned
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.uses import with_scalar
-from jaxquant.deploy.lower.values import Size, Value
+from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.network import Node
 
 _DIRECT = {
@@ -59,25 +59,6 @@ def litert_dtype(dtype: str) -> str:
     if dtype not in _DTYPES:
         raise NotCovered(f"the dtype {dtype}")
     return dtype
-
-
-def aligned(b: Builder, values: Sequence[Value]) -> tuple[list[str], Value]:
-    """Operands in one physical order, and a value with the shape and order of the result.
-
-    The order is that of the operand with the most axes of more than one element, so that
-    activations stay as they are and constants are turned.
-    """
-    rank = max(value.rank for value in values)
-    leader = max(values, key=lambda v: (v.rank, sum(size != 1 for size in v.shape)))
-    names = []
-    shape: list[Size] = [1] * rank
-    for value in values:
-        if value.rank == 0:
-            names.append(b.plain(value).name)
-            continue
-        names.append(b.ordered(value, leader.order).name)
-        shape = [new if old == 1 else old for old, new in zip(shape, value.shape, strict=True)]
-    return names, Value("", tuple(shape), leader.order)
 
 
 def apply(
@@ -202,16 +183,3 @@ _COMPOSED: dict[str, Compose] = {
 OPERATIONS = frozenset((*_DIRECT, *_COMPARISONS, *_LOGICAL, *_COMPOSED))
 # Kinds of `jaxquant.graph.operators` that are one operator here.
 OPERATORS = ("gelu", "softmax")
-
-
-def scaled(node: Node, values: Sequence[Value]) -> Value | None:
-    """A multiplication or division of a value with a factor by a number: another factor."""
-    split = with_scalar(node, node.op) if node.op in ("mul", "div") else None
-    if split is None or (node.op == "div" and not isinstance(node.inputs[0], int)):
-        return None
-    value = values[0] if isinstance(node.inputs[0], int) else values[1]
-    number = float(split[1].array())
-    if value.factor == 1.0 or number == 0:
-        return None
-    factor = value.factor * number if node.op == "mul" else value.factor / number
-    return dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,9 +22,10 @@ from jaxquant.deploy.litert.chains import Chain, follow
 from jaxquant.deploy.litert.contraction import Result
 from jaxquant.deploy.litert.graph import Grid
 from jaxquant.deploy.lower.convolution import conv_form
+from jaxquant.deploy.lower.elementwise import scaled
+from jaxquant.deploy.lower.emitter import LAZY, BaseEmitter
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.model import Lowered
-from jaxquant.deploy.lower.stored import Stored, read
 from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Atom, Int8Node, Node, Scalar, Var
 from jaxquant.graph.contraction import Contraction
@@ -33,7 +33,7 @@ from jaxquant.graph.contraction import Contraction
 EmitSite = Callable[["Emitter", Int8Node, "Chain | None"], Value]
 
 
-class Emitter:
+class Emitter(BaseEmitter[Builder]):
     """The float values and the int8 forms of a network's tensors, emitted once each.
 
     Args:
@@ -46,20 +46,14 @@ class Emitter:
       in_float: the sites that run on floats since nobody quantizes what they give, by name.
     """
 
+    function = "export_litert"
+
     def __init__(self, model: Lowered, builder: Builder, emit_site: EmitSite) -> None:
-        self.model = model
-        self.network = model.network
-        self.builder = builder
+        super().__init__(model, builder)
         self.in_float: list[str] = []
         self._emit_site = emit_site
-        self._floats: dict[Var, Value] = {}
-        self._int8: dict[Var, Value] = {}
         self._dequantized: dict[str, str] = {}  # int8 tensor -> its float
         self._passed: set[Var] = set()  # what is inside a chain, which nobody else reads
-        self._weights: dict[Var, Stored] = {}  # until something reads them in float
-
-    def set_input(self, var: Var, value: Value) -> None:
-        self._floats[var] = value
 
     def emit(self, nodes: Sequence[Node | Int8Node]) -> None:
         """Emit operations in their order.
@@ -148,27 +142,9 @@ class Emitter:
             array.reshape([1] * (rank - array.ndim) + list(array.shape)), "divisors"
         )
 
-    def full(self, value: Value, var: Var) -> Value:
-        """The value with all copies that the tensor holds."""
-        return self.builder.expanded(value, self.shape(var))
-
-    def shape(self, var: Var) -> tuple[Size, ...]:
-        return self.network.tensors[var].shape
-
     def dtype(self, atom: Atom) -> str:
         dtype = atom.dtype if isinstance(atom, Scalar) else self.network.tensors[atom].dtype
         return elementwise.litert_dtype(dtype)
-
-    @contextlib.contextmanager
-    def _at(self, scope: str, where: str) -> Iterator[None]:
-        """Name what is emitted inside, and what is not covered."""
-        outer, self.builder.scope = self.builder.scope, scope
-        try:
-            yield
-        except NotCovered as error:
-            raise ValueError(f"export_litert does not cover {error} ({where})") from None
-        finally:
-            self.builder.scope = outer
 
     def _move(self, node: Node) -> None:
         """An operation that hands int8 values on: its result has the scale of its operands."""
@@ -183,22 +159,6 @@ class Emitter:
             else:
                 results = self.apply(node, values)
             self._int8.update(zip(node.outputs, results, strict=True))
-
-    def _is_weight(self, node: Node) -> bool:
-        """Take a stored weight, or its transpose, as it is: what reads it may have a form of it."""
-        weight = None
-        if node.op == "dequantize":
-            weight = self._stored(node)
-        elif node.op == "transpose" and node.inputs[0] in self._weights:
-            weight = self._weights[node.inputs[0]].transposed(node.params["permutation"])
-        if weight is not None:
-            self._weights[node.outputs[0]] = weight
-        return weight is not None
-
-    def _stored(self, node: Node) -> Stored:
-        """What is stored for the weight that an operation reads first."""
-        integers, scale = (self.model.arrays[self.network.leaves[str(x)]] for x in node.inputs[:2])
-        return read(integers, scale, node.params["groups"], node.params["bits"])
 
     def _float_node(self, node: Node) -> None:
         if self._is_weight(node):
@@ -253,25 +213,14 @@ class Emitter:
             (table,) = self._copied(node, values[:1], (0,))
             return indexing.TABLE[node.op](self.builder, node, [table, *values[1:]], shape)
         if node.op in moving.TABLE:
-            if node.op not in moving.LAZY:
+            if node.op not in LAZY:
                 values = self._copied(node, values)
             return moving.TABLE[node.op](self.builder, node, values, shape)
         if node.op in reduction.OPERATIONS:
             return reduction.emit(self.builder, node, self._copied(node, values)[0], shape)
-        scaled = elementwise.scaled(node, values)
-        if scaled is not None:
-            return scaled
+        if (value := scaled(node, values)) is not None:
+            return value
         return elementwise.emit(self.builder, node, values, [self.dtype(x) for x in node.inputs])
-
-    def _copied(
-        self, node: Node, values: Sequence[Value], places: Sequence[int] | None = None
-    ) -> list[Value]:
-        """The operands, or those at some places, with all copies that they hold."""
-        atoms = node.inputs if places is None else [node.inputs[place] for place in places]
-        return [
-            self.full(value, x) if isinstance(x, int) and value.shape != self.shape(x) else value
-            for value, x in zip(values, atoms, strict=True)
-        ]
 
     def _contract(self, node: Node) -> Value:
         """A convolution or dot on floats."""

@@ -194,8 +194,6 @@ TABLE: dict[str, Emit] = {
     "tile": _tile,
     "transpose": _transpose,
 }
-# These take an operand whose broadcast is put off; the others get the copies.
-LAZY = frozenset({"broadcast_in_dim", "squeeze", "transpose", "concatenate"})
 
 
 def split(b: Builder, node: Node, x: list[Value], shapes: Sequence[Shape]) -> list[Value]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxquant.deploy.litert.builder import Builder
 from jaxquant.deploy.litert.chains import Chain
 from jaxquant.deploy.litert.contraction import Result
-from jaxquant.deploy.litert.elementwise import aligned
 from jaxquant.deploy.litert.graph import Grid
+from jaxquant.deploy.lower.elementwise import aligned
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.uses import with_scalar
 from jaxquant.deploy.lower.values import Value

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.deploy.lower.elementwise import aligned
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value
+from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx.builder import Builder
 
@@ -56,25 +57,6 @@ _DIRECT = {
 }
 _ON_TRUTH_VALUES = frozenset({"and", "or", "not", "xor"})
 ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "uint8": 2, "int8": 3, "uint32": 12}
-
-
-def aligned(builder: Builder, values: Sequence[Value]) -> tuple[list[str], Value]:
-    """Operands in one physical order, and a value with the shape and order of the result.
-
-    The order is that of the operand with the most axes of more than one element, so that
-    activations stay as they are and constants are turned.
-    """
-    rank = max(value.rank for value in values)
-    leader = max(values, key=lambda v: (v.rank, sum(size != 1 for size in v.shape)))
-    names = []
-    shape: list[Size] = [1] * rank
-    for value in values:
-        if value.rank == 0:
-            names.append(builder.plain(value).name)
-            continue
-        names.append(builder.ordered(value, leader.order).name)
-        shape = [b if a == 1 else a for a, b in zip(shape, value.shape, strict=True)]
-    return names, Value("", tuple(shape), leader.order)
 
 
 def apply(builder: Builder, op: str, values: Sequence[Value], **attributes: Any) -> Value:

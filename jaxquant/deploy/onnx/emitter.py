@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxquant.deploy.lower.convolution import conv_form
+from jaxquant.deploy.lower.elementwise import scaled
+from jaxquant.deploy.lower.emitter import LAZY, BaseEmitter
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.model import Lowered
-from jaxquant.deploy.lower.stored import Stored, read
+from jaxquant.deploy.lower.stored import Stored
 from jaxquant.deploy.lower.uses import with_scalar
 from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Atom, Int8Node, Node, Scalar, Var
@@ -33,7 +34,7 @@ WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 EmitBodies = Callable[["Emitter", Node, Sequence[Value]], list[Value]]
 
 
-class Emitter:
+class Emitter(BaseEmitter[Builder]):
     """The float values and the int8 forms of a network's tensors, emitted once each.
 
     Args:
@@ -43,6 +44,8 @@ class Emitter:
       with_bodies: the operations that hold others, such as loops, and what emits them.
     """
 
+    function = "export_onnx"
+
     def __init__(
         self,
         model: Lowered,
@@ -50,16 +53,11 @@ class Emitter:
         emit_site: Callable[[Emitter, Int8Node], Value],
         with_bodies: Mapping[str, EmitBodies],
     ) -> None:
-        self.model = model
-        self.network = model.network
-        self.builder: Builder = quantizer.builder
+        super().__init__(model, quantizer.builder)
         self.quantizer = quantizer
         self._emit_site = emit_site
         self._with_bodies = with_bodies
-        self._floats: dict[Var, Value] = {}
-        self._int8: dict[Var, Value] = {}
         self._lows: dict[Var, tuple[Value, Value]] = {}
-        self._weights: dict[Var, Stored] = {}  # until something reads them in float
         self._layouts: dict[Var, Sequence[int]] = {}
         self.tables, self._unsigned = self._find_tables()
         for node in self.network.walk():
@@ -82,9 +80,6 @@ class Emitter:
         unsigned = multiplied if target.dot_weight() is WeightForm.UINT8 else set[str]()
         unsigned |= dequantized if target.is_onnxruntime else set()
         return frozenset(looked_up), frozenset(looked_up & unsigned)
-
-    def set_input(self, var: Var, value: Value) -> None:
-        self._floats[var] = value
 
     def emit(self, nodes: Sequence[Node | Int8Node]) -> None:
         """Emit operations in their order: those of the network, or of the body of a loop.
@@ -148,24 +143,6 @@ class Emitter:
                 self._move(self.model.uses.moves[var])
         return self._int8[var]
 
-    def full(self, value: Value, var: Var) -> Value:
-        """The value with all copies that the tensor holds."""
-        return self.builder.expanded(value, self.shape(var))
-
-    def shape(self, var: Var) -> tuple[Size, ...]:
-        return self.network.tensors[var].shape
-
-    @contextlib.contextmanager
-    def _at(self, scope: str, where: str) -> Iterator[None]:
-        """Name what is emitted inside, and what is not covered."""
-        outer, self.builder.scope = self.builder.scope, scope
-        try:
-            yield
-        except NotCovered as error:
-            raise ValueError(f"export_onnx does not cover {error} ({where})") from None
-        finally:
-            self.builder.scope = outer
-
     def _move(self, node: Node) -> None:
         """An operation that hands int8 values on: its result has the scale of its operands."""
         with self._at(node.scope, self.model.uses.place(node)):
@@ -202,29 +179,16 @@ class Emitter:
             results = self.apply(node, values)
         self._floats.update(zip(node.outputs, results, strict=True))
 
-    def _is_weight(self, node: Node) -> bool:
-        """Take a stored weight, or its transpose, as it is: what reads it may have a form of it."""
-        weight = None
-        if node.op == "dequantize":
-            weight = self._stored(node)
-        elif node.op == "transpose" and node.inputs[0] in self._weights:
-            weight = self._weights[node.inputs[0]].transposed(node.params["permutation"])
-        if weight is not None:
-            self._weights[node.outputs[0]] = weight
-        return weight is not None
-
     def _stored(self, node: Node) -> Stored:
         """What is stored for the weight that an operation reads first."""
-        names = [self.network.leaves[str(x)] for x in node.inputs[:2]]
-        integers, scale = (self.model.arrays[name] for name in names)
-        weight = read(integers, scale, node.params["groups"], node.params["bits"])
-        return dataclasses.replace(weight, is_table=names[0] in self.tables)
+        is_table = self.network.leaves[str(node.inputs[0])] in self.tables
+        return dataclasses.replace(super()._stored(node), is_table=is_table)
 
     def _on_stored(self, node: Node) -> Value | None:
         """What an operation on a stored weight gives; None of one that reads it in float."""
         given, shape = node.contraction, self.shape(node.outputs[0])
         if node.op == "look_up":
-            (indices,) = self._copied(_reading(node, 2), [self.value(node.inputs[2])])
+            (indices,) = self._copied(node, [self.value(node.inputs[2])], (2,))
             table = self._stored(node)
             is_unsigned = self.network.leaves[str(node.inputs[0])] in self._unsigned
             return lookups.look_up(self.builder, node, table, indices, shape, is_unsigned)
@@ -239,7 +203,7 @@ class Emitter:
         if not is_matrix and (given.window is None or position == 0):
             return None
         side = 1 - position
-        (x,) = self._copied(_reading(node, side), [self.value(node.inputs[side])])
+        (x,) = self._copied(node, [self.value(node.inputs[side])], (side,))
         if is_matrix:
             is_onnxruntime = self.quantizer.target.is_onnxruntime
             return stored.dot(self.builder, given, side, x, weight, shape, is_onnxruntime)
@@ -278,15 +242,14 @@ class Emitter:
 
     def _one(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
         if node.op in shaping.TABLE:
-            if node.op not in shaping.LAZY:
+            if node.op not in LAZY:
                 values = self._copied(node, values)
             return shaping.TABLE[node.op](self.builder, node, list(values), shape)
         if node.op in reduction.OPERATIONS:
             dtype = elementwise.onnx_dtype(self.dtype(node.inputs[0]))
             return reduction.emit(self.builder, node, self._copied(node, values)[0], shape, dtype)
-        scaled = _scaled(node, values)
-        if scaled is not None:
-            return scaled
+        if (value := scaled(node, values)) is not None:
+            return value
         split = with_scalar(node, "max")
         if split is not None and split[1].array() == 0:
             tensor = values[0] if isinstance(node.inputs[0], int) else values[1]
@@ -296,12 +259,6 @@ class Emitter:
 
     def dtype(self, atom: Atom) -> str:
         return atom.dtype if isinstance(atom, Scalar) else self.network.tensors[atom].dtype
-
-    def _copied(self, node: Node, values: Sequence[Value]) -> list[Value]:
-        return [
-            self.full(value, x) if isinstance(x, int) and value.shape != self.shape(x) else value
-            for value, x in zip(values, node.inputs, strict=True)
-        ]
 
     def _contract(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
         given = node.contraction
@@ -316,21 +273,3 @@ class Emitter:
         else:
             name = self.builder.ordered(kernel, contraction.kernel_order(form)).name
         return contraction.conv(self.builder, given, form, x, [name], shape)
-
-
-def _reading(node: Node, side: int) -> Node:
-    """An operation as if it read this operand alone."""
-    return dataclasses.replace(node, inputs=(node.inputs[side],))
-
-
-def _scaled(node: Node, values: Sequence[Value]) -> Value | None:
-    """A multiplication or division of a value with a factor by a number: another factor."""
-    split = with_scalar(node, node.op) if node.op in ("mul", "div") else None
-    if split is None or (node.op == "div" and not isinstance(node.inputs[0], int)):
-        return None
-    value = values[0] if isinstance(node.inputs[0], int) else values[1]
-    number = float(split[1].array())
-    if value.factor == 1.0 or number == 0:
-        return None
-    factor = value.factor * number if node.op == "mul" else value.factor / number
-    return dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
