@@ -7,13 +7,12 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from jaxquant._version import __version__
 from jaxquant.deploy import tree
+from jaxquant.deploy.differences import differences
 from jaxquant.deploy.litert.export import export_litert
 from jaxquant.deploy.onnx.export import OPSETS, export_onnx
 from jaxquant.deploy.onnx.target import PROCESSORS, RUNTIMES
@@ -111,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--opset",
         type=int,
-        default=17,
-        help=f"ONNX: version of the operators, {OPSETS[0]} to {OPSETS[-1]} (default: %(default)s)",
+        help=f"ONNX: version of the operators, {OPSETS[0]} to {OPSETS[-1]}; default: the oldest "
+        "that has the model's",
     )
     convert.add_argument(
         "--channels-first",
@@ -127,15 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--runtime",
         choices=RUNTIMES,
-        default=RUNTIMES[0],
-        help="ONNX: the form that one runtime runs best (default: %(default)s, QDQ throughout)",
+        help=f"ONNX: the form that one runtime runs best (default: {RUNTIMES[0]}, QDQ throughout)",
     )
     convert.add_argument(
         "--processors",
         choices=PROCESSORS,
-        default=PROCESSORS[0],
         help="ONNX: which ones will run it; all but 'any' give int8 weights, faster, and wrong on "
-        "x86 without VNNI (default: %(default)s, exact on all)",
+        f"x86 without VNNI (default: {PROCESSORS[0]}, exact on all)",
     )
     convert.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -207,87 +204,18 @@ def _compare(options: argparse.Namespace) -> int:
     return SAME if same else DIFFERENT
 
 
-def differences(
-    a: tuple[Mapping[str, Any], QuantizedApply], b: tuple[Mapping[str, Any], QuantizedApply]
-) -> dict[str, dict[str, str]]:
-    """What differs between two models, by name: sites, tensors (their grids), arrays."""
-    plans = a[1].plan, b[1].plan
-    sites = [
-        {site.name: f"{site.kind} {site.status} {site.reason}".strip() for site in plan.sites}
-        for plan in plans
-    ]
-    grids = [
-        {
-            each.name: f"scale {each.scale:.6g}, zero point {each.zero_point}"
-            for each in plan.tensors
-        }
-        for plan in plans
-    ]
-    apart = ("sites", "tensors")  # these have entries of their own
-    settings = [
-        {name: str(x) for name, x in dataclasses.asdict(plan).items() if name not in apart}
-        for plan in plans
-    ]
-    arrays = tree.flatten(a[0]), tree.flatten(b[0])
-    return {
-        "settings": _differing(*settings),
-        "sites": _differing(*sites),
-        "tensors": _differing(*grids),
-        "arrays": {
-            name: text
-            for name in {**arrays[0], **arrays[1]}
-            if (text := _array_difference(arrays[0].get(name), arrays[1].get(name)))
-        },
-    }
-
-
-def _differing(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: f"{a.get(name, 'absent')} | {b.get(name, 'absent')}"
-        for name in {**a, **b}
-        if a.get(name) != b.get(name)
-    }
-
-
-def _array_difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
-    """How two arrays differ, "" where they are the same to the bit."""
-    if a is None or b is None:
-        return f"{'absent' if a is None else 'there'} | {'absent' if b is None else 'there'}"
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return f"{a.dtype}{list(a.shape)} | {b.dtype}{list(b.shape)}"
-    if a.tobytes() == b.tobytes():
-        return ""
-    differing = np.count_nonzero(a != b)
-    largest = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
-    return f"{differing} of {a.size} elements, by {largest:.4g} at most"
-
-
 def _convert(options: argparse.Namespace) -> int:
     to = _format(options)
     output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[to]
     if os.path.abspath(output) == os.path.abspath(options.path):
         raise ValueError(f"{output} is the model itself; give another OUTPUT")
+    own = _own_settings(options, to)
     qparams, qapply = load_quantized_model(options.path)
     # One text is for all inputs, several are for one each.
     shapes = tuple(options.shapes) if len(options.shapes) > 1 else next(iter(options.shapes), None)
-    options_of_all: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
-    options_of_all["progress"] = False  # a command says nothing beside its result
-    if to == "onnx":
-        export_onnx(
-            output,
-            qparams,
-            qapply,
-            opset=options.opset,
-            channels_first=options.channels_first,
-            runtime=options.runtime,
-            processors=options.processors,
-            **options_of_all,
-        )
-    elif to == "litert":
-        channels_last = options.channels_last
-        export_litert(output, qparams, qapply, channels_last=channels_last, **options_of_all)
-    else:
-        export_stablehlo(output, qparams, qapply, **options_of_all)
+    settings: dict[str, Any] = {"shapes": shapes, "constraints": options.constraints}
+    settings["progress"] = False  # a command says nothing beside its result
+    _EXPORTS[to](output, qparams, qapply, **settings, **own)
     size = os.path.getsize(output)
     if options.json:
         print(json.dumps({"output": output, "format": to, "bytes": size}))
@@ -296,14 +224,41 @@ def _convert(options: argparse.Namespace) -> int:
     return SAME
 
 
+_EXPORTS: dict[str, Callable[..., None]] = {
+    "litert": export_litert,
+    "onnx": export_onnx,
+    "stablehlo": export_stablehlo,
+}
+# The options that one format alone has.
+_OWN = {"onnx": ("opset", "channels_first", "runtime", "processors"), "litert": ("channels_last",)}
+
+
+def _own_settings(options: argparse.Namespace, to: str) -> dict[str, Any]:
+    """The settings of a format that are given; those of another are refused."""
+    found = {}
+    for name, settings in _OWN.items():
+        for setting in settings:
+            value = getattr(options, setting)
+            if value is None or value is False:
+                continue
+            if name != to:
+                option = f"--{setting.replace('_', '-')}"
+                raise ValueError(f"{option} is an option of {name}, and this writes {to}")
+            found[setting] = value
+    return found
+
+
 def _format(options: argparse.Namespace) -> str:
     """The format that a model is converted to, as asked for or by the suffix of the file."""
-    if options.to is not None:
-        return str(options.to)
     suffix = os.path.splitext(options.output or "")[1]
-    for name, own in _SUFFIXES.items():
-        if suffix == own:
-            return name
+    by_suffix = next((name for name, own in _SUFFIXES.items() if suffix == own), None)
+    if None not in (options.to, by_suffix) and options.to != by_suffix:
+        raise ValueError(
+            f"{options.output} has the suffix of {by_suffix}, and --to {options.to} is another "
+            "format; give one of them"
+        )
+    if options.to or by_suffix:
+        return str(options.to or by_suffix)
     wanted = options.output or "the file to write"
     raise ValueError(
         f"the format of {wanted} is not known: give OUTPUT a suffix of "

@@ -123,6 +123,22 @@ def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
     jaxquant.load_quantized_model(saved)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["m.tflite", "--opset", "17"], "--opset is an option of onnx, and this writes litert"),
+        (["m.onnx", "--channels-last"], "--channels-last is an option of litert"),
+        (["m.jaxexport", "--channels-first"], "--channels-first is an option of onnx"),
+        (["m.onnx", "--to", "litert"], "has the suffix of onnx, and --to litert is another"),
+    ],
+)
+def test_options_of_another_format_are_refused(arguments, said, saved, tmp_path, capsys):
+    name, *options = arguments
+    assert main(["convert", str(saved), str(tmp_path / name), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_help_teaches(capsys):
     for arguments in (["--help"], ["inspect", "--help"], ["compare", "--help"], ["convert", "-h"]):
         with pytest.raises(SystemExit) as stop:
