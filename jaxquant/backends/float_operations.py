@@ -50,8 +50,8 @@ def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:
     biases, masks = params["biases"], params["masks"]
     q, k, v, *beside = inputs
     of_biases, of_masks = beside[: len(biases)], beside[len(biases) :]
-    bias = _one(functools.partial(functools.reduce, operator.add), biases, of_biases)
-    mask = _one(functools.partial(functools.reduce, operator.and_), masks, of_masks)
+    bias = _joined(operator.add, biases, of_biases)
+    mask = _joined(operator.and_, masks, of_masks)
     order = tuple(range(len(layout.result)))
     axes = native.AttentionAxes(
         *layout,
@@ -63,22 +63,19 @@ def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:
     )
 
 
-def _one(
-    joined: Callable[[list[jax.Array]], jax.Array],
+def _joined(
+    join: Callable[[jax.Array, jax.Array], jax.Array],
     addends: Sequence[Addend],
     arrays: Sequence[jax.Array],
 ) -> jax.Array | None:
     """What is beside the scores as one tensor [batch, keys, rows]; None where nothing is."""
     parts = []
     for addend, array in zip(addends, arrays, strict=True):
-        small = array[
-            tuple(
-                slice(None) if axis in addend.varying else slice(0, 1) for axis in range(array.ndim)
-            )
-        ]
-        small = small.transpose(addend.axes)
+        axes = range(array.ndim)
+        once = tuple(slice(None) if axis in addend.varying else slice(0, 1) for axis in axes)
+        small = array[once].transpose(addend.axes)
         parts.append(~small if addend.negated else small)
-    return joined(parts) if parts else None
+    return functools.reduce(join, parts) if parts else None
 
 
 def _layer_norm(operation: FloatOperation, x: jax.Array, *vectors: jax.Array) -> jax.Array:
