@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ _ROWS_WORTH_PACKING = 32
 # Rows of a product with a stored matrix, of floats and of int8, up to which the kernels are faster
 # than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
 _FEW_ROWS, _FEW_INT8_ROWS = 16, 8
-_EXACT_TERMS = 2**24 // 2**14  # products of two int8 whose sum is a float32 whatever they are
 
 
 class Native:
@@ -110,14 +108,15 @@ class Native:
         return product.rows <= _FEW_ROWS and has_dtype and by_steps
 
     def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
-        return _packed_parts(product, integers) if product.is_whole else None
+        return _packed(product, integers) if product.is_whole else None
 
     def product(
         self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
     ) -> jax.Array:
         x, integers, *scales = operands
         if product.is_whole and product.rows > _FEW_INT8_ROWS:
-            return _sums(product, x, integers, packed)
+            packed = _packed(product, integers) if packed is None else packed
+            return native.dot_sums(x, packed, product.columns)
         return native.dot_stored(
             x,
             integers,
@@ -133,33 +132,8 @@ class Native:
         return float_operations.run(operation, *operands)
 
 
-def _packed_parts(product: Product, integers: jax.Array) -> jax.Array:
-    """A matrix in parts along K of so few terms that a float holds their sum; [parts, bytes]."""
-    weight = _in_parts(integers.T if product.sums_last else integers)
-    return jnp.stack([native.pack_dot(part) for part in weight])
-
-
-def _in_parts(array: jax.Array) -> list[jax.Array]:
-    """An array cut along its first axis into parts of equal size, the last one with zeros."""
-    count = -(-array.shape[0] // _EXACT_TERMS)
-    size = -(-array.shape[0] // count)
-    missing = count * size - array.shape[0]
-    if missing:
-        array = jnp.pad(array, ((0, missing), (0, 0)))
-    return [array[start : start + size] for start in range(0, count * size, size)]
-
-
-def _sums(
-    product: Product, x: jax.Array, integers: jax.Array, packed: jax.Array | None
-) -> jax.Array:
-    """The int32 sums of many rows x [M, K] times a weight, packed in the call if need be."""
-    packed = _packed_parts(product, integers) if packed is None else packed
-    rows, sums, columns = [part.T for part in _in_parts(x.T)], [], product.columns
-    for part, weight in zip(rows, packed, strict=True):
-        one = jnp.float32(1)
-        y = native.dot(part, weight, one, subtract_zero_point=False, columns=columns)
-        sums.append(y.astype(jnp.int32))
-    return functools.reduce(operator.add, sums)
+def _packed(product: Product, integers: jax.Array) -> jax.Array:
+    return native.pack_dot(integers.T if product.sums_last else integers)
 
 
 def has(call: Call) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "differences",
     "kl_search",
     "load",
+    "quantize",
     "quantize_rows",
 ]
 
@@ -91,6 +92,28 @@ def differences(
 def difference_types(channels: int) -> list[jax.ShapeDtypeStruct]:
     """Shape and dtype of what `differences` gives."""
     return native.difference_types(channels)
+
+
+def quantize(
+    portable: choices.Form, x: jax.Array, inv_scale: jax.Array, zero_point: jax.Array
+) -> Sequence[jax.Array]:
+    """Rows in int8 on one grid, and the marks of those that it cannot hold.
+
+    See `jaxquant.native.quantize`.
+
+    Args:
+      portable: a function of the operands that gives the same.
+      x: float32 [N, K].
+      inv_scale, zero_point: float32 [] or [C], C numbers apart in a row, and int32 [].
+    """
+    operands = [x, inv_scale, zero_point]
+    if not native.runs_here() or 0 in x.shape:
+        return portable(*operands)
+    outputs = [
+        jax.ShapeDtypeStruct(x.shape, jnp.int8),
+        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+    ]
+    return choices.choose_on_one_cpu(native.quantize, portable, outputs, operands)
 
 
 def quantize_rows(

@@ -7,6 +7,7 @@ from jaxquant.native.float_operations import (
     attention,
     gelu,
     layer_norm,
+    quantize,
     quantize_rows,
 )
 from jaxquant.native.floats import float_depthwise
@@ -20,7 +21,7 @@ from jaxquant.native.library import (
     runs_here,
     runs_int8_here,
 )
-from jaxquant.native.ops import conv, conv_call, dot, dot_by_groups
+from jaxquant.native.ops import conv, conv_call, dot, dot_by_groups, dot_sums
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
 from jaxquant.native.stored import GROUP_STEP, dot_stored
@@ -43,6 +44,7 @@ __all__ = [
     "differences",
     "dot",
     "dot_by_groups",
+    "dot_sums",
     "dot_stored",
     "float_depthwise",
     "gelu",
@@ -54,6 +56,7 @@ __all__ = [
     "layer_norm",
     "pack_conv",
     "pack_dot",
+    "quantize",
     "quantize_rows",
     "require",
     "runs_here",

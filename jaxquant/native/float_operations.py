@@ -203,6 +203,50 @@ def layer_norm(
     return result
 
 
+def quantize(
+    x: jax.Array, inv_scale: jax.Array, zero_point: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Numbers in int8 on one grid, and which rows have some that it cannot hold.
+
+    Args:
+      x: float32 [..., K].
+      inv_scale: float32 [], what a number is multiplied by before it is rounded; or [C] for
+        channels that follow each other, each K / C times in a row.
+      zero_point: int32 [].
+
+    Returns:
+      int8 [..., K]; float32 [...], NaN for a row with NaN or infinity, else 0.
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+      ValueError: x is of another dtype, or has no axis, or its rows are not of whole channels.
+    """
+    _check_rows(x)
+    if x.shape[-1] % max(channels := jnp.size(inv_scale), 1):
+        raise ValueError(f"rows of {x.shape[-1]} numbers are not of {channels} channels")
+    grid = jnp.asarray(inv_scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
+    q, marks = _quantize()(*jaxprs.match_varying([x, *grid]))
+    return q, marks
+
+
+@functools.cache
+def _quantize() -> Callable[..., Any]:
+    """The call with its batching rule: rows may have any number of axes."""
+
+    @jax.custom_batching.custom_vmap
+    def run(x: jax.Array, inv_scale: jax.Array, zero_point: jax.Array) -> Any:
+        q = jax.ShapeDtypeStruct(x.shape, jnp.int8)
+        marks = jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)
+        return tuple(jax.ffi.ffi_call(library.QUANTIZE, (q, marks))(x, inv_scale, zero_point))
+
+    @run.def_vmap
+    def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        results, _ = _of_rows(run, size, mapped, operands)
+        return results, (True, True)
+
+    return run
+
+
 def quantize_rows(
     x: jax.Array, *, is_asymmetric: bool, smallest_scale: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -222,9 +266,7 @@ def quantize_rows(
       RuntimeError: the kernels do not run here (`available()` says why).
       ValueError: x is of another dtype, or has no axis.
     """
-    library.require()
-    if x.dtype != jnp.float32 or not x.ndim:
-        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float32 [..., K]")
+    _check_rows(x)
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
@@ -252,6 +294,12 @@ def _layer_norm(epsilon: float) -> Callable[..., Any]:
         return _of_rows(run, size, mapped, operands)
 
     return run
+
+
+def _check_rows(x: jax.Array) -> None:
+    library.require()
+    if x.dtype != jnp.float32 or not x.ndim:
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected float32 [..., K]")
 
 
 def _of_rows(

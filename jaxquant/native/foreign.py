@@ -18,12 +18,12 @@ SEQUENCE, GROUPS, STORED = "jaxquant_sequence", "jaxquant_groups", "jaxquant_sto
 HISTOGRAM, DIFFERENCES = "jaxquant_histogram", "jaxquant_differences"
 FLOAT_DEPTHWISE, ATTENTION = "jaxquant_float_depthwise", "jaxquant_attention"
 GELU, LAYER_NORM = "jaxquant_gelu", "jaxquant_layer_norm"
-QUANTIZE_ROWS = "jaxquant_quantize_rows"
+QUANTIZE, QUANTIZE_ROWS = "jaxquant_quantize", "jaxquant_quantize_rows"
 
 # What XLA calls, by its own interface.
 HANDLERS = (
     CONV, DOT, GROUPS, SEQUENCE, STORED, PACK, HISTOGRAM, DIFFERENCES, FLOAT_DEPTHWISE,
-    ATTENTION, GELU, LAYER_NORM, QUANTIZE_ROWS,
+    ATTENTION, GELU, LAYER_NORM, QUANTIZE, QUANTIZE_ROWS,
 )  # fmt: skip
 
 _DOUBLES = np.ctypeslib.ndpointer(np.float64, flags="C_CONTIGUOUS")

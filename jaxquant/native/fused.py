@@ -8,7 +8,7 @@ With q an int8 tensor, zp its zero point and s its scale, a value is (q - zp) * 
     y = clip(y, *activation_after)
     q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
 
-and return y, q, or both.  Each line rounds as XLA's lowering on CPU does (multiply and add are
+and return y, q, or both; or the sums alone.  Each line rounds as XLA's lowering on CPU does (multiply and add are
 contracted to one rounding), so results are the same bits.
 
 An int8 tensor may also be stored as uint8, which holds q + 128: what it is read from is then not
@@ -88,6 +88,7 @@ def make_call(
     activation_after: Clamp = NO_CLAMP,
     out: Requantize | None = None,
     float_out: bool = False,
+    sums_out: bool = False,
 ) -> Call:
     """A call of any handler.
 
@@ -101,6 +102,7 @@ def make_call(
       batched: the places of the operands that have the batch, as of `Static`, but the residual's.
       zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out: as of
         `conv_call`.
+      sums_out: give the int32 sums and nothing else.
     """
     library.require()
     _check_dtype("x", x, ("int8", "uint8"))
@@ -108,7 +110,9 @@ def make_call(
 
     multiplier, bias = channels
     out_dtypes = []
-    if float_out or out is None:
+    if sums_out:
+        out_dtypes.append("int32")
+    elif float_out or out is None:
         out_dtypes.append("float32")
     if out is not None:
         out_dtypes.append(jnp.dtype(out.dtype).name)

@@ -181,6 +181,27 @@ def dot(
     return jax.tree.map(lambda y: y.reshape(*lead, columns), of_rows.run())
 
 
+def dot_sums(x: jax.Array, packed: jax.Array, columns: int) -> jax.Array:
+    """The int32 sums of x [M, K] times a weight [K, N]: the zero point of x counts as any number.
+
+    Args:
+      x: int8 [M, K].
+      packed: the weight as `pack_dot` makes it.
+      columns: N.
+
+    Returns:
+      int32 [M, N].
+
+    Raises:
+      RuntimeError: the kernels do not run here (`available()` says why).
+    """
+    unused = jnp.ones((columns,), jnp.float32)
+    result: jax.Array = _with_epilogue(
+        library.DOT, x, packed, unused, None, (columns,), ("columns", columns), sums_out=True
+    ).run()
+    return result
+
+
 def dot_by_groups(
     x: jax.Array,
     packed: jax.Array,

@@ -96,6 +96,7 @@ def _lowering(
     def lowering(state: Evaluation) -> evaluate.Values:
         arrays = [state.env.read(var) for var in read]
         if not operation.is_int8:
+            state.quantized.stored.add(result)
             return {result: platforms.run_operation(table, operation, *arrays)}
         quantized = state.quantized
         zero_point = jnp.asarray(quantized.zero_point(result), jnp.int32)

@@ -147,6 +147,7 @@ class Program:
             self.early,
             self._origins,
             self.body.varies,
+            natively=bool(platforms.kernels(self._backends)),
         )
         state = Evaluation(qparams, env, quantized)
         evaluate.run(env, {**self.lowerings, **self._rounding()}, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends import int8
+from jaxquant.backends import int8, operations
 from jaxquant.graph import evaluate, ir
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding
@@ -24,6 +25,8 @@ class QuantizedTensors:
 
     Attributes:
       marks: what `jaxquant.run.nonfinite` marked, of the tensors with origins that were quantized.
+      stored: the floats that are in memory, as the model's inputs are, and not computed on the way
+        to where they are read: what a kernel gives is one.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class QuantizedTensors:
         early: Mapping[ir.Var, ir.Equation],
         origins: Mapping[ir.Var, frozenset[ir.Var]] = MappingProxyType({}),
         varies: bool = False,
+        natively: bool = False,
     ) -> None:
         self.graph = env.graph
         self._env = env
@@ -42,8 +46,10 @@ class QuantizedTensors:
         self._early = early
         self._origins = origins
         self._varies = varies
+        self._natively = natively
         self._marked: set[ir.Var] = set()
         self.marks: list[jax.Array] = []
+        self.stored = set(self.graph.inputs)
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
 
@@ -53,7 +59,7 @@ class QuantizedTensors:
             if var in self._early:
                 self._values[var] = pooling.max_pool(self._pooled(var), self._early[var])
             elif var in self._binding.names:
-                self._values[var] = self._quantize(self._float(var), var)
+                self._values[var] = self._quantize_float(var, var)
             else:
                 eqn = self.graph.producer[var]
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
@@ -102,17 +108,45 @@ class QuantizedTensors:
     def _pooled(self, var: ir.Var) -> jax.Array:
         """What an early max pool reads to give `var`, on the scale of `var`."""
         if var not in self._to_pool:
-            return self._quantize(self._float(self._early[var].input_vars[0]), var)
+            return self._quantize_float(self._early[var].input_vars[0], var)
         return self._to_pool[var]
 
-    def _float(self, var: ir.Var) -> jax.Array:
-        """A float that is to be quantized; its NaN and infinities are marked."""
+    def _quantize_float(self, var: ir.Var, grid: ir.Var) -> jax.Array:
+        """A float on the grid of a tensor; its NaN and infinities are marked."""
         value: jax.Array = self._env.wide(var)
-        if var in self._origins:
-            if not self._origins[var] <= self._marked:
-                self.marks.append(nonfinite.mark(value, var in self.graph.inputs))
+        origins = self._origins.get(var, frozenset())
+        is_marked = origins <= self._marked
+        if origins:
             self._marked.add(var)
-        return value
+        if is_marked:
+            return self._quantize(value, grid)
+        if self._is_read_by_a_kernel(value, var, grid):
+            q, mark = self._quantize_and_mark(value, grid)
+        else:
+            q = self._quantize(value, grid)
+            mark = nonfinite.mark(value, var in self.stored)
+        self.marks.append(mark)
+        return q
+
+    def _is_read_by_a_kernel(self, value: jax.Array, var: ir.Var, grid: ir.Var) -> bool:
+        """Whether a kernel quantizes a float: XLA does where it is computed on the way."""
+        scales = self.inv_scale(grid).shape
+        by_last_axis = scales in ((), value.shape[-1:])
+        is_plain = value.dtype == jnp.float32 and by_last_axis
+        return self._natively and var in self.stored and is_plain
+
+    def _quantize_and_mark(self, value: jax.Array, grid: ir.Var) -> tuple[jax.Array, jax.Array]:
+        """A float on the grid of a tensor, and its mark, in one pass over it."""
+
+        def portable(x: jax.Array, *grid: jax.Array) -> Sequence[jax.Array]:
+            q = int8.quantize(x.reshape(value.shape), *grid).reshape(x.shape)
+            return q, nonfinite.mark(x, is_stored=True)
+
+        samples = value.shape[0] if value.ndim > 1 else 1
+        rows = value.reshape(samples, math.prod(value.shape) // max(samples, 1))
+        zero_point = jnp.asarray(self.zero_point(grid), jnp.int32)
+        q, mark = operations.quantize(portable, rows, self.inv_scale(grid), zero_point)
+        return q.reshape(value.shape), mark
 
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
         """A float on the grid of a tensor."""

@@ -37,6 +37,15 @@ def test_sums(rows: int, length: int, columns: int, zero_point: int):
         np.testing.assert_array_equal(got, expected, err_msg=variant)
 
 
+def test_sums_alone_are_exact_beyond_what_a_float_holds():
+    x, weight = int8_values(0, (20, 3000)), int8_values(1, (3000, 70))
+    x[0], weight[:, 0] = 127, 127
+    got = native.dot_sums(jnp.asarray(x), native.pack_dot(jnp.asarray(weight)), 70)
+    assert got.dtype == jnp.int32
+    assert got[0, 0] == 127 * 127 * 3000 > 2**25
+    np.testing.assert_array_equal(got, x.astype(np.int64) @ weight.astype(np.int64))
+
+
 def test_leading_axes_and_a_residual():
     x, weight = int8_values(0, (2, 3, 5, 40)), int8_values(1, (40, 24))
     residual = np.random.default_rng(0).normal(size=(2, 3, 5, 24)).astype(np.float32)

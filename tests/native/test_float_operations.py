@@ -183,6 +183,39 @@ def test_layer_norm_of_scales_that_differ():
         native.layer_norm(jnp.asarray(x[0]), jnp.asarray(scale[0, :4]), None, epsilon=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (2, 3, 100), (1, 20_000)])
+@pytest.mark.parametrize("channels", [None, 1, 4])
+def test_in_int8_on_one_grid(shape: tuple[int, ...], channels: int | None):
+    x = 20 * normal(0, *shape, channels or 1).reshape(*shape[:-1], -1)
+    scales = np.full((), 1.7, np.float32)
+    if channels is not None:
+        scales = np.random.default_rng(1).uniform(0.5, 2, channels).astype(np.float32)
+    q, marks = native.quantize(jnp.asarray(x), jnp.asarray(scales), -5)
+    inverse = scales if channels is None else np.tile(scales, shape[-1])
+    np.testing.assert_array_equal(q, np.clip(np.round(x * inverse) - 5, -128, 127))
+    np.testing.assert_array_equal(marks, np.zeros(shape[:-1]))
+
+    mapped = jax.vmap(native.quantize, (0, None, None))(x[None], jnp.asarray(scales), -5)
+    np.testing.assert_array_equal(mapped[0][0], q)
+    each = jax.vmap(native.quantize, (None, 0, None))(x, jnp.stack([scales, 2 * scales]), -5)
+    np.testing.assert_array_equal(each[0][0], q)
+    np.testing.assert_array_equal(each[0][1], np.clip(np.round(x * 2 * inverse) - 5, -128, 127))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("columns", [3, 17, 9000])
+def test_what_int8_cannot_hold_marks_its_row(odd: float, columns: int):
+    x = normal(0, 4, columns)
+    x[1, -1], x[3, 0] = odd, odd
+    _, marks = native.quantize(jnp.asarray(x), jnp.float32(3.0), 0)
+    np.testing.assert_array_equal(np.isnan(marks), [False, True, False, True])
+
+
+def test_rows_that_are_not_of_whole_channels():
+    with pytest.raises(ValueError, match="rows of 7 numbers are not of 2 channels"):
+        native.quantize(jnp.zeros((3, 7), jnp.float32), jnp.ones(2, jnp.float32), 0)
+
+
 @pytest.mark.parametrize("columns", [1, 7, 16, 100])
 @pytest.mark.parametrize("is_asymmetric", [False, True])
 def test_rows_in_int8(columns: int, is_asymmetric: bool):

@@ -67,6 +67,7 @@ def functions() -> dict[str, Callable[[], object]]:
     attention = jax.jit(lambda y: native.attention(y, y, y, axes=axes))
     gelu = jax.jit(lambda y: native.gelu(y, approximate=False))
     rows = jax.jit(lambda y: native.quantize_rows(y, is_asymmetric=True, smallest_scale=1e-20))
+    quantize = jax.jit(lambda y: native.quantize(y, jnp.float32(20.0), 3))
     layer_norm = jax.jit(lambda y: native.layer_norm(y, None, None, epsilon=1e-6))
     return {
         foreign.CONV: lambda: conv(x),
@@ -81,6 +82,7 @@ def functions() -> dict[str, Callable[[], object]]:
         foreign.ATTENTION: lambda: attention(y),
         foreign.GELU: lambda: gelu(y),
         foreign.LAYER_NORM: lambda: layer_norm(y),
+        foreign.QUANTIZE: lambda: quantize(y),
         foreign.QUANTIZE_ROWS: lambda: rows(y),
         "jaxquant_kernels": lambda: library.instruction_set(),
         "jaxquant_kl_thresholds": lambda: native.kl_thresholds(counts, limit, levels, weighing),

@@ -72,6 +72,7 @@ class Avx512Sums {
   // output.
   void store(__m512i sums, const Channels16& of, int64_t at) const {
     const int64_t first = at + of.channel;
+    if (e_.sums) return _mm512_mask_storeu_epi32(e_.sums + first, of.mask, sums);
     __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), of.multiplier, of.bias);
     y = clamp(y, low_, high_);
     if (e_.residual_q) {

@@ -38,12 +38,14 @@ class Product {
   int64_t output_bytes_;
 };
 
-// Segments of one height that cover `n` pixels; the last may overlap the one before it.
+// Segments of one height that cover `n` pixels, `together` at a time: as many are computed, whether
+// there are or not.  The last may overlap the one before it.
 template <class Set>
-int64_t segment_height(int64_t n) {
+int64_t segment_height(int64_t n, int64_t together = 1) {
   int64_t best = 0, least = INT64_MAX;
   for (int64_t height = std::min(n, Set::kPixels); height > 0; --height) {
-    const int64_t cost = ceil_div(n, height) * (4 * height + Set::kSegment);
+    const int64_t count = round_up(ceil_div(n, height), together);
+    const int64_t cost = count * (4 * height + Set::kSegment);
     if (cost < least) best = height, least = cost;
   }
   return best;
@@ -108,7 +110,7 @@ void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
     const int64_t first = task / parts.block_parts * step;
     const int64_t n = std::min(step, rows - first);
     const int64_t b = task % parts.block_parts * per_part;
-    const int64_t height = segment_height<Set>(n);
+    const int64_t height = segment_height<Set>(n, 2);
     std::vector<Segment> segments;
     segments.reserve(ceil_div(n, height));
     const ptrdiff_t offset = 0;

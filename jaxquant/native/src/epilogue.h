@@ -6,6 +6,8 @@
 //   y = clamp(y, low_after, high_after)
 //   q = round_half_even(clamp(y * inv_scale, kLeast - zero_point, kLargest - zero_point)) + zero_point
 //
+// Or none of it: the sums themselves.
+//
 // The bounds of the last clamp are integers, so clamping before rounding gives what clamping after
 // it does, and nothing overflows in the conversion.
 #pragma once
@@ -37,6 +39,7 @@ struct Epilogue {
   float* out_f = nullptr;   // of the output's shape, or null
   bool streams = false;     // out_f goes past the caches: no line is read to be written
   int8_t* out_q = nullptr;  // of the output's shape, or null
+  int32_t* sums = nullptr;  // the only output, of its shape, or null
   float inv_scale = 1.0f;
   int32_t zero_point = 0;
   uint8_t out_flip = 0;
@@ -49,6 +52,7 @@ struct Epilogue {
     if (residual_f) e.residual_f += at;
     if (out_f) e.out_f += at;
     if (out_q) e.out_q += at;
+    if (sums) e.sums += at;
     return e;
   }
   // Without a residual between them the two clamps become one.
@@ -69,7 +73,7 @@ struct Epilogue {
 
   // Read and written for one sum.
   int64_t bytes() const {
-    return (out_f ? 4 : 0) + (out_q ? 1 : 0) + (residual_f ? 4 : 0) + (residual_q ? 1 : 0);
+    return (out_f || sums ? 4 : 0) + (out_q ? 1 : 0) + (residual_f ? 4 : 0) + (residual_q ? 1 : 0);
   }
   // An int8 output and nothing else: the form that the kernels keep in registers.
   bool plain() const { return out_q && !out_f && !residual_q && !residual_f; }

@@ -54,6 +54,26 @@ inline ffi::Error layer_norm_handler(ffi::ThreadPool pool, FloatBuffer x, FloatB
   });
 }
 
+// x [..., K] in int8 on one grid, and a mark for each row.  Of inverse scales there is one, or one
+// for each channel, all of which a row has some times.
+inline ffi::Error quantize_handler(ffi::ThreadPool pool, FloatBuffer x, FloatBuffer inv_scale,
+                                   ffi::Buffer<ffi::S32> zero_point,
+                                   ffi::Result<ffi::Buffer<ffi::S8>> q,
+                                   ffi::Result<FloatBuffer> marks) {
+  const auto in = x.dimensions();
+  const int64_t size = int64_t(x.element_count()), columns = in.size() ? in.back() : 0;
+  if (size == 0) return ffi::Error::Success();
+  const int64_t rows = size / columns, channels = int64_t(inv_scale.element_count());
+  if (int64_t(q->element_count()) != size || int64_t(marks->element_count()) != rows ||
+      channels == 0 || columns % channels || zero_point.element_count() != 1)
+    return invalid("wrong shapes");
+  XlaThreads threads(pool, size * 4);
+  return with_memory([&] {
+    quantize<VectorsHere>(threads, {inv_scale.typed_data(), channels, *zero_point.typed_data()},
+                          x.typed_data(), rows, columns, q->typed_data(), marks->typed_data());
+  });
+}
+
 // x [..., K]: in int8, and the scale and the zero point of each row.
 inline ffi::Error quantize_rows_handler(ffi::ThreadPool pool, FloatBuffer x,
                                         ffi::Result<ffi::Buffer<ffi::S8>> q,

@@ -16,8 +16,9 @@ struct FloatMath {
 
   static Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 
-  // clip(round_half_even(x * inv_scale) + zero_point, -128, 127)
-  static typename L::Bytes quantized(Floats x, float inv_scale, float zero_point) {
+  // clip(round_half_even(x * inv_scale) + zero_point, -128, 127); one scale, or one for each lane.
+  template <class Scale>
+  static typename L::Bytes quantized(Floats x, Scale inv_scale, float zero_point) {
     constexpr float kFar = 1024.0f;  // from where on everything is at one end or the other
     Floats scaled = x * inv_scale;
     scaled = scaled < -kFar ? Floats{} - kFar : scaled;

@@ -14,7 +14,7 @@ struct EpilogueArguments {
   ffi::AnyBuffer inv_scale, residual_scale;   // []
   ZeroPoints zero_points;
   ffi::RemainingArgs residual;                // none or one
-  ffi::RemainingRets outs;                    // float32, int8 or uint8
+  ffi::RemainingRets outs;                    // float32, int8 or uint8; or int32 alone
   Floats clamps;                              // `Clamps`
 };
 
@@ -45,7 +45,9 @@ inline ffi::Error read_epilogue(EpilogueArguments& a, int64_t outputs, Epilogue&
   for (size_t i = 0; i < a.outs.size(); ++i) {
     auto out = a.outs.get<ffi::AnyBuffer>(i);
     if (!out.has_value()) return invalid("an output cannot be written");
-    if ((*out)->element_type() == ffi::F32) {
+    if ((*out)->element_type() == ffi::S32) {
+      e.sums = (*out)->typed_data<int32_t>();
+    } else if ((*out)->element_type() == ffi::F32) {
       e.write_floats((*out)->untyped_data(), int64_t((*out)->size_bytes()), outputs);
     } else {
       e.out_q = static_cast<int8_t*>((*out)->untyped_data());

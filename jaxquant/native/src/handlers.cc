@@ -183,6 +183,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_layer_norm, jaxquant::layer_norm_handler,
                                   .Ret<jaxquant::FloatBuffer>()
                                   .Attr<float>("epsilon"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_quantize, jaxquant::quantize_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S8>>()
+                                  .Ret<jaxquant::FloatBuffer>());
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_quantize_rows, jaxquant::quantize_rows_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()

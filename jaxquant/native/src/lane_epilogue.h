@@ -14,6 +14,8 @@
 //   floats, rounded        int32 to float32, and back to the nearest, ties to even
 #pragma once
 
+#include <cstring>
+
 #include "epilogue.h"
 
 namespace jaxquant {
@@ -75,6 +77,10 @@ class LaneSums {
   // output.
   void store(Ints sums, const Channels& of, int64_t at) const {
     const int64_t first = at + of.channel, n = of.count;
+    if (e_.sums) {
+      std::memcpy(e_.sums + first, &sums, n * sizeof(int32_t));
+      return;
+    }
     Floats y = clamp(L::fma(L::floats(sums), of.multiplier, of.bias), low_, high_);
     if (e_.residual_q) {
       const Ints q = L::load_bytes(e_.residual_q + first, n) ^ residual_flip_;

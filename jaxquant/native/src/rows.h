@@ -129,6 +129,54 @@ void layer_norm(Threads& threads, const LayerNorm& norm, const float* x, int64_t
   });
 }
 
+// The grid of a tensor: one inverse scale, or one for each of the `channels` that follow each other.
+struct TensorGrid {
+  const float* inv_scale;
+  int64_t channels;
+  int32_t zero_point;
+};
+
+// Numbers in int8, and a mark for each row: NaN where one of its numbers is NaN or infinite, else 0.
+// A row has all channels some times.
+template <class L>
+void quantize(Threads& threads, const TensorGrid& grid, const float* x, int64_t rows,
+              int64_t columns, int8_t* q, float* marks) {
+  using Floats = typename L::Floats;
+  const bool by_channel = grid.channels > 1;
+  const int64_t line = by_channel ? grid.channels : columns;
+  std::fill_n(marks, rows, 0.0f);
+  // Numbers [at, end) of one line: whether all are finite.
+  const auto finite = [&](int64_t at, int64_t end) {
+    typename L::Ints odd = {};
+    const float* scales = grid.inv_scale + (by_channel ? at % line : 0);
+    const auto one = [&](Floats value, int64_t count) {
+      const Floats nothing = value - value;  // NaN of infinity too
+      odd |= nothing != nothing;
+      const Floats scale = by_channel ? L::load(scales, count) : Floats{} + *scales;
+      const auto rounded = FloatMath<L>::quantized(value, scale, float(grid.zero_point));
+      std::memcpy(q + at, &rounded, count);
+      scales += by_channel ? count : 0;
+    };
+    for (; at + L::kCount <= end; at += L::kCount) one(L::load(x + at), L::kCount);
+    if (at < end) one(L::load(x + at, end - at), end - at);
+    for (int lane = 0; lane < L::kCount; ++lane)
+      if (odd[lane]) return false;
+    return true;
+  };
+  const int64_t size = rows * columns;
+  parallel_for(threads, ceil_div(size, kPart), [&](int64_t part) {
+    const int64_t last = std::min(size, (part + 1) * kPart);
+    for (int64_t at = part * kPart; at < last;) {
+      const int64_t end = std::min(last, (at / line + 1) * line);
+      if (!finite(at, end)) {  // of a row that several threads may be at, all of which write the same
+        const float mark = __builtin_nanf("");
+        __atomic_store(marks + at / columns, &mark, __ATOMIC_RELAXED);
+      }
+      at = end;
+    }
+  });
+}
+
 // What the integers of a row are worth, and which of them stands for zero.
 struct RowGrid {
   float scale, inverse;
