@@ -8,8 +8,8 @@ With q an int8 tensor, zp its zero point and s its scale, a value is (q - zp) * 
     y = clip(y, *activation_after)
     q = clip(round_half_even(y * inv_scale) + zp, -128, 127)
 
-and return y, q, or both; or the sums alone.  Each line rounds as XLA's lowering on CPU does (multiply and add are
-contracted to one rounding), so results are the same bits.
+and return y, q, or both; or the sums alone.  Each line rounds as XLA's lowering on CPU does
+(multiply and add are contracted to one rounding), so results are the same bits.
 
 An int8 tensor may also be stored as uint8, which holds q + 128: what it is read from is then not
 converted first.  Zero points are those of the stored type: of uint8, 128 is the symmetric one.
