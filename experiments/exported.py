@@ -4,11 +4,11 @@ r"""Compares an exported INT8 network with the one in JAX: saved file, ONNX, Lit
 
 Quantizes the network, saves it and loads it in a fresh process that may import neither Flax nor the
 model's code, exports it as ONNX and for LiteRT and runs that.  Prints the file's size against the
-float32 parameters, the agreement of each with `qapply` on the images, the SQNR of its logits
-against `qapply`'s, how many of its operations ran on integers by the runtime's own account, and its
-time beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself where the input
-differs by a hair.  A runtime that is not installed is left out.  --help lists the settings;
-`--processors` is passed on to `jaxquant.export_onnx`.  For LiteRT in int8 throughout:
+float32 parameters, how often each is right, its agreement with `qapply` on the images, the SQNR of
+its logits against `qapply`'s, how many of its operations ran on integers by the runtime's own
+account, and its time beside `qapply`'s; and first, as a yardstick, how far `qapply` is from itself
+where the input differs by a hair.  A runtime that is not installed is left out.  --help lists the
+settings; `--processors` is passed on to `jaxquant.export_onnx`.  For LiteRT in int8 throughout:
 
   --config.target=litert --config.is_full_quantize
 """
@@ -116,11 +116,13 @@ def run(config: ConfigDict, processors: str = "any") -> None:
         recover=tuple(config.recover),
         progress=config.progress,
     )
-    images = [x for x, _ in batches(setup.evaluation, setup.preprocessing, config.batch_size, 2)]
+    items = list(batches(setup.evaluation, setup.preprocessing, config.batch_size, 2))
+    images, labels = [x for x, _ in items], np.concatenate([y for _, y in items])
     prepared = qapply.prepare(qparams)
     model = jax.jit(qapply)
     expected = [np.asarray(model(prepared, x)) for x in images]
-    print(f"{config.model}: {sum(map(len, images))} images, batch {config.batch_size}")
+    print(f"{config.model}: {len(labels)} images, batch {config.batch_size}")
+    print(f"qapply: top-1 {top1(expected, labels):.2f} %")
     nudged = [np.asarray(model(prepared, x)) for x in one_step_off(images, qapply)]
     print(f"qapply where one value of each image is one step off: {compared(expected, nudged)}")
     with tempfile.TemporaryDirectory() as name:
@@ -145,8 +147,8 @@ def run(config: ConfigDict, processors: str = "any") -> None:
             programs[runtime] = lambda found=found, first=first: found.run(first)
             integers, floats = found.integers
             print(
-                f"{runtime}: {compared(expected, got)}; convolutions and dots on integers "
-                f"{integers}, on floats {floats}"
+                f"{runtime}: top-1 {top1(got, labels):.2f} %, {compared(expected, got)}; "
+                f"convolutions and dots on integers {integers}, on floats {floats}"
             )
         times = {k: statistics.median(v) for k, v in times_in_turn(programs, 9).items()}
     print(", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items()))
@@ -184,6 +186,11 @@ def saved(folder: Path, qparams: Any, qapply: Any, setup: Setup, images: np.ndar
 def compared(expected: list[np.ndarray], got: list[np.ndarray]) -> str:
     logits = np.concatenate(expected), np.concatenate(got)
     return f"agreement with qapply {agreement(*logits):.2f} %, SQNR {sqnr_db(*logits):.1f} dB"
+
+
+def top1(logits: list[np.ndarray], labels: np.ndarray) -> float:
+    """The share of images, in percent, whose label is the largest logit's."""
+    return float(100 * np.mean(np.concatenate(logits).argmax(axis=1) == labels))
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:

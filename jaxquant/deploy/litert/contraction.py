@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,23 +82,43 @@ def conv(
         name = _transposed(b, form, x, others, physical, result)
     else:
         window = Window(x, form.window, form.strides, form.dilation, form.padding).wide()
-        taken, padding = padded_for(b, window, 0.0)
-        settings = {
-            "Padding": padding,
-            "StrideH": window.strides[0],
-            "StrideW": window.strides[1],
-            "DilationHFactor": window.dilation[0],
-            "DilationWFactor": window.dilation[1],
-            "FusedActivationFunction": result.activation,
-        }
-        op, options = "CONV_2D", "Conv2DOptions"
-        if is_depthwise(form):
-            op, options = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
-            settings["DepthMultiplier"] = form.channels[0] // form.feature_groups
-        names = [taken.name, *others]
-        name = b.op(op, names, physical, result.dtype, result.grid, options, **settings)
+        filters = form.channels[0] // form.feature_groups if is_depthwise(form) else None
+        name = over_windows(b, window, others, physical, result, filters)
     value = Value(name, tuple(physical), straight(4))
     return Value(b.reshape(value, sizes), shape, order)
+
+
+def over_windows(
+    b: Builder,
+    window: Window,
+    others: Sequence[str],
+    physical: Sequence[Size],
+    result: Result,
+    filters: int | None,
+) -> str:
+    """A convolution over the windows of a tensor.
+
+    Args:
+      b, others, result: as of `conv`.
+      window: what the kernel goes over.
+      physical: the sizes of the result, four.
+      filters: of each channel, where channels are convolved by themselves; None elsewhere.
+    """
+    taken, padding = padded_for(b, window, 0.0)
+    settings: dict[str, Any] = {
+        "Padding": padding,
+        "StrideH": window.strides[0],
+        "StrideW": window.strides[1],
+        "DilationHFactor": window.dilation[0],
+        "DilationWFactor": window.dilation[1],
+        "FusedActivationFunction": result.activation,
+    }
+    op, options = "CONV_2D", "Conv2DOptions"
+    if filters is not None:
+        op, options = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
+        settings["DepthMultiplier"] = filters
+    names = [taken.name, *others]
+    return b.op(op, names, physical, result.dtype, result.grid, options, **settings)
 
 
 def _transposed(

@@ -153,11 +153,11 @@ def max_pool(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> V
         raise NotCovered("the maximum of a dilated window")
     wide, padding = padded_for(b, window, -np.inf)
     order = window.value.order
-    physical = _wide([shape[axis] for axis in order])
+    physical = four([shape[axis] for axis in order])
     name = b.alike(
         "MAX_POOL_2D", wide, [], physical, "Pool2DOptions", Padding=padding, **window.pooled()
     )
-    return _narrowed(b, name, shape, order)
+    return narrowed(b, name, shape, order)
 
 
 def _window_sum(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
@@ -167,13 +167,13 @@ def _window_sum(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -
         raise NotCovered("the sum of a dilated window")
     wide, _ = padded_for(b, window, 0.0, may_be_same=False)
     order = window.value.order
-    physical = _wide([shape[axis] for axis in order])
+    physical = four([shape[axis] for axis in order])
     settings = {**window.pooled(), "Padding": "VALID"}
     name = b.op(
         "AVERAGE_POOL_2D", [wide.name], physical, "float32", None, "Pool2DOptions", **settings
     )
     factor = value.factor * math.prod(window.sizes)
-    return dataclasses.replace(_narrowed(b, name, shape, order), factor=factor)
+    return dataclasses.replace(narrowed(b, name, shape, order), factor=factor)
 
 
 def padded_for(
@@ -184,7 +184,7 @@ def padded_for(
     Where the runtime has no name for it, the tensor is padded with `fill` before.
     """
     value = window.value
-    physical = _wide(list(value.physical))
+    physical = four(list(value.physical))
     value = Value(
         b.reshape(dataclasses.replace(value, factor=1.0), physical), tuple(physical), (0, 1, 2, 3)
     )
@@ -213,13 +213,13 @@ def padding_name(window: Window, sizes: Sequence[Size]) -> str:
     return "SAME" if list(window.padding) == same else ""
 
 
-def _wide(physical: list[Size]) -> list[Size]:
+def four(physical: list[Size]) -> list[Size]:
     """The sizes with an axis of height where there is none."""
     return physical if len(physical) == 4 else [physical[0], 1, *physical[1:]]
 
 
-def _narrowed(b: Builder, name: str, shape: tuple[Size, ...], order: tuple[int, ...]) -> Value:
+def narrowed(b: Builder, name: str, shape: tuple[Size, ...], order: tuple[int, ...]) -> Value:
     """The result of a window, with the axes that the model has."""
     physical = [shape[axis] for axis in order]
-    wide = tuple(_wide(physical))
+    wide = tuple(four(physical))
     return Value(b.reshape(Value(name, wide, (0, 1, 2, 3)), physical), shape, order)

@@ -160,8 +160,30 @@ def _sum(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
             x = e.int8(site.operands[0])
             value = reduction.along(b, "MEAN", x, axes, shape, "int8", result.grid)
             return _moved(e, site, value, chain, result)
+    if chain is not None and node.op == "reduce_window_sum" and bias is None:
+        return _average(e, site, chain)
     value = reduction.emit(b, node, e.operand(site.operands[0]), shape)
     return _finished(e, site, value, ratio, bias)
+
+
+def _average(e: Emitter, site: Int8Node, chain: Chain) -> Value:
+    """A sum over windows as a depthwise convolution with a kernel of ones.
+
+    LiteRT's average pool rounds ties away from zero, onto the grid of its operand, and leaves away
+    what is padded; XNNPACK has none of int8.
+    """
+    b, shape, result = e.builder, e.shape(site.node.outputs[0]), e.end_of(chain)
+    window = reduction.window_of(b, site.node, e.int8(site.operands[0]))
+    ones = np.ones((1, *window.sizes, int(window.value.physical[-1])), np.int8)
+    worth = np.asarray(e.model.sites[site.name]["multiplier"], np.float64) * chain.factor
+    multiplier = np.broadcast_to(worth.reshape(-1), ones.shape[-1:])
+    (entry,) = e.model.entries(site)
+    weight = make_weight(ones, 3, multiplier, None, e.model.scales.scale(entry))
+    order = window.value.order
+    physical = reduction.four([shape[axis] for axis in order])
+    read = _int8_parts(e, weight)
+    name = contraction.over_windows(b, window, read, physical, result, filters=1)
+    return _moved(e, site, reduction.narrowed(b, name, shape, order), chain, result)
 
 
 def _epilogue(e: Emitter, site: Int8Node) -> tuple[float, float | None]:

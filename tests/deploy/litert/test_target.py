@@ -56,6 +56,33 @@ def test_residual_networks_are_int8_throughout_and_exact(model, tmp_path):
     assert sqnr(apply_fn(params, x), expected) > 25
 
 
+def test_average_pools_are_int8_and_exact(tmp_path):
+    def average(y, window, strides, padding="VALID"):
+        sizes, strides = (1, *window, 1), (1, *strides, 1)
+        total = jax.lax.reduce_window(y, 0.0, jax.lax.add, sizes, strides, padding)
+        return total / float(np.prod(window))
+
+    def apply_fn(p, x):
+        y = average(nn.relu(x @ p["first"]), (2, 2), (2, 2))
+        y = average(nn.relu(y @ p["middle"]), (3, 3), (1, 1), "SAME")
+        return average(y @ p["middle"], (2, 3), (2, 1))
+
+    params = {"first": images(2, (3, 8)) * 0.4, "middle": images(3, (8, 8)) * 0.4}
+    qparams, qapply = jaxquant.quant_post(
+        params,
+        apply_fn,
+        [images(0, SHAPE)],
+        is_full_quantize=True,
+        target="litert",
+        progress=False,
+    )
+    path, x = tmp_path / "m.tflite", images(1, (16, *SHAPE[1:]))
+    jaxquant.export_litert(path, qparams, qapply, progress=False)
+    found = ops(path)
+    assert (found.count("QUANTIZE"), found.count("DEQUANTIZE")) == (1, 1)
+    np.testing.assert_array_equal(run(path, x)[0], np.asarray(qapply(qparams, x)))
+
+
 def test_additions_in_float_between_int8_convolutions(model, tmp_path):
     qparams, qapply = model[0](target="litert")
     path, x = tmp_path / "m.tflite", images(1, SHAPE)
