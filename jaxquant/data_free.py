@@ -14,6 +14,7 @@ from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.dependence import check_independence
+from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.model import FloatModel
@@ -133,6 +134,7 @@ def quant_weights(
     skip_first_last: bool = False,
     rules: Sequence[Rule] = (),
     select: Any = None,
+    mask: Mask = None,
     allow_batch_dependence: bool = False,
     progress: bool = True,
 ) -> tuple[dict[str, Any], QuantizedApply]:
@@ -184,6 +186,7 @@ def quant_weights(
       rules: settings for some of the sites, each a `jaxquant.Rule`: here `dtype`, `weight_bits` and
         `recover`.
       select: what of an item of `example` is given to `apply_fn`.
+      mask: which positions of padded texts count, as for `jaxquant.quant_post`.
       allow_batch_dependence: as for `jaxquant.quant_post`.
       progress: show what is being done, as `jaxquant.quant_post`.
 
@@ -228,7 +231,9 @@ def quant_weights(
     )
     with Progress("quant_weights", progress) as shown:
         given = _inputs(example, select, batch_size, batch_nums)
-        return _quantize(params, apply_fn, given, config, allow_batch_dependence, shown)
+        return _quantize(
+            params, apply_fn, given, config, allow_batch_dependence, shown, Padding.of(mask)
+        )
 
 
 class _Given(NamedTuple):
@@ -294,6 +299,7 @@ def _quantize(
     config: QuantConfig,
     allow_batch_dependence: bool,
     progress: Progress,
+    padding: Padding | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     inputs = given.inputs
     check_flag("allow_batch_dependence", allow_batch_dependence)
@@ -311,7 +317,9 @@ def _quantize(
         if (cut := cut_scans(source, model, config, inputs)) is not None:
             source, model, config = cut.source, cut.model, cut.resolved(config)
         binding = make_plan(model, None, config)
-    recovered = quantize_and_recover(source, binding, [inputs], data=given.data, progress=progress)
+    recovered = quantize_and_recover(
+        source, binding, [inputs], data=given.data, padding=padding, progress=progress
+    )
     program, qparams = recovered.program, recovered.qparams
     with progress.stage("comparing"):
         quality = UNKNOWN  # of an example that is shapes alone

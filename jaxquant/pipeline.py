@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, Unpack
 
 from jaxquant import stages
 from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.keywords import named
 from jaxquant.plan.config import QuantConfig, Settings, check_flag, config_of, spelled_out
 from jaxquant.progress import Progress
@@ -30,6 +31,7 @@ def quant_post(
     batch_size: int | None = None,
     batch_nums: int | None = None,
     select: Any = None,
+    mask: Mask = None,
     allow_batch_dependence: bool = False,
     calibration_file: Path | None = None,
     recovery_file: Path | None = None,
@@ -62,6 +64,13 @@ def quant_post(
       batch_nums: how many batches to use; None for all.
       select: what of an item of `ds` is given to `apply_fn`: a key or index, a tuple of those, or
         a function of the item; for data sets of (image, label).
+      mask: which positions of padded texts count: the key of the input (in a dict) or its index
+        that holds 1 where a position [B, T] is no padding and 0 elsewhere, or a function of the
+        inputs that gives that, `mask=lambda ids: ids != 0`.  Padding is then counted nowhere where
+        it can be followed through the model, and a warning names what it cannot be followed to;
+        not by "adaround" either, which learns on all positions.  The axes of samples and positions
+        are found from the inputs that begin with the mask's sizes; where those are of another
+        sequence too, a dict by the inputs names the mask of each.
       allow_batch_dependence: take a model whose result for a sample depends on the other samples of
         its batch, or that draws a dropout mask from a fixed key.  Without it such a model is
         refused: it is in training mode, as a rule.
@@ -110,7 +119,8 @@ def quant_post(
     stages.check_files(config, calibration_file, recovery_file)
     check_flag("allow_batch_dependence", allow_batch_dependence)
     goal = make_goal(metric, max_drop, time_budget)
-    options = stages.options_of(config, batch_size, batch_nums, select)
+    padding = Padding.of(mask)
+    options = stages.options_of(config, batch_size, batch_nums, select, padding)
     with Progress("quant_post", progress) as shown:
         batches = stages.read(ds, batch_size, batch_nums, select)
         source = stages.float_model(params, apply_fn)
@@ -122,6 +132,7 @@ def quant_post(
             calibration_file,
             shown,
             allow_batch_dependence,
+            padding,
         )
         return stages.quantize(source, observations, config, recovery_file, shown, goal)
 
@@ -137,6 +148,7 @@ def calibrate(
     batch_size: int | None = None,
     batch_nums: int | None = None,
     select: Any = None,
+    mask: Mask = None,
     allow_batch_dependence: bool = False,
     calibration_file: Path | None = None,
     progress: bool = True,
@@ -180,7 +192,8 @@ def calibrate(
     config = config_of(config, settings)
     stages.check_files(config, calibration_file, None)
     check_flag("allow_batch_dependence", allow_batch_dependence)
-    options = stages.options_of(config, batch_size, batch_nums, select)
+    padding = Padding.of(mask)
+    options = stages.options_of(config, batch_size, batch_nums, select, padding)
     with Progress("calibrate", progress) as shown:
         batches = stages.read(ds, batch_size, batch_nums, select)
         source = stages.float_model(params, apply_fn)
@@ -192,6 +205,7 @@ def calibrate(
             calibration_file,
             shown,
             allow_batch_dependence,
+            padding,
         )
 
 

@@ -17,6 +17,7 @@ from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
+from jaxquant.calibration.padding import Padding
 from jaxquant.calibration.processes import check_alike
 from jaxquant.calibration.resume import (
     check_observed,
@@ -84,6 +85,7 @@ def options_of(
     batch_size: int | None = None,
     batch_nums: int | None = None,
     select: Any = None,
+    padding: Padding | None = None,
 ) -> dict[str, Any]:
     """What a calibration file tells of the arguments; values as JSON gives them back."""
     return {
@@ -95,6 +97,7 @@ def options_of(
         "batch_size": None if batch_size is None else int(batch_size),
         "batch_nums": None if batch_nums is None else int(batch_nums),
         "select": "a function" if callable(select) else repr(select),
+        "mask": None if padding is None else padding.option,
     }
 
 
@@ -106,19 +109,21 @@ def calibrate(
     calibration_file: str | os.PathLike[str] | None,
     progress: Progress,
     allow_batch_dependence: bool = False,
+    padding: Padding | None = None,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
     if not operations.are_loaded():
         with progress.stage("loading the kernels"):
             operations.load()
-    sweep = _sweep(source, config, options, allow_batch_dependence, progress)
+    sweep = _sweep(source, config, options, allow_batch_dependence, progress, padding)
     if jax.process_count() > 1:
         check_alike(params_digests(source.params), is_complete(calibration_file))
     with progress.stage("calibrating", batches.total, "batch") as stage:
         counted = stage.each(batches.items)
         if calibration_file is None:
             return run_sweep(sweep, counted)
-        return sweep_with_file(calibration_file, sweep, counted, config.own_observer)
+        found = sweep_with_file(calibration_file, sweep, counted, config.own_observer)
+        return dataclasses.replace(found, padding=padding)  # a file holds no function
 
 
 def load(
@@ -229,7 +234,10 @@ class _Cut:
 
 def _build(cut: _Cut, file: str | os.PathLike[str] | None, progress: Progress) -> Built:
     source, binding, examples = cut.source, cut.binding, cut.observations.examples
-    recovered = quantize_and_recover(source, binding, examples, file=file, progress=progress)
+    padding = cut.observations.padding
+    recovered = quantize_and_recover(
+        source, binding, examples, file=file, padding=padding, progress=progress
+    )
     program, qparams = recovered.program, recovered.qparams
     with progress.stage("comparing"):
         quality = measure_quality(recovered.comparison, qparams, examples[0], recovered.uncorrected)
@@ -246,6 +254,7 @@ def _sweep(
     options: dict[str, Any],
     allow_batch_dependence: bool,
     progress: Progress,
+    padding: Padding | None = None,
 ) -> Sweep:
     tensors_of = functools.partial(observed_tensors, config=config)
     count = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
@@ -257,5 +266,6 @@ def _sweep(
         count,
         fast_convolutions,
         allow_batch_dependence=allow_batch_dependence,
+        padding=padding,
         progress=progress,
     )

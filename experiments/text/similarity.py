@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import jaxquant
+from experiments.models.bert import PADDING
 from experiments.text import corpus, minilm
 from experiments.text.quantize import quantized
 
@@ -25,12 +26,16 @@ COUNT, BATCH = 200, 50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the sentences")
-    seed = parser.parse_args().seed
+    parser.add_argument(
+        "--multiple", type=int, default=16, help="of tokens, to which batches are padded"
+    )
+    arguments = parser.parse_args()
     module, variables = minilm.load()
     sentences = corpus.sentences()
-    chosen = np.random.default_rng(seed).permutation(len(sentences))[: 2 * COUNT]
+    chosen = np.random.default_rng(arguments.seed).permutation(len(sentences))[: 2 * COUNT]
     calibration, evaluation = (
-        batches([sentences[i] for i in part]) for part in np.split(chosen, 2)
+        batches([sentences[i] for i in part], multiple=arguments.multiple)
+        for part in np.split(chosen, 2)
     )
     apply_fn = jax.jit(module.apply)
     reference = embeddings(lambda ids: apply_fn(variables, ids), evaluation)
@@ -50,9 +55,10 @@ def main() -> None:
 def repaired(
     apply_fn: Callable[..., jax.Array], params: Any, ids: Sequence[np.ndarray]
 ) -> Iterator[tuple[str, Any, jaxquant.QuantizedApply]]:
-    """The static form with less and with more against outliers, and weights that are rounded to
-    nearest: (its name, qparams, qapply)."""
+    """The static form without padding in the ranges, with less and with more against outliers, and
+    weights that are rounded to nearest: (its name, qparams, qapply)."""
     for name, options in (
+        ("static, padding not counted", {"mask": lambda ids: ids != PADDING}),
         ("static, no look at outliers", {"recover": ("bias_correction",)}),
         (
             "static, the dots behind GELU dynamic",
@@ -69,11 +75,11 @@ def repaired(
         )
 
 
-def batches(sentences: Sequence[str], size: int = BATCH) -> list[np.ndarray]:
-    """The ids of sentences, those of like length together: int32[size, T], T a multiple of 16."""
+def batches(sentences: Sequence[str], size: int = BATCH, multiple: int = 16) -> list[np.ndarray]:
+    """The ids of sentences, those of like length together: int32[size, T], T such a multiple."""
     ordered = sorted(sentences, key=len)
     parts = (ordered[i : i + size] for i in range(0, len(ordered), size))
-    return [minilm.tokenize(part, multiple=16) for part in parts]
+    return [minilm.tokenize(part, multiple=multiple) for part in parts]
 
 
 def embeddings(

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -110,17 +111,32 @@ class Counts(NamedTuple):
     sizes: jax.Array
 
 
-def count_all(xs: Sequence[jax.Array], count: Counter = portable_counts) -> Counts:
+def count_all(
+    xs: Sequence[jax.Array],
+    count: Counter = portable_counts,
+    real: Sequence[jax.Array | None] | None = None,
+) -> Counts:
     """The part of the histograms of one batch of several tensors that depends on their shapes.
 
     `fold` does the rest.
 
+    Args:
+      xs: the tensors.
+      count: how; see `Counter`.
+      real: which entries of each count, bool of a shape that is broadcast to the tensor's, or None
+        for all of them; None where all of all do.
+
     Example:
       >>> count_all([jnp.ones(2), jnp.zeros((3, 4))]).sizes.tolist()
       [2, 12]
+      >>> count_all([jnp.array([1.0, 5.0])], real=[jnp.array([True, False])]).extremes.tolist()
+      [[1.0, 1.0]]
     """
-    counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
-    return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
+    if real is None or all(each is None for each in real):
+        counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
+        return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
+    parts = [_real_counts(x, each, count) for x, each in zip(xs, real, strict=True)]
+    return Counts(*map(jnp.stack, zip(*parts, strict=True)))
 
 
 def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histogram, jax.Array]:
@@ -190,6 +206,29 @@ def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
     counts, extremes = count(x.astype(jnp.float32))
     return counts, extremes
+
+
+def _real_counts(x: jax.Array, real: jax.Array | None, count: Counter) -> Counts:
+    """What is counted of the entries of one tensor that are real; see `count_all`.
+
+    In the place of the others the largest real one is counted, which changes no extreme, and its
+    bin is lessened by as many.
+    """
+    if real is None:
+        return Counts(*_counted(x, count), jnp.uint32(x.size))
+    real, lowest = jnp.broadcast_to(real, x.shape), float(np.finfo(np.float32).min)
+    number = jnp.sum(real, dtype=jnp.uint32)
+    x = x.astype(jnp.float32)
+    top = largest(jnp.where(real, x, lowest), initial=lowest)
+    top = jnp.where(number > 0, top, jnp.float32(0))
+    counts, extremes = _counted(jnp.where(real, x, top), count)
+    low, high = extremes
+    good = (low > -jnp.inf) & (high < jnp.inf)
+    exponent = exponent_above(abs_max_of(low, high, good))
+    place = jnp.where(good, jnp.abs(top) * power_of_two(BIN_BITS - exponent), 0).astype(jnp.int32)
+    counts = counts.at[place].add(number - jnp.uint32(x.size), mode="drop")
+    empty = jnp.asarray([jnp.inf, -jnp.inf], jnp.float32)
+    return Counts(counts, jnp.where(number > 0, extremes, empty), number)
 
 
 def _of_batch(

@@ -16,6 +16,7 @@ from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer
 from jaxquant.graph import evaluate, ir, loops
+from jaxquant.graph.positions import RealIn, all_entries
 
 
 class Seen(NamedTuple):
@@ -37,11 +38,13 @@ class Watch(NamedTuple):
       counter: counts a tensor.
       observer: keeps statistics of its own; None for none.
       forms: those of the float model's equations that run faster here.
+      real: gives which entries of a tensor belong to no padding.
     """
 
     counter: counting.Counter
     observer: Observer | None
     forms: evaluate.Forms
+    real: RealIn = all_entries
 
 
 def observe(
@@ -110,10 +113,14 @@ class _Inside:
 
     def seen(self, env: evaluate.Environment) -> Seen:
         """What was seen, once the graph is evaluated."""
-        values = [env.read(var) for var in self._observed.tensors.values()]
-        update = self._watch.observer.update if self._watch.observer is not None else None
-        own = tuple(map(update, self._own[: len(values)], values)) if update is not None else ()
-        parts = [counting.count_all(values, self._watch.counter)] if values else []
+        watch, tensors = self._watch, self._observed.tensors.values()
+        values = [env.read(var) for var in tensors]
+        real = [watch.real(self._observed.model, var) for var in tensors]
+        own: tuple[Any, ...] = ()
+        if watch.observer is not None:
+            shown = [x if r is None else jnp.where(r, x, 0) for x, r in zip(values, real)]
+            own = tuple(map(watch.observer.update, self._own[: len(values)], shown))
+        parts = [counting.count_all(values, watch.counter, real)] if values else []
         for index in self._bodies:
             parts.append(self._seen[index].counts)
             own += self._seen[index].own

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.calibration.padding import Padding
 from jaxquant.graph.layer_names import layer_suffix
 
 
@@ -81,6 +82,7 @@ class Observations:
       observer: the `jaxquant.Observer` that kept statistics of its own; None for none.
       states: tensor name -> its state, in NumPy.
       origin: digests of the model and the parameters that they are of, and the options.
+      padding: which positions were not counted; None for none, and where a file cannot tell.
     """
 
     tensors: Mapping[str, TensorStats]
@@ -90,6 +92,7 @@ class Observations:
     observer: Any = None
     states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
+    padding: Padding | None = None
 
     def of_layer(self, layer: Sequence[int]) -> Observations:
         """The statistics of one layer of the scans over stacked weights, under plain names."""

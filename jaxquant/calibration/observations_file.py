@@ -22,6 +22,7 @@ from jaxquant.calibration import histogram
 from jaxquant.calibration.fingerprint import DIGEST_BYTES
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observers import Observer, find_observer
+from jaxquant.calibration.padding import Padding
 from jaxquant.files import atomic, safetensors
 from jaxquant.files.errors import FileError
 from jaxquant.files.strict_json import parse_json
@@ -203,7 +204,14 @@ def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
         raise FileError(f"unknown tensors {sorted(tensors)[:3]}")
     origin = _origin(record["origin"])
     return Saved(
-        Observations(stats, batches, samples, examples, origin=origin),
+        Observations(
+            stats,
+            batches,
+            samples,
+            examples,
+            origin=origin,
+            padding=Padding.from_option(origin.options.get("mask")),
+        ),
         {name: tuple(leaves) for name, leaves in zip(names, states)},
         digests,
     )

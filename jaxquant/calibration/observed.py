@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxquant.graph import ir
@@ -25,6 +25,12 @@ class Observed:
     model: Model
     tensors: Mapping[str, ir.Var]
     bodies: Mapping[int, tuple[Observed, ...]]
+
+    def walk(self) -> Iterator[Observed]:
+        """Those of its own graph, and of its bodies."""
+        yield self
+        for body in (body for bodies in self.bodies.values() for body in bodies):
+            yield from body.walk()
 
     @property
     def any_tensor(self) -> Any:

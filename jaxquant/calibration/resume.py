@@ -17,7 +17,7 @@ from jaxquant.files import atomic
 from jaxquant.files.errors import FileError
 
 _SECONDS = 30.0  # between two writes: what a kill loses at most
-DATA_OPTIONS = ("batch_size", "batch_nums", "select")
+DATA_OPTIONS = ("batch_size", "batch_nums", "select", "mask")
 
 
 def sweep_with_file(

@@ -24,6 +24,7 @@ from jaxquant.calibration.inside import Watch, observe
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer
+from jaxquant.calibration.padding import Padding, real_in, warn_of_lost
 from jaxquant.calibration.processes import reduce_processes
 from jaxquant.calibration.refused import explain
 from jaxquant.graph import ir
@@ -77,6 +78,7 @@ class Sweep:
       count: how tensors are counted.
       forms: those of the float model's equations that run faster here.
       allow_batch_dependence: take a model whose result for a sample depends on its batch.
+      padding: which positions of the inputs are not counted; None for none.
       progress: shows that the model is traced and compiled.
     """
 
@@ -89,6 +91,7 @@ class Sweep:
         count: counting.Counter = counting.portable_counts,
         forms: Forms = no_forms,
         allow_batch_dependence: bool = False,
+        padding: Padding | None = None,
         progress: Progress = SILENT,
     ):
         self._source = source
@@ -99,6 +102,7 @@ class Sweep:
         self._count = count
         self._forms = forms
         self._allow_batch_dependence = allow_batch_dependence
+        self._padding = padding
         self._progress = progress
         self._names: tuple[str, ...] = ()
         self._outside: tuple[str, ...] = ()  # those of the model's own graph
@@ -125,6 +129,8 @@ class Sweep:
         if not self._done.batches:
             self.start(inputs)
         done = self._done
+        if self._padding is not None:
+            self._padding.check(inputs, done.batches)
         is_new = shapes_text(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
             if is_new:
@@ -180,6 +186,7 @@ class Sweep:
             observer=self._observer,
             states=dict(zip(self._names, own, strict=True)) if self._observer else {},
             origin=self._origin,
+            padding=self._padding,
         )
 
     def start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
@@ -195,6 +202,8 @@ class Sweep:
             check_independence(self._source, inputs, self._forms)
         observed = self._tensors_of(model)
         self._names, self._outside = observed.names, tuple(observed.tensors)
+        if self._padding is not None:
+            warn_of_lost(observed, self._padding.positions(model, inputs))
         self._origin = make_origin(
             model.graph, self._params, observed.any_tensor, self._observer, self._options
         )
@@ -258,7 +267,8 @@ class Sweep:
         # Batches of another shape may come by the tensors in another order.
         theirs = dict(zip(self._names, own, strict=False))
         there = [theirs[name] for name in observed.names] if own else ()
-        watch = Watch(self._count, self._observer, self._forms)
+        real = real_in(self._padding, observed.model, inputs)
+        watch = Watch(self._count, self._observer, self._forms, real)
         seen = observe(observed, params, jax.tree.leaves(inputs), there, watch, known)
         order = [observed.names.index(name) for name in self._names]
         if order == list(range(len(order))):

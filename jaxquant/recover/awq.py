@@ -65,7 +65,7 @@ def scale_channels(task: Task, draft: Draft) -> Draft:
         names = [site.name for each in found for site in each.readers]
         with task.progress.stage("covariances", task.batches.total, "batch") as stage:
             batches = stage.each(task.batches.read())
-            sums = sum_products(source, program.whole_plan, batches, names)
+            sums = sum_products(source, program.whole_plan, batches, names, task.padding)
         with task.progress.stage("awq", len(found), "tensor") as stage:
             for each in stage.each(found):
                 params = _rebuilt(source, program, leaves)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.graph.model import Model
 from jaxquant.recover.divisible import Divisible, Seen
 from jaxquant.recover.looks import Look, States, look_at
@@ -25,8 +26,11 @@ def watch(
     params: Any,
     examples: Sequence[tuple[Any, ...]],
     tensors: Sequence[Divisible],
+    padding: Padding | None = None,
 ) -> dict[str, dict[Layer, Seen]]:
     """Run the float model on all examples, in one compiled step.
+
+    What belongs to padding counts for nothing, and of its rows there are none.
 
     In a loop whose steps share a layer the rows are drawn from all steps, and ranges are over them.
 
@@ -40,22 +44,34 @@ def watch(
     start = {tensor.name: tensor.start(drawn[tensor.name]) for tensor in tensors}
 
     @jax.jit
-    def run(params: Any, flat: list[Any], states: States) -> States:
-        return look_at(looks, model, jax.tree.leaves(params), flat, states)
+    def run(params: Any, inputs: tuple[Any, ...], states: States) -> States:
+        real, flat = real_in(padding, model, inputs), jax.tree.leaves(inputs)
+        return look_at(looks, model, jax.tree.leaves(params), flat, states, real)
 
     found: dict[str, dict[Layer, list[Seen]]] = {tensor.name: {} for tensor in tensors}
     for inputs in examples:
-        states = jax.device_get(run(params, jax.tree.leaves(inputs), start))
+        states = jax.device_get(run(params, inputs, start))
         for tensor in tensors:
             state = states[tensor.name]
             for layer in np.ndindex(tensor.model.scans):
                 if state.steps[layer]:
                     seen = jax.tree.map(lambda x, layer=layer: x[layer], state.seen)
                     found[tensor.name].setdefault(layer, []).append(seen)
-    return {
+    joined = {
         name: {layer: jax.tree.map(_join, *seen) for layer, seen in layers.items()}
         for name, layers in found.items()
     }
+    if padding is None:
+        return joined
+    return {
+        name: {layer: _without_padding(seen) for layer, seen in layers.items()}
+        for name, layers in joined.items()
+    }
+
+
+def _without_padding(seen: Seen) -> Seen:
+    """What was seen, without the rows of padding, which are NaN."""
+    return seen._replace(rows=tuple(x[~np.isnan(x).all(axis=(1, 2))] for x in seen.rows))
 
 
 def _join(*parts: np.ndarray) -> np.ndarray:

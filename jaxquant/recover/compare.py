@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.graph import trace
 from jaxquant.graph.pieces import InPieces
 from jaxquant.graph.static_values import static_values
@@ -16,7 +17,7 @@ from jaxquant.jax_shim import compilation
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.columns import Columns, measure_columns
 from jaxquant.recover.pair import Asked, Pair, Seen, is_float
-from jaxquant.recover.shift import Powers, Shift, powers
+from jaxquant.recover.shift import Powers, Shift, powers, without_padding
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.layers import Layer
 from jaxquant.run.program import Program
@@ -43,11 +44,18 @@ class Measured(NamedTuple):
 
 
 class Comparison:
-    """Runs both models on the same inputs; compiled once per input shape."""
+    """Runs both models on the same inputs; compiled once per input shape.
 
-    def __init__(self, program: Program, params: Any):
+    Args:
+      program: the int8 model.
+      params: the float model's parameters.
+      padding: which positions of the inputs are not compared; None for none.
+    """
+
+    def __init__(self, program: Program, params: Any, padding: Padding | None = None):
         self._program = program
         self._params = params
+        self._padding = padding
         self._step = InPieces(self._compare, compilation.quick_compilation())
         self._known = static_values(program.graph, params)
         self._pair = Pair(program)
@@ -92,8 +100,7 @@ class Comparison:
           alone: go on behind every site with the float model's value, so that what is measured of a
             site is its own error.
         """
-        flat = jax.tree.leaves(inputs)
-        found = self._step(self._params, self._known, qparams, flat, correct, alone)
+        found = self._step(self._params, self._known, qparams, inputs, correct, alone)
         seen, by_output, by_column = jax.device_get(found)
         by_site, shifts = seen
         return Measured(
@@ -109,16 +116,17 @@ class Comparison:
         params: Any,
         known: Any,
         qparams: Any,
-        flat: list[Any],
+        inputs: tuple[Any, ...],
         correct: jax.Array,
         alone: jax.Array,
     ) -> tuple[Seen, list[jax.Array], list[jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
-        graph = self._program.graph
+        graph, model, flat = self._program.graph, self._program.model, jax.tree.leaves(inputs)
+        real = real_in(self._padding, model, inputs)
         reference = evaluate_float(graph, params, flat, known=known)
-        quantized, seen = self._pair.run(reference, qparams, flat, Asked(correct, alone))
+        quantized, seen = self._pair.run(reference, qparams, flat, Asked(correct, alone, real))
         both = [
-            (jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+            (without_padding(reference.read(x), real(model, x)), jnp.asarray(quantized.read(x)))
             for x in graph.outputs
             if is_float(graph.dtype(x))
         ]

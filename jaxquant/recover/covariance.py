@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import FloatModel, Model
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
-from jaxquant.recover.looks import Look, States, look_at
+from jaxquant.recover.looks import Look, Real, States, look_at
 from jaxquant.recover.product import Product
 from jaxquant.run.layers import Layer
 
@@ -95,23 +96,28 @@ class Reader:
         counts = jnp.zeros((*scans, 2), jnp.int32)
         return Sums(jnp.zeros(self.shape, jnp.float32), counts, evaluations)
 
-    def _add(self, state: Sums, env: evaluate.Environment) -> Sums:
+    def _add(self, state: Sums, env: evaluate.Environment, real: Real) -> Sums:
         x, positions = env.read(self.site.operands[0]), self.product.positions
         index = np.arange(positions)
         if positions > POSITIONS:
             drawn = np.random.default_rng(0).choice(positions, POSITIONS, replace=False)
             index = np.sort(drawn)
-        rows = self.product.inputs(x, 0, index)
+        rows, is_real = self.product.inputs(x, 0, index), self.product.real(real, index)
+        if is_real is None:
+            is_real = jnp.ones(len(index), bool)
+        else:
+            rows = jnp.where(is_real[:, None, None], rows, 0)
         count = len(index)
+        numbers = is_real.astype(jnp.int32)
         if count < HELD_OUT:
             is_apart = state.evaluations % HELD_OUT == HELD_OUT - 1
             part_of = jnp.stack([~is_apart, is_apart])
             products = jnp.where(part_of[:, None, None, None], _products(rows), jnp.float32(0))
-            counts = part_of.astype(jnp.int32) * count
+            counts = part_of.astype(jnp.int32) * numbers.sum()
         else:
             cut = count - count // HELD_OUT
             products = jnp.stack([_products(rows[:cut]), _products(rows[cut:])])
-            counts = jnp.asarray([cut, count - cut], jnp.int32)
+            counts = jnp.stack([numbers[:cut].sum(), numbers[cut:].sum()])
         return Sums(state.products + products, state.counts + counts, state.evaluations + 1)
 
 
@@ -138,6 +144,7 @@ def sum_products(
     plan: Plan,
     batches: Iterable[tuple[Any, ...]],
     names: Sequence[str],
+    padding: Padding | None = None,
 ) -> Found:
     """Run the float model over all batches, compiled once for each of their shapes.
 
@@ -146,6 +153,7 @@ def sum_products(
       plan: has the sites.
       batches: the data.
       names: the sites whose inputs are summed.
+      padding: which positions are left out; None for none.
 
     Raises:
       ValueError: what a site reads is NaN or infinite, or too large for its square.
@@ -155,7 +163,8 @@ def sum_products(
     for number, inputs in enumerate(batches):
         shapes = jax.tree.structure(inputs), tuple(map(_shape, jax.tree.leaves(inputs)))
         if shapes not in programs:
-            programs[shapes] = _OfShape(source, readers_of(source, plan, inputs, names))
+            readers = readers_of(source, plan, inputs, names)
+            programs[shapes] = _OfShape(source, readers, padding)
         before = {name: sums.evaluations for name, sums in found.items()}
         for name, sums in programs[shapes](inputs, before).items():
             _check_finite(name, sums, number)
@@ -179,8 +188,9 @@ def _joined(before: Sums | None, more: Sums) -> Sums:
 class _OfShape:
     """The sums of the batches of one shape; what sites read alike is summed once."""
 
-    def __init__(self, source: FloatModel, readers: Sequence[Reader]):
+    def __init__(self, source: FloatModel, readers: Sequence[Reader], padding: Padding | None):
         self._readers = readers
+        self._padding = padding
         self._model = readers[0].model.whole
         self._params = source.params
         self._firsts: dict[Any, Reader] = {}
@@ -203,7 +213,7 @@ class _OfShape:
             reader.site.name: evaluations.get(reader.site.name, np.int32(0))
             for reader in self._firsts.values()
         }
-        found: dict[str, Sums] = self._step(self._params, jax.tree.leaves(inputs), before)
+        found: dict[str, Sums] = self._step(self._params, inputs, before)
         return found
 
     def members(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -211,12 +221,13 @@ class _OfShape:
         for reader in self._readers:
             yield reader.site.name, self._firsts[reader.shared].site.name, reader.model.scans
 
-    def _sum(self, params: Any, flat: Sequence[Any], evaluations: Mapping[str, Any]) -> States:
+    def _sum(self, params: Any, inputs: tuple[Any, ...], evaluations: Mapping[str, Any]) -> States:
         start = {
             reader.site.name: reader.start(evaluations[reader.site.name])
             for reader in self._firsts.values()
         }
-        return look_at(self._looks, self._model, jax.tree.leaves(params), flat, start)
+        real, flat = real_in(self._padding, self._model, inputs), jax.tree.leaves(inputs)
+        return look_at(self._looks, self._model, jax.tree.leaves(params), flat, start, real)
 
 
 def _shape(x: Any) -> tuple[tuple[int, ...], Any]:

@@ -15,7 +15,7 @@ from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.inputs import input_axes
-from jaxquant.recover.looks import Look, is_replaced
+from jaxquant.recover.looks import Look, Real, is_replaced
 from jaxquant.recover.product import Product
 from jaxquant.recover.repeats import is_repeated, programs_of
 from jaxquant.run.layers import Layer
@@ -112,19 +112,27 @@ class Divisible:
         empty = jax.tree.map(lambda x: np.zeros((*scans, *x.shape), x.dtype), like)
         return State(empty, tuple(stacked), np.zeros(scans, np.int32))
 
-    def _update(self, state: State, env: evaluate.Environment) -> State:
-        seen = self._seen(env.read(self.var).astype(jnp.float32), state.places)
+    def _update(self, state: State, env: evaluate.Environment, real: Real) -> State:
+        seen = self._seen(env.read(self.var).astype(jnp.float32), state.places, real)
         if is_repeated(self.model):
             seen = _with_step(state, seen)
         return State(seen, state.places, state.steps + 1)
 
-    def _seen(self, x: jax.Array, index: Sequence[Any]) -> Seen:
-        """The first axis is that of the samples, unless it is one of channels: then x is one."""
-        rows = tuple(p.inputs(x, 0, at) for p, at in zip(self.readers, index, strict=True))
+    def _seen(self, x: jax.Array, index: Sequence[Any], real: Real = lambda var: None) -> Seen:
+        """The first axis is that of the samples, unless it is one of channels: then x is one.
+
+        Rows of padding are NaN.
+        """
+        rows = []
+        for product, at in zip(self.readers, index, strict=True):
+            own, is_real = product.inputs(x, 0, at), product.real(real, at)
+            rows.append(own if is_real is None else jnp.where(is_real[:, None, None], own, jnp.nan))
+        if (counted := real(self.var)) is not None:
+            x = jnp.where(counted, x, 0)
         rest = tuple(a for a in range(1, x.ndim) if a not in self.axes)
         samples = 1 if 0 in self.axes else x.shape[0]
         low, high = (f(x, axis=rest, initial=0).reshape(samples, -1) for f in (jnp.min, jnp.max))
-        return Seen(low, high, rows)
+        return Seen(low, high, tuple(rows))
 
 
 def _with_step(state: State, new: Seen) -> Seen:

@@ -144,7 +144,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
         names = list(dict.fromkeys(reader.site.name for reader in readers))
         with task.progress.stage("covariances", task.batches.total, "batch") as stage:
             batches = stage.each(task.batches.read())
-            found = sum_products(source, plan, batches, names)
+            found = sum_products(source, plan, batches, names, task.padding)
         with task.progress.stage("gptq", len(keys), "weight") as stage:
             for key in stage.each(keys):
                 outcomes[key] = weights[key].round(found)

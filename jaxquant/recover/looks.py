@@ -7,6 +7,7 @@ one state goes through the steps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,9 +16,13 @@ import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, loops
 from jaxquant.graph.model import Model
+from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.run.float_forms import fast_convolutions
 
 States: TypeAlias = dict[str, Any]
+# Gives which entries of a tensor of a graph belong to no padding, bool of a shape that is broadcast
+# to the tensor's; None where all of them count.
+Real: TypeAlias = Callable[[ir.Var], jax.Array | None]
 
 
 class Look(NamedTuple):
@@ -26,17 +31,24 @@ class Look(NamedTuple):
     Attributes:
       reads: the tensors.
       update: gives the state behind an evaluation of the graph; all its arrays keep their shapes
-        and dtypes.
+        and dtypes.  Its last argument gives which entries of a tensor belong to no padding.
     """
 
     reads: tuple[ir.Var, ...]
-    update: Callable[[Any, evaluate.Environment], Any]
+    update: Callable[[Any, evaluate.Environment, Real], Any]
 
 
 Looks: TypeAlias = Mapping[Model, Mapping[str, Look]]
 
 
-def look_at(looks: Looks, model: Model, params: Sequence[Any], flat: Any, states: States) -> States:
+def look_at(
+    looks: Looks,
+    model: Model,
+    params: Sequence[Any],
+    flat: Any,
+    states: States,
+    real: RealIn = all_entries,
+) -> States:
     """Evaluate a model for what is looked at.
 
     Args:
@@ -45,16 +57,22 @@ def look_at(looks: Looks, model: Model, params: Sequence[Any], flat: Any, states
       params: the values of its leaves, in their order.
       flat: its flattened inputs.
       states: of all looks.
+      real: gives which entries of a tensor belong to no padding.
 
     Returns:
       The states behind it.
     """
     leaves = dict(zip(model.graph.leaves, params, strict=True))
-    return _evaluated(looks, model, leaves, flat, states)[1]
+    return _evaluated(looks, model, leaves, flat, states, real)[1]
 
 
 def _evaluated(
-    looks: Looks, model: Model, leaves: Mapping[ir.Var, Any], inputs: Any, states: States
+    looks: Looks,
+    model: Model,
+    leaves: Mapping[ir.Var, Any],
+    inputs: Any,
+    states: States,
+    real: RealIn,
 ) -> tuple[evaluate.Environment, States]:
     graph, own = model.graph, looks.get(model, {})
     roots = [var for look in own.values() for var in look.reads]
@@ -66,15 +84,22 @@ def _evaluated(
         if names := [name for body in bodies for name in _names(looks, body)]:
             eqn = graph.equations[index]
             some = {name: states[name] for name in names}
-            forms[index] = _looping(looks, eqn, bodies, some, seen)
+            forms[index] = _looping(looks, eqn, bodies, some, seen, real)
             roots += eqn.outputs
     table = evaluate.float_table(ir.upstream(graph, roots), forms)
     env = evaluate.evaluate(graph, leaves, inputs, table)
-    return env, {**seen, **{name: look.update(states[name], env) for name, look in own.items()}}
+    here = functools.partial(real, model)
+    after = {name: look.update(states[name], env, here) for name, look in own.items()}
+    return env, {**seen, **after}
 
 
 def _looping(
-    looks: Looks, eqn: ir.Equation, bodies: Sequence[Model], states: States, seen: States
+    looks: Looks,
+    eqn: ir.Equation,
+    bodies: Sequence[Model],
+    states: States,
+    seen: States,
+    real: RealIn,
 ) -> evaluate.Lowering[evaluate.Environment]:
     """The lowering of a loop or choice, which puts the states behind it into `seen`."""
     is_layered = bodies[0].layers is not None
@@ -83,7 +108,7 @@ def _looping(
         def step(given: loops.Given) -> loops.Gives:
             before = given.sliced if is_layered else given.kept
             leaves, inputs = body.root.split(given.values)
-            env, after = _evaluated(looks, body, leaves, inputs, before)
+            env, after = _evaluated(looks, body, leaves, inputs, before, real)
             results = [env.read(x) for x in body.graph.outputs]
             if is_layered:
                 return loops.Gives(results, after)

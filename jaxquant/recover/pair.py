@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.plan.binding import Int8Site
 from jaxquant.recover.activation import find_activation
-from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers
+from jaxquant.recover.shift import (
+    add_powers,
+    add_shifts,
+    compare_outputs,
+    powers,
+    without_padding,
+)
 from jaxquant.run import both_forms
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program
@@ -28,10 +35,12 @@ class Asked(NamedTuple):
     Attributes:
       correct: take the site's shift away before going on.
       alone: go on with the float model's value.
+      real: gives which entries of a tensor belong to no padding; others are not compared.
     """
 
     correct: jax.Array
     alone: jax.Array
+    real: RealIn = all_entries
 
 
 class Seen(NamedTuple):
@@ -136,6 +145,12 @@ class Pair:
 
         correctable = self.corrected
 
+        real = functools.partial(asked.real, self.program.model)
+
+        def wanted(var: ir.Var) -> jax.Array:
+            """What the float form gives, to be compared."""
+            return without_padding(reference.read(var), real(var))
+
         def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
             """The site's lowering, compared with the float model, its shift taken away."""
             name, epilogue = site.site.name, site.epilogue
@@ -145,7 +160,9 @@ class Pair:
             def correcting(state: Evaluation) -> evaluate.Values:
                 value = lowering(state)[epilogue.output]
                 activation = self._activations[name]
-                compared = compare_outputs(epilogue, activation, reference, value)
+                compared = compare_outputs(
+                    epilogue, activation, reference, value, real(epilogue.output)
+                )
                 by_site[name] = compared.powers
                 if name not in correctable:
                     return {epilogue.output: value}
@@ -184,9 +201,9 @@ class Pair:
                         continue
                     name = self._named.get(var, "")
                     if name and name not in by_site:
-                        by_site[name] = powers(reference.read(var), value)
-                    wanted = reference.wide(var).astype(value.dtype)
-                    values[var] = jnp.where(asked.alone, wanted, value)
+                        by_site[name] = powers(wanted(var), value)
+                    in_float = reference.wide(var).astype(value.dtype)
+                    values[var] = jnp.where(asked.alone, in_float, value)
                 return values
 
             return following
@@ -209,7 +226,7 @@ class Pair:
         # Tensors that no site gives, such as the inputs, are measured as they are read.
         for name, var in self._tensors.items():
             if var is not None and var in quantized and name not in by_site:
-                by_site[name] = powers(reference.read(var), quantized.wide(var))
+                by_site[name] = powers(wanted(var), quantized.wide(var))
         return quantized, Seen(by_site, shifts)
 
     def step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -59,6 +60,19 @@ class Product:
     def positions(self) -> int:
         """How many output positions there are; the samples of the batch run slowest."""
         return math.prod(self._output[a] for a in self._position_axes)
+
+    def real(self, real: Callable[[ir.Var], jax.Array | None], index: Index) -> jax.Array | None:
+        """bool [R], which rows belong to no padding; None where all of them count.
+
+        Args:
+          real: gives which entries of a tensor do.
+          index: of the rows.
+        """
+        entries = real(self.output)
+        if entries is None:
+            return None
+        whole = jnp.broadcast_to(entries, self._output)
+        return self.outputs(whole, index).any(axis=1)
 
     def outputs(self, y: jax.Array, index: Index) -> jax.Array:
         """[R, C] of the site's output, behind the equation itself."""

@@ -97,7 +97,11 @@ class Compared(NamedTuple):
 
 
 def compare_outputs(
-    epilogue: Epilogue, activation: Activation, reference: evaluate.Environment, value: jax.Array
+    epilogue: Epilogue,
+    activation: Activation,
+    reference: evaluate.Environment,
+    value: jax.Array,
+    real: jax.Array | None = None,
 ) -> Compared:
     """Compare a site whose int8 output, behind the affine part of its epilogue, is `value`.
 
@@ -106,8 +110,10 @@ def compare_outputs(
       activation: the one behind the site.
       reference: the float model's values.
       value: ŷ, of the shape of the site's output.
+      real: which entries belong to no padding, bool of a shape that is broadcast to it; None where
+        all are compared.
     """
-    wanted = reference.read(epilogue.output).astype(jnp.float32)
+    wanted = without_padding(reference.read(epilogue.output), real).astype(jnp.float32)
     channels = epilogue.channels
     clamp, operands = activation.clamp(reference.graph), [wanted, value]
     if clamp is None:
@@ -125,6 +131,12 @@ def compare_outputs(
     if channels.axes != (value.ndim - 1,):
         return Compared(*portable(*operands))
     return Compared(*operations.differences(portable, bounds, operands))
+
+
+def without_padding(reference: Any, real: jax.Array | None) -> jax.Array:
+    """What the float model gives, with NaN, which no comparison counts, where padding is."""
+    values = jnp.asarray(reference)
+    return values if real is None else jnp.where(real, values, jnp.nan)
 
 
 def powers(reference: Any, quantized: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxquant.calibration.padding import Padding
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import bind
 from jaxquant.progress import Progress
@@ -45,6 +46,7 @@ class Task:
       file: where a step may keep what took long; None for nowhere.
       progress: shows the steps.
       data: all batches, of which the examples are some; None where those are all.
+      padding: which positions of the samples are not looked at; None for none.
     """
 
     source: FloatModel
@@ -52,6 +54,7 @@ class Task:
     file: str | os.PathLike[str] | None
     progress: Progress
     data: Data | None = None
+    padding: Padding | None = None
     _compared: dict[Any, Comparison] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -77,8 +80,8 @@ class Task:
         if (program, shapes) not in self._compared:
             params, here = self.source.params, program
             if inputs is not None and shapes != own:
-                here = program_by_site(bind(self.source.trace(inputs), program.plan), params)
-            self._compared[program, shapes] = Comparison(here, params)
+                here = program_by_site(bind(self.source.trace(inputs), program.whole_plan), params)
+            self._compared[program, shapes] = Comparison(here, params, self.padding)
         return self._compared[program, shapes]
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxquant.calibration.padding import Padding
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.modes import MODES
@@ -62,6 +63,7 @@ def quantize_and_recover(
     *,
     file: str | os.PathLike[str] | None = None,
     data: Data | None = None,
+    padding: Padding | None = None,
     progress: Progress,
 ) -> Recovered:
     """Quantize the parameters and repair the int8 model by the steps that its sites have.
@@ -74,9 +76,10 @@ def quantize_and_recover(
       examples: batches of calibration samples.
       file: where a step may keep what took long; None for nowhere.
       data: all calibration batches; None where the examples are all.
+      padding: which positions of them are not looked at; None for none.
       progress: shows the steps.
     """
-    task = Task(source, examples, file, progress, data)
+    task = Task(source, examples, file, progress, data, padding)
     with progress.stage("quantizing weights"):
         qparams = quantize_params(binding, source.params)
     draft = Draft(program_by_site(binding, source.params), qparams)

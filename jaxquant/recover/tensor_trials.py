@@ -46,7 +46,7 @@ def tensor_trials(
     """
     program, params = draft.program, task.source.params
     corrected = program.whole_plan.recovered_by("bias_correction")
-    seen = watch(program.model, params, task.alike, divisible)
+    seen = watch(program.model, params, task.alike, divisible, task.padding)
     parts = {
         (part.program.model, part.layer): part
         for part in GraphLayer(program, program.binding, draft.qparams, params).walk()

@@ -17,7 +17,7 @@ from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import Model
 from jaxquant.recover.activation import Activation
-from jaxquant.recover.looks import Look, States, is_replaced, look_at
+from jaxquant.recover.looks import Look, Real, States, is_replaced, look_at
 from jaxquant.recover.product import Product
 from jaxquant.recover.repeats import is_repeated
 from jaxquant.run.layers import Layer
@@ -107,7 +107,7 @@ class Learnable:
         steps, step = np.zeros(scans, np.int32), np.zeros((*scans, rows), np.int32)
         return _State(wanted, places, steps, step, self.grid)
 
-    def _update(self, state: _State, env: evaluate.Environment) -> _State:
+    def _update(self, state: _State, env: evaluate.Environment, real: Real) -> _State:
         y = env.read(self.product.output).astype(jnp.float32)
         rows = self.product.outputs(y, state.places)
         scalars, inputs, step = self.activation.scalars(env), None, state.step

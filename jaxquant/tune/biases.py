@@ -6,14 +6,14 @@ a bad one looks bad by itself: its bias expects what the bad one does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import evaluate
+from jaxquant.graph import evaluate, ir
 from jaxquant.plan import layout
 from jaxquant.plan.binding import Int8Site
 from jaxquant.plan.plan import Plan
@@ -90,12 +90,22 @@ def has_bias(program: Program, part: Part) -> bool:
 
 
 def shift_at(
-    part: Part, reference: evaluate.Environment, value: jax.Array
+    part: Part,
+    reference: evaluate.Environment,
+    value: jax.Array,
+    real: Callable[[ir.Var], jax.Array | None] = lambda var: None,
 ) -> tuple[Shift, jax.Array]:
-    """How far a part's channels are off, and the value with their mean error taken away."""
+    """How far a part's channels are off, and the value with their mean error taken away.
+
+    Args:
+      part: it.
+      reference: the float model's values.
+      value: what the part gives.
+      real: gives which entries of a tensor belong to no padding; None for all.
+    """
     assert part.site is not None
     epilogue = part.site.epilogue
     activation = find_activation(reference.graph, epilogue.output)
-    compared = compare_outputs(epilogue, activation, reference, value)
+    compared = compare_outputs(epilogue, activation, reference, value, real(epilogue.output))
     corrected = value + epilogue.channels.spread(compared.mean, value.ndim)
     return Shift.of(compared.shift, compared.powers[2]), corrected

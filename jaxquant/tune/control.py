@@ -216,7 +216,9 @@ def _rank(
     """The sites, most sensitive first, and the suspects: the first ones, whose float type does."""
     built = search.full
     plan, examples = built.binding.whole_plan, observations.examples
-    switch = Switch(source, built.qparams, plan, examples, single_layers=True)
+    switch = Switch(
+        source, built.qparams, plan, examples, single_layers=True, padding=observations.padding
+    )
     search.units = switch.units
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget

@@ -71,7 +71,7 @@ def rules_for_outliers(
     names = _with_coarse_input(binding, observations, groups)
     if not names:
         return ()
-    task = Task(source, observations.examples, None, progress)
+    task = Task(source, observations.examples, None, progress, padding=observations.padding)
     with progress.stage("looking at outliers"):
         program = program_by_site(binding, source.params)
         divisible = find_divisible(program, {"smoothquant": names})

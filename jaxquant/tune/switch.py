@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.graph import evaluate
 from jaxquant.graph.model import FloatModel
+from jaxquant.graph.positions import RealIn
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.bias_correction import with_shifts
@@ -37,6 +39,7 @@ class Switch:
       qparams, plan: the int8 model.
       examples: batches of the model's inputs, on which biases are corrected.
       single_layers: whether layers of a scan are chosen one by one, where it can be cut there.
+      padding: which positions of the examples count for nothing; None for none.
 
     Attributes:
       units: what can be chosen, by name: sites, and layers of sites.
@@ -49,6 +52,7 @@ class Switch:
         plan: Plan,
         examples: Sequence[tuple[Any, ...]],
         single_layers: bool = False,
+        padding: Padding | None = None,
     ):
         params = source.params
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
@@ -71,7 +75,9 @@ class Switch:
             return evaluate.outputs(evaluate_parts(parts, params, qparams, flat, choose)[0])
 
         def shifts(params: Any, qparams: Any, rest: Any, inputs: Any) -> dict[str, Shift]:
-            return _shifts(*start(inputs), params, qparams, rest)
+            parts, flat = start(inputs)
+            real = real_in(padding, parts.program.model, inputs)
+            return _shifts(parts, flat, params, qparams, rest, real)
 
         self._mixed, self._shifts = jax.jit(mixed), jax.jit(shifts)
 
@@ -98,7 +104,7 @@ class Switch:
 
 
 def _shifts(
-    parts: Parts, flat: list[Any], params: Any, qparams: Any, rest: Any
+    parts: Parts, flat: list[Any], params: Any, qparams: Any, rest: Any, real: RealIn
 ) -> dict[str, Shift]:
     """The shift of each int8 site of a mixture, behind the corrected ones before it."""
 
@@ -107,7 +113,8 @@ def _shifts(
         values = _pick(on, as_float, as_int8)
         if not has_bias(here.program, part):
             return Outcome(values)
-        shift, corrected = shift_at(part, here.in_float, values[0])
+        own = functools.partial(real, here.program.model)
+        shift, corrected = shift_at(part, here.in_float, values[0], own)
         values = [jnp.where(on, corrected, values[0])]
         return Outcome(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
 

@@ -105,3 +105,16 @@ def test_an_unknown_step_is_refused():
         ValueError, match=r"recover: 'bias_corection' is not known.*bias_correction"
     ):
         quantize(params, apply_fn, [x], recover=("bias_corection",))
+
+
+def test_batches_of_several_lengths_go_through_a_scan_of_layers():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(2, 8, 8)), jnp.float32)}
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    batches = [5 + rng.normal(size=(4, length, 8)).astype(np.float32) for length in (6, 3)]
+    qparams, qapply = quantize(params, apply_fn, batches, recover=("bias_correction",))
+    for x in batches:
+        assert sqnr(apply_fn(params, x), qapply(qparams, x)) > 20

@@ -1,0 +1,143 @@
+"""The axes of a tensor by what runs along them: the samples or the positions of a mask, or neither.
+
+A mask [B, T] tells which positions are no padding.  An axis may be made of several parts, the
+slowest first: one of B·T rows has a part of samples and one of positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+BATCH = -1  # the mark of samples; the positions of mask n have the mark n
+
+
+class Part(NamedTuple):
+    """A part of an axis.
+
+    Attributes:
+      size: its length.
+      mark: what runs along it; None for neither samples nor positions.
+      filled: the model has written values of its own choice where these positions are padding, as
+        -1e9 for scores of an attention, so that these are read.
+    """
+
+    size: int
+    mark: int | None = None
+    filled: bool = False
+
+    @property
+    def is_position(self) -> bool:
+        return self.mark is not None and self.mark != BATCH
+
+
+Axis: TypeAlias = tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a tensor.
+
+    Attributes:
+      axes: its own.
+      is_plain: it is computed from masks, ids and constants alone, by arithmetic: it tells what is
+        padding, and holds no activation.
+      is_static: it does not depend on the inputs.
+      lost: the primitive behind which it is not known any more where its positions are; "" for
+        none.
+    """
+
+    axes: tuple[Axis, ...]
+    is_plain: bool = False
+    is_static: bool = False
+    lost: str = ""
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for axis in self.axes for part in axis]
+
+    @property
+    def has_positions(self) -> bool:
+        return any(part.is_position for part in self.parts)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(part.size for part in axis) for axis in self.axes)
+
+    def without_leading(self, name: str) -> Known:
+        """One step of what a loop goes through."""
+        gone = any(part.is_position for part in self.axes[0])
+        return dataclasses.replace(
+            self, axes=self.axes[1:], lost=self.lost or (name if gone else "")
+        )
+
+    def with_leading(self, axis: Axis) -> Known:
+        """The results of all steps of a loop."""
+        return dataclasses.replace(self, axes=(axis, *self.axes))
+
+
+def nothing(shape: Sequence[int], is_static: bool = False, lost: str = "") -> Known:
+    """A tensor of which nothing is known."""
+    return Known(tuple((Part(size),) for size in shape), is_static=is_static, lost=lost)
+
+
+def of_input(shape: Sequence[int], mask: int | None, is_plain: bool) -> Known:
+    """An input of the model, whose first two axes are those of a mask, or None."""
+    axes = list(nothing(shape).axes)
+    if mask is not None:
+        axes[:2] = (Part(shape[0], BATCH),), (Part(shape[1], mask),)
+    return Known(tuple(axes), is_plain=is_plain)
+
+
+def join(each: Sequence[Known], name: str) -> Known:
+    """A tensor that is one of these, all of one shape; what is static may be anything.
+
+    Args:
+      each: at least one.
+      name: of the primitive that chooses.
+    """
+    depends = [known for known in each if not known.is_static]
+    if not depends:
+        return each[0]
+    axes = tuple(agreed(axes) for axes in zip(*(known.axes for known in depends), strict=True))
+    found = Known(axes, is_plain=all(known.is_plain for known in depends))
+    return dataclasses.replace(found, lost=still_lost(found, depends, name))
+
+
+def agreed(axes: Sequence[Axis]) -> Axis:
+    """The axis of an elementwise result, given those of its operands, all of one size.
+
+    Where one of them is known and the others are not, it is the known one: each entry belongs to
+    the position that any of its operands belongs to.
+    """
+    known = [axis for axis in axes if any(part.mark is not None for part in axis)]
+    if not known:
+        return axes[0]
+    size = math.prod(part.size for part in known[0])
+    marks = {tuple((part.size, part.mark) for part in axis) for axis in known}
+    if len(marks) > 1:
+        return (Part(size),)
+    columns = zip(*known, strict=True)
+    return tuple(parts[0]._replace(filled=any(p.filled for p in parts)) for parts in columns)
+
+
+def leading(each: Sequence[Known], length: int) -> Axis:
+    """The axis of a loop's steps, so many, given what it goes through."""
+    axes = [known.axes[0] for known in each if not known.is_static]
+    return agreed(axes) if axes else (Part(length),)
+
+
+def still_lost(found: Known, operands: Sequence[Known], name: str) -> str:
+    """What `lost` is of a result.
+
+    Args:
+      found: it.
+      operands: what it is made of.
+      name: of the primitive that makes it.
+    """
+    if found.has_positions:
+        return ""
+    before = next((known.lost for known in operands if known.lost), "")
+    return before or (name if any(known.has_positions for known in operands) else "")
