@@ -16,6 +16,7 @@ from jaxquant.deploy.differences import differences
 from jaxquant.deploy.litert.export import export_litert
 from jaxquant.deploy.onnx.export import OPSETS, export_onnx
 from jaxquant.deploy.onnx.target import PROCESSORS, RUNTIMES
+from jaxquant.deploy.program import PLATFORMS
 from jaxquant.deploy.saved import FORMAT, load_quantized_model
 from jaxquant.deploy.stablehlo import export_stablehlo
 from jaxquant.files import safetensors as container
@@ -134,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         help="ONNX: which ones will run it; all but 'any' give int8 weights, faster, and wrong on "
         f"x86 without VNNI (default: {PROCESSORS[0]}, exact on all)",
     )
+    convert.add_argument(
+        "--platforms",
+        nargs="+",
+        choices=PLATFORMS,
+        help="StableHLO: those whose form the file has (default: all)",
+    )
     convert.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -230,7 +237,11 @@ _EXPORTS: dict[str, Callable[..., None]] = {
     "stablehlo": export_stablehlo,
 }
 # The options that one format alone has.
-_OWN = {"onnx": ("opset", "channels_first", "runtime", "processors"), "litert": ("channels_last",)}
+_OWN = {
+    "onnx": ("opset", "channels_first", "runtime", "processors"),
+    "litert": ("channels_last",),
+    "stablehlo": ("platforms",),
+}
 
 
 def _own_settings(options: argparse.Namespace, to: str) -> dict[str, Any]:

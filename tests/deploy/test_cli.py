@@ -73,6 +73,13 @@ def test_convert_to_onnx(saved, tmp_path):
     assert onnx.TensorProto.UINT8 not in types
 
 
+def test_convert_to_stablehlo_for_some_platforms(saved, tmp_path):
+    output = tmp_path / "m.jaxexport"
+    assert main(["convert", str(saved), str(output), "--platforms", "tpu", "cpu"]) == 0
+    exported = jax.export.deserialize(bytearray(output.read_bytes()))
+    assert exported.platforms == ("cpu", "tpu")
+
+
 def test_convert_by_the_suffix_of_the_file(saved, tmp_path, capsys):
     pytest.importorskip("tflite")
     output = tmp_path / "m.tflite"
@@ -129,6 +136,7 @@ def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
         (["m.tflite", "--opset", "17"], "--opset is an option of onnx, and this writes litert"),
         (["m.onnx", "--channels-last"], "--channels-last is an option of litert"),
         (["m.jaxexport", "--channels-first"], "--channels-first is an option of onnx"),
+        (["m.onnx", "--platforms", "cpu"], "--platforms is an option of stablehlo"),
         (["m.onnx", "--to", "litert"], "has the suffix of onnx, and --to litert is another"),
     ],
 )
