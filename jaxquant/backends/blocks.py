@@ -21,10 +21,11 @@ from jaxquant.jax_shim import choices, jaxprs
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Rows of a weight that are dequantized at once: few where few rows of x meet them, since the sums
-# stay in the first cache then; more where the sums of many rows go to memory and back.
-_FEWEST_ROWS, _MOST_ROWS = 16, 256
-_ROWS_EACH = 4
+# Rows of a weight that are dequantized at once: as many as the second cache has room for.  With fewer
+# the sums go to memory and back more often; 128 took the least time for 1 to 16 rows of x (one core
+# with 1 MB, 640 and 2560 columns).
+_FEWEST_ROWS, _MOST_ROWS = 16, 128
+_FLOATS = 2**20
 
 
 def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -> jax.Array:
@@ -64,11 +65,9 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
     return choices.choose_by_devices(on_one_device, whole, [product.output], operands)[0]
 
 
-def _rows_at_once(samples: object) -> int:
-    """How many rows of a weight are dequantized at once, for so many rows of x."""
-    if not isinstance(samples, int):
-        return _FEWEST_ROWS * _ROWS_EACH
-    return min(max(_ROWS_EACH * samples, _FEWEST_ROWS), _MOST_ROWS)
+def _rows_at_once(width: int) -> int:
+    """How many rows of a weight, of so many numbers, are dequantized at once."""
+    return min(max(_FLOATS // max(width, 1), _FEWEST_ROWS), _MOST_ROWS)
 
 
 def _along_sums(
@@ -78,7 +77,7 @@ def _along_sums(
     length, columns, bits = product.length, product.columns, product.weight_bits
     size, groups = product.group_size, product.groups
     packed = 2 if bits == 4 else 1
-    rows = _rows_at_once(x.shape[0])
+    rows = _rows_at_once(columns)
     if groups > 1:
         # whole groups, or an even part of one: a block's scales are its own then
         parts = [n for n in range(packed, rows + 1, packed) if size % n == 0]
@@ -115,7 +114,7 @@ def _along_outputs(
         halves = jnp.pad(x, ((0, 0), (0, product.length % 2)))
         halves = halves.reshape(x.shape[0], -1, 2)
         even, odd = halves[:, :, 0], halves[:, :, 1]
-    rows = min(_rows_at_once(x.shape[0]), columns)
+    rows = min(_rows_at_once(product.length), columns)
 
     def partial(start: jax.Array | int, count: int) -> jax.Array:
         part, scales = (
