@@ -21,9 +21,9 @@ from jaxquant.jax_shim import choices, jaxprs
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Rows of a weight that are dequantized at once: as many as the second cache has room for.  With fewer
-# the sums go to memory and back more often; 128 took the least time for 1 to 16 rows of x (one core
-# with 1 MB, 640 and 2560 columns).
+# Rows of a weight that are dequantized at once: as many as the second cache has room for.  With
+# fewer the sums go to memory and back more often; 128 took the least time for 1 to 16 rows of x
+# (one core with 1 MB, 640 and 2560 columns).
 _FEWEST_ROWS, _MOST_ROWS = 16, 128
 _FLOATS = 2**20
 
