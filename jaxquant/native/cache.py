@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxquant.native.errors import BuildError
+from jaxquant.native.unused import mark_used, remove_unused
 
 CACHE_VARIABLE = "JAXQUANT_CACHE_DIR"
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -140,6 +141,7 @@ class Folder:
         if digest != _digest(descriptor, needs):
             os.close(descriptor)
             return None
+        mark_used(descriptor)
         return Sealed(descriptor, self.path / name, frozenset(needs.split()))
 
     @contextlib.contextmanager
@@ -149,6 +151,7 @@ class Folder:
         A linker makes files as the umask says, which may let others write to them.
         """
         self._remove_leftovers()
+        remove_unused(self._descriptor, _SEAL)
         name = f"{_BUILDING}{secrets.token_hex(8)}"
         os.mkdir(name, 0o700, dir_fd=self._descriptor)
         try:

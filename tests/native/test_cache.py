@@ -211,6 +211,59 @@ def test_what_ended_processes_left_is_removed(folder: pathlib.Path):
     assert [path.name for path in folder.iterdir()] == [".building-new"]
 
 
+class TestUnused:
+    """Whatever machine of those that share a folder loaded a library, it stays."""
+
+    @pytest.fixture
+    def stored(self, folder: pathlib.Path) -> pathlib.Path:
+        with cache.Folder(folder) as opened, opened.workshop() as workshop:
+            for name in ("kernels-AVX2-1.so", "processor-2.so"):
+                (workshop.path / "library.so").write_bytes(b"code")
+                workshop.store(workshop.sealed("library.so", frozenset()), name)
+            workshop.write("timeout-3", "a note")
+        (folder / "model.safetensors").write_bytes(b"not ours to remove")
+        return folder
+
+    def make_something(self, folder: pathlib.Path) -> None:
+        with cache.Folder(folder) as opened, opened.workshop():
+            pass
+
+    def grow_old(self, folder: pathlib.Path, days: float) -> None:
+        for path in folder.iterdir():
+            os.utime(path, (time.time() - days * 86400,) * 2)
+
+    def test_what_was_loaded_long_ago_is_removed(self, stored: pathlib.Path):
+        self.grow_old(stored, 181)
+        self.make_something(stored)
+        assert {path.name for path in stored.iterdir()} == {"timeout-3", "model.safetensors"}
+
+    def test_what_was_loaded_lately_stays(self, stored: pathlib.Path):
+        self.grow_old(stored, 179)
+        before = sorted(stored.iterdir())
+        self.make_something(stored)
+        assert sorted(stored.iterdir()) == before
+
+    def test_to_load_is_to_use(self, stored: pathlib.Path):
+        self.grow_old(stored, 181)
+        with cache.Folder(stored) as opened:
+            found = opened.find("kernels-AVX2-1.so")
+            assert found is not None
+            os.close(found.descriptor)
+        self.make_something(stored)
+        names = {path.name for path in stored.iterdir()}
+        assert {"kernels-AVX2-1.so", "kernels-AVX2-1.so.sha256"} <= names
+        assert not {"processor-2.so", "processor-2.so.sha256"} & names
+
+    def test_a_link_is_not_followed(self, stored: pathlib.Path, tmp_path: pathlib.Path):
+        self.grow_old(stored, 181)
+        elsewhere = tmp_path / "kernels-elsewhere.so"
+        elsewhere.write_bytes(b"code")
+        os.utime(elsewhere, (0, 0))
+        (stored / "kernels-link.so").symlink_to(elsewhere)
+        self.make_something(stored)
+        assert elsewhere.exists()
+
+
 class TestWhere:
     def test_the_home_directory_is_put_in(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HOME", "/home/someone")
