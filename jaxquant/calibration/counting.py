@@ -94,16 +94,17 @@ def observe(
       >>> counts.nonzero()[0] * bin_width
       array([0. , 1.5, 3. ])
     """
-    return _of_batch(*_counted(x, count), jnp.uint32(x.size), batch_index)
+    return _of_batch(*_in_two_words(*_counted(x, count), jnp.uint32(x.size)), batch_index)
 
 
 class Counts(NamedTuple):
     """What is counted of one batch of T tensors, along a leading axis.
 
     Attributes:
-      counts: uint32 [T, 2048], over the range of each batch.
+      counts: uint32 [T, 2, 2048], the low and the high words, over the range of each batch.
       extremes: float32 [T, 2], the least and the largest x, not finite where a value is not.
-      sizes: uint32 [T], how many values there are.
+      sizes: uint32 [T, 2], how many values there are, low and high word: in one array fewer than
+        2**31, in all the steps of a loop perhaps more.
     """
 
     counts: jax.Array
@@ -128,13 +129,13 @@ def count_all(
 
     Example:
       >>> count_all([jnp.ones(2), jnp.zeros((3, 4))]).sizes.tolist()
-      [2, 12]
+      [[2, 0], [12, 0]]
       >>> count_all([jnp.array([1.0, 5.0])], real=[jnp.array([True, False])]).extremes.tolist()
       [[1.0, 1.0]]
     """
     if real is None or all(each is None for each in real):
         counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
-        return Counts(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
+        return _in_two_words(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
     parts = [_real_counts(x, each, count) for x, each in zip(xs, real, strict=True)]
     return Counts(*map(jnp.stack, zip(*parts, strict=True)))
 
@@ -178,8 +179,7 @@ def joined(states: Histogram, seen: Counts) -> Histogram:
     """The states of T tensors with what was counted in one step of a loop, inside a program."""
 
     def one(state: Histogram, *seen: jax.Array) -> Histogram:
-        counts, extremes, size = seen
-        return merge(state, _of_batch(counts, extremes, size, 0))
+        return merge(state, _of_batch(*seen, 0))
 
     return jax.vmap(one)(states, *seen)
 
@@ -192,11 +192,15 @@ def as_counts(states: Histogram) -> Counts:
       >>> states = jax.tree.map(lambda x: x[None], init())
       >>> seen = as_counts(joined(states, count_all([jnp.ones(3)])))
       >>> seen.extremes.tolist(), seen.sizes.tolist()
-      ([[1.0, 1.0]], [3])
+      ([[1.0, 1.0]], [[3, 0]])
     """
     extremes = jnp.stack([states.min, states.max], axis=-1)
     bad = (states.first_bad >= 0)[:, None]
-    return Counts(states.lo, jnp.where(bad, jnp.nan, extremes), states.count_lo)
+    return Counts(
+        jnp.stack([states.lo, states.hi], axis=1),
+        jnp.where(bad, jnp.nan, extremes),
+        jnp.stack([states.count_lo, states.count_hi], axis=1),
+    )
 
 
 def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
@@ -215,7 +219,7 @@ def _real_counts(x: jax.Array, real: jax.Array | None, count: Counter) -> Counts
     bin is lessened by as many.
     """
     if real is None:
-        return Counts(*_counted(x, count), jnp.uint32(x.size))
+        return _in_two_words(*_counted(x, count), jnp.uint32(x.size))
     real, lowest = jnp.broadcast_to(real, x.shape), float(np.finfo(np.float32).min)
     number = jnp.sum(real, dtype=jnp.uint32)
     x = x.astype(jnp.float32)
@@ -228,23 +232,35 @@ def _real_counts(x: jax.Array, real: jax.Array | None, count: Counter) -> Counts
     place = jnp.where(good, jnp.abs(top) * power_of_two(BIN_BITS - exponent), 0).astype(jnp.int32)
     counts = counts.at[place].add(number - jnp.uint32(x.size), mode="drop")
     empty = jnp.asarray([jnp.inf, -jnp.inf], jnp.float32)
-    return Counts(counts, jnp.where(number > 0, extremes, empty), number)
+    return _in_two_words(counts, jnp.where(number > 0, extremes, empty), number)
+
+
+def _in_two_words(counts: jax.Array, extremes: jax.Array, sizes: jax.Array) -> Counts:
+    """Counts [..., 2048] and sizes [...] of tensors of fewer than 2**32 values."""
+    return Counts(
+        jnp.stack([counts, jnp.zeros_like(counts)], axis=-2),
+        extremes,
+        jnp.stack([sizes, jnp.zeros_like(sizes)], axis=-1),
+    )
 
 
 def _of_batch(
-    counts: jax.Array, extremes: jax.Array, size: ArrayLike, batch_index: jax.Array | int
+    counts: jax.Array, extremes: jax.Array, sizes: jax.Array, batch_index: jax.Array | int
 ) -> Histogram:
+    """The state of what was counted of one tensor; see `Counts`, without T."""
     low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
     good = (low > -jnp.inf) & (high < jnp.inf)  # NaN passes through both
     abs_max = abs_max_of(low, high, good)
+    lo, hi = jnp.where(good, counts, jnp.uint32(0))
+    count_lo, count_hi = jnp.where(good, sizes, jnp.uint32(0))
     return Histogram(
-        lo=jnp.where(good, counts, jnp.uint32(0)),
-        hi=jnp.zeros(BINS, jnp.uint32),
+        lo=lo,
+        hi=hi,
         exponent=exponent_above(abs_max),
         min=jnp.where(good, low, jnp.inf),
         max=jnp.where(good, high, -jnp.inf),
         abs_max=abs_max,
-        count_lo=jnp.where(good, size, jnp.uint32(0)),
-        count_hi=jnp.zeros((), jnp.uint32),
+        count_lo=count_lo,
+        count_hi=count_hi,
         first_bad=jnp.where(good, -1, jnp.asarray(batch_index, jnp.int32)),
     )

@@ -217,7 +217,8 @@ def _stack(states: Sequence[Any]) -> Any:
 
 def _concatenated(parts: Sequence[counting.Counts]) -> counting.Counts:
     if not parts:
-        shapes = ((0, histogram.BINS), jnp.uint32), ((0, 2), jnp.float32), ((0,), jnp.uint32)
+        counted, extremes = ((0, 2, histogram.BINS), jnp.uint32), ((0, 2), jnp.float32)
+        shapes = counted, extremes, ((0, 2), jnp.uint32)
         return counting.Counts(*(jnp.zeros(*each) for each in shapes))
     if len(parts) == 1:
         return parts[0]

@@ -169,6 +169,17 @@ def test_counts_carry_into_the_high_word():
     assert hg.to_numpy(state)[0][0] == hg.BINS * (2**32 - 1) + 6
 
 
+def test_what_the_steps_of_a_loop_count_in_one_batch_keeps_its_high_words():
+    seen = jnp.float32(1.5)
+    state = with_counts(np.full(hg.BINS, 2**32 + 7), 1)._replace(min=-seen, max=seen, abs_max=seen)
+    states, empty = (jax.tree.map(lambda x: x[None], each) for each in (state, hg.init()))
+    folded, _ = counting.fold(empty, counting.as_counts(states), 0)
+    again, _ = counting.fold(folded, counting.count_all([jnp.ones(3)]), 1)
+    got = jax.tree.map(lambda x: x[0], again)
+    assert counted(got) == hg.BINS * (2**32 + 7) + 3
+    assert hg.to_numpy(got)[0][[1023, 1024, 1025]].tolist() == [2**32 + 7, 2**32 + 10, 2**32 + 7]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_batch_with_a_bad_value_is_left_out_and_named(bad):
     clean, dirty = np.array([1.0, -3.0, 0.5], np.float32), np.array([1, bad, -3, 0.5, bad], "f4")
