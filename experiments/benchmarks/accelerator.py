@@ -148,7 +148,9 @@ def network(name: str, dtype: Any, small: bool) -> tuple[Callable[..., Any], Any
     if name != "decoder step":
         return ahead_of_time.network(name, dtype)
     sizes = {"width": 64, "hidden": 128} if small else {"width": 1024, "hidden": 4096}
-    model = Transformer(1000, layers=4, heads=8, length=256, scanned=False, decode=True, **sizes)
+    model = Transformer(
+        1000, layers=4, heads=8, length=256, scanned=False, decode=True, dtype=dtype, **sizes
+    )
     ids = np.ones((1, 1), np.int32)
     variables = jax.jit(model.init)(jax.random.key(0), ids)
     return lambda p, ids: _step(model, p, ids), variables["params"], ids

@@ -48,7 +48,8 @@ def network(
 
     Args:
       name: one of `NETWORKS`.
-      dtype: of the computation of a network for images, which is bfloat16 in comparisons.
+      dtype: of the arithmetic that a network has whatever its parameters' dtype, which is bfloat16
+        in comparisons.
     """
     if name in IMAGES:
         classifier = zoo.build(name).clone(dtype=dtype)
@@ -57,7 +58,7 @@ def network(
         return classifier.apply, variables, sample
     if name == "causal":
         sizes = {"width": 1024, "heads": 8, "hidden": 4096, "layers": 2, "length": TOKENS}
-        causal = Transformer(1000, scanned=False, **sizes)
+        causal = Transformer(1000, scanned=False, dtype=dtype, **sizes)
         tokens = np.random.default_rng(0).integers(0, 1000, (1, TOKENS)).astype(np.int32)
         return causal.apply, jax.jit(causal.init)(jax.random.key(0), tokens), tokens
     if name in ("encoder", "minilm"):

@@ -19,17 +19,19 @@ class Block(nn.Module):
       heads: of the attention; they divide D.
       hidden: F.
       decode: True: one token a call, keys and values of those before it in the collection "cache".
+      dtype: of the attention's arithmetic.
     """
 
     heads: int
     hidden: int
     decode: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
         normalized = nn.LayerNorm(name="attention_norm")(x)
         attention = nn.MultiHeadDotProductAttention(
-            self.heads, decode=self.decode, dtype=jnp.float32, name="attention"
+            self.heads, decode=self.decode, dtype=self.dtype, name="attention"
         )
         x = x + attention(normalized, mask=mask)
         normalized = nn.LayerNorm(name="dense_norm")(x)
@@ -51,6 +53,7 @@ class Transformer(nn.Module):
         "layers"; False: a Python loop over "layers_0" to "layers_{L-1}".  `stack` and `unstack`
         make the parameters of one those of the other.
       decode: True: T is 1, and the tokens before it are in the collection "cache".
+      dtype: of the attentions' arithmetic.
     """
 
     vocabulary: int
@@ -61,6 +64,7 @@ class Transformer(nn.Module):
     length: int = 64
     scanned: bool = True
     decode: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, ids: jax.Array, start: jax.Array | int = 0) -> jax.Array:
@@ -69,7 +73,8 @@ class Transformer(nn.Module):
         x = nn.Embed(self.vocabulary, self.width, name="tokens")(ids)
         x = x + nn.Embed(self.length, self.width, name="positions")(positions)
         mask = None if self.decode else nn.make_causal_mask(ids)
-        settings = {"heads": self.heads, "hidden": self.hidden, "decode": self.decode}
+        settings = {"heads": self.heads, "hidden": self.hidden}
+        settings |= {"decode": self.decode, "dtype": self.dtype}
         if self.scanned:
             stacked = scanned(Block, self.layers)
             x, _ = stacked(**settings, name="layers")(x, mask)

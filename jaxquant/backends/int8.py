@@ -19,7 +19,7 @@ from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import ir
 from jaxquant.graph.contraction import Contraction
 from jaxquant.graph.contraction import dot as make_dot
-from jaxquant.jax_shim import jaxprs
+from jaxquant.jax_shim import choices, jaxprs, layouts
 
 
 def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
@@ -133,8 +133,35 @@ def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction) -> jax.Arra
     summed = math.prod(w.shape[axis] for axis in other.contracted)
     x = x.transpose((*own.free, *own.contracted)).reshape(*rows, summed)
     w = w.transpose((*other.contracted, *other.free)).reshape(summed, math.prod(columns))
-    numbers = (((x.ndim - 1,), (0,)), ((), ()))
-    return dot((x, w), make_dot(numbers, (x.ndim, 2))).reshape(*rows, *columns)
+    product = make_dot((((x.ndim - 1,), (0,)), ((), ())), (x.ndim, 2))
+    sums = dot((x, w), product) if len(columns) == 1 else _of_heads(x, w, product)
+    return sums.reshape(*rows, *columns)
+
+
+def _of_heads(x: jax.Array, matrix: jax.Array, product: Contraction) -> jax.Array:
+    """The sums of rows with a matrix whose columns are those of several heads.
+
+    For a TPU they are held as they are, or in an exported program the matrix is: from what comes
+    of the sums XLA would make a convolution over the heads, which takes twice the time of the
+    product by its own estimate, and would write the matrix in another order first.
+    """
+
+    def as_it_is(x: jax.Array, matrix: jax.Array) -> list[jax.Array]:
+        return [dot((x, matrix), product)]
+
+    def held(x: jax.Array, matrix: jax.Array) -> list[jax.Array]:
+        sums = dot((x, matrix), product)
+        return [layouts.held_in(sums, range(sums.ndim))]
+
+    def exported(x: jax.Array, matrix: jax.Array) -> list[jax.Array]:
+        return [dot((x, lax.optimization_barrier(matrix)), product)]
+
+    def pick(place: choices.Place) -> int:
+        return 2 if place.platform != "tpu" else int(place.is_export)
+
+    output = jax.ShapeDtypeStruct((*x.shape[:-1], matrix.shape[1]), jnp.int32)
+    (sums,) = choices.choose(pick, (held, exported, as_it_is), [output], [x, matrix])
+    return jnp.asarray(sums)
 
 
 def _sums_last(contraction: Contraction, side: int) -> bool:

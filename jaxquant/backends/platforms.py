@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from jaxquant.backends import tpu_floats
 from jaxquant.backends.backend import Backend, Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.native import Native
 from jaxquant.backends.xla import Xla
@@ -127,8 +128,9 @@ def run_product(
 
 
 def covers_operation(table: Table, operation: FloatOperation) -> bool:
-    """Whether a backend of the table has a form of its own for an operation of floats."""
-    return any(backend.covers_operation(operation) for backend in kernels(table))
+    """Whether an operation of floats has another form somewhere: a kernel, or that of TPUs."""
+    has_kernel = any(backend.covers_operation(operation) for backend in kernels(table))
+    return has_kernel or tpu_floats.has(operation)
 
 
 def run_operation(table: Table, operation: FloatOperation, *operands: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import blocks, int8, ragged
+from jaxquant.backends import blocks, int8, ragged, tpu_floats
 from jaxquant.backends.backend import (
     NO_CLAMP,
     Call,
@@ -90,10 +90,7 @@ class Xla:
         return True
 
     def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
-        if not operation.is_int8:
-            return operation.equations(*operands)
-        *others, inv_scale, zero_point = operands
-        return int8.quantize(operation.equations(*others), inv_scale, zero_point)
+        return tpu_floats.run(operation, *operands)
 
 
 def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:

@@ -88,10 +88,11 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
             scores.product.inputs[keys],
             product.inputs[1 - side],
         )
+        precisions = scores.product.params["precision"], product.params["precision"]
         return matching.Match(
             tuple(x for x in (*read, *scores.biases, *scores.masks) if isinstance(x, int)),
             frozenset(members),
-            {"layout": layout, **scores.params(keys)},
+            {"layout": layout, "precisions": precisions, **scores.params(keys)},
         )
     return None
 

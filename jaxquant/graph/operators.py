@@ -31,9 +31,9 @@ class Operator:
       kind: of the operation, a key of `FINDERS`.
       inputs: the tensors that it reads, those that depend on the model's inputs first.
       members: the indices of its equations, ascending; the last one gives its result.
-      params: "attention": layout, scale, fill, biases and masks, see `jaxquant.graph.attention`;
-        "gelu": approximate, "tanh" or "none"; "layer_norm": axis, epsilon, has_scale and
-        has_bias (inputs [C] behind the first); "softmax": axis.
+      params: "attention": layout, scale, fill, biases and masks, see `jaxquant.graph.attention`,
+        precisions of its two products; "gelu": approximate, "tanh" or "none"; "layer_norm":
+        axis, epsilon, has_scale and has_bias (inputs [C] behind the first); "softmax": axis.
     """
 
     kind: str

@@ -1,6 +1,7 @@
-"""Operations of floats between int8 sites that backends run in one pass.
+"""Operations of floats between int8 sites that backends run in one pass, or in another form.
 
-What XLA makes of the equations of an attention takes longer on CPU than the int8 dots around it.
+What XLA makes of the equations of an attention takes longer than the int8 dots around it, on CPU
+and on TPU.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ def find(
       finite: whether a tensor holds neither NaN nor infinity, so that it may be quantized without
         a look at it.
     """
-    if not platforms.kernels(table):
-        return {}
     graph, found = binding.graph, {}
     read = read_in_float(binding, live_equations(binding).equations)
     for last, each in _operators(graph, frozenset(in_float)).items():
@@ -94,7 +93,7 @@ def _lowering(
     table: platforms.Table, read: tuple[ir.Var, ...], operation: FloatOperation, result: ir.Var
 ) -> Lowering:
     def lowering(state: Evaluation) -> evaluate.Values:
-        arrays = [state.env.read(var) for var in read]
+        arrays = [state.env.wide(var) for var in read]
         if not operation.is_int8:
             state.quantized.stored.add(result)
             return {result: platforms.run_operation(table, operation, *arrays)}

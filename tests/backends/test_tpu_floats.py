@@ -1,0 +1,87 @@
+"""The forms of attention and GELU for TPUs, run on CPU, give what the model's equations give."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxquant
+from jaxquant.backends import tpu_floats
+from jaxquant.backends.backend import FloatOperation
+from jaxquant.jax_shim import choices
+from tests import networks
+
+TPU = choices.Place("tpu", is_export=False, is_one_device=True)
+X = networks.images(0, (3, 12, 16))
+
+
+def test_gelu_is_the_same_within_a_small_part_of_a_step():
+    x = np.linspace(-12, 12, 200_001, dtype=np.float32)
+    exact = 0.5 * x.astype(np.float64) * (1 + np.asarray(jax.lax.erf(x / np.sqrt(2, dtype="f4"))))
+    struct = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    operation = FloatOperation(
+        "gelu", {"approximate": "none"}, (struct,), x.shape, lambda x: x, is_int8=True
+    )
+    for step in (1 / 1000, 12 / 127):
+        with choices.at(TPU):
+            got = tpu_floats.run(operation, x, jnp.float32(1 / step), jnp.int32(3))
+        want = np.clip(np.round(exact / step) + 3, -128, 127)
+        apart = np.abs(np.asarray(got, np.float64) - want)
+        assert apart.max() <= 1  # next to a tie
+        assert apart.mean() < 0.01
+
+
+def test_a_transformer_block():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
+            return x + nn.Dense(16)(nn.gelu(nn.Dense(24)(x), approximate=False))
+
+    mask = nn.make_causal_mask(X[..., 0])
+    params = networks.random_params(lambda: Block().init(jax.random.key(0), X, mask))
+    _is_the_same(Block().apply, params, X, mask)
+
+    qparams, qapply = jaxquant.quant_post(params, Block().apply, [(X, mask)], recover=())
+    modules = {
+        platform: jax.export.export(jax.jit(qapply), platforms=[platform])(qparams, X, mask)
+        for platform in ("cpu", "tpu")
+    }
+    has_erfc = {name: "erfc" in each.mlir_module() for name, each in modules.items()}
+    assert has_erfc == {"cpu": True, "tpu": False}
+
+
+def test_masks_biases_and_shared_heads():
+    def apply_fn(params, x, mask):
+        q, k, v = (x @ params[name] for name in "qkv")
+        q = q.reshape(3, 12, 2, 2, 4)
+        k, v = (part.reshape(3, 12, 2, 4) for part in (k, v))
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * 0.5 + params["bias"]
+        scores = jnp.where(mask[:, None, None, None], -1e9, scores)
+        scores = jnp.where(np.tri(12, dtype=bool), scores, -1e9)
+        mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
+        return mixed.reshape(3, 12, 16) @ params["out"]
+
+    sizes = {"q": (16, 16), "k": (16, 8), "v": (16, 8), "bias": (2, 12, 12), "out": (16, 16)}
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    params["bias"] = params["bias"].reshape(2, 1, 12, 12)
+    _is_the_same(apply_fn, params, X, np.arange(12) >= np.array([[12], [7], [1]]))
+
+
+def _is_the_same(apply_fn, params, *inputs):
+    """The int8 model as on a TPU, whose attention sums by one product more."""
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [inputs], recover=())
+    here, there = (qapply.with_backend("xla") for _ in range(2))  # each is traced by itself
+    want = jax.jit(here)(qparams, *inputs)
+    with choices.at(TPU):
+        there = jax.jit(there).lower(qparams, *inputs)
+    assert _dots(there) == _dots(jax.jit(here).lower(qparams, *inputs)) + 1
+    got, error = there.compile()(qparams, *inputs), np.abs(want - apply_fn(params, *inputs)).mean()
+    assert np.abs(got - want).mean() < 0.02 * error
+
+
+def _dots(lowered) -> int:
+    return lowered.as_text().count("stablehlo.dot_general")
