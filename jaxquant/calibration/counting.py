@@ -179,7 +179,8 @@ def joined(states: Histogram, seen: Counts) -> Histogram:
     """The states of T tensors with what was counted in one step of a loop, inside a program."""
 
     def one(state: Histogram, *seen: jax.Array) -> Histogram:
-        return merge(state, _of_batch(*seen, 0))
+        counts, extremes, sizes = seen
+        return merge(state, _of_batch(counts, extremes, sizes, 0))
 
     return jax.vmap(one)(states, *seen)
 
