@@ -6,6 +6,7 @@
 //   javac Classifier.java && java -Djava.library.path=. -cp . Classifier model.tflite image.f32 logits.f32
 #include <jni.h>
 
+#include <cstdint>
 #include <exception>
 
 #include "classifier.h"
@@ -16,6 +17,8 @@ namespace {
 void raise(JNIEnv* java, const std::exception& error) {
   java->ThrowNew(java->FindClass("java/lang/IllegalArgumentException"), error.what());
 }
+
+Classifier* classifier_of(jlong handle) { return reinterpret_cast<Classifier*>(static_cast<intptr_t>(handle)); }
 
 }  // namespace
 
@@ -30,14 +33,14 @@ JNIEXPORT jlong JNICALL Java_Classifier_load(JNIEnv* java, jclass, jstring path)
     raise(java, error);
   }
   java->ReleaseStringUTFChars(path, name);
-  return reinterpret_cast<jlong>(classifier);
+  return static_cast<jlong>(reinterpret_cast<intptr_t>(classifier));
 }
 
 JNIEXPORT jfloatArray JNICALL Java_Classifier_run(JNIEnv* java, jclass, jlong handle, jfloatArray input) {
-  std::vector<float> values(java->GetArrayLength(input));
-  java->GetFloatArrayRegion(input, 0, values.size(), values.data());
   try {
-    const std::vector<float> output = (*reinterpret_cast<Classifier*>(handle))(values);
+    std::vector<float> values(java->GetArrayLength(input));
+    java->GetFloatArrayRegion(input, 0, values.size(), values.data());
+    const std::vector<float> output = (*classifier_of(handle))(values);
     jfloatArray result = java->NewFloatArray(output.size());
     if (result) java->SetFloatArrayRegion(result, 0, output.size(), output.data());
     return result;
@@ -48,7 +51,7 @@ JNIEXPORT jfloatArray JNICALL Java_Classifier_run(JNIEnv* java, jclass, jlong ha
 }
 
 JNIEXPORT void JNICALL Java_Classifier_release(JNIEnv*, jclass, jlong handle) {
-  delete reinterpret_cast<Classifier*>(handle);
+  delete classifier_of(handle);
 }
 
 }  // extern "C"
