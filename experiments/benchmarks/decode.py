@@ -3,6 +3,8 @@
     python -m experiments.benchmarks.decode --batch 1 4
     python -m experiments.benchmarks.decode --scanned     the layers a scan, of stacked weights
     python -m experiments.benchmarks.decode --xla         and by XLA without kernels
+    python -m experiments.benchmarks.decode --batch 1 --llama-cpp FOLDER     and by llama.cpp
+                                            (`llama_cpp.py` says where that is to be had)
 
 Two minutes.  All forms run in turns.  With the time goes the memory of the compiled program: its
 arguments (weights and cache among them) and what it needs beside them.
@@ -10,7 +12,9 @@ arguments (weights and cache among them) and what it needs beside them.
 
 import argparse
 import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant
+from experiments.accuracy.parallel import usable_cores
+from experiments.benchmarks import llama_cpp
 from experiments.benchmarks.interleave import print_table, time_in_turn
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY, HEAD = 8, 640, 2560, 8000, 64
@@ -86,6 +92,17 @@ def step(params: Any, ids: jax.Array, keys: jax.Array, values: jax.Array) -> jax
     return normalize(x) @ params["embedding"].T
 
 
+def llama_steps(params: Any, folder: Path, context: int) -> dict[str, Callable[[], Any]]:
+    """The same by llama.cpp, for each type of its files."""
+    library, found = llama_cpp.Library(folder, usable_cores()), {}
+    with tempfile.TemporaryDirectory() as files:
+        for of_type in llama_cpp.TYPES:
+            path = Path(files) / f"{of_type}.gguf"
+            llama_cpp.write(path, params, WIDTH // HEAD, of_type)
+            found[f"llama.cpp {of_type}"] = library.step(path, context)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
@@ -93,8 +110,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scanned", action="store_true", help="the layers are a scan")
     parser.add_argument("--xla", action="store_true", help="the forms without kernels too")
+    parser.add_argument("--llama-cpp", type=Path, help="the folder of its library")
     args = parser.parse_args()
     params = make_params()
+    others = {}
+    if args.llama_cpp is not None:
+        others = llama_steps(params, args.llama_cpp, args.context)
     if args.scanned:
         params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])
     for batch in args.batch:
@@ -113,6 +134,8 @@ def main() -> None:
             needs = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
             print(f"{name}: {needs[0] / 1e6:.1f} MB of arguments, {needs[1] / 1e6:.1f} MB beside")
             programs[name] = functools.partial(compiled, arrays, *inputs)
+        if batch == 1:
+            programs |= others
         print_table(f"batch {batch}", time_in_turn(programs, args.rounds))
 
 
