@@ -58,9 +58,11 @@ def test_a_size_that_varies_is_refused(tmp_path, library):
 
 def test_the_java_example_gives_the_bits_of_python(tmp_path, library, model):
     compiler = Path(tool("javac")).resolve()
+    found = sorted((compiler.parents[1] / "include").rglob("jni*.h"))
+    if not found:
+        pytest.skip("the Java at hand has no jni.h")
     build(compiler, "-Xlint:all", "-Werror", "-d", tmp_path, FOLDER / "Classifier.java")
-    headers = compiler.parents[1] / "include"
-    headers = [f"-I{path.parent}" for path in headers.rglob("*.h") if "jni" in path.name]
+    headers = [f"-I{path.parent}" for path in found]
     glue, shared = FOLDER / "classifier_jni.cc", tmp_path / "libclassifier.so"
     compile_cpp(glue, shared, library, "-shared", "-fPIC", *headers)
     command = [tool("java"), f"-Djava.library.path={tmp_path}", "-cp", tmp_path, "Classifier"]
