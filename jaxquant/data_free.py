@@ -12,6 +12,7 @@ import jax
 
 from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
+from jaxquant.backends.code_tables import INT
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.padding import Mask, Padding
@@ -126,6 +127,7 @@ def quant_weights(
     *,
     weight_bits: int = 8,
     group_size: int | None = None,
+    weight_dtype: str = INT,
     recover: Sequence[str] | None = None,
     quantizable_op_type: Sequence[str] = DEFAULT_OP_TYPES,
     batch_size: int | None = None,
@@ -173,11 +175,15 @@ def quant_weights(
       weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
+      weight_dtype: "int"; or a table of 16 values for four bits, rounded to nearest, by XLA alone
+        and in no exported file but StableHLO: "nf4", the quantiles of a normal distribution times
+        the largest |w| of a group (QLoRA; it wants `group_size=64`), or "mxfp4", the floats E2M1
+        times a power of two for 32 neighbours (OCP Microscaling), whose scales take a byte each.
       recover: how data repair the weights, () for not at all, of the first batch alone:
-        "gptq" as described above, the default where data are given; "awq" before it gives channels
-        of large inputs, outside of loops, a finer grid (Lin et al., 2023): they are divided in the
-        normalisation or linear layer before the site, where nothing else reads that, and the
-        weights multiplied, so that it costs nothing in the call.
+        "gptq" as described above, the default where data are given and weights are integers;
+        "awq" before it gives channels of large inputs, outside of loops, a finer grid (Lin et al.,
+        2023): they are divided in the normalisation or linear layer before the site, where nothing
+        else reads that, and the weights multiplied, so that it costs nothing in the call.
       quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
         "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
         if asked for "conv2d_transpose".
@@ -217,7 +223,7 @@ def quant_weights(
             f"recover={tuple(recover)!r} rounds weights on data, and example is shapes alone: pass "
             "samples, or leave recover out"
         )
-    default = ("gptq",) if has_data else ()
+    default = ("gptq",) if has_data and weight_dtype == INT else ()
     config = QuantConfig(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,
@@ -228,6 +234,7 @@ def quant_weights(
         mode=WEIGHT_ONLY,
         weight_bits=weight_bits,
         group_size=group_size,
+        weight_dtype=weight_dtype,
     )
     with Progress("quant_weights", progress) as shown:
         given = _inputs(example, select, batch_size, batch_nums)

@@ -66,12 +66,16 @@ def repaired(
         ),
     ):
         yield name, *jaxquant.quant_post(params, apply_fn, ids, progress=False, **options)
-    for bits, options in ((8, {}), (4, {"group_size": 32})):
+    for name, options in (
+        ("8-bit weights", {}),
+        ("4-bit weights, groups of 32", {"weight_bits": 4, "group_size": 32}),
+        ("NF4 weights, groups of 64", {"weight_dtype": "nf4", "group_size": 64}),
+        ("NF4 weights, groups of 32", {"weight_dtype": "nf4", "group_size": 32}),
+        ("MXFP4 weights", {"weight_dtype": "mxfp4"}),
+    ):
         yield (
-            f"{bits}-bit weights, rounded to nearest",
-            *jaxquant.quant_weights(
-                params, apply_fn, ids, weight_bits=bits, recover=(), progress=False, **options
-            ),
+            f"{name}, rounded to nearest",
+            *jaxquant.quant_weights(params, apply_fn, ids, recover=(), progress=False, **options),
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.backends.zero_points import ZeroPoints
 from jaxquant.graph import ir
 from jaxquant.graph.contraction import Contraction
@@ -127,6 +128,7 @@ class Product:
       dtype: of the rows.
       weight_bits: 8, or 4.
       group_size: how many neighbours along K share a scale.
+      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
       precision: of float rows, as `lax.dot_general` takes it.
     """
 
@@ -137,6 +139,7 @@ class Product:
     dtype: Any
     weight_bits: int = 8
     group_size: int = 0
+    weight_dtype: str = INT
     precision: Any = None
 
     @property

@@ -55,14 +55,22 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
         return [form(product, x, integers, scale, dot)]
 
     def whole(x: jax.Array, integers: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
-        size, bits = product.group_size, product.weight_bits
-        return [dot(x, dequantize_groups(integers, scale, axis, product.length, size, bits))]
+        return [dot(x, _dequantized(product, integers, scale, axis, product.length))]
 
     def on_one_device(*operands: jax.Array) -> Sequence[jax.Array]:
         return lax.platform_dependent(*operands, cpu=by_blocks, default=whole)
 
     operands = [x, integers, scale]
     return choices.choose_by_devices(on_one_device, whole, [product.output], operands)[0]
+
+
+def _dequantized(
+    product: Product, integers: jax.Array, scale: jax.Array, axis: int, length: int
+) -> jax.Array:
+    """A part of the weight in float32, `length` of it along the sums, which are at `axis`."""
+    return dequantize_groups(
+        integers, scale, axis, length, product.group_size, product.weight_bits, product.weight_dtype
+    )
 
 
 def _rows_at_once(width: int) -> int:
@@ -93,7 +101,7 @@ def _along_sums(
         scales = scale
         if groups > 1:
             scales = lax.dynamic_slice_in_dim(scale, start // size, -(-count // size), axis=0)
-        block = dequantize_groups(part, scales, 0, count, size, bits)
+        block = _dequantized(product, part, scales, 0, count)
         return dot(lax.dynamic_slice_in_dim(x, start, count, axis=1), block)
 
     whole, left = divmod(length, rows) if rows else (0, 0)
@@ -121,9 +129,9 @@ def _along_outputs(
             lax.dynamic_slice_in_dim(array, start, count, axis=0) for array in (integers, scale)
         )
         if is_apart:
-            low, high = dequantize_halves(part, scales, size)
+            low, high = dequantize_halves(part, scales, size, product.weight_dtype)
             return dot(even, low) + dot(odd, high)
-        return dot(x, dequantize_groups(part, scales, 1, product.length, size, bits))
+        return dot(x, _dequantized(product, part, scales, 1, product.length))
 
     def step(i: jax.Array, result: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(result, partial(i * rows, rows), i * rows, axis=1)

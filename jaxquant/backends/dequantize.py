@@ -5,9 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends.code_tables import INT, look_up
+
 
 def dequantize_groups(
-    integers: jax.Array, scale: jax.Array, axis: int, length: int, size: int, weight_bits: int
+    integers: jax.Array,
+    scale: jax.Array,
+    axis: int,
+    length: int,
+    size: int,
+    weight_bits: int,
+    weight_dtype: str = INT,
 ) -> jax.Array:
     """Integers [..., K or K/2, ...] times their scales [..., K/size, ...] along `axis`: float32.
 
@@ -18,15 +26,18 @@ def dequantize_groups(
       length: K.
       size: the group size.
       weight_bits: 8 or 4.
+      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
     """
-    if weight_bits == 4:
+    if weight_dtype != INT:
+        integers = look_up(_unpack(integers, axis) & jnp.int8(15), weight_dtype)
+    elif weight_bits == 4:
         integers = _unpack(integers, axis)
     value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
     return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
 
 
 def dequantize_halves(
-    packed: jax.Array, scale: jax.Array, size: int
+    packed: jax.Array, scale: jax.Array, size: int, weight_dtype: str = INT
 ) -> tuple[jax.Array, jax.Array]:
     """The 4-bit integers at the even and at the odd places of K times their scales.
 
@@ -37,6 +48,7 @@ def dequantize_halves(
       packed: uint8 [N, K / 2].
       scale: float32 [N, groups].
       size: the group size, even where there are several.
+      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
 
     Returns:
       float32 [N, K / 2], twice.
@@ -44,6 +56,10 @@ def dequantize_halves(
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
     if scale.shape[1] > 1:
         scale = jax.lax.slice_in_dim(_repeat(scale, 1, size // 2), 0, packed.shape[1], axis=1)
+    if weight_dtype != INT:
+        halves = packed & jnp.uint8(15), packed >> jnp.uint8(4)
+        low, high = (look_up(half, weight_dtype) * scale for half in halves)
+        return low, high
     low, high = (signed << jnp.int8(4)) >> jnp.int8(4), signed >> jnp.int8(4)
     return low.astype(jnp.float32) * scale, high.astype(jnp.float32) * scale
 

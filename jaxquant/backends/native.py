@@ -14,6 +14,7 @@ from jaxquant import native
 from jaxquant.backends import float_operations, ragged
 from jaxquant.backends.backend import Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.channels_last import ChannelsLast, undilated
+from jaxquant.backends.code_tables import INT
 from jaxquant.backends.matrices import Matrices, matrices_of
 from jaxquant.graph import ir
 from jaxquant.jax_shim import jaxprs
@@ -103,6 +104,8 @@ class Native:
             few, many = product.rows <= _FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
             return few or ((many or is_packed) and native.int8_is_faster().available)
         has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16")
+        if product.weight_dtype != INT:
+            return False  # the kernels know integers alone
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
         return product.rows <= _FEW_ROWS and has_dtype and by_steps
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.backends.code_tables import MXFP4
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir
 from jaxquant.plan import layout
@@ -120,7 +121,8 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
         pairs[groups.axis] = -(-pairs[groups.axis] // 2)
         stored = (shape, np.int8) if slot.weight_bits == 8 else (tuple(pairs), np.uint8)
         yield ("params", *slot.int8), ((stored[0],), np.dtype(stored[1]))
-        yield ("params", *slot.scale), ((tuple(by_group),), float32)
+        unit = np.dtype(np.uint8) if slot.weight_dtype == MXFP4 else float32
+        yield ("params", *slot.scale), ((tuple(by_group),), unit)
     for tensor in plan.tensors:
         for name in ("scale", "inv_scale"):
             yield ("tensors", tensor.name, name), ((), float32)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant._version import __version__
+from jaxquant.backends.code_tables import INT, VALUES
 from jaxquant.deploy import program, tree
 from jaxquant.deploy.check import check_program
 from jaxquant.deploy.schema import decode
@@ -252,6 +253,9 @@ def _plan(data: dict[str, Any]) -> Plan:
     for site in plan.sites:
         if site.weight_bits not in ((8, 4) if plan.mode == WEIGHT_ONLY else (8,)):
             raise FileError(f"the plan has {site.weight_bits} bits for a weight of {site.name!r}")
+        is_table = site.weight_dtype in VALUES and site.weight_bits == 4
+        if site.weight_dtype != INT and not is_table:
+            raise FileError(f"the plan has {site.weight_dtype!r} for a weight of {site.name!r}")
         if site.dynamic and site.kind not in kinds.DOT_KINDS:
             raise FileError(f"the plan scales what a {site.kind}, {site.name!r}, reads in the call")
     for tensor in plan.tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
 from jaxquant.deploy.network import Int8Node, Node, Tensor
@@ -60,7 +61,17 @@ class StoredTensors(Tensors):
         return self.found.slice_of(tensor_names.join(("params", *path)), index)
 
     def take_stored(self, slot: WeightSlot, var: ir.Var) -> tuple[int, int]:
-        """Numbers for the integers and the scales that are stored for a weight."""
+        """Numbers for the integers and the scales that are stored for a weight.
+
+        Raises:
+          ValueError: the weight holds codes, which no format of files knows.
+        """
+        if slot.weight_dtype != INT:
+            raise ValueError(
+                f"no exporter writes {slot.weight_dtype!r} weights, as of {'/'.join(slot.path)}: "
+                "quantize with integers, weight_bits=8 or 4, to export (files of "
+                "jaxquant.save_quantized_model and StableHLO have them)"
+            )
         integers, scale = (self.found.new(Tensor((), dtype)) for dtype in ("int8", "float32"))
         for number, path in ((integers, slot.int8), (scale, slot.scale)):
             self.found.leaves[str(number)] = self.stored_name(path, var)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
+from jaxquant.backends.code_tables import BLOCK, INT, MXFP4, VALUES
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import DYNAMIC, MODES, STATIC, WEIGHT_ONLY
@@ -108,7 +109,7 @@ class QuantConfig:
       rules: settings for some of the sites, each a `jaxquant.Rule`; the last that matches wins.
       mode: how sites compute: "static" of `jaxquant.quant_post`; the others are those of
         `jaxquant.quant_dynamic` and `jaxquant.quant_weights`.
-      weight_bits, group_size: as of `jaxquant.quant_weights`.
+      weight_bits, group_size, weight_dtype: as of `jaxquant.quant_weights`.
 
     Raises:
       ValueError: a setting is not valid, or not in this mode.
@@ -137,6 +138,7 @@ class QuantConfig:
     mode: str = STATIC
     weight_bits: int = 8
     group_size: int | None = None
+    weight_dtype: str = INT
 
     @property
     def own_observer(self) -> Observer | None:
@@ -234,6 +236,7 @@ class QuantConfig:
                 f"group_size is how many weights share a scale, a positive integer, or None for "
                 f"one scale a channel; got {size!r}"
             )
+        self._check_codes()
         check_known("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
         check_known(
             "activation_quantize_type", self.activation_quantize_type, ACTIVATION_QUANTIZE_TYPES
@@ -255,6 +258,26 @@ class QuantConfig:
         for pattern in self.skip:
             check_pattern("skip", pattern)
         self._check_rules()
+
+    def _check_codes(self) -> None:
+        """Take what a table of four bits implies; raise ValueError where it is asked otherwise."""
+        check_known("weight_dtype", self.weight_dtype, (INT, *VALUES))
+        if self.weight_dtype == INT:
+            return
+        if self.mode != WEIGHT_ONLY:
+            raise ValueError(
+                f"weight_dtype={self.weight_dtype!r} is of jaxquant.quant_weights; where "
+                "operations are of int8, weights are too"
+            )
+        object.__setattr__(self, "weight_bits", 4)
+        if self.weight_dtype != MXFP4:
+            return
+        if self.group_size not in (None, BLOCK):
+            raise ValueError(
+                f"weight_dtype='mxfp4' has a scale for {BLOCK} weights, got group_size="
+                f"{self.group_size}; leave it out"
+            )
+        object.__setattr__(self, "group_size", BLOCK)
 
     def _check_rules(self) -> None:
         if isinstance(self.rules, Rule) or not isinstance(self.rules, Sequence):
@@ -295,6 +318,11 @@ class QuantConfig:
                 if step in STEPS_OF_WEIGHTS
                 else (STATIC, "quant_post")
             )
+            if mode == WEIGHT_ONLY and self.weight_dtype != INT:
+                raise ValueError(
+                    f"{argument}: {step!r} rounds to integers, and weight_dtype="
+                    f"{self.weight_dtype!r} has none; leave it out"
+                )
             if self.mode != mode:
                 raise ValueError(
                     f"{argument}: {step!r} is a step of jaxquant.{function}, not of mode "

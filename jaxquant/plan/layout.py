@@ -8,7 +8,8 @@
                array beside them as "float" only where it does not follow from them.  A leaf
                that is no longer read is left out.  Where the weights alone are quantized, "scale"
                is [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
-               each uint8.
+               each uint8; likewise codes, "nf4" and "mxfp4", see `jaxquant.backends.code_tables`,
+               of which the latter have uint8 exponents for scales.
                A weight behind a tensor that is divided by channel is
                the parameter times what it is divided by.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
@@ -38,6 +39,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
@@ -52,16 +54,22 @@ class WeightSlot:
     """The place of one int8 weight: a parameter's path and the name of its entry there.
 
     A parameter that is used in several ways (two transforms, two channel axes) has an entry each.
-    Its entry is named after the `weight_bits` of its integers.
+    Its entry is named after the `weight_bits` of its integers, or the `weight_dtype` of its codes.
     """
 
     path: tuple[str, ...]
     view: int
     weight_bits: int = 8
+    weight_dtype: str = INT
+
+    @property
+    def format(self) -> tuple[int, str]:
+        """The bits, and what they are."""
+        return self.weight_bits, self.weight_dtype
 
     @property
     def int8(self) -> tuple[str, ...]:
-        name = f"int{self.weight_bits}"
+        name = f"int{self.weight_bits}" if self.weight_dtype == INT else self.weight_dtype
         return (*self.path, f"{name}_{self.view}" if self.view else name)
 
     @property
@@ -138,7 +146,7 @@ def weight_slots(
       plan: the whole plan.
     """
     integer = MODES[plan.mode].integer
-    bits = {site.name: site.weight_bits for site in plan.sites}
+    formats = {site.name: (site.weight_bits, site.weight_dtype) for site in plan.sites}
     by_name = {"/".join(path): path for path in paths}
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
@@ -151,12 +159,12 @@ def weight_slots(
                 continue
             # Computed alike from the same parameter means stored once, wherever it is read.
             view = weight_view(graph, site, integer)
-            key = (model.expression(view.var), view.channels, bits[site.name])
+            key = (model.expression(view.var), view.channels, formats[site.name])
             if key not in slots:
                 # Under its largest parameter, with a number where that has several weights in it.
                 name = graph.paths[trace.largest(graph, graph.sources(weight))]
                 path = by_name.get(name, (name,))
-                slots[key] = WeightSlot(path, views.get(path, 0), bits[site.name])
+                slots[key] = WeightSlot(path, views.get(path, 0), *formats[site.name])
                 views[path] = views.get(path, 0) + 1
             found[site.name] = slots[key]
     return found

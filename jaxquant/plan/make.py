@@ -309,6 +309,8 @@ def _with_settings(graph: ir.Graph, plan: SitePlan, site: Site, config: QuantCon
     }
     if site.is_lookup:  # it has no sums that could be off
         settings["recover"] = ()
+    if settings["weight_bits"] == 4:
+        settings["weight_dtype"] = config.weight_dtype
     if is_dynamic(site, config):
         settings |= {"dynamic": True, "inputs": ()}
     if is_dynamic(site, config) or config.mode == DYNAMIC:

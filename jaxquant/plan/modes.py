@@ -19,7 +19,7 @@ class Mode:
       tensor_scales: the plan holds scales of tensors, and tensors stay int8 between sites.
       integer: sites compute on integers: int8 operands, int32 sums, an epilogue.  Else they
         compute in the model's dtype on a weight that is dequantized in the call.
-      label: what the report calls a quantized site; `{bits}` are those of the weights.
+      label: what the report calls a quantized site; `{numbers}` are what its weight holds.
       advice: what may help where the accuracy is poor; `{skip}` are the sites that it is lost at.
     """
 
@@ -49,7 +49,7 @@ MODES = {
         kinds=(*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND),
         tensor_scales=False,
         integer=False,
-        label="int{bits} weights",
+        label="{numbers} weights",
         advice="a smaller group_size, weight_bits=8 or skip={skip} may help",
     ),
 }

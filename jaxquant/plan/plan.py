@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.modes import STATIC
 from jaxquant.plan.rules import RECOVERY_STEPS
@@ -69,8 +70,9 @@ class SitePlan:
     multiplier and bias absorb, `activation` the elementwise ones behind them; `fingerprint` is of
     how the weight and the affine operands are computed, "" for a site that does not accumulate;
     `computes_weight`: see `jaxquant.graph.sites.Site`.  `recover` are the steps that may repair an
-    int8 site, `weight_bits` those of its stored weight; `dynamic`: what it reads is scaled in each
-    call; `asymmetric`: with a zero point for each row, where it is scaled in the call.
+    int8 site, `weight_bits` those of its stored weight, `weight_dtype` what they are; `dynamic`:
+    what it reads is scaled in each call; `asymmetric`: with a zero point for each row, where it is
+    scaled in the call.
     """
 
     name: str
@@ -85,6 +87,7 @@ class SitePlan:
     computes_weight: bool = False
     recover: tuple[str, ...] = ()
     weight_bits: int = 8
+    weight_dtype: str = INT
     dynamic: bool = False
     asymmetric: bool = False
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.backends.code_tables import INT, as_floats
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import LOOKUP_KIND
 from jaxquant.graph.layer_names import of_layer
@@ -60,7 +61,7 @@ def make_report(
         row["weight_scale_min"] = row["weight_scale_max"] = None
         if site.name in program.slots:
             path = program.slots[site.name].scale
-            scale = np.asarray(layout.get(qparams["params"], path))
+            scale = np.asarray(as_floats(layout.get(qparams["params"], path)))
             row["weight_scale_min"], row["weight_scale_max"] = (
                 float(scale.min()),
                 float(scale.max()),
@@ -68,7 +69,9 @@ def make_report(
         own_label = MODES[DYNAMIC].label if site.dynamic else label
         if site.kind == LOOKUP_KIND:  # it computes nothing
             own_label = MODES[WEIGHT_ONLY].label
-        row["mode"] = FLOAT if site.status == FLOAT else own_label.format(bits=site.weight_bits)
+        is_integer = site.weight_dtype == INT
+        numbers = f"int{site.weight_bits}" if is_integer else site.weight_dtype
+        row["mode"] = FLOAT if site.status == FLOAT else own_label.format(numbers=numbers)
         row["own_sqnr_db"] = quality.own.get(site.name)
         row["sqnr_db"] = quality.sites.get(site.name)
         row["by_layer"] = _by_layer(site.name, quality)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.backends.dequantize import dequantize_groups
 from jaxquant.plan.groups import GroupLayout
 
@@ -17,13 +18,16 @@ class StoredWeight(NamedTuple):
     scale: jax.Array
     layout: GroupLayout
     weight_bits: int
+    weight_dtype: str = INT
 
 
 def dequantize_weight(weight: StoredWeight) -> jax.Array:
     """The weight as float32, in its own shape."""
-    integers, scale, layout, weight_bits = weight
+    integers, scale, layout, weight_bits, weight_dtype = weight
     if weight_bits == 8:
         integers = integers.transpose(layout.order).reshape(layout.shape)
     length = layout.shape[layout.axis]
-    value = dequantize_groups(integers, scale, layout.axis, length, layout.size, weight_bits)
+    value = dequantize_groups(
+        integers, scale, layout.axis, length, layout.size, weight_bits, weight_dtype
+    )
     return value.reshape(layout.permuted).transpose(layout.inverse)

@@ -48,4 +48,6 @@ def look_up(eqn: ir.Equation, indices: jax.Array, table: StoredWeight) -> jax.Ar
     integers, scale = rows(table.integers), rows(table.scale)
     axis, layout = scale.ndim - 1, table.layout
     length = layout.shape[layout.axis]
-    return dequantize_groups(integers, scale, axis, length, layout.size, table.weight_bits)
+    return dequantize_groups(
+        integers, scale, axis, length, layout.size, table.weight_bits, table.weight_dtype
+    )

@@ -74,6 +74,7 @@ def _by_matrix(
         dtype=x.dtype,
         weight_bits=bits,
         group_size=layout.size,
+        weight_dtype=stored.weight_dtype,
         precision=eqn.params["precision"],
     )
     integers = matrix.matrix(stored.integers, -(-matrix.length * bits // 8))
@@ -102,7 +103,7 @@ def _by_chosen(
         axis = chosen if stored.weight_bits == 8 else place
         integers = jax.lax.dynamic_index_in_dim(stored.integers, index, axis)
         scale = jax.lax.dynamic_index_in_dim(stored.scale, index, place)
-        weight = dequantize_weight(StoredWeight(integers, scale, one, stored.weight_bits))
+        weight = dequantize_weight(stored._replace(integers=integers, scale=scale, layout=one))
         matrix = weight.transpose((chosen, *own.contracted, *own.free))
         matrix = matrix.reshape(layout.summed, layout.columns).astype(block.dtype)
         precision = eqn.params["precision"]

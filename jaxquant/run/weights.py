@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.backends.code_tables import as_floats
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
@@ -46,10 +47,10 @@ class StoredWeights:
         """The weight of a site that dequantizes it; where others sum integers, an embedding's."""
         view, slot = self.view(site), self._slots[site.name]
         groups = group_layout(view.shape, view.channels, self._plan.group_size)
-        scale = layout.get(qparams["params"], slot.scale)
+        scale = as_floats(layout.get(qparams["params"], slot.scale))
         if self._integer:  # a scale for each row [V], or one for the table
             scale = jnp.broadcast_to(scale.reshape(-1, 1), (view.shape[0], 1))
-        return StoredWeight(self.integers(site, qparams), scale, groups, slot.weight_bits)
+        return StoredWeight(self.integers(site, qparams), scale, groups, *slot.format)
 
     def stored_view(self, restored: Restored) -> layout.WeightView:
         """What is stored of a tensor that is read in float; of one layer where they are stacked."""
@@ -67,7 +68,8 @@ class StoredWeights:
                 value = integers.astype(jnp.float32) * unit
             else:
                 groups = group_layout(view.shape, view.channels, self._plan.group_size)
-                value = dequantize_weight(StoredWeight(integers, scale, groups, slot.weight_bits))
+                weight = StoredWeight(integers, as_floats(scale), groups, *slot.format)
+                value = dequantize_weight(weight)
             return value.astype(graph.dtype(view.var))
 
         for _ in restored.stacked:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxquant.backends.code_tables import INT
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import GroupLayout
+from jaxquant.weights.codes import encode
 
 LARGEST: Mapping[int, int] = {8: 127, 4: 7}  # bits -> the largest integer
 CLIPPED = tuple(n / 20 for n in range(19, 9, -1))  # of the largest |w|: thresholds that are tried
@@ -23,7 +25,7 @@ _BLOCK = 1 << 20  # weights whose thresholds are searched together
 
 
 def quantize_groups(
-    weight: np.ndarray, layout: GroupLayout, weight_bits: int
+    weight: np.ndarray, layout: GroupLayout, weight_bits: int, weight_dtype: str = INT
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a weight by groups.
 
@@ -31,10 +33,12 @@ def quantize_groups(
       weight: floats, any shape.
       layout: its groups.
       weight_bits: 8 or 4.
+      weight_dtype: what four bits are; see `jaxquant.weights.codes`.
 
     Returns:
       The integers: int8 in the weight's own shape, or packed as `pack` does, uint8 [..., K/2, ...]
-      in `layout.shape` otherwise; and their float64 scales [..., G, ...], likewise.
+      in `layout.shape` otherwise; and their float64 scales [..., G, ...], likewise.  Of "mxfp4"
+      uint8 exponents are the scales.
 
     Example:
       >>> from jaxquant.plan.groups import group_layout
@@ -49,6 +53,11 @@ def quantize_groups(
     padded = np.zeros((*rows.shape[:-1], groups * size))
     padded[..., :length] = rows
     padded = padded.reshape(*rows.shape[:-1], groups, size)
+    if weight_dtype != INT:
+        integers, scale = encode(padded, weight_dtype)
+        integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
+        packed = pack(np.moveaxis(integers, -1, layout.axis), layout.axis)
+        return packed, np.moveaxis(scale, -1, layout.axis)
     largest = LARGEST[weight_bits]
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
     if weight_bits == 4:

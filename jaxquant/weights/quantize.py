@@ -192,7 +192,8 @@ def _put(
 ) -> None:
     """Set a stored weight."""
     layout.put(qparams["params"], slot.int8, integers)
-    layout.put(qparams["params"], slot.scale, scale.astype(np.float32))
+    is_exponent = scale.dtype == np.uint8
+    layout.put(qparams["params"], slot.scale, scale if is_exponent else scale.astype(np.float32))
 
 
 def once(graph: ir.Graph, site: Site, weight: np.ndarray) -> np.ndarray:
@@ -267,7 +268,7 @@ def _put_grouped_weights(
     for slot, view in views.items():
         weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
         groups = group_layout(view.shape, view.channels, plan.group_size)
-        integers, scale = quantize_groups(weight, groups, slot.weight_bits)
+        integers, scale = quantize_groups(weight, groups, *slot.format)
         _put({"params": tree}, slot, integers, scale)
 
 
