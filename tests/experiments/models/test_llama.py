@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxquant
 from experiments.models import decoder, llama, llama_nnx, transformer
 from experiments.models.llama import Llama
 
@@ -99,3 +100,17 @@ def test_a_prompt_in_one_call_leaves_the_cache_of_its_tokens_one_by_one(params, 
         cache = call(cache, ids[:, position, None], jnp.asarray(position, jnp.int32))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), at_once, cache)
     assert any(np.any(leaf) for leaf in jax.tree.leaves(cache))
+
+
+def test_in_nnx_it_is_quantized(params, rng):
+    """All dots with a weight and the tied table are int8, in the scan over layers too."""
+    texts = [jnp.asarray(rng.integers(0, 11, (4, 9)), jnp.int32) for _ in range(2)]
+    graph, state = nnx.split(llama_nnx.from_linen(params, **SETTINGS))
+    qparams, qapply = jaxquant.quant_post(
+        state, lambda state, ids: nnx.merge(graph, state)(ids), texts, progress=False
+    )
+    rows = [row for row in qapply.report().rows if row["kind"] in ("mul", "lookup_table")]
+    assert len(rows) == 9
+    assert {row["status"] for row in rows} == {"int8"}
+    expected, found = logits(params, texts[0]), qapply(qparams, texts[0])
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)

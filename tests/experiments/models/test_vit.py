@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jaxquant
 from experiments.models import transformer, vit_nnx
 from experiments.models.vit import Vit
 
@@ -42,3 +43,17 @@ def test_where_a_patch_is_counts_by_its_position_alone(params, rng):
     nowhere = {**params, "positions": jnp.zeros_like(params["positions"])}
     assert params["positions"].shape == (1, 5, 8)
     np.testing.assert_allclose(logits(nowhere, turned), logits(nowhere, images), **CLOSE)
+
+
+def test_in_nnx_it_is_quantized(params, rng):
+    """All convolutions and dots with a weight are int8, in the scan over layers too."""
+    images = jnp.asarray(rng.normal(size=(16, 4, 4, 3)), jnp.float32)
+    graph, state = nnx.split(vit_nnx.from_linen(params, **SETTINGS, size=4, scanned=True))
+    qparams, qapply = jaxquant.quant_post(
+        state, lambda state, x: nnx.merge(graph, state)(x), images, batch_size=8, progress=False
+    )
+    rows = [row for row in qapply.report().rows if row["kind"] in ("mul", "conv2d")]
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"int8"}
+    expected, found = logits(params, images), qapply(qparams, images)
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
