@@ -55,7 +55,7 @@ class Native:
         if call.contraction.window is None or not has(call):
             return False
         layout = ChannelsLast(call.contraction)
-        return layout.is_plain and layout.window.is_undilated
+        return layout.is_plain and layout.window.is_undilated and not call.movements
 
     def pack(self, call: Call, weight: jax.Array) -> jax.Array:
         if call.contraction.window is None:
@@ -71,7 +71,8 @@ class Native:
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
         if call.contraction.window is not None:
             layout = ChannelsLast(call.contraction)
-            return [layout.back(y) for y in _results(_convolution(call, operands).run())]
+            given = _results(_convolution(call, operands).run())
+            return [_moved(call.movements, layout.back(y)) for y in given]
         matrices = Matrices(
             call.contraction, call.weight_position, operands["x"].shape, call.weight_shape
         )
@@ -142,18 +143,19 @@ def has(call: Call) -> bool:
     """True where there are kernels for a call."""
     contraction = call.contraction
     x, weight = (contraction.operands[k] for k in (1 - call.weight_position, call.weight_position))
+    if any(eqn.name not in _MOVES for eqn in call.movements):
+        return False
     if contraction.window is not None:
-        return not call.movements and len(weight.window) in (1, 2)
+        return len(weight.window) in (1, 2)
     kept = [axis for axis in weight.kept if axis not in weight.chosen]
     channels = math.prod(call.weight_shape[axis] for axis in kept)
     if not weight.contracted or not weight.free or math.prod(call.channels.sizes) != channels:
         return False  # a vector, an outer product, a weight that batch axes share
-    if contraction.choosing is not None and x.batch and x.free[0] != contraction.choosing:
-        return False  # neither have all products the same weights nor each its own
-    return all(eqn.name in _MOVES for eqn in call.movements)
+    # Else neither have all products the same weights nor each its own.
+    return contraction.choosing is None or not x.batch or x.free[0] == contraction.choosing
 
 
-# What rearranges the sums of a dot without copies or reversals, so that it can be undone.
+# What rearranges sums without copies or reversals, so that it can be undone.
 _MOVES = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "stop_gradient"})
 
 
@@ -230,10 +232,12 @@ def _convolution(call: Call, operands: Any) -> native.Call:
     x, contraction = undilated(operands["x"], call.contraction, call.zero_points(operands).x)
     layout = ChannelsLast(contraction)
     packed, options = operands.get("packed"), _options(call, operands)
+    x = layout.x(x)
     if (residual := options["residual"]) is not None:
-        options["residual"] = residual._replace(value=layout.like_result(residual.value))
+        before = _before(call.movements, _result_shape(call, layout, x.shape), residual.value)
+        options["residual"] = residual._replace(value=layout.like_result(before))
     return native.conv_call(
-        layout.x(x),
+        x,
         layout.kernel(operands["weight"]) if packed is None else packed,
         operands["multiplier"],
         operands.get("bias"),
@@ -244,6 +248,15 @@ def _convolution(call: Call, operands: Any) -> native.Call:
         kernel_shape=None if packed is None else layout.kernel_shape(call.weight_shape),
         **options,
     )
+
+
+def _result_shape(call: Call, layout: ChannelsLast, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a convolution's result, of that of its input with channels last."""
+    window = layout.window
+    *taps, _, channels = layout.kernel_shape(call.weight_shape)
+    sizes = native.output_size(shape[1:3], taps, window.strides, window.padding, window.dilation)
+    like = jax.ShapeDtypeStruct((shape[0], *sizes, channels), np.int8)
+    return jax.eval_shape(layout.back, like).shape
 
 
 def _options(call: Call, operands: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.sequences import Link, sequence
 from jaxquant.native.stored import GROUP_STEP, dot_stored
 from jaxquant.native.thresholds import Weighing, kl_thresholds
+from jaxquant.native.window import output_size
 
 __all__ = [
     "GROUP_STEP",
@@ -54,6 +55,7 @@ __all__ = [
     "is_known",
     "kl_thresholds",
     "layer_norm",
+    "output_size",
     "pack_conv",
     "pack_dot",
     "quantize",
