@@ -10,10 +10,11 @@ compiled in a process of its own.  Weights are random.
 
 Prints, for every network and mode, whether it compiles, how many products of int8 are in bodies of
 loops and how many are outside, what products of floats there are, and outside of loops the kernels
-of a GPU, or the thousands of a TPU's cycles by XLA's estimate.
+of a GPU, or the thousands of a TPU's cycles by XLA's estimate (`--largest=20`: where they are).
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,8 +113,18 @@ def quantized(mode: str, params: Any, apply_fn: Any, ids: np.ndarray) -> tuple[A
     )
 
 
-def compile_one(device: str, name: str, mode: str, batch: int) -> str:
-    """What came of one program."""
+def compile_one(device: str, name: str, mode: str, batch: int, most: int = 0) -> dict[str, Any]:
+    """What came of one program.
+
+    Args:
+      device: one of `described.DEVICES`.
+      name, mode: of `NETWORKS` and `MODES`.
+      batch: how many samples; 0: as many as it is quantized with.
+      most: how many of a TPU's operations to tell, those with the most cycles.
+
+    Returns:
+      "products", see `described.products`; "kernels" of a GPU, "cycles" and "largest" of a TPU.
+    """
     apply_fn, params, sample = network(name, jnp.bfloat16 if mode == "bfloat16" else jnp.float32)
     if mode == "bfloat16":
         arrays, function = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), apply_fn
@@ -121,12 +132,35 @@ def compile_one(device: str, name: str, mode: str, batch: int) -> str:
         arrays, function = quantized(mode, params, apply_fn, sample)
     shape = (batch or len(sample), *(IMAGE if name in IMAGES else sample.shape[1:]))
     text = described.compiled(device, function, arrays, jax.ShapeDtypeStruct(shape, sample.dtype))
-    counts = [f"{n} {kind}" for kind, n in described.products(text).items()]
+    found: dict[str, Any] = {"products": described.products(text)}
     if device == "h200":
-        counts.append(f"{described.kernels(text)} kernels")
-    else:
-        counts.append(f"{sum(described.cycles(text).values()) / 1000:.0f} thousand cycles")
-    return ", ".join(counts)
+        return {**found, "kernels": described.kernels(text)}
+    cycles = sum(described.cycles(text).values())
+    return {**found, "cycles": cycles, "largest": described.largest(text, most)}
+
+
+def apart(device: str, name: str, mode: str, batch: int = 0, most: int = 0) -> dict[str, Any]:
+    """`compile_one` in a process of its own; "error", its last line, where it does not compile."""
+    command = [sys.executable, "-m", "experiments.benchmarks.ahead_of_time", device]
+    command += [f"--batch={batch}", f"--largest={most}", "--one", name, mode]
+    done = subprocess.run(command, capture_output=True, text=True, env=described.environment())
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    if done.returncode:
+        return {"error": said[-1] if said else f"exit status {done.returncode}"}
+    found: dict[str, Any] = json.loads(said[-1])
+    return found
+
+
+def told(found: dict[str, Any]) -> str:
+    """What `apart` gives in words."""
+    if "error" in found:
+        return f"DOES NOT COMPILE: {found['error']}"
+    counts = [f"{n} {kind}" for kind, n in found["products"].items()]
+    if "kernels" in found:
+        return ", ".join([*counts, f"{found['kernels']} kernels"])
+    lines = [", ".join([*counts, f"{found['cycles'] / 1000:.0f} thousand cycles"])]
+    lines += [f"{cycles:>12}  {shape:40} {scope}" for cycles, shape, scope in found["largest"]]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -136,25 +170,18 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=LOOPS, choices=NETWORKS)
     parser.add_argument("--modes", nargs="+", default=MODES[:-1], choices=MODES)
     parser.add_argument("--batch", type=int, default=0, help="0: as many as it is quantized with")
+    parser.add_argument("--largest", type=int, default=0, help="so many of a TPU's operations too")
     given = parser.parse_args()
     if given.one:
-        print(compile_one(given.device, *given.one, given.batch))
+        found = compile_one(given.device, *given.one, given.batch, given.largest)
+        print(json.dumps(found))
         return
     if reason := described.missing(given.device):
         sys.exit(reason)
     for name in given.networks:
         for mode in given.modes:
-            print(f"{name:13} {mode:14} {told(given.device, name, mode, given.batch)}", flush=True)
-
-
-def told(device: str, name: str, mode: str, batch: int = 0) -> str:
-    """`compile_one` in a process of its own; what it says where it does not compile."""
-    command = [sys.executable, "-m", "experiments.benchmarks.ahead_of_time", device]
-    command += [f"--batch={batch}", "--one", name, mode]
-    done = subprocess.run(command, capture_output=True, text=True, env=described.environment())
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    said = lines[-1] if lines else f"exit status {done.returncode}"
-    return said if done.returncode == 0 else f"DOES NOT COMPILE: {said}"
+            found = apart(given.device, name, mode, given.batch, given.largest)
+            print(f"{name:13} {mode:14} {told(found)}", flush=True)
 
 
 if __name__ == "__main__":

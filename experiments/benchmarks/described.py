@@ -16,7 +16,7 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -60,10 +60,9 @@ def cycles(text: str) -> dict[str, int]:
     """A TPU's cycles by XLA's estimate, by kind of operation, without what is inside loops."""
     bodies = {m[1]: m[0] for m in re.finditer(r"^%(\S+) \(.*?\n\}", text, re.S | re.M)}
     total: collections.Counter[str] = collections.Counter()
-    for line in text[text.find("ENTRY") :].splitlines():
+    for estimate, line in _estimates(text):
         found = re.match(r"\s+(?:ROOT )?%\S+ = (\(?[a-z0-9]+)\[.*? ([a-z\-]+)\(", line)
-        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-        if not found or not estimate or int(estimate[1]) > _MOST_CYCLES:
+        if not found:
             continue
         kind = found[2]
         if kind == "fusion":
@@ -71,8 +70,27 @@ def cycles(text: str) -> dict[str, int]:
             body = bodies.get(called[1], "") if called else ""
             core = "convolution" if " convolution(" in body else "loop"
             kind = f"{core} fusion to {found[1].strip('(')}"
-        total[kind] += int(estimate[1])
+        total[kind] += estimate
     return dict(total)
+
+
+def largest(text: str, most: int) -> list[tuple[int, str, str]]:
+    """The operations with the most of a TPU's cycles: these, types of the result, where it is."""
+    found = []
+    for estimate, line in _estimates(text):
+        result = re.match(r"\s+(?:ROOT )?%\S+ = (.*?) [a-z\-]+\(", line)
+        scope = re.search(r'op_name="([^"]*)"', line)
+        shapes = ", ".join(re.findall(r"[a-z]+[0-9]*\[[0-9,]*\]", result[1])) if result else ""
+        found.append((estimate, shapes, scope[1] if scope else ""))
+    return sorted(found, reverse=True)[:most]
+
+
+def _estimates(text: str) -> Iterator[tuple[int, str]]:
+    """(cycles, line) of the operations outside of loops that XLA has an estimate of."""
+    for line in text[text.find("ENTRY") :].splitlines():
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if estimate and int(estimate[1]) <= _MOST_CYCLES:
+            yield int(estimate[1]), line
 
 
 def products(text: str) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""Attention and GELU between int8 sites in the forms that a TPU computes fastest.
+"""Attention, GELU and softmax between int8 sites in the forms that a TPU computes fastest.
 
 There a product with int8 is so fast that what lies between two of them decides.  By XLA's estimate
 for TPU v5e (`experiments/benchmarks/ahead_of_time.py`), batch 32 of 128 tokens, of two layers of
 BERT: the sums of a softmax take a quarter of the time of an attention, since they go along a
 register; and a GELU by the error function, which XLA writes as two quotients of polynomials, takes
-longer than the two int8 products around it.
+longer than the two int8 products around it.  Where softmax is a site, and the products around it
+too, the compiler overflows its stack on its sums (libtpu 0.0.42.1), but not on products with ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _Form: TypeAlias = Callable[..., jax.Array]
 
 # Beyond this many numbers a value, a second product of the weights costs more than their sums.
 _MOST_PLACES = 256
+_MOST_KEYS = 1024  # likewise
 
 # With |x| below 5, erf(x / sqrt 2) is tanh(x * p(x ** 2)) up to 3e-6 / x: a least-squares fit that
 # was weighted anew until its largest errors were alike.  Beyond it both are one in float32.
@@ -38,6 +40,10 @@ def has(operation: FloatOperation) -> bool:
     """
     if operation.kind == "gelu":
         return operation.is_int8 and operation.params["approximate"] == "none"
+    if operation.kind == "shares":
+        keys = operation.shape[operation.params["axis"]]
+        is_short = isinstance(keys, int) and keys <= _MOST_KEYS
+        return is_short and operation.inputs[0].dtype == jnp.float32
     if operation.kind != "attention" or operation.is_int8:
         return False
     layout: Layout = operation.params["layout"]
@@ -117,6 +123,22 @@ def _attention(operation: FloatOperation) -> _Form:
     return form
 
 
+def _shares(operation: FloatOperation) -> _Form:
+    """Exponentials divided by their sums, which a product with ones gives each of them.
+
+    In three passes, since what they are divided into is not rounded.
+    """
+    axis = operation.params["axis"]
+
+    def form(x: jax.Array, *numbers: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, axis, -1)
+        ones = jnp.ones((x.shape[-1], x.shape[-1]), x.dtype)
+        sums = jnp.einsum("...k,kl->...l", x, ones, precision=jax.lax.Precision.HIGH)
+        return jnp.moveaxis(x / sums, -1, axis)
+
+    return form
+
+
 class _Letters:
     """The axes of the tensors of an attention as `jnp.einsum` takes them.
 
@@ -144,4 +166,8 @@ def _subscript(positions: tuple[int | None, ...], letters: list[str]) -> str:
     return "".join(found[axis] for axis in sorted(found))
 
 
-_FORMS: Mapping[str, Callable[[FloatOperation], _Form]] = {"gelu": _gelu, "attention": _attention}
+_FORMS: Mapping[str, Callable[[FloatOperation], _Form]] = {
+    "attention": _attention,
+    "gelu": _gelu,
+    "shares": _shares,
+}

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
-from jaxquant.graph import attention, gelu, ir, layer_norm, matching, softmax
+from jaxquant.graph import attention, gelu, ir, layer_norm, matching, shares, softmax
 
 # What finds an operation: a function (graph, last equation); None of other equations.
 Find: TypeAlias = Callable[[ir.Graph, ir.Equation], matching.Match | None]
@@ -19,6 +19,7 @@ FINDERS: Mapping[str, Find] = {
     "attention": attention.match,
     "gelu": gelu.match,
     "layer_norm": layer_norm.match,
+    "shares": shares.match,
     "softmax": softmax.match_operator,
 }
 
@@ -33,7 +34,8 @@ class Operator:
       members: the indices of its equations, ascending; the last one gives its result.
       params: "attention": layout, scale, fill, biases and masks, see `jaxquant.graph.attention`,
         precisions of its two products; "gelu": approximate, "tanh" or "none"; "layer_norm":
-        axis, epsilon, has_scale and has_bias (inputs [C] behind the first); "softmax": axis.
+        axis, epsilon, has_scale and has_bias (inputs [C] behind the first); "shares" and "softmax":
+        axis.
     """
 
     kind: str

@@ -66,7 +66,7 @@ def _unmasked(graph: ir.Graph, division: ir.Equation, moved: bool = False) -> _U
     if exponential is None or exponential.name != "exp":
         return None
     members = {division.index, exponential.index}
-    total = _through_movement(graph, denominator, members)
+    total = through_movement(graph, denominator, members)
     if total is None or total.name != "reduce_sum" or total.inputs[0] != numerator:
         return None
     members.add(total.index)
@@ -163,7 +163,8 @@ _MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "slice", "squeeze", "t
 _MASK_STEPS = 32  # equations from truth values to a mask, at most
 
 
-def _through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.Equation | None:
+def through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.Equation | None:
+    """What gives an operand, behind the equations that spread it, which join `members`."""
     eqn = matching.producer(graph, atom)
     while eqn is not None and eqn.name in ("broadcast_in_dim", "reshape", "stop_gradient"):
         members.add(eqn.index)

@@ -20,7 +20,7 @@ from jaxquant.plan.binding import Binding
 from jaxquant.plan.liveness import live_equations, read_in_float
 from jaxquant.run.lowerings import Evaluation, Lowering
 
-KINDS = ("attention", "gelu", "layer_norm")
+KINDS = ("attention", "gelu", "layer_norm", "shares")
 
 
 def find(
@@ -46,6 +46,8 @@ def find(
         operation = _operation(graph, each, others)
         quantized = dataclasses.replace(operation, is_int8=True)
         has_grid = result in binding.names and result not in binding.per_channel
+        if each.kind == "shares" and not has_grid:
+            continue  # of a softmax that is no site, as of a classifier
         is_only_int8 = has_grid and result not in read and finite(result)
         if is_only_int8 and platforms.covers_operation(table, quantized):
             operation = quantized

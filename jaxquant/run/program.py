@@ -284,7 +284,9 @@ class Program:
 
     def _reads_int8(self, eqn: ir.Equation) -> bool:
         binding = self.binding
-        return eqn.index in binding.picks | binding.decisions | binding.forms.reads_int8
+        may_read = eqn.index in binding.forms.reads_int8
+        reads = may_read and any(var in binding.forms.int8 for var in eqn.input_vars)
+        return reads or eqn.index in binding.picks | binding.decisions
 
     def _on_int8(self, eqn: ir.Equation) -> Lowering:
         if eqn.index in self.binding.picks:

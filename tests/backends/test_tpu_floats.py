@@ -71,9 +71,20 @@ def test_masks_biases_and_shared_heads():
     _is_the_same(apply_fn, params, X, np.arange(12) >= np.array([[12], [7], [1]]))
 
 
-def _is_the_same(apply_fn, params, *inputs):
-    """The int8 model as on a TPU, whose attention sums by one product more."""
-    qparams, qapply = jaxquant.quant_post(params, apply_fn, [inputs], recover=())
+def test_softmax_as_a_site():
+    def apply_fn(params, x):
+        q, k, v = (x @ params[name] for name in "qkv")
+        scores = jax.nn.softmax(jnp.swapaxes(q @ jnp.swapaxes(k, 1, 2), 1, 2), axis=1)
+        return (jnp.swapaxes(scores, 1, 2) @ v) @ params["out"]
+
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(16, 16)).astype(np.float32) for name in ("q", "k", "v", "out")}
+    _is_the_same(apply_fn, params, X, is_full_quantize=True)
+
+
+def _is_the_same(apply_fn, params, *inputs, **options):
+    """The int8 model as on a TPU, whose softmax sums by one product more."""
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [inputs], recover=(), **options)
     here, there = (qapply.with_backend("xla") for _ in range(2))  # each is traced by itself
     want = jax.jit(here)(qparams, *inputs)
     with choices.at(TPU):
