@@ -25,11 +25,11 @@ class Alive:
         """Look at one more batch."""
         if self._found:
             return
-        leaves = [np.asarray(x) for x in jax.tree.leaves(inputs) if not _is_key(x)]
-        known = self._known or [x.flat[0] for x in leaves if x.size]
+        leaves = [_here(x) for x in jax.tree.leaves(inputs) if not _is_key(x)]
+        known = self._known or [np.asarray(x[(0,) * x.ndim]) for x in leaves if x.size]
         self._known, self._values = known, self._values + sum(x.size for x in leaves)
         self._found = not all(
-            (x == value).all()
+            bool((x == value).all())
             for x, value in zip((x for x in leaves if x.size), known, strict=False)
         )
 
@@ -53,3 +53,11 @@ class Alive:
 
 def _is_key(x: Any) -> bool:
     return prng.is_key_dtype(x.dtype)
+
+
+def _here(x: Any) -> Any:
+    """An input in NumPy, but for an array on other devices than one CPU, which stays there."""
+    is_elsewhere = isinstance(x, jax.Array) and (
+        len(x.devices()) > 1 or any(device.platform != "cpu" for device in x.devices())
+    )
+    return x if is_elsewhere else np.asarray(x)

@@ -31,6 +31,33 @@ def whole_numbers(shape, seed=0, most=3):
     return np.random.default_rng(seed).integers(-most, most + 1, shape).astype(np.float32)
 
 
+def test_what_comes_back_from_devices_is_statistics(monkeypatch):
+    """Neither inputs nor activations: no array of as many values as one of them has."""
+    fetched, kind = [], type(jnp.zeros(1))
+    whole, value = kind.__array__, kind._value
+
+    def noting(x, *args, **kwargs):
+        fetched.append(x.shape)
+        return whole(x, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__array__", noting)
+    monkeypatch.setattr(
+        kind, "_value", property(lambda x: (fetched.append(x.shape), value.fget(x))[1])
+    )
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+    split, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    params = {"conv": (4, 3, 3, 3), "head": (4, 5)}
+    params = {name: jax.device_put(whole_numbers(shape), copied) for name, shape in params.items()}
+
+    def apply_fn(params, x):
+        x = jax.nn.relu(jax.lax.conv(x, params["conv"], (1, 1), "SAME"))
+        return x.mean((2, 3)) @ params["head"]
+
+    batch = jax.device_put(whole_numbers((16, 3, 16, 16), 1), split)
+    jaxquant.quant_post(params, apply_fn, [batch, batch], progress=False)
+    assert max(np.prod(shape) for shape in fetched) <= 2 * 2048 < batch.size  # histograms
+
+
 def test_eight_devices_give_the_thresholds_and_the_results_of_one():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
     split, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
