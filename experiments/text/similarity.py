@@ -9,6 +9,7 @@ from a package (downloads 83 MB, once).
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,9 +40,9 @@ def main() -> None:
     )
     apply_fn = jax.jit(module.apply)
     reference = embeddings(lambda ids: apply_fn(variables, ids), evaluation)
-    for mode, qparams, qapply in (
-        *quantized(module.apply, variables, calibration),
-        *repaired(module.apply, variables, calibration),
+    for mode, qparams, qapply in itertools.chain(
+        quantized(module.apply, variables, calibration),
+        repaired(module.apply, variables, calibration),
     ):
         ours = embeddings(lambda ids, q=qparams, f=qapply: f(q, ids), evaluation)
         megabytes = qapply.report().summary["bytes_after"] / 1e6

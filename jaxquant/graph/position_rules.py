@@ -239,7 +239,7 @@ def _gather(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Kno
         elif sizes[k] != 1 and _has_positions(own.axes[k]):
             lost = eqn.name
     picked = [own.axes[k] for k in collapsed if own.sizes[k] != 1]
-    if any(map(_has_positions, picked)) and math.prod(places.sizes[:-1]) > 1:
+    if any(map(_has_positions, picked)) and math.prod(places.sizes[:-1]) != 1:
         # One position of each sample is chosen; of several it is not known whose they are.
         chosen = [k for k in outside if not any(p.mark is not None for p in axes[k])]
         lost = eqn.name if any(shape[k] != 1 for k in chosen) else lost

@@ -14,6 +14,7 @@ import numpy as np
 from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic, whiles
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.graph.marks import unmarked
+from jaxquant.graph.tables import with_looked_up_rows
 from jaxquant.graph.tied import find_tables, with_tied_tables
 from jaxquant.jax_shim import jaxprs
 
@@ -73,7 +74,7 @@ def trace(
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
     graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
-    return with_tied_tables(symbolic.restore_slices(graph))
+    return with_tied_tables(with_looked_up_rows(symbolic.restore_slices(graph)))
 
 
 def trace_body(
@@ -100,7 +101,8 @@ def trace_body(
     outside = find_tables(outer)
     tables = [v for v, x in zip(invars, operands, strict=True) if v in leaves and x in outside]
     graph = builder.graph(leaves, inputs, outputs, None)
-    return with_tied_tables(symbolic.restore_slices(graph), tables), tuple(invars)
+    graph = with_looked_up_rows(symbolic.restore_slices(graph))
+    return with_tied_tables(graph, tables), tuple(invars)
 
 
 def path_of(graph: ir.Graph, var: ir.Var) -> str:

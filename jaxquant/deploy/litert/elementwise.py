@@ -91,7 +91,8 @@ def emit(b: Builder, node: Node, values: Sequence[Value], dtypes: Sequence[str])
         return apply(b, _COMPARISONS[node.op], values, "bool")
     if node.op in _LOGICAL and dtypes[0] == "bool":
         return apply(b, _LOGICAL[node.op], values)
-    raise NotCovered(f"the operation {node.op!r} on {dtypes[0]}")
+    on = f" on {dtypes[0]}" if dtypes else ""
+    raise NotCovered(f"the operation {node.op!r}{on}")
 
 
 Compose = Callable[[Builder, Node, list[Value]], Value]

@@ -17,6 +17,7 @@ from jaxquant.deploy.stored.form import Constant, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import decode_tree
 from jaxquant.graph import ir
 from jaxquant.graph.model import Model
+from jaxquant.graph.tables import with_looked_up_rows
 from jaxquant.jax_shim import prng
 
 _CONSTRAINT = re.compile(r"(.+?)(==|<=|>=)(.+)")
@@ -99,7 +100,7 @@ class StoredGraph:
             static=tuple(builder.static),
             out_tree=self._output_tree,
         )
-        return Model(graph)
+        return Model(with_looked_up_rows(graph))
 
     def _sizes(self, structs: Any) -> dict[str, Any]:
         if jax.tree.structure(structs) != self._input_tree:
