@@ -63,19 +63,24 @@ class Known:
         return any(part.is_position for part in self.parts)
 
     @property
+    def is_placed(self) -> bool:
+        """Whether there are positions, and one axis of samples that tells whose they are."""
+        return self.has_positions and [part.mark for part in self.parts].count(BATCH) == 1
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(part.size for part in axis) for axis in self.axes)
 
     def without_leading(self, name: str) -> Known:
         """One step of what a loop goes through."""
-        gone = any(part.is_position for part in self.axes[0])
-        return dataclasses.replace(
-            self, axes=self.axes[1:], lost=self.lost or (name if gone else "")
-        )
+        step = dataclasses.replace(self, axes=self.axes[1:])
+        is_lost = self.is_placed and not step.is_placed
+        return dataclasses.replace(step, lost=self.lost or (name if is_lost else ""))
 
     def with_leading(self, axis: Axis) -> Known:
         """The results of all steps of a loop."""
-        return dataclasses.replace(self, axes=(axis, *self.axes))
+        every = dataclasses.replace(self, axes=(axis, *self.axes))
+        return dataclasses.replace(every, lost="" if every.is_placed else every.lost)
 
 
 def nothing(shape: Sequence[int], is_static: bool = False, lost: str = "") -> Known:
@@ -137,7 +142,7 @@ def still_lost(found: Known, operands: Sequence[Known], name: str) -> str:
       operands: what it is made of.
       name: of the primitive that makes it.
     """
-    if found.has_positions:
+    if found.is_placed:
         return ""
     before = next((known.lost for known in operands if known.lost), "")
-    return before or (name if any(known.has_positions for known in operands) else "")
+    return before or (name if any(known.is_placed for known in operands) else "")

@@ -16,20 +16,38 @@ from jaxquant.graph.axis_parts import Axis, Known, Part, agreed, nothing, still_
 
 Rule: TypeAlias = Callable[[ir.Graph, ir.Equation, Sequence[Known]], Known]
 _ALL_OUTPUTS = frozenset({"sort", "optimization_barrier"})  # each is like its own operand
+_ENCODES = frozenset(
+    {"sin", "cos"}
+)  # what is added of them tells where a position is, not of padding
 
 
 def through(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> list[Known]:
     """What is known of the results of an equation without a body, given its operands."""
+    return [_told(x, operands, eqn.name) for x in _results(graph, eqn, operands)]
+
+
+def _results(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> list[Known]:
+    shapes = [graph.shape(var) for var in eqn.outputs]
     if eqn.name in _ALL_OUTPUTS:
         return [_sorted(graph, eqn, [own]) for own in operands]
+    if eqn.name == "split":
+        return [_entries_of(operands[0], shape, eqn) for shape in shapes]
     rule = _rule(graph, eqn)
     if rule is None:
-        shapes = [graph.shape(var) for var in eqn.outputs]
         found = [nothing(shape) for shape in shapes]
         return [dataclasses.replace(x, lost=still_lost(x, operands, eqn.name)) for x in found]
     made = rule(graph, eqn, operands)
-    sizes = [graph.shape(var) for var in eqn.outputs]
-    return [made if made.sizes == size else nothing(size, lost=made.lost) for size in sizes]
+    return [made if made.sizes == shape else nothing(shape, lost=made.lost) for shape in shapes]
+
+
+def _told(found: Known, operands: Sequence[Known], name: str) -> Known:
+    """A result that tells where its samples were lost though its positions are known.
+
+    A concatenation along the samples leaves such: of what sample a position is, nobody knows.
+    """
+    if found.lost or found.is_placed or not found.has_positions:
+        return found
+    return dataclasses.replace(found, lost=name if any(x.is_placed for x in operands) else "")
 
 
 def _rule(graph: ir.Graph, eqn: ir.Equation) -> Rule | None:
@@ -51,7 +69,7 @@ def _made(
         is_plain = all(x.is_plain or x.is_static for x in operands)
     found = Known(tuple(axes), is_plain=is_plain)
     before = next((x.lost for x in operands if x.lost), "")
-    return found if found.has_positions else dataclasses.replace(found, lost=lost or before)
+    return found if found.is_placed else dataclasses.replace(found, lost=lost or before)
 
 
 def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
@@ -68,7 +86,7 @@ def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
             tuple(part._replace(filled=part.is_position) for part in axis) if k in filled else axis
             for k, axis in enumerate(axes)
         ]
-    found = _made(axes, operands)
+    found = _made(axes, operands, is_plain=False if eqn.name in _ENCODES else None)
     return dataclasses.replace(found, lost=still_lost(found, operands, eqn.name))
 
 
@@ -172,7 +190,11 @@ def _without(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Kn
 
 def _part(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
     """Some entries along some axes: one of them is chosen, of several the positions are lost."""
-    shape, own = graph.shape(eqn.outputs[0]), operands[0]
+    return _entries_of(operands[0], graph.shape(eqn.outputs[0]), eqn)
+
+
+def _entries_of(own: Known, shape: Sequence[int], eqn: ir.Equation) -> Known:
+    """What is known of some entries of an operand, of this shape; see `_part`."""
     axes, lost = [], ""
     for axis, before, size in zip(own.axes, own.sizes, shape, strict=True):
         axes.append(axis if size == before else (Part(size),))
@@ -258,7 +280,6 @@ _RULES: Mapping[str, Rule] = {
     "reshape": _reshape,
     "rev": _sorted,
     "slice": _part,
-    "split": _part,
     "squeeze": _reshape,
     "transpose": _transpose,
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _same),
