@@ -175,15 +175,15 @@ def quant_weights(
       weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
-      weight_dtype: "int"; or a table of 16 values for four bits, rounded to nearest, by XLA alone
-        and in no exported file but StableHLO: "nf4", the quantiles of a normal distribution times
+      weight_dtype: "int"; or a table of 16 values for four bits, computed by XLA alone and in no
+        exported file but StableHLO: "nf4", the quantiles of a normal distribution times
         the largest |w| of a group (QLoRA; it wants `group_size=64`), or "mxfp4", the floats E2M1
         times a power of two for 32 neighbours (OCP Microscaling), whose scales take a byte each.
       recover: how data repair the weights, () for not at all, of the first batch alone:
-        "gptq" as described above, the default where data are given and weights are integers;
-        "awq" before it gives channels of large inputs, outside of loops, a finer grid (Lin et al.,
-        2023): they are divided in the normalisation or linear layer before the site, where nothing
-        else reads that, and the weights multiplied, so that it costs nothing in the call.
+        "gptq" as described above, the default where data are given; "awq" (of integers) before it
+        gives channels of large inputs, outside of loops, a finer grid (Lin et al., 2023): they are
+        divided in the normalisation or linear layer before the site, where nothing else reads that,
+        and the weights multiplied, so that it costs nothing in the call.
       quantizable_op_type: the kinds whose weights become integers: "conv2d", "depthwise_conv2d",
         "mul" (a dot with a weight), "lookup_table" (an embedding: rows of a matrix by index), and
         if asked for "conv2d_transpose".
@@ -223,7 +223,7 @@ def quant_weights(
             f"recover={tuple(recover)!r} rounds weights on data, and example is shapes alone: pass "
             "samples, or leave recover out"
         )
-    default = ("gptq",) if has_data and weight_dtype == INT else ()
+    default = ("gptq",) if has_data else ()
     config = QuantConfig(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,

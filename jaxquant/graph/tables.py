@@ -30,6 +30,9 @@ from jaxquant.jax_shim import jaxprs
 _HANDED_ON = frozenset({"broadcast_in_dim", "convert_element_type", "expand_dims", "reshape",
                         "squeeze"})  # fmt: skip
 _ADDITIONS = frozenset({"add", "add_any"})
+# Rows of a table, below which it is not worth the error of its integers, which all texts share (the
+# two types of tokens of BERT).
+_FEWEST = 8
 
 
 def with_looked_up_rows(graph: ir.Graph) -> ir.Graph:
@@ -44,7 +47,7 @@ def _reads_table(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name not in ("slice", "dynamic_slice", "gather") or not graph.is_static(eqn.inputs[0]):
         return False
     table = eqn.inputs[0]
-    if not isinstance(table, int) or not jnp.issubdtype(graph.dtype(table), jnp.floating):
+    if not isinstance(table, int) or not _may_be_table(graph, table):
         return False
     if not {*graph.sources(table)} <= {*graph.leaves} or len(graph.sources(table)) != 1:
         return False
@@ -54,15 +57,17 @@ def _reads_table(graph: ir.Graph, eqn: ir.Equation) -> bool:
     return (is_rows or _takes_rows(graph, eqn)) and _is_added(graph, eqn.outputs[0])
 
 
+def _may_be_table(graph: ir.Graph, var: ir.Var) -> bool:
+    """Whether a static tensor is of floats, [V, K] or [1, V, K]."""
+    *first, rows, _ = (0, 0, *graph.shape(var))
+    is_matrix = len(first) == 2 or (len(first) == 3 and first[-1] == 1)
+    return bool(is_matrix and rows >= _FEWEST and jnp.issubdtype(graph.dtype(var), jnp.floating))
+
+
 def _whole_tables(graph: ir.Graph) -> frozenset[ir.Var]:
     """The parameters [V, K] or [1, V, K] all of whose rows are added along an axis of an input."""
     candidates = [
-        var
-        for var in graph.leaves
-        if len(graph.shape(var)) in (2, 3)
-        and (len(graph.shape(var)) == 2 or graph.shape(var)[0] == 1)
-        and jnp.issubdtype(graph.dtype(var), jnp.floating)
-        and _is_added(graph, var)
+        var for var in graph.leaves if _may_be_table(graph, var) and _is_added(graph, var)
     ]
     if not candidates:
         return frozenset()
@@ -122,7 +127,7 @@ def _takes_rows(graph: ir.Graph, eqn: ir.Equation) -> bool:
     With symbolic sizes JAX writes one as a gather from one place.
     """
     before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
-    if len(before) not in (2, 3) or len(after) != len(before):
+    if len(after) != len(before):
         return False
     if eqn.name == "gather":
         every, numbers = tuple(range(len(after))), eqn.params["dimension_numbers"]
@@ -131,7 +136,7 @@ def _takes_rows(graph: ir.Graph, eqn: ir.Equation) -> bool:
             return False
     elif eqn.params.get("strides") not in (None, (1,) * len(before)):
         return False
-    return bool(before[-1] == after[-1]) and (len(before) == 2 or before[0] == 1)
+    return bool(before[-1] == after[-1])
 
 
 def _is_added(graph: ir.Graph, var: ir.Var) -> bool:

@@ -318,10 +318,10 @@ class QuantConfig:
                 if step in STEPS_OF_WEIGHTS
                 else (STATIC, "quant_post")
             )
-            if mode == WEIGHT_ONLY and self.weight_dtype != INT:
+            if step == "awq" and self.weight_dtype != INT:
                 raise ValueError(
-                    f"{argument}: {step!r} rounds to integers, and weight_dtype="
-                    f"{self.weight_dtype!r} has none; leave it out"
+                    f"{argument}: 'awq' is for integers, and weight_dtype={self.weight_dtype!r} "
+                    "has none; leave it out"
                 )
             if self.mode != mode:
                 raise ValueError(

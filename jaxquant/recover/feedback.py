@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxquant.backends.code_tables import INT, VALUES
 
 BLOCK = 64  # rows that are rounded between two products of matrices
 
@@ -54,9 +57,9 @@ def mixing(covariance: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarr
     return order, mix.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames="largest")
+@functools.partial(jax.jit, static_argnames=("largest", "weight_dtype"))
 def round_with_feedback(
-    weight: jax.Array, scale: jax.Array, mix: jax.Array, largest: int
+    weight: jax.Array, scale: jax.Array, mix: jax.Array, largest: int, weight_dtype: str = INT
 ) -> jax.Array:
     """The integers of matrices, their rows in the order of `mixing`: int8 [G, K, N].
 
@@ -67,12 +70,35 @@ def round_with_feedback(
       scale: float32 [G, K, N], the step of each weight.
       mix: float32 [G, K, K], M.
       largest: integers lie in [-largest, largest].
+      weight_dtype: what four bits are where they are no integers: codes 0 to 15 are given then.
     """
-    return jax.vmap(functools.partial(_round, largest=largest))(weight, scale, mix)
+    if weight_dtype == INT:
+
+        def nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            rounded = jnp.clip(jnp.round(x), -largest, largest)
+            return rounded, rounded.astype(jnp.int8)
+
+    else:
+        nearest = functools.partial(_nearest_code, weight_dtype=weight_dtype)
+    return jax.vmap(functools.partial(_round, nearest=nearest))(weight, scale, mix)
 
 
-def _round(weight: jax.Array, scale: jax.Array, mix: jax.Array, largest: int) -> jax.Array:
-    """One of the matrices."""
+def _nearest_code(x: jax.Array, weight_dtype: str) -> tuple[jax.Array, jax.Array]:
+    """The nearest values of a table, and their codes, int8."""
+    order = np.argsort(VALUES[weight_dtype], kind="stable")
+    values = VALUES[weight_dtype][order]
+    between = jnp.asarray((values[1:] + values[:-1]) / 2)
+    place = jnp.sum(x[:, None] > between, axis=1)
+    return jnp.asarray(values)[place], jnp.asarray(order.astype(np.int8))[place]
+
+
+def _round(
+    weight: jax.Array,
+    scale: jax.Array,
+    mix: jax.Array,
+    nearest: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """One of the matrices; `nearest` gives the values next to numbers of steps, and their codes."""
     length, width = weight.shape
     size = min(BLOCK, length)
     blocks = -(-length // size)
@@ -85,9 +111,9 @@ def _round(weight: jax.Array, scale: jax.Array, mix: jax.Array, largest: int) ->
         """Round one row of a block; errors of later rows are still zero."""
         moved, own, steps, weights, errors, integers = state
         wanted = moved[place] + jnp.matmul(own[:, place], errors, precision="highest")
-        rounded = jnp.clip(jnp.round(wanted / steps[place]), -largest, largest)
+        rounded, codes = nearest(wanted / steps[place])
         errors = errors.at[place].set(weights[place] - rounded * steps[place])
-        integers = integers.at[place].set(rounded.astype(jnp.int8))
+        integers = integers.at[place].set(codes)
         return moved, own, steps, weights, errors, integers
 
     def block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.backends.code_tables import INT, VALUES, as_floats
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
@@ -84,27 +85,31 @@ class Weight:
         if counts.sum() < FEWEST or not counts.all():
             return Rounded(reason=f"{counts.sum()} output positions are too few to round on")
         integers, scale = (layout.get(self._params, x) for x in (self.path, self._slot.scale))
-        weight, step = matrix.matrix(self._weight).astype(np.float32), matrix.step(scale)
-        largest = LARGEST[self._slot.weight_bits]
+        step = matrix.step(np.asarray(as_floats(scale)))
+        weight = matrix.matrix(self._weight).astype(np.float32)
+        bits, dtype = self._slot.format
+
+        def values(codes: np.ndarray) -> np.ndarray:
+            return codes if dtype == INT else VALUES[dtype][codes & 15]
 
         def rounded(covariance: np.ndarray, damping: float) -> np.ndarray:
             order, mix = mixing(covariance, damping)
             rows = order[..., None]
             ordered = (np.take_along_axis(x, rows, axis=1) for x in (weight, step))
+            found = round_with_feedback(*ordered, mix, LARGEST[bits], dtype)
             result = np.empty(weight.shape, np.int8)
-            np.put_along_axis(
-                result, rows, np.asarray(round_with_feedback(*ordered, mix, largest)), axis=1
-            )
+            np.put_along_axis(result, rows, np.asarray(found), axis=1)
             return result
 
         apart = jnp.asarray(products[APART] / counts[APART], jnp.float32)
-        before = matrix.integers(integers, self._slot.weight_bits)
+        before = values(matrix.integers(integers, bits))
         nearest = float(output_error(apart, weight - before * step))
         for damping in DAMPINGS:
-            error = float(output_error(apart, weight - rounded(products[KEPT], damping) * step))
+            tried = values(rounded(products[KEPT], damping))
+            error = float(output_error(apart, weight - tried * step))
             if error < nearest:
                 after = rounded(products.sum(axis=0), damping)
-                integers[...] = matrix.stored(after, self._slot.weight_bits)
+                integers[...] = matrix.stored(after, bits)
                 return Rounded(gain_db(nearest, error))
         return Rounded(reason="rounding to nearest is no worse")
 

@@ -114,6 +114,13 @@ def test_a_text_as_long_as_the_table_is_no_other_model():
             assert np.linalg.norm(off) < 0.1 * np.linalg.norm(apply_fn(PARAMS, ids))
 
 
+def test_a_table_of_few_rows_is_not_worth_it():
+    """As that of BERT's two types of tokens, of which each text reads one."""
+    apply_fn = lambda p, x: x + p["types"][jnp.zeros(4, jnp.int32)]  # noqa: E731
+    model = trace_model(apply_fn, {"types": jnp.ones((2, 4))}, (jnp.ones((4, 4)),))
+    assert not model.sites
+
+
 def test_the_bias_of_heads_is_no_table():
     params = {"heads": networks.images(4, (8, 3, 5)), "bias": networks.images(5, (3, 5))}
     apply_fn = lambda p, x: jnp.einsum("btd,dhe->bthe", x, p["heads"]) + p["bias"]  # noqa: E731
