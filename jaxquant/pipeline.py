@@ -10,7 +10,8 @@ from jaxquant import stages
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.keywords import named
-from jaxquant.plan.config import QuantConfig, Settings, check_flag, config_of, spelled_out
+from jaxquant.plan.config import QuantConfig, check_flag
+from jaxquant.plan.keywords import Settings, config_of, spelled_out
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply
