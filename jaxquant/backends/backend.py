@@ -161,7 +161,9 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class FloatOperation:
-    """An operation of float32 tensors that JAX writes as several equations.
+    """An operation of floats that JAX writes as several equations.
+
+    Its forms may compute in float32 throughout, as XLA may where it fuses operations of less.
 
     Its operands are its inputs, what its equations read beside them, and the grid of the result.
 
@@ -169,7 +171,7 @@ class FloatOperation:
       kind: as of `jaxquant.graph.operators.Operator`.
       params: likewise.
       inputs: shape and dtype of what it reads.
-      shape: of its result.
+      shape, dtype: of its result.
       equations: computes it as the model does, of the inputs and of what these equations read
         beside them, such as numbers that `params` have.
       is_int8: whether the result is quantized, on a grid that is given behind all of these: the
@@ -180,13 +182,14 @@ class FloatOperation:
     params: Mapping[str, Any]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     shape: tuple[int, ...]
+    dtype: Any
     equations: Callable[..., jax.Array]
     is_int8: bool = False
 
     @property
     def output(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the result."""
-        return jax.ShapeDtypeStruct(self.shape, jnp.int8 if self.is_int8 else jnp.float32)
+        return jax.ShapeDtypeStruct(self.shape, jnp.int8 if self.is_int8 else self.dtype)
 
 
 class Backend(Protocol):

@@ -15,13 +15,15 @@ from jaxquant.graph.attention import Addend, Layout
 
 # Rows of queries from which on the attention kernel is faster than XLA: its vectors go along them.
 _FEWEST_ROWS = 8
+# Of the inputs: what is narrower than float32 is made that first.
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.bool_)
 
 
 def has(operation: FloatOperation) -> bool:
     """True where there is a kernel for an operation."""
     if operation.is_int8 and operation.kind != "gelu":
         return False
-    if any(each.dtype not in (jnp.float32, jnp.bool_) for each in operation.inputs):
+    if any(each.dtype not in _DTYPES for each in operation.inputs):
         return False
     shape = operation.inputs[0].shape
     if operation.kind == "attention":
@@ -34,14 +36,19 @@ def has(operation: FloatOperation) -> bool:
 
 def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
     """The result of an operation that there is a kernel for."""
-    inputs = operands[: len(operation.inputs)]
+    inputs = [
+        x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+        for x in operands[: len(operation.inputs)]
+    ]
     if operation.kind == "attention":
-        return _attention(operation, *inputs)
-    if operation.kind == "layer_norm":
-        return _layer_norm(operation, *inputs)
-    out = native.Requantize(*operands[-2:]) if operation.is_int8 else None
-    by_tanh = operation.params["approximate"] == "tanh"
-    return native.gelu(*inputs, approximate=by_tanh, out=out)
+        result = _attention(operation, *inputs)
+    elif operation.kind == "layer_norm":
+        result = _layer_norm(operation, *inputs)
+    else:
+        out = native.Requantize(*operands[-2:]) if operation.is_int8 else None
+        by_tanh = operation.params["approximate"] == "tanh"
+        result = native.gelu(*inputs, approximate=by_tanh, out=out)
+    return result.astype(operation.output.dtype)
 
 
 def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:

@@ -69,14 +69,16 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     if second is None or not _is_plain(graph, product, second):
         return None
     for side in (0, 1):
-        division = matching.producer(graph, product.inputs[side])
+        casts = list(matching.behind_casts(graph, product.inputs[side]))
+        weights = casts[-1].inputs[0] if casts else product.inputs[side]
+        division = matching.producer(graph, weights)
         found = None if division is None else softmax.match_operator(graph, division)
         if found is None or second.operands[side].contracted != (found.params["axis"],):
             continue
         scores = _Scores(graph, found.inputs[0])
         if scores.product is None or scores.contraction is None:
             return None
-        members |= found.members | scores.members
+        members |= found.members | scores.members | {cast.index for cast in casts}
         parts = _layout(scores, second, side)
         if parts is None or not matching.is_private(graph, members, last.outputs[0]):
             return None
@@ -175,6 +177,8 @@ class _Scores:
 
     def _before(self, eqn: ir.Equation) -> ir.Atom | None:
         """The scores that an equation changes; None where a kernel cannot do as it does."""
+        if matching.is_float_cast(self._graph, eqn):
+            return eqn.inputs[0]
         if eqn.name == "transpose":
             # Its axis k is the one before it that the permutation has there.
             moved = tuple(eqn.params["permutation"])
@@ -227,6 +231,9 @@ class _Scores:
         while (eqn := matching.producer(self._graph, atom)) is not None:
             if eqn.index in self._graph.contractions:
                 return True
+            if matching.is_float_cast(self._graph, eqn):
+                atom = eqn.inputs[0]
+                continue
             if eqn.name not in ("mul", "div", "add", "transpose") or self._graph.is_static(atom):
                 return False
             others = [x for x in eqn.inputs if not self._graph.is_static(x)]
@@ -237,11 +244,11 @@ class _Scores:
 
 
 def _is_plain(graph: ir.Graph, eqn: ir.Equation, contraction: Contraction) -> bool:
-    """True for a dot of two float32 tensors over one axis of each."""
+    """True for a dot of two tensors, of float32 or bfloat16, over one axis of each."""
     atoms = (*eqn.inputs, *eqn.outputs)
     return (
         eqn.name == "dot_general"
-        and all(graph.dtype(x) == jnp.float32 for x in atoms)
+        and all(graph.dtype(x) in (jnp.float32, jnp.bfloat16) for x in atoms)
         and all(isinstance(x, int) for x in eqn.inputs)
         and len(contraction.operands[0].contracted) == 1
     )

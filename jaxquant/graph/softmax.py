@@ -26,7 +26,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
 
 def match_operator(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
     """The softmax along one axis that ends in an equation, behind its mask; None of others."""
-    found = _unmasked(graph, division, moved=True)
+    found = _unmasked(graph, division, as_operator=True)
     if found is None or not matching.is_private(graph, found.members, division.outputs[0]):
         return None
     sources = _before_moves(graph, found.source)
@@ -51,13 +51,16 @@ class _Unmasked(NamedTuple):
     axes: tuple[int, ...]
 
 
-def _unmasked(graph: ir.Graph, division: ir.Equation, moved: bool = False) -> _Unmasked | None:
+def _unmasked(
+    graph: ir.Graph, division: ir.Equation, as_operator: bool = False
+) -> _Unmasked | None:
     """What ends in a division; None of others.
 
     Args:
       graph: the traced model.
       division: the equation.
-      moved: whether m may be of x before its axes are transposed, as `vmap` has it.
+      as_operator: whether m may be of x before its axes are transposed, as `vmap` has it, and sums
+        may be of another type of floats, as those of bfloat16 are.
     """
     if division.name != "div":
         return None
@@ -66,23 +69,31 @@ def _unmasked(graph: ir.Graph, division: ir.Equation, moved: bool = False) -> _U
     if exponential is None or exponential.name != "exp":
         return None
     members = {division.index, exponential.index}
-    total = through_movement(graph, denominator, members)
-    if total is None or total.name != "reduce_sum" or total.inputs[0] != numerator:
+    total = through_movement(graph, denominator, members, with_casts=as_operator)
+    if total is None or total.name != "reduce_sum":
         return None
     members.add(total.index)
+    summed = total.inputs[0]
+    if as_operator:
+        for cast in matching.behind_casts(graph, summed):
+            members.add(cast.index)
+            summed = cast.inputs[0]
+    if summed != numerator:
+        return None
     shifted = matching.producer(graph, exponential.inputs[0])
     if shifted is None or shifted.name != "sub" or not isinstance(shifted.inputs[0], int):
         return None
     source, axes = shifted.inputs[0], tuple(total.params["axes"])
     members.add(shifted.index)
-    sources = _before_moves(graph, source) if moved else {source}
+    sources = _before_moves(graph, source) if as_operator else {source}
     stack = [shifted.inputs[1]]
     while stack:
         atom = stack.pop()
         if graph.is_static(atom) or atom in sources:
             continue
         eqn = matching.producer(graph, atom)
-        if eqn is None or not (eqn.name in _OF_MAXIMA or (moved and eqn.name == "transpose")):
+        is_moved = as_operator and eqn is not None and eqn.name == "transpose"
+        if eqn is None or not (eqn.name in _OF_MAXIMA or is_moved):
             return None
         members.add(eqn.index)
         stack.extend(eqn.inputs)
@@ -163,10 +174,17 @@ _MASK_SHAPING = frozenset({"broadcast_in_dim", "reshape", "slice", "squeeze", "t
 _MASK_STEPS = 32  # equations from truth values to a mask, at most
 
 
-def through_movement(graph: ir.Graph, atom: ir.Atom, members: set[int]) -> ir.Equation | None:
+def through_movement(
+    graph: ir.Graph, atom: ir.Atom, members: set[int], with_casts: bool = False
+) -> ir.Equation | None:
     """What gives an operand, behind the equations that spread it, which join `members`."""
+
+    def passes(eqn: ir.Equation) -> bool:
+        spreads = eqn.name in ("broadcast_in_dim", "reshape", "stop_gradient")
+        return spreads or (with_casts and matching.is_float_cast(graph, eqn))
+
     eqn = matching.producer(graph, atom)
-    while eqn is not None and eqn.name in ("broadcast_in_dim", "reshape", "stop_gradient"):
+    while eqn is not None and passes(eqn):
         members.add(eqn.index)
         eqn = matching.producer(graph, eqn.inputs[0])
     return eqn

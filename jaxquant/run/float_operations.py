@@ -88,7 +88,8 @@ def _operation(
         return read
 
     inputs = tuple(struct(var) for var in each.inputs)
-    return FloatOperation(each.kind, each.params, inputs, tuple(graph.shape(result)), equations)
+    shape, dtype = tuple(graph.shape(result)), graph.dtype(result)
+    return FloatOperation(each.kind, each.params, inputs, shape, dtype, equations)
 
 
 def _lowering(

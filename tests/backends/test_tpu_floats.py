@@ -22,7 +22,7 @@ def test_gelu_is_the_same_within_a_small_part_of_a_step():
     exact = 0.5 * x.astype(np.float64) * (1 + np.asarray(jax.lax.erf(x / np.sqrt(2, dtype="f4"))))
     struct = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     operation = FloatOperation(
-        "gelu", {"approximate": "none"}, (struct,), x.shape, lambda x: x, is_int8=True
+        "gelu", {"approximate": "none"}, (struct,), x.shape, x.dtype, lambda x: x, is_int8=True
     )
     for step in (1 / 1000, 12 / 127):
         with choices.at(TPU):

@@ -145,6 +145,7 @@ def test_what_no_kernel_does(other):
     assert found(other, Q, K, V) == []
 
 
-def test_other_dtypes_are_left_as_they_are():
-    half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
+def test_bfloat16_is_found_and_other_dtypes_are_left_as_they_are():
+    narrow, half = ([x.astype(d) for x in (Q, K, V)] for d in (jnp.bfloat16, jnp.float16))
+    assert len(found(by_einsum, *narrow)) == 1
     assert found(by_einsum, *half) == []

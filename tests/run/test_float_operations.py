@@ -57,6 +57,36 @@ def test_a_transformer_block_in_every_mode(mode: str):
     assert np.abs(got - want).mean() < 0.02 * np.abs(want - y).mean()
 
 
+@pytest.mark.parametrize("logits", [jnp.bfloat16, jnp.float32])
+def test_bfloat16_is_computed_in_float32(logits):
+    """Scores and their softmax are bfloat16, or float32 as in `jax.nn.dot_product_attention`."""
+
+    def in_float32(q, k, v, mask, **_):
+        bias = jnp.where(mask, 0.0, -1e9).astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, bias=bias)
+
+    class Model(nn.Module):
+        dtype: object
+
+        @nn.compact
+        def __call__(self, x, mask):
+            fn = nn.dot_product_attention if logits == jnp.bfloat16 else in_float32
+            attention = nn.MultiHeadDotProductAttention(4, dtype=self.dtype, attention_fn=fn)
+            x = x + attention(nn.LayerNorm(dtype=self.dtype)(x), mask=mask)
+            hidden = nn.gelu(nn.Dense(24, dtype=self.dtype)(x))
+            return (x + nn.Dense(16, dtype=self.dtype)(hidden)).astype(jnp.float32)
+
+    counts = np.arange(12) < np.array([[12], [7], [1]])
+    mask = nn.make_attention_mask(counts, counts)
+    with jax.numpy_dtype_promotion("standard"):  # which flax's normalization needs
+        params, _, qparams, qapply = quantized("post", Model(jnp.bfloat16), X, mask)
+        native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+        assert called(native, qparams, X, mask) == [*KERNELS]
+        want = Model(jnp.float32).apply(params, X, mask)
+        errors = [np.abs(form(qparams, X, mask) - want).mean() for form in (native, xla)]
+        assert errors[0] < 1.05 * errors[1]
+
+
 def test_what_is_asked_for_is_in_no_call():
     """Full mode has int8 attention, and GELU of floats; an export has XLA's own operations."""
     module = Block()
