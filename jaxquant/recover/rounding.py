@@ -79,7 +79,7 @@ def _joined(
     """All examples as one batch, and the program for it."""
 
     def program(inputs: Any) -> Program:
-        return Program(bind(source.trace(inputs), plan), source.params)
+        return Program(bind(source.trace(inputs), plan), source.params, by_site=True)
 
     lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
     if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:

@@ -27,7 +27,7 @@ def run_stepwise(part: GraphLayer, inputs: Sequence[Any], visit: Visit, enter: E
     whole.
 
     Args:
-      part: the whole model; its program is without fused calls.
+      part: the whole model; its program is one by site, which computes no equations together.
       inputs: the flattened model inputs.
       visit: called with (part, site, x) before each site with a stored weight; `x` is the site's
         int8 input.  It may change the arrays of that site in the part's `qparams`.

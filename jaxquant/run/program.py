@@ -168,8 +168,7 @@ class Program:
         Those are the sites with an accumulator or a weight.  A site's lowering gives the value at
         the end of its epilogue; so a program whose calls go on behind it has no hooks.
         """
-        goes_on = not self._by_site and platforms.kernels(self._backends)
-        assert not goes_on, "a call may go on behind its site, but for by_site=True"
+        assert self._by_site, "a call may go on behind its site, but for by_site=True"
         return self.replacing(
             {index: hook(site, self.lowerings[index]) for index, site in self._ends().items()}
         )

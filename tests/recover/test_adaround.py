@@ -225,6 +225,21 @@ def test_sites_that_cannot_be_learned_say_why():
     jax.tree.map(np.testing.assert_array_equal, plain["params"], qparams["params"])
 
 
+def test_sites_behind_attention_and_gelu_are_learned():
+    """What is computed as one elsewhere is read by its own equations here."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: jax.random.normal(key, (8, 8)) for name, key in zip("qvo", keys, strict=True)}
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        scores = jnp.einsum("btd,bsd->bts", x @ p["q"], x) / 8
+        return jax.nn.gelu(jax.nn.softmax(scores) @ (x @ p["v"]), approximate=False) @ p["o"]
+
+    x = correlated((32, 16, 8))
+    _, qapply = jaxquant.quant_post(params, apply_fn, [x], recover=("adaround",), **OPTIONS)
+    note = qapply.report().summary["recovery"]["adaround"]
+    assert note.startswith("3 of 3 sites"), note
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=(8, 8)), jnp.float32) for k in "ab"}
