@@ -68,6 +68,7 @@ class Call:
       out_zero_point: of q; None where q is no result.
       varies: whether the zero points are operands, since they vary from step to step of a loop; the
         numbers here are not read then, and `out_zero_point` only tells whether q is a result.
+      gives_sums: the int32 sums of a convolution are its only result.
     """
 
     contraction: Contraction
@@ -82,6 +83,7 @@ class Call:
     gives_float: bool = True
     out_zero_point: int | None = None
     varies: bool = False
+    gives_sums: bool = False
 
     def zero_points(self, operands: Mapping[str, Any]) -> ZeroPoints:
         """The zero points of a call with these operands: its own numbers, or arrays among them."""
@@ -98,6 +100,8 @@ class Call:
     @property
     def outputs(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of each result."""
+        if self.gives_sums:
+            return [jax.ShapeDtypeStruct(self.shape, jnp.int32)]
         dtypes = [jnp.float32] * self.gives_float + [jnp.int8] * (self.out_zero_point is not None)
         return [jax.ShapeDtypeStruct(self.shape, dtype) for dtype in dtypes]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import native
@@ -55,7 +56,8 @@ class Native:
         if call.contraction.window is None or not has(call):
             return False
         layout = ChannelsLast(call.contraction)
-        return layout.is_plain and layout.window.is_undilated and not call.movements
+        is_alone = call.movements or call.gives_sums
+        return layout.is_plain and layout.window.is_undilated and not is_alone
 
     def pack(self, call: Call, weight: jax.Array) -> jax.Array:
         if call.contraction.window is None:
@@ -239,13 +241,14 @@ def _convolution(call: Call, operands: Any) -> native.Call:
     return native.conv_call(
         x,
         layout.kernel(operands["weight"]) if packed is None else packed,
-        operands["multiplier"],
+        jnp.float32(1) if call.gives_sums else operands["multiplier"],
         operands.get("bias"),
         strides=layout.window.strides,
         padding=layout.window.padding,
         dilation=layout.window.dilation,
         groups=layout.window.feature_groups,
         kernel_shape=None if packed is None else layout.kernel_shape(call.weight_shape),
+        sums_out=call.gives_sums,
         **options,
     )
 

@@ -44,8 +44,10 @@ class Xla:
         if call.contraction.choosing is not None:
             arrays.append(operands["sizes"])
             scales.append(ragged.of_rows(call.contraction, operands["relative_scale"], *arrays))
-        sums = int8.accumulate(call.contraction, arrays, [zero_points.x]).astype(jnp.float32)
-        y = epilogue(call.movements, call.channels, sums, operands, scales)
+        sums = int8.accumulate(call.contraction, arrays, [zero_points.x])
+        if call.gives_sums:
+            return [sums]
+        y = epilogue(call.movements, call.channels, sums.astype(jnp.float32), operands, scales)
         y = _clip(y, call.clamps[0])
         if call.residual is not None:
             added = operands["residual"]

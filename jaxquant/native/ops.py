@@ -63,6 +63,7 @@ def conv_call(
     activation_after: Clamp = NO_CLAMP,
     out: Requantize | None = None,
     float_out: bool = False,
+    sums_out: bool = False,
     kernel_shape: Sequence[int] | None = None,
 ) -> Call:
     """A convolution of int8 tensors; see `jaxquant.native.fused` for the epilogue.
@@ -84,6 +85,7 @@ def conv_call(
       activation_after: clip behind the residual.
       out: how to make the output int8; None gives float32.
       float_out: give the float32 output too, before the int8 one.
+      sums_out: give the int32 sums and nothing else.
       kernel_shape: of a packed kernel.
 
     Returns:
@@ -126,6 +128,7 @@ def conv_call(
         library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs), ("geometry", geometry),
         zero_point=zero_point, subtract_zero_point=subtract_zero_point, activation=activation,
         residual=residual, activation_after=activation_after, out=out, float_out=float_out,
+        sums_out=sums_out,
     )  # fmt: skip
 
 

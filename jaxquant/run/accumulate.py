@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.backends import int8, platforms, ragged
-from jaxquant.backends.backend import Product
+from jaxquant.backends.backend import Call, Product
 from jaxquant.backends.epilogue import epilogue
 from jaxquant.backends.platforms import Table
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
@@ -54,6 +54,7 @@ def scaled_in_the_call(
     """
     site = int8_site.site
     eqn = graph.equations[site.equation]
+    convolution = _convolution(graph, site)
 
     def lowering(state: Evaluation) -> evaluate.Values:
         natively = bool(platforms.kernels(table))
@@ -66,6 +67,10 @@ def scaled_in_the_call(
             stored = weights.integers(site, state.qparams)
             packed = state.qparams.get("packed", {}).get(site.name)
             total = _by_kernel(site, operands[0], stored, packed, table)
+            if convolution is not None:
+                given = {"x": operands[0], "weight": stored}
+                given |= {} if packed is None else {"packed": packed}
+                (total,) = platforms.run(table, convolution, given)
             operands.insert(site.weight_position, stored)
             if site.as_contraction.choosing is not None:
                 operands.append(state.env.read(eqn.inputs[2]))
@@ -101,8 +106,31 @@ def _product(matrix: StoredMatrix, rows: Any) -> Product:
     return Product(rows, matrix.length, matrix.columns, matrix.sums_last, dtype=jnp.int8)
 
 
-def packed(site: Site, weight: jax.Array, table: Table) -> jax.Array | None:
-    """The weight of a dot that is scaled in the call as kernels read it; None where none does."""
+def _convolution(graph: ir.Graph, site: Site) -> Call | None:
+    """The int32 sums of a convolution with a stored weight; None of other sites."""
+    if site.stored_weight is None or site.as_contraction.window is None:
+        return None
+    assert site.weight is not None
+    assert site.output is not None
+    return Call(
+        contraction=site.as_contraction,
+        weight_position=site.weight_position,
+        weight_shape=graph.shape(site.weight),
+        movements=(),
+        channels=output_channels(graph, site),
+        shape=graph.shape(site.output),
+        zero_point=0,
+        gives_float=False,
+        gives_sums=True,
+    )
+
+
+def packed(graph: ir.Graph, site: Site, weight: jax.Array, table: Table) -> jax.Array | None:
+    """The weight of a site that is scaled in the call as kernels read it; None where none does."""
+    if (convolution := _convolution(graph, site)) is not None:
+        found = (kernel for kernel in platforms.kernels(table) if kernel.covers(convolution))
+        kernel = next(found, None)
+        return None if kernel is None else kernel.pack(convolution, weight)
     if (matrix := stored_matrix(site, weight.shape)) is None:
         return None
     product = _product(matrix, 0)

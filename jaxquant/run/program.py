@@ -194,7 +194,7 @@ class Program:
         for site in self._ends().values():
             if site.dynamic and site.site.stored_weight is not None and not site.site.is_lookup:
                 weight = self.weights.integers(site.site, qparams)
-                found = accumulate.packed(site.site, weight, self._backends)
+                found = accumulate.packed(self.graph, site.site, weight, self._backends)
                 if found is not None:
                     packed[site.site.name] = found
         return packed

@@ -8,6 +8,7 @@ from jax import lax
 
 import jaxquant
 from tests import networks, reference
+from tests.native.cases import needs_kernels
 
 
 def shapes(tree):
@@ -153,8 +154,8 @@ def conv_options(case):
     return {**defaults, **options}
 
 
-@pytest.fixture(scope="module")
-def convs():
+@pytest.fixture(scope="module", params=["xla", pytest.param("native", marks=needs_kernels)])
+def convs(request):
     cases = {n: c for n, c in CONVS.items() if n != "channels first"}
     cases["channels first"] = ((2, 6, 5, 4), (4, 3, 3, 3), NCHW, {"feature_group_count": 2})
     params = {n: networks.images(i, c[1]) for i, (n, c) in enumerate(cases.items())}
@@ -171,6 +172,11 @@ def convs():
         params, apply_fn, shapes(inputs), quantizable_op_type=kinds
     )
     assert qapply.report().summary["sites_int8"] == len(cases)
+    qapply = qapply.with_backend(request.param)
+    if request.param == "native":
+        qparams = qapply.prepare(qparams, inputs)
+        text = jax.jit(qapply).lower(qparams, inputs).as_text()
+        assert text.count("@jaxquant_conv(") == len(cases)
     return params, inputs, qapply(qparams, inputs)
 
 
