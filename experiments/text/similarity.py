@@ -57,7 +57,7 @@ def repaired(
     apply_fn: Callable[..., jax.Array], params: Any, ids: Sequence[np.ndarray]
 ) -> Iterator[tuple[str, Any, jaxquant.QuantizedApply]]:
     """The static form without padding in the ranges, with less and with more against outliers, and
-    weights that are rounded to nearest: (its name, qparams, qapply)."""
+    weights that are rounded to nearest or are codes: (its name, qparams, qapply)."""
     for name, options in (
         ("static, padding not counted", {"mask": lambda ids: ids != PADDING}),
         ("static, no look at outliers", {"recover": ("bias_correction",)}),
@@ -68,16 +68,16 @@ def repaired(
     ):
         yield name, *jaxquant.quant_post(params, apply_fn, ids, progress=False, **options)
     for name, options in (
-        ("8-bit weights", {}),
-        ("4-bit weights, groups of 32", {"weight_bits": 4, "group_size": 32}),
+        ("8-bit weights, rounded to nearest", {"recover": ()}),
+        (
+            "4-bit weights, groups of 32, rounded to nearest",
+            {"weight_bits": 4, "group_size": 32, "recover": ()},
+        ),
         ("NF4 weights, groups of 64", {"weight_dtype": "nf4", "group_size": 64}),
         ("NF4 weights, groups of 32", {"weight_dtype": "nf4", "group_size": 32}),
         ("MXFP4 weights", {"weight_dtype": "mxfp4"}),
     ):
-        yield (
-            f"{name}, rounded to nearest",
-            *jaxquant.quant_weights(params, apply_fn, ids, recover=(), progress=False, **options),
-        )
+        yield name, *jaxquant.quant_weights(params, apply_fn, ids, progress=False, **options)
 
 
 def batches(sentences: Sequence[str], size: int = BATCH, multiple: int = 16) -> list[np.ndarray]:
