@@ -44,7 +44,7 @@ def has(operation: FloatOperation) -> bool:
         keys = operation.shape[operation.params["axis"]]
         is_short = isinstance(keys, int) and keys <= _MOST_KEYS
         return is_short and operation.inputs[0].dtype == jnp.float32
-    if operation.kind != "attention" or operation.is_int8:
+    if operation.kind != "attention":
         return False
     layout: Layout = operation.params["layout"]
     places = operation.inputs[2].shape[layout.value[-1]]

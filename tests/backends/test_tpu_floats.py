@@ -49,6 +49,8 @@ def test_a_transformer_block():
         platform: jax.export.export(jax.jit(qapply), platforms=[platform])(qparams, X, mask)
         for platform in ("cpu", "tpu")
     }
+    dots = {name: each.mlir_module().count("dot_general %") for name, each in modules.items()}
+    assert dots["tpu"] == dots["cpu"] + 1  # of the sums of the weights, quantized or not
     has_erfc = {name: "erfc" in each.mlir_module() for name, each in modules.items()}
     assert has_erfc == {"cpu": True, "tpu": False}
 
