@@ -105,11 +105,13 @@ def _scan(eqn: ir.Equation, operands: Sequence[Any], step: Step, sliced: Any, ke
         results = _arrays(found.results)
         return (results[:carried], found.kept), (results[carried:], found.stacked)
 
+    # A length that varies, of an exported program, is taken from what the scan goes through alone.
+    steps = list(operands[constants + carried :]), sliced
     (carry, kept), (results, stacked) = jax.lax.scan(
         body,
         (start, kept),
-        (list(operands[constants + carried :]), sliced),
-        length=eqn.params["length"],
+        steps,
+        length=None if jax.tree.leaves(steps) else eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )

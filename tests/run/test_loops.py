@@ -51,3 +51,19 @@ def test_weights_are_packed_for_each_layer_or_once(quantized):
     expected = qapply.with_backend("xla")(qparams, x)
     for arrays in (qparams, prepared):
         np.testing.assert_array_equal(qapply(arrays, x), expected)
+
+
+def test_a_loop_over_the_samples_is_saved_for_any_number_of_them(tmp_path):
+    params = {"a": networks.images(0, (16, 8)), "b": networks.images(1, (8, 4))}
+
+    def apply_fn(p, x):
+        return jax.lax.map(lambda row: jax.nn.relu(row @ p["a"]) @ p["b"], x)
+
+    x = jnp.asarray(networks.images(4, (8, 16)))
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], progress=False)
+    path = tmp_path / "model.safetensors"
+    jaxquant.save_quantized_model(path, qparams, qapply, progress=False)
+    loaded_qparams, loaded = jaxquant.load_quantized_model(path)
+    want = qapply.with_backend("xla")(qparams, x)
+    for count in (8, 3):
+        np.testing.assert_allclose(loaded(loaded_qparams, x[:count]), want[:count], rtol=1e-6)
