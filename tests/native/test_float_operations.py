@@ -183,7 +183,7 @@ def test_layer_norm_of_scales_that_differ():
         native.layer_norm(jnp.asarray(x[0]), jnp.asarray(scale[0, :4]), None, epsilon=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (2, 3, 100), (1, 20_000)])
+@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (2, 3, 100), (1, 20_000), (4, 0)])
 @pytest.mark.parametrize("channels", [None, 1, 4])
 def test_in_int8_on_one_grid(shape: tuple[int, ...], channels: int | None):
     x = 20 * normal(0, *shape, channels or 1).reshape(*shape[:-1], -1)

@@ -62,7 +62,10 @@ inline ffi::Error quantize_handler(ffi::ThreadPool pool, FloatBuffer x, FloatBuf
                                    ffi::Result<FloatBuffer> marks) {
   const auto in = x.dimensions();
   const int64_t size = int64_t(x.element_count()), columns = in.size() ? in.back() : 0;
-  if (size == 0) return ffi::Error::Success();
+  if (size == 0) {  // rows of nothing hold nothing odd
+    std::fill_n(marks->typed_data(), marks->element_count(), 0.0f);
+    return ffi::Error::Success();
+  }
   const int64_t rows = size / columns, channels = int64_t(inv_scale.element_count());
   if (int64_t(q->element_count()) != size || int64_t(marks->element_count()) != rows ||
       channels == 0 || columns % channels || zero_point.element_count() != 1)
