@@ -2,7 +2,7 @@
 
 `kernels.cc` compares every instruction set that this processor has with plain loops, AMX by an
 emulation (`amx_emulation.h`) also where the processor lacks it; `float_kernels.cc` does so with
-those of floats, by vectors of every length; `threads.cc` tries the threads that stay awake.
+those of floats, by vectors of every length.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ def test_no_warning_of_the_optimizer(tmp_path: pathlib.Path):
     [
         ("kernels.cc", "-O0", ("1",)),
         ("float_kernels.cc", "-O0", ()),
-        ("threads.cc", "-O1", ()),
         pytest.param("kernels.cc", "-O1", ("300",), marks=pytest.mark.slow),
         pytest.param("float_kernels.cc", "-O3", (), marks=pytest.mark.slow),
     ],
@@ -77,20 +76,6 @@ def test_against_plain_loops(
     found = subprocess.run(
         [program, *arguments], env=environment, capture_output=True, text=True
     )  # fmt: skip
-    assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_no_race(tmp_path: pathlib.Path):
-    program = tmp_path / "threads"
-    done = compile_(
-        "-O1", "-g1", "-fsanitize=thread", "-pthread", "-I", _SOURCES, _TESTS / "threads.cc",
-        "-o", program,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"the compiler has no sanitizer of threads: {done.stderr[:200]}")
-    found = subprocess.run([program], capture_output=True, text=True)
-    if "unexpected memory mapping" in found.stderr:
-        pytest.skip("the sanitizer does not run on this system")
     assert found.returncode == 0, found.stdout + found.stderr
 
 

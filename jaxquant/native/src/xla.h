@@ -4,7 +4,6 @@
 #include <new>
 #include <string>
 
-#include "awake.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -22,12 +21,6 @@ class XlaThreads : public Pool {
       : pool_(pool), most_(1 + products / kProducts) {}
   int64_t count() override {
     return std::max<int64_t>(1, std::min<int64_t>(most_, pool_.num_threads()));
-  }
-  void run(int64_t n, const Body& body) override {
-    if (Awake::of_process().run(n, body, std::min(count(), n) - 1)) return;
-    // Of two threads the other one is at another call; of more, some may have nothing to do.
-    if (pool_.num_threads() > 2) return Pool::run(n, body);
-    Alone().run(n, body);
   }
 
  private:
