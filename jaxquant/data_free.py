@@ -12,10 +12,10 @@ import jax
 
 from jaxquant.analysis.larger import warn_if_larger
 from jaxquant.analysis.poor import warn_if_poor
-from jaxquant.backends.code_tables import INT
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.dependence import check_independence
 from jaxquant.calibration.padding import Mask, Padding
+from jaxquant.code_tables import INT
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.model import FloatModel

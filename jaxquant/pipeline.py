@@ -11,7 +11,7 @@ from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.keywords import named
 from jaxquant.plan.config import QuantConfig, check_flag
-from jaxquant.plan.keywords import Settings, config_of, spelled_out
+from jaxquant.plan.settings import Settings, config_of, spelled_out
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps
 from jaxquant.run.qapply import QuantizedApply

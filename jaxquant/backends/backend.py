@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends.code_tables import INT
 from jaxquant.backends.zero_points import ZeroPoints
+from jaxquant.code_tables import INT
 from jaxquant.graph import ir
 from jaxquant.graph.contraction import Contraction
 from jaxquant.graph.primitives import Channels
@@ -132,7 +132,7 @@ class Product:
       dtype: of the rows.
       weight_bits: 8, or 4.
       group_size: how many neighbours along K share a scale.
-      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
+      weight_dtype: what four bits are; see `jaxquant.code_tables`.
       precision: of float rows, as `lax.dot_general` takes it.
     """
 

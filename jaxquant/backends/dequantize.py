@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends.code_tables import INT, look_up
+from jaxquant.code_tables import INT, look_up
 
 
 def dequantize_groups(
@@ -26,7 +26,7 @@ def dequantize_groups(
       length: K.
       size: the group size.
       weight_bits: 8 or 4.
-      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
+      weight_dtype: what four bits are; see `jaxquant.code_tables`.
     """
     if weight_dtype != INT:
         integers = look_up(_unpack(integers, axis) & jnp.int8(15), weight_dtype)
@@ -48,7 +48,7 @@ def dequantize_halves(
       packed: uint8 [N, K / 2].
       scale: float32 [N, groups].
       size: the group size, even where there are several.
-      weight_dtype: what four bits are; see `jaxquant.backends.code_tables`.
+      weight_dtype: what four bits are; see `jaxquant.code_tables`.
 
     Returns:
       float32 [N, K / 2], twice.

@@ -15,8 +15,8 @@ from jaxquant import native
 from jaxquant.backends import float_operations, ragged
 from jaxquant.backends.backend import Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.channels_last import ChannelsLast, undilated
-from jaxquant.backends.code_tables import INT
 from jaxquant.backends.matrices import Matrices, matrices_of
+from jaxquant.code_tables import INT
 from jaxquant.graph import ir
 from jaxquant.jax_shim import jaxprs
 

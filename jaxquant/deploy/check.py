@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.backends.code_tables import MXFP4
+from jaxquant.code_tables import MXFP4
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir
 from jaxquant.plan import layout

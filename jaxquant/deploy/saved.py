@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant._version import __version__
-from jaxquant.backends.code_tables import INT, VALUES
+from jaxquant.code_tables import INT, VALUES
 from jaxquant.deploy import program, tree
 from jaxquant.deploy.check import check_program
 from jaxquant.deploy.schema import decode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxquant.backends.code_tables import INT
+from jaxquant.code_tables import INT
 from jaxquant.deploy import constants
 from jaxquant.deploy.found import Found
 from jaxquant.deploy.network import Int8Node, Node, Tensor

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxquant.backends.code_tables import BLOCK, INT, MXFP4, VALUES
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
+from jaxquant.code_tables import BLOCK, INT, MXFP4, VALUES
 from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
 from jaxquant.plan.modes import DYNAMIC, MODES, STATIC, WEIGHT_ONLY
 from jaxquant.plan.plan import ANY, LITERT

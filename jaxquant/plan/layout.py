@@ -8,7 +8,7 @@
                array beside them as "float" only where it does not follow from them.  A leaf
                that is no longer read is left out.  Where the weights alone are quantized, "scale"
                is [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
-               each uint8; likewise codes, "nf4" and "mxfp4", see `jaxquant.backends.code_tables`,
+               each uint8; likewise codes, "nf4" and "mxfp4", see `jaxquant.code_tables`,
                of which the latter have uint8 exponents for scales.
                A weight behind a tensor that is divided by channel is
                the parameter times what it is divided by.
@@ -39,7 +39,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.backends.code_tables import INT
+from jaxquant.code_tables import INT
 from jaxquant.graph import copies, ir, trace
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once

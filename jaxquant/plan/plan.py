@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxquant.backends.code_tables import INT
+from jaxquant.code_tables import INT
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.modes import STATIC
 from jaxquant.plan.rules import RECOVERY_STEPS

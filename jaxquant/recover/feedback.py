@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.backends.code_tables import INT, VALUES
+from jaxquant.code_tables import INT, VALUES
 
 BLOCK = 64  # rows that are rounded between two products of matrices
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.backends.code_tables import INT, VALUES, as_floats
+from jaxquant.code_tables import INT, VALUES, as_floats
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout

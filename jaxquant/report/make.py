@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.backends.code_tables import INT, as_floats
+from jaxquant.code_tables import INT, as_floats
 from jaxquant.graph import ir
 from jaxquant.graph.kinds import LOOKUP_KIND
 from jaxquant.graph.layer_names import of_layer

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from jaxquant.backends.code_tables import INT
 from jaxquant.backends.dequantize import dequantize_groups
+from jaxquant.code_tables import INT
 from jaxquant.plan.groups import GroupLayout
 
 

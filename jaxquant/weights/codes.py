@@ -1,13 +1,13 @@
 """Weights as codes of four bits, each of which stands for a value in a table.
 
-See `jaxquant.backends.code_tables` for the tables.
+See `jaxquant.code_tables` for the tables.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from jaxquant.backends.code_tables import BIAS, MXFP4, VALUES
+from jaxquant.code_tables import BIAS, MXFP4, VALUES
 from jaxquant.plan.grid import SMALLEST_SCALE
 
 _LARGEST_EXPONENT = 2  # of the elements of MXFP4

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxquant.backends.code_tables import INT
+from jaxquant.code_tables import INT
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import GroupLayout
 from jaxquant.weights.codes import encode

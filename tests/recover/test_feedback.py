@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.backends.code_tables import VALUES
+from jaxquant.code_tables import VALUES
 from jaxquant.recover.feedback import BLOCK, mixing, output_error, round_with_feedback
 
 DAMPING = 0.01

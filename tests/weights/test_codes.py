@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import jaxquant
-from jaxquant.backends.code_tables import VALUES
+from jaxquant.code_tables import VALUES
 from jaxquant.plan.config import QuantConfig
 from jaxquant.weights.codes import encode
 from tests import networks
