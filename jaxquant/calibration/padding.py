@@ -8,20 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.calibration.mask_inputs import Key, Maker, find, named, place_masks
 from jaxquant.calibration.observed import Observed
 from jaxquant.graph import ir
 from jaxquant.graph.model import Model
 from jaxquant.graph.positions import Positions, RealIn, all_entries, find_positions
 
-Key: TypeAlias = str | int
-Maker: TypeAlias = Key | Callable[..., Any]
 Mask: TypeAlias = Maker | Mapping[Key, Maker] | None
 
 _FUNCTION = "a function"
@@ -83,10 +82,10 @@ class Padding:
         """
         found = []
         for _, maker in self.masks:
-            mask = maker(*inputs) if callable(maker) else _find(inputs, maker, "mask")[1]
+            mask = maker(*inputs) if callable(maker) else find(inputs, maker, "mask")[1]
             if np.ndim(mask) != 2:
                 raise ValueError(
-                    f"{_named(maker)} is of shape {list(np.shape(mask))}; a mask of padding is "
+                    f"{named(maker)} is of shape {list(np.shape(mask))}; a mask of padding is "
                     "[B, T], for each sample 1 (or True) where a position is no padding, and 0"
                 )
             found.append(jnp.asarray(mask).astype(bool))
@@ -102,26 +101,20 @@ class Padding:
         Raises:
           ValueError: no input has the positions of a mask.
         """
-        sizes = [np.shape(x)[:2] for x in jax.tree.leaves(inputs)]
-        shapes = jax.eval_shape(self.values, tuple(jax.tree.map(ir.struct, inputs)))
-        own = {
-            number: _find(inputs, maker, "mask")[0]
-            for number, (_, maker) in enumerate(self.masks)
-            if not callable(maker)
-        }
-        marked = {place: number for number, place in own.items()}
-        for number, ((key, maker), mask) in enumerate(zip(self.masks, shapes, strict=True)):
-            named = range(len(sizes)) if key is None else [_find(inputs, key, "mask")[0]]
-            fitting = [k for k in named if sizes[k] == mask.shape and k not in own.values()]
-            if not fitting:
-                which = "no other input" if key is None else f"the input {key!r} is none that"
-                raise ValueError(
-                    f"{_named(maker)} is of shape {list(mask.shape)}, and {which} begins with "
-                    f"these sizes: the inputs are of "
-                    f"{', '.join(str(list(np.shape(x))) for x in jax.tree.leaves(inputs))}"
-                )
-            marked.update(dict.fromkeys(fitting, number))
-        return find_positions(model, tuple(sorted(marked.items())), tuple(own.values()))
+        placed = place_masks(self.masks, self.shapes(inputs), model, inputs)
+        return find_positions(model, placed.marked, placed.masks)
+
+    def unclear(self, model: Model, inputs: Sequence[Any]) -> list[str]:
+        """The inputs of a mask's sizes of which the model does not show whose positions they have.
+
+        Where it does of no input, all are taken as the mask's; else these are counted whole.
+        """
+        return place_masks(self.masks, self.shapes(inputs), model, inputs).unclear
+
+    def shapes(self, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The shapes of the masks, [B, T] each."""
+        masks = jax.eval_shape(self.values, tuple(jax.tree.map(ir.struct, inputs)))
+        return [mask.shape for mask in masks]
 
     def real(self, model: Model, inputs: Sequence[Any]) -> RealIn:
         """Which entries of the tensors of a model belong to no padding, for a batch."""
@@ -131,18 +124,18 @@ class Padding:
     def check(self, inputs: Sequence[Any], batch: int) -> None:
         """Raise ValueError where a mask holds anything but 0 and 1, or marks nothing."""
         for _, maker in self.masks:
-            given = maker(*inputs) if callable(maker) else _find(inputs, maker, "mask")[1]
+            given = maker(*inputs) if callable(maker) else find(inputs, maker, "mask")[1]
             mask = np.asarray(given)
             if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
                 strange = mask[(mask != 0) & (mask != 1)].flat[0]
                 raise ValueError(
-                    f"{_named(maker)} holds {strange} in batch {batch}; a mask of padding holds 1 "
+                    f"{named(maker)} holds {strange} in batch {batch}; a mask of padding holds 1 "
                     "(or True) where a position is no padding, and 0 elsewhere: give a function, "
                     "mask=lambda *inputs: ..., where the model takes another one"
                 )
             if mask.size and not mask.any():
                 raise ValueError(
-                    f"{_named(maker)} says of every position of batch {batch} that it is padding"
+                    f"{named(maker)} says of every position of batch {batch} that it is padding"
                 )
 
 
@@ -151,64 +144,28 @@ def real_in(padding: Padding | None, model: Model, inputs: Sequence[Any]) -> Rea
     return all_entries if padding is None else padding.real(model, inputs)
 
 
-def warn_of_lost(observed: Observed, positions: Positions) -> None:
-    """Warn of the tensors whose padded positions are counted, since they are not known."""
-    lost = {
-        name: behind
-        for each in observed.walk()
-        for name, var in each.tensors.items()
-        if (behind := positions.lost(each.model, var))
-    }
-    if not lost:
-        return
-    (name, behind), more = next(iter(lost.items())), len(lost) - 1
-    warnings.warn(
-        f"mask: padding is counted in {name!r}{f' and {more} more tensors' * (more > 0)}: where "
-        f"its positions are is not known behind {behind!r}",
-        stacklevel=2,
-    )
+def warn_of_counted(padding: Padding, observed: Observed, inputs: Sequence[Any]) -> None:
+    """Warn of what is counted whole though it may hold padding."""
+    model = observed.model
+    if unclear := padding.unclear(model, inputs):
+        warnings.warn(
+            f"mask: whether {', '.join(unclear)} has the same positions as the mask is not seen in "
+            "the model; name the mask of each input by a dict, mask={'ids': 'ids_mask', ...}",
+            stacklevel=2,
+        )
+    positions = padding.positions(model, inputs)
+    counted: dict[str, str] = {}
+    for each in observed.walk():
+        for name, var in each.tensors.items():
+            if behind := positions.lost(each.model, var):
+                counted[name] = f"where its positions are is not known behind {behind!r}"
+            elif positions.is_filled(each.model, var):
+                counted[name] = "the model adds or writes values of its own there by the mask"
+    if counted:
+        (name, reason), more = next(iter(counted.items())), len(counted) - 1
+        others = f" and {more} more tensors" if more else ""
+        warnings.warn(f"mask: padding is counted in {name!r}{others}: {reason}", stacklevel=2)
 
 
 def _is_key(key: Any) -> bool:
     return isinstance(key, str | int) and not isinstance(key, bool)
-
-
-def _named(maker: Maker) -> str:
-    return "what the function mask gives" if callable(maker) else f"mask={maker!r}"
-
-
-def _find(inputs: Sequence[Any], key: Key, argument: str) -> tuple[int, Any]:
-    """The flat position and the value of an input.
-
-    Args:
-      inputs: what the model takes after its parameters.
-      key: the index of an argument that is an array, or the key of an array in a dict.
-      argument: that names it, for errors.
-
-    Raises:
-      ValueError: there is none, or several.
-    """
-    paths = jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]
-    found = [
-        (place, leaf)
-        for place, (path, leaf) in enumerate(paths)
-        if (key == _name(path[-1]) if isinstance(key, str) else [key] == [*map(_name, path)])
-    ]
-    if len(found) != 1:
-        there = ", ".join(_spell(path) for path, _ in paths)
-        count = "no input" if not found else f"{len(found)} inputs"
-        raise ValueError(f"{argument}={key!r} names {count} of the model; it has {there}")
-    return found[0]
-
-
-def _name(key: Any) -> Any:
-    """The name of a step on the path to a leaf: a key, an index or an attribute."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
-
-
-def _spell(path: Sequence[Any]) -> str:
-    first, *rest = path
-    return f"{_name(first)}{jax.tree_util.keystr(tuple(rest))}"

@@ -24,7 +24,7 @@ from jaxquant.calibration.inside import Watch, observe
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.observers import Observer
-from jaxquant.calibration.padding import Padding, real_in, warn_of_lost
+from jaxquant.calibration.padding import Padding, real_in, warn_of_counted
 from jaxquant.calibration.processes import reduce_processes
 from jaxquant.calibration.refused import explain
 from jaxquant.graph import ir
@@ -203,7 +203,7 @@ class Sweep:
         observed = self._tensors_of(model)
         self._names, self._outside = observed.names, tuple(observed.tensors)
         if self._padding is not None:
-            warn_of_lost(observed, self._padding.positions(model, inputs))
+            warn_of_counted(self._padding, observed, inputs)
         self._origin = make_origin(
             model.graph, self._params, observed.any_tensor, self._observer, self._options
         )

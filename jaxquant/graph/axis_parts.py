@@ -22,11 +22,13 @@ class Part(NamedTuple):
       mark: what runs along it; None for neither samples nor positions.
       filled: the model has written values of its own choice where these positions are padding, as
         -1e9 for scores of an attention, so that these are read.
+      met: the marks of positions that met along it, so that it has none of them.
     """
 
     size: int
     mark: int | None = None
     filled: bool = False
+    met: frozenset[int] = frozenset()
 
     @property
     def is_position(self) -> bool:
@@ -42,8 +44,10 @@ class Known:
 
     Attributes:
       axes: its own.
-      is_plain: it is computed from masks, ids and constants alone, by arithmetic: it tells what is
-        padding, and holds no activation.
+      is_plain: it is computed from masks, ids and constants alone, by arithmetic: it holds no
+        activation.
+      tells: it is plain, and tells what is padding: it is made of a mask or of a comparison, and
+        not of numbers alone, as an encoding of positions is.
       is_static: it does not depend on the inputs.
       lost: the primitive behind which it is not known any more where its positions are; "" for
         none.
@@ -51,6 +55,7 @@ class Known:
 
     axes: tuple[Axis, ...]
     is_plain: bool = False
+    tells: bool = False
     is_static: bool = False
     lost: str = ""
 
@@ -88,12 +93,12 @@ def nothing(shape: Sequence[int], is_static: bool = False, lost: str = "") -> Kn
     return Known(tuple((Part(size),) for size in shape), is_static=is_static, lost=lost)
 
 
-def of_input(shape: Sequence[int], mask: int | None, is_plain: bool) -> Known:
+def of_input(shape: Sequence[int], mask: int | None, is_plain: bool, tells: bool) -> Known:
     """An input of the model, whose first two axes are those of a mask, or None."""
     axes = list(nothing(shape).axes)
     if mask is not None:
         axes[:2] = (Part(shape[0], BATCH),), (Part(shape[1], mask),)
-    return Known(tuple(axes), is_plain=is_plain)
+    return Known(tuple(axes), is_plain=is_plain, tells=tells)
 
 
 def join(each: Sequence[Known], name: str) -> Known:
@@ -107,7 +112,9 @@ def join(each: Sequence[Known], name: str) -> Known:
     if not depends:
         return each[0]
     axes = tuple(agreed(axes) for axes in zip(*(known.axes for known in depends), strict=True))
-    found = Known(axes, is_plain=all(known.is_plain for known in depends))
+    is_plain = all(known.is_plain for known in depends)
+    tells = is_plain and any(known.tells for known in depends)
+    found = Known(axes, is_plain=is_plain, tells=tells)
     return dataclasses.replace(found, lost=still_lost(found, depends, name))
 
 
@@ -123,7 +130,9 @@ def agreed(axes: Sequence[Axis]) -> Axis:
     size = math.prod(part.size for part in known[0])
     marks = {tuple((part.size, part.mark) for part in axis) for axis in known}
     if len(marks) > 1:
-        return (Part(size),)
+        parts = [part for axis in known for part in axis]
+        met = frozenset(p.mark for p in parts if p.mark is not None and p.is_position)
+        return (Part(size, met=met if len(met) > 1 else frozenset()),)
     columns = zip(*known, strict=True)
     return tuple(parts[0]._replace(filled=any(p.filled for p in parts)) for parts in columns)
 

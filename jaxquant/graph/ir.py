@@ -137,6 +137,17 @@ class Graph:
                 found[current] = None
         return sorted(found)
 
+    def needed(self, atom: Atom) -> set[Atom]:
+        """A tensor, and all that it is computed from."""
+        found, stack = set[Atom](), [atom]
+        while stack:
+            current = stack.pop()
+            if isinstance(current, int) and current not in found:
+                found.add(current)
+                if current in self.producer:
+                    stack.extend(self.producer[current].inputs)
+        return found
+
     def fingerprint(self, atom: Atom) -> str:
         """A digest of how a static tensor is computed from parameters, named by their paths.
 

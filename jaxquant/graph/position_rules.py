@@ -16,9 +16,11 @@ from jaxquant.graph.axis_parts import Axis, Known, Part, agreed, nothing, still_
 
 Rule: TypeAlias = Callable[[ir.Graph, ir.Equation, Sequence[Known]], Known]
 _ALL_OUTPUTS = frozenset({"sort", "optimization_barrier"})  # each is like its own operand
-_ENCODES = frozenset(
-    {"sin", "cos"}
-)  # what is added of them tells where a position is, not of padding
+# What is added of these tells where a position is, not of padding.
+_ENCODES = frozenset({"sin", "cos"})
+_COUNTS = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
+_COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+_FILL = 1e3  # a number as large as this tells of padding, as the -1e4 of (1 - mask) * -1e4
 
 
 def through(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> list[Known]:
@@ -37,7 +39,8 @@ def _results(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> li
         found = [nothing(shape) for shape in shapes]
         return [dataclasses.replace(x, lost=still_lost(x, operands, eqn.name)) for x in found]
     made = rule(graph, eqn, operands)
-    return [made if made.sizes == shape else nothing(shape, lost=made.lost) for shape in shapes]
+    behind = made.lost or still_lost(nothing(()), operands, eqn.name)
+    return [made if made.sizes == shape else nothing(shape, lost=behind) for shape in shapes]
 
 
 def _told(found: Known, operands: Sequence[Known], name: str) -> Known:
@@ -63,11 +66,12 @@ def _made(
 ) -> Known:
     """A result of these axes, `lost` where a rule says so or an operand was before.
 
-    It tells what is padding as its operands do, where `is_plain` is not given.
+    It is plain, and tells what is padding, as its operands do, where `is_plain` is not given.
     """
     if is_plain is None:
         is_plain = all(x.is_plain or x.is_static for x in operands)
-    found = Known(tuple(axes), is_plain=is_plain)
+    tells = is_plain and any(x.tells for x in operands)
+    found = Known(tuple(axes), is_plain=is_plain, tells=tells)
     before = next((x.lost for x in operands if x.lost), "")
     return found if found.is_placed else dataclasses.replace(found, lost=lost or before)
 
@@ -76,18 +80,34 @@ def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
     """Also where a mask fills in values for what is padding, and where exp makes zeros of them."""
     shape = graph.shape(eqn.outputs[0])
     whole = [x for x in operands if len(x.axes) == len(shape)]
-    axes = [agreed(each) for each in zip(*(x.axes for x in whole), strict=True)]
-    if eqn.name in ("exp", "exp2"):
+    axes = [agreed(_of_size(each, n)) for each, n in zip(zip(*(x.axes for x in whole)), shape)]
+    if eqn.name in ("exp", "exp2", "logistic"):
         axes = [tuple(part._replace(filled=False) for part in axis) for axis in axes]
-    masks = [x for x in whole if x.is_plain and not x.is_static]
-    if len(masks) < sum(not x.is_static for x in operands) and not _leaves_zeros(graph, eqn):
+    masks = [x for x in whole if x.tells]
+    is_mixed = not all(x.is_plain or x.is_static for x in operands)
+    if is_mixed and not _leaves_zeros(graph, eqn):
         filled = {k for x in masks for k, axis in enumerate(x.axes) if _has_positions(axis)}
         axes = [
             tuple(part._replace(filled=part.is_position) for part in axis) if k in filled else axis
             for k, axis in enumerate(axes)
         ]
     found = _made(axes, operands, is_plain=False if eqn.name in _ENCODES else None)
-    return dataclasses.replace(found, lost=still_lost(found, operands, eqn.name))
+    tells = found.tells or (found.is_plain and _is_telling(graph, eqn))
+    return dataclasses.replace(found, tells=tells, lost=still_lost(found, operands, eqn.name))
+
+
+def _is_telling(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """Whether an operation on ids tells padding apart: a comparison, or a number so large."""
+    if eqn.name in _COMPARES:
+        return True
+    numbers = [primitives.constant_scalar(graph, x) or 0.0 for x in eqn.inputs]
+    return eqn.name != "div" and any(abs(number) >= _FILL for number in numbers)
+
+
+def _of_size(axes: Sequence[Axis], size: int) -> list[Axis]:
+    """The axes of operands that are not repeated along that of the result."""
+    fitting = [axis for axis in axes if math.prod(part.size for part in axis) == size]
+    return fitting or [(Part(size),)]
 
 
 def _has_positions(axis: Axis) -> bool:
@@ -95,10 +115,13 @@ def _has_positions(axis: Axis) -> bool:
 
 
 def _leaves_zeros(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    """Whether what a mask makes of padding is zero, which is on every grid."""
+    """Whether what a mask makes of padding is zero, which is on every grid, or nothing special.
+
+    A choice between activations, such as that of an embedding for hidden words, fills in nothing.
+    """
     if eqn.name == "select_n":
         numbers = [primitives.constant_scalar(graph, case) for case in eqn.inputs[1:]]
-        return 0.0 in numbers
+        return 0.0 in numbers or not any(numbers)
     return eqn.name == "mul"
 
 
@@ -127,7 +150,8 @@ def _contraction(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
             elif _has_positions(operands[0].axes[axis]):
                 lost = eqn.name
     axes = [agreed(places[k]) if k in places else (Part(size),) for k, size in enumerate(shape)]
-    return _made(axes, operands, lost, is_plain=False)
+    is_plain = all(x.is_plain for x in operands)  # pairs of positions, of two masks
+    return _made(axes, operands, lost, is_plain=is_plain)
 
 
 def _broadcast(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
@@ -230,6 +254,11 @@ def _same(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known
     return _made(operands[0].axes, operands)
 
 
+def _counted(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
+    """Numbers of the positions, as a running sum of a mask gives them, tell of padding no more."""
+    return dataclasses.replace(_made(operands[0].axes, operands), tells=False)
+
+
 def _sorted(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
     """What is moved along an axis loses its positions."""
     (own,) = operands
@@ -282,7 +311,7 @@ _RULES: Mapping[str, Rule] = {
     "slice": _part,
     "squeeze": _reshape,
     "transpose": _transpose,
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _same),
+    **dict.fromkeys(_COUNTS, _counted),
     **dict.fromkeys(
         ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod",
          "reduce_sum"),

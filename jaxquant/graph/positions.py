@@ -50,7 +50,12 @@ class Positions(NamedTuple):
     def lost(self, model: Model, var: ir.Var) -> str:
         """The primitive behind which a tensor's positions are not known; "" where they are."""
         known = self.known(model, var)
-        return "" if known.is_plain else known.lost
+        return "" if known.tells else known.lost
+
+    def is_filled(self, model: Model, var: ir.Var) -> bool:
+        """Whether a product reads, as such, what the model has filled in where padding is."""
+        is_read = any(eqn.index in model.graph.contractions for eqn in model.graph.consumers[var])
+        return is_read and any(part.filled for part in self.known(model, var).parts)
 
     def real(self, model: Model, var: ir.Atom, masks: Sequence[jax.Array]) -> jax.Array | None:
         """Which entries of a tensor belong to no padding.
@@ -85,6 +90,7 @@ def find_positions(model: Model, marked: Marked, masks: tuple[int, ...]) -> Posi
             graph.shape(var),
             numbers.get(place),
             is_plain=place in masks or not jnp.issubdtype(graph.dtype(var), jnp.floating),
+            tells=place in masks or graph.dtype(var) == jnp.bool_,
         )
         for place, var in enumerate(graph.inputs)
     }
@@ -98,7 +104,7 @@ def _is_placed(known: Known) -> bool:
 
     It has one axis of samples, and is not itself what tells of padding.
     """
-    return not known.is_plain and [part.mark for part in known.parts].count(BATCH) == 1
+    return not known.tells and [part.mark for part in known.parts].count(BATCH) == 1
 
 
 def _entries(known: Known, masks: Sequence[jax.Array]) -> jax.Array:

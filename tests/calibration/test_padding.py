@@ -197,6 +197,80 @@ def test_the_texts_of_an_encoder_and_of_a_decoder_have_masks_of_their_own():
         assert seen[name].count == real.size
 
 
+def test_a_mask_is_of_the_sequence_that_it_meets():
+    """That of the keys alone, of two texts of the same sizes."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=(3, 6, 8)), jnp.float32) for _ in range(2))
+    params = {"keys": jnp.eye(8), "queries": jnp.eye(8)}
+
+    def apply_fn(p: Any, x: Any, y: Any, mask: Any) -> Any:
+        scores = jnp.einsum("btd,bsd->bts", y @ p["queries"], x @ p["keys"])
+        return jax.nn.softmax(jnp.where(mask[:, None], scores, -1e9)) @ x
+
+    seen = jaxquant.calibrate(params, apply_fn, [(x, y, MASK > 0)], mask=2, progress=False).tensors
+    assert seen["keys/input"].count == MASK.sum() * 8
+    assert seen["queries/input"].count == y.size
+
+
+def test_texts_that_never_meet_need_a_mask_each():
+    params = {"a": jnp.eye(8), "b": jnp.eye(8)}
+    ones = np.ones((3, 6, 8), np.float32)
+
+    def apply_fn(p: Any, x: Any, y: Any, mask: Any) -> Any:
+        return (x * mask[..., None]) @ p["a"], y @ p["b"]
+
+    batch = (ones, ones, MASK.astype(np.float32))
+    with pytest.warns(UserWarning, match="mask: whether 1 has the same positions as the mask"):
+        seen = jaxquant.calibrate(params, apply_fn, [batch], mask=2, progress=False).tensors
+    assert (seen["a/input"].count, seen["b/input"].count) == (MASK.sum() * 8, ones.size)
+
+
+def test_what_is_added_by_arithmetic_on_ids_is_no_fill():
+    params = {"v": jnp.full(8, 0.1), "w": jnp.eye(8)}
+    x = np.random.default_rng(0).normal(size=(*MASK.shape, 8)).astype(np.float32)
+    places = np.broadcast_to(np.arange(6), MASK.shape)
+
+    def apply_fn(p: Any, x: Any, places: Any, mask: Any) -> Any:
+        x = x + places.astype(x.dtype)[..., None] * p["v"]
+        return (x @ p["w"]) * mask[..., None].astype(x.dtype)
+
+    seen = jaxquant.calibrate(params, apply_fn, [(x, places, MASK)], mask=2, progress=False)
+    assert seen.tensors["w/input"].count == MASK.sum() * 8
+
+
+def test_a_product_that_reads_what_a_mask_filled_in_counts_it_and_says_so():
+    params = {"w": jnp.eye(8)}
+    x = np.random.default_rng(0).normal(size=(*MASK.shape, 8)).astype(np.float32)
+
+    def apply_fn(p: Any, x: Any, mask: Any) -> Any:
+        return (x + mask.astype(x.dtype)[..., None]) @ p["w"]
+
+    with pytest.warns(UserWarning, match=r"counted in 'w/input': the model adds or writes"):
+        seen = jaxquant.calibrate(params, apply_fn, [(x, MASK)], mask=1, progress=False)
+    assert seen.tensors["w/input"].count == x.size
+
+
+def test_a_function_that_gives_an_input_names_it():
+    """What a mask of floats adds to scores is read, whichever way the mask is named."""
+    params = {"w": jnp.eye(8)}
+    x = np.random.default_rng(0).normal(size=(*MASK.shape, 8)).astype(np.float32)
+
+    def apply_fn(p: Any, x: Any, mask: Any) -> Any:
+        x = x @ p["w"]
+        scores = jnp.einsum("btd,bsd->bts", x, x) + (1 - mask[:, None]) * -20.0
+        return jax.nn.softmax(scores) @ x
+
+    ds = [(x, MASK.astype(np.float32))]
+    options: Any = {"is_full_quantize": True, "progress": False}
+    named, given = (
+        jaxquant.calibrate(params, apply_fn, ds, mask=mask, **options).tensors
+        for mask in (1, lambda x, mask: mask)
+    )
+    assert {k: (v.min, v.count) for k, v in named.items()} == {
+        k: (v.min, v.count) for k, v in given.items()
+    }
+
+
 def test_a_file_keeps_the_mask(tmp_path: Any):
     params, apply_fn = model("function")
     path = tmp_path / "calibration.safetensors"

@@ -78,6 +78,9 @@ PAIRS = MASK[:, :, None] & MASK[:, None, :]
         (lambda x, m: jnp.split(x, [4], axis=-1)[0], ROWS[..., :4]),
         (lambda x, m: jnp.split(x, [4], axis=-1)[1], ROWS[..., :2]),
         (lambda x, m: x + jnp.sin(jnp.cumsum(m.astype(x.dtype), axis=1))[..., None], ROWS),
+        (lambda x, m: x + 0.1 * jnp.cumsum(m, axis=1).astype(x.dtype)[..., None], ROWS),
+        (lambda x, m: jnp.sin(x[..., :1]) * jnp.arange(6.0)[None, None], ROWS),
+        (lambda x, m: jnp.where(~m[..., None], jnp.arange(6.0), x), ROWS),  # a hidden word
         (scan_of_layers, ROWS),
         (scan_over_time, ROWS.swapaxes(0, 1)),
         (lambda x, m: lax.map(jnp.tanh, x), ROWS),
@@ -98,6 +101,16 @@ def test_what_a_mask_fills_in_is_read():
     found, lost = real(lambda x, m: attention(x, m, -1e9, "masked"))
     assert not lost
     np.testing.assert_array_equal(found, np.broadcast_to(MASK[:, :, None], PAIRS.shape))
+
+
+def test_what_pairs_of_positions_fill_in_is_read():
+    def masked(x: jax.Array, mask: Any) -> jax.Array:
+        pairs = jnp.einsum("bt,bs->bts", mask.astype(x.dtype), mask.astype(x.dtype))
+        return attention(x, mask, 0.0, "scores") + (1 - pairs) * -20.0
+
+    found, lost = real(masked)
+    assert not lost
+    np.testing.assert_array_equal(found, np.broadcast_to(MASK.any(1)[:, None, None], PAIRS.shape))
 
 
 def test_a_mask_itself_is_read():

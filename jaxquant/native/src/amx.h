@@ -173,7 +173,7 @@ struct Amx : Avx512 {
       Block blocks[kAmxBlocks];
       int64_t vectors = 0;
       for (int64_t i = 0; i < count; ++i) {
-        blocks[i] = weights.block(share.group, start + i, share.last);
+        blocks[i] = weights.block(share.group, start + i);
         copy_tails(runs, blocks[i].weights, weights.wide(start + i) ? 128 : 64, tails[i]);
         for (int64_t c = 0; c < blocks[i].channels; c += 16)
           of[vectors++] = sums.channels(blocks[i].channel + c, blocks[i].channels - c);

@@ -14,11 +14,6 @@
 
 namespace jaxquant {
 
-// Bytes of weights that are fetched before they are read.  Those of a dot of few rows come from memory
-// and are read once or twice, so that a thread would wait for them; the processor's own guesses end
-// at every page.
-constexpr int64_t kBytesAhead = 1 << 13;
-
 // What each segment takes beside its pixels, in quarters of one, where these are all that counts.
 constexpr int64_t kAsFewAsPossible = 1 << 20;
 
@@ -45,7 +40,6 @@ struct Block {
   int64_t channel;      // first channel in the output
   int64_t channels;     // how many of the 16 * NR are there
   int64_t pixel;        // distance of two pixels in the output
-  const int8_t* end;    // of the weights that are read after these
 };
 
 // The packed weights of a product, block by block, with what each sum starts from.
@@ -64,17 +58,10 @@ class Weights {
   int64_t outputs() const { return outputs_; }
   // Whether a block has all its 32 channels, else 16.
   bool wide(int64_t b) const { return layout_.padded_out() - b * kBlock >= kBlock; }
-  const int8_t* start(int64_t group, int64_t b) const { return layout_.block(packed_, group, b); }
-  // A block of those up to `last`.
-  Block block(int64_t group, int64_t b, int64_t last) const {
-    const int64_t first = b * kBlock;
-    return {start(group, b), init_.data() + group * layout_.padded_out() + first,
-            group * layout_.out + first, std::min<int64_t>(kBlock, layout_.out - first), outputs_,
-            end(group, last)};
-  }
-  // Where the blocks before `last` end; the last one of a group may be narrow.
-  const int8_t* end(int64_t group, int64_t last) const {
-    return start(group, 0) + std::min(last * kBlock, layout_.padded_out()) * layout_.four_bytes * 4;
+  Block block(int64_t group, int64_t b) const {
+    const int64_t start = b * kBlock;
+    return {layout_.block(packed_, group, b), init_.data() + group * layout_.padded_out() + start,
+            group * layout_.out + start, std::min<int64_t>(kBlock, layout_.out - start), outputs_};
   }
 
  private:
@@ -105,12 +92,9 @@ void for_pairs(const std::vector<Segment>& segments, F f) {
 // the cache.
 template <class Set>
 void run_tiles(const Share& share, const Weights& weights, const typename Set::Sums& sums) {
-  const int8_t* const start = weights.start(share.group, share.first);
-  const int64_t bytes = weights.end(share.group, share.last) - start;
-  for (int64_t at = 0; at < std::min(bytes, kBytesAhead); at += 64) __builtin_prefetch(start + at);
   for (int64_t b = share.first; b < share.last; ++b) {
     const auto tile = Set::find_tile(share.height, weights.wide(b), sums);
-    const Block block = weights.block(share.group, b, share.last);
+    const Block block = weights.block(share.group, b);
     for_pairs(share.segments, [&](const Segment& s0, const Segment& s1) {
       tile(s0, s1, share.runs, block, sums);
     });

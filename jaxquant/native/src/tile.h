@@ -34,7 +34,6 @@ void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
       for (int i = 0; i < 2 * H; ++i) sums[i][v] = start;
     }
     const int8_t* w = block.weights + 4 * first;
-    const int8_t* const last = block.end - 64 * NR;
     for (int64_t t = 0; t < runs.taps; ++t) {
       // A pointer for every three pixels of a segment, so that each is one addressing mode away.
       const uint8_t* a0 = s0.in + runs.offsets[t];
@@ -45,9 +44,6 @@ void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
         typename P::Packed weights[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) weights[v] = P::packed(w + 4 * P::kChannels * v);
-        const int8_t* const later = std::min(w + kBytesAhead, last);
-        __builtin_prefetch(later);
-        if constexpr (NR == 2) __builtin_prefetch(later + 64);
         w += 64 * NR;
 #pragma GCC unroll 7
         for (int i = 0; i < H; ++i) {
