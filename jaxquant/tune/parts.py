@@ -140,15 +140,16 @@ def find_parts(program: Program) -> Parts:
 def _own_parts(program: Program) -> tuple[Part, ...]:
     """The parts of a program's own graph, in evaluation order."""
     graph, binding = program.graph, program.binding
+    live = {eqn.index for eqn in program.equations}  # a derivative leaves others behind
     parts = [
         Part(each.site.name, each.site.kind, _chain(graph, each), each.site.operands, each)
         for each in binding.sites
+        if graph.producer[each.epilogue.output].index in live
     ]
 
     # Sites without an accumulator or a weight, as far as they compute: what moves has no error.
     quantized = {site.name for site in program.plan.sites if site.status == INT8}
     names = quantized - {part.name for part in parts}
-    live = {eqn.index for eqn in program.equations}
     composites = program.model.composites.whole
     reading = binding.picks | binding.decisions | binding.forms.reads_int8
     for site in program.model.sites:

@@ -200,6 +200,24 @@ def test_models_without_calibration_are_analyzed_too(quantize):
     assert analysis.summary["float_score"] == 1.0
 
 
+def test_a_product_that_nobody_reads_is_not_analyzed():
+    """The energy, where a model gives the force alone: its derivative needs the parts before it."""
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 8)), "v": jnp.ones((8, 1))}
+
+    def force(p, x):
+        return -jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"]))(x)
+
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+
+    def metric(model):
+        return -float(jnp.square(model(x) - force(params, x)).mean())
+
+    for quantize in (jaxquant.quant_post, jaxquant.quant_dynamic):
+        qparams, qapply = quantize(params, force, [x], progress=False)
+        found = jaxquant.analyze(params, force, qparams, qapply, [x], metric, progress=False)
+        assert {row["name"] for row in found.rows} == {"w", "w:1"}
+
+
 def test_scores_are_kept_in_a_file_and_go_on_after_an_interruption(tmp_path):
     fault, qparams, qapply = quantized(faults.healthy)
     path = tmp_path / "scores.json"

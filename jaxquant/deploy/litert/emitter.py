@@ -250,10 +250,11 @@ class Emitter(BaseEmitter[Builder]):
             if order == sorted(order):
                 return stored.matrix(self.builder, weight, tuple(own.free))
         value = self.value(atom)
-        array = self.builder.array(value.name)
-        if array is None or value.order != straight(value.rank):
+        array, shape = self.builder.array(value.name), self.shape(atom)
+        sizes = [size for size in shape if isinstance(size, int)]
+        if array is None or value.order != straight(value.rank) or len(sizes) < len(shape):
             return None
-        array = np.broadcast_to(array, [int(size) for size in self.shape(atom)])
+        array = np.broadcast_to(array, sizes)
         width = math.prod(array.shape[axis] for axis in own.contracted)
         matrix = array.transpose((*own.free, *own.contracted)).reshape(-1, width)
         return self.builder.constant(matrix, "weight")

@@ -77,10 +77,21 @@ def test_a_fixed_size_is_in_the_file(model, tmp_path):
     assert given["shape"].tolist() == [2, 6, 8]
 
 
-def test_what_is_not_covered_is_named(tmp_path):
+def derivative(p, x):
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["w"]))(x)
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "message"),
+    [
+        (lambda p, x: jnp.sort(x @ p["w"]), r"does not cover the operation 'sort'.*site 'w'"),
+        (derivative, "does not cover copies along an axis whose size varies"),
+    ],
+)
+def test_what_is_not_covered_is_named(apply_fn, message, tmp_path):
     p, x = {"w": weights(8, 8)}, images(0, (4, 8))
-    qparams, qapply = quantize(p, lambda p, x: jnp.sort(x @ p["w"]), x)
-    with pytest.raises(ValueError, match=r"does not cover the operation 'sort'.*site 'w'"):
+    qparams, qapply = quantize(p, apply_fn, x)
+    with pytest.raises(ValueError, match=message):
         jaxquant.export_litert(tmp_path / "m.tflite", qparams, qapply, progress=False)
     assert not list(tmp_path.iterdir())
 
