@@ -4,14 +4,14 @@ A deep model repeats its layers, and XLA compiles each of them anew: of a compar
 layers that is nearly all of the time.  So a function is cut where XLA cannot fuse over, at its
 convolutions, dots and native calls, and pieces that compute the same of tensors of the same shapes
 share what is compiled.  Each piece costs the compiler some milliseconds however small it is, so
-what need not be apart to be shared is joined again: a function without repetition is one piece.
+what is too small to be apart, or need not be to be shared, is joined again: a function without
+repetition is one piece.
 One that runs elsewhere than on one CPU device is compiled whole.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from jaxquant.graph.trace import trace
 from jaxquant.jax_shim import choices, jaxprs
 
 _Equations = Sequence[ir.Equation]
+
+# How many equations cost the compiler as much time as a program does by itself.
+_PROGRAM = 16
 
 
 class _Piece(NamedTuple):
@@ -150,13 +153,12 @@ def _is_on_one_cpu(leaves: Sequence[Any]) -> bool:
 
 
 def _join(graph: ir.Graph, pieces: Sequence[_Piece], numbers: Mapping[int, int]) -> list[_Piece]:
-    """Neighbours that never come without each other as one piece: fewer programs, as much shared.
+    """Neighbours as one piece where that is less to compile.
 
-    What does not repeat becomes one piece between two that do.  Where the links of a chain are
-    alike each time but not how they hang together, nothing of the whole would be shared, and it
-    stays in its links.
+    Where the links of a chain are alike each time but not how they hang together, nothing of the
+    whole would be shared, and it stays in its links.
     """
-    chains = [pieces[part] for part in _chains([piece.key for piece in pieces])]
+    chains = [pieces[part] for part in _chains([(p.key, len(p.equations)) for p in pieces])]
     joined = [[eqn for piece in chain for eqn in piece.equations] for chain in chains]
     links = [tuple(piece.key for piece in chain) for chain in chains]
     wholes: dict[Hashable, set[Hashable]] = {}
@@ -169,20 +171,37 @@ def _join(graph: ir.Graph, pieces: Sequence[_Piece], numbers: Mapping[int, int])
     return _pieces(graph, groups, numbers)
 
 
-def _chains(keys: Sequence[Hashable]) -> list[slice]:
-    """Where keys follow each other that do so wherever one of them is.
+def _chains(links: Sequence[tuple[Hashable, int]]) -> list[slice]:
+    """Which links of a chain (each a key and its size) are compiled together.
+
+    From small ones to large ones, each link goes wherever it is to the one before it, if different
+    chains then cost less: what does not repeat becomes one chain between two that do, and so does
+    what is too small to be worth a program of its own.
 
     Example:
-      >>> [(part.start, part.stop) for part in _chains("abxyzxyzc")]
-      [(0, 2), (2, 5), (5, 8), (8, 9)]
+      >>> def parts(keys, small=""):
+      ...     return [keys[part] for part in _chains([(x, 1 if x in small else 99) for x in keys])]
+      >>> parts("abxyzxyzc"), parts("axbxcx", small="x")
+      (['ab', 'xyz', 'xyz', 'c'], ['axbxcx'])
     """
-    count, together = Counter(keys), Counter(itertools.pairwise(keys))
-    starts = [
-        place
-        for place, (before, here) in enumerate(itertools.pairwise(keys), 1)
-        if not count[before] == count[here] == together[before, here]
-    ]
-    return [slice(*ends) for ends in itertools.pairwise((0, *starts, len(keys)))]
+    numbers: dict[Hashable, int] = {}
+    names = [numbers.setdefault(key, len(numbers)) for key, _ in links]
+    sizes = dict(zip(names, (size for _, size in links), strict=True))
+
+    def parts(starts: Sequence[int]) -> list[slice]:
+        return [slice(*ends) for ends in itertools.pairwise((*starts, len(names)))]
+
+    def cost(starts: Sequence[int]) -> int:
+        different = {tuple(names[part]) for part in parts(starts)}
+        return sum(_PROGRAM + sum(sizes[name] for name in chain) for chain in different)
+
+    starts = list(range(len(names)))
+    least = cost(starts)
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        fewer = [start for start in starts if start == 0 or names[start] != name]
+        if (found := cost(fewer)) <= least:
+            starts, least = fewer, found
+    return parts(starts)
 
 
 def _pieces(

@@ -61,17 +61,22 @@ def test_a_function_without_repetition_is_one_program():
     assert compilations(InPieces(once, {}), layers(1)[0], X) == 1
 
 
-def test_what_does_not_repeat_is_joined():
-    def between(params, x):
-        x = jnp.tanh(jnp.tanh(x @ params[0]["a"]) @ params[0]["b"][:, :4])
-        for layer in params:
-            x = jnp.tanh(x @ layer["a"][:4, :4])
-        return jnp.tanh(x @ params[0]["b"][:4]) @ params[0]["a"]
+def between(params, x):
+    x = jnp.tanh(jnp.tanh(x @ params[0]["a"]) @ params[0]["b"][:, :4])
+    for layer in params:
+        x = jnp.tanh(x @ layer["a"][:4, :4])
+    return jnp.tanh(x @ params[0]["b"][:4]) @ params[0]["a"]
 
-    run, params = InPieces(between, {}), layers(5)
+
+def test_what_does_not_repeat_is_joined():
+    run, params = InPieces(between, {}), layers(25)
     assert compilations(run, params, X) == 3  # before, each layer, and behind
     want = jax.jit(between)(params, X)
     np.testing.assert_allclose(run(params, X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_repeats_too_little_for_a_program_of_its_own_is_joined():
+    assert compilations(InPieces(between, {}), layers(2), X) == 1
 
 
 def test_layers_of_two_dots_are_one_piece_each():
