@@ -1,4 +1,4 @@
-r"""Times whole networks by jaxquant, JAX, ONNX Runtime, OpenVINO and Qwix.
+r"""Times whole networks by jaxquant, JAX, ONNX Runtime, OpenVINO, LiteRT and Qwix.
 
     python -m experiments.benchmarks.latency --networks=resnet50,mobilenet_v1 --batches=1,8,32
 

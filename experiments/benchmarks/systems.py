@@ -12,6 +12,7 @@ import numpy as np
 import jaxquant
 from experiments import zoo
 from experiments.benchmarks.tuned_float import tuned
+from experiments.litert_runtime import interpreter
 from experiments.onnx_runtimes import onnxruntime_session, openvino_model, quantize_static
 
 Program = Callable[[], Any]
@@ -38,14 +39,17 @@ class Case:
 
     @functools.cache  # noqa: B019 - a case lives as long as the process
     def int8(self, is_full_quantize: bool = False) -> tuple[Any, Any]:
+        return self._quantized(is_full_quantize=is_full_quantize)
+
+    def _quantized(self, **options: Any) -> tuple[Any, Any]:
         samples = np.random.default_rng(1).normal(size=(4, *self.images.shape[1:]))
         return jaxquant.quant_post(
             self.variables,
             self.module.apply,
             [samples.astype(np.float32)],
-            is_full_quantize=is_full_quantize,
             recover=(),
             progress=False,
+            **options,
         )
 
     @functools.cache  # noqa: B019
@@ -59,6 +63,14 @@ class Case:
         jaxquant.export_onnx(
             path, *self.int8(True), channels_first=True, processors=processors, progress=False
         )
+        return path
+
+    @functools.cache  # noqa: B019
+    def litert(self) -> Path:
+        """The network as we export it for LiteRT, in int8 throughout."""
+        path = self.folder / "int8.tflite"
+        quantized = self._quantized(is_full_quantize=True, target="litert")
+        jaxquant.export_litert(path, *quantized, progress=False)
         return path
 
     @functools.cache  # noqa: B019
@@ -116,6 +128,11 @@ def openvino(case: Case, path: Path) -> Program:
     return lambda: request.infer([case.channels_first])
 
 
+def litert(case: Case) -> Program:
+    run = interpreter(case.litert())
+    return lambda: run(case.images)
+
+
 def qwix(case: Case) -> Program:
     """Post-training int8 with activation scales made in every call, its default."""
     import qwix as peer
@@ -145,5 +162,6 @@ SYSTEMS: dict[str, Callable[[Case], Program]] = {
     "onnxruntime-exact": lambda case: onnxruntime(case, case.onnx("any")),
     "openvino-f32": lambda case: openvino(case, case.float_onnx()),
     "openvino-int8": lambda case: openvino(case, case.onnx()),
+    "litert-int8": litert,
     "qwix-int8": qwix,
 }

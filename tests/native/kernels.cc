@@ -181,8 +181,12 @@ struct Case {
       e.residual_q = residual_q.data();
       e.residual_scale = 0.125f, e.residual_zero_point = int32_t(random.from(-128, 127));
     }
+    // The forms that a kernel may have apart, and a channel that is out of their range.
+    if (random.from(0, 4) == 0) multiplier[0] = 0.9f;
     const float low = random.of({0, 1}) ? 0.0f : -kInfinity;
-    e.set_clamps({low, random.of({0, 1}) ? 60.0f : kInfinity, low, kInfinity}, residual > 0);
+    const float high = random.of({0, 1}) ? 60.0f : kInfinity;
+    const bool is_open = residual > 0 && random.from(0, 1);
+    e.set_clamps({is_open ? -kInfinity : low, is_open ? kInfinity : high, low, high}, residual > 0);
   }
 
   int64_t outputs() const { return s.n * s.oh * s.ow * s.o; }

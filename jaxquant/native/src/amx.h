@@ -103,7 +103,7 @@ void amx_tile(const Segment& s0, const Segment& s1, int64_t height, const Runs& 
 }
 
 // The epilogue of one segment: [height][row] sums, of which `vectors` times 16 are there.
-template <bool kClamps, bool kPlain>
+template <Form kForm>
 void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& segment,
             int64_t pixel, const Runs& runs, const int32_t* init, const Channels16* of,
             int64_t vectors, const Avx512Sums& given) {
@@ -113,11 +113,23 @@ void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& seg
     const bool kept = column < runs.kept;
     if (++column == runs.row) column = 0;
     if (!kept) continue;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + 16 * v),
-                                           _mm512_loadu_si512(init + 16 * v));
-      if constexpr (kPlain) epilogue.store_plain<kClamps>(sum, of[v], at);
-      else epilogue.store(sum, of[v], at);
+    const auto sum = [&](int64_t v) {
+      return _mm512_add_epi32(_mm512_load_si512(sums + 16 * v),
+                              _mm512_loadu_si512(init + 16 * v));
+    };
+    if constexpr (kForm == Form::any) {
+      for (int64_t v = 0; v < vectors; ++v) epilogue.store(sum(v), of[v], at);
+    } else {
+      const auto steps = [&](int64_t v) {
+        return epilogue.quantized.steps<kForm == Form::bytes_added>(
+            (Avx512Lanes::Ints)sum(v), of[v], at + of[v].channel);
+      };
+      // Two whole ones at a time; any other is both.
+      for (int64_t v = 0, w; v < vectors; v = w + 1) {
+        w = v + 1 < vectors && of[v + 1].count == 16 ? v + 1 : v;
+        const Avx512Lanes::Ints a[1] = {steps(v)}, b[1] = {steps(w)};
+        epilogue.quantized.store_two(a, at + of[v].channel, b, at + of[w].channel, of[v].count);
+      }
     }
     at += pixel;
   }
@@ -159,9 +171,9 @@ struct Amx : Avx512 {
     const Runs& runs = share.runs;
     const int64_t height = share.height, outputs = weights.outputs();
     const AmxTiles tiles(height);
-    const auto finish_segment = !sums.plain   ? finish<true, false>
-                                : sums.clamps ? finish<true, true>
-                                              : finish<false, true>;
+    const auto finish_segment = sums.form == Form::bytes         ? finish<Form::bytes>
+                                : sums.form == Form::bytes_added ? finish<Form::bytes_added>
+                                                                 : finish<Form::any>;
     // Neighbouring blocks are written together, so that what a pixel writes is contiguous.
     const int64_t per_block = weights.layout().four_bytes * 4 * kBlock;
     const int64_t most = std::min<int64_t>(std::max<int64_t>(kAmxWeights / per_block, 1), kAmxBlocks);

@@ -41,7 +41,7 @@ struct Avx2WordBytes : Avx2Bytes {
   static Vector add_words(Vector sum, Vector x, Vector weights) {
     return Avx2Words::add(sum, x, weights);
   }
-  static Vector in_order(Vector bytes) {
+  static Vector words_in_order(Vector bytes) {
     return (Vector)_mm256_permute4x64_epi64((__m256i)bytes, 0xd8);
   }
 };

@@ -43,6 +43,34 @@ struct Avx2Lanes {
         _mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1)));
     std::memcpy(to, &bytes, n == kCount ? 8 : n);
   }
+  static Ints splat_words(int16_t value) { return (Ints)_mm256_set1_epi16(value); }
+  static Ints splat_bytes(int8_t value) { return (Ints)_mm256_set1_epi8(value); }
+  // Of two registers each, which has them in 16 bytes side by side.
+  static Ints to_words(Ints a, Ints b) {
+    return (Ints)_mm256_packs_epi32((__m256i)a, (__m256i)b);
+  }
+  static Ints to_bytes(Ints a, Ints b) {
+    return (Ints)_mm256_packs_epi16((__m256i)a, (__m256i)b);
+  }
+  static Ints add_words(Ints a, Ints b) {
+    return (Ints)_mm256_adds_epi16((__m256i)a, (__m256i)b);
+  }
+  static Ints least_bytes(Ints a, Ints b) {
+    return (Ints)_mm256_min_epi8((__m256i)a, (__m256i)b);
+  }
+  static Ints most_bytes(Ints a, Ints b) {
+    return (Ints)_mm256_max_epi8((__m256i)a, (__m256i)b);
+  }
+  template <int R>
+  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes, int64_t n) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i ordered = _mm256_permutevar8x32_epi32((__m256i)bytes, order);
+    const __m128i low = _mm256_castsi256_si128(ordered);
+    const __m128i a = low;
+    const __m128i b = R == 2 ? _mm256_extracti128_si256(ordered, 1) : _mm_unpackhi_epi64(low, low);
+    store_some<R>(to_a, a, n);
+    store_some<R>(to_b, b, n);
+  }
   static void stream(float* to, Floats floats) { _mm256_stream_ps(to, (__m256)floats); }
   static void fence() { _mm_sfence(); }
 
@@ -55,6 +83,12 @@ struct Avx2Lanes {
   static Ints rounded(Floats floats) { return (Ints)_mm256_cvtps_epi32((__m256)floats); }
 
  private:
+  template <int R>
+  static void store_some(int8_t* to, __m128i bytes, int64_t n) {
+    if (n != R * kCount) std::memcpy(to, &bytes, n);
+    else if (R == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+    else _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+  }
   // A mask of the first `n` lanes.
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(n)),
@@ -70,8 +104,6 @@ struct Avx2Bytes {
   using Sums = Avx2Sums;
   static constexpr int kBytes = 32;
 
-  static Vector splat(int32_t value) { return Avx2Lanes::splat(value); }
-  static Avx2Lanes::Floats load(const float* from) { return Avx2Lanes::load(from, 8); }
   static Vector load_ints(const int32_t* from) { return Avx2Lanes::load_ints(from, 8); }
   static Vector load_bytes(const void* from) {
     return (Vector)_mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -87,15 +119,6 @@ struct Avx2Bytes {
   }
   static Vector high_pairs(Vector a, Vector b) {
     return (Vector)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b);
-  }
-  // Of two registers each, which has them in 16 bytes side by side.
-  static Vector to_words(Vector a, Vector b) {
-    return (Vector)_mm256_packs_epi32((__m256i)a, (__m256i)b);
-  }
-  static Vector to_bytes(Vector (&sums)[4], uint8_t flip) {
-    const Vector low = to_words(sums[0], sums[1]), high = to_words(sums[2], sums[3]);
-    return (Vector)_mm256_xor_si256(_mm256_packs_epi16((__m256i)low, (__m256i)high),
-                                    _mm256_set1_epi8(char(flip)));
   }
   static void store(int8_t* to, Vector bytes, int64_t n) {
     if (n >= kBytes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)bytes);

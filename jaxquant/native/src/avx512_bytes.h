@@ -12,19 +12,12 @@ struct Avx512Bytes {
   using Sums = Avx512Sums;
   static constexpr int kBytes = 64;
 
-  static Vector splat(int32_t value) { return _mm512_set1_epi32(value); }
-  static __m512 load(const float* from) { return _mm512_loadu_ps(from); }
   static Vector load_ints(const int32_t* from) { return _mm512_loadu_si512(from); }
   static Vector load_bytes(const void* from) { return _mm512_loadu_si512(from); }
   static Vector low_bytes(Vector a, Vector b) { return _mm512_unpacklo_epi8(a, b); }
   static Vector high_bytes(Vector a, Vector b) { return _mm512_unpackhi_epi8(a, b); }
   static Vector low_pairs(Vector a, Vector b) { return _mm512_unpacklo_epi16(a, b); }
   static Vector high_pairs(Vector a, Vector b) { return _mm512_unpackhi_epi16(a, b); }
-  static Vector to_bytes(Vector (&sums)[4], uint8_t flip) {
-    const Vector low = _mm512_packs_epi32(sums[0], sums[1]);
-    const Vector high = _mm512_packs_epi32(sums[2], sums[3]);
-    return _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(char(flip)));
-  }
   static void store(int8_t* to, Vector bytes, int64_t n) {
     const __mmask64 mask = n >= kBytes ? ~__mmask64(0) : (__mmask64(1) << n) - 1;
     _mm512_mask_storeu_epi8(to, mask, bytes);

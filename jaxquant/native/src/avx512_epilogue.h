@@ -1,30 +1,24 @@
 // The epilogue on registers of sixteen sums, by AVX-512.
 #pragma once
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define JAXQUANT_AVX512 1
-#include <immintrin.h>
+#include "avx512_lanes.h"
 
-#include "epilogue.h"
+#ifdef JAXQUANT_AVX512
 
 namespace jaxquant {
 
-// What belongs to 16 channels: `mask` has those that are there.
-struct Channels16 {
-  int64_t channel;
-  __mmask16 mask;
-  __m512 multiplier, bias;
-};
+using Channels16 = ChannelsOf<Avx512Lanes>;
 
 // The epilogue on 16 sums in a register.
 class Avx512Sums {
  public:
   static constexpr int kCount = 16;
-  const bool plain;   // `Epilogue::plain`
-  const bool clamps;  // whether the clamp of `to_grid` changes anything
+  using Lanes = Avx512Lanes;
+  const Form form;
+  const Quantized<Lanes> quantized;
 
-  explicit Avx512Sums(const Epilogue& e)
-      : plain(e.plain()), clamps(!e.clamp_is_saturation()), e_(e), low_(_mm512_set1_ps(e.low)),
+  Avx512Sums(const Epilogue& e, int64_t channels)
+      : form(e.form(channels)), quantized(e), e_(e), low_(_mm512_set1_ps(e.low)),
         high_(_mm512_set1_ps(e.high)), low_after_(_mm512_set1_ps(e.low_after)),
         high_after_(_mm512_set1_ps(e.high_after)), inv_scale_(_mm512_set1_ps(e.inv_scale)),
         q_low_(_mm512_set1_ps(float(kLeast - e.zero_point))),
@@ -35,7 +29,6 @@ class Avx512Sums {
         // Only the lowest byte of a sum is stored, so adding 128 flips the bit that uint8 flips.
         zero_point_(_mm512_set1_epi32(e.zero_point + e.out_flip)) {}
 
-  const Epilogue& given() const { return e_; }
   int64_t bytes() const { return e_.bytes(); }
 
   // Fetches what will be added to `n` channels of `height` output pixels, the first of them at `at`.
@@ -47,52 +40,39 @@ class Avx512Sums {
     }
   }
 
-  // Channels [c, c + 16), of which `n` are there.
+  // Channels [c, c + 16), of which `n` are there, none where that is negative.
   Channels16 channels(int64_t c, int64_t n) const {
-    const __mmask16 mask = n >= 16 ? 0xffff : __mmask16((1u << std::max<int64_t>(n, 0)) - 1);
-    return {c, mask, _mm512_maskz_loadu_ps(mask, e_.multiplier + c),
-            e_.bias ? _mm512_maskz_loadu_ps(mask, e_.bias + c) : _mm512_setzero_ps()};
-  }
-
-  // The integers to store where the epilogue is `plain`, and so has one clamp; `plus` is the zero
-  // point.
-  template <bool kClamps>
-  __m512i to_grid(__m512i sums, __m512 multiplier, __m512 bias, __m512i plus) const {
-    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), multiplier, bias);
-    if constexpr (kClamps) y = clamp(y, low_, high_);
-    return round(y, plus);
-  }
-  template <bool kClamps>
-  void store_plain(__m512i sums, const Channels16& of, int64_t at) const {
-    const __m512i q = to_grid<kClamps>(sums, of.multiplier, of.bias, zero_point_);
-    _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + at + of.channel, of.mask, q);
+    const int64_t count = std::min<int64_t>(std::max<int64_t>(n, 0), kCount);
+    return {c, count, Lanes::load(e_.multiplier + c, count),
+            e_.bias ? Lanes::load(e_.bias + c, count) : Lanes::splat(0.0f)};
   }
 
   // Stores the results of an epilogue of any form; `at` is where channel 0 of this pixel is in the
   // output.
   void store(__m512i sums, const Channels16& of, int64_t at) const {
     const int64_t first = at + of.channel;
-    if (e_.sums) return _mm512_mask_storeu_epi32(e_.sums + first, of.mask, sums);
-    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), of.multiplier, of.bias);
+    const __mmask16 mask = (1u << of.count) - 1;
+    if (e_.sums) return _mm512_mask_storeu_epi32(e_.sums + first, mask, sums);
+    __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), (__m512)of.multiplier, (__m512)of.bias);
     y = clamp(y, low_, high_);
     if (e_.residual_q) {
-      const __m128i bytes = _mm_maskz_loadu_epi8(of.mask, e_.residual_q + first);
+      const __m128i bytes = _mm_maskz_loadu_epi8(mask, e_.residual_q + first);
       const __m512i q = _mm512_cvtepi8_epi32(_mm_xor_si128(bytes, residual_flip_));
       y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(q, residual_zero_point_)),
                           residual_scale_, y);
     }
     if (e_.residual_f)
-      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(of.mask, e_.residual_f + first));
+      y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, e_.residual_f + first));
     y = clamp(y, low_after_, high_after_);
     if (e_.out_f) {
-      if (e_.streams && first % 16 == 0 && of.mask == 0xffff)
+      if (e_.streams && first % 16 == 0 && mask == 0xffff)
         _mm512_stream_ps(e_.out_f + first, y);
       else
-        _mm512_mask_storeu_ps(e_.out_f + first, of.mask, y);
+        _mm512_mask_storeu_ps(e_.out_f + first, mask, y);
     }
     if (e_.out_q) {
       const __m512i q = round(y, zero_point_);
-      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, of.mask, q);
+      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, mask, q);
     }
   }
 
@@ -105,7 +85,7 @@ class Avx512Sums {
   void apply(const int32_t* sums, int64_t c, int64_t n, int64_t at) const {
     for (int64_t i = 0; i < n; i += 16) {
       const Channels16 some = channels(c + i, n - i);
-      store(_mm512_maskz_loadu_epi32(some.mask, sums + i), some, at);
+      store(_mm512_maskz_loadu_epi32((1u << some.count) - 1, sums + i), some, at);
     }
   }
 

@@ -45,7 +45,7 @@ struct Avx512WordBytes : Avx512Bytes {
   static Vector add_words(Vector sum, Vector x, Vector weights) {
     return Avx512WordProducts::add(sum, x, weights);
   }
-  static Vector in_order(Vector bytes) {
+  static Vector words_in_order(Vector bytes) {
     const __m512i halves = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     return _mm512_permutexvar_epi64(halves, bytes);
   }

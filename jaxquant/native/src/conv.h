@@ -20,7 +20,7 @@ class Product {
  public:
   Product(const PackedMatrix& layout, const int8_t* packed, const Epilogue& epilogue,
           int64_t outputs, int32_t zero_point)
-      : weights_(layout, packed, outputs, zero_point), sums_(epilogue),
+      : weights_(layout, packed, outputs, zero_point), sums_(epilogue, outputs),
         output_bytes_(outputs * epilogue.bytes()) {}
 
   void run(const Share& share) const {

@@ -44,7 +44,7 @@ void depthwise(Threads& threads, const Activations& x, const ConvShape& s, const
   const int64_t parts = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), s.n);
   const int64_t rows = std::max<int64_t>(1, std::min(most, ceil_div(s.oh, parts)));
   const int64_t row_parts = ceil_div(s.oh, rows);
-  const typename Set::Sums sums(epilogue);
+  const typename Set::Sums sums(epilogue, s.c);
   const typename Set::Depthwise::Taps taps(layout, packed);
 
   parallel_for(threads, s.n * row_parts, [&](int64_t task) {

@@ -9,7 +9,7 @@
 //   Taps               the weights, made of packed ones, with `block`
 //   accumulate         the sums of the channels from `c`, of windows of `kTaps`; 0: of as many as
 //                      the row says
-//   to_bytes           bytes of four registers of small integers, the channels in their own order
+//   in_order           bytes of four registers of sums, the channels in their own order
 //   store              the first `n` of these
 #pragma once
 
@@ -20,28 +20,31 @@
 
 namespace jaxquant {
 
-template <class D, int kTaps, bool kClamps>
-void plain_row(const DepthwiseRow& row, const typename D::Sums& epilogue) {
-  constexpr int kCount = D::kChannels / 4;
-  const Epilogue& given = epilogue.given();
-  const auto zero_point = D::splat(given.zero_point);
+template <class D, int kTaps>
+void quantized_row(const DepthwiseRow& row, const typename D::Sums& epilogue) {
+  using Lanes = typename D::Sums::Lanes;
+  using Ints = typename Lanes::Ints;
+  const Quantized<Lanes>& quantized = epilogue.quantized;
   for (int64_t c = 0; c < row.lanes; c += D::kChannels) {
-    decltype(D::load(row.bias)) multiplier[4], bias[4];
+    typename Lanes::Floats multiplier[4], bias[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      multiplier[j] = D::load(row.multiplier + c + j * kCount);
-      bias[j] = D::load(row.bias + c + j * kCount);
+      multiplier[j] = Lanes::load(row.multiplier + c + j * Lanes::kCount, Lanes::kCount);
+      bias[j] = Lanes::load(row.bias + c + j * Lanes::kCount, Lanes::kCount);
     }
     for (int64_t i = 0; i < row.steps; ++i) {
       const int64_t lanes = i + 1 < row.steps ? row.lanes : row.last_lanes;
       if (c >= lanes) break;
       typename D::Vector sums[4];
       D::template accumulate<kTaps>(row.in + i * row.in_step, row, c, sums);
+      Ints steps[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
-        sums[j] = epilogue.template to_grid<kClamps>(sums[j], multiplier[j], bias[j], zero_point);
-      int8_t* out = given.out_q + row.out + i * row.out_step + c;
-      D::store(out, D::to_bytes(sums, given.out_flip), lanes - c);
+        steps[j] = quantized.steps((Ints)sums[j], multiplier[j], bias[j]);
+      const Ints bytes = quantized.bytes(quantized.words(steps[0], steps[1]),
+                                         quantized.words(steps[2], steps[3]));
+      D::store(quantized.out() + row.out + i * row.out_step + c,
+               D::in_order((typename D::Vector)bytes), lanes - c);
     }
   }
 }
@@ -49,14 +52,10 @@ void plain_row(const DepthwiseRow& row, const typename D::Sums& epilogue) {
 template <class D>
 void depthwise_row_in_registers(const DepthwiseRow& row, int64_t channels,
                                 const typename D::Sums& epilogue) {
-  if (epilogue.plain) {
-    if (row.taps == 9)
-      return epilogue.clamps ? plain_row<D, 9, true>(row, epilogue)
-                             : plain_row<D, 9, false>(row, epilogue);
-    if (row.taps == 25)
-      return epilogue.clamps ? plain_row<D, 25, true>(row, epilogue)
-                             : plain_row<D, 25, false>(row, epilogue);
-    return plain_row<D, 0, true>(row, epilogue);
+  if (epilogue.form == Form::bytes) {
+    if (row.taps == 9) return quantized_row<D, 9>(row, epilogue);
+    if (row.taps == 25) return quantized_row<D, 25>(row, epilogue);
+    return quantized_row<D, 0>(row, epilogue);
   }
   for (int64_t i = 0; i < row.steps; ++i) {
     int32_t values[kLanes];
@@ -78,6 +77,7 @@ struct InterleavedDepthwise : R {
   static constexpr int kChannels = R::kBytes;
   using Vector = typename R::Vector;
   using Taps = PackedTaps;
+  static Vector in_order(Vector bytes) { return bytes; }
 
   static constexpr int64_t channel_of(int64_t i) {
     constexpr int64_t kParts = R::kBytes / 16;  // of 16 bytes

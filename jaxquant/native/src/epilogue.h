@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "fields.h"
@@ -25,6 +26,13 @@ namespace jaxquant {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int32_t kLeast = -128, kLargest = 127;  // of int8
 constexpr int64_t kStreamedBytes = 1 << 21;  // a float output of so many is written past the caches
+
+// Which forms of it the kernels have apart.
+enum class Form {
+  any,
+  bytes,        // int8 alone, in a range that `quantized.h` is for
+  bytes_added,  // the same with an int8 residual
+};
 
 struct Epilogue {
   const float* multiplier = nullptr;  // [C]
@@ -75,13 +83,40 @@ struct Epilogue {
   int64_t bytes() const {
     return (out_f || sums ? 4 : 0) + (out_q ? 1 : 0) + (residual_f ? 4 : 0) + (residual_q ? 1 : 0);
   }
-  // An int8 output and nothing else: the form that the kernels keep in registers.
-  bool plain() const { return out_q && !out_f && !residual_q && !residual_f; }
+  Form form(int64_t channels) const {
+    const bool only_bytes = out_q && !out_f && !sums && !residual_f;
+    const bool adds = residual_q != nullptr;
+    if (!only_bytes || !stays_in_range(channels)) return Form::any;
+    if (!adds) return Form::bytes;
+    const bool is_open = low == -kInfinity && high == kInfinity;  // before the addition
+    return is_open && !residual_flip ? Form::bytes_added : Form::any;
+  }
+  // What a float becomes, as an int8.
+  int8_t quantized(float y) const {
+    const float least = float(kLeast - zero_point), largest = float(kLargest - zero_point);
+    const float scaled = std::min(std::max(y * inv_scale, least), largest);
+    return int8_t(std::nearbyintf(scaled) + zero_point);
+  }
 
-  // True where the clamp changes nothing: what it cuts saturates anyway.  Holds for `plain`.
-  bool clamp_is_saturation() const {
-    auto grid = [this](float y) { return std::nearbyintf(y * inv_scale) + zero_point; };
-    return grid(low) <= kLeast && grid(high) >= kLargest;
+ private:
+  // Whether the result is far from overflowing an int32, whatever the sums and the residual are.
+  bool stays_in_range(int64_t channels) const {
+    const float y = std::ldexp(largest_of(multiplier, channels), 31) +
+                    (bias ? largest_of(bias, channels) : 0.0f) +
+                    (residual_q ? 1024.0f * std::fabs(residual_scale) : 0.0f);
+    return inv_scale > 0.0f && y * inv_scale < std::ldexp(1.0f, 30);
+  }
+  // The largest absolute value; NaN, or infinity, where one is that.
+  static float largest_of(const float* values, int64_t count) {
+    int32_t most = 0;  // of their bits, which are in the same order
+    for (int64_t i = 0; i < count; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, values + i, sizeof(bits));
+      most = std::max(most, bits & 0x7fffffff);
+    }
+    float found;
+    std::memcpy(&found, &most, sizeof(found));
+    return found;
   }
 };
 

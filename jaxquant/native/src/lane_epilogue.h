@@ -16,29 +16,23 @@
 
 #include <cstring>
 
-#include "epilogue.h"
+#include "quantized.h"
 
 namespace jaxquant {
-
-// What belongs to the channels of one register: `count` of them are there.
-template <class L>
-struct ChannelsOf {
-  int64_t channel, count;
-  typename L::Floats multiplier, bias;
-};
 
 template <class L>
 class LaneSums {
  public:
+  using Lanes = L;
   using Floats = typename L::Floats;
   using Ints = typename L::Ints;
   using Channels = ChannelsOf<L>;
   static constexpr int kCount = L::kCount;
-  const bool plain;   // `Epilogue::plain`
-  const bool clamps;  // whether the clamp of `to_grid` changes anything
+  const Form form;
+  const Quantized<L> quantized;
 
-  explicit LaneSums(const Epilogue& e)
-      : plain(e.plain()), clamps(!e.clamp_is_saturation()), e_(e), low_(L::splat(e.low)),
+  LaneSums(const Epilogue& e, int64_t channels)
+      : form(e.form(channels)), quantized(e), e_(e), low_(L::splat(e.low)),
         high_(L::splat(e.high)), low_after_(L::splat(e.low_after)),
         high_after_(L::splat(e.high_after)), inv_scale_(L::splat(e.inv_scale)),
         q_low_(L::splat(float(kLeast - e.zero_point))),
@@ -49,7 +43,6 @@ class LaneSums {
         // Only the lowest byte of a sum is stored, so adding 128 flips the bit that uint8 flips.
         zero_point_(L::splat(e.zero_point + e.out_flip)) {}
 
-  const Epilogue& given() const { return e_; }
   int64_t bytes() const { return e_.bytes(); }
 
   // Channels [c, c + kCount), of which `n` are there, none where that is negative.
@@ -57,20 +50,6 @@ class LaneSums {
     const int64_t count = std::min<int64_t>(std::max<int64_t>(n, 0), kCount);
     return {c, count, L::load(e_.multiplier + c, count),
             e_.bias ? L::load(e_.bias + c, count) : L::splat(0.0f)};
-  }
-
-  // The integers to store where the epilogue is `plain`, and so has one clamp; `plus` is the zero
-  // point.
-  template <bool kClamps>
-  Ints to_grid(Ints sums, Floats multiplier, Floats bias, Ints plus) const {
-    Floats y = L::fma(L::floats(sums), multiplier, bias);
-    if constexpr (kClamps) y = clamp(y, low_, high_);
-    return round(y, plus);
-  }
-  template <bool kClamps>
-  void store_plain(Ints sums, const Channels& of, int64_t at) const {
-    const Ints q = to_grid<kClamps>(sums, of.multiplier, of.bias, zero_point_);
-    L::store_bytes(e_.out_q + at + of.channel, q, of.count);
   }
 
   // Stores the results of an epilogue of any form; `at` is where channel 0 of this pixel is in the

@@ -37,6 +37,29 @@ struct NeonLanes {
     const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
     std::memcpy(to, &four, n == kCount ? 4 : n);
   }
+  static Ints splat_words(int16_t value) { return (Ints)vdupq_n_s16(value); }
+  static Ints splat_bytes(int8_t value) { return (Ints)vdupq_n_s8(value); }
+  static Ints to_words(Ints a, Ints b) {
+    return (Ints)vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b));
+  }
+  static Ints to_bytes(Ints a, Ints b) {
+    return (Ints)vcombine_s8(vqmovn_s16((int16x8_t)a), vqmovn_s16((int16x8_t)b));
+  }
+  static Ints add_words(Ints a, Ints b) { return (Ints)vqaddq_s16((int16x8_t)a, (int16x8_t)b); }
+  static Ints least_bytes(Ints a, Ints b) { return (Ints)vminq_s8((int8x16_t)a, (int8x16_t)b); }
+  static Ints most_bytes(Ints a, Ints b) { return (Ints)vmaxq_s8((int8x16_t)a, (int8x16_t)b); }
+  static void store_all(int8_t* to, Ints bytes, int64_t n) {
+    if (n == 4 * kCount) vst1q_s8(to, (int8x16_t)bytes);
+    else std::memcpy(to, &bytes, n);
+  }
+  template <int R>
+  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes, int64_t n) {
+    static_assert(R == 2, "eight channels of two pixels");
+    const int8x8_t a = vget_low_s8((int8x16_t)bytes), b = vget_high_s8((int8x16_t)bytes);
+    if (n == R * kCount) return vst1_s8(to_a, a), vst1_s8(to_b, b);
+    std::memcpy(to_a, &a, n);
+    std::memcpy(to_b, &b, n);
+  }
   static void stream(float* to, Floats floats) { store(to, floats, kCount); }
   static void fence() {}
 
@@ -69,8 +92,6 @@ struct NeonBytes {
   using Sums = NeonSums;
   static constexpr int kBytes = 16;
 
-  static Vector splat(int32_t value) { return NeonLanes::splat(value); }
-  static NeonLanes::Floats load(const float* from) { return NeonLanes::load(from, 4); }
   static Vector load_ints(const int32_t* from) { return NeonLanes::load_ints(from, 4); }
   static Vector load_bytes(const void* from) {
     return (Vector)vld1q_s8(static_cast<const int8_t*>(from));
@@ -83,18 +104,9 @@ struct NeonBytes {
   static Vector high_pairs(Vector a, Vector b) {
     return (Vector)vzip2q_s16((int16x8_t)a, (int16x8_t)b);
   }
-  static Vector to_bytes(Vector (&sums)[4], uint8_t flip) {
-    const int8x16_t bytes = vcombine_s8(narrow(sums[0], sums[1]), narrow(sums[2], sums[3]));
-    return (Vector)veorq_s8(bytes, vdupq_n_s8(int8_t(flip)));
-  }
   static void store(int8_t* to, Vector bytes, int64_t n) {
     if (n >= kBytes) vst1q_s8(to, (int8x16_t)bytes);
     else std::memcpy(to, &bytes, n);
-  }
-
- private:
-  static int8x8_t narrow(Vector a, Vector b) {
-    return vqmovn_s16(vcombine_s16(vqmovn_s32((int32x4_t)a), vqmovn_s32((int32x4_t)b)));
   }
 };
 

@@ -35,7 +35,7 @@ inline int8x16_t two_pixels(const uint8_t* a, const uint8_t* b) {
   return vcombine_s8(vcreate_s8(first), vcreate_s8(second));
 }
 
-template <int H, int NR, bool kClamps, bool kPlain>
+template <int H, int NR, Form kForm>
 void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
                    const NeonSums& epilogue) {
   const ptrdiff_t stride = runs.stride;
@@ -66,20 +66,35 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
         for (int i = 0; i < H; ++i) add(weights, i, two_pixels<4>(a + i * stride, b + i * stride));
       }
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-      const int from = first + 4 * r;
-      const auto channels = epilogue.channels(block.channel + from, block.channels - from);
-      const auto store = [&](int32x4_t sum, int64_t at) {
-        const auto ints = (NeonLanes::Ints)sum;
-        if constexpr (kPlain) epilogue.store_plain<kClamps>(ints, channels, at);
-        else epilogue.store(ints, channels, at);
-      };
+    // The channels of four sums of a pixel: of the first segment, or of the second.
+    const auto of_pixel = [&](int i, int r, bool second) {
+      const int32x4_t left = sums[i][2 * r], right = sums[i][2 * r + 1];
+      return (NeonLanes::Ints)(
+          second ? vcombine_s32(vget_high_s32(left), vget_high_s32(right))
+                 : vcombine_s32(vget_low_s32(left), vget_low_s32(right)));
+    };
+    NeonSums::Channels channels[2];
+    for (int r = 0; r < 2; ++r)
+      channels[r] = epilogue.channels(block.channel + first + 4 * r,
+                                      block.channels - first - 4 * r);
 #pragma GCC unroll 4
-      for (int i = 0; i < H; ++i) {
-        const int32x4_t left = sums[i][2 * r], right = sums[i][2 * r + 1];
-        store(vcombine_s32(vget_low_s32(left), vget_low_s32(right)), s0.out + i * block.pixel);
-        store(vcombine_s32(vget_high_s32(left), vget_high_s32(right)), s1.out + i * block.pixel);
+    for (int i = 0; i < H; ++i) {
+      const int64_t at[2] = {s0.out + i * block.pixel, s1.out + i * block.pixel};
+      if constexpr (kForm == Form::any) {
+        for (int r = 0; r < 2; ++r) {
+          for (int second = 0; second < 2; ++second)
+            epilogue.store(of_pixel(i, r, second), channels[r], at[second]);
+        }
+      } else {
+        NeonLanes::Ints steps[2][2];
+        for (int r = 0; r < 2; ++r) {
+          for (int second = 0; second < 2; ++second)
+            steps[second][r] = epilogue.quantized.template steps<kForm == Form::bytes_added>(
+                of_pixel(i, r, second), channels[r], at[second] + channels[r].channel);
+        }
+        const int64_t c = channels[0].channel;
+        epilogue.quantized.store_two(steps[0], at[0] + c, steps[1], at[1] + c,
+                                     channels[0].count + channels[1].count);
       }
     }
   }
@@ -93,20 +108,23 @@ struct NeonMatrices : Neon {
     run_tiles<NeonMatrices>(share, weights, sums);
   }
 
-  template <int NR, bool kClamps, bool kPlain>
+  template <int NR, Form kForm>
   struct Tiles {
     static constexpr int kHighest = kPixels;
     template <int H>
-    static constexpr auto at() { return matrices_tile<H, NR, kClamps, kPlain>; }
+    static constexpr auto at() { return matrices_tile<H, NR, kForm>; }
   };
-  template <bool kClamps, bool kPlain>
+  template <Form kForm>
   static auto find_tile(int64_t height, bool wide) {
-    return wide ? tile_of_height<Tiles<2, kClamps, kPlain>>(height)
-                : tile_of_height<Tiles<1, kClamps, kPlain>>(height);
+    return wide ? tile_of_height<Tiles<2, kForm>>(height)
+                : tile_of_height<Tiles<1, kForm>>(height);
   }
   static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    if (!sums.plain) return find_tile<true, false>(height, wide);
-    return sums.clamps ? find_tile<true, true>(height, wide) : find_tile<false, true>(height, wide);
+    switch (sums.form) {
+      case Form::bytes: return find_tile<Form::bytes>(height, wide);
+      case Form::bytes_added: return find_tile<Form::bytes_added>(height, wide);
+      default: return find_tile<Form::any>(height, wide);
+    }
   }
 };
 

@@ -17,7 +17,7 @@ namespace jaxquant {
 // The epilogue on sums in memory, sixteen at a time so that the compiler makes vectors of them.
 class PortableSums {
  public:
-  explicit PortableSums(const Epilogue& e) : e_(e) {}
+  PortableSums(const Epilogue& e, int64_t) : e_(e) {}
   int64_t bytes() const { return e_.bytes(); }
   void flush() const {}
 

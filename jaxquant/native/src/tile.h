@@ -17,9 +17,39 @@
 
 namespace jaxquant {
 
+// Stores the sums of a tile as int8: the channels of a block from `first` on, a pixel of each
+// segment at a time; `at0` and `at1` are where the first ones go.
+template <class P, int H, int V, bool kAdds>
+__attribute__((always_inline)) inline void store_quantized(
+    const typename P::Vector (&sums)[2 * H][V], int64_t at0, int64_t at1, const Block& block,
+    int64_t first, const typename P::Sums& epilogue) {
+  using Lanes = typename P::Sums::Lanes;
+  using Ints = typename Lanes::Ints;
+  constexpr int kCount = Lanes::kCount, R = V * P::kChannels / kCount;
+  const Quantized<Lanes>& quantized = epilogue.quantized;
+  const int64_t left = block.channels - first;
+  decltype(epilogue.channels(0, 0)) channels[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+    channels[r] = epilogue.channels(block.channel + first + r * kCount, left - r * kCount);
+  const auto steps = [&](const typename P::Vector (&of_pixel)[V], int64_t at, Ints (&to)[R]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      to[r] = quantized.template steps<kAdds>((Ints)P::result(of_pixel, r), channels[r],
+                                              at + r * kCount);
+  };
+#pragma GCC unroll 7
+  for (int i = 0; i < H; ++i, at0 += block.pixel, at1 += block.pixel) {
+    Ints a[R], b[R];
+    steps(sums[i], at0, a);
+    steps(sums[H + i], at1, b);
+    quantized.store_two(a, at0, b, at1, std::min<int64_t>(left, R * kCount));
+  }
+}
+
 // All channels of a block, as many at a time as `P` keeps the sums of; the weights of one group of
 // four values are 16 * NR channels apart from the next.
-template <class P, int H, int NR, bool kClamps, bool kPlain>
+template <class P, int H, int NR, Form kForm>
 void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
                    const typename P::Sums& epilogue) {
   constexpr int V = std::min(P::kVectors, 16 * NR / P::kChannels);
@@ -61,39 +91,45 @@ void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
         b0 += P::kGroupBytes, b3 += P::kGroupBytes, b6 += P::kGroupBytes;
       }
     }
+    if constexpr (kForm == Form::any) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kTogether / kCount; ++r) {
-      const int from = first + r * kCount;
-      const auto channels = epilogue.channels(block.channel + from, block.channels - from);
+      for (int r = 0; r < kTogether / kCount; ++r) {
+        const int from = first + r * kCount;
+        const auto channels = epilogue.channels(block.channel + from, block.channels - from);
 #pragma GCC unroll 14
-      for (int i = 0; i < 2 * H; ++i) {
-        const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
-        const auto sum = P::result(sums[i], r);
-        if constexpr (kPlain) epilogue.template store_plain<kClamps>(sum, channels, at);
-        else epilogue.store(sum, channels, at);
+        for (int i = 0; i < 2 * H; ++i) {
+          const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
+          epilogue.store(P::result(sums[i], r), channels, at);
+        }
       }
+    } else {
+      store_quantized<P, H, V, kForm == Form::bytes_added>(
+          sums, s0.out + block.channel + first, s1.out + block.channel + first, block, first,
+          epilogue);
     }
   }
 }
 
 // The tiles of `P` by their height and what they need of the epilogue.
-template <class P, int NR, bool kClamps, bool kPlain>
+template <class P, int NR, Form kForm>
 struct RegisterTiles {
   static constexpr int kHighest = P::kPixels;
   template <int H>
-  static constexpr auto at() { return register_tile<P, H, NR, kClamps, kPlain>; }
+  static constexpr auto at() { return register_tile<P, H, NR, kForm>; }
 };
 
-template <class P, bool kClamps, bool kPlain>
+template <class P, Form kForm>
 auto find_register_tile(int64_t height, bool wide) {
-  return wide ? tile_of_height<RegisterTiles<P, 2, kClamps, kPlain>>(height)
-              : tile_of_height<RegisterTiles<P, 1, kClamps, kPlain>>(height);
+  return wide ? tile_of_height<RegisterTiles<P, 2, kForm>>(height)
+              : tile_of_height<RegisterTiles<P, 1, kForm>>(height);
 }
 template <class P>
-auto find_register_tile(int64_t height, bool wide, const typename P::Sums& sums) {
-  if (!sums.plain) return find_register_tile<P, true, false>(height, wide);
-  return sums.clamps ? find_register_tile<P, true, true>(height, wide)
-                     : find_register_tile<P, false, true>(height, wide);
+auto find_register_tile(int64_t height, bool wide, Form form) {
+  switch (form) {
+    case Form::bytes: return find_register_tile<P, Form::bytes>(height, wide);
+    case Form::bytes_added: return find_register_tile<P, Form::bytes_added>(height, wide);
+    default: return find_register_tile<P, Form::any>(height, wide);
+  }
 }
 
 // What instruction sets of such tiles have in common.
@@ -109,7 +145,7 @@ struct RegisterSet {
     run_tiles<RegisterSet>(share, weights, sums);
   }
   static auto find_tile(int64_t height, bool wide, const Sums& sums) {
-    return find_register_tile<P>(height, wide, sums);
+    return find_register_tile<P>(height, wide, sums.form);
   }
 };
 

@@ -105,9 +105,7 @@ struct WordDepthwise : R {
   }
 
   // The halves of `channel_of` are each in their own order as words.
-  static Vector to_bytes(Vector (&sums)[4], uint8_t flip) {
-    return R::in_order(R::to_bytes(sums, flip));
-  }
+  static Vector in_order(Vector bytes) { return R::words_in_order(bytes); }
 
   static void row(const DepthwiseRow& row, int64_t channels, const typename R::Sums& sums) {
     depthwise_row_in_registers<WordDepthwise>(row, channels, sums);
