@@ -147,6 +147,7 @@ inline void prefetch_inputs(const Segment* segments, int64_t count, int64_t heig
 
 struct Amx : Avx512 {
   static constexpr const char* kName = "AMX";
+  static constexpr double kProductsPerNs = 1500;
   static constexpr int64_t kPixels = kAmxSegment, kSegment = kAsFewAsPossible;
   static constexpr int64_t kStep = 4 * kAmxGroups;
   static constexpr bool kRunsOn = true;

@@ -48,6 +48,7 @@ struct Avx2WordBytes : Avx2Bytes {
 
 struct Avx2 : RegisterSet<Avx2Words, WordDepthwise<Avx2WordBytes>> {
   static constexpr const char* kName = "AVX2";
+  static constexpr double kProductsPerNs = 100;
   static constexpr int64_t kSegment = 1;
   static constexpr auto activations = Activations::as_s16;
 };

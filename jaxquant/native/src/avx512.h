@@ -46,6 +46,7 @@ struct Avx512Depthwise : InterleavedDepthwise<Avx512Bytes, Avx512Products> {
 
 struct Avx512 : RegisterSet<Avx512Products, Avx512Depthwise> {
   static constexpr const char* kName = "AVX512-VNNI";
+  static constexpr double kProductsPerNs = 500;
   static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr auto activations = Activations::as_u8;
 };

@@ -53,6 +53,7 @@ struct Avx512WordBytes : Avx512Bytes {
 
 struct Avx512Words : RegisterSet<Avx512WordProducts, WordDepthwise<Avx512WordBytes>> {
   static constexpr const char* kName = "AVX-512";
+  static constexpr double kProductsPerNs = 200;
   static constexpr int64_t kSegment = 1;
   static constexpr auto activations = Activations::as_s16;
 };

@@ -16,7 +16,7 @@ inline ffi::Error gelu_handler(ffi::ThreadPool pool, FloatBuffer x, ffi::Remaini
                                ffi::Result<ffi::AnyBuffer> out, int64_t by_tanh) {
   const int64_t size = int64_t(x.element_count());
   if (int64_t(out->element_count()) != size) return invalid("wrong shapes");
-  XlaThreads threads(pool, size * 16);
+  XlaThreads threads(pool, time_of_floats(size * 20));
   if (out->element_type() == ffi::F32) {
     return with_memory([&] {
       gelu<VectorsHere>(threads, x.typed_data(), size, by_tanh != 0, out->typed_data<float>());
@@ -47,7 +47,7 @@ inline ffi::Error layer_norm_handler(ffi::ThreadPool pool, FloatBuffer x, FloatB
   const auto numbers = [](const FloatBuffer& vector) {
     return vector.element_count() ? vector.typed_data() : nullptr;
   };
-  XlaThreads threads(pool, size * 4);
+  XlaThreads threads(pool, time_of_floats(size * 24));
   return with_memory([&] {
     layer_norm<VectorsHere>(threads, {columns, epsilon, numbers(scale), numbers(bias)},
                             x.typed_data(), size / columns, out->typed_data());
@@ -70,7 +70,7 @@ inline ffi::Error quantize_handler(ffi::ThreadPool pool, FloatBuffer x, FloatBuf
   if (int64_t(q->element_count()) != size || int64_t(marks->element_count()) != rows ||
       channels == 0 || columns % channels || zero_point.element_count() != 1)
     return invalid("wrong shapes");
-  XlaThreads threads(pool, size * 4);
+  XlaThreads threads(pool, time_of_floats(size * 8));
   return with_memory([&] {
     quantize<VectorsHere>(threads, {inv_scale.typed_data(), channels, *zero_point.typed_data()},
                           x.typed_data(), rows, columns, q->typed_data(), marks->typed_data());
@@ -90,7 +90,7 @@ inline ffi::Error quantize_rows_handler(ffi::ThreadPool pool, FloatBuffer x,
   if (int64_t(q->element_count()) != size || int64_t(scales->element_count()) != rows ||
       int64_t(zero_points->element_count()) != rows)
     return invalid("wrong shapes");
-  XlaThreads threads(pool, size * 4);
+  XlaThreads threads(pool, time_of_floats(size * 8));
   return with_memory([&] {
     quantize_rows<VectorsHere>(threads, x.typed_data(), rows, columns, asymmetric != 0, smallest,
                                q->typed_data(), scales->typed_data(), zero_points->typed_data());
@@ -174,7 +174,7 @@ inline ffi::Error attention_handler(ffi::ThreadPool pool, FloatBuffer q, FloatBu
   int64_t batches = 1;
   for (size_t axis = 0; axis + 2 < rank; ++axis) batches *= to.sizes[axis];
   if (batches * a.rows * a.values == 0) return ffi::Error::Success();
-  XlaThreads threads(pool, batches * a.rows * a.keys * (a.depth + a.values));
+  XlaThreads threads(pool, time_of_floats(2 * batches * a.rows * a.keys * (a.depth + a.values)));
   return with_memory([&] {
     attention<VectorsHere>(threads, a, batches, [&](int64_t batch) {
       const auto at = [&](auto* data, const OrderedAxes& axes) {

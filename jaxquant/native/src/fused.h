@@ -92,7 +92,7 @@ inline ffi::Error conv_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyB
   ffi::Error error = read_epilogue(given, s.o, epilogue);
   if (error.failure()) return error;
   if (s.n * s.oh * s.ow * s.o == 0) return error;
-  XlaThreads threads(pool, s.n * s.oh * s.ow * s.o * s.kh * s.kw * (s.c / s.groups));
+  XlaThreads threads(pool, time_of_products(s.n * s.oh * s.ow * s.o * s.kh * s.kw * s.group_in()));
   if (int64_t(packed.element_count()) != packed_size(s))
     return invalid("the weights are packed for another kernel shape");
   const Input input = input_of(x, points);
@@ -118,7 +118,7 @@ inline ffi::Error dot_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBu
   if (in[0] * columns == 0) return error;
   if (int64_t(packed.element_count()) != packed_dot(in[1], columns).size())
     return invalid("the weights are packed for another shape");
-  XlaThreads threads(pool, in[0] * in[1] * columns);
+  XlaThreads threads(pool, time_of_products(in[0] * in[1] * columns));
   const Input input = input_of(x, points);
   return with_memory([&] {
     multiply(threads, input, in[0], in[1], columns, packed.typed_data<int8_t>(), epilogue);
@@ -157,7 +157,7 @@ inline ffi::Error groups_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::An
   if (of_weights[2] != s.bytes()) return invalid("the weights are packed for another shape");
   const Input input = input_of(x, points);
   return with_memory([&] {
-    XlaThreads threads(pool, s.products * s.rows * s.inputs * s.columns);
+    XlaThreads threads(pool, time_of_products(s.products * s.rows * s.inputs * s.columns));
     multiply_groups(threads, input, s, epilogue);
   });
 }
@@ -284,7 +284,7 @@ inline ffi::Error sequence_handler(ffi::ThreadPool pool, ffi::RemainingArgs args
     SequenceReader reader(args, rets);
     error = reader.read(places, images, geometry, clamps);
     if (error.failure() || reader.batch() == 0) return;
-    XlaThreads threads(pool, reader.products());
+    XlaThreads threads(pool, time_of_products(reader.products()));
     Team team(threads);
     reader.sequence().run(team);
   });

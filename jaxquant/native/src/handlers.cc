@@ -88,13 +88,13 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   s.oh = to[1], s.ow = to[2], s.kh = taps[0], s.kw = taps[1];
   s.stride_h = window[0], s.stride_w = window[1], s.dilation_h = window[2];
   s.dilation_w = window[3], s.pad_h = window[4], s.pad_w = window[5];
-  XlaThreads threads(pool, int64_t(out->element_count()) * s.kh * s.kw);
+  XlaThreads threads(pool, time_of_floats(int64_t(out->element_count()) * s.kh * s.kw));
   return with_memory([&] {
     float_depthwise(threads, x.typed_data(), kernel.typed_data(), s, out->typed_data());
   });
 }
 
-constexpr int64_t kProductsOfByte = 4;
+constexpr double kBytesPerNs = 30;  // from memory
 
 // x [M, K] times a matrix of stored integers: [K, N], or [N, K] where the sums come last, of int8
 // or, packed, of uint8.
@@ -112,9 +112,8 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
   if (!is_whole && int64_t(scale.element_count()) != s.groups() * s.columns)
     return invalid("the scales are of another shape");
-  // A byte takes as long to be read as some products take, and more of them where rows are few.
-  const int64_t read = s.bytes() * s.columns;
-  XlaThreads threads(pool, s.rows * s.length * s.columns + kProductsOfByte * read);
+  XlaThreads threads(pool, time_of_floats(s.rows * s.length * s.columns) +
+                               s.bytes() * s.columns / kBytesPerNs);
   return with_memory([&] {
     const auto multiply = [&](auto* rows, auto to_float, auto* result) {
       multiply_stored<VectorsHere>(threads, s, rows, to_float, result);

@@ -4,6 +4,7 @@
 // compiler may use are there, and no other code asks which they are.
 //
 //   kName          what `jaxquant_kernels` calls it
+//   kProductsPerNs how many products one thread adds up in a nanosecond, about
 //   kPixels        how many pixels a segment has at most
 //   kSegment       what a segment costs beside them, in quarters of a pixel
 //   kStep          how many bytes of a run are read at a time: copies are filled up to whole ones

@@ -41,6 +41,7 @@ struct NeonDepthwise : InterleavedDepthwise<NeonBytes, NeonProducts> {
 
 struct Neon : RegisterSet<NeonProducts, NeonDepthwise> {
   static constexpr const char* kName = "NEON";
+  static constexpr double kProductsPerNs = 100;
   static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr auto activations = Activations::as_s8;
 };

@@ -102,6 +102,7 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
 
 struct NeonMatrices : Neon {
   static constexpr const char* kName = "NEON-I8MM";
+  static constexpr double kProductsPerNs = 200;
   static constexpr int64_t kPixels = 4;  // of a segment: GCC 12 keeps no more than 4 x 4 sums
 
   static void run(const Share& share, const Weights& weights, const Sums& sums) {

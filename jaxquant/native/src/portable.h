@@ -117,6 +117,7 @@ struct PortableDepthwise {
 
 struct Portable {
   static constexpr const char* kName = "portable";
+  static constexpr double kProductsPerNs = 5;
   static constexpr int64_t kPixels = 7;  // of a segment, at most
   static constexpr int64_t kSegment = kAsFewAsPossible;
   static constexpr int64_t kStep = 4;       // bytes of a run that are read at a time
