@@ -50,6 +50,7 @@ def test_a_bad_bias_names_the_site():
         ("text", r"params\['fc/b'\] is str, not an array"),
         (jax.ShapeDtypeStruct((4,), jnp.float32), "is ShapeDtypeStruct, not an array"),
         (np.array(["a"]), r"params\['fc/b'\] has dtype <U1, not numbers"),
+        (np.ones(4, ">f4"), r"params\['fc/b'\] has its bytes in the order of another processor"),
         (np.array([None]), r"params\['fc/b'\] has dtype object, not numbers"),
     ],
 )

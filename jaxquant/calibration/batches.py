@@ -126,7 +126,8 @@ def _to_array(leaf: Any, name: str, where: str) -> Array:
             f"{type(leaf).__name__}, dtype {array.dtype}. Pick the model's inputs with select=, "
             "such as select='image', select=0 or select=lambda item: item['image']."
         )
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype).newbyteorder("=")  # JAX takes no other
+    return array.astype(dtype, copy=False)
 
 
 def _stack(*leaves: Array) -> Array:

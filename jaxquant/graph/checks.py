@@ -107,6 +107,11 @@ def check_params(params: Any) -> None:
             )
         if not prng.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
+        if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+            raise TypeError(
+                f"params[{name!r}] has its bytes in the order of another processor (dtype "
+                f"{leaf.dtype.str!r}), which JAX does not take: pass .astype({leaf.dtype.name!r})"
+            )
 
 
 def check_sites(sites: Sequence[Site]) -> None:

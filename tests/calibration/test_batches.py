@@ -32,6 +32,12 @@ def test_dtypes_are_those_of_jax(leaf, dtype):
     assert x.dtype == jnp.asarray(leaf).dtype
 
 
+def test_bytes_come_in_the_order_of_this_processor():
+    (((x,)),) = iterate([(np.array([1.5, -2.0], ">f4"),)])
+    assert x.dtype.isnative
+    np.testing.assert_array_equal(jnp.asarray(x), [1.5, -2.0])
+
+
 def test_64_bits_stay_where_jax_has_them():
     with jax.enable_x64(True):
         ((x,),) = iterate(np.zeros(2))

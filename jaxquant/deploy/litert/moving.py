@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.deploy.litert.builder import Builder
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.lower.values import Size, Value, straight, times
 from jaxquant.deploy.network import Node
 
 Shape = tuple[Size, ...]
@@ -102,13 +102,15 @@ def _rev(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
 def _pad(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
     value, fill = b.plain(x[0]), b.array(x[1].name)
     config = [tuple(pads) for pads in node.params["padding_config"]]
-    if any(interior for _, _, interior in config):
-        raise NotCovered("padding between the elements")
     if any(isinstance(number, str) for pads in config for number in pads):
         raise NotCovered("padding that depends on a size that varies")
     if fill is None:
         raise NotCovered("padding with a number that the model computes")
-    pads = {axis: (max(low, 0), max(high, 0)) for axis, (low, high, _) in enumerate(config)}
+    for axis, (_, _, between) in enumerate(config):
+        if between:
+            value = _spread(b, value, axis, between, float(fill))
+    ends = [(before, after - between) for before, after, between in config]
+    pads = {axis: (max(low, 0), max(high, 0)) for axis, (low, high) in enumerate(ends)}
     if any(map(any, pads.values())):
         wide = tuple(
             size if isinstance(size, str) else size + sum(pads[axis])
@@ -117,10 +119,19 @@ def _pad(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
         value = padded(b, value, pads, wide, float(fill))
     cuts = {
         axis: (max(-low, 0), high if high < 0 else None, 1)
-        for axis, (low, high, _) in enumerate(config)
+        for axis, (low, high) in enumerate(ends)
         if low < 0 or high < 0
     }
     return sliced(b, value, cuts, shape)
+
+
+def _spread(b: Builder, value: Value, axis: int, between: int, fill: float) -> Value:
+    """So many elements behind each along an axis: those of a new axis, which goes into it."""
+    before, (size, *behind) = value.shape[:axis], value.shape[axis:]
+    value = b.reshaped(value, (*before, size, 1, *behind))
+    wide = (*before, size, 1 + between, *behind)
+    value = padded(b, value, {axis + 1: (0, between)}, wide, fill)
+    return b.reshaped(value, (*before, times(size, 1 + between), *behind))
 
 
 def padded(

@@ -42,3 +42,8 @@ class Value:
 def straight(rank: int) -> tuple[int, ...]:
     """The order of axes that lie as the model's do."""
     return tuple(range(rank))
+
+
+def times(size: Size, factor: int) -> Size:
+    """A multiple of a size, of one that varies as an expression."""
+    return size * factor if isinstance(size, int) else f"{factor}*({size})"

@@ -56,6 +56,8 @@ _DIRECT = {
     "xor": "Xor",
 }
 _ON_TRUTH_VALUES = frozenset({"and", "or", "not", "xor"})
+_OF_TRUTH_VALUES = {"max": "Or", "min": "And"}
+_ORDER = frozenset({"lt", "le", "gt", "ge"})  # which ONNX has for numbers alone
 ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "uint8": 2, "int8": 3, "uint32": 12}
 
 
@@ -77,7 +79,10 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
         raise NotCovered(f"the operation {node.op!r}")
     if node.op in _ON_TRUTH_VALUES and dtypes[0] != "bool":
         raise NotCovered(f"the operation {node.op!r} on {dtypes[0]}")
-    return apply(builder, _DIRECT[node.op], values)
+    if dtypes[0] == "bool" and node.op in _ORDER:
+        values = [cast(builder, value, "int32") for value in values]
+    operators = {**_DIRECT, **_OF_TRUTH_VALUES} if dtypes[0] == "bool" else _DIRECT
+    return apply(builder, operators[node.op], values)
 
 
 Compose = Callable[[Builder, Node, list[Value], Sequence[str]], Value]

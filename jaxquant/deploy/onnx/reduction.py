@@ -15,19 +15,22 @@ from jaxquant.deploy.onnx import elementwise
 from jaxquant.deploy.onnx.builder import Builder
 
 _REDUCTIONS = {
+    "reduce_and": "ReduceMin",
     "reduce_max": "ReduceMax",
     "reduce_min": "ReduceMin",
+    "reduce_or": "ReduceMax",
     "reduce_prod": "ReduceProd",
     "reduce_sum": "ReduceSum",
 }
-# Truth values are reduced as whole numbers.
-_LOGICAL = {"reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}
+_LOGICAL = frozenset({"reduce_and", "reduce_or"})
+# Truth values, and what runtimes have no sums of, are reduced as whole numbers of these types.
+_WIDER = {"bool": "int32", "int8": "int32", "uint8": "int32", "uint32": "int64"}
 _INDICES = {"argmax": "ArgMax", "argmin": "ArgMin"}
 _AXES_AS_INPUT = {"ReduceSum": 13, "ReduceMax": 18, "ReduceMin": 18, "ReduceProd": 18}
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 # What ONNX has no operator for: the operator of two elements, and what it leaves as they are.
 _CUMULATIVE = {"cummax": ("Max", -np.inf), "cummin": ("Min", np.inf), "cumprod": ("Mul", 1.0)}
-OPERATIONS = frozenset((*_REDUCTIONS, *_LOGICAL, *_INDICES, *_WINDOWS, *_CUMULATIVE, "cumsum"))
+OPERATIONS = frozenset((*_REDUCTIONS, *_INDICES, *_WINDOWS, *_CUMULATIVE, "cumsum"))
 
 
 def emit(
@@ -51,7 +54,7 @@ def emit(
     if node.op in _WINDOWS:
         return _window(b, node, value, shape)
     if node.op in _INDICES:
-        return _index(b, node, value, shape)
+        return _index(b, node, value, shape, dtype)
     if node.op in _CUMULATIVE:
         if dtype != "float32":
             raise NotCovered(f"the operation {node.op!r} on {dtype}")
@@ -62,6 +65,11 @@ def emit(
         reverse = int(bool(node.params.get("reverse")))
         name = b.node("CumSum", [value.name, axis], reverse=reverse)
         return dataclasses.replace(value, name=name)
+    if node.op in _LOGICAL and dtype != "bool":
+        raise NotCovered(f"the operation {node.op!r} on {dtype}")
+    if dtype in _WIDER:
+        found = _reduce(b, node, elementwise.cast(b, value, _WIDER[dtype]), shape, is_int8)
+        return elementwise.cast(b, found, dtype)
     return _reduce(b, node, value, shape, is_int8)
 
 
@@ -99,13 +107,7 @@ def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], is_in
         return Value(name, shape, order, factor)
     value = b.plain(value)
     physical = [value.axis(axis) for axis in axes]
-    if node.op in _LOGICAL:
-        name = b.node("Cast", [value.name], to=elementwise.ONNX_TYPES["int32"])
-        name = _along(b, _LOGICAL[node.op], name, physical)
-        name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["bool"])
-    else:
-        name = _along(b, _REDUCTIONS[node.op], value.name, physical)
-    return Value(name, shape, order)
+    return Value(_along(b, _REDUCTIONS[node.op], value.name, physical), shape, order)
 
 
 def _along(b: Builder, op: str, name: str, axes: list[int]) -> str:
@@ -120,8 +122,10 @@ def _remaining(value: Value, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(kept.index(axis) for axis in value.order if axis not in axes)
 
 
-def _index(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def _index(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], given: str) -> Value:
     value = b.plain(value)
+    if given in _WIDER:
+        value = elementwise.cast(b, value, _WIDER[given])
     (axis,) = node.params["axes"]
     name = b.node(_INDICES[node.op], [value.name], axis=value.axis(axis), keepdims=0)
     result = Value(name, shape, _remaining(value, (axis,)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, straight
+from jaxquant.deploy.lower.values import Size, Value, straight, times
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers
 from jaxquant.deploy.onnx.builder import Builder
@@ -102,21 +102,43 @@ def _rev(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Val
 def _pad(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
     value, fill = b.plain(x[0]), x[1]
     config = [tuple(pads) for pads in node.params["padding_config"]]
-    if any(interior for _, _, interior in config):
-        raise NotCovered("padding between the elements")
     if any(isinstance(number, str) for pads in config for number in pads):
         raise NotCovered("padding that depends on a size that varies")
-    low = [max(config[axis][0], 0) for axis in value.order]
-    high = [max(config[axis][1], 0) for axis in value.order]
-    if any(low) or any(high):
-        name = b.node("Pad", [value.name, b.ints([*low, *high]), fill.name], mode="constant")
-        value = dataclasses.replace(value, name=name, shape=shape)
+    for axis, (_, _, between) in enumerate(config):
+        if between:
+            value = _spread(b, value, axis, between, fill.name)
+    ends = [(before, after - between) for before, after, between in config]
+    if any(low > 0 or high > 0 for low, high in ends):
+        pads = {axis: (max(low, 0), max(high, 0)) for axis, (low, high) in enumerate(ends)}
+        value = _padded(b, value, pads, fill.name, shape)
     cuts = [
-        (axis, max(-before, 0), after if after < 0 else 2**31 - 1, 1)
-        for axis, (before, after, _) in enumerate(config)
-        if before < 0 or after < 0
+        (axis, max(-low, 0), high if high < 0 else 2**31 - 1, 1)
+        for axis, (low, high) in enumerate(ends)
+        if low < 0 or high < 0
     ]
     return sliced(b, value, cuts, shape)
+
+
+def _spread(b: Builder, value: Value, axis: int, between: int, fill: str) -> Value:
+    """So many elements behind each along an axis: those of a new axis, which goes into it."""
+    before, (size, *behind) = value.shape[:axis], value.shape[axis:]
+    value = b.reshaped(value, (*before, size, 1, *behind))
+    wide = (*before, size, 1 + between, *behind)
+    value = _padded(b, value, {axis + 1: (0, between)}, fill, wide)
+    return b.reshaped(value, (*before, times(size, 1 + between), *behind))
+
+
+def _padded(
+    b: Builder,
+    value: Value,
+    pads: Mapping[int, tuple[int, int]],
+    fill: str,
+    shape: tuple[Size, ...],
+) -> Value:
+    """Pad logical axes, (before, after) each."""
+    low, high = ([pads.get(axis, (0, 0))[end] for axis in value.order] for end in (0, 1))
+    name = b.node("Pad", [value.name, b.ints([*low, *high]), fill], mode="constant")
+    return dataclasses.replace(value, name=name, shape=shape)
 
 
 def _concatenate(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:

@@ -33,6 +33,7 @@ MOVES = {
     "slice": lambda y: y[:, 1:7:2, ::3],
     "reverse": lambda y: y[:, ::-1],
     "pad": lambda y: jnp.pad(y, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=0.5),
+    "pad between": lambda y: lax.pad(y, 0.5, ((0, 0, 0), (1, 0, 2), (-1, -1, 1), (0, 1, 0))),
     "cut": lambda y: lax.pad(y, 0.0, ((0, 0, 0), (-1, 2, 0), (0, 0, 0), (0, 0, 0))),
     "concatenate": lambda y: jnp.concatenate([y, 2.0 * y[..., :3]], -1),
     "stack": lambda y: jnp.stack([y, y], 1),

@@ -192,12 +192,14 @@ ARITHMETIC = {
     "pow, sqrt, log": lambda x: jnp.sqrt(jnp.abs(x) + 1) + jnp.log1p(x**2) + jnp.abs(x) ** 1.5,
     "exp, erf, sin, cos": lambda x: jnp.exp(-x) + lax.erf(x) + jnp.sin(x) * jnp.cos(x),
     "cumsum": lambda x: jnp.cumsum(x, 1),
+    "associative scan": lambda x: lax.associative_scan(jnp.add, x, axis=1),
 }
 SHAPES = {
     "concatenate": lambda x: jnp.concatenate([x, jax.nn.relu(x)], 3)[..., ::2],
     "concatenate rows": lambda x: jnp.concatenate([x, x * 0.5, x[:, :1]], 1),
     "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (0, 0))),
     "pad less": lambda x: lax.pad(x, 0.5, ((0, 0, 0), (-1, 1, 0), (0, -2, 0), (0, 0, 0))),
+    "pad between": lambda x: lax.pad(x, 0.5, ((0, 0, 0), (1, 0, 2), (-1, -1, 1), (0, 1, 0))),
     "reshape": lambda x: x.reshape(x.shape[0], 4, 16, x.shape[-1]),
     "flatten": lambda x: x.reshape(x.shape[0], -1)[:, :6],
     "transpose": lambda x: x.transpose(0, 2, 1, 3),
@@ -278,12 +280,30 @@ def test_several_sizes_that_vary(tmp_path):
     agrees(tmp_path, params, apply_fn, images(0, IMAGE), shapes="b, h, w, 4")
 
 
+def test_truth_values_and_small_integers_are_reduced_and_compared(tmp_path):
+    """Which ONNX's operators do not take."""
+
+    def apply_fn(p, x):
+        x = x @ p["w"]
+        truths, numbers = x > 0.5, jnp.round(abs(x) * 4).astype(jnp.uint8)
+        flipped = truths[..., ::-1]
+        return {
+            "x": x,
+            "first": jnp.argmax(truths, -1) + jnp.argmin(numbers, -1),
+            "some": lax.reduce_max(truths, [1]) & lax.reduce_min(truths, [2]).any(1, keepdims=True),
+            "order": (truths < flipped)
+            | (jnp.maximum(truths, flipped) > jnp.minimum(truths, truths)),
+            "sum": numbers.sum(-1),
+        }
+
+    agrees(tmp_path, {"w": weights(4, 4)}, apply_fn, images(0, (3, 5, 4)))
+
+
 @pytest.mark.parametrize(
     ("function", "named"),
     [
         (lambda x: lax.lgamma(x), "'lgamma'"),
         (lambda x: lax.cumlogsumexp(x, 1), "'cumlogsumexp'"),
-        (lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0))), "between the elements"),
     ],
 )
 def test_an_operation_that_is_not_covered_is_named_with_its_scope(function, named, tmp_path):
