@@ -33,7 +33,8 @@ from jaxquant.recover.steps import quantize_and_recover
 from jaxquant.report.make import make_report
 from jaxquant.report.sqnr import UNKNOWN, measure_quality
 from jaxquant.run.float_forms import fast_convolutions
-from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.source import Code
 
 
 @named

@@ -32,7 +32,8 @@ from jaxquant.graph.model import FloatModel, Model
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig, check_path, rule_data
 from jaxquant.plan.float_tables import float_tables
-from jaxquant.plan.make import make_plan, observed_tensors
+from jaxquant.plan.make import make_plan
+from jaxquant.plan.observed import observed_tensors
 from jaxquant.plan.segments import cut_scans
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import quantize_and_recover, with_files
@@ -40,7 +41,8 @@ from jaxquant.report.make import make_report
 from jaxquant.report.sqnr import measure_quality
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.inputs import ranges_of
-from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.source import Code
 from jaxquant.tune.control import Built, Rules, control
 from jaxquant.tune.goal import Goal
 from jaxquant.tune.outliers import rules_for_outliers

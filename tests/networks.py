@@ -15,7 +15,7 @@ from jaxquant.graph import evaluate, sites
 from jaxquant.graph.kinds import DOT_KINDS
 from jaxquant.graph.model import trace_model
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.observed import observed_tensors
 
 IMAGE = (4, 8, 8, 3)
 

@@ -22,10 +22,10 @@ OF_A_MODEL = (
     "graph/composites:Composites.normalisations",
     "graph/copies:_search",
     "plan/bind:bind",
-    "plan/forms:_found",
+    "plan/form_search:_found",
     "plan/layout:weight_slots",
     "plan/liveness:live_equations",
-    "plan/make:observed_tensors",
+    "plan/observed:observed_tensors",
     "plan/restore:restorable",
 )
 OF_A_SITE = (

@@ -21,7 +21,7 @@ from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.sweep import Sweep
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.observed import observed_tensors
 
 
 def main(model: str, batch: int, rounds: int, full: bool) -> None:

@@ -14,8 +14,8 @@ from jaxquant.analysis.measures import Clipping
 from jaxquant.analysis.survey import Surveyed, survey
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
+from jaxquant.calibration.examples import with_example
 from jaxquant.calibration.selection import Select
-from jaxquant.calibration.sweep import with_example
 from jaxquant.graph.checks import check_model
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel

@@ -19,6 +19,7 @@ import numpy as np
 from jaxquant.calibration import counting, histogram
 from jaxquant.calibration.alive import Alive
 from jaxquant.calibration.dependence import check_independence
+from jaxquant.calibration.examples import batch_length, with_example
 from jaxquant.calibration.fingerprint import make_origin
 from jaxquant.calibration.inside import Watch, observe
 from jaxquant.calibration.observations import Observations, Origin, TensorStats
@@ -36,8 +37,6 @@ from jaxquant.graph.static_values import static_values
 from jaxquant.jax_shim import compilation
 from jaxquant.progress import SILENT, Progress
 
-_KEPT_SAMPLES = 64  # of the inputs, for comparisons of both models
-_KEPT_SHAPES = 4  # likewise: each costs every recovery step a compilation
 _MANY_SHAPES = 16  # of which each is compiled
 State = histogram.Histogram  # of all tensors, stacked along a leading axis
 
@@ -142,7 +141,7 @@ class Sweep:
             state,
             own,
             done.batches + 1,
-            done.samples + _batch_length(inputs),
+            done.samples + batch_length(inputs),
             with_example(done.examples, inputs),
         )
         self._check_finite()
@@ -288,29 +287,6 @@ class Sweep:
                 )
 
 
-def with_example(
-    examples: tuple[tuple[Any, ...], ...], inputs: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], ...]:
-    """The examples, with one more batch where it is to be kept beside them.
-
-    Those are up to 64 samples of shapes that are there, and the first of each other shape, up to
-    four.  One that differs in its first axis alone, as the last batch of a data set, tells nothing
-    new for what it costs to compile.
-    """
-    if not examples:
-        return (inputs,)
-    shapes = {shapes_text(example) for example in examples}
-    if shapes_text(inputs) in shapes:
-        samples = sum(map(_batch_length, (*examples, inputs)))
-        return (*examples, inputs) if samples <= _KEPT_SAMPLES else examples
-    is_other = _sizes_of_a_sample(inputs) not in map(_sizes_of_a_sample, examples)
-    return (*examples, inputs) if is_other and len(shapes) < _KEPT_SHAPES else examples
-
-
-def _sizes_of_a_sample(inputs: tuple[Any, ...]) -> list[tuple[int, ...]]:
-    return [np.shape(x)[1:] for x in jax.tree.leaves(inputs)]
-
-
 def stacked(states: Sequence[histogram.Histogram]) -> State:
     """The states of several tensors along a leading axis; in NumPy, so nothing is compiled."""
     return jax.tree.map(lambda *xs: jax.device_put(np.stack(xs)), *states)
@@ -327,12 +303,6 @@ def stats_of(state: histogram.Histogram) -> TensorStats:
         abs_max=float(state.abs_max),
         count=int(counts.sum()),
     )
-
-
-def _batch_length(inputs: tuple[Any, ...]) -> int:
-    """How many samples a batch has: the first axis of its first array; counters have none."""
-    lengths = [np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x)]
-    return int(lengths[0]) if lengths else 1
 
 
 def _check_addressable(inputs: tuple[Any, ...]) -> None:

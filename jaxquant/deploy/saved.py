@@ -34,7 +34,8 @@ from jaxquant.plan.plan import VERSION, Plan
 from jaxquant.progress import Progress
 from jaxquant.report.report import Report
 from jaxquant.run.program import Program
-from jaxquant.run.qapply import QuantizedApply, check_qparams
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.qparams import check_qparams
 
 FORMAT = container.Format("jaxquant", "2", "a model that jaxquant.save_quantized_model wrote")
 _PARTS = "jaxquant"  # the packed parts are tensors under this name, the constants under their own

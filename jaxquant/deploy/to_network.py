@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +14,13 @@ from jaxquant.deploy.found import Found
 from jaxquant.deploy.joined import Joined
 from jaxquant.deploy.network import Atom, Body, Int8Node, Network, Node
 from jaxquant.deploy.plain_values import plain
-from jaxquant.deploy.stored_tensors import StoredTensors
+from jaxquant.deploy.site_nodes import SiteNodes
 from jaxquant.files import tensor_names
 from jaxquant.graph import ir, trace
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.regions import CONTROL_FLOW, Region
-from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.binding import Binding, Int8Site
-from jaxquant.plan.groups import group_layout
+from jaxquant.plan.binding import Binding
 from jaxquant.plan.liveness import float_leaves
 from jaxquant.run.program import Program
 
@@ -66,7 +64,7 @@ def _names(tree: Any, root: str) -> tuple[str, ...]:
     return tuple("/".join((root, *trace.path_parts(path))) if path else root for path in paths)
 
 
-class _Translator(StoredTensors):
+class _Translator(SiteNodes):
     """Describes one graph: the model's own, a body that a loop repeats, or one step of a scan.
 
     Args:
@@ -116,11 +114,11 @@ class _Translator(StoredTensors):
             if eqn.index in joined.by_last:
                 self._operator(joined, eqn)
             elif eqn.index in by_index and by_index[eqn.index].site.is_lookup:
-                self._look_up(by_index[eqn.index].site)
+                self.add_lookup(by_index[eqn.index].site)
             elif eqn.index in by_index and not self.program.mode.integer:
-                self._on_dequantized(by_index[eqn.index].site)
+                self.add_dequantized(by_index[eqn.index].site)
             elif eqn.index in by_index:
-                self.nodes.append(self._site(by_index[eqn.index]))
+                self.nodes.append(self.int8_node(by_index[eqn.index]))
             elif eqn.index in self.program.bodies:
                 self._loop(eqn)
             elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
@@ -297,59 +295,7 @@ class _Translator(StoredTensors):
             parts = tuple(stacks[step][k] for step in steps)
             self.add("stack", parts, (self.number(var),), {"axis": 0})
 
-    def _on_dequantized(self, site: Site) -> None:
-        """Add a site that computes in float, and its weight, which is dequantized before it."""
-        assert site.weight is not None
-        graph, eqn = self.graph, self.graph.equations[site.equation]
-        view = self.program.weights.view(site)
-        groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
-        weight = self.dequantize(self.program.slots[site.name], groups, view.var)
-        if view.shape != graph.shape(view.var):
-            axes, number = tuple(range(len(view.shape))), self.new(graph, view.var)
-            params = {"broadcast_dimensions": axes, "shape": graph.shape(view.var)}
-            self.add("broadcast_in_dim", (weight,), (number,), params)
-            weight = number
-        for movement in view.movements:
-            number = self.new(graph, movement.outputs[0])
-            moved = self.node(movement)
-            self.nodes.append(dataclasses.replace(moved, inputs=(weight,), outputs=(number,)))
-            weight = number
-        self.need_static(x for x in eqn.inputs if x != site.weight)
-        node = self.node(eqn)
-        inputs = [weight if x == site.weight else y for x, y in zip(eqn.inputs, node.inputs)]
-        self.nodes.append(dataclasses.replace(node, inputs=tuple(inputs)))
-
-    def _site(self, int8_site: Int8Site) -> Int8Node:
-        graph, site, epilogue = self.graph, int8_site.site, int8_site.epilogue
-        eqn = graph.equations[site.equation]
-        weight, computed = "", None
-        axes: tuple[int, ...] = ()
-        if site.weight is not None:
-            axes = site.channel_axes
-            if site.computes_weight:
-                self.need_static((site.weight,))
-                computed = self.number(site.weight)
-            else:
-                weight = self.stored_name(self.program.slots[site.name].int8, site.weight)
-        return Int8Node(
-            name=site.name + layer_suffix(self.binding.layer),
-            kind=site.kind,
-            node=self.node(eqn),
-            operands=tuple(self.number(v) for v in site.operands),
-            weight=weight,
-            computed_weight=computed,
-            weight_position=site.weight_position,
-            weight_axes=axes,
-            movements=tuple(self.node(e) for e in epilogue.movements),
-            channel_sizes=tuple(int(size) for size in epilogue.channels.sizes),
-            channel_axes=epilogue.channels.axes,
-            output=self.number(epilogue.output),
-            dynamic=int8_site.dynamic,
-            asymmetric=int8_site.asymmetric,
-        )
-
-    def need_static(self, atoms: Any) -> None:
-        """Give the static tensors among `atoms` a leaf, a constant or nodes that compute them."""
+    def need_static(self, atoms: Iterable[Any]) -> None:
         graph = self.graph
         for var in atoms:
             if not isinstance(var, int) or not graph.static[var] or var in self._static_done:
@@ -385,16 +331,3 @@ class _Translator(StoredTensors):
                 names[own] = self.found.slice_of(names[source], index)
                 return
         self.alias(var, outer.unstack(operand)[index[0]] if index else outer.number(operand))
-
-    def _look_up(self, site: Site) -> None:
-        """Add the lookup of rows among integers and their scales."""
-        assert site.weight is not None
-        eqn, slot = self.graph.equations[site.equation], self.program.slots[site.name]
-        view = self.program.weights.view(site)
-        groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
-        self.need_static(eqn.inputs[1:])
-        node = self.node(eqn)
-        stored = self.take_stored(slot, site.weight)
-        params = {**node.params, "groups": groups, "bits": slot.weight_bits}
-        inputs = (*stored, node.inputs[1])
-        self.nodes.append(dataclasses.replace(node, op="look_up", inputs=inputs, params=params))

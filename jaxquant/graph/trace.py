@@ -14,13 +14,11 @@ import numpy as np
 from jaxquant.graph import contraction, flax_tags, ir, meshes, picked, symbolic, whiles
 from jaxquant.graph.calls import ModelError, check_call
 from jaxquant.graph.marks import unmarked
+from jaxquant.graph.refused import hint_of, refuse_updates
 from jaxquant.graph.tables import with_looked_up_rows
 from jaxquant.graph.tied import find_tables, with_tied_tables
 from jaxquant.jax_shim import jaxprs
 
-# The variable collection that training updates.  Others are results of a call like any other:
-# caches of a decoder, intermediates.
-_STATISTICS = "batch_stats"
 # What JAX puts where it inlines a call that gives what it is given, or ends in a named function
 # (`jax.nn.gelu`): nothing is computed, and one tensor with two names would look like two.
 _COPIES = frozenset({"copy", "copy_p"})
@@ -59,11 +57,11 @@ def trace(
                 param_structs, *input_structs
             )
     except Exception as error:
-        hint = _hint(error, params)
+        hint = hint_of(error, params)
         if hint is None:
             raise
         raise ModelError(hint) from error
-    _refuse_updates(params, out_shape)
+    refuse_updates(params, out_shape)
     paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     n_inputs = len(jax.tree.leaves(input_structs))
     builder = _Builder(differentiable)
@@ -310,48 +308,3 @@ def _holds_site(eqn: Any) -> bool:
 
 
 _OTHER_FORMS = {"shard_map": meshes.as_batches, "while": whiles.with_test_in_body}
-
-
-def _hint(error: Exception, params: Any) -> str | None:
-    """What to do about an error that Flax raised inside `apply_fn`, or None if it is not known."""
-    if type(error).__module__.partition(".")[0] != "flax":
-        return None
-    name = type(error).__name__
-    text = str(error).split("\n")[0][:300]
-    if name == "InvalidRngError":
-        return (
-            f"apply_fn needs a PRNG key ({text}). Quantization runs the model in inference mode: "
-            "pass a deterministic function, e.g. "
-            "`lambda p, x: model.apply(p, x, train=False)` or `deterministic=True`"
-        )
-    if name == "ModifyScopeVariableError" and f'collection "{_STATISTICS}"' not in text:
-        return (
-            f"apply_fn updates variables while it runs ({text}). A cache or another state goes in "
-            "as an input and comes back as a result: `lambda p, cache, x: "
-            "model.apply({**p, 'cache': cache}, x, mutable=['cache'])`"
-        )
-    if name == "ModifyScopeVariableError":
-        return (
-            f"apply_fn updates variables while it runs ({text}). Pass the model in inference mode: "
-            "`lambda p, x: model.apply(p, x, train=False)` (BatchNorm: use_running_average=True)"
-        )
-    if name in ("ScopeCollectionNotFound", "ScopeParamNotFoundError"):
-        keys = list(params) if isinstance(params, Mapping) else type(params).__name__
-        return (
-            f"apply_fn does not find all of its variables in params, whose keys are {keys} ({text})"
-            ". linen's `apply` takes what `init` returned, every collection under its name: "
-            "{'params': ...} and, with BatchNorm, 'batch_stats'"
-        )
-    return None
-
-
-def _refuse_updates(params: Any, out_shape: Any) -> None:
-    """Raise where the output is `(result, updated statistics)`, as `mutable=` makes it."""
-    if not (isinstance(out_shape, tuple) and len(out_shape) == 2):
-        return
-    if all(isinstance(x, Mapping) and _STATISTICS in x for x in (params, out_shape[1])):
-        raise ModelError(
-            f"apply_fn returns updated variables ({_STATISTICS}) beside its result. "
-            "Pass the model in inference mode and return the result alone: "
-            "`lambda p, x: model.apply(p, x, train=False)`, without `mutable=`"
-        )

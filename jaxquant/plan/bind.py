@@ -12,7 +12,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.binding import Binding, BoundBody, Int8Site, on_grids
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
-from jaxquant.plan.forms import find_forms
+from jaxquant.plan.form_search import find_forms
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, LITERT, Plan, SitePlan
 from jaxquant.plan.restore import Restored, restorable

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import html
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ from jaxquant.backends.choice import Choice, check_backend, choose_backend, tabl
 from jaxquant.backends.platforms import XLA_ALONE
 from jaxquant.graph import ir
 from jaxquant.graph.calls import shapes_text
-from jaxquant.graph.cuts import Cuts, cut_tree, pieces
-from jaxquant.graph.kinds import LOOKUP_KIND
-from jaxquant.graph.model import Model, trace_model
+from jaxquant.graph.model import Model
 from jaxquant.plan.bind import bind
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import INT8, Plan
@@ -26,46 +24,8 @@ from jaxquant.run.agreement import Agreement, DisagreementError, differences
 from jaxquant.run.inputs import Ranges, check_kinds, find_strange, has_values
 from jaxquant.run.pickling import NotPickled
 from jaxquant.run.program import Program
-
-_ENTRIES = {"params", "sites", "tensors"}
-
-
-class Source(Protocol):
-    """What a model is: its code, or what a file holds of it.
-
-    Attributes:
-      params: shapes and dtypes of the parameters, before any is quantized.
-    """
-
-    params: Any
-
-    def __call__(self, inputs: Sequence[Any]) -> Model:
-        """The float model for inputs of these shapes and dtypes.
-
-        Raises:
-          ValueError: the model does not take such inputs.
-        """
-        ...
-
-    def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
-        """The dtypes and shapes of the inputs, those with which the model was quantized given."""
-        ...
-
-
-class Code:
-    """A model as a function of its parameters and inputs, its scans cut as the plan says."""
-
-    def __init__(self, apply_fn: Callable[..., Any], params: Any, cuts: Cuts | None = None) -> None:
-        self._given = jax.tree.map(ir.struct, params)
-        self._cuts: Cuts = cuts or {}
-        self.params = cut_tree(self._given, self._cuts, pieces)
-        self._apply_fn = apply_fn
-
-    def __call__(self, inputs: Sequence[Any]) -> Model:
-        return trace_model(self._apply_fn, self._given, inputs, self._cuts)
-
-    def input_shapes(self, inputs: tuple[Any, ...]) -> tuple[str, ...]:
-        return tuple(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(inputs))
+from jaxquant.run.qparams import check_qparams
+from jaxquant.run.source import Source
 
 
 class QuantizedApply(NotPickled):
@@ -321,28 +281,3 @@ def plan_line(plan: Plan) -> str:
         f"<qapply: {quantized} of {len(plan.sites)} sites quantized ({plan.mode}), thresholds by "
         f"{plan.algo}; .report() tells of each>"
     )
-
-
-def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
-    """Raise ValueError where something is not the qparams of a plan."""
-    if not isinstance(qparams, Mapping) or set(qparams) - {"packed"} != _ENTRIES:
-        raise ValueError(
-            "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
-            f"'sites' and 'tensors'), got {_outline(qparams)}"
-        )
-    tensors = {tensor.base for tensor in plan.tensors}
-    integer = MODES[plan.mode].integer
-    with_arrays = [s for s in plan.sites if s.fingerprint and s.kind != LOOKUP_KIND and integer]
-    sites = {site.name for site in with_arrays}
-    differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))
-    if differing:
-        raise ValueError(
-            "these qparams belong to another model or plan than this qapply: "
-            f"{', '.join(sorted(differing)[:5])} differ; pass those that were returned beside it"
-        )
-
-
-def _outline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"a dict of {sorted(map(str, value))[:5]}"
-    return type(value).__name__

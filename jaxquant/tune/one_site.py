@@ -25,9 +25,11 @@ from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import make_plan, observed_tensors
+from jaxquant.plan.make import make_plan
+from jaxquant.plan.observed import observed_tensors
 from jaxquant.run.calls import has_kernel
-from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.source import Code
 from jaxquant.weights.quantize import quantize_params
 
 _PATTERN = 4093  # random values that fill an array of any size: neither speed depends on them

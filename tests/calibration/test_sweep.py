@@ -9,10 +9,11 @@ import pytest
 
 import jaxquant
 from jaxquant.calibration import counting, histogram
-from jaxquant.calibration.sweep import Sweep, with_example
+from jaxquant.calibration.examples import with_example
+from jaxquant.calibration.sweep import Sweep
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.observed import observed_tensors
 
 W = {"w": jnp.eye(4)}
 

@@ -16,9 +16,11 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import trace_model
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import make_plan, observed_tensors
+from jaxquant.plan.make import make_plan
+from jaxquant.plan.observed import observed_tensors
 from jaxquant.plan.plan import Plan, SitePlan
-from jaxquant.run.qapply import Code, QuantizedApply
+from jaxquant.run.qapply import QuantizedApply
+from jaxquant.run.source import Code
 from jaxquant.weights.quantize import quantize_params
 from tests import networks
 

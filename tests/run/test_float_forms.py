@@ -16,7 +16,7 @@ from jaxquant.graph import evaluate
 from jaxquant.graph.model import FloatModel
 from jaxquant.graph.trace import trace
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.make import observed_tensors
+from jaxquant.plan.observed import observed_tensors
 from jaxquant.run.float_forms import fast_convolutions
 
 pytestmark = pytest.mark.optimized

@@ -22,6 +22,7 @@ from jaxquant.deploy.onnx import (
     operators,
     ordering,
     reduction,
+    scattering,
     shaping,
     stored,
 )
@@ -29,7 +30,7 @@ from jaxquant.deploy.onnx.builder import Builder
 from jaxquant.deploy.onnx.quantization import Quantizer
 from jaxquant.deploy.onnx.target import WeightForm
 
-WITH_DTYPES = {**indexing.TABLE, **ordering.TABLE, **shaping.SEVERAL}
+WITH_DTYPES = {**indexing.TABLE, **scattering.TABLE, **ordering.TABLE, **shaping.SEVERAL}
 # What emits an operation that holds others: of its operands with all their copies, its results.
 EmitBodies = Callable[["Emitter", Node, Sequence[Value]], list[Value]]
 
