@@ -1,9 +1,9 @@
 """Which tensors of a graph have an int8 form, where it is made, and which share a scale.
 
-`jaxquant.plan.form_search` alone decides where int8 starts and stops.  A tensor is made int8 where an int8
-site needs it; operations that select or move values hand the int8 form through, backwards from who
-needs it and forwards from where it is, and tie the scales of what they read and give (a union).
-Nothing here looks at data.
+`jaxquant.plan.form_search` alone decides where int8 starts and stops.  A tensor is made int8 where
+an int8 site needs it; operations that select or move values hand the int8 form through, backwards
+from who needs it and forwards from where it is, and tie the scales of what they read and give (a
+union).  Nothing here looks at data.
 
 The inputs of a concatenation share one scale: the result has one, and an input that only the
 concatenation reads would gain nothing from another.  One that no int8 site reads behind it stays
