@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
-from jaxquant.graph import attention, gelu, ir, layer_norm, matching, shares, softmax
+from jaxquant.graph import attention, few_rows, gelu, ir, layer_norm, matching, shares, softmax
 
 # What finds an operation: a function (graph, last equation); None of other equations.
 Find: TypeAlias = Callable[[ir.Graph, ir.Equation], matching.Match | None]
 
 FINDERS: Mapping[str, Find] = {
     "attention": attention.match,
+    "few_rows": few_rows.match,
     "gelu": gelu.match,
     "layer_norm": layer_norm.match,
     "shares": shares.match,
@@ -33,9 +34,10 @@ class Operator:
       inputs: the tensors that it reads, those that depend on the model's inputs first.
       members: the indices of its equations, ascending; the last one gives its result.
       params: "attention": layout, scale, fill, biases and masks, see `jaxquant.graph.attention`,
-        precisions of its two products; "gelu": approximate, "tanh" or "none"; "layer_norm":
-        axis, epsilon, has_scale and has_bias (inputs [C] behind the first); "shares" and "softmax":
-        axis.
+        precisions of its two products; "few_rows": fills, whether a number out of range gives
+        NaN (inputs numbers [..., 1] and table [V, K]); "gelu": approximate, "tanh" or "none";
+        "layer_norm": axis, epsilon, has_scale and has_bias (inputs [C] behind the first); "shares"
+        and "softmax": axis.
     """
 
     kind: str

@@ -20,7 +20,7 @@ from jaxquant.plan.binding import Binding
 from jaxquant.plan.liveness import live_equations, read_in_float
 from jaxquant.run.lowerings import Evaluation, Lowering
 
-KINDS = ("attention", "gelu", "layer_norm", "shares")
+KINDS = ("attention", "few_rows", "gelu", "layer_norm", "shares")
 
 
 def find(

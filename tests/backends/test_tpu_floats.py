@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxquant
 from jaxquant.backends import tpu_floats
@@ -84,16 +85,69 @@ def test_softmax_as_a_site():
     _is_the_same(apply_fn, params, X, is_full_quantize=True)
 
 
+def test_attention_of_bfloat16_with_values_as_wide_as_a_register():
+    module = nn.MultiHeadDotProductAttention(2, qkv_features=256, dtype=jnp.bfloat16)
+    params = networks.random_params(lambda: module.init(jax.random.key(0), X))
+    params = jax.tree.map(lambda x: (x * 0.2).astype(jnp.bfloat16), params)
+    x = X.astype(jnp.bfloat16)
+    want, got = _results(module.apply, params, x)
+    assert got.dtype == jnp.bfloat16
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, x, want, got))
+    exact = module.clone(dtype=jnp.float32).apply(*wide[:2])
+    want, got = (np.abs(result - exact).mean() for result in wide[2:])
+    assert got < 1.1 * want
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+def test_a_lookup_of_few_rows(mode: str):
+    table = np.arange(12, dtype=np.float32).reshape(3, 4)
+    numbers = np.array([[0, 1, 2], [3, -1, 2]], np.int32)[..., None]
+    rows = numbers.shape[:-1] + table.shape[1:]
+    operation = FloatOperation("few_rows", {"fills": mode == "fill"}, (), rows, table.dtype, print)
+    with choices.at(TPU):
+        got = tpu_floats.run(operation, jnp.asarray(numbers), jnp.asarray(table))
+    want = table[numbers[..., 0].clip(0, 2)]
+    if mode == "fill":
+        want[1, :2] = np.nan
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_model_with_a_table_of_few_rows():
+    def apply_fn(params, ids, x):
+        types = jnp.take(params["types"], jnp.zeros_like(ids), axis=0)
+        return jnp.tanh(x + types) @ params["dense"]
+
+    params = {"types": X[0, :2], "dense": X[1].T @ X[1]}
+    ids = np.zeros((3, 12), np.int32)
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [(ids, X)], recover=())
+    text = {}
+    for place in (choices.ONE_CPU, TPU):
+        with choices.at(place):
+            there = qapply.with_backend("xla")
+            lowered = jax.jit(lambda q, i, x, there=there: there(q, i, x)).lower(qparams, ids, X)
+        text[place.platform] = lowered.as_text()
+        np.testing.assert_array_equal(lowered.compile()(qparams, ids, X), qapply(qparams, ids, X))
+    assert {name: "stablehlo.gather" in each for name, each in text.items()} == {
+        "cpu": True,
+        "tpu": False,
+    }
+
+
 def _is_the_same(apply_fn, params, *inputs, **options):
-    """The int8 model as on a TPU, whose softmax sums by one product more."""
+    want, got = _results(apply_fn, params, *inputs, **options)
+    error = np.abs(want - apply_fn(params, *inputs)).mean()
+    assert np.abs(got - want).mean() < 0.02 * error
+
+
+def _results(apply_fn, params, *inputs, **options):
+    """Of the int8 model here and as on a TPU, where its softmax sums by one product more."""
     qparams, qapply = jaxquant.quant_post(params, apply_fn, [inputs], recover=(), **options)
     here, there = (qapply.with_backend("xla") for _ in range(2))  # each is traced by itself
     want = jax.jit(here)(qparams, *inputs)
     with choices.at(TPU):
         there = jax.jit(there).lower(qparams, *inputs)
     assert _dots(there) == _dots(jax.jit(here).lower(qparams, *inputs)) + 1
-    got, error = there.compile()(qparams, *inputs), np.abs(want - apply_fn(params, *inputs)).mean()
-    assert np.abs(got - want).mean() < 0.02 * error
+    return want, there.compile()(qparams, *inputs)
 
 
 def _dots(lowered) -> int:

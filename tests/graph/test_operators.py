@@ -11,7 +11,7 @@ from tests import networks
 
 X = networks.images(0, (3, 5, 8))
 # "shares" are a softmax from its exponential on, for who has no form of all of it.
-KINDS = [kind for kind in operators.FINDERS if kind != "shares"]
+KINDS = [kind for kind in operators.FINDERS if kind not in ("shares", "few_rows")]
 
 
 def found(function, params=None):
