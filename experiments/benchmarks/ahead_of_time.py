@@ -36,7 +36,9 @@ VOCABULARY, BATCH, LENGTH = 96, 8, 64
 LOOPS = ("transformer", "lstm_tagger", "decoder", "experts")
 IMAGES = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0", "googlenet")
 NETWORKS = (*LOOPS, *IMAGES, "causal", "encoder", "minilm")
-MODES = ("static", "full", "dynamic", "8-bit weights", "4-bit weights", "bfloat16")
+INT8_MODES = ("static", "full", "dynamic", "8-bit weights", "4-bit weights")
+# The last two are of a model in bfloat16: quantized, and as it is.
+MODES = (*INT8_MODES, "static of bfloat16", "bfloat16")
 # A batch of the networks that are measured by their cycles, and how it is sampled in quantization.
 IMAGE, SAMPLE = (224, 224, 3), (1, 64, 64, 3)
 TOKENS = 128
@@ -125,11 +127,11 @@ def compile_one(device: str, name: str, mode: str, batch: int, most: int = 0) ->
     Returns:
       "products", see `described.products`; "kernels" of a GPU, "cycles" and "largest" of a TPU.
     """
-    apply_fn, params, sample = network(name, jnp.bfloat16 if mode == "bfloat16" else jnp.float32)
-    if mode == "bfloat16":
-        arrays, function = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), apply_fn
-    else:
-        arrays, function = quantized(mode, params, apply_fn, sample)
+    dtype = jnp.bfloat16 if "bfloat16" in mode else jnp.float32
+    function, params, sample = network(name, dtype)
+    arrays = jax.tree.map(lambda x: x.astype(dtype), params)
+    if mode != "bfloat16":
+        arrays, function = quantized(mode, arrays, function, sample)
     shape = (batch or len(sample), *(IMAGE if name in IMAGES else sample.shape[1:]))
     text = described.compiled(device, function, arrays, jax.ShapeDtypeStruct(shape, sample.dtype))
     found: dict[str, Any] = {"products": described.products(text)}
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("device", choices=described.DEVICES)
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "MODE"), help="in this process")
     parser.add_argument("--networks", nargs="+", default=LOOPS, choices=NETWORKS)
-    parser.add_argument("--modes", nargs="+", default=MODES[:-1], choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=INT8_MODES, choices=MODES)
     parser.add_argument("--batch", type=int, default=0, help="0: as many as it is quantized with")
     parser.add_argument("--largest", type=int, default=0, help="so many of a TPU's operations too")
     given = parser.parse_args()

@@ -1,11 +1,13 @@
-"""Attention, GELU and softmax between int8 sites in the forms that a TPU computes fastest.
+"""Attention, GELU, softmax and lookups between int8 sites in the forms that suit a TPU.
 
 There a product with int8 is so fast that what lies between two of them decides.  By XLA's estimate
 for TPU v5e (`experiments/benchmarks/ahead_of_time.py`), batch 32 of 128 tokens, of two layers of
 BERT: the sums of a softmax take a quarter of the time of an attention, since they go along a
-register; and a GELU by the error function, which XLA writes as two quotients of polynomials, takes
-longer than the two int8 products around it.  Where softmax is a site, and the products around it
-too, the compiler overflows its stack on its sums (libtpu 0.0.42.1), but not on products with ones.
+register; a GELU by the error function, which XLA writes as two quotients of polynomials, takes
+longer than the two int8 products around it; and the two types of tokens, read from a table for each
+token, take as long as its largest layer normalization.  Where softmax is a site, and the products
+around it too, the compiler overflows its stack on its sums (libtpu 0.0.42.1), but not on products
+with ones.
 """
 
 from __future__ import annotations
