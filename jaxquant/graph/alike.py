@@ -54,6 +54,7 @@ def _key(value: Any) -> Hashable:
 
 
 def _jaxpr_key(jaxpr: Any) -> Hashable:
+    # Variables are numbered where they are first met, so that names do not matter.
     local: dict[Any, int] = {}
 
     def place(atom: Any) -> Hashable:

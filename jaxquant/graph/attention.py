@@ -57,6 +57,7 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
 
     The inputs of the match are q, k and v, then its biases, then its masks.
     """
+    # Frameworks put the heads' axis back behind the second dot: those transposes belong to it.
     product, members, moves = last, {last.index}, []
     while product.name == "transpose":
         moves.append(tuple(product.params["permutation"]))
@@ -68,6 +69,7 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     second = graph.contractions.get(product.index)
     if second is None or not _is_plain(graph, product, second):
         return None
+    # The weights are the operand that a softmax gives; einsum may put them on either side.
     for side in (0, 1):
         casts = list(matching.behind_casts(graph, product.inputs[side]))
         weights = casts[-1].inputs[0] if casts else product.inputs[side]
@@ -79,10 +81,12 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
         if scores.product is None or scores.contraction is None:
             return None
         members |= found.members | scores.members | {cast.index for cast in casts}
+        # What else reads a tensor in the middle would need it to exist, so it stays as it is then.
         parts = _layout(scores, second, side)
         if parts is None or not matching.is_private(graph, members, last.outputs[0]):
             return None
         layout, keys = parts
+        # The result's axes as the last equation has them.
         for move in reversed(moves):
             layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
         read = (
@@ -156,6 +160,7 @@ class _Scores:
         assert self.contraction is not None
         result = self.contraction.result
         *others, rows = [result.free[1 - keys][k] for k in self.rows(keys)]
+        # Biases and masks are read by the order of the scores as the product gives them.
         wanted = [self._order[axis] for axis in (*result.batch, *others, *result.free[keys], rows)]
 
         def addends(found: Mapping[ir.Var, Order]) -> tuple[Addend, ...]:
@@ -203,6 +208,7 @@ class _Scores:
         mask, *values = eqn.inputs
         if not isinstance(mask, int) or self._graph.dtype(mask) != jnp.bool_:
             return None
+        # `where(mask, scores, fill)` or the other way round, in which case the mask is negated.
         for place in (0, 1):
             number = matching.spread_number(self._graph, values[place])
             if number is not None and (not self.masks or number == self._fill):
@@ -272,6 +278,7 @@ def _layout(scores: _Scores, second: Contraction, side: int) -> tuple[Layout, in
     if not rows or {*weights.batch} != {*first.result.batch} or {*weights.free} != {*rows}:
         return None
 
+    # The second dot may have the batch axes in another order: all follow the first one's.
     of_batch = [weights.batch.index(axis) for axis in first.result.batch]
     of_rows = scores.rows(keys)
     shared = (None,) * (len(rows) - 1)  # what several rows share is one batch for each of them

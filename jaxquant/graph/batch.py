@@ -126,6 +126,7 @@ def _follow(pair: _Pair, reached: Mapping[ir.Var, _Origin]) -> dict[ir.Var, _Ori
       reached: those of its inputs that do.
     """
     found = dict(reached)
+    # Two traces with different batches: an axis whose size differs is one that samples lie along.
     for eqn, other in pair.equations():
         if not eqn.outputs or pair.one.static[eqn.outputs[0]]:
             continue
@@ -136,6 +137,7 @@ def _follow(pair: _Pair, reached: Mapping[ir.Var, _Origin]) -> dict[ir.Var, _Ori
             found.update(_through_bodies(pair, eqn, other, found))
         else:
             origins = [found[v] for v in eqn.input_vars if v in found]
+            # A reduction over samples is where the dependence begins; all behind it inherits it.
             if axes and {*_reduced(eqn)} & {*axes[0]}:
                 layer = layer_of(pair.one, eqn, pair.classes)
                 origins.append(_Origin(layer, _sums_floats(pair.one, eqn)))
@@ -160,6 +162,7 @@ def _through_bodies(
         region = body.first
         if region.key == "cond_jaxpr":
             continue  # it gives no value, only when to stop
+        # A body is followed like a region of its own, with what its operands depend on.
         feeding = [found.get(x) if isinstance(x, int) else None for x in region.operands]
         carries = region.carries
         while True:  # what a step leaves in the carry, the next one reads
@@ -191,6 +194,7 @@ def _treats_as_one(
             return False  # `jax.vmap` makes a group of each sample
         summed = [set(own.contracted) for own in contraction.operands]
         summed[0] |= set(contraction.operands[0].window)
+        # Contracting over samples, or a window along them, mixes them.
         return any(own & {*grow} for own, grow in zip(summed, axes, strict=False))
     if eqn.name == "scan":
         return params["length"] != other.params["length"] and _carry_reads_steps(pair, eqn)

@@ -41,6 +41,7 @@ def trace_with_batch_sizes(
     """
     model = source.trace(inputs)
     graph = model.graph
+    # A second trace costs time: only where a weight may be made from a size of the inputs.
     suspects = [site for site in model.sites if _may_follow(graph, site)]
     found: set[ir.Var] = set()
     for other in _traces(source, inputs, others) if suspects else ():

@@ -92,6 +92,7 @@ def _difference(signature: inspect.Signature, inputs: Sequence[Any]) -> str:
         return f"{said}: it is a function of both, as in `lambda p, x: model.apply(p, x)`"
     if len(inputs) > taken and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return f"{said}; leave out what it does not take, as labels"
+    # Positional parameters left over without a default: an input is missing, or a flag.
     given = list(signature.parameters)[: 1 + len(inputs)]
     own = ", ".join(["p", *given[1:]])
     lacking = [

@@ -32,6 +32,7 @@ def check_model(params: Any, apply_fn: Any) -> None:
             f"apply_fn is a function apply_fn(params, *inputs), got {type(apply_fn).__name__}; the "
             "order is the parameters, the function, the data"
         )
+    # Mistakes that are often made, by what the objects look like, before anything is traced.
     if hasattr(params, "params") and hasattr(params, "opt_state"):
         raise TypeError(
             f"params is a {type(params).__name__}, which holds the optimizer too: pass its "
@@ -105,6 +106,7 @@ def check_params(params: Any) -> None:
                 "(donate_argnums) or deleted by hand. Pass the parameters that this function "
                 "returned, or a copy that was made before"
             )
+        # Texts, objects and dates are in trees by accident; PRNG keys are there on purpose.
         if not prng.is_key_dtype(leaf.dtype) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"params[{name!r}] has dtype {leaf.dtype}, not numbers")
         if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
@@ -137,6 +139,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
                 f"{list(graph.shape(site.weight))}. Leave the layer out of the model, or give it "
                 "channels"
             )
+        # A table may hold infinities on purpose (masks of tokens); those stay float, see the plan.
         for var in () if site.is_lookup else _weight_sources(graph, site):
             if var in checked:
                 continue

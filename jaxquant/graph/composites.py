@@ -110,6 +110,7 @@ def _bases(graph: ir.Graph, gathering: frozenset[int]) -> tuple[dict[ir.Var, ir.
         dynamic = [v for v in eqn.input_vars if not graph.static[v]]
         if not dynamic or len(eqn.outputs) != 1:
             continue
+        # Behind a statistic the tensor comes back through a broadcast to the size that it had.
         is_behind = eqn.index in gathering or any(v in behind for v in dynamic)
         if not (
             primitives.is_elementwise(eqn)
@@ -118,6 +119,7 @@ def _bases(graph: ir.Graph, gathering: frozenset[int]) -> tuple[dict[ir.Var, ir.
             or (is_behind and eqn.name == "broadcast_in_dim")
         ):
             continue
+        # Two different bases meet: the result is a function of both, and a tensor of its own.
         found = {bases.get(v, v) for v in dynamic}
         if len(found) == 1:
             (bases[eqn.outputs[0]],) = found
@@ -135,6 +137,7 @@ def _returns_to_base(
     """True where what `eqn` gives meets, elementwise, its tensor or a function of it in `bases`."""
     origin = origins[eqn.outputs[0]]
     base = bases.get(eqn.input_vars[0], eqn.input_vars[0])
+    # Breadth does not matter: whichever way it comes back, it is a statistic of the tensor.
     gathered, stack = {eqn.outputs[0]}, [eqn.outputs[0]]
     while stack:
         for user in graph.consumers.get(stack.pop(), ()):

@@ -173,6 +173,7 @@ class _Cutting:
         for start, stop in itertools.pairwise(bounds):
             found.append(self._sized(atom, stop - start))
             rest = self.graph.shape(atom)[1:]
+            # Parameters have pieces already; anything else that the scan goes over is sliced here.
             limits = {"start_indices": (start, *(0 for _ in rest)), "limit_indices": (stop, *rest)}
             self._add(
                 near,
@@ -246,6 +247,7 @@ def cut_graph(graph: ir.Graph, params: Any, cuts: Cuts) -> tuple[ir.Graph, Mappi
     for eqn in graph.equations:
         cutting.add(eqn)
     last = graph.equations[-1]
+    # A stack that the model gives is put together of the segments' stacks.
     outputs = tuple(cutting.whole(x, last) for x in graph.outputs)
     found = dataclasses.replace(
         graph,

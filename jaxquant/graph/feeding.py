@@ -25,6 +25,8 @@ def module_feeding(region: Region, eqn: ir.Equation) -> tuple[str, ...]:
     Args:
       region, eqn: the operation.
     """
+    # Back from the operands to the nearest weights, out of bodies and into those of loops; no
+    # further than the first weight on each way.
     stack: list[_Place] = [(region, var) for var in eqn.input_vars]
     seen, modules = set(stack), []
     while stack:

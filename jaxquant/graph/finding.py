@@ -34,6 +34,7 @@ def find_sites(root: Region) -> tuple[Site, ...]:
 
 def _collect(region: Region) -> Iterator[Site]:
     graph, composites = region.graph, region.composites.whole
+    # A composite is one site, at its last equation; those inside it are none.
     within = {i for last, whole in composites.items() for i in whole.members if i != last}
     bases, normalising = region.composites.bases, region.composites.normalising
     for eqn in graph.equations:
@@ -51,6 +52,7 @@ def _collect(region: Region) -> Iterator[Site]:
         if kind and _has_floats(graph, eqn):
             yield _site(region, eqn, kind, operands)
         elif not kind:
+            # No kind: a loop, a choice or a call that stays, whose body has sites of its own.
             for body in region.bodies(eqn):
                 yield from _collect(body)
 
@@ -87,17 +89,21 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
     contraction = graph.contractions.get(eqn.index)
     if contraction is not None:
         static = [graph.is_static(x) for x in eqn.inputs]
+        # The weight is the second operand, as JAX's layers write it, unless only the first is
+        # static.
         if static[0] and contraction.takes_weight_first:
             position = 0
         found = eqn.inputs[position]
         if static[position] and isinstance(found, int):
             weight = found
             path = tracing.path_of(graph, found)
+            # A weight of no parameter, or one that follows the batch size, cannot be stored.
             computes = not graph.sources(found) or found in graph.sized_by_batch
     elif kind in kinds.PRODUCTS:  # named after a parameter too, though none of it is stored
         static_vars = [v for v in eqn.input_vars if graph.static[v]]
         sources = [source for v in static_vars for source in graph.sources(v)]
         path = graph.paths[tracing.largest(graph, sources)] if sources else ""
+    # A product of activations has no weight to be named after: it takes the module's that feeds it.
     feeding: tuple[str, ...] = ()
     if contraction is not None and weight is None and not _is_placed(eqn.scope):
         feeding = module_feeding(region, eqn)

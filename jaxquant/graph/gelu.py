@@ -26,11 +26,13 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     """The GELU that ends in an equation; None of others."""
     if last.name not in ("mul", "div") or graph.static[last.outputs[0]]:
         return None
+    # A cheap look first: tanh or erf close by, and only one of the two.
     near = list(_behind(graph, last))
     forms = {_HINTS[eqn.name] for eqn in near if eqn.name in _HINTS}
     if len(forms) != 1:
         return None
     (form,) = forms
+    # Every tensor nearby may be the argument; a candidate is proved by evaluating it on numbers.
     for source in dict.fromkeys(v for eqn in near for v in eqn.input_vars):
         members = _between(graph, source, last)
         if members is None or not any(graph.equations[i].name in _HINTS for i in members):

@@ -168,6 +168,7 @@ class Graph:
                 self.fingerprint(x) if isinstance(x, Literal) else found.get(x, "")
                 for x in eqn.inputs
             ]
+            # A broadcast adds no information, and its size may be the batch's.
             if self._only_copies(eqn):
                 found[eqn.outputs[0]] = inputs[0]
                 continue

@@ -20,6 +20,8 @@ def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> s
     """
     if eqn.scope:
         return _spell(eqn.modules[-1] if eqn.modules else "", eqn.scope)
+    # nnx and plain functions have no scope: the first parameter that the result meets, elementwise,
+    # is the layer's own (a BatchNorm's scale), else the last one before it.
     behind, seen = [*eqn.outputs], {*eqn.outputs}
     while behind:
         for user in graph.consumers.get(behind.pop(0), ()):

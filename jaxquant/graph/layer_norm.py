@@ -138,6 +138,7 @@ class _Search:
         graph, eqn = self._graph, self._step(atom, "div", "mul")
         if eqn is None:
             return None
+        # Written as a sum over n, or as a sum times 1 / n.
         total, count = eqn.inputs
         if eqn.name == "mul" and graph.is_static(total):
             total, count = count, total
@@ -148,6 +149,7 @@ class _Search:
         axis = int(summed.params["axes"][0])
         size = graph.shape(summed.inputs[0])[axis]
         wanted = divisor if eqn.name == "div" else (1 / divisor if divisor else 0)
+        # Float32 holds 1 / n to 6e-8; another divisor is no mean.
         if not isinstance(size, int) or abs(wanted - size) > 1e-5 * size:
             return None
         return summed.inputs[0], axis

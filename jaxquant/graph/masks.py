@@ -30,11 +30,14 @@ def find_mask(model: Model) -> tuple[str, str] | None:
     for region in model.regions:
         here, fixed = region.graph, _given_fixed(region)
         drawn: dict[ir.Var, ir.Equation] = {}
+        # Fixed: follows from parameters and constants alone, so is the same mask in every call.
         for eqn in here.equations:
             origins = [drawn[v] for v in eqn.input_vars if v in drawn]
             is_fixed = all(here.is_static(x) or x in fixed for x in eqn.inputs)
             if is_fixed:
                 fixed.update(eqn.outputs)
+            # Random and fixed is a mask only where it is multiplied with, or chooses between,
+            # activations.
             if is_fixed and eqn.name in DRAWS:
                 drawn[eqn.outputs[0]] = eqn
             elif is_fixed and origins:

@@ -192,6 +192,7 @@ def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[
     product = operands[0] if operands and isinstance(operands[0], _Deferred) else None
     if name in _CASTS:
         return operands
+    # A `psum` of a product is moved into the product, also through what is linear between them.
     if product is not None and name in _LINEAR and len(operands) == 1:
         return [product._replace(behind=(*product.behind, eqn))]
     if product is not None and collective == "psum":
@@ -227,6 +228,7 @@ def _scan(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
     constants, carried = jaxprs.scan_counts(params)
     closed = params["jaxpr"]
 
+    # The body is interpreted too: collectives inside it are of the same mesh.
     def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         args = [*operands[:constants], *carry, *slices]
         results = _interpret(closed.jaxpr, closed.consts, args)

@@ -61,6 +61,7 @@ def name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]:
     for site in lookups:
         path = site.weight_path
         base = "/".join(s for s in (site.scope, site.kind) if s)
+        # A module that holds the table alone gives its name, as it does for other weights.
         if path:
             base = module_of(path) if modules[module_of(path)] == 1 else without_collection(path)
         base = _without_segment(base, site)

@@ -129,6 +129,7 @@ def lacking_layers(found: Sequence[Site], pattern: str) -> str:
     named = [] if asked is None else [site for site in found if matches_site(site, asked.base)]
     if asked is None or not named:
         return ""
+    # The site that comes nearest to what was asked for tells most.
     site = max(named, key=lambda site: (len(site.scans), bool(site.inside)))
     if len(site.scans) >= len(asked.layers):
         sizes = " and ".join(map(str, site.scans))

@@ -58,6 +58,8 @@ def as_layers(
     params, body = eqn.params, eqn.params["jaxpr"]
     constants, carried = jaxprs.scan_counts(params)
 
+    # Traced anew with the picked rows as operands of the scan: then they are stacked weights, like
+    # those that a scan over layers has from the start.
     def run(*operands: Any) -> list[Any]:
         fixed = [_Stack(k, x) if is_weight[k] else x for k, x in enumerate(operands[:constants])]
         rows = {place: _rows(operands[pick.position], pick) for place, pick in picks.items()}

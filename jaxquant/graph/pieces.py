@@ -70,6 +70,7 @@ class InPieces:
         graph, compiled = self._known[key]
         values: dict[ir.Var, Any] = {**graph.constants}
         values.update(zip(graph.inputs, leaves, strict=True))
+        # Values are dropped behind their last reader, as XLA would within one program.
         for piece, function in compiled:
             results = function(*(values[var] for var in piece.reads))
             for var in piece.done:
@@ -128,6 +129,7 @@ def _in_order_of_need(graph: ir.Graph) -> list[ir.Equation]:
         depth.update((var, below + 1) for var in eqn.outputs)
     outputs = sorted(graph.output_vars, key=lambda var: (depth.get(var, 0), var))
     ordered: dict[int, ir.Equation] = {}
+    # Depth first, without recursion; a second visit to a tensor says that all it needs is there.
     stack = [(var, False) for var in reversed(outputs)]
     while stack:
         var, is_ready = stack.pop()
@@ -197,6 +199,7 @@ def _chains(links: Sequence[tuple[Hashable, int]]) -> list[slice]:
 
     starts = list(range(len(names)))
     least = cost(starts)
+    # Small ones first: each that is kept apart later costs a program.
     for name in sorted(sizes, key=lambda name: sizes[name]):
         fewer = [start for start in starts if start == 0 or names[start] != name]
         if (found := cost(fewer)) <= least:

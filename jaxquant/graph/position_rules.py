@@ -81,10 +81,12 @@ def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
     shape = graph.shape(eqn.outputs[0])
     whole = [x for x in operands if len(x.axes) == len(shape)]
     axes = [agreed(_of_size(each, n)) for each, n in zip(zip(*(x.axes for x in whole)), shape)]
+    # exp of a masked score is 0, whatever filled it: what is summed after that is of no padding.
     if eqn.name in ("exp", "exp2", "logistic"):
         axes = [tuple(part._replace(filled=False) for part in axis) for axis in axes]
     masks = [x for x in whole if x.tells]
     is_mixed = not all(x.is_plain or x.is_static for x in operands)
+    # A mask has been applied: the positions that it tells of hold a fill, not activations.
     if is_mixed and not _leaves_zeros(graph, eqn):
         filled = {k for x in masks for k, axis in enumerate(x.axes) if _has_positions(axis)}
         axes = [
@@ -140,6 +142,7 @@ def _contraction(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
         first, kernel = contraction.operands
         kernel_shape = graph.shape(eqn.inputs[1])
         for number, axis in enumerate(first.window):
+            # A kernel of one position, unstrided, moves nothing: each position stays by itself.
             is_apart = (
                 kernel_shape[kernel.window[number]] == 1
                 and window.strides[number] == window.input_dilation[number] == 1
@@ -185,6 +188,7 @@ def _dealt(parts: list[Part], shape: Sequence[int]) -> list[Axis] | None:
     for size in shape:
         axis: list[Part] = []
         left = size
+        # Parts fill the sizes in order; one may be cut in two only where nothing is known of it.
         while parts and (left != 1 or (parts[0].size == 1 and not axis)):
             part = parts[0]
             if left % part.size == 0:

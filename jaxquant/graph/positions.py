@@ -188,6 +188,7 @@ def _through_body(
         if number == _ROUNDS - 1:  # it goes back and forth
             for place in body.carries:
                 feeding[place] = nothing(graph.shape(body.arguments[place]), lost=eqn.name)
+        # Again, until what is known of the carry stands still: it only ever becomes less.
         results = _results(body, feeding, found)
         new = list(feeding)
         for place, out in body.carries.items():

@@ -48,6 +48,8 @@ def find_sequences(model: Model, places: tuple[int, ...]) -> Sequences:
     groups = {place: frozenset({place}) for place in places}
     while True:  # where positions meet nothing is known behind, until they are one
         marks = {place: min(group) for place, group in groups.items()}
+        # Positions that meet (in a sum, say) are of one sequence, and are followed once more as
+        # one.
         parts = _all_parts(model, tuple(sorted(marks.items())))
         met = {part.met for axis in parts for part in axis if part.met}
         if not met:
@@ -57,6 +59,7 @@ def find_sequences(model: Model, places: tuple[int, ...]) -> Sequences:
             groups.update(dict.fromkeys(joined, joined))
     apart: set[frozenset[int]] = set()
     for several in parts:
+        # Two marks on two axes of one tensor (scores of attention) are not the same positions.
         beside = {part.mark for part in several if part.is_position and part.mark is not None}
         for one, other in itertools.combinations(sorted(beside), 2):
             apart.update(map(frozenset, itertools.product(groups[one], groups[other])))

@@ -20,6 +20,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
     if exponential is None or exponential.name != "exp":
         return None
     members = {division.index}
+    # exp(s) / sum(exp(s)), without the subtraction of the maximum, which is another operator.
     total = softmax.through_movement(graph, denominator, members)
     if total is None or total.name != "reduce_sum" or total.inputs[0] != numerator:
         return None

@@ -80,6 +80,8 @@ def _unmasked(
             summed = cast.inputs[0]
     if summed != numerator:
         return None
+    # The maximum that is subtracted may be made in many ways: all that lies between it and the
+    # source has to be made of maxima, stops of gradients and movements.
     shifted = matching.producer(graph, exponential.inputs[0])
     if shifted is None or shifted.name != "sub" or not isinstance(shifted.inputs[0], int):
         return None
@@ -139,6 +141,7 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
         chooses = eqn.name == "select_n"  # then one value, -1e9 or -inf, is a mask too
         if not chooses and not any(_masks(graph, x) for x in operands if x not in scores):
             return source
+        # The scores are the source only where nothing but the softmax reads the masked ones.
         only_here = all(user.index in members for user in graph.consumers.get(source, ()))
         if len(scores) != 1 or not isinstance(scores[0], int) or not only_here:
             return source

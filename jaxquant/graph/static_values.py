@@ -51,6 +51,7 @@ def static_values(
     for eqn in graph.equations if equations is None else equations:
         if not eqn.inputs or len(eqn.outputs) != 1 or not graph.static[eqn.outputs[0]]:
             continue
+        # In NumPy, in float32 as XLA does it: small things that would cost a compilation each.
         if any(graph.dtype(atom) != np.float32 for atom in (*eqn.inputs, *eqn.outputs)):
             continue
         operands = [_operand(atom, found, sources) for atom in eqn.inputs]

@@ -54,6 +54,8 @@ class _Restorer:
     def restored(self) -> ir.Graph:
         for eqn in self._graph.equations:
             inputs = tuple(self._atom(x) for x in eqn.inputs)
+            # JAX indexes by gathers where a size is a symbol; a resize gathers by intent, and
+            # stays.
             is_index = eqn.name == "gather" and kinds.RESIZE_CALL not in eqn.calls
             found = _as_slice(self._graph, eqn) if is_index else None
             if found is None:
@@ -84,6 +86,7 @@ class _Restorer:
         target = output
         if found.dropped:
             pairs = zip(found.starts, found.limits, found.strides, strict=True)
+            # The axes that an index drops are sliced to size 1 first, then squeezed away.
             sizes = tuple((limit - start - 1) // stride + 1 for start, limit, stride in pairs)
             self._avals.append(self._graph.avals[output].update(shape=sizes))
             self._static.append(False)

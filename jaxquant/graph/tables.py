@@ -99,6 +99,7 @@ def _along_inputs(graph: ir.Graph) -> dict[ir.Var, frozenset[int]]:
     known: dict[ir.Var, Known] = {}
     for number, var in enumerate(graph.inputs):
         shape = graph.shape(var)
+        # Of floats the last axis is of features: its size may vary no more than the weight's does.
         features = int(jnp.issubdtype(graph.dtype(var), jnp.floating))
         marked = range(min(len(shape) - 1, 1), len(shape) - features)
         axes = [
@@ -169,6 +170,8 @@ class _Rewriter:
     def written(self, found: set[int], whole: frozenset[ir.Var]) -> ir.Graph:
         """The graph with lookups for the equations of these indices, and of all rows of tables."""
         for eqn in self._graph.equations:
+            # A table that is also read whole gets its rows by a lookup of all of them, so that it
+            # is stored once, as integers.
             for var in whole.intersection(eqn.input_vars) - self._rows.keys():
                 self._look_up_all(eqn, var)
             inputs = tuple(self._rows.get(x, x) if isinstance(x, int) else x for x in eqn.inputs)
@@ -201,6 +204,8 @@ class _Rewriter:
         structs = [jax.ShapeDtypeStruct(graph.shape(x), graph.dtype(x)) for x in eqn.inputs]
         jaxpr = jax.make_jaxpr(_lookup_for(eqn, shape))(*structs).jaxpr
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, eqn.inputs, strict=True))
+        # What JAX traces the lookup to takes the equation's place; its last result keeps its
+        # number.
         for inner in jaxpr.eqns:
             (var,) = inner.outvars
             output = eqn.outputs[0] if var is jaxpr.outvars[0] else self._new(var.aval)

@@ -49,6 +49,7 @@ def trace(
       Exception: whatever `apply_fn` raises about these inputs.
     """
     check_call(apply_fn, inputs)
+    # Shapes alone: the trace reads no value, so that a plan never depends on one by accident.
     param_structs = jax.tree.map(ir.struct, params)
     input_structs = jax.tree.map(ir.struct, tuple(inputs))
     try:
@@ -71,6 +72,7 @@ def trace(
         raise AssertionError("the trace has another number of inputs than the arguments")
     outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
+    # Forms that JAX writes in roundabout ways are brought back before anything looks for sites.
     graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
     return with_tied_tables(with_looked_up_rows(symbolic.restore_slices(graph)))
 
@@ -96,6 +98,7 @@ def trace_body(
             invars.append(builder.new(var.aval, static=False))
     outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
     inputs = [var for var in invars if var not in leaves]
+    # A table outside is one inside too, though the body may see but a product with it.
     outside = find_tables(outer)
     tables = [v for v, x in zip(invars, operands, strict=True) if v in leaves and x in outside]
     graph = builder.graph(leaves, inputs, outputs, None)
@@ -270,6 +273,7 @@ class _Builder:
         operands = [self._number(x) for x in producer.inputs]
         if any(x is None for x in operands):
             return None
+        # `layers - 1 - i`, say: computed now, since the numbers say which weight each step takes.
         with jax.ensure_compile_time_eval():
             results = jaxprs.bind(producer.primitive, operands, dict(producer.params))
         return np.asarray(results[producer.outputs.index(atom)])

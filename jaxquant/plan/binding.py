@@ -179,6 +179,7 @@ class BoundBody:
         found: set[tuple[str, ...]] = set()
         if self.model.layers is None:
             return found
+        # Scans are numbered from outside in: this loop's own axis is the last one.
         level = len(self.model.scans) - 1
         for part in self.layers[0].all_graphs():
             for each in part.sites:

@@ -48,15 +48,19 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
     graph = model.graph
     if in_skip_scope(site.scope):
         return f"inside jax.named_scope({SKIP_SCOPE!r})"
+    # What the user asks for by name goes before the settings that are for the whole model.
     rule = _last_on_dtype(config.all_rules, site)
     if rule is not None and rule.dtype == "float":
         return rule.reason or f"rule {rule.pattern!r}"
     if rule is None and config.skip_first_last and site.name in first_and_last(model.located):
         return "first or last layer (skip_first_last)"
+    # The stacks of a scan that was cut are put together by a concatenation of ours, not the
+    # model's.
     if not site.inside and site.equation in model.joins:
         return "it puts together what a rule cut a scan into"
     if site.inside:
         return _why_inside(model, site)
+    # Then what the kind has, and last what this very site has in its shapes and dtypes.
     if site.kind in kinds.PRODUCTS:
         return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:
@@ -131,6 +135,7 @@ def in_skip_scope(scope: str) -> bool:
 
 def _unfit(graph: ir.Graph, site: Site) -> str:
     eqn = graph.equations[site.equation]
+    # A mask of -inf would make the scale infinite, unless int8 can hand the constant through.
     for operand in site.operands:
         source = graph.producer.get(primitives.movement_root(graph, operand))
         if source is None or not has_infinity(graph, source):
@@ -142,6 +147,7 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
     contraction = site.contraction
     if contraction is None:
         return ""
+    # Integers in the model are indices or codes already; they have no scale to be rounded by.
     for factor in eqn.inputs[:2]:
         if not jnp.issubdtype(graph.dtype(factor), jnp.floating):
             return f"an operand is {graph.dtype(factor)}, not float"
@@ -152,6 +158,7 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
             return "batch_group_count is not 1"
     elif contraction.choosing is not None and site.stored_weight is None:
         return "the weights that its rows choose from are no parameters"
+    # Exact sums are the promise: every term is at most 127 * 127, with a zero point 127 * 255.
     terms = contraction.terms(graph.shape(eqn.inputs[1]))
     if terms > (LARGEST_SUM_OF_TENSORS if site.weight is None else LARGEST_SUM):
         return f"its sums of {terms} products may overflow int32"

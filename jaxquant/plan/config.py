@@ -193,12 +193,14 @@ class QuantConfig:
         if not isinstance(self.algo, Observer):
             check_known("algo", self.algo, OBSERVERS)
         _check_percent(self.hist_percent)
+        # Frozen, so what is given as a list or a single name is put into its one form here.
         for name in ("quantizable_op_type", "skip"):
             object.__setattr__(self, name, names(name, getattr(self, name)))
         object.__setattr__(self, "recover", steps("recover", self.recover))
         check_known("mode", self.mode, MODES)
         self._check_steps("recover", self.recover)
         valid = MODES[self.mode].kinds
+        # PaddleSlim's names carry over; doubles that come of it are dropped, in the order given.
         asked = [
             PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
             for kind in self.quantizable_op_type
@@ -222,6 +224,7 @@ class QuantConfig:
         )
         check_known("optimize_for", self.optimize_for, OPTIMIZE_FOR)
         check_known("target", self.target, TARGETS)
+        # What only calibrated models have is refused elsewhere, rather than passed over silently.
         if self.mode != STATIC and self.target != ANY:
             raise ValueError(
                 f"target={self.target!r} is of jaxquant.quant_post; in mode {self.mode!r} no "
@@ -248,6 +251,7 @@ class QuantConfig:
                 f"weight_dtype={self.weight_dtype!r} is of jaxquant.quant_weights; where "
                 "operations are of int8, weights are too"
             )
+        # Codes are of four bits, and the format of MXFP4 says how many share a scale.
         object.__setattr__(self, "weight_bits", 4)
         if self.weight_dtype != MXFP4:
             return
@@ -266,6 +270,7 @@ class QuantConfig:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules holds jaxquant.Rule(pattern, ...), got {rule!r:.100}")
             self._check_in_mode(rule)
+        # A sweep folds one state of a user's observer beside the common histogram.
         own = {o for o in map(self.observer_of, self.algos) if not o.keeps_histogram}
         if len(own) > 1:
             raise ValueError(
@@ -280,6 +285,7 @@ class QuantConfig:
                 f"rule {rule.pattern!r}: weight_bits={rule.weight_bits} is of "
                 "jaxquant.quant_weights; where operations are of int8, weights are too"
             )
+        # Without calibration no tensor has a threshold, so these settings would say nothing.
         absent = () if self.mode == STATIC else ("algo", "symmetric", "dynamic")
         for name in (*absent, "recover") if self.mode == DYNAMIC else absent:
             if getattr(rule, name) is not None:

@@ -97,6 +97,9 @@ def _ends(graph: ir.Graph, site: Site) -> tuple[_End, ...]:
     ends = [_End((), (), site.output, channels)]
     if site.contraction is None:  # what a sum is divided by depends on the input shape
         return tuple(ends)
+    # Each step is taken only where nobody else reads what lies before it: then the value need not
+    # exist. A movement by itself is no end, since it gains nothing; one that an affine step follows
+    # is taken with it.
     pending: list[ir.Equation] = []  # movements not yet followed by an affine step
     position = site.output
     while (follower := _only_consumer(graph, position)) is not None:
@@ -179,6 +182,7 @@ def _affine_step(
     shape, rank = graph.shape(current), len(graph.shape(current))
     if graph.shape(eqn.outputs[0]) != shape:
         return None
+    # The epilogue computes in float32 whatever the model's floats are: a cast is no step of it.
     if eqn.name == "convert_element_type":
         both_float = all(
             jnp.issubdtype(graph.dtype(v), jnp.floating) for v in (current, eqn.outputs[0])
@@ -191,6 +195,7 @@ def _affine_step(
     left, right = eqn.inputs
     if left == right:
         return None
+    # One side is the sum, the other has to be a constant of the channels, known before the call.
     operand = right if left == current else left
     if not graph.is_static(operand):
         return None

@@ -247,6 +247,7 @@ class _Readers:
     def _read(self, user: ir.Equation, axes: frozenset[int] | None, found: set[str]) -> None:
         graph, site = self._graph, self._sites.get(user.index)
         behaviour = behaviours.behaviour_of(site.kind, user) if site is not None else ""
+        # A stored weight can take the factors of its channels back; a sum without one cannot.
         if site is not None and behaviour == behaviours.ACCUMULATE:
             stored = site.stored_weight is not None
             if not (stored and (axes is None or _sums_over(site, axes))):
@@ -278,6 +279,7 @@ def readers_of_joined(binding: Binding) -> set[str]:
     joined = {site.equation for site in model.sites if site.name in left and not site.inside}
     bases = model.composites.bases
 
+    # Back from an operand, through what keeps the range of values as it is.
     def is_joined(var: ir.Var) -> bool:
         while (eqn := graph.producer.get(var)) is not None:
             if eqn.index in joined:

@@ -78,6 +78,8 @@ class _Search:
         self._moves: set[int] = set()
 
     def found(self) -> Forms:
+        # Backwards first, from those that cannot do without int8; what they leave in float may join
+        # afterwards, and only then is it known what can be handed forward.
         for site in self._sites:
             if self._is_anchor(site):
                 self._need_operands(site)
@@ -108,6 +110,7 @@ class _Search:
         rounded to one scale for nothing.
         """
         graph = self._graph
+        # Through what moves values or computes on them one by one; a stack, since models are deep.
         stack, seen = list(eqn.outputs), set(eqn.outputs)
         while stack:
             var = stack.pop()
@@ -146,6 +149,8 @@ class _Search:
 
     def _need(self, var: ir.Var) -> None:
         """Give a tensor an int8 form: through the operation that moves it, or as an entry."""
+        # Backwards as long as operations only move values: quantizing before them is the same,
+        # once.
         stack = [var]
         while stack:
             var = stack.pop()
@@ -198,6 +203,7 @@ class _Search:
                     fused.append(operand)
                 else:
                     self._need(operand)
+            # One accumulator alone can be in registers; the others are read from memory, as int8.
             positions = {v: self._position(bases.get(v, v)) for v in fused}
             for operand in sorted(fused, key=positions.__getitem__)[:-1]:
                 self._need(operand)
@@ -234,6 +240,7 @@ class _Search:
         source = graph.producer.get(base)
         if source is None or not self._is_computed(source):
             return False
+        # All that is computed of the base on the way here has to stay within this site.
         region = {v for v, b in bases.items() if b == base} | {base}
         if any(graph.producer[v].index in self._normalising for v in region if v != base):
             return False
@@ -264,6 +271,8 @@ class _Search:
             if operands and all(v in self._int8 for v in operands):
                 spread.append(eqn)
                 self._int8.update(eqn.outputs)
+        # What no reader of int8 is behind would only be dequantized again: from the end, so that a
+        # chain of movements counts as read where its last one is.
         readers = self._moves | self._reads_int8()
         for eqn in reversed(spread):
             users = (u.index for v in eqn.outputs for u in graph.consumers.get(v, ()))
@@ -281,6 +290,8 @@ class _Search:
                 found.update(self._composites.whole[site.equation].members)
             elif self._behaviour[site.equation] == behaviours.DECIDE:
                 found.add(site.equation)
+        # With elementwise kinds listed all elementwise equations read int8, but for those that the
+        # user left out by a rule or a skip.
         if self._elementwise:
             named = {s.equation for s in self._sites}
             skipped = set(self._elementwise_float(named))

@@ -37,10 +37,6 @@ class GroupLayout:
     def groups(self) -> int:
         return -(-self.shape[self.axis] // self.size)
 
-    def as_matrix(self, shape: tuple[int, int]) -> GroupLayout:
-        """The same groups of the same elements as a matrix, K its first axis or its last."""
-        return GroupLayout((0, 1), shape, shape, min(self.axis, 1), self.size)
-
     def place(self, axis: int) -> int:
         """Where an axis of the weight that is not summed over is in `shape`."""
         at = self.order.index(axis)

@@ -30,11 +30,13 @@ def along_weight(site: Site, weight: Sequence[int], factors: np.ndarray) -> np.n
       the values of its own group.
     """
     shape = [1] * len(weight)
+    # Grouped convolutions contract one part of the channels for each group of outputs.
     if (groups := site.as_contraction.feature_groups) > 1:
         (outputs,), (inputs,) = site.weight_axes.free, site.weight_axes.contracted
         rows = factors.reshape(groups, -1).repeat(weight[outputs] // groups, axis=0)  # [O, I]
         shape[outputs], shape[inputs] = rows.shape
         return (rows if outputs < inputs else rows.T).reshape(shape)
+    # Dots may contract several axes, which the weight has in an order of its own.
     x_axes, w_axes = site.input_axes.contracted, site.weight_axes.contracted
     pairs = sorted(zip(w_axes, x_axes, strict=True))  # in the weight's order
     ascending = sorted(x_axes)

@@ -109,6 +109,8 @@ def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     var, channels = site.weight, site.channel_axes
     if integer:
         return WeightView(var, stored_shape(graph, site), channels, ())
+    # Weight-only products read the weight before its transposes and copies, so that what is stored
+    # is the parameter in its own layout, shared by all that read it.
     movements: list[ir.Equation] = []
     while own.name != "gather" and (eqn := graph.producer.get(var)) is not None:
         if eqn.name == "transpose":

@@ -53,6 +53,7 @@ class _Demand:
         restored: set[ir.Var] = set()
         sources: set[ir.Var] = set()
         seen: set[tuple[ir.Var, bool]] = set()
+        # From the outputs back; a tensor is asked for in int8 or in float, and may be in both.
         while self._stack:
             demand = self._stack.pop()
             if demand in seen:
@@ -81,6 +82,7 @@ class _Demand:
 
     def _float(self, var: ir.Var, eqn: ir.Equation) -> None:
         forms = self._binding.forms
+        # What a site's epilogue absorbed is not asked for: the site reads its own operands alone.
         if var in self._by_output:
             int8_site = self._by_output[var]
             site = int8_site.site
@@ -131,6 +133,7 @@ def read_in_float(binding: Binding, live: Iterable[ir.Equation]) -> frozenset[ir
     ends = {s.epilogue.output: s for s in binding.sites}
     found = set(graph.output_vars)
     for eqn in live:
+        # An int8 site reads integers, but for operands that it scales in the call.
         if eqn.outputs[0] in ends:
             int8_site = ends[eqn.outputs[0]]
             site = int8_site.site

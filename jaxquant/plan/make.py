@@ -45,6 +45,7 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
     check_sites(reported(found, config))
     check_patterns(found, config)
     sites, tensors = _plan_region(model, observations, config, [()])
+    # Bodies are planned behind the graph that holds them; the report goes by evaluation order.
     places = {site.name: site.location for site in found}
     sites.sort(key=lambda plan: places[plan.name])
     if not any(plan.status == INT8 for plan in sites):
@@ -78,6 +79,8 @@ def _plan_region(
     found = own_sites(model)
     stats = [None] * len(layers) if observations is None else observations.of_layers(layers)
     seen = [Seen(layer, own) for layer, own in zip(layers, stats, strict=True)]
+    # A rule that the data of one layer asks for (too uneven, never seen) holds for all layers,
+    # which may in turn leave others without a reader; each round adds rules, so it ends.
     while True:
         drafts = [_drafted(model, found, each, config) for each in seen]
         rules = {rule: None for draft in drafts for rule in draft.config.rules}
@@ -115,6 +118,7 @@ def _unseen(
         for var, each in zip(forms.entries, stats, strict=True)
         if each is None or each.count
     }
+    # Where nothing at all was seen, the body never ran, which is worth saying as such.
     if model.body is not None and forms.entries and not seen:
         return {site.name: _why_unseen(model.body) for site in found}
     families = {site.name: {forms.family.get(var) for var in site.operands} for site in found}

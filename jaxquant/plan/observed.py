@@ -60,6 +60,8 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
     choices = {}
+    # What is int8 with fewer sites is not always int8 with more (an epilogue may absorb it), so the
+    # tensors of all three choices are observed.
     for choice in (weighted, without_skips, config):
         chosen = on_planned_grids(candidates(model, found, choice), choice)
         choices[forms_of(model, found, chosen, choice)] = chosen

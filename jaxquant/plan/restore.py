@@ -61,6 +61,7 @@ class Restored:
             each = self.inside.apply
             value = each(value) if self.slices is None else jax.vmap(each)(value)
         graph = self.graph
+        # Each step is taken back in turn: its inverse, then the shape that it had before.
         for eqn in self.undone:
             source = next(x for x in eqn.inputs if isinstance(x, int))
             if eqn.name == "transpose":
@@ -92,6 +93,7 @@ def restorable(
             _add_undone(graph, view.var, Restored(site, graph, ()), found)
     for var, restored in inside.items():
         _add_undone(graph, var, restored, found)
+    # A static tensor that is computed twice (a transpose in two layers) is the same one.
     expressions = find_expressions(graph)
     by_expression = {expressions[var]: restored for var, restored in found.items()}
     twins = {

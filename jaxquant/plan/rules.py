@@ -89,6 +89,7 @@ class Rule:
         check_pattern("Rule(pattern)", self.pattern)
         if self.recover is not None:
             object.__setattr__(self, "recover", steps("recover", self.recover))
+        # A rule without a setting matches sites and changes nothing: a keyword was forgotten.
         if all(getattr(self, name) is None for name in SETTINGS):
             raise ValueError(f"Rule({self.pattern!r}) sets nothing: give {', '.join(SETTINGS)}")
         if self.dtype is not None:
@@ -150,6 +151,7 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
                 f"rule {rule.pattern!r} matches no site{_nearest(found, rule.pattern)}"
             )
         there = sorted({site.kind for site in sites})
+        # A rule that can have no effect is an error, as a misspelt name would be.
         if rule.dtype == "int8" and not set(possible) & set(there):
             raise ValueError(
                 f"rule {rule.pattern!r} says dtype='int8' of sites of the kinds "

@@ -202,6 +202,7 @@ def _for_site(rule: Rule, site: Site, was: Site, start: int, config: QuantConfig
         before = (layer[0] + start, *layer[1:]) if layer else ()
         return matches_layer(was, rule.pattern, before)
 
+    # A pattern for a layer matches all of its sites; what one of them cannot have is left out.
     settings = {name: getattr(rule, name) for name in SETTINGS}
     if not site.stores_weight:
         settings |= {"recover": None, "weight_bits": None}
@@ -212,6 +213,7 @@ def _for_site(rule: Rule, site: Site, was: Site, start: int, config: QuantConfig
     if all(value is None for value in settings.values()):
         return
     reason = rule.reason or f"rule {rule.pattern!r}"
+    # One rule for the site where all of its layers are meant, else one for each of them.
     layers = list(np.ndindex(site.scans))
     if all(map(taken, layers)):
         yield Rule(f"site:{site.name}", reason=reason, **settings)

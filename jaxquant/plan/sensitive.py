@@ -38,6 +38,7 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
         for site in model.sites
         if site.weight is not None and (site.is_lookup or site.name in ends)
     }
+    # From the smallest on, as many as fit into the given part of the model's size.
     left = PART * sum(math.prod(graph.shape(var)) for var in graph.leaves)
     kept: list[str] = []
     for path, size in sorted(sizes.items(), key=lambda item: item[1]):

@@ -47,6 +47,7 @@ def config_of(config: QuantConfig | None, settings: Settings) -> QuantConfig:
             f"config is a jaxquant.QuantConfig, got {type(config).__name__}; its fields may be "
             "given as keywords too"
         )
+    # Two places for one setting would leave open which of them counts.
     if settings:
         raise ValueError(
             f"config= and {', '.join(settings)} were given: put what differs into it with "
@@ -63,6 +64,7 @@ def config_of(config: QuantConfig | None, settings: Settings) -> QuantConfig:
 def spelled_out(function: Callable[P, T]) -> Callable[P, T]:
     """The function, its signature with the keywords of `Settings` one by one: for `help`."""
     signature = inspect.signature(function)
+    # `**settings` tells a reader nothing; a type checker reads `Unpack[Settings]` instead.
     *own, _ = signature.parameters.values()
     fields = {field.name: field for field in dataclasses.fields(QuantConfig)}
     keywords = [

@@ -39,6 +39,7 @@ def site_plans(model: Model, found: tuple[Site, ...], draft: Draft) -> list[Site
     absorbed = _absorbed(graph, chosen)
     plans = []
     for site in sites:
+        # A reshape or transpose inside an epilogue moves an accumulator: no tensor of its own.
         if site.location in absorbed:
             continue
         if site.name in allowed:
@@ -62,6 +63,7 @@ def _with_settings(graph: ir.Graph, plan: SitePlan, site: Site, config: QuantCon
         settings["recover"] = ()
     if settings["weight_bits"] == 4:
         settings["weight_dtype"] = config.weight_dtype
+    # Its rows have scales of their own in each call, so no tensor of the plan is read.
     if is_dynamic(site, config):
         settings |= {"dynamic": True, "inputs": ()}
     if is_dynamic(site, config) or config.mode == DYNAMIC:
@@ -101,11 +103,13 @@ def _site_plan(
     activation: tuple[str, ...] = ()
     digest = ""
     if not reason:
+        # Two operands of one family (x @ x.T) are one input.
         inputs = tuple(dict.fromkeys(families[v] for v in site.operands if v in families))
         eqn = graph.equations[site.equation]
         if behaviours.behaviour_of(site.kind, eqn) in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
             epilogue = find_epilogue(graph, site, None if mode.integer else 0)
             affine, activation = epilogue.affine, epilogue.activation
+            # It tells later whether another trace has the same site with the same epilogue.
             digest = fingerprint(graph, site, epilogue)
     return SitePlan(
         name=site.name,

@@ -97,6 +97,7 @@ def tensor_settings(
       layer: which one it is of the scans over stacked weights around the graph.
     """
     rules = config.all_rules
+    # Settings are of sites, and scales of families: a family has those of all its readers.
     heads = forms.heads
     places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
     for site in chosen:
@@ -161,6 +162,7 @@ def _searched(
             f"algo={name_of(algo)!r} keeps statistics of its own, and these observations were "
             "made without it; pass it to jaxquant.calibrate as algo"
         )
+    # Of a user's observer only tensors have states: a family has the largest threshold.
     members = [(name, step) for family, step in zip(families.values(), steps, strict=True)
                for name in family]  # fmt: skip
     names = [name for name, _ in members]

@@ -85,6 +85,7 @@ def without_ties(binding: Binding) -> Binding:
                 scales[name] = odd_multiple(planned[name], fit.unit)
     scales |= _of_additions(binding, planned)
 
+    # Scales are stored with each layer's part of the plan, the bodies' too.
     def changed(bound: Binding) -> Binding:
         suffix = layer_suffix(bound.layer)
         tensors = [
@@ -129,6 +130,7 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     whole = ScaledGraph.of(binding)
     sums = find_sums(whole)
     pairs = list(_pairs(binding, whole))
+    # A tensor that is divided by factors for its channels has no single step.
     divided: set[str] = set()
     scales: dict[str, float] = {}
     for bound, scaled in pairs:
@@ -146,6 +148,8 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
                 continue
             if not divided.isdisjoint(found.together):
                 continue
+            # One scale alone: the multiplier is to be a fraction of it. Several: all are odd
+            # multiples of one unit, and the multiplier a multiple of that.
             alone, together = found.alone & set(scales), found.together & set(scales)
             keeps_small = not read.isdisjoint(found.together) or _are_unlike(scales, together)
             name = site.name + layer_suffix(bound.layer)
@@ -225,6 +229,7 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
     found = np.full(ratio.shape, np.inf)
     is_open = ratio <= _LARGEST_RATIO
     first = 1
+    # Numerators in blocks, from small ones on: most channels find theirs among the first.
     while is_open.any():
         some, nearest = ratio[is_open], found[is_open]
         for p in range(first, first + _NUMERATORS):

@@ -82,6 +82,8 @@ class RowFunction:
         return hash(self._key)
 
     def _signature(self) -> tuple[Any, ...]:
+        # Tensors by their places in the chain, scalars by their values: two layers with one
+        # activation have one signature, and share what is compiled.
         local = {self._activation.start: 0}
         lines: list[tuple[Any, ...]] = []
         for eqn in self._activation.equations:

@@ -103,6 +103,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     train, test = _split(problem)
     nearest = problem.nearest
     start, base = errors(train, nearest), errors(test, nearest)
+    # A weight on a step has nothing to decide, and a site without error nothing to gain.
     free = (problem.fraction > 0) & (problem.fraction < 1)
     size = math.sqrt(start / len(train.inputs))  # of an error: the losses are in units of it
     if size < SMALLEST_SCALE or not free.any():
@@ -115,6 +116,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     data = tuple(map(jnp.asarray, arrays))
     scale = jnp.float32(1 / size)
     key, began = jax.random.key(seed), time.monotonic()
+    # In chunks, so that the limit in seconds is looked at now and then.
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
         progress = jnp.asarray((first + np.arange(count)) / steps, jnp.float32)
@@ -123,6 +125,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
             state = jax.block_until_ready(run(state, data, scale, progress, keys))
         if time.monotonic() - began > seconds:
             break
+    # Rows that were not learned from decide: rounding to nearest stays where it is no worse.
     up = np.where(free, np.asarray(state[0]) >= 0, nearest)
     found = errors(test, up, shift(train, up))
     base = errors(test, nearest, shift(train, nearest))
@@ -198,6 +201,8 @@ def _runner(activation: Callable[[jax.Array], jax.Array]) -> Callable[..., Any]:
         y = _product(inputs[rows], down + jnp.where(free, h, (v >= 0).astype(v.dtype)))
         off = activation(wanted[rows]) - activation(y * multiplier + bias)
         error = jnp.sum((off * scale) ** 2) / jnp.float32(len(rows))
+        # The loss of AdaRound (equation 25): after the warm-up the regularizer is on, and its
+        # exponent falls, which pushes each rounding to 0 or 1.
         late = (at - jnp.float32(WARM_UP)) / jnp.float32(1 - WARM_UP)
         beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 - jnp.clip(late, 0, 1))
         away = jnp.clip(jnp.abs(2 * h - 1), 1e-6, 1)

@@ -67,6 +67,7 @@ def scale_channels(task: Task, draft: Draft) -> Draft:
             batches = stage.each(task.batches.read())
             sums = sum_products(source, program.whole_plan, batches, names, task.padding)
         with task.progress.stage("awq", len(found), "tensor") as stage:
+            # One tensor after the other on what the earlier ones left: a weight may be behind two.
             for each in stage.each(found):
                 params = _rebuilt(source, program, leaves)
                 best = _best_scale(program, params, each, sums)
@@ -74,6 +75,8 @@ def scale_channels(task: Task, draft: Draft) -> Draft:
                     continue
                 scale, gain = best
                 told |= {site.name: f"awq: error {gain:.1f} dB lower" for site in each.readers}
+                # What makes the tensor is divided and what reads it multiplied: the float model is
+                # the same.
                 for place in each.divided:
                     leaves[place.leaf] = _scaled(leaves[place.leaf], place, 1 / scale)
                 for place in each.multiplied:
@@ -94,6 +97,7 @@ def _find(program: Program) -> list[Scalable]:
     """The tensors that all their readers can be scaled for."""
     model, graph = program.model, program.graph
     asked = program.whole_plan.recovered_by("awq")
+    # All readers of a channel take the same factor, so a tensor is scaled for all or for none.
     by_tensor: dict[tuple[ir.Var, int], list[Site]] = {}
     for site in (each.site for each in program.binding.sites if each.site.name in asked):
         contraction = site.as_contraction
@@ -139,6 +143,7 @@ def _best_scale(
     def error(covariance: np.ndarray, scale: np.ndarray) -> float:
         return sum(reading.error(covariance, scale) for reading in readers)
 
+    # The search of the paper, over exponents of the channels' sizes; 1 is among them.
     one = np.ones(channels)
     scales = [one, *(_centred(size**exponent) for exponent in EXPONENTS)]
     best = min(scales, key=lambda scale: error(kept, scale))

@@ -58,6 +58,7 @@ def with_shifts(plan: Plan, qparams: Any, batches: Iterable[Mapping[str, Shift]]
     sites, dynamic = dict(qparams["sites"]), {site.name for site in plan.sites if site.dynamic}
     for name, sums in total.items():
         arrays = sites[name]
+        # Over all batches, so that each weighs by its samples.
         mean = Shift(*sums).mean().reshape(arrays["bias"].shape)
         bias = np.asarray(arrays["bias"], np.float64) + mean
         if name in dynamic:

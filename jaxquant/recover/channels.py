@@ -37,6 +37,7 @@ def watch(
     Returns:
       Tensor name -> layer -> what was seen; without the layers that no example came to.
     """
+    # A tensor in a loop is looked at in the loop's own graph.
     looks: dict[Model, dict[str, Look]] = {}
     for tensor in tensors:
         looks.setdefault(tensor.model, {})[tensor.name] = tensor.look
@@ -57,6 +58,7 @@ def watch(
                 if state.steps[layer]:
                     seen = jax.tree.map(lambda x, layer=layer: x[layer], state.seen)
                     found[tensor.name].setdefault(layer, []).append(seen)
+    # Of every example something was seen; the rows and peaks are of all of them.
     joined = {
         name: {layer: jax.tree.map(_join, *seen) for layer, seen in layers.items()}
         for name, layers in found.items()

@@ -74,6 +74,7 @@ def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
     unit = unit_of(y, y_hat, axis=rows)
     scaled, scaled_hat = (x * (1 / unit) for x in (y, y_hat))
     noise = jnp.sum(jnp.where(counted, scaled - scaled_hat, 0) ** 2, axis=rows)
+    # The extremes tell of columns that came to be constant: a lost channel has noise like others.
     extremes = [
         function(jnp.where(counted, x, bound), axis=rows)
         for x in (y, y_hat)

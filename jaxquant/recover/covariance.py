@@ -99,6 +99,7 @@ class Reader:
     def _add(self, state: Sums, env: evaluate.Environment, real: Real) -> Sums:
         x, positions = env.read(self.site.operands[0]), self.product.positions
         index = np.arange(positions)
+        # Neighbours in an image tell nearly the same: so many positions of a sample are enough.
         if positions > POSITIONS:
             drawn = np.random.default_rng(0).choice(positions, POSITIONS, replace=False)
             index = np.sort(drawn)
@@ -109,6 +110,7 @@ class Reader:
             rows = jnp.where(is_real[:, None, None], rows, 0)
         count = len(index)
         numbers = is_real.astype(jnp.int32)
+        # Too few rows to hold some of each apart: then every so manieth evaluation is.
         if count < HELD_OUT:
             is_apart = state.evaluations % HELD_OUT == HELD_OUT - 1
             part_of = jnp.stack([~is_apart, is_apart])
@@ -165,6 +167,7 @@ def sum_products(
         if shapes not in programs:
             readers = readers_of(source, plan, inputs, names)
             programs[shapes] = _OfShape(source, readers, padding)
+        # Which part a sample belongs to goes by how many came before it, in other shapes too.
         before = {name: sums.evaluations for name, sums in found.items()}
         for name, sums in programs[shapes](inputs, before).items():
             _check_finite(name, sums, number)

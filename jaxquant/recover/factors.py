@@ -142,6 +142,7 @@ def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
     unlike the others (all negative beside a GELU's) would cost them half of their steps.  The scale
     is the one with which the tensor's own range is covered, on the side where that takes more.
     """
+    # Channels that were divided reach differently far to both sides than the tensor did.
     low, high = -seen.low.min(axis=0), seen.high.max(axis=0)
     width = low + high
     below = (low / np.where(width > 0, width, 1.0))[width > 0].astype(np.float64)
@@ -154,6 +155,7 @@ def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
     grids = [own]
     for zero_point in sorted(points):
         here = _input_grid(Grid(own.scale, zero_point))
+        # A grid with another zero point has to reach as far as the tensor's own on both sides.
         wider = max(
             there.highest / here.highest if here.highest > 0 else 0.0,
             there.lowest / here.lowest if here.lowest < 0 else 0.0,

@@ -100,6 +100,8 @@ def _round(
 ) -> jax.Array:
     """One of the matrices; `nearest` gives the values next to numbers of steps, and their codes."""
     length, width = weight.shape
+    # In blocks, as GPTQ does: within one each row's error goes to the next rows at once, and to the
+    # rows of later blocks by one matrix product.
     size = min(BLOCK, length)
     blocks = -(-length // size)
     spare = blocks * size - length
@@ -123,6 +125,7 @@ def _round(
         own = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=0)
         weights = jax.lax.dynamic_slice_in_dim(weight, start, size)
         steps = jax.lax.dynamic_slice_in_dim(scale, start, size)
+        # All errors of the blocks before at once: one large product in place of many vectors.
         moved = weights + jnp.matmul(columns.T, errors, precision="highest")
         empty = jnp.zeros((size, width), jnp.float32), jnp.zeros((size, width), jnp.int8)
         found = jax.lax.fori_loop(0, size, row, (moved, own, steps, weights, *empty))

@@ -75,10 +75,12 @@ def _divided(
     eqn = graph.producer.get(var)
     if eqn is None:
         return None
+    # Back from the tensor to what can take the factors in: a weight, a bias, parameters of a norm.
     if (site := sites.get(eqn.index)) is not None and site.contraction is not None:
         return _divided_weight(graph, site, axis)
     inner = [x for x in eqn.inputs if isinstance(x, int) and (graph.is_static(x) or
              _is_alone(graph, x))]  # fmt: skip
+    # A sum is divided where every part is; a product where one factor is.
     if eqn.name in ("add", "add_any", "sub"):
         parts = [_spread(graph, sites, x, var, axis) if x in inner else None for x in eqn.inputs]
         if any(part is None for part in parts):
@@ -87,6 +89,7 @@ def _divided(
     if eqn.name == "mul":
         tried = (_spread(graph, sites, x, var, axis) for x in eqn.inputs if x in inner)
         return next((part for part in tried if part is not None), None)
+    # ReLU(x / s) = ReLU(x) / s for s > 0; other activations do not let factors through.
     if eqn.name == "div" or primitives.is_relu(eqn):
         first = next((x for x in eqn.inputs if isinstance(x, int)), None)
         is_first = first is not None and first == eqn.inputs[0] and first in inner

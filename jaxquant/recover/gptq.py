@@ -93,6 +93,8 @@ class Weight:
             return codes if dtype == INT else VALUES[dtype][codes & 15]
 
         def rounded(covariance: np.ndarray, damping: float) -> np.ndarray:
+            # From the input that matters most on, as with act-order: its error has most rows to go
+            # to.
             order, mix = mixing(covariance, damping)
             rows = order[..., None]
             ordered = (np.take_along_axis(x, rows, axis=1) for x in (weight, step))
@@ -104,6 +106,7 @@ class Weight:
         apart = jnp.asarray(products[APART] / counts[APART], jnp.float32)
         before = values(matrix.integers(integers, bits))
         nearest = float(output_error(apart, weight - before * step))
+        # Decided on rows that were held out, then rounded on all of them.
         for damping in DAMPINGS:
             tried = values(rounded(products[KEPT], damping))
             error = float(output_error(apart, weight - tried * step))
@@ -144,6 +147,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     whole = GraphLayer(program, program.binding, qparams, source.params)
     weights = _find_weights(whole, plan.recovered_by("gptq"))
     outcomes = {key: Rounded(reason=weight.reason) for key, weight in weights.items()}
+    # As many passes over the data as the covariances need memory; each runs the float model.
     for keys in _in_passes(weights):
         readers = [reader for key in keys for reader, _ in weights[key].readers]
         names = list(dict.fromkeys(reader.site.name for reader in readers))
@@ -153,6 +157,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
         with task.progress.stage("gptq", len(keys), "weight") as stage:
             for key in stage.each(keys):
                 outcomes[key] = weights[key].round(found)
+    # Only what has changed goes back to the devices.
     after = jax.tree.map(lambda x: x, dict(draft.qparams))  # the others stay on their devices
     for path in {weights[key].path for key, outcome in outcomes.items() if not outcome.reason}:
         layout.put(after["params"], path, jax.device_put(layout.get(qparams["params"], path)))
@@ -184,6 +189,7 @@ def _find_weights(whole: GraphLayer, asked: Collection[str]) -> dict[Key, Weight
             assert site.weight is not None
             varies = model.varies_by_layer(site.weight)
             own = tuple(n for n, is_own in zip(here.layer, varies, strict=True) if is_own)
+            # A weight that layers share is rounded once, on what all of its readers see.
             key = here.program.slots[site.name].int8, own
             if key not in found:
                 stored = tuple(slice(0, size) for size in view.shape)
@@ -203,6 +209,7 @@ def _in_passes(weights: Mapping[Key, Weight]) -> Iterator[list[Key]]:
             by_path.setdefault(weight.path, []).append(key)
     some: list[Key] = []
     summed: dict[Any, int] = {}
+    # Layers of one stacked weight are kept together: one look at the loop sums for all of them.
     for keys in by_path.values():
         readers = [reader for key in keys for reader, _ in weights[key].readers]
         own = {reader.shared: _bytes(reader) for reader in readers}

@@ -55,6 +55,7 @@ class Learner:
         reasons = _reasons(program, stored, asked)
         self.outcomes: dict[str, str] = {}
         places: dict[str, dict[Layer, np.ndarray]] = {}
+        # Rows are drawn by a site's number in the model without scans, so that the same ones come.
         ordered = {
             model: [(each.site.equation, (model, each.site)) for each in sites]
             for model, sites in stored.items()
@@ -91,6 +92,7 @@ class Learner:
         sites = list(self._sites.values())
         wanted = find_wanted(self._program.model, self._whole.params, flat, sites)
 
+        # Called where the int8 model comes to a site: earlier sites have their learned roundings.
         def visit(here: GraphLayer, int8_site: Int8Site, x: jax.Array) -> None:
             site = int8_site.site
             if site.name in self._sites:
@@ -101,6 +103,7 @@ class Learner:
                 self._learn(here, learnable, found, roundings)
             stage.step()
 
+        # A loop whose steps share weights shows its sites all steps at once, before it runs.
         def enter(here: GraphLayer, index: int) -> None:
             for inner in (each for body in here.inside(index) for each in body.walk()):
                 sites = (each.site for each in inner.binding.sites)
@@ -206,6 +209,7 @@ def _reasons(
       asked: the sites that have the step.
     """
     sites = [(model, each) for model, some in stored.items() for each in some]
+    # What two readers share would be learned twice, each for its own inputs.
     uses = collections.Counter(program.slots.values())
     found = {}
     for model, int8_site in sites:

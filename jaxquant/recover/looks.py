@@ -81,6 +81,7 @@ def _evaluated(
     seen: States = {}
     forms = dict(fast_convolutions(graph))
     for index, bodies in model.bodies.items():
+        # A loop is run for its looks even where nothing reads its results.
         if names := [name for body in bodies for name in _names(looks, body)]:
             eqn = graph.equations[index]
             some = {name: states[name] for name in names}

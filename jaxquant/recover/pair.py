@@ -85,6 +85,7 @@ class Pair:
         self.program = program
         graph = program.graph
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
+        # Compared where the epilogue ends: what lies within it exists in no int8 model.
         self._tensors = {
             site.name: ends.get(site.name, site.output)
             for site in program.model.sites

@@ -135,6 +135,7 @@ class Product:
         samples = at[result.free[0][0]]
         x = x.transpose((*own.free, *own.window, *own.contracted))
         taps = []
+        # One gather for each tap of the window, at the drawn positions alone.
         for offset in itertools.product(*(range(shape[a]) for a in kernel.window)):
             where, inside = [], jnp.ones(len(index), bool)
             for d, tap in enumerate(offset):

@@ -183,6 +183,7 @@ def _decode(
     names, source = text["sites"], _source(text["source"])
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise FileError("the names of its sites are damaged")
+    # A file may be damaged or forged: every name, dtype and shape is looked at before use.
     wanted = {
         "digests": (np.dtype(np.uint8), (len(names), _DIGEST)),
         "errors": (np.dtype(np.float64), (len(names), 2)),

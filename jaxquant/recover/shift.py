@@ -118,6 +118,7 @@ def compare_outputs(
     clamp, operands = activation.clamp(reference.graph), [wanted, value]
     if clamp is None:
         both = (activation.of(x, reference).astype(jnp.float32) for x in (wanted, value))
+        # The native kernel knows clips; of another activation it is given f(y) - f(ŷ).
         operands.append(jnp.subtract(*both))
     bounds = clamp or NO_CLAMP
 

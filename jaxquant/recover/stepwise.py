@@ -58,6 +58,8 @@ class _Stepwise:
                 each = program.calls[name]
                 self._visit(part, site, state.quantized.int8(site.site.operands[0]))
                 if name not in self._compiled:
+                    # Compiled by site, since the arrays of the next ones change as their rounding
+                    # is learned.
                     self._compiled[name] = jax.jit(functools.partial(XLA.call, each.call))
                 return each.keep(state, self._compiled[name](each.operands(state)))
 
@@ -134,6 +136,7 @@ def find_last_reads(program: Program) -> dict[ir.Var, int]:
             stack.append(site.weight)
         if eqn.index in binding.picks:
             stack += eqn.outputs
+        # A tensor that is read in int8 is read in float when its int8 form is first made.
         while stack:
             var = stack.pop()
             last[var] = max(last.get(var, -1), eqn.index)

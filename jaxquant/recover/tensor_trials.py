@@ -51,6 +51,7 @@ def tensor_trials(
         (part.program.model, part.layer): part
         for part in GraphLayer(program, program.binding, draft.qparams, params).walk()
     }
+    # Folded once a part, not once a tensor.
     weights = {place: _weights(part, divisible) for place, part in parts.items()}
     for tensor in divisible:
         for layers in tensor.layers_alike():

@@ -96,6 +96,7 @@ class Learnable:
         rows = places.shape[-1]
         places = places.reshape(*scans, rows).astype(np.int32)
         wanted = None
+        # A loop over shared weights keeps the inputs that it drew, since no step is seen again.
         if self.grid is not None:
             groups, sums, channels = self.product.matrix_shape
             scalars = self.activation.parameters(graph)
@@ -149,6 +150,7 @@ def find_wanted(
                 continue
             wanted = jax.tree.map(lambda x, layer=layer: x[layer], state.wanted)
             if is_repeated(each.model):
+                # Draws of several steps may be of the same place; each row counts once.
                 pairs = np.stack([np.asarray(state.places)[layer], np.asarray(state.step)[layer]])
                 _, rows = np.unique(pairs, axis=1, return_index=True)
                 wanted = wanted._replace(rows=wanted.rows[rows], inputs=wanted.inputs[rows])

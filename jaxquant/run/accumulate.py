@@ -71,6 +71,7 @@ def scaled_in_the_call(
                 given = {"x": operands[0], "weight": stored}
                 given |= {} if packed is None else {"packed": packed}
                 (total,) = platforms.run(table, convolution, given)
+            # Kernels and XLA both give int32 sums; what follows is the same for either.
             operands.insert(site.weight_position, stored)
             if site.as_contraction.choosing is not None:
                 operands.append(state.env.read(eqn.inputs[2]))
@@ -79,6 +80,7 @@ def scaled_in_the_call(
             if total is None:
                 total = int8.accumulate(site.as_contraction, operands, zero_points)
             if (zero_point := scaled[0].zero_point) is not None:
+                # Σ (q - z) w = Σ q w - z Σ w: the second sum is known, one number a channel.
                 sums = state.qparams["sites"][site.name]["weight_sum"]
                 total = total - zero_point * output_channels(graph, site).spread(sums, total.ndim)
             value = total.astype(jnp.float32)

@@ -77,6 +77,7 @@ def differences(
     """
     here = jax.devices("cpu")[0]
     wanted = run_on(here, program, qparams, inputs, {})
+    # The device gets the CPU's integers at each site, so that one fault is not seen at all others.
     got = run_on(device, program, qparams, inputs, wanted.integers)
     found = {}
     for site in program.binding.sites:
@@ -85,6 +86,7 @@ def differences(
             continue
         pair = wanted.results[name], got.results[name]
         arrays = qparams["sites"].get(name, {})
+        # Integer sums have to be equal; where scales come from floats, near is as good as it gets.
         is_whole = not site.dynamic and program.mode.integer and "multiplier" in arrays
         told = sums_apart(site, arrays, *pair) if is_whole else _far_apart([pair])
         if told:
@@ -111,6 +113,8 @@ def run_on(
 
         def hook(site: Int8Site, lowering: Lowering) -> Lowering:
             def seen(state: Evaluation) -> evaluate.Values:
+                # Read the integers that were given, in place of those that this device would
+                # quantize.
                 for var in site.with_scales if program.mode.integer else ():
                     if var in given:
                         state.quantized.put(var, given[var], var)

@@ -104,6 +104,7 @@ def _dot_operand(
         scale, inverse, zero_point = _asymmetric_grid(low, high)
         return int8.quantize(x, inverse, zero_point), scale, zero_point.astype(jnp.int32)
 
+    # The native kernel takes rows that are together in memory, their summed axes last.
     first = x.ndim - len(own.contracted)
     if natively and own.contracted == (*range(first, x.ndim),):
         q, *grid = _native_rows(rows, x.reshape(*x.shape[:first], -1), is_asymmetric)

@@ -93,6 +93,8 @@ def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | N
         or any(graph.dtype(atom) != jnp.float32 for atom in (*eqn.inputs, *eqn.outputs))
     ):
         return None
+    # A 1x1 convolution is a dot of pixels, and a small depthwise one a few shifted products: XLA's
+    # own convolution on CPU takes several times as long for both.
     unpadded = all(pads == (0, 0) for pads in window.padding)
     if kernel[:2] == (1, 1) and groups == 1 and unpadded:
         return functools.partial(_pointwise, window)

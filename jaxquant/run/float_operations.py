@@ -44,6 +44,8 @@ def find(
         result = graph.equations[last].outputs[0]
         others = _others(graph, each)
         operation = _operation(graph, each, others)
+        # Where only int8 sites read the result, the kernel rounds it itself and no float is
+        # written.
         quantized = dataclasses.replace(operation, is_int8=True)
         has_grid = result in binding.names and result not in binding.per_channel
         if each.kind == "shares" and not has_grid:
@@ -78,6 +80,7 @@ def _operation(
     def struct(var: ir.Var) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(graph.shape(var), graph.dtype(var))
 
+    # What other backends run, and what a kernel is compared with: the equations as they are.
     def equations(*arrays: jax.Array) -> jax.Array:
         values = dict(zip((*each.inputs, *others), arrays, strict=True))
         nothing = [None] * len(graph.inputs)

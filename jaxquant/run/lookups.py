@@ -45,6 +45,7 @@ def look_up(eqn: ir.Equation, indices: jax.Array, table: StoredWeight) -> jax.Ar
             mode=eqn.params["mode"],
         )
 
+    # Rows of integers are gathered, not of floats: a table is never dequantized whole.
     integers, scale = rows(table.integers), rows(table.scale)
     axis, layout = scale.ndim - 1, table.layout
     length = layout.shape[layout.axis]

@@ -108,6 +108,8 @@ def arrays_of(
     """
     every: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
     stacked: dict[str, Any] = {"params": {}, "sites": {}, "tensors": {}}
+    # A scan over stacked weights reads one layer's arrays in each step, other loops all of them;
+    # weights that layers share are not stacked either.
     layered = body.model.layers is not None
     for part in body.binding.all_graphs():
         for name in (site.name for site in part.plan.sites):

@@ -185,12 +185,15 @@ class Program:
         for bodies in self.bodies.values():
             for body in bodies:
                 packed |= loops.pack(body, qparams)
+        # Platforms may have several backends: packed is for the first that runs the call by a
+        # kernel.
         for name, each in self.calls.items():
             backends = platforms.kernels(self._backends)
             kernel = next((k for k in backends if k.covers(each.call)), None)
             if kernel is not None:
                 weight = layout.get(qparams["params"], each.slot.int8)
                 packed[name] = kernel.pack(each.call, weight)
+        # Dots that scale their rows in the call are no calls, but have a weight to pack too.
         for site in self._ends().values():
             if site.dynamic and site.site.stored_weight is not None and not site.site.is_lookup:
                 weight = self.weights.integers(site.site, qparams)

@@ -19,6 +19,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
             "qapply takes the qparams that quant_post returned beside it (a dict of 'params', "
             f"'sites' and 'tensors'), got {_outline(qparams)}"
         )
+    # Names alone: arrays may be traced, or on any device.
     tensors = {tensor.base for tensor in plan.tensors}
     integer = MODES[plan.mode].integer
     with_arrays = [s for s in plan.sites if s.fingerprint and s.kind != LOOKUP_KIND and integer]

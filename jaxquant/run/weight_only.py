@@ -36,6 +36,8 @@ def apply(
     """
     dtype = env.graph.dtype(view.var)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
+    # Three ways, from cheap to general: one of several matrices at a time, a product that reads
+    # integers, and the whole weight in floats.
     is_chosen = site.contraction is not None and site.contraction.choosing is not None
     if is_chosen and not view.movements and not site.as_contraction.has_batch:
         value = _by_chosen(eqn, site, operands[0], stored, operands[1])
@@ -99,6 +101,7 @@ def _by_chosen(
     shape = tuple(groups.permuted[at] for at in groups.inverse)
     layout = Matrices(site.as_contraction, 1, x.shape, shape)
 
+    # Rows of one expert at a time, so that one expert's weight is dequantized at a time.
     def product(block: jax.Array, index: jax.Array) -> jax.Array:
         axis = chosen if stored.weight_bits == 8 else place
         integers = jax.lax.dynamic_index_in_dim(stored.integers, index, axis)

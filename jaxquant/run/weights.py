@@ -72,6 +72,7 @@ class StoredWeights:
                 value = dequantize_weight(weight)
             return value.astype(graph.dtype(view.var))
 
+        # A stack of layers has a scale for each layer, as its parts have.
         for _ in restored.stacked:
             floats = jax.vmap(floats)
         stored = [layout.get(qparams["params"], path) for path in (slot.int8, slot.scale)]

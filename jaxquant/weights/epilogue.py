@@ -60,6 +60,7 @@ def epilogue_arrays(
         arrays = {"multiplier": multiplier.astype(np.float32)}
         if bias is not None:
             arrays["bias"] = bias.astype(np.float32)
+    # Finite in float64 and not in float32: no parameter is at fault, but a range.
     if np.isfinite(multiplier).all() and not np.isfinite(arrays["multiplier"]).all():
         raise ValueError(
             f"site {int8_site.site.name!r}: one step of its sums, the product of the steps of what "
@@ -85,6 +86,7 @@ def compose(
     """`epilogue_arrays` in float64: the multiplier, and the bias or None."""
     multiplier, has_bias = np.asarray(scale, np.float64), offset is not None
     bias = np.zeros_like(multiplier) if offset is None else -offset * multiplier
+    # Each step maps m * sum + b to another such line, so that one line is left of them all.
     for step in int8_site.epilogue.steps:
         if step.op == "neg":
             multiplier, bias = -multiplier, -bias

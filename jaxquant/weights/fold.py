@@ -28,6 +28,7 @@ def fold(
     leaves = dict(zip(graph.leaves, jax.tree.leaves(params), strict=True))
     given = jax.device_get({var: leaves[var] for var in wanted if var in leaves})
     known = static_values(graph, params, ir.upstream(graph, wanted))
+    # What neither is a parameter nor known already is computed in one compiled function.
     left = [var for var in wanted if var not in given and var not in known]
     spread = set(left) - set(weights)
     found = {**known, **given, **_compiled(graph, leaves, left, spread)}

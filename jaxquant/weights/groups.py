@@ -50,6 +50,7 @@ def quantize_groups(
     rows = np.asarray(weight).astype(np.float64).transpose(layout.order).reshape(layout.shape)
     rows = np.moveaxis(rows, layout.axis, -1)
     length, size, groups = rows.shape[-1], layout.size, layout.groups
+    # The last group may be shorter: zeros change neither its largest value nor its error.
     padded = np.zeros((*rows.shape[:-1], groups * size))
     padded[..., :length] = rows
     padded = padded.reshape(*rows.shape[:-1], groups, size)
@@ -59,6 +60,7 @@ def quantize_groups(
         packed = pack(np.moveaxis(integers, -1, layout.axis), layout.axis)
         return packed, np.moveaxis(scale, -1, layout.axis)
     largest = LARGEST[weight_bits]
+    # Of 8 bits the largest weight is kept; of 4 a smaller threshold has less error on the whole.
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
     if weight_bits == 4:
         threshold = _least_error(padded, threshold, largest)
