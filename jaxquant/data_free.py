@@ -224,6 +224,7 @@ def quant_weights(
             f"recover={tuple(recover)!r} rounds weights on data, and example is shapes alone: pass "
             "samples, or leave recover out"
         )
+    # With samples the rounding is theirs; shapes alone leave rounding to nearest.
     default = ("gptq",) if has_data else ()
     config = QuantConfig(
         algo="abs_max",
@@ -267,6 +268,7 @@ def _inputs(
         total = num_batches(example, batch_size, batch_nums, select=select)
         if not isinstance(example, Iterator):
             return _Given(next(read()), Data(read, total))
+        # An iterator is read once: its first batch goes back in front of the others.
         batches = read()
         first = next(batches)
         return _Given(first, Data(_Once(itertools.chain([first], batches)), total))
@@ -318,10 +320,12 @@ def _quantize(
         check_no_randomness(model.graph)
         check_weights(model.graph, model.sites, params)
         config = config.with_rules(float_tables(model, params))
+        # Before the user's rules, the last of which wins.
         if sensitive := eight_bit_rules(model, config):
             config = dataclasses.replace(config, rules=(*sensitive, *config.rules))
         if not allow_batch_dependence:
             check_independence(source, inputs, fast_convolutions)
+        # Layers that rules treat differently get scans of their own before anything is planned.
         if (cut := cut_scans(source, model, config, inputs)) is not None:
             source, model, config = cut.source, cut.model, cut.resolved(config)
         binding = make_plan(model, None, config)

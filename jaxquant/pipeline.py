@@ -116,6 +116,7 @@ def quant_post(
       dtype('int8')
     """
     config = config_of(config, settings)
+    # What can be refused is refused before the data are read, which may take minutes.
     check_steps(config.all_steps)
     stages.check_files(config, calibration_file, recovery_file)
     check_flag("allow_batch_dependence", allow_batch_dependence)

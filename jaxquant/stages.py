@@ -184,6 +184,7 @@ def quantize(
 
     with progress.stage("searching thresholds"):
         start = start.planned()
+    # Their rules change scans and thresholds, so both are found anew; most models have none.
     if outliers := rules_for_outliers(
         start.source, start.observations, start.binding, start.config, progress
     ):
@@ -191,6 +192,7 @@ def quantize(
         with progress.stage("searching thresholds"):
             start = cut(()).planned()
 
+    # What accuracy control asks: a plan by some rules, which is cheap, and a whole model by them.
     def plan_of(rules: Rules) -> Binding:
         return cut(rules).binding if rules else start.binding
 

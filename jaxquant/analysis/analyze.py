@@ -126,6 +126,7 @@ def _analyze(
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
         weights = weight_ranges(program, params, qparams)
     tensors = {name: _tensor(plan, name, surveyed) for name in surveyed.tensors}
+    # Own errors rank the sites where no metric does; with one, what each costs it goes first.
     rows = _rows(find_parts(program), surveyed, weights, tensors)
     quality = {row["name"]: row["own_db"] for row in rows}
     summary: dict[str, Any] = {
@@ -190,6 +191,7 @@ def _rows(
         found[part.name] = None
         layers.setdefault(part.name, []).append({**row, "place": place})
     rows = []
+    # A reader changes sites, not layers: the worst layer speaks for all, the others are kept.
     for name in found:
         worst = min(layers[name], key=lambda row: row["own_db"])
         several = len(layers[name]) > 1 or worst["name"] != name
@@ -210,6 +212,7 @@ def _along(parts: Parts, layer: tuple[int, ...]) -> Iterator[tuple[Program, Part
             if end.name:
                 yield parts.program, end, layer
             continue
+        # A scan with reverse=True runs its last layer first.
         backwards = parts.program.graph.equations[index].params.get("reverse", False)
         for body in end:
             numbers = layers_of(body.program.model, layer)
@@ -257,6 +260,7 @@ def _input_row(
     if not names:
         keys = ("input", "threshold", "clipped", "clipped_noise", "input_db", "low", "high")
         return dict.fromkeys((*keys, "low_spread", "high_spread"))
+    # A product of two activations has two inputs: the one that costs more is shown.
     name = min(names, key=lambda n: seen[n].moments.sample_db)
     tensor, fit = tensors[name], seen[name]
     noise = float(fit.moments.noise)

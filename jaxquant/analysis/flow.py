@@ -71,6 +71,7 @@ class Flow:
             yield from ((self, v) for v in eqn.input_vars)
             return
         result = eqn.outputs.index(var)
+        # The result of a loop comes out of its last step, a stack out of every one.
         for body, layers in self.bodies[eqn.index]:
             carried = set(body.root.carries.values())
             for position, into in enumerate(body.root.results):

@@ -30,6 +30,7 @@ def warn_if_larger(params: Any, qparams: Mapping[str, Any]) -> None:
         path = path_parts(key_path)
         name = "/".join(path)
         before[name], after[name] = tree_bytes(leaf), tree_bytes(_stored(qparams, path))
+    # Scales and rounding up to whole bytes always cost a little; that is not worth a word.
     if sum(after.values()) < sum(before.values()) + _WORTH:
         return
     grown = sorted(before, key=lambda name: before[name] - after[name])[:_NAMED]

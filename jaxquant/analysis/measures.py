@@ -172,12 +172,15 @@ def widened(tree: Any) -> Any:
 def moments(y: jax.Array, other: jax.Array) -> Moments:
     """The moments of one batch, float32 scalars; infinite noise where ŷ alone is not finite."""
     y, other = y.astype(jnp.float32), other.astype(jnp.float32)
+    # Squares of large floats overflow, so everything is in a unit that fits both tensors.
     unit = unit_of(y, other)
     y, other = y * (1 / unit), other * (1 / unit)
     counted = jnp.isfinite(y)
     lost = jnp.any(counted & ~jnp.isfinite(other))
     y = jnp.where(counted, y, 0)
     other = jnp.where(counted & jnp.isfinite(other), other, 0)
+    # A sample a row: decibels are averaged over samples, so that one loud sample does not hide the
+    # others.
     rows = y.reshape(y.shape[0], -1) if y.ndim > 1 else y.reshape(1, -1)
     off = rows - other.reshape(rows.shape)
     signals, noises = jnp.sum(rows**2, axis=1), jnp.sum(off**2, axis=1)

@@ -14,6 +14,7 @@ def next_steps(report: Report, analysis: Analysis | None) -> list[str]:
     """Sentences, the most pressing first."""
     found = []
     summary = report.summary
+    # From what the user asked for and did not get, to what may be worth a look.
     control = summary.get("control")
     if control is not None and not control["held"]:
         found.append(

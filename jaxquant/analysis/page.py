@@ -145,6 +145,7 @@ def _cards(report: Report, analysis: Analysis | None) -> str:
     ]
     if s["output_sqnr_db"] is not None:
         cards.append(("SQNR of the outputs", f"{s['output_sqnr_db']:.1f} dB"))
+    # Accuracy control has measured the model that is returned; the analysis one without it.
     scores: Mapping[str, Any] = s.get("control") or {}
     if analysis is not None and analysis.has_scores and not scores:
         scores = analysis.summary
@@ -170,6 +171,7 @@ def _table(report: Report, analysis: Analysis | None) -> str:
     found = {} if analysis is None else {row["name"]: row for row in analysis.rows}
     columns: list[tuple[str, str, Mapping[str, Mapping[str, Any]]]]
     rows = {row["name"]: row for row in report.rows}
+    # The analysis measures own errors on all batches, the report on the first one.
     told_better = () if analysis is None else (_OWN,)
     columns = [(title, key, rows) for title, key in _REPORT_COLUMNS if key not in told_better]
     if analysis is not None:

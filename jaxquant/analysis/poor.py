@@ -83,6 +83,7 @@ def warn_if_poor(
         return
     sqnr, own = (_of_layers(report, key) for key in ("sqnr_db", "own_sqnr_db"))
     found = falls(bind(source.trace(inputs), plan), sqnr, output)
+    # The largest fall always, others only where they are large too.
     shown = [fall for fall in found[:_NAMED] if fall is found[0] or fall.size >= _LEAST]
     at = "; ".join(_spell(fall, own.get(fall.name)) for fall in shown)
     warnings.warn(
@@ -136,6 +137,7 @@ def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> 
             "or the weight"
         )
     sites = {each["name"]: row for row in report.rows for each in row["by_layer"] or [row]}
+    # A site that is bad by itself is the cause; one that is not suffers from what comes before.
     bad = [fall.name for fall in shown if own.get(fall.name, math.inf) < GOOD_DB]
     start = "" if bad else "the error of what it reads is small and grows there: "
     if not bad:

@@ -104,6 +104,7 @@ def survey(
     ranges: list[dict[str, Any]] = []
     plain: Any = None
     scans: dict[str, tuple[int, ...]] = {}
+    # Ranges are kept batch by batch (they show drift), all else is summed as it comes.
     for index, inputs in enumerate(batches):
         if plain is None:
             with progress.stage("tracing"):
@@ -188,6 +189,7 @@ def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any
         is_measured = part.name and _is_float(wanted)
         return Outcome(got, measures.moments(wanted, got[0]) if is_measured else None)
 
+    # Own errors are those with a bias that fits float inputs, as the report has them too.
     if is_corrected(parts.program.whole_plan):
         shifts = evaluate_parts(parts, params, plain, flat, shift, reference)[1].of
         plain = _with_means(plain, shifts)
@@ -238,6 +240,7 @@ def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Enviro
     x = reference.wide(var).astype(jnp.float32)
     zero_point = readers.zero_point(var)
     rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
+    # In steps of the grid: half a step beyond its ends is clipped, not rounded.
     place = x * readers.inv_scale(var) + jnp.asarray(zero_point, jnp.float32)
     outside = (place > 127.5) | (place < -128.5)
     moments = measures.moments(x, rounded)

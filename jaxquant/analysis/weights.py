@@ -64,6 +64,7 @@ def _ranges(layer: GraphLayer, int8_site: Int8Site, weight: np.ndarray) -> Weigh
     stored, scale = jax.device_get(
         [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
+    # The stored form against the float weight, with what equalization divided taken back.
     spread = [weight.shape[a] if a in axes else 1 for a in range(weight.ndim)]
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
     if not (int8_site.dynamic or site.is_lookup):

@@ -50,6 +50,7 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
             preferred_element_type=jnp.float32,
         )
 
+    # On CPU dequantized parts stay in the cache; other compilers fuse the whole into the dot.
     def by_blocks(x: jax.Array, integers: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
         form = _along_outputs if product.sums_last else _along_sums
         return [form(product, x, integers, scale, dot)]
@@ -118,6 +119,8 @@ def _along_outputs(
     """[M, N] from a weight [N, K]: blocks of its rows give blocks of the columns."""
     columns, size, bits = product.columns, product.group_size, product.weight_bits
     is_apart = bits == 4 and (product.groups == 1 or size % 2 == 0)
+    # Two codes a byte: even and odd rows are unpacked apart, and summed with their own inputs, so
+    # that no row is moved.
     if is_apart:
         halves = jnp.pad(x, ((0, 0), (0, product.length % 2)))
         halves = halves.reshape(x.shape[0], -1, 2)

@@ -36,6 +36,7 @@ class ChannelsLast:
         self._x = (*x.free, *x.window, *x.contracted)
         self._kernel = (*kernel.window, *kernel.contracted, *kernel.free)
         self._out = (*samples, *result.window, *channels)
+        # XLA's CPU convolution is fast along two axes or more: one of size 1 goes in front.
         self._added = max(0, 4 - len(self._x))
         ones = (1,) * self._added
         given = window_of(contraction)

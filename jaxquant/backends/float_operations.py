@@ -57,6 +57,7 @@ def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:
     biases, masks = params["biases"], params["masks"]
     q, k, v, *beside = inputs
     of_biases, of_masks = beside[: len(biases)], beside[len(biases) :]
+    # The kernel takes one bias and one mask: several are joined, which is small beside the scores.
     bias = _joined(operator.add, biases, of_biases)
     mask = _joined(operator.and_, masks, of_masks)
     order = tuple(range(len(layout.result)))

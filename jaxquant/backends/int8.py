@@ -101,6 +101,7 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
     x, w = operands
     if not contraction.has_batch and _has_more_axes(contraction):
         return _by_matrix(x, w, contraction)
+    # XLA is fast where the first operand is summed over its last axis: the sides change places.
     if contraction.has_batch and _sums_last(contraction, 1) and not _sums_last(contraction, 0):
         other_way = contraction.swapped
         result = dot((w, x), other_way)
@@ -113,6 +114,7 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
     if contraction.has_batch or not is_vector or not other.free:
         return lax.dot_general(x, w, numbers, preferred_element_type=jnp.int32)
 
+    # A product of one row goes a slow way through XLA on CPU; of two rows it does not.
     pads = [(0, int(axis == own.free[0]), 0) for axis in range(x.ndim)]
     result = lax.dot_general(
         lax.pad(x, jnp.int8(0), pads), w, numbers, preferred_element_type=jnp.int32

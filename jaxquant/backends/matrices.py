@@ -55,6 +55,7 @@ class Matrices:
         self._is_first = position == 0
         at = 0 if contraction.choosing is None else own.free.index(contraction.choosing)
         each = own.free[at + 1 :] if contraction.choosing is not None else ()
+        # A weight that all of a batch share has a size of 1 there: its result has the batch's.
         copied = dict(zip(of_weight.batch, (x[axis] for axis in own.batch), strict=True))
         self._stored = weight
         self._weight = tuple(copied.get(axis, size) for axis, size in enumerate(weight))

@@ -86,6 +86,7 @@ def run_sequence(
     names = [tuple(each) for each in operands]
 
     def form(backend: Backend) -> choices.Form:
+        # What is chosen between takes flat arrays, of which each call takes its own.
         def of_arrays(*arrays: jax.Array) -> Sequence[jax.Array]:
             rest = iter(arrays)
             given = [{name: next(rest) for name in each} for each in names]

@@ -47,6 +47,7 @@ class Xla:
         sums = int8.accumulate(call.contraction, arrays, [zero_points.x])
         if call.gives_sums:
             return [sums]
+        # One order for all backends: sum, multiplier and bias, clip, residual, clip, rounding.
         y = epilogue(call.movements, call.channels, sums.astype(jnp.float32), operands, scales)
         y = _clip(y, call.clamps[0])
         if call.residual is not None:

@@ -94,6 +94,7 @@ class BatchChecker:
                 raise ValueError(
                     f"{where} of ds is empty: {_leaf_name(path)} is {_spell(leaf)}. Leave it out."
                 )
+        # Shapes may vary with the texts; the structure and the dtypes are the model's signature.
         if self._first is None:
             self._first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         if problem := _difference(batch, self._first, sizes=False):
@@ -119,6 +120,7 @@ def _to_array(leaf: Any, name: str, where: str) -> Array:
             f"{where} of ds: {name} is a {type(leaf).__name__} that cannot be made a NumPy array "
             f"({error}). Convert it in ds, or pick other inputs with select=."
         ) from error
+    # bfloat16 and the like are numbers to JAX, though NumPy calls them void.
     is_numeric = jax.dtypes.issubdtype(array.dtype, np.number) or array.dtype == np.bool_
     if not is_numeric:
         raise TypeError(

@@ -81,6 +81,7 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
             names = [site.name for site in found]
             raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")
         matched |= {site.name: site for site in hits}
+    # A scan stacks what its steps show; other loops have no axis for their steps.
     wanted = [s for s in found if s.name in matched and set(s.inside) <= {"scan"}]
     lost = [s for s in found if s.name in matched and not set(s.inside) <= {"scan"}]
     if lost:

@@ -224,6 +224,8 @@ def _real_counts(x: jax.Array, real: jax.Array | None, count: Counter) -> Counts
     real, lowest = jnp.broadcast_to(real, x.shape), float(np.finfo(np.float32).min)
     number = jnp.sum(real, dtype=jnp.uint32)
     x = x.astype(jnp.float32)
+    # Entries of padding are counted as the largest real one, which cannot widen the range, and that
+    # many are taken out of its bin again.
     top = largest(jnp.where(real, x, lowest), initial=lowest)
     top = jnp.where(number > 0, top, jnp.float32(0))
     counts, extremes = _counted(jnp.where(real, x, top), count)
@@ -252,6 +254,7 @@ def _of_batch(
     low, high = jnp.where(extremes == 0, 0.0, extremes)  # which zero comes first does not matter
     good = (low > -jnp.inf) & (high < jnp.inf)  # NaN passes through both
     abs_max = abs_max_of(low, high, good)
+    # A batch with NaN leaves the state as it was, so that what follows can be read.
     lo, hi = jnp.where(good, counts, jnp.uint32(0))
     count_lo, count_hi = jnp.where(good, sizes, jnp.uint32(0))
     return Histogram(

@@ -157,6 +157,7 @@ def _batches(source: Any, batch_size: int | None, select: Select) -> Iterator[Ba
         for where, item in read_items(source, None):
             yield to_arrays(select_arguments(item, select, where), where)
     else:
+        # Lazily, one batch at a time: a data set may be larger than memory.
         samples = (
             to_arrays(select_arguments(item, select, where), where)
             for where, item in read_items(source, batch_size)

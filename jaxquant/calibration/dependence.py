@@ -53,6 +53,7 @@ def check_independence(
     size = batch_size(inputs)
     if not size or not may_mix(model, size):
         return
+    # First by the graph, which costs a trace; only a suspect is run.
     doubled = trace_for(source, inputs, 2 * size)
     mixing = None if doubled is None else find_mixing(model, doubled)
     if mixing is None or doubled is None:
@@ -85,6 +86,7 @@ def _confirms(
     changed = [_others(x) if _has(x, size) else x for x in leaves]
     if all(x is other or np.array_equal(x, other) for x, other in zip(leaves, changed)):
         return mixing.sums  # nothing to see
+    # The same first half with two second halves: whatever changes in it depends on the others.
     batches = [
         [jnp.concatenate([x, half]) if _has(x, size) else x for x, half in zip(leaves, halves)]
         for halves in (leaves, changed)

@@ -182,6 +182,8 @@ def _all_steps(
             if sizes[number]:
                 some = jax.tree.map(lambda x: x[place], states)
                 some = counting.joined(some, seen.counts)
+                # Only the part of the body that ran: a choice leaves the statistics of others
+                # alone.
                 states = jax.tree.map(lambda x, y: x.at[place].set(y), states, some)
             if kept:
                 kept = (*kept[: place.start], *seen.own, *kept[place.stop :])

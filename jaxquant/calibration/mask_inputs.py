@@ -65,10 +65,12 @@ def place_masks(
     marked = {place: number for number, place in own.items()}
     unclear: set[int] = set()
     for number, ((key, maker), shape) in enumerate(zip(masks, shapes, strict=True)):
+        # Inputs that begin with the mask's sizes may have its positions, or others as many.
         fitting = [k for k in _of_sizes(inputs, shape, key) if k not in own.values()]
         if not fitting and not (callable(maker) and number in own):
             raise ValueError(_says_none_fits(inputs, shape, key, maker))
         used = [k for k in fitting if model.graph.inputs[k] in model.graph.consumers]
+        # Which of several have the same positions is seen in the model: they meet, or do not.
         if len(used) > 1:
             fitting, others = _of_one_sequence(model, used, sources[number].read)
             unclear.update(others)

@@ -113,6 +113,7 @@ class Observations:
         found = []
         for own in each:
             unseen = {name for name, stats in own.tensors.items() if not stats.count}
+            # A layer that no batch came to has what the other layers saw, which is the best guess.
             others = {
                 name: [one for one in each if name in one.tensors and one.tensors[name].count]
                 for name in unseen

@@ -195,11 +195,13 @@ def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
         raise FileError("it is of a sweep that is done, and no tensor saw data")
     structure = jax.tree.structure(_template(record["inputs"]))
     examples = tuple(jax.tree.unflatten(structure, x) for x in _leaves(tensors, "examples"))
+    # Counts that contradict each other are damage, however well each of them reads.
     if not examples or batches < len(examples) or samples < 1:
         raise FileError(f"{len(examples)} examples of {batches} batches and {samples} samples")
     states = _leaves(tensors, "states")
     if states and len(states) != len(names):
         raise FileError(f"own statistics of {len(states)} of {len(names)} tensors")
+    # What nobody took is of another version, or was added by hand.
     if tensors:
         raise FileError(f"unknown tensors {sorted(tensors)[:3]}")
     origin = _origin(record["origin"])
@@ -241,6 +243,7 @@ def _stats(tensors: dict[str, np.ndarray], names: list[str]) -> dict[str, Tensor
         count = int(row.sum())
         bounds = (low, high) if count else (math.inf, -math.inf)
         exponent = math.frexp(width)[1] if math.isfinite(width) else 0
+        # The bounds, the bin width and the counts follow from each other in every real sweep.
         fits = (
             (row >= 0).all()
             and width == math.ldexp(0.5, exponent)

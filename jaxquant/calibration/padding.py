@@ -154,6 +154,7 @@ def warn_of_counted(padding: Padding, observed: Observed, inputs: Sequence[Any])
             stacklevel=2,
         )
     positions = padding.positions(model, inputs)
+    # One tensor is named, with how many others: a transformer has hundreds.
     counted: dict[str, str] = {}
     for each in observed.walk():
         for name, var in each.tensors.items():

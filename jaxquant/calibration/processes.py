@@ -39,6 +39,7 @@ def reduce_processes(observations: Observations) -> Observations:
     _check_same(names)
     stats = [observations.tensors[name] for name in names]
     gathered = _gather(_encode(stats))
+    # Every process joins all parts itself, in one order, so that all have the same bits.
     parts = [_decode({k: v[p] for k, v in gathered.items()}) for p in range(jax.process_count())]
     seen = _gather({"seen": np.array([observations.batches, observations.samples], np.int32)})
     batches, samples = (int(x) for x in seen["seen"].sum(axis=0, dtype=np.int64))
@@ -127,6 +128,7 @@ def check_alike(params: Mapping[str, str], complete: bool) -> None:
             "than those of process 0. Every process gives the same params"
         )
     digests = [_digest(text) for text in params.values()]
+    # Digests, not arrays: parameters may be large, and spread over the processes' devices.
     every = _gather({"digests": np.stack(digests)})["digests"]  # [processes, parameters, bytes]
     unlike = (every != every[0]).any(axis=2)
     if unlike.any():
@@ -199,6 +201,7 @@ def _examples_of_first(examples: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any
     found = []
     for number in range(int(count)):
         own = jax.tree.leaves(examples[number]) if number < len(examples) else leaves
+        # A broadcast needs the same shapes everywhere: the others send zeros of process 0's.
         shapes = _gather({str(k): np.array(np.shape(x), np.int32) for k, x in enumerate(own)})
         wanted = [tuple(shapes[str(k)][0]) for k in range(len(leaves))]
         filled = [

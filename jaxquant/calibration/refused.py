@@ -48,6 +48,7 @@ def _guesses(inputs: tuple[Any, ...]) -> list[str]:
         )
     for x in inputs:
         if isinstance(x, Mapping) and x:
+            # The largest entry is likely the images, the others labels and names.
             key = max(x, key=lambda name: sum(map(np.size, jax.tree.leaves(x[name]))))
             said.append(
                 "A dict is one argument: if the model takes one entry of it, pick that with "

@@ -118,6 +118,7 @@ def check_saved(
     except Exception as error:
         error.add_note(f"apply_fn was called with the inputs that {os.fspath(path)} holds.")
         raise
+    # Model and parameters first: with others, differences in the options say nothing.
     other = _other_model(seen.origin, here)
     if other:
         raise _refusal(path, "another model or other parameters", other)
@@ -141,6 +142,7 @@ def _observe(
     batches: Iterator[tuple[Any, ...]],
     digests: list[bytes],
 ) -> Observations:
+    # Written after the first batch, to find out early that the path cannot be written to.
     due = 0.0
     try:
         for inputs in batches:
@@ -149,6 +151,7 @@ def _observe(
             if time.monotonic() >= due and _write(path, sweep, digests):
                 due = time.monotonic() + _SECONDS
         observations = sweep.finish()
+    # An error and Ctrl-C alike leave the file as far as the sweep came.
     except BaseException as error:
         try:
             _write(path, sweep, digests)
@@ -222,6 +225,7 @@ def _other_observations(
     elif saved.digests is not None and list(names) != there:
         problems.append("its interrupted sweep observes more tensors")
     if problems:
+        # The options that explain why other tensors are observed.
         known = {**origin.options, **here.options}
         problems += [
             _spell_option(name, origin, here)

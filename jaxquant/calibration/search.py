@@ -130,6 +130,7 @@ def validated(
     _refuse("bin_width", width, ~(np.isfinite(width) & (width > 0)), "must be positive and finite")
     shape = h.shape[:-1]
     width = _broadcast("bin_width", width, shape)
+    # Bins above the last one in use hold no candidate: the search is as long as the data.
     bins = np.where(h > 0, np.arange(1, h.shape[-1] + 1), 0).max(axis=-1)  # up to the last in use
     limit = np.where(bins > 1, bins, 0).astype(np.float64)
     if abs_max is not None:

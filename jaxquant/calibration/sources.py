@@ -169,6 +169,7 @@ def _first_axis(whole: Any) -> int:
                 "pass a list of batches: [ds]"
             )
         lengths[name] = int(leaf.shape[0])
+    # A tuple of two batches looks like a data set of two arrays; their lengths give it away.
     if len(set(lengths.values())) > 1:
         raise ValueError(
             "a tuple or dict as ds is a whole dataset in memory, so its arrays must share their "

@@ -135,6 +135,8 @@ class Sweep:
             if is_new:
                 self._trace(inputs)
             known = self._known_of(inputs)
+            # The model's step is compiled for each shape; adding to the state is one program for
+            # all.
             seen, own = self._step(done.own, self._params, known, *inputs)
             state, bad = counting.fold(done.state, seen, np.int32(done.batches))
         self._done = _Done(
@@ -144,6 +146,7 @@ class Sweep:
             done.samples + batch_length(inputs),
             with_example(done.examples, inputs),
         )
+        # That of the batch before, which the device has finished by now.
         self._check_finite()
         self._bad = bad
 
@@ -195,6 +198,7 @@ class Sweep:
 
     def _start(self, inputs: tuple[Any, ...]) -> tuple[Origin, tuple[str, ...]]:
         model = self._trace(inputs)
+        # What is wrong with the model is said before the first batch is run.
         check_no_randomness(model.graph)
         check_weights(model.graph, model.sites, self._params)
         if not self._allow_batch_dependence:

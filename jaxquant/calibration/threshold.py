@@ -192,6 +192,7 @@ def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
     sums = running_sums(without_zeros(h))
     below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
+    # Sums by parts: each value counts once for every level that it reaches.
     k = levels.numbers
     above = jnp.where(k <= levels.steps, sums.total[0] - below.counts, 0.0)  # [C, K], of level k on
     step = candidates / levels.steps

@@ -98,6 +98,7 @@ def assumed_in(error: Exception, inputs: Any, example: Any) -> Assumption | None
     if comparison is None:
         return None
     pairs = zip(jax.tree.leaves(inputs), map(ir.struct, jax.tree.leaves(example)), strict=True)
+    # The sizes that the example has tell which way the comparison went when it was traced.
     wanted = [
         (str(size), number)
         for spec, struct in pairs

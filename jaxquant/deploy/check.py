@@ -62,6 +62,7 @@ def check_arrays(program: Program, qparams: Mapping[str, Any]) -> None:
         tuple(str(entry.key) for entry in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(qparams)[0]
     }
+    # A bias is there or not by what the parameters hold, which a program does not know.
     optional = {path for path in found if path[0] == "sites" and path[2:] == ("bias",)}
     for path in optional & {(*site[:2], "bias") for site in wanted}:
         wanted[path] = ((), np.dtype(np.float32))
@@ -116,6 +117,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
                 yield ("sites", site.name, "weight_sum"), (((channels,),), np.dtype(np.int32))
             continue
         groups = group_layout(shape, view.channels, plan.group_size)
+        # Codes of four bits: two of them a byte along the summed axis, one scale a group.
         by_group, pairs = list(groups.shape), list(groups.shape)
         by_group[groups.axis] = groups.groups
         pairs[groups.axis] = -(-pairs[groups.axis] // 2)

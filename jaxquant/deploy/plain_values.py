@@ -26,6 +26,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, enum.Enum):
         return value.name
+    # bool is an int to Python, hence before; NaN and infinity are no JSON.
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):

@@ -88,6 +88,8 @@ def traced(
     """
     if isinstance(constraints, str):
         raise ValueError(f"constraints={constraints!r} is a text; give a tuple: ({constraints!r},)")
+    # The model may ask something of a size ("b >= 2"): what held for its example is assumed, one
+    # thing after the other, and said in the file.
     assumed: tuple[str, ...] = ()
     while True:
         inputs = symbolic_inputs(qapply, shapes, (*constraints, *assumed))

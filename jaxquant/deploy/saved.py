@@ -94,6 +94,7 @@ def save_quantized_model(
         with shown.stage("tracing"):
             plain = tree.plain(qparams, qapply)
             stored = make_stored(qapply, shapes, constraints)
+            # A file that could not be loaded again is refused now, while the model is at hand.
             check_program(_example_program(stored, qapply.plan), plain, stored.example)
         with shown.stage("saving"):
             parts = {
@@ -203,6 +204,7 @@ def _load(
     if set(packed) != set(_NAMES):
         raise FileError(f"its parts are {sorted(packed)[:9]}, not {sorted(_NAMES)}")
 
+    # Sizes are looked at before anything is unpacked: a small file may claim to be large.
     def part(name: str) -> dict[str, Any]:
         contents = packing.unpack(packed[name], name, strict_json.MAX_BYTES)
         return parse_json(contents, name.removesuffix(".json"))
@@ -251,6 +253,7 @@ def _plan(data: dict[str, Any]) -> Plan:
         raise FileError(f"the plan's mode is {plan.mode!r}, not one of {', '.join(MODES)}")
     if plan.group_size is not None and plan.group_size < 1:
         raise FileError(f"the plan has weights in groups of {plan.group_size}")
+    # A plan steers compiled kernels: values that no plan has are refused one by one.
     for site in plan.sites:
         if site.weight_bits not in ((8, 4) if plan.mode == WEIGHT_ONLY else (8,)):
             raise FileError(f"the plan has {site.weight_bits} bits for a weight of {site.name!r}")

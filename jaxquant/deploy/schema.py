@@ -47,6 +47,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"{where} is {_short(data)}, not an object")
         return {key: _decode(arguments[1], x, f"{where}[{key!r}]") for key, x in data.items()}
+    # JSON writes 1.0 as 1 at times; nothing else is converted.
     if kind is float and type(data) is int and abs(data) < 2**53:
         return float(data)
     if type(data) is not (type(None) if kind is None else kind):

@@ -39,6 +39,7 @@ class SiteNodes(StoredTensors, abc.ABC):
             params = {"broadcast_dimensions": axes, "shape": graph.shape(view.var)}
             self.add("broadcast_in_dim", (weight,), (number,), params)
             weight = number
+        # What is stored is the parameter; the dot reads it transposed or copied, as the model does.
         for movement in view.movements:
             number = self.new(graph, movement.outputs[0])
             moved = self.node(movement)
@@ -57,6 +58,7 @@ class SiteNodes(StoredTensors, abc.ABC):
         axes: tuple[int, ...] = ()
         if site.weight is not None:
             axes = site.channel_axes
+            # Stored as integers, or float and rounded when the weight is known.
             if site.computes_weight:
                 self.need_static((site.weight,))
                 computed = self.number(site.weight)

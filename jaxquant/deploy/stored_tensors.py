@@ -123,6 +123,7 @@ class StoredTensors(Tensors):
                     scope="",
                 )
             )
+        # The result has a number already, which others refer to.
         (last,) = steps.outputs
         assert isinstance(last, int), "a weight is no scalar"
         self.add("optimization_barrier", (numbers[last],), (result,), {})

@@ -38,6 +38,7 @@ def to_network(
     graph = program.graph
     outputs = jax.tree.unflatten(graph.out_tree, graph.outputs)
     translated = _Translator(program, program.binding, program.model.root, Found(operators), [])
+    # Inputs are numbered first, in the caller's order.
     numbers = tuple(translated.number(var) for var in graph.inputs)
     translated.add_equations()
     found = translated.found
@@ -108,6 +109,7 @@ class _Translator(SiteNodes):
             self.need_static(eqn.inputs)
             self.found.moves.append(self.node(eqn))
         joined = self._joined(self.program.equations, binding)
+        # By what stands for an equation: an operator of several, an int8 site, a loop, or itself.
         for eqn in self.program.equations:
             if eqn.index in joined.inside:
                 continue
@@ -301,6 +303,7 @@ class _Translator(SiteNodes):
             if not isinstance(var, int) or not graph.static[var] or var in self._static_done:
                 continue
             self._static_done.add(var)
+            # From the integers where they are stored, else as a parameter, a constant, or computed.
             if var in self.program.restored:
                 self.restore(var)
             elif var in self.program.float_paths:

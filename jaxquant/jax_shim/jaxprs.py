@@ -207,6 +207,7 @@ def interpret(
 
     for number, eqn in enumerate(jaxpr.eqns):
         operands, here = [read(x) for x in eqn.invars], (*place, number)
+        # Scopes are kept, since sites are named after them in the new trace too.
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
             body = inlined_body(eqn)

@@ -90,6 +90,7 @@ def _best(folder: Folder, using: Compiler, name: str | None) -> _Loaded:
     """The library of the best set that can be had, or of the one that is named."""
     present = _processor(folder, using)
     compiles, failure = True, BuildError(f"this processor does not have {name}")
+    # From the best set down: one that is cached, else one that can be compiled here.
     for wanted in instructions.runnable(present):
         if name not in (None, wanted.name):
             continue

@@ -105,6 +105,8 @@ class Folder:
         try:
             if not _is_there(path):
                 os.makedirs(path, mode=0o700, exist_ok=True)
+            # All that follows goes by the descriptor: the path may be another folder a moment
+            # later.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except (OSError, RecursionError) as error:  # makedirs goes up a level a call
             raise BuildError(f"cannot write to {path}: {error}") from None

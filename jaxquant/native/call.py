@@ -79,6 +79,7 @@ def _partitioned(static: Static) -> Callable[..., Any]:
     def run(*operands: jax.Array) -> Any:
         return _ffi_call(static, *operands)
 
+    # Each device computes the rows of its batch; whatever else is sharded is gathered first.
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         batch = _batch_axes(arguments[0].sharding)
         taken = tuple(

@@ -109,6 +109,7 @@ def _printed_by(command: list[str]) -> str:
       CompilerTimeout: it takes too long.
     """
     text = shlex.join(command)
+    # A group of its own, so that a timeout ends what the compiler started, too.
     try:
         process = subprocess.Popen(
             command,

@@ -88,6 +88,7 @@ def attention(
 @functools.lru_cache(maxsize=4096)
 def _attention(axes: AttentionAxes, scale: float, fill: float) -> Callable[..., Any]:
     """The call with its batching rule: a mapped axis is one batch axis more."""
+    # An axis that an operand does not have (None) is one along which it is the same.
     given = [order for order in axes[:3] + axes[4:] if order]
 
     @jax.custom_batching.custom_vmap

@@ -108,6 +108,7 @@ def conv_call(
         raise ValueError(f"padding {padding} is negative; slice x first")
     if not packed:
         kernel = pack_conv(kernel, groups, dilation)
+    # The kernels compute with plain numbers: everything is a shape from here on.
     taps = height, width
     rows, columns = output_size(x.shape[1:3], taps, strides, padding, dilation)
     geometry = Geometry(
@@ -172,6 +173,7 @@ def dot(
             raise ValueError(f"a weight {weight.shape} does not fit x {x.shape}")
         columns = weight.shape[1]
         weight = pack_dot(weight)
+    # Rows are rows, however many axes they lie along.
     lead = x.shape[:-1]
     if residual is not None:
         residual = residual._replace(value=residual.value.reshape(-1, columns))

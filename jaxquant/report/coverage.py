@@ -48,6 +48,7 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
                 add(var, "int8", "")
             elif site.kind in kinds.ELEMENTWISE_KINDS:
                 add(var, "fused", f"in the epilogue before {site.name}")
+    # Second, what is no site and reads floats where an int8 tensor might have been.
     by_equation = {site.equation for site in sites if not site.inside}
     for eqn in program.equations:
         if eqn.index in by_equation:

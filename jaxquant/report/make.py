@@ -44,6 +44,7 @@ def make_report(
     rounded = _float_sites_on_integers(program)
 
     rows = []
+    # One dict of plain values a site: it is saved as JSON, and shown without a device.
     for site in plan.sites:
         row: dict[str, Any] = {
             "name": site.name,

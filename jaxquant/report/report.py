@@ -146,6 +146,7 @@ class Report:
         )
         lines = [f"{s['sites_int8']} sites {label}, {s['sites_float']} float: {kinds}."]
 
+        # Tensors that stay float among int8 sites cost time, so each is named with its reason.
         floats = [tensor for tensor in self.tensors if tensor["status"] == FLOAT]
         if not MODES[s["mode"]].integer:
             floats = []  # they all are
@@ -185,6 +186,7 @@ def output_lines(outputs: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(outputs) > 1 and noisy:
         worst = min(noisy, key=lambda row: row["sqnr_db"])
         lines.append(f"  Worst of {len(outputs)}: {worst['name']}, {worst['sqnr_db']:.1f} dB.")
+    # A class whose logit is lost costs little SQNR and all of its images.
     with_columns = [row for row in outputs if row["worst_column_db"] is not None]
     if with_columns:
         worst = min(with_columns, key=lambda row: row["worst_column_db"])

@@ -75,6 +75,7 @@ def measure_quality(
     if uncorrected is not None:
         shifts = comparison(uncorrected, inputs, alone=True).shifts
         qparams = with_shifts(comparison.plan, uncorrected, [shifts])
+    # Three runs in all, of one compiled step: what it does is chosen by its arguments.
     alone = comparison(qparams, inputs, alone=True)
     with_error = comparison.with_error
     layers = _layers(measured)

@@ -51,6 +51,7 @@ def _plain_biases(layer: GraphLayer) -> dict[str, np.ndarray]:
     graph, binding = layer.program.graph, layer.binding
     corrected = [s for s in binding.sites if is_corrected_site(layer.program, s.site.name)]
     steps = [step for s in corrected for step in s.epilogue.steps]
+    # From the float parameters anew: the correction cannot be told from the bias it is in.
     wanted = [step.operand for step in steps if isinstance(step.operand, int)]
     operands = fold(graph, layer.params, [], wanted)[1]
     found = {}

@@ -28,6 +28,7 @@ def changed_sites(before: Binding, after: Binding) -> tuple[str, ...]:
     }
     names = [site.name for site in before.whole_plan.sites]
     found: list[str] = []
+    # A site all of whose layers differ is named as one.
     for name, unit in find_units(before.model, names, single_layers=False).items():
         layers = [layer for layer in unit.layer_names if layer in differing]
         found += [name] if len(layers) == len(unit.layers) else layers

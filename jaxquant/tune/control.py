@@ -189,6 +189,7 @@ class _Search:
                 + "; this is the best model found. See qapply.report()",
                 stacklevel=6,  # the caller of the public function, behind its check of keywords
             )
+        # The whole search is in the report: what was tried, and what it gained.
         summary = {
             "float_score": self.float_score,
             "int8_score": self.full_score,
@@ -222,6 +223,7 @@ def _rank(
     search.units = switch.units
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget
+    # A ranking is only the start: it may take a part of the budget.
     deadline = None if budget is None else search.started + _RANKING_SHARE * budget
     found = measure(scores, switch.names, search.float_score, progress=progress, deadline=deadline)
     rows = built.qapply.report().rows
@@ -232,6 +234,7 @@ def _rank(
     search.ranking = ranking
     if not found.complete:
         return ranking, ranking[:1]
+    # How many of the first sites have to be float for the metric to hold, by trying.
     for count in _counts(len(ranking)):
         suspects = ranking[:count]
         if scores([name for name in switch.names if name not in suspects]) >= search.target:

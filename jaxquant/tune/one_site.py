@@ -128,6 +128,8 @@ def one_site(
     activations = tuple(dict.fromkeys(site.operands))
 
     def apply_fn(params: dict[str, jax.Array], *inputs: jax.Array) -> jax.Array:
+        # What is around a site decides which kernels run it: an input that is computed comes in
+        # float.
         read = [_compute(x) if c else x for x, c in zip(inputs, around.is_computed, strict=True)]
         values: dict[ir.Var, Any] = dict(zip(activations, read, strict=True))
         if weight is not None:
@@ -183,6 +185,7 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
     )
     traced = trace_model(model.apply_fn, model.params, model.inputs)
     names = observed_tensors(traced, config).names
+    # No data: the ranges are those of the values that it will be timed on.
     stats = map(_stats, model.has_zero_point)
     observations = Observations(
         dict(zip(names, stats, strict=True)), batches=1, samples=1, examples=(model.inputs,)

@@ -82,6 +82,7 @@ def rules_for_outliers(
         for trial in tensor_trials(task, draft, divisible):
             products = trial.tensor.readers
             sites = [product.site for product in products]
+            # Layers are alike where their readers are: the same names but for the layer, one shape.
             key = tuple((groups[p.site.name], p.matrix_shape) for p in products)
             tried = found.setdefault(key, _AlikeDots({}, []))
             tried.sites.update((site.name, site) for site in sites)

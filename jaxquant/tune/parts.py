@@ -215,6 +215,7 @@ class _Mixing(NamedTuple):
             table[part.end.index] = self._choosing(here, part, in_float, seen)
         for index, bodies in parts.bodies.items():
             table[index] = self._looping(here, graph.equations[index], bodies, seen)
+        # In a body beside the float form, integers are the float form's: both take the same way.
         if here.reference is not None and parts.program.model.body is not None:
             table = {
                 index: both_forms.led(graph.equations[index], lowering, here.reference)
@@ -233,6 +234,7 @@ class _Mixing(NamedTuple):
         program, qparams = here.program, here.qparams
         members = [eqn.index for eqn in part.members]
         on_float = {index: in_float[index] for index in members}
+        # Each form in an environment of its own: what is computed inside is not seen outside.
         on_int8 = {i: program.lowerings[i] for i in members if i in program.lowerings}
 
         def choosing(env: evaluate.Environment) -> evaluate.Values:
@@ -285,6 +287,7 @@ class _Mixing(NamedTuple):
             seen.update(inside.of)
             return dict(zip(eqn.outputs, results, strict=True))
 
+        # One form where something is switched, both where they are compared.
         return alone if here.reference is None else beside
 
     def _both(

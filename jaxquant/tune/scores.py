@@ -123,6 +123,7 @@ def _read(path: str | os.PathLike[str], digest: str) -> dict[str, float]:
         with open(path, "rb") as file:
             content = json.load(file)
         known = {str(key): float(value) for key, value in content["scores"].items()}
+        # Any fault of the text is the same to the caller: no scores to go on from.
         is_ours = content["format"] == _FORMAT and content["version"] == _VERSION
         models = content["models"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -116,6 +116,7 @@ def slowdown(timed: BothForms) -> float:
         in_int8, result = _seconds(timed.in_int8, timed.arguments, result)
         if number == 0:
             continue  # it compiled
+        # Ratios of neighbours in time: a busy machine slows both.
         ratios.append(in_int8 / in_float)
         spent += in_float + in_int8
         is_clear = max(ratios) < 1  # int8 was faster each time

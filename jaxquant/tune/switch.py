@@ -66,6 +66,7 @@ class Switch:
             program = program_by_site(bind(source.trace(inputs), plan), params)
             return find_parts(program), jax.tree.leaves(inputs)
 
+        # Which sites are int8 is an argument (`rest`): one compilation serves all combinations.
         def mixed(params: Any, qparams: Any, rest: Any, *inputs: Any) -> Any:
             parts, flat = start(inputs)
 

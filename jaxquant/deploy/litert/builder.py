@@ -104,6 +104,7 @@ class Builder(Graph):
                 raise NotCovered("copies along an axis whose size varies")
             repeats.append(1 if old == new else int(new))
         physical = [shape[axis] for axis in value.order]
+        # A constant is repeated now, in the file; anything else when the model is run.
         array = self.array(value.name)
         if array is not None:
             name = self.constant(np.tile(array, repeats), "constant", self.grid(value))

@@ -55,6 +55,7 @@ def follow(model: Lowered, start: Var) -> Chain | None:
 
 def _longer(chain: Chain, reader: Node) -> Chain | None:
     """The chain with what an operation does to its values; None where it does something else."""
+    # In the order of the operations: once something is clipped, no factor fits before it.
     is_clipped = math.isfinite(chain.low) or math.isfinite(chain.high)
     if reader.op == "max" and (split := with_scalar(reader, "max")):
         return dataclasses.replace(chain, low=max(chain.low, float(split[1].array())))

@@ -75,6 +75,7 @@ def conv(
         raise NotCovered("a convolution along more than two axes")
     x = b.ordered(x, (*own.free, *own.window, *own.contracted))
     order = (*found.free[0], *found.window, *found.free[1])
+    # A convolution along one axis is one along two, the other of size 1.
     wide = [1] * (2 - len(form.window))
     sizes = [shape[axis] for axis in order]
     physical = [sizes[0], *wide, *sizes[1:]]
@@ -138,6 +139,7 @@ def _transposed(
     for axis, (size, stride) in enumerate(zip(form.window, form.strides, strict=True), 1):
         low, _ = form.padding[axis - 1]
         wanted = int(physical[axis])
+        # The operator has but two paddings, so everything is computed and the rest cut off.
         whole[axis] = max((int(x.physical[axis]) - 1) * stride + size, low + wanted)
         if (low, whole[axis]) != (0, wanted):
             cuts[axis] = (low, low + wanted, 1)
@@ -179,6 +181,7 @@ def dense(
     names = [name, *others]
     name = b.op("FULLY_CONNECTED", names, joined, result.dtype, result.grid, options, **settings)
     start = 0 if side == 0 else len(channels)  # where the axes of x are in the result
+    # The result has the rows first, whichever side of the dot they are on.
     order = tuple(start + k for k in range(len(rows)))
     order += tuple((len(rows) if side == 0 else 0) + k for k in range(len(channels)))
     value = Value(name, tuple(joined), straight(len(joined)))

@@ -173,6 +173,7 @@ class Emitter(BaseEmitter[Builder]):
         if node.op in on_integers.OPERATIONS and node.reads_int8:
             chain = follow(self.model, node.outputs[0])
             names = [x for x in node.inputs if isinstance(x, int) and str(x) in self.network.scales]
+            # int8 from int8 where the operator has such a form and a grid to put it on.
             is_plain = chain is not None and chain.factor == 1
             if chain is not None and is_plain and len(names) == len(node.inputs) == 2:
                 values = [self.full(self.int8(x), x) for x in names]
@@ -249,6 +250,7 @@ class Emitter(BaseEmitter[Builder]):
             order = [own.contracted.index(axis) for axis in weight.summed]
             if order == sorted(order):
                 return stored.matrix(self.builder, weight, tuple(own.free))
+        # A parameter that stays float, or one that the model computes of constants.
         value = self.value(atom)
         array, shape = self.builder.array(value.name), self.shape(atom)
         sizes = [size for size in shape if isinstance(size, int)]

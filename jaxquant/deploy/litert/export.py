@@ -96,6 +96,7 @@ def _file(emitter: Emitter, channels_last: bool) -> bytes:
         value = builder.ordered(value, _order(value.rank, channels_last))
         outputs[name] = builder.apart(value, {*inputs.values(), *outputs.values()})
         sizes[name] = list(value.physical)
+    # A size that varies is -1 in the file; its name and relations are in the metadata.
     metadata = {"sizes": sizes, "in_float": emitter.in_float}
     return flatbuffer.serialize(builder, inputs, outputs, metadata)
 

@@ -82,6 +82,7 @@ def serialize(
     """
     if sum(t.array.nbytes for t in graph.tensors.values() if t.array is not None) > _MAX_BYTES:
         raise ValueError("the model is larger than the 2 GiB of one .tflite file")
+    # Tables refer to what lies behind them, so the file is written from its leaves up.
     writer = _Writer()
     places = {name: place for place, name in enumerate(graph.tensors)}
     data = [np.zeros(0, np.uint8)]  # the first buffer is that of tensors without any
@@ -124,6 +125,7 @@ def _tensor(writer: _Writer, name: str, tensor: Tensor, data: list[np.ndarray]) 
         "Shape": writer.array([d if isinstance(d, int) else 1 for d in tensor.shape], "int32"),
         "HasRank": True,
     }
+    # "Shape" is what the interpreter allocates at first, the signature what may be resized.
     if any(isinstance(size, str) for size in tensor.shape):
         sizes = [d if isinstance(d, int) else -1 for d in tensor.shape]
         fields["ShapeSignature"] = writer.array(sizes, "int32")
@@ -162,6 +164,7 @@ def _operator(
         "Outputs": writer.array([places[name] for name in operator.outputs], "int32"),
     }
     if operator.options:
+        # Enumerations are numbers in the file, of one table for each kind of setting.
         numbers: Mapping[str, Callable[[str], int]] = {
             "Padding": lambda name: writer.number("Padding", name),
             "FusedActivationFunction": lambda name: writer.number("ActivationFunctionType", name),

@@ -109,6 +109,7 @@ def _pad(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
     for axis, (_, _, between) in enumerate(config):
         if between:
             value = _spread(b, value, axis, between, float(fill))
+    # Negative padding cuts; what is spread has one gap too many behind its last element.
     ends = [(before, after - between) for before, after, between in config]
     pads = {axis: (max(low, 0), max(high, 0)) for axis, (low, high) in enumerate(ends)}
     if any(map(any, pads.values())):

@@ -127,6 +127,7 @@ def window_of(b: Builder, node: Node, value: Value) -> Window:
         raise NotCovered("a window over a dilated tensor")
     padding = [tuple(pads) for pads in params["padding"]]
     rows = zip(params["window_dimensions"], params["window_strides"], padding, strict=True)
+    # Axes that a window does not touch; the first and the last of them are batch and channels.
     still = [axis for axis, setting in enumerate(rows) if setting == (1, 1, (0, 0))]
     if value.rank not in (3, 4) or len(still) < 2:
         raise NotCovered(f"windows along {value.rank - len(still)} of {value.rank} axes")

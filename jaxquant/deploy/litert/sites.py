@@ -51,6 +51,7 @@ def _dynamic(e: Emitter, site: Int8Node) -> Value:
             raise NotCovered("a product of activations with a multiplier for each channel")
         value = contraction.dot(b, given, values, shape, Result())
         return _finished(e, site, value, float(multiplier.flat[0]), None)
+    # The float operators with int8 weights scale their rows themselves, as `qapply` does.
     weight, form = _parts(e, site, given, 1.0)
     name, _ = _int8_parts(e, weight)
     read = [name, _float_bias(e, weight)]
@@ -154,6 +155,7 @@ def _sum(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
         axes = tuple(node.params["axes"])
         sizes = [e.shape(site.operands[0])[axis] for axis in axes]
         count = math.prod(size for size in sizes if isinstance(size, int))
+        # A sum of so many times 1 / so many is a mean, which has an int8 kernel.
         is_mean = abs(ratio * chain.factor * count - 1) < 1e-6
         if is_mean and all(isinstance(size, int) for size in sizes):
             result = Result(e.grid(chain.end))

@@ -56,6 +56,7 @@ def look_up(b: Builder, table: Stored, indices: Value) -> Value:
         raise _groups(table)
     places = elementwise.cast(b, b.ordered(indices, straight(indices.rank)), "int32")
     flat = b.reshape(places, indices.shape[:-1])
+    # Positions are mostly known when the model is exported: then their rows are.
     if (known := b.array(flat)) is not None:
         return b.named(integers[known] * scale[known], "rows")
 

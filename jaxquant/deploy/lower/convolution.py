@@ -74,6 +74,7 @@ def conv_form(contraction: Contraction, kernel_shape: Sequence[int]) -> ConvForm
     if any(not isinstance(pad, int) for pads in window.padding for pad in pads):
         raise NotCovered("padding that depends on a size that varies")
     sizes = tuple(kernel_shape[axis] for axis in spatial)
+    # Runtimes have two operators: windows over the input, or the transpose of that.
     form = ConvForm(
         is_transposed=False,
         window=sizes,

@@ -72,6 +72,7 @@ def lower(
     binding, network, constants = program.traced(by_xla, shapes, constraints, as_network)
     scales = Scales(qapply.plan, plain["tensors"])
     arrays = {**tree.flatten(plain), **constants}
+    # What layers have apart is one array in `qparams`: exporters ask for it by layer.
     for name, part in network.slices.items():
         arrays[name] = arrays[part.array][part.index]
     return Lowered(

@@ -50,6 +50,7 @@ def site_arrays(model: Lowered, site: Int8Node) -> SiteArrays:
         constant = model.network.constants.get(str(site.computed_weight))
         if constant is None:
             raise NotCovered("a weight that the model makes to the size of the batch, in int8")
+        # A weight that follows from constants is rounded here, as the program does in each call.
         value = model.arrays[constant]
         int8, scale = _quantize_weight(value.astype(np.float32), site.weight_axes)
     channels = (math.prod(int8.shape[axis] for axis in site.weight_axes),)
@@ -57,6 +58,7 @@ def site_arrays(model: Lowered, site: Int8Node) -> SiteArrays:
     if "bias" not in arrays:
         return SiteArrays(int8, multiplier, None)
     bias = np.broadcast_to(arrays["bias"].astype(np.float64), channels)
+    # The stored bias has the zero point in it; runtimes subtract the zero point by themselves.
     if zero_point and site.weight:
         bias = bias + multiplier * zero_point * sums_by_channel(int8, site.weight_axes)
     return SiteArrays(int8, multiplier, bias)

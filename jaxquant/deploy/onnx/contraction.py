@@ -92,6 +92,7 @@ def weighted_dot(
         name = b.reshape(x.name, x.physical, [*sizes, width])
     else:
         name = x.name
+    # Gemm takes matrices alone, and its bias; MatMul takes any number of rows' axes.
     if len(free) == 1:
         name = b.node("Gemm", [name, weight] + ([bias] if bias else []))
     else:
@@ -136,6 +137,7 @@ def dot(
         free = [value.shape[axis] for axis in own.free]
         contracted = [value.shape[axis] for axis in own.contracted]
         name = value.name
+        # MatMul sums over one axis: several are one, in the order that both sides have.
         if len(free) != 1 or len(contracted) != 1:
             rows, columns = (free, contracted) if side == 0 else (contracted, free)
             name = b.reshape(name, value.physical, [*batch, *map(_joined_size, (rows, columns))])

@@ -36,6 +36,7 @@ def _scan(e: Emitter, node: Node, values: list[Value]) -> list[str]:
     for var, value in zip(body.inputs[:consts], values[:consts], strict=True):
         e.set_input(var, value)
     varying, names = body.inputs[consts:], [value.name for value in values[consts:]]
+    # What each step reads alike is read from the outer graph, as ONNX allows.
     graph = _graph(e, body, varying, body.outputs, [])
     columns, stacks = len(varying) - carries, len(body.outputs) - carries
     if not columns:  # a number of rounds alone: Scan takes it of a tensor that it goes along
@@ -87,6 +88,7 @@ def _choice(e: Emitter, index: str, bodies: Sequence[Body], number: int) -> list
             names = [_output(e, bodies[0], atom).name for atom in bodies[0].outputs]
         b.nodes += nodes
         return names
+    # ONNX has If alone: a choice of several is one inside the other.
     is_this = b.node("LessOrEqual", [index, b.constant(np.int32(number), "branch")])
     this = _graph(e, bodies[0], (), bodies[0].outputs, [])
     with b.subgraph() as nodes:
@@ -136,6 +138,7 @@ def _graph(
         results = _inlined(e, body, varying, values)
         names = [_identity(e, value) for value in results]
         ends = [_info(e, name, atom) for name, atom in zip(names, outputs, strict=True)]
+        # ONNX asks for the test of the next round at the end of each one.
         if condition is not None:
             test, consts = condition
             (again,) = _inlined(e, test, test.inputs[consts:], results)

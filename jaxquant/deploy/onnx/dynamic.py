@@ -42,6 +42,7 @@ def dot(e: Emitter, site: Int8Node) -> Value:
     is_weighted = bool(site.weight) or site.computed_weight is not None
     if is_weighted and not given.has_batch:
         return _integer_dot(e, site, values[0])
+    # Integers in float32, exact up to 2^24, where no operator takes int8 with batch axes.
     sides = [s for s in (0, 1) if not (is_weighted and s == site.weight_position)]
     if len(values) < len(sides):  # a tensor with itself
         values = values * 2
@@ -186,6 +187,7 @@ def _grid(e: Emitter, name: str, axes: Sequence[int], is_asymmetric: bool) -> _G
     zero, half = b.constant(np.float32(0)), b.constant(np.float32(0.5))
     low = b.node("Min", [_reduced(e, "ReduceMin", name, axes), zero])
     high = b.node("Max", [_reduced(e, "ReduceMax", name, axes), zero])
+    # Halves first: high - low may be beyond float32 where both are not.
     width = b.node("Sub", [b.node("Mul", [high, half]), b.node("Mul", [low, half])])
     step = b.node("Mul", [width, b.constant(np.float32(2 / 255))])
     scale = b.node("Max", [step, b.constant(np.float32(SMALLEST_SCALE))])

@@ -104,6 +104,7 @@ class Emitter(BaseEmitter[Builder]):
         if isinstance(atom, Scalar):
             dtype = elementwise.onnx_dtype(atom.dtype)
             return Value(self.builder.constant(atom.array().astype(dtype)), (), ())
+        # Everybody reads such a tensor as what its int8 form stands for.
         if atom in self.network.rounded:
             return self.dequantized(atom)
         if atom in self._weights and atom not in self._floats:
@@ -172,6 +173,7 @@ class Emitter(BaseEmitter[Builder]):
             else self.value(x)
             for x in node.inputs
         ]  # fmt: skip
+        # max and then min of constants are one Clip, which runtimes fuse.
         low = next((x for x in node.inputs if isinstance(x, int) and x in self._lows), None)
         if low is not None:
             high = next(v for v, x in zip(values, node.inputs) if isinstance(x, Scalar))
@@ -200,6 +202,8 @@ class Emitter(BaseEmitter[Builder]):
         if given is None or len(weights) != 1:
             return None
         ((position, weight),) = weights
+        # A dot with a matrix has an operator of its own; else the weight is dequantized in the
+        # file.
         is_matrix = stored.is_matrix(weight, given, position)
         if not is_matrix and (given.window is None or position == 0):
             return None
@@ -226,6 +230,8 @@ class Emitter(BaseEmitter[Builder]):
         shapes = [self.shape(var) for var in node.outputs]
         if node.contraction is not None:
             return [self._contract(node, self._copied(node, values), shapes[0])]
+        # By what an emitter has to know: the contraction, the bodies, the dtypes, or the values
+        # alone.
         if node.op in self._with_bodies:
             return self._with_bodies[node.op](self, node, self._copied(node, values))
         if node.op in operators.TABLE:

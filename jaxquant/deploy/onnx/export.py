@@ -96,6 +96,7 @@ def export_onnx(
     if opset is not None and opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
     target = Target(runtime, processors)
+    # Operators of the model's own kinds where the opset may have them; the rest is composed.
     newest = OPSETS[-1] if opset is None else opset
     kinds = [kind for kind, since in operators.SINCE.items() if since <= newest]
     with Progress("export_onnx", progress) as shown:
@@ -149,12 +150,15 @@ def _model(emitter: Emitter, channels_first: bool) -> Any:
         if isinstance(atom, int):
             value = emitter.full(value, atom)
         value = builder.ordered(value, _order(value.rank, channels_first))
+        # By an Identity, so that an output has the name that was asked for, and two may be one
+        # tensor.
         output = builder.unique(name)
         builder.read.add(value.name)
         builder.nodes.append(
             onnx.helper.make_node("Identity", [value.name], [output], name=f"{name}/Identity")
         )
         outputs.append(_info(onnx, Value(output, value.shape, value.order), dtype))
+    # Constants that were folded into others on the way are not written.
     initializers = [
         onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         for name, array in builder.arrays.items()

@@ -44,6 +44,7 @@ def _gather(
     axes = [axis.axis for axis in partial]
     windows = [a for a in axes if a in kept]
     rest = [a for a in operand.order if a not in axes]
+    # Gather is what runtimes optimize; GatherND is for places along several axes.
     if len(axes) == 1:
         number = whole.reshaped(b, places.coordinates, places.sizes)
         at = operand.axis(axes[0])
@@ -53,6 +54,7 @@ def _gather(
         data = b.ordered(operand, (*axes, *rest))
         name = b.node("GatherND", [data.name, whole.name_of(b, places.coordinates)])
         before, behind = (), tuple(rest)
+    # Which axis of JAX's result each axis of the operator's result is.
     place = dict(zip(kept, offsets, strict=True))
     batch_axes = [a for a in range(len(shapes[0])) if a not in offsets]
     picked = [*batch_axes, *(place[a] for a in windows)]

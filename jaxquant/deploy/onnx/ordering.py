@@ -30,6 +30,7 @@ def _sort(
     if len(x) == 1 and dtypes[0] in _SORTED:
         sorted_, _ = b.split_node("TopK", [names[0], size], 2, axis=along, largest=0)
         return [Value(sorted_, shapes[0], order)]
+    # By the last key first, each sort keeping the order of the one before where it is equal.
     permutation = ""
     for name, dtype in reversed(list(zip(names[:keys], dtypes, strict=False))):
         key = (

@@ -103,6 +103,7 @@ def find_places(
     inside: Truth | None = None
     read = {axis.axis for axis in partial if axis.is_placed}
     moved: dict[int, Whole] = {}
+    # JAX moves a window that reaches beyond the end, or drops it, by its mode.
     for number, window, start in starts:
         last = whole.subtract(b, whole.of_size(b, shape[number]), whole.of_size(b, window))
         if mode == "FILL_OR_DROP":
@@ -110,6 +111,7 @@ def find_places(
             inside = here if inside is None else whole.both(b, inside, here)
         if number in read:
             moved[number] = start if "PROMISE" in mode else whole.clipped(b, start, last)
+    # The coordinate along each partial axis: where the window starts, and how far in it one is.
     parts: list[Whole] = []
     for axis in partial:
         part: Whole = np.zeros((1,) * len(sizes), np.int64)

@@ -67,6 +67,7 @@ def emit(
         return dataclasses.replace(value, name=name)
     if node.op in _LOGICAL and dtype != "bool":
         raise NotCovered(f"the operation {node.op!r} on {dtype}")
+    # ONNX reduces no small integers, so they are widened on the way.
     if dtype in _WIDER:
         found = _reduce(b, node, elementwise.cast(b, value, _WIDER[dtype]), shape, is_int8)
         return elementwise.cast(b, found, dtype)
@@ -140,6 +141,7 @@ def _window(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Va
     if any(d != 1 for d in node.params["base_dilation"]):
         raise NotCovered("a window over a dilated tensor")
     settings = list(zip(windows, strides, map(tuple, padding), strict=True))
+    # Pooling is along all but two axes in ONNX, which have to come first.
     plain = [axis for axis, setting in enumerate(settings) if setting == (1, 1, (0, 0))]
     if len(plain) < 2:
         raise NotCovered("windows along more than all but two axes")

@@ -32,6 +32,7 @@ def emit_site(e: Emitter, site: Int8Node) -> Value:
         value = reduction.emit(e.builder, node, operands[0], shape, is_int8=True)
     else:
         raise NotCovered(f"the operation {node.op!r} in int8")
+    # The multiplier is of integer sums; here the operands are dequantized already.
     worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
     arrays = e.model.sites[site.name]
     return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
@@ -114,6 +115,7 @@ def _integer_dot(
         axes = range(1, 1 + len(strides))
         ends = [np.iinfo(np.int64).max] * len(strides)
         name = b.node("Slice", [name, *map(b.ints, ([0] * len(strides), ends, axes, strides))])
+    # 1x1: pixels are the rows of a matrix, strides leave some of them out.
     matrix = weight.int8.reshape(weight.int8.shape[:2]).T
     integers, zero_point = e.quantizer.integers(matrix, (), e.quantizer.target.dot_weight())
     inputs = [name, integers, b.constant(e.quantizer.zero(entry)), zero_point]

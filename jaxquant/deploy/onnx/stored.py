@@ -86,6 +86,7 @@ def dot(
     name = x.name
     if len(stored.summed) != 1:
         name = b.reshape(name, x.physical, [*rows, len(integers)])
+    # ONNX Runtime has a kernel that reads packed integers; elsewhere they are dequantized.
     packed = _packed(integers, scale, stored) if is_onnxruntime else None
     if packed is None:
         name = b.node("MatMul", [name, _matrix(b, integers, scale, stored)])

@@ -50,6 +50,7 @@ def _evaluate(b: Nodes, tree: ast.expr, text: str) -> Whole:
         return b.named_size(tree.id)
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
         return multiply(b, np.array([-1]), _evaluate(b, tree.operand, text))
+    # Sizes are expressions of sums, products, powers and a few functions: JAX's own grammar.
     if isinstance(tree, ast.BinOp):
         left, right = (_evaluate(b, side, text) for side in (tree.left, tree.right))
         if isinstance(tree.op, ast.Pow) and isinstance(right, np.ndarray):

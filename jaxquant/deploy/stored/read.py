@@ -46,6 +46,7 @@ class StoredGraph:
         self._constants = tuple(_constant(c, arrays) for c in form.constants)
         inner = [constant for body in form.bodies for constant in body.constants]
         self._closed_over = {c.array: _constant(c, arrays) for c in inner}
+        # Every array is read by something: one too many is as suspicious as one too few.
         named = {c.array for c in (*form.constants, *inner) if c.array}
         if named != set(arrays):
             raise ValueError(f"it names other arrays than {sorted(arrays)[:5]}")
@@ -82,6 +83,7 @@ class StoredGraph:
         builder = replay.Replay(self.form, self._closed_over, known)
         flat = jax.tree.leaves(structs)
         jax.eval_shape(builder.run, self._leaves, self._constants, flat)
+        # Numbers go to leaves, constants, inputs and results in turn, as they were written.
         count = len(self._leaves)
         constants = range(count, count + len(self._constants))
         inputs_ = range(constants.stop, constants.stop + len(flat))

@@ -81,6 +81,7 @@ class Replay:
     def _apply(self, equation: Equation) -> None:
         inputs = tuple(self._atom(x) for x in equation.inputs)
         numbers = [x.value if isinstance(x, ir.Literal) else None for x in inputs]
+        # Computing with sizes gives numbers, not tensors, once the sizes are known.
         if (number := self._folded(equation, numbers, self._sizes)) is not None:
             self._sizes.add(len(self._atoms))
             self._atoms.append(ir.Literal(number))
@@ -155,6 +156,7 @@ class Replay:
         for key, data in equation.params.items():
             body = functools.partial(self._jaxpr, equation, key, avals, depth)
             params[key] = values.decode(data, self._known, body)
+        # What JAX takes on trust from its own traces is checked, since a file may say anything.
         if equation.op == "scan":
             _check_loop(params["jaxpr"], avals[params["num_consts"] :], params["num_carry"])
             if not 0 < params["unroll"] <= _MAX_UNROLL:

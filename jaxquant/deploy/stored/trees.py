@@ -55,6 +55,7 @@ def _template(data: Any, depth: int) -> Any:
         return 0
     if depth >= _MAX_DEPTH or not isinstance(data, dict) or len(data) != 1:
         raise ValueError("the structure of inputs or outputs is damaged")
+    # One key, the kind; anything else was not written here.
     ((kind, parts),) = data.items()
     if kind in ("tuple", "list") and isinstance(parts, list):
         return {"tuple": tuple, "list": list}[kind](_template(x, depth + 1) for x in parts)

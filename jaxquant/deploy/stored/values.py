@@ -105,6 +105,7 @@ def decode_scalar(data: Any) -> np.ndarray:
         return np.asarray(complex(*map(_decode_float, value)), dtype)
     if dtype.kind == "b" and isinstance(value, bool):
         return np.asarray(value)
+    # True is a 1 to Python, and would pass for a number.
     if dtype.kind == "b" or isinstance(value, bool):
         raise ValueError(f"{str(value)[:40]!r} is no {dtype}")
     if jnp.issubdtype(dtype, jnp.integer):
@@ -137,6 +138,7 @@ def encode(value: Any, body: Callable[[Any], int]) -> Any:
     """
     if value is None or type(value) in (bool, int, str):
         return value
+    # JSON has no infinity; as a text it reads back the same.
     if type(value) is float:
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, (jaxprs.Jaxpr, jaxprs.ClosedJaxpr)):
@@ -186,6 +188,7 @@ def _decode(data: Any, known: Mapping[str, Any], body: Callable[[int], Any], dep
         return tuple(_decode(item, known, body, depth + 1) for item in data)
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError("a parameter is damaged")
+    # Whatever is no number, text or list says by a key what it is.
     ((kind, content),) = data.items()
     if kind == "scalar":
         return decode_scalar(content)[()]

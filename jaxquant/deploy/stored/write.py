@@ -71,6 +71,7 @@ class _Writer:
         def atom(x: ir.Atom) -> Atom:
             return _scalar(x.value) if isinstance(x, ir.Literal) else number[x]
 
+        # Results are numbered in order, so that the file need not name them.
         equations = []
         for eqn in graph.equations:
             equations.append(
@@ -129,6 +130,7 @@ class _Writer:
 
     def _body(self, jaxpr: Any) -> int:
         """Store a jaxpr; returns its number."""
+        # Bodies inside come first, so that each one's number is known when it is referred to.
         ((_, inner, consts),) = jaxprs.sub_bodies({"": jaxpr})
         number: dict[Any, int] = {}
         for var in (*inner.constvars, *inner.invars):
