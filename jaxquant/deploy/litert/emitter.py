@@ -108,14 +108,20 @@ class Emitter(BaseEmitter[Builder]):
 
     def dequantized(self, var: Var) -> Value:
         """What the int8 form of a tensor is worth, in float."""
-        value, entry = self.operand(var), self.network.scales[str(var)]
+        value, entry = self._operand(self.int8(var)), self.network.scales[str(var)]
         if not self.model.scales.is_divided(entry):
             return value
         return elementwise.apply(self.builder, "MUL", [value, self._divisors(entry, value.rank)])
 
     def operand(self, var: Var) -> Value:
         """What sites read as the float of a tensor: without what their weights hold, if divided."""
-        value = self.int8(var)
+        return self._operand(self.int8_operand(var))
+
+    def int8_operand(self, var: Var) -> Value:
+        """What sites read as the int8 form of a tensor, with all the copies that it holds."""
+        return self.full(self.int8(var), var)
+
+    def _operand(self, value: Value) -> Value:
         # A transpose is another value of the same tensor.
         if value.name not in self._dequantized:
             self._dequantized[value.name] = self.builder.dequantize(value).name
@@ -221,6 +227,8 @@ class Emitter(BaseEmitter[Builder]):
             return reduction.emit(self.builder, node, self._copied(node, values)[0], shape)
         if (value := scaled(node, values)) is not None:
             return value
+        if node.op == "softmax":  # which sums along an axis
+            values = self._copied(node, values)
         return elementwise.emit(self.builder, node, values, [self.dtype(x) for x in node.inputs])
 
     def _contract(self, node: Node) -> Value:
@@ -237,7 +245,9 @@ class Emitter(BaseEmitter[Builder]):
                 (x,) = self._copied(node, (self.value(node.inputs[side]),), (side,))
                 bias = contraction.no_bias(b, int(b.tensors[weight].shape[0]), None)
                 return contraction.dense(b, given, side, x, [weight, bias], shape, Result())
+        dtype = self.dtype(node.outputs[0])  # JAX takes floats with integers
         values = self._copied(node, [self.value(x) for x in node.inputs[:2]])
+        values = [elementwise.cast(b, value, dtype) for value in values]
         return contraction.dot(b, given, values, shape, Result())
 
     def _matrix(self, atom: Atom, given: Contraction, side: int) -> str | None:

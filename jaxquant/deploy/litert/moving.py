@@ -152,14 +152,10 @@ def padded(
 
 
 def _concatenate(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
-    leader, axis = x[0], node.params["dimension"]
-    values = []
-    for value in x:
-        sizes = list(shape)
-        sizes[axis] = value.shape[axis]
-        values.append(b.ordered(b.expanded(value, sizes), leader.order))
+    leader = x[0]
+    values = [b.ordered(value, leader.order) for value in x]
     physical = [shape[a] for a in leader.order]
-    settings = {"Axis": leader.axis(axis)}
+    settings = {"Axis": leader.axis(node.params["dimension"])}
     others = [value.name for value in values[1:]]
     name = b.alike("CONCATENATION", values[0], others, physical, "ConcatenationOptions", **settings)
     return Value(name, shape, leader.order)

@@ -79,7 +79,7 @@ def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     weight, form = _parts(e, site, given, e.model.scales.scale(e.model.entries(site)[0]))
     result = Result() if chain is None else e.end_of(chain)
     b, shape = e.builder, e.shape(site.node.outputs[0])
-    x = e.operand(site.operands[0]) if chain is None else e.int8(site.operands[0])
+    x = e.operand(site.operands[0]) if chain is None else e.int8_operand(site.operands[0])
     read = _float_parts(e, site, weight) if chain is None else _int8_parts(e, weight)
     if form is not None:
         value = contraction.conv(b, given, form, x, read, shape, result)
@@ -137,7 +137,7 @@ def _product(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     shape = e.shape(site.node.outputs[0])
     is_exact = bias is None and abs(ratio * (1.0 if chain is None else chain.factor) - 1) < 1e-6
     if chain is not None and is_exact:
-        values = [e.int8(var) for var in site.operands]
+        values = [e.int8_operand(var) for var in site.operands]
         values = values * 2 if len(values) == 1 else values
         result = Result(e.grid(chain.end))
         return _moved(e, site, contraction.dot(b, given, values, shape, result), chain, result)
@@ -159,7 +159,7 @@ def _sum(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
         is_mean = abs(ratio * chain.factor * count - 1) < 1e-6
         if is_mean and all(isinstance(size, int) for size in sizes):
             result = Result(e.grid(chain.end))
-            x = e.int8(site.operands[0])
+            x = e.int8_operand(site.operands[0])
             value = reduction.along(b, "MEAN", x, axes, shape, "int8", result.grid)
             return _moved(e, site, value, chain, result)
     if chain is not None and node.op == "reduce_window_sum" and bias is None:
@@ -175,7 +175,7 @@ def _average(e: Emitter, site: Int8Node, chain: Chain) -> Value:
     what is padded; XNNPACK has none of int8.
     """
     b, shape, result = e.builder, e.shape(site.node.outputs[0]), e.end_of(chain)
-    window = reduction.window_of(b, site.node, e.int8(site.operands[0]))
+    window = reduction.window_of(b, site.node, e.int8_operand(site.operands[0]))
     ones = np.ones((1, *window.sizes, int(window.value.physical[-1])), np.int8)
     worth = np.asarray(e.model.sites[site.name]["multiplier"], np.float64) * chain.factor
     multiplier = np.broadcast_to(worth.reshape(-1), ones.shape[-1:])

@@ -13,7 +13,7 @@ from jaxquant.deploy.lower.values import Size, Value
 from jaxquant.deploy.network import Node, Var
 
 # These take an operand whose broadcast is put off; other operations that move get the copies.
-LAZY = frozenset({"broadcast_in_dim", "squeeze", "transpose", "concatenate"})
+LAZY = frozenset({"broadcast_in_dim", "squeeze", "transpose"})
 
 
 class Writing(Protocol):

@@ -229,7 +229,8 @@ class Emitter(BaseEmitter[Builder]):
         """The results of an operation on float values."""
         shapes = [self.shape(var) for var in node.outputs]
         if node.contraction is not None:
-            return [self._contract(node, self._copied(node, values), shapes[0])]
+            operands = self._of_one_type(node, self._copied(node, values))
+            return [self._contract(node, operands, shapes[0])]
         # By what an emitter has to know: the contraction, the bodies, the dtypes, or the values
         # alone.
         if node.op in self._with_bodies:
@@ -266,6 +267,15 @@ class Emitter(BaseEmitter[Builder]):
 
     def dtype(self, atom: Atom) -> str:
         return atom.dtype if isinstance(atom, Scalar) else self.network.tensors[atom].dtype
+
+    def _of_one_type(self, node: Node, values: Sequence[Value]) -> list[Value]:
+        """The operands of a product in the type of its result; JAX takes floats with integers."""
+        wanted = elementwise.onnx_dtype(self.dtype(node.outputs[0]))
+        given = [elementwise.onnx_dtype(self.dtype(x)) for x in node.inputs]
+        return [
+            value if dtype == wanted else elementwise.cast(self.builder, value, wanted)
+            for value, dtype in zip(values, given, strict=True)
+        ]
 
     def _contract(self, node: Node, values: Sequence[Value], shape: tuple[Size, ...]) -> Value:
         given = node.contraction

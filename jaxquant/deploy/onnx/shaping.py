@@ -142,13 +142,9 @@ def _padded(
 
 
 def _concatenate(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
-    leader, axis = x[0], node.params["dimension"]
-    names = []
-    for value in x:
-        sizes = list(shape)
-        sizes[axis] = value.shape[axis]
-        names.append(b.ordered(b.expanded(value, sizes), leader.order).name)
-    name = b.node("Concat", names, axis=leader.axis(axis))
+    leader = x[0]
+    names = [b.ordered(value, leader.order).name for value in x]
+    name = b.node("Concat", names, axis=leader.axis(node.params["dimension"]))
     return Value(name, shape, leader.order)
 
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 from tests.deploy.litert.runtime import agrees
@@ -10,6 +11,7 @@ from tests.deploy.litert.test_contraction import weights
 from tests.networks import images
 
 IMAGE = (3, 8, 6, 8)
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def window_sum(y, sizes, strides, padding):
@@ -33,7 +35,6 @@ MOVES = {
     "slice": lambda y: y[:, 1:7:2, ::3],
     "reverse": lambda y: y[:, ::-1],
     "pad": lambda y: jnp.pad(y, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=0.5),
-    "pad between": lambda y: lax.pad(y, 0.5, ((0, 0, 0), (1, 0, 2), (-1, -1, 1), (0, 1, 0))),
     "cut": lambda y: lax.pad(y, 0.0, ((0, 0, 0), (-1, 2, 0), (0, 0, 0), (0, 0, 0))),
     "concatenate": lambda y: jnp.concatenate([y, 2.0 * y[..., :3]], -1),
     "stack": lambda y: jnp.stack([y, y], 1),
@@ -52,6 +53,7 @@ POOLS = {
     "largest": lambda y: y.max((1, 2)),
 }
 ACTIVATIONS = {
+    "pad between": lambda y: lax.pad(y, 0.5, ((0, 0, 0), (1, 0, 2), (-1, -1, 1), (0, 1, 0))),
     "clip": lambda y: jnp.clip(y, 0.3, 2.5),
     "swish": nn.swish,
     "tanh": nn.tanh,
@@ -69,6 +71,32 @@ SUMS = {
     "multiply": lambda y: y * y[:, ::-1],
     "scaled": lambda y: y * y.mean((1, 2), keepdims=True),
 }
+
+
+def copies(y):
+    """Of the first row, five along an axis."""
+    return jnp.broadcast_to(y[:, :1], (y.shape[0], 5, *y.shape[2:]))
+
+
+COPIES = {
+    "concatenate": lambda y: jnp.concatenate([copies(y), y], 1),
+    "mean": lambda y: copies(y).mean(1),
+    "average": lambda y: window_sum(copies(y), (2, 1), (1, 1), "SAME") * 0.5,
+    "convolution": lambda y: lax.conv_general_dilated(
+        copies(y),
+        jnp.ones((3, 1, 8, 4)),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ),
+    "product": lambda y: jnp.einsum("bhwc,bhwd->bwcd", copies(y), copies(y)),
+    "softmax": lambda y: jax.nn.softmax(copies(y), 1),
+}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_copies_along_an_axis_are_all_read(full, tmp_path):
+    agrees(tmp_path, *behind_conv(COPIES), images(0, IMAGE), full=full, at_least=45)
 
 
 def test_moves_and_pools_hand_int8_on(tmp_path):

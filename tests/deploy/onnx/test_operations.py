@@ -197,6 +197,9 @@ ARITHMETIC = {
 SHAPES = {
     "concatenate": lambda x: jnp.concatenate([x, jax.nn.relu(x)], 3)[..., ::2],
     "concatenate rows": lambda x: jnp.concatenate([x, x * 0.5, x[:, :1]], 1),
+    "concatenate copies": lambda x: jnp.concatenate(
+        [jnp.broadcast_to(x[:, :1], (x.shape[0], 3, *x.shape[2:])), x, jnp.ones(x.shape)], 1
+    ),
     "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 0), (0, 0))),
     "pad less": lambda x: lax.pad(x, 0.5, ((0, 0, 0), (-1, 1, 0), (0, -2, 0), (0, 0, 0))),
     "pad between": lambda x: lax.pad(x, 0.5, ((0, 0, 0), (1, 0, 2), (-1, -1, 1), (0, 1, 0))),
@@ -294,6 +297,7 @@ def test_truth_values_and_small_integers_are_reduced_and_compared(tmp_path):
             "order": (truths < flipped)
             | (jnp.maximum(truths, flipped) > jnp.minimum(truths, truths)),
             "sum": numbers.sum(-1),
+            "mixed": lax.dot_general(x, numbers.astype(jnp.int32), (([1], [1]), ([0], [0]))),
         }
 
     agrees(tmp_path, {"w": weights(4, 4)}, apply_fn, images(0, (3, 5, 4)))
