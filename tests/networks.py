@@ -129,15 +129,15 @@ class NnxNet(nnx.Module):
 
 
 def plain_net(p, x):
-    x = _conv(x, p["stem"], strides=(2, 2))
+    x = conv(x, p["stem"], strides=(2, 2))
     norm = p["norm"]
     x = (x - norm["mean"]) * (jax.lax.rsqrt(norm["var"] + 1e-5) * norm["scale"]) + norm["bias"]
-    x = jax.nn.swish(_conv(jax.nn.relu(x), p["depthwise"], groups=8))
-    x = jax.nn.relu6(_conv(x, p["point"])).mean((1, 2))
+    x = jax.nn.swish(conv(jax.nn.relu(x), p["depthwise"], groups=8))
+    x = jax.nn.relu6(conv(x, p["point"])).mean((1, 2))
     return x @ p["head"]["kernel"] + p["head"]["bias"]
 
 
-def _conv(x, p, strides=(1, 1), groups=1):
+def conv(x, p, strides=(1, 1), groups=1):
     y = jax.lax.conv_general_dilated(
         x,
         p["kernel"],

@@ -59,7 +59,7 @@ def run_all(
     waiting = sorted(jobs, key=lambda job: job.memory, reverse=True)
     free, running, failures = list(slots), dict[Any, _Running](), dict[str, str]()
     while waiting or running:
-        while free and (job := _next(waiting, running.values(), memory)):
+        while free and (job := next_job(waiting, [each.job for each in running.values()], memory)):
             waiting.remove(job)
             started = _start(job, free.pop(0), expected)
             running[started.process.sentinel] = started
@@ -105,8 +105,9 @@ def available_memory() -> int | None:
     return min(bounds, default=None)
 
 
-def _next(waiting: Sequence[Job], running: Any, memory: int | None) -> Job | None:
-    used = sum(other.job.memory for other in running)
+def next_job(waiting: Sequence[Job], running: Sequence[Job], memory: int | None) -> Job | None:
+    """The first job that fits into the memory beside those that run; any where none runs."""
+    used = sum(job.memory for job in running)
     alone = not running
     fits = (job for job in waiting if alone or memory is None or used + job.memory <= memory)
     return next(fits, None)

@@ -114,32 +114,34 @@ class Store:
 
     def row(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """A finished row."""
-        path = self._row_path(key)
+        path = self.row_path(key)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def save_row(self, key: dict[str, Any], figures: dict[str, Any]) -> None:
         """Keeps a finished row: its key and its figures.  JSON has no infinity: it becomes null."""
         finite = {k: None if v in (math.inf, -math.inf) else v for k, v in figures.items()}
         row = json.dumps(key | finite, indent=1, allow_nan=False)
-        write_text(self._row_path(key), row + "\n")
+        write_text(self.row_path(key), row + "\n")
 
     def evaluation(self, network: Network) -> Evaluation | None:
         """What the float network said, if an earlier run kept it whole."""
         try:
-            with self._evaluation_path(network).open("rb") as file, np.load(file) as kept:
+            with self.evaluation_path(network).open("rb") as file, np.load(file) as kept:
                 return Evaluation(kept["logits"], kept["labels"], float(kept["seconds"]))
         except (FileNotFoundError, zipfile.BadZipFile):
             return None
 
     def save_evaluation(self, network: Network, evaluation: Evaluation) -> None:
         """Keeps what the float network said."""
-        with replacing(self._evaluation_path(network), "wb") as file:
+        with replacing(self.evaluation_path(network), "wb") as file:
             np.savez(file, **evaluation._asdict())
 
-    def _row_path(self, key: dict[str, Any]) -> Path:
+    def row_path(self, key: dict[str, Any]) -> Path:
+        """Where a row is kept."""
         return self._workdir / "rows" / f"{key['model']}-{key['method']}-{_digest(key)}.json"
 
-    def _evaluation_path(self, network: Network) -> Path:
+    def evaluation_path(self, network: Network) -> Path:
+        """Where the logits of the float network are kept."""
         key = {k: v for k, v in (network.key or {}).items() if k != "calibration"}
         return self._workdir / "float32" / f"{network.name}-{_digest(key)}.npz"
 

@@ -43,7 +43,7 @@ class Fall(NamedTuple):
 
     @property
     def size(self) -> float:
-        """In dB, as far as it is a loss."""
+        """How far it falls, in dB; what is above a clean signal does not count."""
         return min(self.before, _CLEAN) - min(self.after, _CLEAN)
 
 

@@ -148,12 +148,12 @@ class _Alone(NamedTuple):
     ends: Ends | None
 
     def plus(self, other: _Alone) -> _Alone:
-        """In two steps together."""
+        """What was seen in two steps together."""
         ends = self.ends if self.ends is None or other.ends is None else self.ends.plus(other.ends)
         return _Alone(self.own.plus(other.own), ends)
 
     def nothing(self) -> _Alone:
-        """In no step."""
+        """What is seen in no step."""
         return _Alone(self.own.nothing(), None if self.ends is None else self.ends.nothing())
 
 

@@ -27,7 +27,7 @@ class Observed:
     bodies: Mapping[int, tuple[Observed, ...]]
 
     def walk(self) -> Iterator[Observed]:
-        """Those of its own graph, and of its bodies."""
+        """What is observed of its own graph, and of each body inside."""
         yield self
         for body in (body for bodies in self.bodies.values() for body in bodies):
             yield from body.walk()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from jaxquant.graph import copies, ir, matching, primitives, softmax
-from jaxquant.graph.contraction import Axes, Contraction
+from jaxquant.graph.contraction import DOT, Axes, Contraction
 
 Order: TypeAlias = tuple[int, ...]
 
@@ -253,7 +253,7 @@ def _is_plain(graph: ir.Graph, eqn: ir.Equation, contraction: Contraction) -> bo
     """True for a dot of two tensors, of float32 or bfloat16, over one axis of each."""
     atoms = (*eqn.inputs, *eqn.outputs)
     return (
-        eqn.name == "dot_general"
+        eqn.name == DOT
         and all(graph.dtype(x) in (jnp.float32, jnp.bfloat16) for x in atoms)
         and all(isinstance(x, int) for x in eqn.inputs)
         and len(contraction.operands[0].contracted) == 1

@@ -312,4 +312,4 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Contraction
 PRIMITIVES = frozenset(_BUILDERS)
 """The primitives that are contractions, by name."""
 DENSE = frozenset({"conv_general_dilated", DOT})
-"""Those of them that are a convolution or a dot whatever their parameters."""
+"""The primitives that are a convolution or a dot whatever their parameters."""

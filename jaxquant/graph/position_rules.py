@@ -77,7 +77,7 @@ def _made(
 
 
 def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
-    """Also where a mask fills in values for what is padding, and where exp makes zeros of them."""
+    """What goes on through an elementwise operation, which may fill padding or make it zeros."""
     shape = graph.shape(eqn.outputs[0])
     whole = [x for x in operands if len(x.axes) == len(shape)]
     axes = [agreed(_of_size(each, n)) for each, n in zip(zip(*(x.axes for x in whole)), shape)]

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxquant.graph import ir, kinds
+from jaxquant.graph.contraction import DOT
 from jaxquant.graph.expressions import find_expressions
 from jaxquant.jax_shim import jaxprs
 
@@ -24,7 +25,7 @@ def with_tied_tables(graph: ir.Graph, tables: Collection[ir.Var] = ()) -> ir.Gra
       tables: leaves of a body that are looked up outside.
     """
     looked_up = {*tables, *find_tables(graph)}
-    dots = [eqn for eqn in graph.equations if eqn.name == "dot_general"]
+    dots = [eqn for eqn in graph.equations if eqn.name == DOT]
     turned = [eqn for eqn in dots if any(_transposed(graph, x) is not None for x in eqn.inputs)]
     if not looked_up or not turned:
         return graph

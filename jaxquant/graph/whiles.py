@@ -68,7 +68,7 @@ def tested_in_body(
         lanes, carry = both
         found = step(carry)
         if lanes.ndim:
-            found = [_select(lanes, *each) for each in zip(found, carry, strict=True)]
+            found = [_chosen(lanes, *each) for each in zip(found, carry, strict=True)]
         return test(found), found
 
     def goes_on(both: tuple[jax.Array, list[Any]]) -> jax.Array:
@@ -77,7 +77,7 @@ def tested_in_body(
     return jax.lax.while_loop(goes_on, body, (test(start), start))[1]
 
 
-def _select(lanes: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def _chosen(lanes: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """Each lane from one of two arrays."""
     return jnp.where(jnp.expand_dims(lanes, range(lanes.ndim, new.ndim)), new, old)
 

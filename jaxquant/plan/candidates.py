@@ -110,7 +110,7 @@ def has_asymmetric_rows(graph: ir.Graph, site: Site, config: QuantConfig) -> boo
 
 
 def _picked(graph: ir.Graph, site: Site) -> str:
-    """That the weight of a product is picked in the call, so that it is stored in float; or ""."""
+    """A sentence where the weight of a product is picked in the call, and so float; else ""."""
     operands = site.operands if site.kind in kinds.DOT_KINDS else ()
     paths = [path for var in operands if (path := picked_weight(graph, var))]
     if not paths:

@@ -65,7 +65,7 @@ def make_draft(model: Model, found: tuple[Site, ...], seen: Seen, config: QuantC
 
 
 def on_planned_grids(chosen: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
-    """Those of the sites that read tensors on grids of the plan."""
+    """The sites that read tensors on grids of the plan, of those that were chosen."""
     return tuple(site for site in chosen if not (site.is_lookup or is_dynamic(site, config)))
 
 

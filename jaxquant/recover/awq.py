@@ -28,7 +28,7 @@ from jaxquant.recover.covariance import APART, KEPT, Found, sum_products
 from jaxquant.recover.feedback import gain_db, output_error
 from jaxquant.recover.folding import Place, dividing, place_of
 from jaxquant.recover.grouped_matrix import GroupedMatrix, grouped_matrix
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
@@ -102,7 +102,11 @@ def _find(program: Program) -> list[Scalable]:
     for site in (each.site for each in program.binding.sites if each.site.name in asked):
         contraction = site.as_contraction
         contracted = site.input_axes.contracted
-        if Product(graph, site).reason or contraction.feature_groups != 1 or len(contracted) != 1:
+        if (
+            SiteProduct(graph, site).reason
+            or contraction.feature_groups != 1
+            or len(contracted) != 1
+        ):
             continue
         by_tensor.setdefault((site.operands[0], contracted[0]), []).append(site)
     found = []
@@ -164,14 +168,14 @@ class _Reading:
         self._bits = program.slots[site.name].weight_bits
         self._view = layout.weight_view(graph, site, integer=False)
         self._layout = group_layout(self._view.shape, self._view.channels, group_size)
-        matrix = grouped_matrix(Product(graph, site), self._view, self._layout)
+        matrix = grouped_matrix(SiteProduct(graph, site), self._view, self._layout)
         assert matrix is not None, "what is a parameter, rearranged, is stored as it is"
         self._matrix: GroupedMatrix = matrix
         values, _ = fold(graph, params, [self._view.var], [])
         self._weight = matrix.matrix(values[self._view.var]).astype(np.float64)
 
     def error(self, covariance: np.ndarray, scale: np.ndarray) -> float:
-        """Of the outputs, with the weight scaled, rounded to nearest and scaled back."""
+        """The error of the outputs, with the weight scaled, rounded to nearest and scaled back."""
         matrix = self._matrix
         rows = np.repeat(scale, len(matrix.order) // len(scale))
         rows = rows[np.argsort(matrix.order)][None, :, None]

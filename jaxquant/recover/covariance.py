@@ -28,7 +28,7 @@ from jaxquant.jax_shim import compilation
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
 from jaxquant.recover.looks import Look, Real, States, look_at
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.run.layers import Layer
 
 POSITIONS = 16384  # of a site's output that are summed of each batch, at most
@@ -64,7 +64,7 @@ class Reader:
     """
 
     model: Model
-    product: Product
+    product: SiteProduct
 
     @property
     def site(self) -> Site:
@@ -80,7 +80,7 @@ class Reader:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of its sums of products, with an axis for each scan over stacked weights around it."""
+        """The shape of its sums of products, whose first axes are of the scans around it."""
         groups, sums, _ = self.product.matrix_shape
         return (*self.model.scans, 2, groups, sums, sums)
 
@@ -134,7 +134,7 @@ def readers_of(
     """The sites of these names, in the model for inputs of these shapes."""
     wanted = frozenset(names)
     return [
-        Reader(part.model, Product(part.graph, each.site))
+        Reader(part.model, SiteProduct(part.graph, each.site))
         for part in bind(source.trace(inputs), plan).all_graphs()
         for each in part.sites
         if each.site.name in wanted

@@ -16,7 +16,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.inputs import input_axes
 from jaxquant.recover.looks import Look, Real, is_replaced
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.repeats import is_repeated, programs_of
 from jaxquant.run.layers import Layer
 from jaxquant.run.program import Program
@@ -69,7 +69,7 @@ class Divisible:
     name: str
     var: ir.Var
     axes: tuple[int, ...]
-    readers: tuple[Product, ...]
+    readers: tuple[SiteProduct, ...]
     shared: tuple[bool, ...] = ()
 
     @property
@@ -194,7 +194,7 @@ def _in_graph(program: Program, alone: set[layout.WeightSlot], where: Where) -> 
             continue
 
         # All readers have to agree on what its channels are.
-        products = tuple(Product(graph, site) for site in sites)
+        products = tuple(SiteProduct(graph, site) for site in sites)
         axes = {input_axes(product.site) for product in products}
         if len(axes) > 1 or any(product.reason for product in products):
             continue

@@ -15,7 +15,7 @@ from jaxquant.plan.inputs import along_weight
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.channels import reach
 from jaxquant.recover.divisible import Divisible, Seen
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.trial import IntegerRange, Trial
 
 _WORTH = 0.9  # an equalization is worth it where the error falls to this part
@@ -38,7 +38,7 @@ class Divided(NamedTuple):
 class ReadingSite:
     """A site that reads a tensor, tried with factors for its input channels, flattened [I]."""
 
-    def __init__(self, tensor: Divisible, product: Product, trial: Trial):
+    def __init__(self, tensor: Divisible, product: SiteProduct, trial: Trial):
         self._trial = trial
         assert product.site.weight is not None
         shape = product.graph.shape(product.site.weight)

@@ -27,7 +27,7 @@ from jaxquant.plan.groups import group_layout
 from jaxquant.recover.covariance import APART, KEPT, Found, Reader, sum_products
 from jaxquant.recover.feedback import gain_db, mixing, output_error, round_with_feedback
 from jaxquant.recover.grouped_matrix import GroupedMatrix, grouped_matrix
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.run.layers import GraphLayer, Layer
 from jaxquant.weights.fold import fold
@@ -194,7 +194,7 @@ def _find_weights(whole: GraphLayer, asked: Collection[str]) -> dict[Key, Weight
             if key not in found:
                 stored = tuple(slice(0, size) for size in view.shape)
                 found[key] = Weight(here, site, values[view.var][stored])
-            found[key].add(Reader(model, Product(graph, site)), here.layer)
+            found[key].add(Reader(model, SiteProduct(graph, site)), here.layer)
     return found
 
 

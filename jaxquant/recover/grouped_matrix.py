@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant.graph import ir
 from jaxquant.plan.groups import GroupLayout
 from jaxquant.plan.layout import WeightView
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.weights.groups import in_layout, stored
 
 
@@ -63,7 +63,9 @@ class GroupedMatrix(NamedTuple):
         return products[..., back, :][..., :, back]
 
 
-def grouped_matrix(product: Product, view: WeightView, layout: GroupLayout) -> GroupedMatrix | None:
+def grouped_matrix(
+    product: SiteProduct, view: WeightView, layout: GroupLayout
+) -> GroupedMatrix | None:
     """How the matrix of a site is stored; None where one stored element is in several places of it.
 
     Args:
@@ -94,7 +96,9 @@ def grouped_matrix(product: Product, view: WeightView, layout: GroupLayout) -> G
     return GroupedMatrix(layout, elements, flat_scales[elements[:, :: layout.size]], order)
 
 
-def _taken(graph: ir.Graph, array: np.ndarray, view: WeightView, product: Product) -> np.ndarray:
+def _taken(
+    graph: ir.Graph, array: np.ndarray, view: WeightView, product: SiteProduct
+) -> np.ndarray:
     """[G, K, N] of a stored array, moved as the site's weight is."""
     value: np.ndarray = array
     for movement in view.movements:

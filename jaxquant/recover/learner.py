@@ -18,7 +18,7 @@ from jaxquant.plan.binding import Int8Site
 from jaxquant.progress import Stage
 from jaxquant.recover import adaround
 from jaxquant.recover.activation import Activation, RowFunction, find_activation
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.repeats import is_repeated, most_steps, programs_of, unrolled
 from jaxquant.recover.roundings import Rounding, Roundings, digest
 from jaxquant.recover.stepwise import run_stepwise
@@ -64,12 +64,12 @@ class Learner:
             self.outcomes[_named(site, layer)] = reasons[site.name]
             if reasons[site.name]:
                 continue
-            drawn = _draw(Product(model.graph, site).positions, number, most_steps(model))
+            drawn = _draw(SiteProduct(model.graph, site).positions, number, most_steps(model))
             places.setdefault(site.name, {})[layer] = drawn
         self._sites = {
             each.site.name: Learnable(
                 inner.model,
-                Product(inner.graph, each.site),
+                SiteProduct(inner.graph, each.site),
                 find_activation(inner.graph, each.epilogue.output),
                 places[each.site.name],
                 _input_grid(inner, each.site, qparams) if is_repeated(inner.model) else None,
@@ -214,7 +214,7 @@ def _reasons(
     found = {}
     for model, int8_site in sites:
         site = int8_site.site
-        product = Product(model.graph, site)
+        product = SiteProduct(model.graph, site)
         assert site.weight is not None
         reason = product.reason
         if site.name not in asked:

@@ -25,7 +25,7 @@ Index: TypeAlias = np.ndarray | jax.Array  # int [R], of output positions
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class SiteProduct:
     """One site; its input and output have the shapes of the graph."""
 
     graph: ir.Graph

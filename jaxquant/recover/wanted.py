@@ -18,7 +18,7 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.model import Model
 from jaxquant.recover.activation import Activation
 from jaxquant.recover.looks import Look, Real, States, is_replaced, look_at
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.repeats import is_repeated
 from jaxquant.run.layers import Layer
 
@@ -75,7 +75,7 @@ class Learnable:
     """
 
     model: Model
-    product: Product
+    product: SiteProduct
     activation: Activation
     places: Mapping[Layer, np.ndarray]
     grid: InputGrid | None

@@ -7,7 +7,7 @@ import math
 from jaxquant.plan import ties
 from jaxquant.plan.binding import Binding
 from jaxquant.plan.plan import TensorPlan
-from jaxquant.tune.units import by_layer, find_units
+from jaxquant.tune.switchable import by_layer, find_switchable
 
 
 def changed_sites(before: Binding, after: Binding) -> tuple[str, ...]:
@@ -29,9 +29,9 @@ def changed_sites(before: Binding, after: Binding) -> tuple[str, ...]:
     names = [site.name for site in before.whole_plan.sites]
     found: list[str] = []
     # A site all of whose layers differ is named as one.
-    for name, unit in find_units(before.model, names, single_layers=False).items():
-        layers = [layer for layer in unit.layer_names if layer in differing]
-        found += [name] if len(layers) == len(unit.layers) else layers
+    for name, each in find_switchable(before.model, names, single_layers=False).items():
+        layers = [layer for layer in each.layer_names if layer in differing]
+        found += [name] if len(layers) == len(each.layers) else layers
     return tuple(found)
 
 

@@ -30,7 +30,7 @@ from jaxquant.tune.goal import Goal
 from jaxquant.tune.scores import Scores, score
 from jaxquant.tune.sensitivity import measure
 from jaxquant.tune.switch import Switch
-from jaxquant.tune.units import Unit, by_layer
+from jaxquant.tune.switchable import Switchable, by_layer
 
 FOR_THE_METRIC = "left in float for the sake of the metric (max_drop)"
 _RANKING_SHARE = 0.5  # of the time budget, that ranking the sites may take
@@ -135,7 +135,7 @@ class _Search:
         self.target = float_score - goal.max_drop
         self.steps: list[Attempt] = []
         self.ranking: list[str] = []
-        self.units: Mapping[str, Unit] = {}
+        self.switchable: Mapping[str, Switchable] = {}
         self.out_of_time = False
         self.rules: Rules = ()
         with progress.stage("full int8"):
@@ -170,10 +170,10 @@ class _Search:
             self.best, self.score, self.rules = built, found, rules
         return self.steps[-1]
 
-    def thresholds(self, binding: Binding, units: Sequence[str]) -> tuple[float, ...]:
-        """Those of what some units read."""
+    def thresholds(self, binding: Binding, sites: Sequence[str]) -> tuple[float, ...]:
+        """The thresholds of what some sites and layers read."""
         layers = by_layer(binding)
-        names = [name for unit in units for name in self.units[unit].layer_names]
+        names = [name for site in sites for name in self.switchable[site].layer_names]
         return tuple(tensor.threshold for name in names for tensor in layers[name].tensors)
 
     def reaches(self, found: float) -> bool:
@@ -220,7 +220,7 @@ def _rank(
     switch = Switch(
         source, built.qparams, plan, examples, single_layers=True, padding=observations.padding
     )
-    search.units = switch.units
+    search.switchable = switch.switchable
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget
     # A ranking is only the start: it may take a part of the budget.
@@ -259,7 +259,7 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
 def _try_recovery(search: _Search, suspects: Sequence[str]) -> None:
     for step in search.goal.recovery:
         there = by_layer(search.best.binding)
-        plans = {name: there[search.units[name].layer_names[0]].site for name in suspects}
+        plans = {name: there[search.switchable[name].layer_names[0]].site for name in suspects}
         known = {
             name: site.recover
             for name, site in plans.items()

@@ -152,7 +152,7 @@ class _Noise(NamedTuple):
 
 
 def _noise_of(trial: TensorTrial) -> Iterator[_Noise]:
-    """In each of the layers."""
+    """The noise behind a tensor in each of its layers."""
     divided = choose(trial.tried, ALPHAS["equalization"])
     for number, tried in enumerate(trial.tried):
         planned = by_channel = tried.noise(tried.own, None)

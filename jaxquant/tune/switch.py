@@ -26,7 +26,7 @@ from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
 from jaxquant.tune.parts import Here, Outcome, Part, Parts, Value, evaluate_parts, find_parts
-from jaxquant.tune.units import find_units
+from jaxquant.tune.switchable import find_switchable
 
 _CHOSEN = "chosen"  # what is int8, beside `qparams`: by site, bool with an axis for each scan
 
@@ -42,7 +42,7 @@ class Switch:
       padding: which positions of the examples count for nothing; None for none.
 
     Attributes:
-      units: what can be chosen, by name: sites, and layers of sites.
+      switchable: what can be chosen, by name: sites, and layers of sites.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Switch:
     ):
         params = source.params
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
-        self.units = find_units(program.model, find_parts(program).names, single_layers)
+        self.switchable = find_switchable(program.model, find_parts(program).names, single_layers)
         self._params = params
         self._qparams = without_correction(program, params, qparams)
         self._plan = plan
@@ -84,18 +84,18 @@ class Switch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the units, in the order that they have where scans are Python loops."""
-        return tuple(self.units)
+        """The names of what can be chosen, in the order that they have in Python loops."""
+        return tuple(self.switchable)
 
     def model(self, int8: Collection[str]) -> Callable[..., Any]:
-        """The model `(*inputs) -> outputs` in which these units are int8 and the others float."""
+        """The model `(*inputs) -> outputs` in which these are int8 and the others float."""
         unknown = set(int8) - set(self.names)
         if unknown:
             raise ValueError(f"no int8 site is named {', '.join(sorted(unknown))}")
         chosen: dict[str, np.ndarray] = {}
-        for name, unit in self.units.items():
-            before = chosen.get(unit.site, False)
-            chosen[unit.site] = before | unit.choices(name in int8)
+        for name, each in self.switchable.items():
+            before = chosen.get(each.site, False)
+            chosen[each.site] = before | each.choices(name in int8)
         rest = np.bool_(2 * len(set(int8)) > len(self.names))  # what is no site
         qparams = {**self._qparams, _CHOSEN: chosen}
         if is_corrected(self._plan) and int8:

@@ -238,7 +238,7 @@ def test_unused_results_are_still_sites():
 
 def test_kinds_of_a_convolution_whose_kernel_depends_on_the_inputs():
     def apply_fn(p, x, kernel):
-        return networks._conv(x, {"kernel": kernel * p})
+        return networks.conv(x, {"kernel": kernel * p})
 
     (site,) = find(apply_fn, jnp.ones(()), jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4)))
     assert (site.kind, site.weight) == ("conv2d", None)

@@ -260,8 +260,8 @@ def average(x):
 
 
 def residual_net(p, x):
-    y = nn.max_pool(jax.nn.relu(networks._conv(x, p["stem"])), (3, 3), (2, 2), "SAME")
-    z = networks._conv(jax.nn.relu(networks._conv(y, p["one"])), p["two"])
+    y = nn.max_pool(jax.nn.relu(networks.conv(x, p["stem"])), (3, 3), (2, 2), "SAME")
+    z = networks.conv(jax.nn.relu(networks.conv(y, p["one"])), p["two"])
     y = jnp.concatenate([jax.nn.relu(y + z), average(y)], -1)
     return y.mean((1, 2)) @ p["head"]["kernel"] + p["head"]["bias"]
 

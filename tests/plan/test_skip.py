@@ -202,7 +202,7 @@ def skipping_plain():
         return jax.nn.softmax(y)
 
     def apply_fn(p, x):
-        x = networks._conv(x, p["stem"])
+        x = networks.conv(x, p["stem"])
         with jax.named_scope("skip_quant"):
             y = skipped(p, x)
         return y @ p["head"]["kernel"]

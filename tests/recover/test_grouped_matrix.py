@@ -14,7 +14,7 @@ from jaxquant.graph.model import trace_model
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
 from jaxquant.recover.grouped_matrix import grouped_matrix
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 from jaxquant.weights.groups import quantize_groups
 
 
@@ -48,7 +48,7 @@ def test_is_what_the_product_multiplies(case, group_size, bits):
     weight = np.random.default_rng(0).normal(size=w_shape).astype(np.float32)
     model = trace_model(apply_fn, weight, (np.zeros(x_shape, np.float32),))
     (site,) = model.sites
-    product = Product(model.graph, site)
+    product = SiteProduct(model.graph, site)
     view = layout.weight_view(model.graph, site, integer=False)
     groups = group_layout(view.shape, view.channels, group_size)
     found = grouped_matrix(product, view, groups)
@@ -92,5 +92,5 @@ def test_what_stands_in_several_places_has_none():
         view = layout.weight_view(model.graph, site, integer=False)
         groups = group_layout(view.shape, view.channels, None)
         is_spread = view.shape != model.graph.shape(site.weight)
-        found = grouped_matrix(Product(model.graph, site), view, groups)
+        found = grouped_matrix(SiteProduct(model.graph, site), view, groups)
         assert (found is None) == is_spread

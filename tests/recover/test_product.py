@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from jaxquant.graph.model import trace_model
-from jaxquant.recover.product import Product
+from jaxquant.recover.product import SiteProduct
 
 CONVS = {
     "same": ((2, 5, 6, 4), (3, 2, 4, 6), {"padding": "SAME"}),
@@ -42,7 +42,7 @@ def check(apply_fn, x: np.ndarray, w: np.ndarray, zero: int) -> None:
     """The rows of the inputs times the matrix are the rows of the output; the weight comes back."""
     model = trace_model(apply_fn, {"w": w}, (x,))
     (site,) = model.sites
-    graph, product = model.graph, Product(model.graph, site)
+    graph, product = model.graph, SiteProduct(model.graph, site)
     assert product.reason == ""
     index = np.sort(np.random.default_rng(0).permutation(product.positions)[:20])
     inner = np.asarray(jax.tree.leaves(apply_fn({"w": jnp.asarray(w)}, jnp.asarray(x)))[0])
@@ -102,4 +102,4 @@ def test_a_weight_with_batch_axes_has_no_such_form():
         (np.ones((2, 5, 4), np.float32),),
     )
     (site,) = model.sites
-    assert Product(model.graph, site).reason == "its weight has batch axes"
+    assert SiteProduct(model.graph, site).reason == "its weight has batch axes"

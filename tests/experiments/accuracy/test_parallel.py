@@ -1,7 +1,7 @@
 import pytest
 
 from experiments.accuracy import parallel
-from experiments.accuracy.parallel import Job, run_all
+from experiments.accuracy.parallel import Job, next_job, run_all
 from tests.experiments.accuracy import jobs
 
 
@@ -24,11 +24,10 @@ def test_memory_bounds_what_runs_at_once(tmp_path):
 
 def test_a_job_larger_than_the_memory_runs_alone_and_small_ones_fill_up():
     large, middle, small = (Job(str(size), jobs.fail, (), size) for size in (9, 3, 2))
-    running = [parallel._Running(middle, None, None, ())]
-    assert parallel._next([large], [], memory=5) is large
-    assert parallel._next([large, small], running, memory=5) is small
-    assert parallel._next([large, small], running, memory=4) is None
-    assert parallel._next([large, small], running, memory=None) is large
+    assert next_job([large], [], memory=5) is large
+    assert next_job([large, small], [middle], memory=5) is small
+    assert next_job([large, small], [middle], memory=4) is None
+    assert next_job([large, small], [middle], memory=None) is large
 
 
 def test_a_job_stays_on_its_cores(tmp_path):

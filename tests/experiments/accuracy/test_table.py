@@ -115,8 +115,8 @@ def test_what_the_figures_depend_on_makes_a_new_row(config, tmp_path, monkeypatc
     def keys(config: ConfigDict = config) -> tuple[str, str]:
         (network,) = plan_of(config, tmp_path).networks
         store = table.Store(tmp_path)
-        row = store._row_path(network.row_key(CHOSEN[0]))
-        return row.name, store._evaluation_path(network).name
+        row = store.row_path(network.row_key(CHOSEN[0]))
+        return row.name, store.evaluation_path(network).name
 
     row, float32 = keys()
     assert keys() == (row, float32)
@@ -151,7 +151,7 @@ def test_a_torn_file_of_logits_is_made_again(config, tmp_path):
     config.models = ("tiny_a",)
     (network,) = plan_of(config, tmp_path).networks
     store = table.Store(tmp_path)
-    path = store._evaluation_path(network)
+    path = store.evaluation_path(network)
     path.parent.mkdir()
     path.write_bytes(b"PK\x03\x04 torn")
     assert store.evaluation(network) is None

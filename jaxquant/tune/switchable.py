@@ -16,7 +16,7 @@ from jaxquant.plan.segments import why_not_cut
 Layer = tuple[int, ...]  # of the scans over stacked weights around a site, outermost first
 
 
-class Unit(NamedTuple):
+class Switchable(NamedTuple):
     """A site, or a layer of it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Unit(NamedTuple):
     number: int | None = None
 
     def choices(self, chosen: bool) -> np.ndarray:
-        """For every layer of the site whether it is of the unit and chosen, bool [*scans]."""
+        """For every layer of the site whether it is of these and chosen, bool [*scans]."""
         found = np.zeros(self.scans, bool)
         found[() if self.number is None else self.number] = chosen
         return found
@@ -46,28 +46,30 @@ class Unit(NamedTuple):
         return tuple(of_layer(self.site, layer) for layer in self.layers)
 
 
-def find_units(model: Model, names: Sequence[str], single_layers: bool) -> dict[str, Unit]:
-    """The units of some sites, by name, in the order that they have where scans are Python loops.
+def find_switchable(
+    model: Model, names: Sequence[str], single_layers: bool
+) -> dict[str, Switchable]:
+    """Some sites, or their layers, by name, in the order in which Python loops would have them.
 
     Args:
       model: a whole model.
       names: of the sites, in evaluation order.
-      single_layers: whether each layer of a scan is a unit, where the scan can be cut.
+      single_layers: whether each layer of a scan is apart, where the scan can be cut.
     """
     known = {site.name: site for site in model.located}
-    found: list[tuple[tuple[int, int, int], str, Unit]] = []
+    found: list[tuple[tuple[int, int, int], str, Switchable]] = []
     for place, name in enumerate(names):
         site = known[name]
-        top, unit = site.location[0], Unit(name, site.scans)
+        top, whole = site.location[0], Switchable(name, site.scans)
         if not (single_layers and site.scans) or why_not_cut(model, site):
-            found.append(((top, 0, place), name, unit))
+            found.append(((top, 0, place), name, whole))
             continue
         backwards = model.graph.equations[top].params["reverse"]
         for number in range(site.scans[0]):
             turn = -number if backwards else number
-            one = unit._replace(number=number)
+            one = whole._replace(number=number)
             found.append(((top, turn, place), of_layer(name, (number,)), one))
-    return {name: unit for _, name, unit in sorted(found)}
+    return {name: each for _, name, each in sorted(found)}
 
 
 class SiteLayer(NamedTuple):

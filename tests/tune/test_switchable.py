@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxquant.graph.model import trace_model
-from jaxquant.tune.units import find_units
+from jaxquant.tune.switchable import find_switchable
 
 PARAMS = {
     "deep": {name: jnp.ones((2, 3, 4, 4)) for name in "ab"},
@@ -34,17 +34,17 @@ def model():
 def test_layers_come_as_in_a_loop_in_python(model):
     names = [site.name for site in model.sites]
     assert names == ["deep/b", "deep/a", "made", "head"]
-    units = find_units(model, names, single_layers=True)
+    switchable = find_switchable(model, names, single_layers=True)
     # The layers of the inner scan, and those of weights that are computed, have one program.
-    assert list(units) == ["deep/b[1]", "deep/a[1]", "deep/b[0]", "deep/a[0]", "made", "head"]
-    assert units["deep/b[1]"].layer_names == ("deep/b[1][0]", "deep/b[1][1]", "deep/b[1][2]")
-    assert units["deep/b[1]"].choices(True).tolist() == [[False] * 3, [True] * 3]
-    assert units["made"].choices(True).tolist() == [True, True]
-    assert units["head"].choices(True).tolist() is True
+    assert list(switchable) == ["deep/b[1]", "deep/a[1]", "deep/b[0]", "deep/a[0]", "made", "head"]
+    assert switchable["deep/b[1]"].layer_names == ("deep/b[1][0]", "deep/b[1][1]", "deep/b[1][2]")
+    assert switchable["deep/b[1]"].choices(True).tolist() == [[False] * 3, [True] * 3]
+    assert switchable["made"].choices(True).tolist() == [True, True]
+    assert switchable["head"].choices(True).tolist() is True
 
 
 def test_sites_alone(model):
     names = [site.name for site in model.sites]
-    units = find_units(model, names, single_layers=False)
-    assert list(units) == names
-    assert units["deep/a"].layer_names == ("deep/a[0]", "deep/a[1]")
+    switchable = find_switchable(model, names, single_layers=False)
+    assert list(switchable) == names
+    assert switchable["deep/a"].layer_names == ("deep/a[0]", "deep/a[1]")
