@@ -54,6 +54,7 @@ class Flow:
             if var in flow.names:
                 found[flow.names[var]] = None
                 continue
+            # Past movements and float operations; the first site on each way is what feeds.
             reads = [node for node in flow._sources(var) if node not in seen]
             stack += reads
             seen.update(reads)

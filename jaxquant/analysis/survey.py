@@ -177,6 +177,7 @@ def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any
         if part.site is not None:
             epilogue = part.site.epilogue
             if has_bias(here.program, part):
+                # With the mean taken away that its corrected bias would take.
                 off = here.qparams["sites"][part.name]["shift"]
                 got = got + epilogue.channels.spread(off, got.ndim)
             if epilogue.channels.axes:
@@ -292,6 +293,7 @@ def _by_layer(batch: _Batch, scans: Mapping[str, tuple[int, ...]]) -> _Batch:
                 one = jax.tree.map(lambda x, layer=layer: np.asarray(x)[layer], each)
                 yield of_layer(name, layer), one
 
+    # A branch that no sample took has nothing to tell.
     own = {name: each for name, each in layers(batch.own) if each.was_seen}
     found = _Batch(
         own,

@@ -47,6 +47,7 @@ def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, Weig
         graph, slots = layer.program.graph, layer.program.slots
         sites = [each for each in layer.binding.sites if each.site.name in slots]
         stored = [each.site.weight for each in sites if each.site.weight is not None]
+        # Folded once a layer: parameters may need BatchNorm or a transpose before they are weights.
         weights = fold(graph, layer.params, stored, [])[0]
         for int8_site in sites:
             site = int8_site.site

@@ -50,6 +50,7 @@ def choose_backend(requested: str, has_scales: bool) -> Choice:
     if jax.default_backend() != "cpu":
         return Choice("xla", f"on {jax.default_backend()}")
     ok, reason = native.available()
+    # Without planned scales XLA runs what is large, kernels the rows of a few tokens.
     if ok and not has_scales:
         reason = f"{reason}, for dots of few rows"
     elif ok and requested == "auto":

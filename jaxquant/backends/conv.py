@@ -65,6 +65,7 @@ def conv(
     is_operand = isinstance(zero_point, jax.Array)
     operands = [x, kernel, zero_point] if is_operand else [x, kernel]
 
+    # Decided when the program is lowered: an export has the form that its platform needs.
     def pick(place: choices.Place) -> int:
         table = EXPORTED if place.is_export else FORMS
         return forms.index(table.get(place.platform, as_it_is))
@@ -100,6 +101,7 @@ def on_gpu(
     x, contraction = undilated(x, contraction, zero_point, is_held=False)
     layout = ChannelsLast(contraction, is_held=False)
     x, kernel, window = layout.x(x), layout.kernel(kernel), layout.window
+    # cuDNN has int8 for channels in fours; other small windows are sums of products.
     if taps.runs_by_taps(x, kernel, window):
         sums = taps.by_taps(padded(x, window.padding, zero_point), kernel, window)
     else:
@@ -142,6 +144,7 @@ def on_any_tpu(
     """
     layout, groups = ChannelsLast(contraction, is_held=False), contraction.feature_groups
     window, of_groups = layout.window, layout.kernel(kernel)
+    # Groups that fit into one tile together cost no more than one of them.
     if groups > 1 and groups * of_groups.shape[-2] <= _TPU_LANES:
         kernel, contraction = _as_one_group(kernel, contraction)
         return as_it_is(x, kernel, contraction, zero_point)
@@ -212,6 +215,7 @@ def _as_one_group(kernel: jax.Array, contraction: Contraction) -> tuple[jax.Arra
         lax.broadcasted_iota(jnp.int32, repeated.shape, axis) // (repeated.shape[axis] // groups)
         for axis in (inputs, outputs)
     )
+    # Zeros between the groups: their products add nothing to the sums.
     whole = jnp.where(of_input == of_output, repeated, jnp.zeros((), kernel.dtype))
     window = dataclasses.replace(window_of(contraction), feature_groups=1)
     return whole, dataclasses.replace(contraction, window=window)

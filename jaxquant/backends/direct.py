@@ -80,6 +80,7 @@ def _groups_of_fours(x: jax.Array, kernel: jax.Array, groups: int) -> tuple[jax.
     """Operands whose groups have a multiple of four input channels, and of output channels."""
     inputs, outputs = kernel.shape[-2], kernel.shape[-1] // groups
     more_inputs, more_outputs = (-(-n // _FOUR) * _FOUR for n in (inputs, outputs))
+    # Channels of zeros: the sums of the others stay the same.
     if more_inputs != inputs:
         apart = _filled_up(x.reshape(*x.shape[:-1], groups, inputs), -1, more_inputs)
         x = apart.reshape(*x.shape[:-1], groups * more_inputs)

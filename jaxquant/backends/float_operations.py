@@ -26,6 +26,7 @@ def has(operation: FloatOperation) -> bool:
     if any(each.dtype not in _DTYPES for each in operation.inputs):
         return False
     shape = operation.inputs[0].shape
+    # Few rows are faster by XLA, which need not go through all keys in blocks.
     if operation.kind == "attention":
         rows = shape[operation.params["layout"].query[-2]]
         return isinstance(rows, int) and rows >= _FEWEST_ROWS

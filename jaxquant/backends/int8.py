@@ -151,6 +151,7 @@ def _of_heads(x: jax.Array, matrix: jax.Array, product: Contraction) -> jax.Arra
     def as_it_is(x: jax.Array, matrix: jax.Array) -> list[jax.Array]:
         return [dot((x, matrix), product)]
 
+    # A TPU would otherwise turn the sums around for each head.
     def held(x: jax.Array, matrix: jax.Array) -> list[jax.Array]:
         sums = dot((x, matrix), product)
         return [layouts.held_in(sums, range(sums.ndim))]

@@ -124,6 +124,7 @@ def run_product(
     def covers(backend: Backend) -> bool:
         return backend.covers_product(product, packed is not None)
 
+    # One device: packed matrices are not spread over a mesh.
     (result,) = _chosen(table, covers, form, [product.output], given, one_device=True)
     return result
 

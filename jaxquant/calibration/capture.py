@@ -106,6 +106,7 @@ def _evaluate(
     for site in wanted:
         if site.location[: len(holder)] != holder:
             continue
+        # A site in a scan is captured by the scan, which stacks what its steps show.
         index, *inner = site.location[len(holder) :]
         eqn = graph.equations[index]
         if inner:

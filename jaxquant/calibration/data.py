@@ -121,6 +121,7 @@ def num_batches(
         total = -(-samples // (batch_size or max(samples, 1)))
     else:
         items = num_items(ds)
+        # A generator does not say how many it has.
         if items is None:
             return batch_nums
         total = -(-items // (batch_size or 1))

@@ -68,6 +68,7 @@ def model_digest(graph: ir.Graph) -> str:
         digest.update(f"{var} {_spell(value)} {_digest(value)}\n".encode())
     for eqn in graph.equations:
         inputs = [_spell_atom(x) for x in eqn.inputs]
+        # Texts of functions hold addresses, which differ from run to run.
         params = {k: _ADDRESS.sub("", str(v)) for k, v in sorted(eqn.params.items())}
         digest.update(f"{eqn.outputs} {eqn.name} {inputs} {params}\n".encode())
     digest.update(str([_spell_atom(x) for x in graph.outputs]).encode())

@@ -118,6 +118,7 @@ class _Inside:
         real = [watch.real(self._observed.model, var) for var in tensors]
         own: tuple[Any, ...] = ()
         if watch.observer is not None:
+            # A user's observer knows no mask: it sees zeros where padding is.
             shown = [x if r is None else jnp.where(r, x, 0) for x, r in zip(values, real)]
             own = tuple(map(watch.observer.update, self._own[: len(values)], shown))
         parts = [counting.count_all(values, watch.counter, real)] if values else []
@@ -156,6 +157,7 @@ def _layer_by_layer(
         return loops.Gives(results, seen)
 
     found = loops.run(eqn, operands, [step], sliced=stacked)
+    # [layers, tensors, ...] as [layers * tensors, ...], in the order of the names.
     counts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.stacked.counts)
     layers = range(eqn.params["length"])
     states = [jax.tree.map(lambda x, n=n: x[n], found.stacked.own) for n in layers]

@@ -194,6 +194,7 @@ def _textbook_divergence(h: jax.Array, edges: jax.Array) -> jax.Array:
     filled, information = (h > 0).astype(h.dtype), _xlog(h, _ratio(h, jnp.ones_like(h)))
     below, filled, information = running(jnp.stack([h, filled, information]))
     end = edges[:, -1]
+    # P has what is clipped in its last bin, Q has not, as those searches do.
     last, outliers = h[end - 1], below[-1] - below[end]
     mass, bins = jnp.diff(below[edges], axis=1), jnp.diff(filled[edges], axis=1)
     log_q = jnp.log(_ratio(mass, bins))

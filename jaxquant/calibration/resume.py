@@ -41,6 +41,7 @@ def sweep_with_file(
       FileError: the file is damaged, or of another model, other parameters or options, or `batches`
         do not begin with those that the interrupted sweep has seen.
     """
+    # Before the sweep, not after an hour of it.
     atomic.check_writable(path)
     digests: list[bytes] = []
     if os.path.exists(path):

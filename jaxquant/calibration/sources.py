@@ -47,6 +47,7 @@ def open_source(ds: Any) -> Any:
     except Exception as error:
         error.add_note(f"Raised by ds(): ds is {_name(ds)}, which is called without arguments.")
         raise
+    # A function that makes a function: one call too few, likely.
     if callable(source) and not (_is_iterable(source) or is_in_memory(source)):
         raise TypeError(f"ds() must return a dataset, but it returned another callable: {source!r}")
     return source

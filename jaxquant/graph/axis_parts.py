@@ -128,6 +128,7 @@ def agreed(axes: Sequence[Axis]) -> Axis:
     if not known:
         return axes[0]
     size = math.prod(part.size for part in known[0])
+    # Axes with different marks that meet element by element are one axis from here on.
     marks = {tuple((part.size, part.mark) for part in axis) for axis in known}
     if len(marks) > 1:
         parts = [part for axis in known for part in axis]

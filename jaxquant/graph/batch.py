@@ -63,6 +63,7 @@ def find_mixing(model: Model, doubled: Model) -> Mixing | None:
         return None
     outputs: dict[int, int] = {}
     origins = []
+    # Outputs without an axis of samples (a loss, say) may well depend on all of them.
     for position, atom in enumerate(graph.outputs):
         axes = pair.growing(atom, doubled.graph.outputs[position])
         if isinstance(atom, int) and atom in reached and axes:

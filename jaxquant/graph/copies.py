@@ -51,6 +51,7 @@ def _search(graph: ir.Graph) -> dict[ir.Var, Axes]:
         if not eqn.outputs or not graph.static[eqn.outputs[0]]:
             continue
         for var in eqn.outputs:
+            # An axis along which a tensor does not vary holds copies of one slice.
             axes = _of_output(graph, eqn, [of(x) for x in eqn.inputs])
             if axes is not None:
                 found[var] = axes & _every(graph, var)
@@ -144,6 +145,7 @@ def _gather(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes
     kept = [
         d for d in range(len(graph.shape(eqn.inputs[0]))) if d not in numbers.collapsed_slice_dims
     ]
+    # The result varies along what it takes of the operand, and along what its indices vary in.
     found = {out for out, d in zip(numbers.offset_dims, kept, strict=True) if d in operands[0]}
     places = [d for d in range(rank) if d not in numbers.offset_dims]
     return frozenset(found | {out for n, out in enumerate(places) if n in operands[1]})

@@ -42,6 +42,7 @@ def cut_tree(params: Any, cuts: Cuts, cut: Any) -> Any:
         return params
     tree: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        # By paths as the model's own: linen's, nnx's and plain trees become nested dicts alike.
         parts = tracing.path_parts(path)
         bounds = cuts.get("/".join(parts))
         if bounds is None:

@@ -39,6 +39,7 @@ class Expressions:
         for eqn in graph.equations:
             if not eqn.outputs or not graph.static[eqn.outputs[0]]:
                 continue
+            # Equal operations on equal expressions are equal, whichever equation computes them.
             params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
             operands = tuple(map(of_atom, eqn.inputs))
             for position, var in enumerate(eqn.outputs):

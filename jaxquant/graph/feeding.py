@@ -83,6 +83,7 @@ def _outside(region: Region, var: ir.Var) -> list[_Place]:
         return found
     position = region.arguments.index(var)
     outputs: Sequence[ir.Atom] = region.graph.outputs
+    # A carry is what the loop began with, or what the step before gave.
     for place, atom in (
         (region.holder, region.operands[position]),
         (region, outputs[region.carries[position]] if position in region.carries else None),

@@ -64,6 +64,7 @@ def _between(graph: ir.Graph, source: ir.Var, last: ir.Equation) -> set[int] | N
     members, stack = {last.index}, list(last.inputs)
     while stack:
         atom = stack.pop()
+        # Whatever else it reads would make it another function.
         if atom == source or matching.spread_number(graph, atom) is not None:
             continue
         eqn = matching.producer(graph, atom)
@@ -100,6 +101,7 @@ def _evaluated(graph: ir.Graph, source: ir.Var, last: ir.Equation, members: set[
         assert number is not None, "members read the source, each other and numbers"
         return jnp.full(_POINTS.shape, number, jnp.float32)
 
+    # By its values, since a GELU is written in a dozen ways: the order of factors, casts, powers.
     for eqn in (graph.equations[index] for index in sorted(members)):
         operands = [operand(x) for x in eqn.inputs]
         if matching.is_float_cast(graph, eqn):

@@ -132,6 +132,7 @@ class Graph:
                 continue
             seen.add(current)
             if current in self.producer:
+                # In reversed order, so that the first operand's sources come first.
                 stack.extend(reversed(self.producer[current].input_vars))
             elif current in self.paths:
                 found[current] = None
@@ -185,6 +186,7 @@ class Graph:
         """
         if not eqn.input_vars or len(eqn.outputs) != 1:
             return False
+        # A cast to the dtype that is there already.
         if eqn.name == "convert_element_type":
             return self.dtype(eqn.inputs[0]) == self.dtype(eqn.outputs[0])
         before, after = self.shape(eqn.inputs[0]), self.shape(eqn.outputs[0])

@@ -184,6 +184,7 @@ def kind_of(graph: ir.Graph, eqn: ir.Equation) -> str:
         return _conv_kind(contraction, contraction.window, graph.shape(eqn.inputs[1]))
     if eqn.name in PRODUCTS:
         return eqn.name
+    # A sum over all but batch and channels is a global pooling; another one a mean.
     if eqn.name == "reduce_sum":
         rank, axes = len(graph.shape(eqn.inputs[0])), eqn.params["axes"]
         return "pool2d" if rank >= 4 and len(axes) == rank - 2 else "mean"

@@ -76,6 +76,8 @@ class _Search:
         eqn = matching.producer(self._graph, atom)
         if eqn is None or self._graph.is_static(atom):
             return [atom]
+        # A division by a number is a scaling like any other; one by a tensor may be by the
+        # deviation.
         divides_by_number = eqn.name == "div" and self._graph.is_static(eqn.inputs[1])
         if eqn.name in ("mul", "div") and not divides_by_number:
             self._members.add(eqn.index)
@@ -89,6 +91,7 @@ class _Search:
     def _step(self, atom: ir.Atom, *names: str) -> ir.Equation | None:
         """The equation of one of these names that gives a tensor, perhaps moved or cast."""
         while (eqn := matching.producer(self._graph, atom)) is not None:
+            # `where(variance < 0, 0, variance)` and the like: guards that choose what is there.
             is_choice = eqn.name == "select_n" and self._chosen(eqn) is not None
             if eqn.name in names or not (
                 eqn.name in _SPREADING or is_choice or matching.is_float_cast(self._graph, eqn)

@@ -81,6 +81,7 @@ def run_in_turn(
     numbers = range(eqn.params["length"])
     stacked: dict[int, Sequence[Any]] = {}
     for number in reversed(numbers) if eqn.params["reverse"] else numbers:
+        # What is not read (None) has no slices either.
         slices = [None if x is None else jnp.asarray(x)[number] for x in sliced]
         results = _arrays(step(number, [*fixed, *carry, *slices]))
         carry, stacked[number] = results[:carried], results[carried:]
@@ -123,6 +124,7 @@ def _while(eqn: ir.Equation, operands: Sequence[Any], step: Step, kept: Any) -> 
     read_by_test, fixed = operands[:of_test], operands[of_test : of_test + of_body]
     test = jaxprs.jaxpr_as_fun(eqn.params["cond_jaxpr"])
 
+    # What is kept beside the carry is not the test's.
     def goes_on(carry: tuple[list[Any], Any]) -> Any:
         return test(*read_by_test, *carry[0])[0]
 

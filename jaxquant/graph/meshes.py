@@ -103,6 +103,7 @@ def _run(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
         """The results, each with a leading axis for every one of its axes of the mesh."""
         function = of_one_device
         for axis in reversed(axes):
+            # From the innermost axis out; `psum` and the others then go by the vmap's axis name.
             function = jax.vmap(
                 function,
                 in_axes=tuple(0 if axis in split.axes else None for split in mesh_map.operands),

@@ -137,6 +137,7 @@ class Model:
             var: numbers.number("source", place, var)
             for var in (*self.graph.leaves, *self.graph.constants)
         }
+        # A leaf of a body is the operand outside, or a slice of it: so both share what is stored.
         if self.holder is not None:
             for var, operand in self.leaf_operands.items():
                 outside = self.holder.expression(operand)

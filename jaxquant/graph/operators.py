@@ -60,6 +60,7 @@ def find_operators(
     """
     found: dict[int, Operator] = {}
     taken: set[int] = set()
+    # From the end, so that the larger operator is found before what lies inside it.
     for eqn in reversed(graph.equations):
         for kind in () if eqn.index in taken or len(eqn.outputs) != 1 else kinds:
             match = FINDERS[kind](graph, eqn)

@@ -109,6 +109,7 @@ def _layers_of(site: Site, pattern: str) -> Layered | None:
 
 def matches_site(site: Site, pattern: str) -> bool:
     """Whether a pattern is of a site, brackets being read as a glob's always."""
+    # "site:" is a name as it is, since names may hold what a glob reads as a pattern.
     prefix, _, rest = pattern.partition(":")
     if prefix == "site" and rest:
         return site.name == rest

@@ -181,6 +181,7 @@ class _Numbers:
             shape = jaxprs.shape_of(eqn.outvars[0])
             self.picked[place].append((operands[0].position, row, shape))
             return unknown
+        # Numbers that follow from the step's number are computed as numbers, step by step.
         is_known = all(isinstance(x, np.ndarray) for x in operands) and not eqn.effects
         if not is_known or not all(is_number(var.aval) for var in eqn.outvars):
             return unknown
@@ -225,6 +226,7 @@ def _picks_a_row(eqn: jaxprs.JaxprEqn) -> bool:
         return False
     if eqn.primitive.name == "dynamic_slice":
         return True
+    # A gather of one index along the first axis, as `w[i]` is with a traced i.
     numbers = eqn.params["dimension_numbers"]
     indices = jaxprs.shape_of(eqn.invars[1])
     return (

@@ -34,6 +34,7 @@ def _results(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> li
         return [_sorted(graph, eqn, [own]) for own in operands]
     if eqn.name == "split":
         return [_entries_of(operands[0], shape, eqn) for shape in shapes]
+    # An operation without a rule forgets; what was lost is told by its name.
     rule = _rule(graph, eqn)
     if rule is None:
         found = [nothing(shape) for shape in shapes]

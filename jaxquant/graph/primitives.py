@@ -77,6 +77,7 @@ def constant_scalar(graph: ir.Graph, atom: ir.Atom) -> float | None:
     if value is None or np.ndim(value):
         return None
     number = float(np.asarray(value).astype(dtype))
+    # NaN is equal to nothing, so that a comparison with it would be wrong both ways.
     return None if math.isnan(number) else number
 
 
@@ -128,6 +129,7 @@ class Channels:
         if eqn.name == "transpose":
             permutation = list(eqn.params["permutation"])
             return Channels(self.sizes, tuple(permutation.index(a) for a in self.axes))
+        # Turning the channels around would need the multipliers turned around, too.
         if eqn.name == "rev":
             if any(a in eqn.params["dimensions"] for a in self.axes):
                 return None
@@ -195,6 +197,7 @@ def reshaped_axes(
     """
     old = [axis for axis, size in enumerate(before) if size != 1]
     new = [axis for axis, size in enumerate(after) if size != 1]
+    # From the left and from the right: in between there may be one size that is a symbol.
     cuts = [
         (left, right)
         for left in range(len(old) + 1)

@@ -73,6 +73,7 @@ class Region:
             return "" if self.holder is None else self.holder.segment
         graph = self.holder.graph
         read = [self.operands[place] for place in self.scanned]
+        # The scan was cut if the parameters that it goes over have marks of as many layers.
         marks = [
             mark_of(graph.paths[x], self.equation.params["length"])
             for x in read
@@ -112,6 +113,7 @@ class Region:
                 read.add(eqn.input_vars[0])
             else:
                 for body in self.bodies(eqn):
+                    # What a body inside makes weights of is a weight of the body around it.
                     pairs = zip(body.arguments, body.operands, strict=True)
                     read.update(x for v, x in pairs if v in body._weighty and isinstance(x, int))
         sources = {source for var in read for source in graph.sources(var)}

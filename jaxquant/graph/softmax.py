@@ -164,6 +164,7 @@ def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
         atom = stack.pop()
         if graph.is_static(atom) or not jnp.issubdtype(graph.dtype(atom), jnp.floating):
             continue
+        # From booleans and integers, through shapes and arithmetic: no activation comes in.
         eqn, steps = matching.producer(graph, atom), steps + 1
         if eqn is None or steps > _MASK_STEPS:
             return False

@@ -164,6 +164,7 @@ def _progression(values: np.ndarray) -> tuple[int, int, int, int | None] | None:
     if values.size == 0:
         return None
     first = int(values.flat[0])
+    # Indices that run along one axis in equal steps are a slice.
     varying = [a for a in range(values.ndim) if (values != values.take([0], a)).any()]
     if not varying:
         return first, 1, 1, None

@@ -82,6 +82,7 @@ def _lies_along(
     if graph.shape(var)[-2:] != graph.shape(table)[-2:]:
         return False
     for eqn in graph.consumers[var]:
+        # Positions are as many as the input's tokens wherever the table is added.
         others = [x for x in eqn.inputs if isinstance(x, int) and not graph.is_static(x)]
         if not others and not _lies_along(graph, eqn.outputs[0], table, along):
             return False

@@ -57,6 +57,7 @@ def find_tables(graph: ir.Graph) -> frozenset[ir.Var]:
             continue
         if kinds.is_lookup(graph, eqn):
             found.add(eqn.input_vars[0])
+        # A loop may look rows up in a table that it is given.
         for place in jaxprs.looked_up(eqn.name, eqn.params):
             table = eqn.inputs[place]
             if isinstance(table, int) and graph.static[table]:

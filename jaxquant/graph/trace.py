@@ -143,6 +143,7 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
     """
     parts = []
     for entry in path:
+        # JAX's keys are of dicts, of attributes, and of sequences.
         for attribute in ("key", "name", "idx"):
             if hasattr(entry, attribute):
                 parts.append(str(getattr(entry, attribute)))

@@ -29,6 +29,7 @@ def with_test_in_body(eqn: jaxprs.JaxprEqn) -> jaxprs.ClosedJaxpr | None:
     """
     of_test, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    # Most loops test a number: those stay as they are.
     if not (has_lanes(test) or holds_product(test.jaxpr)):
         return None
     goes_on, step = jaxprs.jaxpr_as_fun(test), jaxprs.jaxpr_as_fun(body)

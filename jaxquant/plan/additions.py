@@ -45,6 +45,7 @@ def _additions(binding: Binding) -> Iterator[frozenset[str]]:
             continue
         result = _quantized(binding, eqn.outputs[0])
         tensors = {*eqn.input_vars, result} - {None}
+        # Both operands and the result on grids: then LiteRT adds integers.
         if result is None or len(eqn.input_vars) != 2 or not tensors <= binding.scales.keys():
             continue
         if not tensors & binding.per_channel:

@@ -72,6 +72,7 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
 def _why_inside(model: Model, site: Site) -> str:
     """Why a site in a body that is no model of its own stays float."""
     region = model.root
+    # The innermost of the bodies around it that says anything.
     for index, number in zip(site.location[:-1:2], site.location[1::2], strict=True):
         eqn = region.graph.equations[index]
         region = region.bodies(eqn)[number]
@@ -102,6 +103,7 @@ def has_asymmetric_rows(graph: ir.Graph, site: Site, config: QuantConfig) -> boo
         return False
     if site.stored_weight is None:
         return False
+    # A zero point doubles the largest product, and so halves how many may be summed.
     if given.terms(graph.shape(eqn.inputs[1])) > LARGEST_SUM_OF_ROWS:
         return False
     rules, symmetric = config.all_rules, config.activation_quantize_type == "symmetric"

@@ -127,6 +127,7 @@ def fused_end(graph: ir.Graph, site: Site) -> ir.Var:
     while (eqn := _only_consumer(graph, var)) is not None:
         numbers = [primitives.constant_scalar(graph, x) for x in eqn.inputs if x != var]
         with_numbers = len(eqn.inputs) == len(numbers) + 1 and None not in numbers
+        # A sum that is no dot may be divided behind (a mean), which is a multiplier like any other.
         is_scaling = site.contraction is None and eqn.name in ("mul", "div")
         if not with_numbers or not (eqn.name in ("max", "min", "clamp") or is_scaling):
             break

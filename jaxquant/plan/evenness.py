@@ -66,6 +66,7 @@ def tied_tensors(
         for parts in (site.operands, eqn.outputs):
             for var, name in _named(graph, site, parts, names).items():
                 source = graph.producer.get(var)
+                # A mask of -inf has no range, and is handed through as a constant.
                 if source is None or not has_infinity(graph, source):
                     found[name] = var
     return found
@@ -198,6 +199,7 @@ def sqnr_on(stats: TensorStats, scale: float, threshold: float) -> float:
     if not used.size:
         return math.inf
     points = (np.arange(_POINTS) + 0.5) / _POINTS
+    # Several points in each bin, since a step may be finer than a bin.
     values = (used[:, None] + points) * stats.bin_width
     weights = np.repeat(counts[used, None] / _POINTS, _POINTS, axis=1)
     rounded = np.rint(np.minimum(values, threshold) / scale) * scale

@@ -329,6 +329,7 @@ def _families(
     """Each tensor -> the first of all that are tied to it, in one step or in several."""
     parent = {var: var for var in tensors}
 
+    # Union and find, the smaller number standing for all: numbers go in evaluation order.
     def find(var: ir.Var) -> ir.Var:
         while parent[var] != var:
             parent[var] = parent[parent[var]]

@@ -69,6 +69,7 @@ def group_layout(
     """
     summed = [a for a in range(len(shape)) if a not in channels]
     first = summed[0] if summed else len(shape)
+    # Summed axes that lie apart are brought together behind the channels.
     if summed != list(range(first, first + len(summed))):
         first = len(shape) - len(summed)
         order = (*(a for a in range(len(shape)) if a in channels), *summed)

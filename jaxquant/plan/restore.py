@@ -122,6 +122,7 @@ def _can_be_undone(graph: ir.Graph, eqn: ir.Equation) -> bool:
     """True for a rearrangement, a cast between floats, and a number that weights are scaled by."""
     if eqn.name in ("mul", "div") and len(eqn.input_vars) == 1:
         factors = [x.value for x in eqn.inputs if isinstance(x, ir.Literal)]
+        # x * c and x / c can be undone; c / x cannot by a factor.
         by_factor = eqn.name == "mul" or isinstance(eqn.inputs[1], ir.Literal)
         return by_factor and all(np.isfinite(f) and f != 0 for f in factors)
     if eqn.name == "convert_element_type":

@@ -174,6 +174,7 @@ class Cut:
         names = dict(_names(self.model, self.before, (), ()))
         top = self.model.origins
         for index, bodies in self.model.bodies.items():
+            # A segment's body is the old one's, its layers counted from the segment's first.
             for body, was in zip(bodies, self.before.bodies[top[index].equation], strict=True):
                 names |= _names_inside(body, was, (), (), top[index].start)
 

@@ -100,6 +100,7 @@ class _Search:
     def found(self) -> dict[ScaledGraph, dict[ir.Var, SumScales]]:
         together: dict[_Node, frozenset[str]] = {}
         for node, names in self._reached.items():
+            # Sums that an addition or a choice brings together have to fit each other.
             root = self._root(node)
             together[root] = together.get(root, frozenset()) | names
         sums: dict[ScaledGraph, dict[ir.Var, SumScales]] = {scaled: {} for scaled in self._graphs}

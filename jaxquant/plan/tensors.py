@@ -134,6 +134,7 @@ def _thresholds(
 ) -> list[float]:
     """The threshold of each family, by its own algo; those of one algo are searched together."""
     found: dict[str, float] = {}
+    # A search is compiled once an algo, and runs for all of its tensors together.
     for algo in dict.fromkeys(algos):
         places = [place for place, other in enumerate(algos) if other == algo]
         names = list(families)

@@ -107,6 +107,8 @@ def _of_additions(binding: Binding, planned: Mapping[str, float]) -> dict[str, f
             names = [name + suffix for name in group]
             unit = additions.unit_of(max(planned[name] for name in names))
             for name in names:
+                # Far below the unit an odd multiple would be much coarser: such a one is left
+                # alone.
                 if planned[name] * LARGEST_STEP >= unit:
                     scales[name] = odd_multiple(planned[name], unit)
     return scales

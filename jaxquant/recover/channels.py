@@ -127,6 +127,7 @@ def reach(peaks: np.ndarray) -> np.ndarray:
         return np.full(peaks.shape[1], np.inf)
     top = -np.sort(-np.asarray(peaks, np.float64), axis=0)[: known + 1]
     least = np.where(top[known] > 0, top[known], 1.0)
+    # Hill's estimator is of the logarithms of the largest over the next one.
     logs = np.log(np.maximum(top[:known], least) / least)
     mean, square = logs.mean(axis=0), np.square(logs).mean(axis=0)
     rarer = known / (samples * _RARE)

@@ -125,6 +125,7 @@ class Comparison:
         real = real_in(self._padding, model, inputs)
         reference = evaluate_float(graph, params, flat, known=known)
         quantized, seen = self._pair.run(reference, qparams, flat, Asked(correct, alone, real))
+        # Outputs of integers (classes, tokens) have no noise in dB.
         both = [
             (without_padding(reference.read(x), real(model, x)), jnp.asarray(quantized.read(x)))
             for x in graph.outputs

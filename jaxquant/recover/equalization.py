@@ -129,6 +129,7 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
     found: dict[str, Divided] = {}
     for trial in tensor_trials(task, draft, divisible):
         tensor = trial.tensor
+        # A tensor that another site without the step reads keeps the milder search.
         both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
         for part, best in zip(trial.parts, choose(trial.tried, alphas), strict=False):

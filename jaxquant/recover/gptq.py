@@ -123,6 +123,7 @@ class Weight:
             product = reader.product
             view = layout.weight_view(product.graph, reader.site, integer=False)
             own = group_layout(view.shape, view.channels, self._group_size)
+            # One reader that cannot say where its inputs meet the weight, and none of them counts.
             if (matrix := grouped_matrix(product, view, own)) is None:
                 break
             sums = found[reader.site.name][layer]

@@ -246,6 +246,7 @@ class Pair:
         leaves, inputs = self.program.model.root.split(own)
         quantized, seen = self.run(reference, qparams, inputs, asked, leaves)
         wanted = [jnp.asarray(reference.read(x)) for x in graph.outputs]
+        # The next step reads the int8 form's carry, or with `alone` the float one's.
         results = [
             jnp.where(asked.alone, want, jnp.asarray(quantized.read(x)))
             if is_float(graph.dtype(x))

@@ -48,6 +48,7 @@ def unrolled(
     """
     own = list(items.get(model, ()))
     for index, bodies in sorted(model.bodies.items()):
+        # What stands before a loop comes before its layers.
         while own and own[0][0] < index:
             yield own.pop(0)[1], layer
         for body in bodies:

@@ -138,6 +138,7 @@ class Roundings:
         errors = (float(rounding.nearest), float(rounding.learned))
         self._records[name] = _Record(digest, np.packbits(rounding.up), errors)
         records = list(self._records.values())
+        # Whole each time: it is a bit a weight, and a torn file would be worth nothing.
         tensors = {f"up/{k}": record.packed for k, record in enumerate(records)}
         digests = b"".join(record.digest for record in records)
         tensors["digests"] = np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST)

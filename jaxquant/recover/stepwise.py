@@ -99,6 +99,7 @@ class _Stepwise:
                 leaves, inputs = layer.program.model.root.split(values)
                 return self.program_of(layer).results(layer.qparams, leaves, inputs)
 
+            # What only int8 sites read is there in no float form.
             operands = [
                 state.env.read(x) if isinstance(x, ir.Literal) or x in state.env else None
                 for x in eqn.inputs

@@ -194,6 +194,7 @@ def _with_computed_weight(
     operands = [x, weight] if site.weight_position else [weight, x]
     total = int8.accumulate(site.as_contraction, operands, [zero_point])
     channels = output_channels(graph, site)
+    # A computed weight has no sum that is known beforehand.
     if not is_zero(zero_point):
         offset = zero_point * _weight_sums(weight, axes)
         total = total - channels.spread(offset, total.ndim)

@@ -142,6 +142,7 @@ def sums_apart(
     bias = np.asarray(channels.spread(arrays["bias"], rank)) if "bias" in arrays else 0.0
     unit = np.where(multiplier == 0, 1.0, multiplier)
     apart = np.abs(got.astype(np.float64) - wanted) / np.abs(unit)
+    # Half a step, and what float32 rounds off when the sum is made a float.
     allowed = 0.5 + _UNITS * (np.abs(wanted - bias) + np.abs(bias)) / np.abs(unit)
     wrong = ~(apart <= allowed) & ~(np.isnan(wanted) & np.isnan(got))
     if not wrong.any():

@@ -126,6 +126,7 @@ def run(
             own = [places[place] for place in range(len(places))]
             both = form.step(given.values, own, layout.joined(every, layer))
 
+            # A choice has no carry; both of its results go on.
             if eqn.name == "cond":
                 return loops.Gives(both.in_float, None, (both.other, sums.plus(both.seen)))
             carry = {place: both.other[output] for place, output in carries.items()}
@@ -177,6 +178,7 @@ def _operands(body: BodyProgram, env: evaluate.Environment) -> _Operands:
     region = body.model.root
     found = _Operands({}, {}, {})
     for place, atom in enumerate(region.operands):
+        # An operand that no int8 site reads is not computed in the int8 form.
         is_there = isinstance(atom, ir.Literal) or (atom is not None and atom in env)
         value = env.read(atom) if atom is not None and is_there else None
         if place in region.scanned:

@@ -134,6 +134,7 @@ def _shifted_products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Ar
     down, right = window.dilation
     height = x.shape[1] - (kernel.shape[0] - 1) * down
     width = x.shape[2] - (kernel.shape[1] - 1) * right
+    # One product for each tap of the window, each of a shifted view of the input.
     terms = [
         x[:, i : i + height : rows, j : j + width : columns] * kernel[i // down, j // right, 0]
         for i in range(0, kernel.shape[0] * down, down)

@@ -106,6 +106,7 @@ def _lowering(
         quantized = state.quantized
         zero_point = jnp.asarray(quantized.zero_point(result), jnp.int32)
         arrays += [jnp.asarray(quantized.inv_scale(result)), zero_point]
+        # Put as the tensor's int8 form, so that nobody quantizes it again.
         quantized.put(result, platforms.run_operation(table, operation, *arrays), result)
         return {}
 

@@ -173,6 +173,7 @@ def _movements(
     found: list[ir.Equation] = []
     while (eqn := _sole_reader(graph, binding, current)) is not None and eqn.index in free:
         if eqn.name not in _TURNS or not primitives.is_movement(graph, eqn):
+            # A movement at the end would only have to be taken back.
             goes_on = clamp_of(graph, eqn, current) or _added(graph, eqn, current)
             return tuple(found) if goes_on is not None else ()
         moved = channels.through(graph, eqn)

@@ -64,6 +64,7 @@ def find_strange(calibrated: Ranges, inputs: Any) -> str | None:
         here = _range(leaf)
         if known is None or here is None or not here.width > 0 or not known.width > 0:
             continue
+        # Twice as wide as calibration saw, or hardly there: other preprocessing, not another batch.
         beyond = here.low < known.low - known.width or here.high > known.high + known.width
         if beyond or here.width < _NARROWEST * known.width:
             name = f"inputs{jax.tree_util.keystr(path)}"

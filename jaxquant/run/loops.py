@@ -139,6 +139,7 @@ def pack(body: BodyProgram, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
     every, stacked = arrays_of(body, qparams)
     if body.model.layers is None:
         return body.pack(every)
+    # Kernels pack one matrix at a time; the stack has one for each layer.
     layers = [
         body.pack(layout.joined(every, jax.tree.map(lambda x, n=number: x[n], stacked)))
         for number in range(body.model.layers)

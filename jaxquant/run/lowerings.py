@@ -76,6 +76,7 @@ def decided(eqn: ir.Equation) -> Lowering:
         are_tensors = len(operands) == len(eqn.inputs)
         if not are_tensors or not all(quantized.shares_scale(operands[0], v) for v in operands):
             return otherwise(state)
+        # Rounding keeps the order of values, so integers of one scale decide as the floats do.
         values = [quantized.int8(v) for v in operands]
         results = jaxprs.bind(eqn.primitive, values, dict(eqn.params))
         return dict(zip(eqn.outputs, results, strict=True))

@@ -98,6 +98,7 @@ def mark(value: jax.Array, is_stored: bool) -> jax.Array:
         total = value.sum(axis=axes)
         return lax.cond(jnp.isfinite(total).all(), lambda _: total, scaled, value)
 
+    # Two forms of the sum are two to compile, which a small tensor does not give back.
     is_small = isinstance(value.size, int) and value.size < _MANY
     if not is_stored or is_small:
         return scaled(value) * jnp.float32(0)
@@ -119,6 +120,7 @@ def with_marks(outputs: Any, marks: list[jax.Array]) -> Any:
             return output
         for length, each in by_length.items():
             alike = output.ndim > 0 and output.shape[0] == length
+            # Marks of another length are of no axis that is known: any of them taints everything.
             bad = jnp.isnan(each if alike else each.sum())
             bad = bad.reshape(bad.shape + (1,) * (output.ndim - bad.ndim))
             output = jnp.where(bad, jnp.asarray(jnp.nan, output.dtype), output)

@@ -91,6 +91,7 @@ def _by_slices(x: jax.Array, params: Mapping[str, Any]) -> jax.Array:
     strides, sizes = params["window_strides"], params["window_dimensions"]
     spans = list(padded.shape)
     for a in _windowed_axes(params):
+        # As far as whole strides reach: what is left over no window covers.
         spans[a] = (padded.shape[a] - sizes[a]) // strides[a] * strides[a] + 1
     parts = [
         lax.slice(padded, at, [a + s for a, s in zip(at, spans, strict=True)], strides)

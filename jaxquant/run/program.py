@@ -206,6 +206,7 @@ class Program:
         """The programs of the bodies of a loop or choice."""
         found = []
         for number, body in enumerate(self.binding.bodies[eqn.index]):
+            # The layers of this body in every layer around it: one program has to serve them all.
             layers = [
                 layer
                 for each in self.body.layers
@@ -230,6 +231,7 @@ class Program:
         """The calls by the index of the last equation that they stand for."""
         graph, zero_points = self.graph, self.binding.zero_points
         pools = {eqn.index for eqn in self.early.values()}
+        # A pooling that is taken out early has run before its chain does.
         running = [eqn for eqn in self.equations if eqn.index not in pools]
 
         def goes_on(site: Int8Site) -> bool:

@@ -133,6 +133,7 @@ class QuantizedApply(NotPickled):
         """The model on a device and on the CPU."""
         binding = bind(self._model(inputs), self.plan)
         program = Program(binding, self.source.params, XLA_ALONE, by_site=True)
+        # Packed weights are of this processor's kernels; the comparison is of XLA's forms.
         arrays = {name: value for name, value in qparams.items() if name != "packed"}
         found = differences(program, arrays, jax.tree.leaves(inputs), device)
         if not found:

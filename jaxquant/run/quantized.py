@@ -115,6 +115,7 @@ class QuantizedTensors:
         """A float on the grid of a tensor; its NaN and infinities are marked."""
         value: jax.Array = self._env.wide(var)
         origins = self._origins.get(var, frozenset())
+        # A tensor whose sources are marked already has its NaN in the outputs.
         is_marked = origins <= self._marked
         if origins:
             self._marked.add(var)

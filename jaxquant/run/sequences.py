@@ -48,6 +48,7 @@ def find_sequences(
     found: list[Members] = []
     current = _Open(graph, joins)
     for eqn in graph.equations:
+        # What lies between two calls and reads neither may run before or behind them both.
         if eqn.index not in inside:
             current.pass_by(eqn)
         elif inside[eqn.index] == eqn.index and not current.join(eqn.index, calls[eqn.index]):

@@ -84,6 +84,7 @@ def stored_matrix(
     order = tuple(range(len(shape)))
     for movement in movements:
         order = tuple(order[axis] for axis in movement.params["permutation"])
+    # Transposes are read through, so that the matrix is the parameter as it is stored.
     summed = sorted(order[axis] for axis in site.weight_axes.contracted)
     count, rank = len(summed), len(shape)
     is_first, is_last = summed == [*range(count)], summed == [*range(rank - count, rank)]

@@ -233,6 +233,8 @@ def _growth(multiplier: np.ndarray, fit: ties.Fit | None) -> np.ndarray:
         return growth
     if fit.scale is not None:
         scale = float(np.float32(fit.scale))
+        # A larger scale costs a little accuracy, and no sum of it lies halfway between two
+        # integers.
         ratio = used / scale if fit.keeps_small else np.maximum(used / scale, ties.LEAST_RATIO)
         growth[is_used] = ties.fractions(ratio) * scale / used
     elif fit.unit is not None:
@@ -266,6 +268,7 @@ def _put_grouped_weights(
     for site in (each.site for each in binding.sites if each.site.is_lookup):
         _check_finite(site, np.asarray(weights[views[slots[site.name]].var]))
     for slot, view in views.items():
+        # Copies along an axis are stored once.
         weight = weights[view.var][tuple(slice(0, size) for size in view.shape)]
         groups = group_layout(view.shape, view.channels, plan.group_size)
         integers, scale = quantize_groups(weight, groups, *slot.format)
