@@ -53,7 +53,8 @@ def trace(
     param_structs = jax.tree.map(ir.struct, params)
     input_structs = jax.tree.map(ir.struct, tuple(inputs))
     try:
-        with flax_tags.tagging():
+        # Without jit JAX would write loops step by step: another graph.
+        with flax_tags.tagging(), jax.disable_jit(False):
             closed, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(
                 param_structs, *input_structs
             )

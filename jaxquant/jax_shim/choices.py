@@ -160,8 +160,14 @@ def _float0(zeros: Any) -> np.ndarray:
     return np.zeros(zeros.shape, jax.dtypes.float0)
 
 
+def _choice_now(*operands: Any, **params: Any) -> Any:
+    """The form is chosen when it is compiled, under `jax.disable_jit` too."""
+    with jax.disable_jit(False):
+        return jax.jit(lambda *xs: _choice.bind(*xs, **params))(*operands)
+
+
 _choice.def_abstract_eval(_choice_avals)
-_choice.def_impl(lambda *xs, **params: jax.jit(lambda *ys: _choice.bind(*ys, **params))(*xs))
+_choice.def_impl(_choice_now)
 ad.primitive_jvps[_choice] = _choice_jvp
 batching.primitive_batchers[_choice] = _choice_batching
 mlir.register_lowering(_choice, _choice_lowering)

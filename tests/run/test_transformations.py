@@ -164,6 +164,21 @@ def test_inside_scan(exact):
     np.testing.assert_array_equal(out, dot(params, x))
 
 
+def test_without_jit(net, exact):
+    """Loops too, which JAX writes step by step there: another graph."""
+    _, qparams, qapply, expected = net
+    params = {"w": networks.exact_weight((6, 6))}
+
+    def apply_fn(p, x):
+        return jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ p["w"]), x)
+
+    with jax.disable_jit():
+        assert_same(qapply(qparams, X), expected)
+        looped, loop = networks.quantize(params, apply_fn, exact[2])
+    with jax.disable_jit():
+        assert_same(loop(looped, exact[2]), apply_fn(params, exact[2]))
+
+
 def test_one_trace_and_one_compilation_per_input_shape(caplog):
     traces = []
 
