@@ -20,6 +20,7 @@ from jax import lax
 from jaxquant.graph import ir
 from jaxquant.graph import trace as tracing
 from jaxquant.graph.marks import mark
+from jaxquant.graph.rewriting import Rewriting
 from jaxquant.jax_shim import jaxprs
 
 # Path of a parameter -> where it is cut: the first layers of its segments, and how many there are.
@@ -90,14 +91,13 @@ class Segment:
     joins: bool = False
 
 
-class _Cutting:
+class _Cutting(Rewriting):
     """The graph that is made of one."""
 
     def __init__(self, graph: ir.Graph, params: Any, cuts: Cuts) -> None:
-        self.graph, self.cuts = graph, cuts
-        self.avals, self.static = list(graph.avals), list(graph.static)
+        super().__init__(graph)
+        self.cuts = cuts
         self.paths = dict(graph.paths)
-        self.equations: list[ir.Equation] = []
         self.origins: dict[int, Segment] = {}
         self.pieces: dict[ir.Var, list[ir.Var]] = {}
         self._whole: dict[ir.Var, ir.Var] = {}
@@ -114,31 +114,24 @@ class _Cutting:
     def _cut_leaf(self, var: ir.Var, bounds: Sequence[int]) -> list[ir.Var]:
         found = pieces(jax.ShapeDtypeStruct(self.graph.shape(var), self.graph.dtype(var)), bounds)
         avals = [self.avals[var].update(shape=piece.shape) for piece in found]
-        self.pieces[var] = [self._new(aval, static=True) for aval in avals]
+        self.pieces[var] = [self.new(aval, static=True) for aval in avals]
         return self.pieces[var]
-
-    def _new(self, aval: Any, *, static: bool) -> ir.Var:
-        self.avals.append(aval)
-        self.static.append(static)
-        return len(self.avals) - 1
 
     def _sized(self, var: ir.Var, length: int) -> ir.Var:
         """A tensor like another one with so many layers."""
         aval = self.avals[var]
         shape = (length, *aval.shape[1:])
-        return self._new(aval.update(shape=shape), static=self.static[var])
+        return self.new(aval.update(shape=shape), static=self.static[var])
 
     def _add(self, eqn: ir.Equation, origin: Segment, **changes: Any) -> None:
-        index = len(self.equations)
-        self.origins[index] = origin
-        self.equations.append(dataclasses.replace(eqn, index=index, **changes))
+        self.origins[self.add(eqn, **changes)] = origin
 
     def whole(self, atom: ir.Atom, near: ir.Equation) -> ir.Atom:
         """An atom that is read whole, put together where it is cut."""
         if not isinstance(atom, int) or atom not in self.pieces:
             return atom
         if atom not in self._whole:
-            self._whole[atom] = self._new(self.avals[atom], static=True)
+            self._whole[atom] = self.new(self.avals[atom], static=True)
             self._join(self.pieces[atom], self._whole[atom], near)
         return self._whole[atom]
 
@@ -152,8 +145,8 @@ class _Cutting:
             params={"dimension": 0},
         )
 
-    def add(self, eqn: ir.Equation) -> None:
-        """An equation of the graph before."""
+    def cut(self, eqn: ir.Equation) -> None:
+        """Take over an equation of the graph before."""
         scanned = scanned_operands(eqn)
         bounds = next((self.bounds(x) for x in scanned if x in self.pieces), None)
         if bounds is not None:
@@ -201,7 +194,7 @@ class _Cutting:
         for place, (start, stop) in reversed(order) if backwards else order:
             is_last = place == (0 if backwards else len(spans) - 1)
             ends = eqn.outputs[:carried]  # only the last scan to run gives what others read
-            after = ends if is_last else [self._new(self.avals[v], static=False) for v in ends]
+            after = ends if is_last else [self.new(self.avals[v], static=False) for v in ends]
             stacked = [self._sized(v, stop - start) for v in eqn.outputs[carried:]]
             for part, var in zip(parts, stacked, strict=True):
                 part.insert(0, var) if backwards else part.append(var)
@@ -246,17 +239,9 @@ def cut_graph(graph: ir.Graph, params: Any, cuts: Cuts) -> tuple[ir.Graph, Mappi
     """
     cutting = _Cutting(graph, params, cuts)
     for eqn in graph.equations:
-        cutting.add(eqn)
+        cutting.cut(eqn)
     last = graph.equations[-1]
     # A stack that the model gives is put together of the segments' stacks.
     outputs = tuple(cutting.whole(x, last) for x in graph.outputs)
-    found = dataclasses.replace(
-        graph,
-        avals=tuple(cutting.avals),
-        equations=tuple(cutting.equations),
-        leaves=cutting.leaves,
-        outputs=outputs,
-        paths=cutting.paths,
-        static=tuple(cutting.static),
-    )
+    found = cutting.done(leaves=cutting.leaves, outputs=outputs, paths=cutting.paths)
     return found, cutting.origins

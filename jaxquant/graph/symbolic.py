@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxquant.graph import evaluate, ir, kinds
+from jaxquant.graph.rewriting import Rewriting
 
 
 def at_least(size: Any, least: Any) -> bool | None:
@@ -43,76 +44,50 @@ class _Slice:
     dropped: tuple[int, ...]
 
 
-class _Restorer:
+class _Restorer(Rewriting):
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._avals = list(graph.avals)
-        self._static = list(graph.static)
-        self._equations: list[ir.Equation] = []
+        super().__init__(graph)
         self._same: dict[ir.Var, ir.Atom] = {}
 
     def restored(self) -> ir.Graph:
-        for eqn in self._graph.equations:
+        for eqn in self.graph.equations:
             inputs = tuple(self._atom(x) for x in eqn.inputs)
             # JAX indexes by gathers where a size is a symbol; a resize gathers by intent, and
             # stays.
             is_index = eqn.name == "gather" and kinds.RESIZE_CALL not in eqn.calls
-            found = _as_slice(self._graph, eqn) if is_index else None
+            found = _as_slice(self.graph, eqn) if is_index else None
             if found is None:
-                self._add(eqn, eqn.primitive, inputs, eqn.outputs, eqn.params)
+                self.add(eqn, inputs=inputs)
             else:
                 self._slice(eqn, inputs[0], found)
-        return dataclasses.replace(
-            self._graph,
-            avals=tuple(self._avals),
-            static=tuple(self._static),
-            equations=tuple(self._equations),
-            outputs=tuple(self._atom(x) for x in self._graph.outputs),
-        )
+        return self.done(outputs=tuple(self._atom(x) for x in self.graph.outputs))
 
     def _atom(self, atom: ir.Atom) -> ir.Atom:
         return self._same.get(atom, atom) if isinstance(atom, int) else atom
 
     def _slice(self, eqn: ir.Equation, operand: ir.Atom, found: _Slice) -> None:
-        (output,), shape = eqn.outputs, self._graph.shape(eqn.inputs[0])
+        (output,), shape = eqn.outputs, self.graph.shape(eqn.inputs[0])
         whole = not any(found.starts) and set(found.strides) <= {1} and found.limits == shape
         if whole and not found.dropped:
             self._same[output] = operand
             return
         squeeze = {"dimensions": found.dropped}
         if whole:
-            self._add(eqn, jax.lax.squeeze_p, (operand,), (output,), squeeze)
+            self.add(eqn, primitive=jax.lax.squeeze_p, inputs=(operand,), params=squeeze)
             return
         target = output
         if found.dropped:
             pairs = zip(found.starts, found.limits, found.strides, strict=True)
             # The axes that an index drops are sliced to size 1 first, then squeezed away.
             sizes = tuple((limit - start - 1) // stride + 1 for start, limit, stride in pairs)
-            self._avals.append(self._graph.avals[output].update(shape=sizes))
-            self._static.append(False)
-            target = len(self._avals) - 1
+            target = self.new(self.graph.avals[output].update(shape=sizes))
         strides = found.strides if set(found.strides) != {1} else None
-        params: dict[str, Any] = {
-            "start_indices": found.starts, "limit_indices": found.limits, "strides": strides
-        }  # fmt: skip
-        self._add(eqn, jax.lax.slice_p, (operand,), (target,), params)
-        if found.dropped:
-            self._add(eqn, jax.lax.squeeze_p, (target,), (output,), squeeze)
-
-    def _add(
-        self,
-        eqn: ir.Equation,
-        primitive: Any,
-        inputs: tuple[ir.Atom, ...],
-        outputs: tuple[ir.Var, ...],
-        params: Any,
-    ) -> None:
-        index = len(self._equations)
-        self._equations.append(
-            dataclasses.replace(
-                eqn, index=index, primitive=primitive, inputs=inputs, outputs=outputs, params=params
-            )
+        params = {"start_indices": found.starts, "limit_indices": found.limits, "strides": strides}
+        self.add(
+            eqn, primitive=jax.lax.slice_p, inputs=(operand,), outputs=(target,), params=params
         )
+        if found.dropped:
+            self.add(eqn, primitive=jax.lax.squeeze_p, inputs=(target,), params=squeeze)
 
 
 def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:

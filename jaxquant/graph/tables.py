@@ -24,6 +24,7 @@ from jax import lax
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.axis_parts import Known, Part, nothing
 from jaxquant.graph.position_rules import through
+from jaxquant.graph.rewriting import Rewriting
 from jaxquant.jax_shim import jaxprs
 
 # Of these a tensor's values go on as they are; an addition of two such tensors likewise.
@@ -158,40 +159,32 @@ def _adds(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> bool:
     return eqn.name in _HANDED_ON and _is_added(graph, eqn.outputs[0])
 
 
-class _Rewriter:
+class _Rewriter(Rewriting):
     """Writes a graph anew, some of its slices as lookups."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._avals = list(graph.avals)
-        self._static = list(graph.static)
-        self._equations: list[ir.Equation] = []
+        super().__init__(graph)
         self._rows: dict[ir.Var, ir.Var] = {}  # a table -> all its rows, looked up
 
     def written(self, found: set[int], whole: frozenset[ir.Var]) -> ir.Graph:
         """The graph with lookups for the equations of these indices, and of all rows of tables."""
-        for eqn in self._graph.equations:
+        for eqn in self.graph.equations:
             # A table that is also read whole gets its rows by a lookup of all of them, so that it
             # is stored once, as integers.
             for var in whole.intersection(eqn.input_vars) - self._rows.keys():
                 self._look_up_all(eqn, var)
             inputs = tuple(self._rows.get(x, x) if isinstance(x, int) else x for x in eqn.inputs)
             eqn = dataclasses.replace(eqn, inputs=inputs)
-            if eqn.index in found and not kinds.is_lookup(self._graph, eqn):
-                self._look_up(eqn, self._graph.shape(eqn.outputs[0]))
+            if eqn.index in found and not kinds.is_lookup(self.graph, eqn):
+                self._look_up(eqn, self.graph.shape(eqn.outputs[0]))
             else:
                 self._add(eqn, is_rows=eqn.index in found)
-        return dataclasses.replace(
-            self._graph,
-            avals=tuple(self._avals),
-            static=tuple(self._static),
-            equations=tuple(self._equations),
-        )
+        return self.done()
 
     def _look_up_all(self, reader: ir.Equation, table: ir.Var) -> None:
         """The equations of a lookup of all rows of a table, before what reads it first."""
-        aval, shape = self._graph.avals[table], self._graph.shape(table)
-        rows = self._new(aval)
+        aval, shape = self.graph.avals[table], self.graph.shape(table)
+        rows = self.new(aval)
         params = {"start_indices": (0,) * len(shape), "limit_indices": shape, "strides": None}
         whole = dataclasses.replace(
             reader, primitive=lax.slice_p, inputs=(table,), outputs=(rows,), params=params
@@ -201,7 +194,7 @@ class _Rewriter:
 
     def _look_up(self, eqn: ir.Equation, shape: tuple[Any, ...]) -> None:
         """The equations of a lookup in place of a slice, of a result of this shape."""
-        graph = self._graph
+        graph = self.graph
         structs = [jax.ShapeDtypeStruct(graph.shape(x), graph.dtype(x)) for x in eqn.inputs]
         jaxpr = jax.make_jaxpr(_lookup_for(eqn, shape))(*structs).jaxpr
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, eqn.inputs, strict=True))
@@ -209,7 +202,7 @@ class _Rewriter:
         # number.
         for inner in jaxpr.eqns:
             (var,) = inner.outvars
-            output = eqn.outputs[0] if var is jaxpr.outvars[0] else self._new(var.aval)
+            output = eqn.outputs[0] if var is jaxpr.outvars[0] else self.new(var.aval)
             env[var] = output
             inputs = tuple(
                 ir.Literal(np.asarray(x.val, jaxprs.dtype_of(x)))
@@ -228,17 +221,12 @@ class _Rewriter:
                 is_rows=inner.primitive.name == "gather",
             )
 
-    def _new(self, aval: Any) -> ir.Var:
-        self._avals.append(aval)
-        self._static.append(False)
-        return len(self._avals) - 1
-
     def _add(self, eqn: ir.Equation, is_rows: bool) -> None:
         """Add an equation; what depends on rows that are looked up is an activation."""
-        self._equations.append(dataclasses.replace(eqn, index=len(self._equations)))
-        operands = all(isinstance(x, ir.Literal) or self._static[x] for x in eqn.inputs)
+        self.add(eqn)
+        operands = all(isinstance(x, ir.Literal) or self.static[x] for x in eqn.inputs)
         for var in eqn.outputs:
-            self._static[var] = operands and not is_rows
+            self.static[var] = operands and not is_rows
 
 
 def _lookup_for(eqn: ir.Equation, shape: tuple[Any, ...]) -> Callable[..., jax.Array]:
