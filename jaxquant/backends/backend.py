@@ -116,19 +116,20 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Rows x [M, K] times a weight that is stored as integers, a matrix [K, N] or [N, K].
+    """Rows x [M, K] times weights that are stored as integers, matrices [K, N] or [N, K].
 
         y = sum(x * (q * s))      float32, of float rows: weights whose groups have a scale each
         y = sum(x * q)            int32, of int8 rows
 
-    The operands are x; the integers, int8, or uint8 of two that are neighbours along K, the first
-    in the low half; and of float rows the scales, float32, [groups, N] or [N, groups].
+    The operands are x, and for each matrix in turn the integers, int8, or uint8 of two that are
+    neighbours along K, the first in the low half, and of float rows the scales, float32,
+    [groups, N] or [N, groups].  The results are those of each matrix.
 
     Attributes:
       rows: M; of an exported program it may vary, and be no number.
       length: K.
-      columns: N.
-      sums_last: whether the matrix is [N, K].
+      columns: N of each matrix.
+      sums_last: whether the matrices are [N, K].
       dtype: of the rows.
       weight_bits: 8, or 4.
       group_size: how many neighbours along K share a scale.
@@ -138,7 +139,7 @@ class Product:
 
     rows: Any
     length: int
-    columns: int
+    columns: tuple[int, ...]
     sums_last: bool
     dtype: Any
     weight_bits: int = 8
@@ -157,10 +158,18 @@ class Product:
         return -(-self.length // self.group_size) if self.group_size else 1
 
     @property
-    def output(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the result, [M, N]."""
+    def outputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of each result, [M, N]."""
         dtype = jnp.int32 if self.is_whole else jnp.float32
-        return jax.ShapeDtypeStruct((self.rows, self.columns), dtype)
+        return [jax.ShapeDtypeStruct((self.rows, columns), dtype) for columns in self.columns]
+
+    def apart(self, arrays: Sequence[Any]) -> list[tuple[Product, list[Any]]]:
+        """The product with each matrix, and its operands of those behind x."""
+        count = 1 if self.is_whole else 2
+        return [
+            (dataclasses.replace(self, columns=(columns,)), [*arrays[k * count : (k + 1) * count]])
+            for k, columns in enumerate(self.columns)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +252,7 @@ class Backend(Protocol):
         ...
 
     def covers_product(self, product: Product, is_packed: bool = False) -> bool:
-        """Whether it has a form of a product with a stored matrix, packed or not."""
+        """Whether it has a form of a product with stored matrices, packed or not."""
         ...
 
     def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
@@ -251,9 +260,9 @@ class Backend(Protocol):
         ...
 
     def product(
-        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
-    ) -> jax.Array:
-        """The result of a product with a stored matrix, which may be packed as well."""
+        self, product: Product, *operands: jax.Array, packed: Sequence[jax.Array] = ()
+    ) -> Sequence[jax.Array]:
+        """The results of a product with stored matrices, which may be packed as well."""
         ...
 
     def covers_operation(self, operation: FloatOperation) -> bool:

@@ -32,7 +32,7 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
     """A product of float rows with a stored matrix; the weight is rounded to the rows' dtype.
 
     Args:
-      product: what is multiplied.
+      product: what is multiplied; of one matrix.
       x, integers, scale: its operands.
 
     Returns:
@@ -62,7 +62,7 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
         return lax.platform_dependent(*operands, cpu=by_blocks, default=whole)
 
     operands = [x, integers, scale]
-    return choices.choose_by_devices(on_one_device, whole, [product.output], operands)[0]
+    return choices.choose_by_devices(on_one_device, whole, product.outputs, operands)[0]
 
 
 def _dequantized(
@@ -83,7 +83,7 @@ def _along_sums(
     product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array, dot: Dot
 ) -> jax.Array:
     """[M, N] from a weight [K, N]: the sum of the products with blocks of its rows."""
-    length, columns, bits = product.length, product.columns, product.weight_bits
+    (columns,), length, bits = product.columns, product.length, product.weight_bits
     size, groups = product.group_size, product.groups
     packed = 2 if bits == 4 else 1
     rows = _rows_at_once(columns)
@@ -117,7 +117,7 @@ def _along_outputs(
     product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array, dot: Dot
 ) -> jax.Array:
     """[M, N] from a weight [N, K]: blocks of its rows give blocks of the columns."""
-    columns, size, bits = product.columns, product.group_size, product.weight_bits
+    (columns,), size, bits = product.columns, product.group_size, product.weight_bits
     is_apart = bits == 4 and (product.groups == 1 or size % 2 == 0)
     # Two codes a byte: even and odd rows are unpacked apart, and summed with their own inputs, so
     # that no row is moved.

@@ -116,16 +116,17 @@ class Native:
         return _packed(product, integers) if product.is_whole else None
 
     def product(
-        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
-    ) -> jax.Array:
-        x, integers, *scales = operands
+        self, product: Product, *operands: jax.Array, packed: Sequence[jax.Array] = ()
+    ) -> Sequence[jax.Array]:
+        x, *arrays = operands
         if product.is_whole and product.rows > _FEW_INT8_ROWS:
-            packed = _packed(product, integers) if packed is None else packed
-            return native.dot_sums(x, packed, product.columns)
+            packed = packed or [_packed(product, integers) for integers in arrays]
+            pairs = zip(packed, product.columns, strict=True)
+            return [native.dot_sums(x, each, columns) for each, columns in pairs]
+        matrices = [matrix for _, matrix in product.apart(arrays)]
         return native.dot_stored(
             x,
-            integers,
-            scales[0] if scales else None,
+            [(integers, scale[0] if scale else None) for integers, *scale in matrices],
             sums_last=product.sums_last,
             group_size=product.group_size or product.length,
         )

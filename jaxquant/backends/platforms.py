@@ -48,7 +48,7 @@ def joins(table: Table, call: Call) -> bool:
 
 
 def covers_product(table: Table, product: Product, is_packed: bool = False) -> bool:
-    """Whether a backend of the table has a form of its own for a product with a stored matrix."""
+    """Whether a backend of the table has a form of its own for a product with stored matrices."""
     return any(backend.covers_product(product, is_packed) for backend in kernels(table))
 
 
@@ -106,27 +106,23 @@ def run_sequence(
 
 
 def run_product(
-    table: Table, product: Product, *operands: jax.Array, packed: jax.Array | None = None
-) -> jax.Array:
-    """A product with a stored matrix, by the backend that the table has for it where it will run.
+    table: Table, product: Product, *operands: jax.Array, packed: Sequence[jax.Array] = ()
+) -> Sequence[jax.Array]:
+    """A product with stored matrices, by the backend that the table has for it where it will run.
 
     On several devices that is XLA, which leaves a sharded weight where it is.
     """
-    given = [*operands] if packed is None else [*operands, packed]
+    count = len(operands)
 
     def form(backend: Backend) -> choices.Form:
-        def of_arrays(*arrays: jax.Array) -> Sequence[jax.Array]:
-            last = None if packed is None else arrays[-1]
-            return [backend.product(product, *arrays[: len(operands)], packed=last)]
-
-        return of_arrays
+        return lambda *arrays: backend.product(product, *arrays[:count], packed=arrays[count:])
 
     def covers(backend: Backend) -> bool:
-        return backend.covers_product(product, packed is not None)
+        return backend.covers_product(product, bool(packed))
 
+    given = [*operands, *packed]
     # One device: packed matrices are not spread over a mesh.
-    (result,) = _chosen(table, covers, form, [product.output], given, one_device=True)
-    return result
+    return _chosen(table, covers, form, product.outputs, given, one_device=True)
 
 
 def covers_operation(table: Table, operation: FloatOperation) -> bool:

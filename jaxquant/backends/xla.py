@@ -81,13 +81,13 @@ class Xla:
         return None
 
     def product(
-        self, product: Product, *operands: jax.Array, packed: jax.Array | None = None
-    ) -> jax.Array:
+        self, product: Product, *operands: jax.Array, packed: Sequence[jax.Array] = ()
+    ) -> Sequence[jax.Array]:
+        x, *arrays = operands
         if not product.is_whole:
-            return blocks.dot(product, *operands)
-        numbers = (((1,), (int(product.sums_last),)), ((), ()))
-        x, integers = operands
-        return int8.dot((x, integers), contraction.dot(numbers, (2, 2)))
+            return [blocks.dot(alone, x, *matrix) for alone, matrix in product.apart(arrays)]
+        dot = contraction.dot((((1,), (int(product.sums_last),)), ((), ())), (2, 2))
+        return [int8.dot((x, integers), dot) for integers in arrays]
 
     def covers_operation(self, operation: FloatOperation) -> bool:
         return True

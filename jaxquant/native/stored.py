@@ -1,6 +1,8 @@
-"""Products of rows with a matrix of stored integers, which is read as it lies and never copied."""
+"""Products of rows with matrices of stored integers, which are read as they lie."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,13 @@ GROUP_STEP = 32  # of which a group is a multiple where there are several
 
 
 def dot_stored(
-    x: jax.Array, integers: jax.Array, scale: jax.Array | None, *, sums_last: bool, group_size: int
-) -> jax.Array:
-    """Rows times a matrix of stored integers.
+    x: jax.Array,
+    matrices: Sequence[tuple[jax.Array, jax.Array | None]],
+    *,
+    sums_last: bool,
+    group_size: int,
+) -> tuple[jax.Array, ...]:
+    """Rows times matrices of stored integers, all in one call.
 
         y = sum over groups (sum(x * q) * s)      float32, of float rows
         y = sum(x * q)                            int32, of int8 rows
@@ -25,32 +31,38 @@ def dot_stored(
 
     Args:
       x: float32, bfloat16 or int8 [M, K].
-      integers: int8 [K, N], or packed uint8 [ceil(K / 2), N], two of 4 bits a byte, neighbours
-        along K, the first in the low half; with `sums_last` [N, K] and [N, ceil(K / 2)].
-      scale: float32 [groups, N], with `sums_last` [N, groups]; None of int8 rows, whose integers
-        are of 8 bits.
-      sums_last: whether K is the last axis of the matrix.
+      matrices: the integers and the scales of each.  Integers: int8 [K, N], or packed uint8
+        [ceil(K / 2), N], two of 4 bits a byte, neighbours along K, the first in the low half; with
+        `sums_last` [N, K] and [N, ceil(K / 2)]; of one dtype.  Scales: float32 [groups, N], with
+        `sums_last` [N, groups]; None of int8 rows, whose integers are of 8 bits.
+      sums_last: whether K is the last axis of the matrices.
       group_size: how many neighbours along K share a scale: a multiple of `GROUP_STEP`, or K.
 
     Returns:
-      float32 or int32 [M, N].
+      float32 or int32 [M, N] of each matrix.
 
     Raises:
       RuntimeError: the kernels do not run here (`available()` says why).
       ValueError: shapes or dtypes are not as said above.
     """
     library.require()
-    _check(x, integers, scale, sums_last, group_size)
-    columns = integers.shape[0 if sums_last else 1]
-    dtype = "int32" if scale is None else "float32"
+    dtypes = {integers.dtype.name for integers, _ in matrices}
+    if len(dtypes) != 1:
+        raise ValueError(f"matrices of {' and '.join(sorted(dtypes)) or 'no dtype'}; expected one")
+    for integers, scale in matrices:
+        _check(x, integers, scale, sums_last, group_size)
+    columns = [integers.shape[0 if sums_last else 1] for integers, _ in matrices]
+    dtype = "int32" if x.dtype == jnp.int8 else "float32"
     static = Static(
         library.STORED,
-        (((columns,), dtype),),
+        tuple(((each,), dtype) for each in columns),
         (0,),
         (("sums_last", int(sums_last)), ("size", group_size)),
     )
-    scales = jnp.zeros((0,), jnp.float32) if scale is None else scale
-    return call(static, [x, integers, scales])[0]
+    operands = [x]
+    for integers, scale in matrices:
+        operands += [integers, jnp.zeros((0,), jnp.float32) if scale is None else scale]
+    return call(static, operands)
 
 
 def _check(

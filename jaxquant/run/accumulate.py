@@ -7,13 +7,12 @@ scaled in each call: the accumulator in int32, the epilogue in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.backends import int8, platforms, ragged
-from jaxquant.backends.backend import Call, Product
+from jaxquant.backends.backend import Call
 from jaxquant.backends.epilogue import epilogue
 from jaxquant.backends.platforms import Table
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
@@ -25,7 +24,7 @@ from jaxquant.plan.epilogue import output_channels
 from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.run import dynamic, weight_only
 from jaxquant.run.lowerings import Evaluation, Lowering
-from jaxquant.run.stored_matrix import StoredMatrix, stored_matrix
+from jaxquant.run.siblings import StoredDot, multiply, product_of
 from jaxquant.run.weights import StoredWeights
 
 
@@ -43,7 +42,11 @@ def of_tensors(graph: ir.Graph, int8_site: Int8Site) -> Lowering:
 
 
 def scaled_in_the_call(
-    graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights, table: Table
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    weights: StoredWeights,
+    table: Table,
+    siblings: Sequence[StoredDot],
 ) -> Lowering:
     """A site whose operands have scales of their own in each call; with or without a weight.
 
@@ -51,6 +54,8 @@ def scaled_in_the_call(
       graph, int8_site: the site.
       weights: where its weight is.
       table: the backends that may run it.
+      siblings: the dots that run as one product with it, itself among them; none if it is no dot
+        with a stored matrix.
     """
     site = int8_site.site
     eqn = graph.equations[site.equation]
@@ -65,11 +70,10 @@ def scaled_in_the_call(
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             stored = weights.integers(site, state.qparams)
-            packed = state.qparams.get("packed", {}).get(site.name)
-            total = _by_kernel(site, operands[0], stored, packed, table)
+            total = _by_kernel(site, operands[0], siblings, weights, state, table)
             if convolution is not None:
                 given = {"x": operands[0], "weight": stored}
-                given |= {} if packed is None else {"packed": packed}
+                given |= dict(zip(["packed"], _packed(state, [site.name]), strict=False))
                 (total,) = platforms.run(table, convolution, given)
             # Kernels and XLA both give int32 sums; what follows is the same for either.
             operands.insert(site.weight_position, stored)
@@ -90,22 +94,32 @@ def scaled_in_the_call(
 
 
 def _by_kernel(
-    site: Site, x: jax.Array, weight: jax.Array, packed: jax.Array | None, table: Table
+    site: Site,
+    x: jax.Array,
+    siblings: Sequence[StoredDot],
+    weights: StoredWeights,
+    state: Evaluation,
+    table: Table,
 ) -> jax.Array | None:
     """The int32 sums of a dot of int8 rows with a stored weight; None where there is no kernel."""
-    if (matrix := stored_matrix(site, weight.shape)) is None:
+    if site.name in state.sums or not siblings:
+        return state.sums.pop(site.name, None)
+    packed = _packed(state, [dot.name for dot in siblings])
+    product = product_of(siblings, siblings[0].matrix.rows(x))
+    if not platforms.covers_product(table, product, bool(packed)):
         return None
-    rows = matrix.rows(x)
-    product = _product(matrix, rows.shape[0])
-    if not platforms.covers_product(table, product, packed is not None):
-        return None
-    integers = matrix.matrix(weight, matrix.length)
-    total = platforms.run_product(table, product, rows, integers, packed=packed)
-    return matrix.back(total, x.shape)
+    arrays = [
+        dot.matrix.matrix(weights.integers(dot.bound.site, state.qparams), product.length)
+        for dot in siblings
+    ]
+    state.sums.update(multiply(table, siblings, x, arrays, packed))
+    return state.sums.pop(site.name)
 
 
-def _product(matrix: StoredMatrix, rows: Any) -> Product:
-    return Product(rows, matrix.length, matrix.columns, matrix.sums_last, dtype=jnp.int8)
+def _packed(state: Evaluation, names: Sequence[str]) -> list[jax.Array]:
+    """The packed weights of some sites; none where one of them lacks."""
+    packed = state.qparams.get("packed", {})
+    return [packed[name] for name in names] if all(name in packed for name in names) else []
 
 
 def _convolution(graph: ir.Graph, site: Site) -> Call | None:
@@ -127,20 +141,25 @@ def _convolution(graph: ir.Graph, site: Site) -> Call | None:
     )
 
 
-def packed(graph: ir.Graph, site: Site, weight: jax.Array, table: Table) -> jax.Array | None:
+def packed(
+    graph: ir.Graph, site: Site, dot: StoredDot | None, weight: jax.Array, table: Table
+) -> jax.Array | None:
     """The weight of a site that is scaled in the call as kernels read it; None where none does."""
     if (convolution := _convolution(graph, site)) is not None:
         found = (kernel for kernel in platforms.kernels(table) if kernel.covers(convolution))
         kernel = next(found, None)
         return None if kernel is None else kernel.pack(convolution, weight)
-    if (matrix := stored_matrix(site, weight.shape)) is None:
+    if dot is None:
         return None
-    product = _product(matrix, 0)
-    return platforms.pack_product(table, product, matrix.matrix(weight, matrix.length))
+    return platforms.pack_product(table, dot.product, dot.matrix.matrix(weight, dot.matrix.length))
 
 
 def on_dequantized_weight(
-    graph: ir.Graph, int8_site: Int8Site, weights: StoredWeights, table: Table
+    graph: ir.Graph,
+    int8_site: Int8Site,
+    weights: StoredWeights,
+    table: Table,
+    siblings: Sequence[StoredDot],
 ) -> Lowering:
     """A site that computes in the model's dtype on a weight stored as integers.
 
@@ -148,16 +167,31 @@ def on_dequantized_weight(
       graph, int8_site: the site.
       weights: where its weight is.
       table: the backends that may run it.
+      siblings: as of `scaled_in_the_call`.
     """
     site = int8_site.site
     eqn, view = graph.equations[site.equation], weights.view(site)
+    dtype = graph.dtype(eqn.outputs[0])
 
-    def lowering(state: Evaluation) -> evaluate.Values:
+    def whole(state: Evaluation) -> evaluate.Values:
         stored = weights.in_groups(site, state.qparams)
-        value = weight_only.apply(state.env, eqn, site, view, stored, table)
+        value = weight_only.apply(state.env, eqn, site, view, stored)
         return {int8_site.epilogue.output: value}
 
-    return lowering
+    def by_matrix(state: Evaluation) -> evaluate.Values:
+        if site.name not in state.sums:
+            arrays = [
+                array
+                for dot in siblings
+                for array in weight_only.matrices(
+                    dot, weights.in_groups(dot.bound.site, state.qparams)
+                )
+            ]
+            x = state.env.read(eqn.inputs[1 - site.weight_position])
+            state.sums.update(multiply(table, siblings, x, arrays))
+        return {int8_site.epilogue.output: state.sums.pop(site.name).astype(dtype)}
+
+    return by_matrix if siblings else whole
 
 
 def _finished(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+
 from jaxquant.graph import evaluate, ir
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Int8Site
@@ -23,11 +25,13 @@ class Evaluation(NamedTuple):
       qparams: the arrays of the model.
       env: the tensors in float.
       quantized: the tensors in int8.
+      sums: of dots that a sibling has computed, by site, until they are read.
     """
 
     qparams: Mapping[str, Any]
     env: evaluate.Environment
     quantized: QuantizedTensors
+    sums: dict[str, jax.Array]
 
 
 Lowering: TypeAlias = evaluate.Lowering[Evaluation]

@@ -28,6 +28,7 @@ from jaxquant.run.lowerings import Evaluation, Hook, Lowering
 from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
 from jaxquant.run.sequences import Members, Sequenced, find_sequences, in_order
+from jaxquant.run.siblings import find_dots, find_siblings
 from jaxquant.run.weights import StoredWeights
 
 
@@ -77,6 +78,11 @@ class Program:
         if body is None:
             paths = layout.leaf_paths(graph, params)
             self.float_paths = layout.float_paths(leaves, paths, self.slots)
+
+        self._dots = find_dots(
+            graph, self._ends().values(), self.weights, is_integer=self.mode.integer
+        )
+        self._siblings = find_siblings(graph, self._dots.values())
 
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
@@ -149,7 +155,7 @@ class Program:
             self.body.varies,
             natively=bool(platforms.kernels(self._backends)),
         )
-        state = Evaluation(qparams, env, quantized)
+        state = Evaluation(qparams, env, quantized, sums={})
         evaluate.run(env, {**self.lowerings, **self._rounding()}, state)
         return state
 
@@ -197,7 +203,8 @@ class Program:
         for site in self._ends().values():
             if site.dynamic and site.site.stored_weight is not None and not site.site.is_lookup:
                 weight = self.weights.integers(site.site, qparams)
-                found = accumulate.packed(self.graph, site.site, weight, self._backends)
+                dot = self._dots.get(site.site.name)
+                found = accumulate.packed(self.graph, site.site, dot, weight, self._backends)
                 if found is not None:
                     packed[site.site.name] = found
         return packed
@@ -302,10 +309,14 @@ class Program:
     def _of_site(self, site: Int8Site) -> Lowering:
         if site.site.is_lookup:
             return looked_up(self.graph, site, self.weights)
+        name, given = site.site.name, (self.graph, site, self.weights, self._backends)
+        siblings = self._siblings.get(name, ())
+        if self._by_site:  # each shows its own result
+            siblings = tuple(dot for dot in siblings if dot.name == name)
         if not self.mode.integer:
-            return accumulate.on_dequantized_weight(self.graph, site, self.weights, self._backends)
+            return accumulate.on_dequantized_weight(*given, siblings)
         if site.dynamic:
-            return accumulate.scaled_in_the_call(self.graph, site, self.weights, self._backends)
+            return accumulate.scaled_in_the_call(*given, siblings)
         return accumulate.of_tensors(self.graph, site)
 
     def _calling(self, each: SiteCall) -> Lowering:

@@ -38,13 +38,18 @@ class StoredMatrix:
         """N."""
         return math.prod(self.shape[self.order[axis]] for axis in self.site.weight_axes.free)
 
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """The axes of the other operand that are summed over, as the weight is stored."""
+        own, weight = self.site.input_axes, self.site.weight_axes
+        axes = (self.order[axis] for axis in weight.contracted)
+        return tuple(axis for _, axis in sorted(zip(axes, own.contracted, strict=True)))
+
     def rows(self, x: jax.Array) -> jax.Array:
         """The other operand as [M, K], K in the order in which the weight is stored."""
-        own, weight = self.site.input_axes, self.site.weight_axes
-        summed = (self.order[axis] for axis in weight.contracted)
-        pairs = sorted(zip(summed, own.contracted, strict=True))
-        rows = x.transpose([*own.free, *(axis for _, axis in pairs)])
-        return rows.reshape(math.prod(x.shape[axis] for axis in own.free), self.length)
+        free = self.site.input_axes.free
+        rows = x.transpose([*free, *self.summed])
+        return rows.reshape(math.prod(x.shape[axis] for axis in free), self.length)
 
     def matrix(self, array: jax.Array, along_sums: int) -> jax.Array:
         """An array of the weight as a matrix, of so many elements along K."""

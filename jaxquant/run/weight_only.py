@@ -5,16 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxquant.backends import platforms, ragged
-from jaxquant.backends.backend import Product
+from jaxquant.backends import ragged
 from jaxquant.backends.matrices import Matrices
-from jaxquant.backends.platforms import Table
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.sites import Site
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.layout import WeightView
 from jaxquant.run.dequantize import StoredWeight, dequantize_weight
-from jaxquant.run.stored_matrix import StoredMatrix, stored_matrix
+from jaxquant.run.siblings import StoredDot
 
 
 def apply(
@@ -23,7 +21,6 @@ def apply(
     site: Site,
     view: WeightView,
     stored: StoredWeight,
-    table: Table,
 ) -> jax.Array:
     """The site's equation on its dequantized weight, in the model's dtype.
 
@@ -32,7 +29,6 @@ def apply(
       eqn, site: the site.
       view: how the equation takes the stored weight.
       stored: the stored weight.
-      table: the backends that may run it.
     """
     dtype = env.graph.dtype(view.var)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
@@ -41,9 +37,6 @@ def apply(
     is_chosen = site.contraction is not None and site.contraction.choosing is not None
     if is_chosen and not view.movements and not site.as_contraction.has_batch:
         value = _by_chosen(eqn, site, operands[0], stored, operands[1])
-        return value.astype(env.graph.dtype(eqn.outputs[0]))
-    if (matrix := stored_matrix(site, stored.layout.permuted, view.movements)) is not None:
-        value = _by_matrix(eqn, operands[0], stored, matrix, table)
         return value.astype(env.graph.dtype(eqn.outputs[0]))
     weight = dequantize_weight(stored).astype(dtype)
     weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
@@ -54,34 +47,11 @@ def apply(
     return value
 
 
-def _by_matrix(
-    eqn: ir.Equation, x: jax.Array, stored: StoredWeight, matrix: StoredMatrix, table: Table
-) -> jax.Array:
-    """A dot with a stored matrix, as float32.
-
-    Args:
-      eqn: the dot.
-      x: its other operand.
-      stored: the weight.
-      matrix: what it is in the dot.
-      table: the backends that may run it.
-    """
-    layout, bits = stored.layout, stored.weight_bits
-    rows = matrix.rows(x)
-    product = Product(
-        rows=rows.shape[0],
-        length=matrix.length,
-        columns=matrix.columns,
-        sums_last=matrix.sums_last,
-        dtype=x.dtype,
-        weight_bits=bits,
-        group_size=layout.size,
-        weight_dtype=stored.weight_dtype,
-        precision=eqn.params["precision"],
-    )
-    integers = matrix.matrix(stored.integers, -(-matrix.length * bits // 8))
-    scale = matrix.matrix(stored.scale, layout.groups)
-    return matrix.back(platforms.run_product(table, product, rows, integers, scale), x.shape)
+def matrices(dot: StoredDot, stored: StoredWeight) -> list[jax.Array]:
+    """The integers and the scales of a dot's weight, as a product takes them."""
+    matrix, length = dot.matrix, dot.product.length
+    integers = matrix.matrix(stored.integers, -(-length * stored.weight_bits // 8))
+    return [integers, matrix.matrix(stored.scale, stored.layout.groups)]
 
 
 def _by_chosen(

@@ -12,7 +12,7 @@ from jaxquant.code_tables import as_floats
 from jaxquant.graph import ir
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
-from jaxquant.plan.groups import group_layout
+from jaxquant.plan.groups import GroupLayout, group_layout
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.plan.restore import Restored
@@ -43,14 +43,22 @@ class StoredWeights:
         """What is stored for a site."""
         return layout.weight_view(self._graph, site, self._integer)
 
+    def groups(self, site: Site) -> GroupLayout:
+        """How the scales of a site's weight lie that it dequantizes."""
+        view = self.view(site)
+        return group_layout(view.shape, view.channels, self._plan.group_size)
+
+    def format(self, site: Site) -> tuple[int, str]:
+        """The bits of a site's weight, and what they are."""
+        return self._slots[site.name].format
+
     def in_groups(self, site: Site, qparams: Mapping[str, Any]) -> StoredWeight:
         """The weight of a site that dequantizes it; where others sum integers, an embedding's."""
-        view, slot = self.view(site), self._slots[site.name]
-        groups = group_layout(view.shape, view.channels, self._plan.group_size)
-        scale = as_floats(layout.get(qparams["params"], slot.scale))
+        scale = as_floats(layout.get(qparams["params"], self._slots[site.name].scale))
         if self._integer:  # a scale for each row [V], or one for the table
-            scale = jnp.broadcast_to(scale.reshape(-1, 1), (view.shape[0], 1))
-        return StoredWeight(self.integers(site, qparams), scale, groups, *slot.format)
+            scale = jnp.broadcast_to(scale.reshape(-1, 1), (self.view(site).shape[0], 1))
+        integers = self.integers(site, qparams)
+        return StoredWeight(integers, scale, self.groups(site), *self.format(site))
 
     def stored_view(self, restored: Restored) -> layout.WeightView:
         """What is stored of a tensor that is read in float; of one layer where they are stacked."""

@@ -247,7 +247,9 @@ class _Mixing(NamedTuple):
                 quantized = QuantizedTensors(
                     inner, program.binding, qparams["tensors"], {}, varies=program.body.varies
                 )
-                return results(evaluate.run(inner, on_int8, Evaluation(qparams, inner, quantized)))
+                return results(
+                    evaluate.run(inner, on_int8, Evaluation(qparams, inner, quantized, sums={}))
+                )
 
             def results(inner: evaluate.Environment) -> Sequence[Any]:
                 return [inner.wide(var) for var in part.end.outputs]

@@ -376,17 +376,21 @@ void check_groups(Random& random, int64_t products, int64_t rows, bool own) {
 template <class V>
 void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns, int64_t size,
                   bool sums_first, bool packed) {
-  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr};
+  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr, nullptr};
   const Array<int8_t> weights = random.bytes(s.bytes() * columns);
   const Array<int8_t> x = random.bytes(rows * length);
   const Array<float> scale = random.reals(s.groups() * columns, 0.1f, 1.0f);
   s.weights = weights.data(), s.scale = scale.data();
-  Array<float> found(rows * columns);
+  Array<float> found(rows * columns), beside(found.size());
   Array<int32_t> whole(rows * columns);
   StartedThreads threads;
   const auto to_float = [](int8_t q) { return float(q); };
-  multiply_stored<V>(threads, s, x.data(), to_float, found.data());
-  if (!packed) multiply_stored<V>(threads, s, x.data(), to_float, whole.data());
+  Stored other = s, integers = s;
+  s.out = found.data(), other.out = beside.data();
+  multiply_stored<V>(threads, {other, s}, x.data(), to_float);
+  integers.out = whole.data(), integers.scale = nullptr;
+  if (!packed) multiply_stored<V>(threads, {integers}, x.data(), to_float);
+  check(found == beside, "two of the same stored weights side by side");
 
   bool are_near = true, are_same = true;
   for (int64_t i = 0; i < rows * columns; ++i) {

@@ -58,7 +58,7 @@ def functions() -> dict[str, Callable[[], object]]:
     )
     stored = jax.jit(
         lambda y: native.dot_stored(
-            y.reshape(162, 20), weight, multipliers[0, :1], sums_last=False, group_size=20
+            y.reshape(162, 20), [(weight, multipliers[0, :1])], sums_last=False, group_size=20
         )
     )
     differences = jax.jit(lambda y: native.differences(y, y * y, (0.0, 6.0)))

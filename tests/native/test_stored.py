@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +55,8 @@ def test_floats(rows, length, columns, group_size, dtype, bits, sums_last):
     def run(x, integers, scale):
         return with_variants(
             lambda: native.dot_stored(
-                x, integers, scale, sums_last=sums_last, group_size=group_size
-            )
+                x, [(integers, scale)], sums_last=sums_last, group_size=group_size
+            )[0]
         )
 
     exact = np.asarray(x, np.float64)
@@ -76,7 +78,9 @@ def test_integers(rows, length, columns, sums_last):
     @jax.jit
     def run(x, matrix):
         return with_variants(
-            lambda: native.dot_stored(x, matrix, None, sums_last=sums_last, group_size=length)
+            lambda: native.dot_stored(x, [(matrix, None)], sums_last=sums_last, group_size=length)[
+                0
+            ]
         )
 
     for variant, found in run(jnp.asarray(x), matrix).items():
@@ -91,7 +95,8 @@ def test_what_is_not_finite_is_its_row_s_alone(bits, sums_last):
     integers, scale, weight = stored(bits, 40, 33, 40, sums_last)
     x = np.random.default_rng(0).standard_normal((4, 40)).astype(np.float32)
     x[1, 39], x[2, 0] = np.nan, np.inf
-    found = native.dot_stored(jnp.asarray(x), integers, scale, sums_last=sums_last, group_size=40)
+    matrices = [(integers, scale)]
+    (found,) = native.dot_stored(jnp.asarray(x), matrices, sums_last=sums_last, group_size=40)
     with np.errstate(invalid="ignore"):
         expected = x.astype(np.float64) @ weight
     assert np.isnan(found[1]).all()
@@ -100,11 +105,32 @@ def test_what_is_not_finite_is_its_row_s_alone(bits, sums_last):
     assert np.isfinite(found[::3]).all()
 
 
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_side_by_side_they_are_as_alone(bits, sums_last):
+    """Of few columns and of many, some of them by two threads, and of none."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 96)), jnp.float32)
+    sizes = (70, 1, 0, 1500, 64)
+    matrices = [stored(bits, 96, columns, 32, sums_last)[:2] for columns in sizes]
+    run = functools.partial(native.dot_stored, x, sums_last=sums_last, group_size=32)
+    for found, matrix, columns in zip(run(matrices), matrices, sizes, strict=True):
+        assert found.shape == (3, columns)
+        np.testing.assert_array_equal(found, run([matrix])[0])
+
+
+def test_matrices_of_several_kinds_are_refused():
+    eight, four = (stored(bits, 64, 5, 64, sums_last=False)[:2] for bits in (8, 4))
+    x = jnp.zeros((1, 64), jnp.float32)
+    for matrices, message in (([eight, four], "int8 and uint8"), ([], "no dtype")):
+        with pytest.raises(ValueError, match=message):
+            native.dot_stored(x, matrices, sums_last=False, group_size=64)
+
+
 def test_no_rows_and_mapped_ones():
     integers, scale, weight = stored(8, 12, 5, 12, sums_last=False)
 
     def run(x):
-        return native.dot_stored(x, integers, scale, sums_last=False, group_size=12)
+        return native.dot_stored(x, [(integers, scale)], sums_last=False, group_size=12)[0]
 
     assert run(jnp.zeros((0, 12), jnp.float32)).shape == (0, 5)
     x = np.random.default_rng(0).standard_normal((3, 2, 12)).astype(np.float32)
@@ -131,6 +157,6 @@ def test_what_does_not_fit(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         native.dot_stored(
-            given["x"], given["integers"], given["scale"],
+            given["x"], [(given["integers"], given["scale"])],
             sums_last=given["sums_last"], group_size=given["group_size"],
         )  # fmt: skip

@@ -96,31 +96,43 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
 
 constexpr double kBytesPerNs = 30;  // from memory
 
-// x [M, K] times a matrix of stored integers: [K, N], or [N, K] where the sums come last, of int8
-// or, packed, of uint8.
-ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
-                          ffi::Buffer<ffi::F32> scale, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t sums_last, int64_t size) {
-  const auto in = x.dimensions(), to = out->dimensions();
-  if (in.size() != 2 || to.size() != 2 || to[0] != in[0] || size < 1) return invalid("wrong shapes");
-  const bool is_whole = out->element_type() == ffi::S32;
-  Stored s{in[0], in[1], to[1], size, !sums_last, weights.element_type() == ffi::U8,
-           static_cast<const int8_t*>(weights.untyped_data()),
-           is_whole ? nullptr : scale.typed_data()};
-  if (int64_t(weights.element_count()) != s.bytes() * s.columns)
-    return invalid("the weights are of another shape");
-  if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
-  if (!is_whole && int64_t(scale.element_count()) != s.groups() * s.columns)
-    return invalid("the scales are of another shape");
-  XlaThreads threads(pool, time_of_floats(s.rows * s.length * s.columns) +
-                               s.bytes() * s.columns / kBytesPerNs);
+// x [M, K] times matrices of stored integers: [K, N], or [N, K] where the sums come last, of int8
+// or, packed, of uint8.  `given` are the integers and the scales of each in turn.
+ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs given,
+                          ffi::RemainingRets outs, int64_t sums_last, int64_t size) {
+  const auto in = x.dimensions();
+  if (in.size() != 2 || size < 1 || given.size() != 2 * outs.size()) return invalid("wrong shapes");
+  std::vector<Stored> all;
+  double time = 0;
+  for (size_t i = 0; i < outs.size(); ++i) {
+    auto out = outs.get<ffi::AnyBuffer>(i);
+    const auto weights = given.get<ffi::AnyBuffer>(2 * i);
+    const auto scale = given.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+    if (!out.has_value() || !weights.has_value() || !scale.has_value())
+      return invalid("wrong types");
+    const auto to = (*out)->dimensions();
+    if (to.size() != 2 || to[0] != in[0]) return invalid("wrong shapes");
+    const bool is_whole = (*out)->element_type() == ffi::S32;
+    const Stored s{in[0], in[1], to[1], size, !sums_last, weights->element_type() == ffi::U8,
+                   static_cast<const int8_t*>(weights->untyped_data()),
+                   is_whole ? nullptr : scale->typed_data(), (*out)->untyped_data()};
+    if (int64_t(weights->element_count()) != s.bytes() * s.columns)
+      return invalid("the weights are of another shape");
+    if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
+    if (!is_whole && int64_t(scale->element_count()) != s.groups() * s.columns)
+      return invalid("the scales are of another shape");
+    if (is_whole != (x.element_type() == ffi::S8) || (i && s.packed != all[0].packed))
+      return invalid("matrices of several kinds");
+    all.push_back(s);
+    time += time_of_floats(s.rows * s.length * s.columns) + s.bytes() * s.columns / kBytesPerNs;
+  }
+  XlaThreads threads(pool, time);
   return with_memory([&] {
-    const auto multiply = [&](auto* rows, auto to_float, auto* result) {
-      multiply_stored<VectorsHere>(threads, s, rows, to_float, result);
+    const auto multiply = [&](auto* rows, auto to_float) {
+      multiply_stored<VectorsHere>(threads, all, rows, to_float);
     };
-    if (is_whole) {
-      multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); },
-               out->typed_data<int32_t>());
+    if (x.element_type() == ffi::S8) {
+      multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); });
     } else if (x.element_type() == ffi::BF16) {
       const auto to_float = [](uint16_t bits) {
         const uint32_t word = uint32_t(bits) << 16;
@@ -128,9 +140,9 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
         std::memcpy(&value, &word, sizeof(value));
         return value;
       };
-      multiply(static_cast<const uint16_t*>(x.untyped_data()), to_float, out->typed_data<float>());
+      multiply(static_cast<const uint16_t*>(x.untyped_data()), to_float);
     } else {
-      multiply(x.typed_data<float>(), [](float value) { return value; }, out->typed_data<float>());
+      multiply(x.typed_data<float>(), [](float value) { return value; });
     }
   });
 }
@@ -230,9 +242,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_stored, jaxquant::stored_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<int64_t>("sums_last")
                                   .Attr<int64_t>("size"));
 

@@ -1,4 +1,4 @@
-// Products of rows x [M, K] with a matrix of stored integers, which is read as it lies.
+// Products of rows x [M, K] with matrices of stored integers, which are read as they lie.
 //
 // A product of few rows takes as long as the memory takes to give the weights.  So they are read
 // once, as integers, and become floats in registers alone.  Where a matrix is [K, N], a tile is some
@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "vectors.h"
 #include "parallel.h"
@@ -25,7 +26,7 @@ namespace jaxquant {
 
 constexpr int64_t kExact = 1024;      // products of two int8 that floats add up exactly
 constexpr int64_t kColumnsEach = 64;  // a line of the cache: threads share none
-constexpr int64_t kRowsAhead = 16;    // of a matrix [K, N] that are fetched before they are read
+constexpr int64_t kLinesAhead = 128;  // of a matrix [K, N] that are fetched before they are read
 constexpr int64_t kCached = 1 << 18;  // bytes of a matrix that stay in the cache of a core
 constexpr size_t kKeptRows = 1 << 22;  // bytes of rows whose memory is kept for the next call
 
@@ -37,7 +38,10 @@ struct Stored {
   bool packed;                    // two 4-bit integers a byte, neighbours along K, the first low
   const int8_t* weights;
   const float* scale;  // [groups, N] or [N, groups]; null where the results are int32
+  void* out;           // [M, N], floats or int32
 
+  // Lines of columns, the last of them with what is left.
+  int64_t lines() const { return columns ? std::max<int64_t>(1, columns / kColumnsEach) : 0; }
   int64_t groups() const { return ceil_div(length, size); }
   int64_t bytes() const { return packed ? ceil_div(length, 2) : length; }  // of a column
   // The floats of a row of x as the tiles read it: those behind K are zero.
@@ -71,6 +75,7 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   using T = Totals<L, kWhole>;
   constexpr int kLanes = L::kCount;
   constexpr int64_t kEach = kPacked ? 2 : 1;  // places along K of a stored row
+  constexpr int64_t kRowsAhead = kLinesAhead / ((kVectors * kLanes + 63) / 64);
   const auto bytes = [&](const int8_t* from) {
     if constexpr (kPart) return L::bytes(from, count);
     else return L::bytes(from);
@@ -79,6 +84,12 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   const float* in = x.data + row * x.stride;
   const int64_t size = kWhole ? kExact : s.size;
   const int8_t* const end = s.weights + s.bytes() * s.columns;
+  const auto fetch = [&](const int8_t* row) {
+    for (int v = 0; v < kVectors && row < end; v += 64 / kLanes)
+      __builtin_prefetch(row + v * kLanes);
+  };
+  for (int64_t ahead = 0; ahead < kRowsAhead; ++ahead)
+    fetch(s.weights + ahead * s.columns + column);
   for (int64_t first = 0; first < s.length; first += size) {
     const int64_t last = std::min(first + size, s.length);
     typename L::Floats sums[kRows][kVectors] = {};
@@ -86,10 +97,7 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
     for (int v = 0; !kWhole && v < kVectors; ++v) __builtin_prefetch(scales + v * kLanes);
     const int8_t* w = s.weights + first / kEach * s.columns + column;
     for (int64_t k = first; k < last; k += kEach, w += s.columns) {
-      if (w + kRowsAhead * s.columns < end) {
-        for (int v = 0; v < kVectors; v += 64 / kLanes)
-          __builtin_prefetch(w + kRowsAhead * s.columns + v * kLanes);
-      }
+      fetch(w + kRowsAhead * s.columns);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (kPacked) {
@@ -246,37 +254,50 @@ void copy_rows(const Stored& s, const X* x, int lanes, const F& to_float, float*
   }
 }
 
+// Columns of lines [first, last) of a matrix.
 template <class L, bool kPacked, bool kWhole>
-void multiply_columns(Threads& threads, const Stored& s, const Rows& x,
-                      typename Totals<L, kWhole>::Number* out) {
-  const int64_t lines = std::max<int64_t>(1, s.columns / kColumnsEach);
-  const int64_t tasks = std::min(lines, threads.count());
+void multiply_lines(const Stored& s, const Rows& x, int64_t first, int64_t last) {
   // Where several tiles of rows meet the same columns, these are so many that they stay in the cache.
   const bool once = (s.rows & (s.rows - 1)) == 0 && s.rows <= 8;
   const int64_t part = once ? s.columns : round_up(kCached / s.bytes() + 1, kColumnsEach);
+  const int64_t end = last < s.lines() ? last * kColumnsEach : s.columns;
+  auto* const out = static_cast<typename Totals<L, kWhole>::Number*>(s.out);
+  for (int64_t column = first * kColumnsEach; column < end; column += part)
+    all_rows<L, kPacked, kWhole>(s, x, 0, column, std::min(column + part, end), out);
+}
+
+// All matrices, whose lines the threads share as if they lay side by side.
+template <class L, bool kPacked, bool kWhole>
+void multiply_columns(Threads& threads, const std::vector<Stored>& all, const Rows& x) {
+  int64_t lines = 0;
+  for (const Stored& s : all) lines += s.lines();
+  const int64_t tasks = std::min(lines, threads.count());
   parallel_for(threads, tasks, [&](int64_t task) {
-    const int64_t start = task * lines / tasks * kColumnsEach;
-    const int64_t end = task + 1 < tasks ? (task + 1) * lines / tasks * kColumnsEach : s.columns;
-    for (int64_t column = start; column < end; column += part)
-      all_rows<L, kPacked, kWhole>(s, x, 0, column, std::min(column + part, end), out);
+    int64_t first = task * lines / tasks, last = (task + 1) * lines / tasks;
+    for (const Stored& s : all) {
+      const int64_t start = std::max<int64_t>(first, 0), end = std::min(last, s.lines());
+      if (start < end) multiply_lines<L, kPacked, kWhole>(s, x, start, end);
+      first -= s.lines(), last -= s.lines();
+    }
   });
 }
 
-// The product with vectors of the kind `L`.
+// The products with vectors of the kind `L`.
 //
+//   all  matrices that differ in their columns alone, and where their results are
 //   x    rows [M, K] of any type, which `to_float` makes floats of
-//   out  [M, N], float or, for rows of int8, int32
-template <class L, class X, class F, class Number>
-void multiply_stored(Threads& threads, const Stored& s, const X* x, const F& to_float, Number* out) {
-  if (s.rows == 0 || s.columns == 0 || s.length == 0) return;
+template <class L, class X, class F>
+void multiply_stored(Threads& threads, const std::vector<Stored>& all, const X* x,
+                     const F& to_float) {
+  if (all.empty() || all[0].rows == 0 || all[0].length == 0) return;
+  const Stored& s = all[0];
   static thread_local Scratch scratch;
   float* rows = reinterpret_cast<float*>(scratch.reserve(s.rows * s.padded() * sizeof(float)));
   copy_rows(s, x, L::kCount, to_float, rows);
   const Rows read{rows, s.padded()};
-  if constexpr (std::is_same_v<Number, int32_t>)
-    multiply_columns<L, false, true>(threads, s, read, out);
-  else if (s.packed) multiply_columns<L, true, false>(threads, s, read, out);
-  else multiply_columns<L, false, false>(threads, s, read, out);
+  if (!s.scale) multiply_columns<L, false, true>(threads, all, read);
+  else if (s.packed) multiply_columns<L, true, false>(threads, all, read);
+  else multiply_columns<L, false, false>(threads, all, read);
   scratch.trim(kKeptRows);
 }
 
