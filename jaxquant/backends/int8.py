@@ -21,6 +21,8 @@ from jaxquant.graph.contraction import Contraction
 from jaxquant.graph.contraction import dot as make_dot
 from jaxquant.jax_shim import choices, jaxprs, layouts
 
+_LANES = 128  # values in a row of a TPU's register
+
 
 def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
     """Round `x * inv_scale` half to even, add the zero point and saturate; any shape, to int8."""
@@ -37,20 +39,29 @@ def dequantize(x: jax.Array, scale: jax.Array, zero_point: ZeroPoint = 0) -> jax
 
 
 def accumulate(
-    contraction: Contraction, operands: Sequence[jax.Array], zero_points: Sequence[ZeroPoint]
+    contraction: Contraction,
+    operands: Sequence[jax.Array],
+    zero_points: Sequence[ZeroPoint],
+    holds: bool = True,
 ) -> jax.Array:
     """A convolution or dot of a tensor with a weight, to int32; of a ragged dot with the sizes too.
 
     A weight that the batch axes of a dot share has size 1 there.
     The sum keeps `zero_point * sum(weight)`, which the site's bias takes away; what pads the input
     adds to it too.  That of a ragged dot keeps none: it is another one for each group.
+
+    Args:
+      contraction: what is summed.
+      operands: the tensor and the weight.
+      zero_points: that of the tensor.
+      holds: whether sums of heads are laid out on a TPU as their matrix gives them.
     """
     if contraction.window is not None:
         return conv(operands[0], operands[1], contraction, zero_points[0])
     if contraction.choosing is not None:
         x, weight, sizes = operands
         return ragged.sums(contraction, x, weight, sizes, zero_points[0])
-    return dot_with_shared((operands[0], operands[1]), contraction)
+    return dot_with_shared((operands[0], operands[1]), contraction, holds)
 
 
 def combine(
@@ -88,7 +99,9 @@ def gather(eqn: ir.Equation, operands: Sequence[jax.Array], zero_point: ZeroPoin
     return shifted + shift
 
 
-def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.Array:
+def dot(
+    operands: tuple[jax.Array, jax.Array], contraction: Contraction, holds: bool = True
+) -> jax.Array:
     """A dot of two int8 arrays to int32.
 
     Two forms are rewritten since XLA's int8 product on CPU is slower than its float32 one there
@@ -100,7 +113,7 @@ def dot(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.
     """
     x, w = operands
     if not contraction.has_batch and _has_more_axes(contraction):
-        return _by_matrix(x, w, contraction)
+        return _by_matrix(x, w, contraction, holds)
     # XLA is fast where the first operand is summed over its last axis: the sides change places.
     if contraction.has_batch and _sums_last(contraction, 1) and not _sums_last(contraction, 0):
         other_way = contraction.swapped
@@ -128,7 +141,7 @@ def _has_more_axes(contraction: Contraction) -> bool:
     return len(own.contracted) > 1 or len(other.free) > 1
 
 
-def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction) -> jax.Array:
+def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction, holds: bool) -> jax.Array:
     """A dot without batch axes as one of x [..., K] with a matrix [K, N]."""
     own, other = contraction.operands
     rows, columns = ([v.shape[a] for a in p.free] for v, p in ((x, own), (w, other)))
@@ -136,11 +149,11 @@ def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction) -> jax.Arra
     x = x.transpose((*own.free, *own.contracted)).reshape(*rows, summed)
     w = w.transpose((*other.contracted, *other.free)).reshape(summed, math.prod(columns))
     product = make_dot((((x.ndim - 1,), (0,)), ((), ())), (x.ndim, 2))
-    sums = dot((x, w), product) if len(columns) == 1 else _of_heads(x, w, product)
+    sums = dot((x, w), product) if len(columns) == 1 else _of_heads(x, w, product, holds)
     return sums.reshape(*rows, *columns)
 
 
-def _of_heads(x: jax.Array, matrix: jax.Array, product: Contraction) -> jax.Array:
+def _of_heads(x: jax.Array, matrix: jax.Array, product: Contraction, holds: bool) -> jax.Array:
     """The sums of rows with a matrix whose columns are those of several heads.
 
     For a TPU they are held as they are, or in an exported program the matrix is: from what comes
@@ -160,11 +173,57 @@ def _of_heads(x: jax.Array, matrix: jax.Array, product: Contraction) -> jax.Arra
         return [dot((x, lax.optimization_barrier(matrix)), product)]
 
     def pick(place: choices.Place) -> int:
-        return 2 if place.platform != "tpu" else int(place.is_export)
+        if place.platform != "tpu" or not (holds or place.is_export):
+            return 2
+        return int(place.is_export)
 
     output = jax.ShapeDtypeStruct((*x.shape[:-1], matrix.shape[1]), jnp.int32)
     (sums,) = choices.choose(pick, (held, exported, as_it_is), [output], [x, matrix])
     return jnp.asarray(sums)
+
+
+def turned(q: jax.Array, contraction: Contraction) -> jax.Array:
+    """What a product of heads gives in int8, on a TPU with the last axis of the rows innermost.
+
+    As the products of attention read it: turned behind its rounding, it is written twice, the
+    second time as integers, which costs more than the product.
+
+    Args:
+      q: [*rows, *heads, features].
+      contraction: the product; see `is_turned`.
+    """
+    rows = q.shape[: len(contraction.operands[0].free)]
+    *others, last = range(len(rows))
+
+    def held(q: jax.Array) -> list[jax.Array]:
+        flat = q.reshape(*rows, math.prod(q.shape[len(rows) :]))
+        return [layouts.held_in(flat, (*others, len(rows), last)).reshape(q.shape)]
+
+    def pick(place: choices.Place) -> int:
+        return int(place.platform != "tpu" or place.is_export)
+
+    output = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    (result,) = choices.choose(pick, (held, lambda q: [q]), [output], [q])
+    return jnp.asarray(result)
+
+
+def is_turned(contraction: Contraction, shape: Sequence[int]) -> bool:
+    """Whether a product of rows with the matrix of several heads fills a TPU's registers turned.
+
+    Args:
+      contraction: its axes; the weight's are second.
+      shape: of its result.
+    """
+    own, other = contraction.operands
+    if contraction.window is not None or contraction.choosing is not None or contraction.has_batch:
+        return False
+    rows = len(own.free)
+    return (
+        rows > 1
+        and len(other.free) > 1
+        and isinstance(shape[rows - 1], int)
+        and (shape[rows - 1] % _LANES == 0)
+    )
 
 
 def _sums_last(contraction: Contraction, side: int) -> bool:
@@ -173,7 +232,9 @@ def _sums_last(contraction: Contraction, side: int) -> bool:
     return own.contracted == tuple(range(own.rank - len(own.contracted), own.rank))
 
 
-def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contraction) -> jax.Array:
+def dot_with_shared(
+    operands: tuple[jax.Array, jax.Array], contraction: Contraction, holds: bool = True
+) -> jax.Array:
     """`dot`, where an operand may have size 1 along batch axes that the other has longer.
 
     It stands for copies.  Such an axis is one more free axis of the other operand, so that there
@@ -184,7 +245,7 @@ def dot_with_shared(operands: tuple[jax.Array, jax.Array], contraction: Contract
     shapes = operands[0].shape, operands[1].shape
     shared = [n for n, (left, right) in enumerate(pairs) if shapes[0][left] != shapes[1][right]]
     if not shared:
-        return dot(operands, contraction)
+        return dot(operands, contraction, holds)
     side = int(shapes[1][pairs[shared[0]][1]] == 1)  # of the operand that stands for copies
     gone = [pairs[n][side] for n in shared]
 

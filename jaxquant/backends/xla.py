@@ -44,7 +44,8 @@ class Xla:
         if call.contraction.choosing is not None:
             arrays.append(operands["sizes"])
             scales.append(ragged.of_rows(call.contraction, operands["relative_scale"], *arrays))
-        sums = int8.accumulate(call.contraction, arrays, [zero_points.x])
+        turns = _turns(call)
+        sums = int8.accumulate(call.contraction, arrays, [zero_points.x], holds=not turns)
         if call.gives_sums:
             return [sums]
         # One order for all backends: sum, multiplier and bias, clip, residual, clip, rounding.
@@ -58,7 +59,8 @@ class Xla:
             y = _clip(y + added, call.clamps[1])
         results = [y] if call.gives_float else []
         if call.out_zero_point is not None:
-            results.append(int8.quantize(y, operands["inv_scale"], zero_points.out))
+            q = int8.quantize(y, operands["inv_scale"], zero_points.out)
+            results.append(int8.turned(q, call.contraction) if turns else q)
         return results
 
     def sequence(
@@ -94,6 +96,12 @@ class Xla:
 
     def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
         return tpu_floats.run(operation, *operands)
+
+
+def _turns(call: Call) -> bool:
+    """Whether the result is that of several heads, in int8 alone."""
+    is_plain = not call.movements and call.weight_position == 1 and not call.gives_float
+    return is_plain and int8.is_turned(call.contraction, call.shape)
 
 
 def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from jax import lax
 import jaxquant
 from jaxquant.backends import int8
 from jaxquant.graph import contraction
+from jaxquant.jax_shim import choices
 from tests import reference
 from tests.contractions import int8_dot
 
@@ -252,3 +254,23 @@ def test_tied_embedding_is_stored_once():
     looked_up = qapply(qparams, x, tokens)["embed"]
     expected = reference.fake_weight(params["embed"]["embedding"], (0,))[tokens]
     np.testing.assert_allclose(looked_up, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [128, 12])
+def test_heads_in_int8_are_the_same_turned(length: int):
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2)(x)
+
+    x = jax.random.normal(jax.random.key(0), (2, length, 16))
+    params = Attention().init(jax.random.key(1), x)
+    options = {"is_full_quantize": True, "recover": ()}
+    qparams, qapply = jaxquant.quant_post(params, Attention().apply, [x], **options)
+    with choices.at(choices.Place("tpu", is_export=False, is_one_device=True)):
+        lowered = jax.jit(qapply).lower(qparams, x)
+    want = jax.jit(qapply.with_backend("xla"))(qparams, x)
+    held = re.findall(r"LayoutConstraint.*-> tensor<(\w+)>", lowered.as_text())
+    assert held == 3 * ["2x128x16xi8" if length == 128 else "2x12x16xi32"]
+    got, error = lowered.compile()(qparams, x), np.abs(want - Attention().apply(params, x)).mean()
+    assert np.abs(got - want).mean() < 0.05 * error

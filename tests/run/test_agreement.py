@@ -58,7 +58,7 @@ def faulty(monkeypatch):
     """A device on which one convolution of int8 is wrong in one sum."""
     accumulate, on = int8.accumulate, agreement.run_on
 
-    def wrong(contraction, operands, zero_points):
+    def wrong(contraction, operands, zero_points, **options):
         sums = accumulate(contraction, operands, zero_points)
         return sums.at[0, 0, 0, 3].add(1) if contraction.window is not None else sums
 
