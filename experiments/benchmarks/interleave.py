@@ -8,16 +8,20 @@ from typing import Any
 import jax
 
 
-def times_in_turn(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def times_in_turn(
+    programs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """The seconds of each program in each of `rounds`, each run once beforehand."""
     for program in programs.values():
         jax.block_until_ready(program())
     runs: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, program in programs.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(program())
-            runs[name].append(time.perf_counter() - start)
+            runs[name].append(clock() - start)
     return runs
 
 

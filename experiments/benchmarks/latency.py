@@ -5,7 +5,9 @@ r"""Times whole networks by jaxquant, JAX, ONNX Runtime, OpenVINO, LiteRT and Qw
 Every network and batch size has a process of its own, in which the systems take turns; a system
 that is not installed is left out, and said so.  Prints medians, their quartiles and the ratios to
 `jax-f32`; results go to `--out` as JSON lines, and from there to a picture with `--plot`.
-`--memory` measures the peak memory of a process that runs one system alone instead.
+`--cpu-time` counts what the process computes, which other programs disturb less: on one core, by
+`taskset -c 0`, that is the latency there.  `--memory` measures the peak memory of a process that
+runs one system alone instead.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,14 @@ NETWORKS = ("resnet50", "mobilenet_v1", "mobilenet_v2", "efficientnet_lite0")
 BASE = "jax-f32"
 
 
-def measure(network: str, batch: int, systems: list[str], rounds: int, weights: str | None) -> Any:
+def measure(
+    network: str,
+    batch: int,
+    systems: list[str],
+    rounds: int,
+    weights: str | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Any:
     """The seconds of every round, by system; a text instead where a system cannot run."""
     programs, missing = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +50,7 @@ def measure(network: str, batch: int, systems: list[str], rounds: int, weights: 
             except Exception as error:  # whatever another system raises
                 programs.pop(name, None)
                 missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        return times_in_turn(programs, rounds) | missing
+        return times_in_turn(programs, rounds, clock) | missing
 
 
 def measure_memory(network: str, batch: int, system: str, weights: str | None) -> int | None:
@@ -135,8 +146,9 @@ def main(given: argparse.Namespace) -> None:
                     print(f"{network}, batch {batch}, {system}: "
                           f"{peak / 2**20:.0f} MiB" if peak else "unknown", flush=True)  # fmt: skip
                 continue
+            clock = ["--cpu-time"] if given.cpu_time else []
             found = in_own_process(
-                [*shared, "--systems", ",".join(systems), "--rounds", str(given.rounds)]
+                [*shared, *clock, "--systems", ",".join(systems), "--rounds", str(given.rounds)]
             )
             base = found.get(BASE)
             base = statistics.median(base) if isinstance(base, list) else None
@@ -157,7 +169,8 @@ def worker(given: argparse.Namespace) -> None:
     if given.memory:
         print(json.dumps(measure_memory(network, batch, systems[0], weights)))
     else:
-        print(json.dumps(measure(network, batch, systems, given.rounds, weights)))
+        clock = time.process_time if given.cpu_time else time.perf_counter
+        print(json.dumps(measure(network, batch, systems, given.rounds, weights, clock)))
 
 
 if __name__ == "__main__":
@@ -167,6 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="of all threads, not by the clock")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     worker(arguments) if arguments.worker else main(arguments)

@@ -109,10 +109,16 @@ def jax_tuned(case: Case) -> Program:
     return lambda: run(case.variables, case.x)
 
 
-def ours(case: Case, backend: str, prepares: bool = False, is_full: bool = False) -> Program:
+def ours(
+    case: Case, backend: str, prepares: bool = False, is_full: bool = False, closes: bool = False
+) -> Program:
+    """Our int8 network; it `closes` over its weights as the sessions of other runtimes do."""
     qparams, qapply = case.int8(is_full)
     qapply = qapply.with_backend(backend)
     arrays = qapply.prepare(qparams) if prepares else qparams
+    if closes:
+        within = jax.jit(functools.partial(qapply, arrays))
+        return lambda: within(case.x)
     run = jax.jit(qapply)
     return lambda: run(arrays, case.x)
 
@@ -156,6 +162,10 @@ SYSTEMS: dict[str, Callable[[Case], Program]] = {
     "jaxquant-prepared": functools.partial(ours, backend="native", prepares=True),
     "jaxquant-prepared-full": functools.partial(
         ours, backend="native", prepares=True, is_full=True
+    ),
+    "jaxquant-closed": functools.partial(ours, backend="native", prepares=True, closes=True),
+    "jaxquant-closed-full": functools.partial(
+        ours, backend="native", prepares=True, closes=True, is_full=True
     ),
     "onnxruntime-f32": lambda case: onnxruntime(case, case.float_onnx()),
     "onnxruntime-int8": lambda case: onnxruntime(case, case.quantized_by_onnxruntime()),

@@ -124,15 +124,22 @@ void finish(const int32_t* sums, int64_t row, int64_t height, const Segment& seg
         return epilogue.quantized.steps<kForm == Form::bytes_added>(
             (Avx512Lanes::Ints)sum(v), of[v], at + of[v].channel);
       };
-      // Two whole ones at a time; any other is both.
-      for (int64_t v = 0, w; v < vectors; v = w + 1) {
-        w = v + 1 < vectors && of[v + 1].count == 16 ? v + 1 : v;
-        const Avx512Lanes::Ints a[1] = {steps(v)}, b[1] = {steps(w)};
-        epilogue.quantized.store_two(a, at + of[v].channel, b, at + of[w].channel, of[v].count);
+      int64_t v = 0;
+      for (; v + 1 < vectors && of[v + 1].count == 16; v += 2) {
+        const Avx512Lanes::Ints a[1] = {steps(v)}, b[1] = {steps(v + 1)};
+        epilogue.quantized.store_two(a, at + of[v].channel, b, at + of[v + 1].channel);
       }
+      for (; v < vectors; ++v) epilogue.store(sum(v), of[v], at);
     }
     at += pixel;
   }
+}
+
+// Two segments at a time; an odd one at the end is both.
+template <class F>
+void for_pairs(const std::vector<Segment>& segments, F f) {
+  for (size_t i = 0; i < segments.size(); i += 2)
+    f(segments[i], segments[std::min(i + 1, segments.size() - 1)]);
 }
 
 inline void prefetch_inputs(const Segment* segments, int64_t count, int64_t height,

@@ -62,14 +62,14 @@ struct Avx2Lanes {
     return (Ints)_mm256_max_epi8((__m256i)a, (__m256i)b);
   }
   template <int R>
-  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes, int64_t n) {
+  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i ordered = _mm256_permutevar8x32_epi32((__m256i)bytes, order);
     const __m128i low = _mm256_castsi256_si128(ordered);
     const __m128i a = low;
     const __m128i b = R == 2 ? _mm256_extracti128_si256(ordered, 1) : _mm_unpackhi_epi64(low, low);
-    store_some<R>(to_a, a, n);
-    store_some<R>(to_b, b, n);
+    store_some<R>(to_a, a);
+    store_some<R>(to_b, b);
   }
   static void stream(float* to, Floats floats) { _mm256_stream_ps(to, (__m256)floats); }
   static void fence() { _mm_sfence(); }
@@ -84,9 +84,8 @@ struct Avx2Lanes {
 
  private:
   template <int R>
-  static void store_some(int8_t* to, __m128i bytes, int64_t n) {
-    if (n != R * kCount) std::memcpy(to, &bytes, n);
-    else if (R == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  static void store_some(int8_t* to, __m128i bytes) {
+    if (R == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
     else _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
   }
   // A mask of the first `n` lanes.

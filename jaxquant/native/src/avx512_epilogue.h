@@ -71,8 +71,10 @@ class Avx512Sums {
         _mm512_mask_storeu_ps(e_.out_f + first, mask, y);
     }
     if (e_.out_q) {
-      const __m512i q = round(y, zero_point_);
-      _mm512_mask_cvtepi32_storeu_epi8(e_.out_q + first, mask, q);
+      const __m128i q = _mm512_cvtepi32_epi8(round(y, zero_point_));
+      // Of all stores that narrow or have a mask of bytes some processors make a hundred steps.
+      if (of.count == kCount) _mm_storeu_si128(reinterpret_cast<__m128i*>(e_.out_q + first), q);
+      else std::memcpy(e_.out_q + first, &q, of.count);
     }
   }
 

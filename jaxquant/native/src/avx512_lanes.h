@@ -55,22 +55,21 @@ struct Avx512Lanes {
     return (Ints)_mm512_max_epi8((__m512i)a, (__m512i)b);
   }
   template <int R>
-  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes, int64_t n) {
+  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i ordered = _mm512_permutexvar_epi32(order, (__m512i)bytes);
     const __m256i low = _mm512_castsi512_si256(ordered);
     const __m256i a = low;
     const __m256i b = R == 2 ? _mm512_extracti64x4_epi64(ordered, 1)
                              : _mm256_castsi128_si256(_mm256_extracti128_si256(low, 1));
-    store_some<R>(to_a, a, n);
-    store_some<R>(to_b, b, n);
+    store_some<R>(to_a, a);
+    store_some<R>(to_b, b);
   }
 
  private:
   template <int R>
-  static void store_some(int8_t* to, __m256i bytes, int64_t n) {
-    if (n != R * kCount) std::memcpy(to, &bytes, n);
-    else if (R == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+  static void store_some(int8_t* to, __m256i bytes) {
+    if (R == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
     else _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(bytes));
   }
 };

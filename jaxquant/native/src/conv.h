@@ -199,11 +199,14 @@ void conv(Threads& threads, const Activations& x, const ConvShape& s,
       const int64_t by_rows = (last - first) * segment_count<Set>(s.ow);
       const bool runs_on = Set::kRunsOn && copies && !copies_pixels && s.stride_h == 1 &&
                            s.stride_w == 1 && 10 * segment_count<Set>(flat) <= 9 * by_rows;
-      const int64_t height = segment_height<Set>(runs_on ? flat : s.ow);
+      const int64_t pixels = (last - first) * s.ow;
+      const int64_t height = segment_height<Set>(runs_on ? flat : copies_pixels ? pixels : s.ow);
       const int64_t out = (image * s.oh + first) * s.ow * s.o;
       if (runs_on) {
         runs.row = columns, runs.kept = s.ow;
         add_flat_segments(segments, flat, height, from, runs, out, s.o);
+      } else if (copies_pixels) {  // they follow each other, and so do the outputs
+        add_segments(segments, pixels, height, from, pixel, out, s.o);
       } else {
         for (int64_t i = 0; i < last - first; ++i) {
           add_segments(segments, s.ow, height, from + i * stride_h * row, stride_w * pixel,

@@ -14,6 +14,8 @@
 
 namespace jaxquant {
 
+constexpr int64_t kNearWeights = 1 << 18;  // bytes of weights that stay in the L2 cache with the rest
+
 // What each segment takes beside its pixels, in quarters of one, where these are all that counts.
 constexpr int64_t kAsFewAsPossible = 1 << 20;
 
@@ -81,23 +83,35 @@ struct Share {
   bool is_signed;  // the activations are int8; else u8
 };
 
-// Two segments at a time; an odd one at the end is both.
-template <class F>
-void for_pairs(const std::vector<Segment>& segments, F f) {
-  for (size_t i = 0; i < segments.size(); i += 2)
-    f(segments[i], segments[std::min(i + 1, segments.size() - 1)]);
+// An odd segment at the end is a tile of its two halves, which may overlap.
+template <class Set>
+void run_odd(const Segment& segment, const Share& share, int64_t b, const Block& block,
+             const Weights& weights, const typename Set::Sums& sums) {
+  const int64_t half = ceil_div(share.height, 2), rest = share.height - half;
+  const Segment second{segment.in + rest * share.runs.stride, segment.out + rest * block.pixel};
+  Set::find_tile(half, weights.wide(b), sums)(segment, second, share.runs, block, sums);
 }
 
-// A share by the tiles of an instruction set: block after block, so that the weights of one stay in
-// the cache.
+// A share by the tiles of an instruction set.  Block after block, so that the weights of one stay in
+// the nearest cache; but where those of all stay in the next one, all of a pixel's channels at once:
+// what is read and written of the output is whole lines then, in order.
 template <class Set>
 void run_tiles(const Share& share, const Weights& weights, const typename Set::Sums& sums) {
-  for (int64_t b = share.first; b < share.last; ++b) {
-    const auto tile = Set::find_tile(share.height, weights.wide(b), sums);
-    const Block block = weights.block(share.group, b);
-    for_pairs(share.segments, [&](const Segment& s0, const Segment& s1) {
-      tile(s0, s1, share.runs, block, sums);
-    });
+  const int64_t blocks = share.last - share.first, pairs = ceil_div(share.segments.size(), 2);
+  const int64_t bytes = blocks * kBlock * weights.layout().four_bytes * 4;
+  const int64_t pairs_together = bytes > kNearWeights ? pairs : 1;
+  for (int64_t i = 0; i < pairs; i += pairs_together) {
+    for (int64_t b = share.first; b < share.last; ++b) {
+      const auto tile = Set::find_tile(share.height, weights.wide(b), sums);
+      const Block block = weights.block(share.group, b);
+      for (int64_t k = 2 * i; k < 2 * std::min(pairs, i + pairs_together); k += 2) {
+        if (k + 1 < int64_t(share.segments.size())) {
+          tile(share.segments[k], share.segments[k + 1], share.runs, block, sums);
+        } else {
+          run_odd<Set>(share.segments[k], share, b, block, weights, sums);
+        }
+      }
+    }
   }
 }
 

@@ -48,17 +48,12 @@ struct NeonLanes {
   static Ints add_words(Ints a, Ints b) { return (Ints)vqaddq_s16((int16x8_t)a, (int16x8_t)b); }
   static Ints least_bytes(Ints a, Ints b) { return (Ints)vminq_s8((int8x16_t)a, (int8x16_t)b); }
   static Ints most_bytes(Ints a, Ints b) { return (Ints)vmaxq_s8((int8x16_t)a, (int8x16_t)b); }
-  static void store_all(int8_t* to, Ints bytes, int64_t n) {
-    if (n == 4 * kCount) vst1q_s8(to, (int8x16_t)bytes);
-    else std::memcpy(to, &bytes, n);
-  }
+  static void store_all(int8_t* to, Ints bytes) { vst1q_s8(to, (int8x16_t)bytes); }
   template <int R>
-  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes, int64_t n) {
+  static void store_two(int8_t* to_a, int8_t* to_b, Ints bytes) {
     static_assert(R == 2, "eight channels of two pixels");
-    const int8x8_t a = vget_low_s8((int8x16_t)bytes), b = vget_high_s8((int8x16_t)bytes);
-    if (n == R * kCount) return vst1_s8(to_a, a), vst1_s8(to_b, b);
-    std::memcpy(to_a, &a, n);
-    std::memcpy(to_b, &b, n);
+    vst1_s8(to_a, vget_low_s8((int8x16_t)bytes));
+    vst1_s8(to_b, vget_high_s8((int8x16_t)bytes));
   }
   static void stream(float* to, Floats floats) { store(to, floats, kCount); }
   static void fence() {}

@@ -77,25 +77,25 @@ void matrices_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
     for (int r = 0; r < 2; ++r)
       channels[r] = epilogue.channels(block.channel + first + 4 * r,
                                       block.channels - first - 4 * r);
+    const bool whole = block.channels - first >= 8;
 #pragma GCC unroll 4
     for (int i = 0; i < H; ++i) {
       const int64_t at[2] = {s0.out + i * block.pixel, s1.out + i * block.pixel};
-      if constexpr (kForm == Form::any) {
+      if (kForm == Form::any || !whole) {
         for (int r = 0; r < 2; ++r) {
           for (int second = 0; second < 2; ++second)
             epilogue.store(of_pixel(i, r, second), channels[r], at[second]);
         }
-      } else {
-        NeonLanes::Ints steps[2][2];
-        for (int r = 0; r < 2; ++r) {
-          for (int second = 0; second < 2; ++second)
-            steps[second][r] = epilogue.quantized.template steps<kForm == Form::bytes_added>(
-                of_pixel(i, r, second), channels[r], at[second] + channels[r].channel);
-        }
-        const int64_t c = channels[0].channel;
-        epilogue.quantized.store_two(steps[0], at[0] + c, steps[1], at[1] + c,
-                                     channels[0].count + channels[1].count);
+        continue;
       }
+      NeonLanes::Ints steps[2][2];
+      for (int r = 0; r < 2; ++r) {
+        for (int second = 0; second < 2; ++second)
+          steps[second][r] = epilogue.quantized.template steps<kForm == Form::bytes_added>(
+              of_pixel(i, r, second), channels[r], at[second] + channels[r].channel);
+      }
+      const int64_t c = channels[0].channel;
+      epilogue.quantized.store_two(steps[0], at[0] + c, steps[1], at[1] + c);
     }
   }
 }

@@ -7,7 +7,8 @@
 // where the bounds of floats are bounds of q, since rounding keeps the order.  So sums are rounded
 // without any bound, packing saturates, and the zero point and the bounds come when a register
 // holds as many results as it has bytes.  `Epilogue::form` sees to it that no float overflows an
-// int32 on the way.
+// int32 on the way.  Registers that are not all there, at the end of the channels, are left to the
+// epilogue of any form.
 //
 // `L` is a struct that knows the registers, as in `lane_epilogue.h`, and beside that:
 //
@@ -53,7 +54,7 @@ class Quantized {
   Ints steps(Ints sums, const ChannelsOf<L>& of, int64_t at) const {
     Floats y = L::fma(L::floats(sums), of.multiplier, of.bias);
     if constexpr (kAdds) {
-      const Ints q = L::load_bytes(residual_ + at, of.count);
+      const Ints q = L::load_bytes(residual_ + at, L::kCount);
       y = L::fma(L::floats(q - residual_zero_point_), residual_scale_, y);
     }
     return L::rounded(y * inv_scale_);
@@ -71,15 +72,14 @@ class Quantized {
 
   // Stores the steps of `R` vectors at one place of the output, and of others at another.
   template <int R>
-  void store_two(const Ints (&a)[R], int64_t at_a, const Ints (&b)[R], int64_t at_b,
-                 int64_t count) const {
+  void store_two(const Ints (&a)[R], int64_t at_a, const Ints (&b)[R], int64_t at_b) const {
     if constexpr (R == 4) {
-      L::store_all(out_ + at_a, bytes(words(a[0], a[1]), words(a[2], a[3])), count);
-      L::store_all(out_ + at_b, bytes(words(b[0], b[1]), words(b[2], b[3])), count);
+      L::store_all(out_ + at_a, bytes(words(a[0], a[1]), words(a[2], a[3])));
+      L::store_all(out_ + at_b, bytes(words(b[0], b[1]), words(b[2], b[3])));
     } else {
       const Ints left = R == 1 ? words(a[0], b[0]) : words(a[0], a[R - 1]);
       const Ints right = R == 1 ? left : words(b[0], b[R - 1]);
-      L::template store_two<R>(out_ + at_a, out_ + at_b, bytes(left, right), count);
+      L::template store_two<R>(out_ + at_a, out_ + at_b, bytes(left, right));
     }
   }
 

@@ -13,9 +13,27 @@
 //   result       vector number `r` of a pixel's sums as the epilogue takes them
 #pragma once
 
+#include <cstring>
+
 #include "gemm.h"
 
 namespace jaxquant {
+
+// Stores the sums of a tile, [2 * height][vectors], by an epilogue of any form.
+template <class P>
+__attribute__((noinline)) void store_any(const typename P::Vector* sums, int height, int vectors,
+                                         const Segment& s0, const Segment& s1, const Block& block,
+                                         int64_t first, const typename P::Sums& epilogue) {
+  constexpr int kCount = P::Sums::kCount;
+  for (int r = 0; r < vectors * P::kChannels / kCount; ++r) {
+    const int64_t from = first + r * kCount;
+    const auto channels = epilogue.channels(block.channel + from, block.channels - from);
+    for (int i = 0; i < 2 * height; ++i) {
+      const int64_t at = i < height ? s0.out + i * block.pixel : s1.out + (i - height) * block.pixel;
+      epilogue.store(P::result(sums + i * vectors, r), channels, at);
+    }
+  }
+}
 
 // Stores the sums of a tile as int8: the channels of a block from `first` on, a pixel of each
 // segment at a time; `at0` and `at1` are where the first ones go.
@@ -27,11 +45,10 @@ __attribute__((always_inline)) inline void store_quantized(
   using Ints = typename Lanes::Ints;
   constexpr int kCount = Lanes::kCount, R = V * P::kChannels / kCount;
   const Quantized<Lanes>& quantized = epilogue.quantized;
-  const int64_t left = block.channels - first;
   decltype(epilogue.channels(0, 0)) channels[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    channels[r] = epilogue.channels(block.channel + first + r * kCount, left - r * kCount);
+    channels[r] = epilogue.channels(block.channel + first + r * kCount, kCount);
   const auto steps = [&](const typename P::Vector (&of_pixel)[V], int64_t at, Ints (&to)[R]) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -43,7 +60,7 @@ __attribute__((always_inline)) inline void store_quantized(
     Ints a[R], b[R];
     steps(sums[i], at0, a);
     steps(sums[H + i], at1, b);
-    quantized.store_two(a, at0, b, at1, std::min<int64_t>(left, R * kCount));
+    quantized.store_two(a, at0, b, at1);
   }
 }
 
@@ -53,7 +70,7 @@ template <class P, int H, int NR, Form kForm>
 void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const Block& block,
                    const typename P::Sums& epilogue) {
   constexpr int V = std::min(P::kVectors, 16 * NR / P::kChannels);
-  constexpr int kTogether = V * P::kChannels, kCount = P::Sums::kCount;
+  constexpr int kTogether = V * P::kChannels;
   const ptrdiff_t stride = runs.stride;
   for (int first = 0; first < std::min<int64_t>(16 * NR, block.channels); first += kTogether) {
     typename P::Vector sums[2 * H][V];
@@ -91,22 +108,17 @@ void register_tile(const Segment& s0, const Segment& s1, const Runs& runs, const
         b0 += P::kGroupBytes, b3 += P::kGroupBytes, b6 += P::kGroupBytes;
       }
     }
-    if constexpr (kForm == Form::any) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kTogether / kCount; ++r) {
-        const int from = first + r * kCount;
-        const auto channels = epilogue.channels(block.channel + from, block.channels - from);
-#pragma GCC unroll 14
-        for (int i = 0; i < 2 * H; ++i) {
-          const int64_t at = (i < H ? s0.out : s1.out) + (i < H ? i : i - H) * block.pixel;
-          epilogue.store(P::result(sums[i], r), channels, at);
-        }
+    if constexpr (kForm != Form::any) {
+      if (block.channels - first >= kTogether) {
+        store_quantized<P, H, V, kForm == Form::bytes_added>(
+            sums, s0.out + block.channel + first, s1.out + block.channel + first, block, first,
+            epilogue);
+        continue;
       }
-    } else {
-      store_quantized<P, H, V, kForm == Form::bytes_added>(
-          sums, s0.out + block.channel + first, s1.out + block.channel + first, block, first,
-          epilogue);
     }
+    typename P::Vector kept[2 * H][V];  // in memory, where those above are in registers
+    std::memcpy(kept, sums, sizeof(sums));
+    store_any<P>(kept[0], H, V, s0, s1, block, first, epilogue);
   }
 }
 
