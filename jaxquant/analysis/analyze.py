@@ -15,6 +15,7 @@ from jaxquant.analysis.survey import Surveyed, survey
 from jaxquant.analysis.weights import WeightRanges, weight_ranges
 from jaxquant.calibration.data import iterate, num_batches
 from jaxquant.calibration.examples import with_example
+from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.calibration.selection import Select
 from jaxquant.graph.checks import check_model
 from jaxquant.graph.layer_names import of_layer
@@ -45,6 +46,7 @@ def analyze(
     batch_size: int | None = None,
     batch_nums: int | None = None,
     select: Select = None,
+    mask: Mask = None,
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Analysis:
@@ -60,6 +62,7 @@ def analyze(
       params, apply_fn: the float model.
       qparams, qapply: the int8 model, as `jaxquant.quant_post` or another function returned it.
       ds, batch_size, batch_nums, select: the data, as for `jaxquant.quant_post`.
+      mask: which positions of padded texts count, as for `jaxquant.quant_post`.
       metric: a function of a model that returns one number, higher for a better model.  The model
         is called as `model(*inputs)`, with what `apply_fn` takes after `params`; it is compiled
         already, so do not `jit` it again.  Called about twice for every site.
@@ -104,7 +107,8 @@ def analyze(
         batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
         total = num_batches(ds, batch_size, batch_nums, select=select)
         source = FloatModel(apply_fn, params, qapply.plan.cut_at)
-        return _analyze(source, qparams, qapply.plan, batches, total, metric, file, shown)
+        padding = Padding.of(mask)
+        return _analyze(source, qparams, qapply.plan, batches, total, padding, metric, file, shown)
 
 
 def _analyze(
@@ -113,6 +117,7 @@ def _analyze(
     plan: Plan,
     batches: Iterator[tuple[Any, ...]],
     total: int | None,
+    padding: Padding | None,
     metric: Metric | None,
     file: str | os.PathLike[str] | None,
     progress: Progress,
@@ -121,7 +126,7 @@ def _analyze(
     examples: list[tuple[Any, ...]] = []
     with progress.stage("comparing", total, "batch") as stage:
         kept = _remember(stage.each(batches), examples)
-        surveyed = survey(source, qparams, plan, kept, progress)
+        surveyed = survey(source, qparams, plan, kept, padding, progress)
     with progress.stage("measuring weights"):
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
         weights = weight_ranges(program, params, qparams)
@@ -137,7 +142,7 @@ def _analyze(
     }
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
-        switch = Switch(source, qparams, plan, examples)
+        switch = Switch(source, qparams, plan, examples, padding=padding)
         digest = models_digest(params, qparams, plan) if file is not None else ""
         scores = Scores(switch, metric, file, digest)
         found = sensitivity.measure(scores, switch.names, progress=progress)

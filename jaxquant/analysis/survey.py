@@ -17,10 +17,12 @@ from jaxquant.backends import int8, operations
 from jaxquant.calibration import counting, histogram, inside
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.observed import Observed
+from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.calibration.sweep import stacked, stats_of
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
+from jaxquant.graph.positions import RealIn
 from jaxquant.jax_shim.extremes import largest, least
 from jaxquant.plan.bind import bind
 from jaxquant.plan.binding import Binding
@@ -28,7 +30,7 @@ from jaxquant.plan.epilogue import Epilogue
 from jaxquant.plan.plan import Plan
 from jaxquant.progress import Progress
 from jaxquant.recover.activation import find_activation
-from jaxquant.recover.shift import Shift
+from jaxquant.recover.shift import Shift, without_padding
 from jaxquant.run.float_forms import evaluate_float, fast_convolutions
 from jaxquant.run.program import program_by_site
 from jaxquant.run.quantized import QuantizedTensors
@@ -77,9 +79,10 @@ def survey(
     qparams: Mapping[str, Any],
     plan: Plan,
     batches: Iterable[tuple[Any, ...]],
+    padding: Padding | None,
     progress: Progress,
 ) -> Surveyed:
-    """Measure all sites on all batches.
+    """Measure all sites on all batches, but for what is padding.
 
     A site's own error is that with the bias correction which it would have behind the float model.
 
@@ -94,8 +97,9 @@ def survey(
     ) -> tuple[_Batch, counting.Counts | None]:
         program = program_by_site(bind(source.trace(inputs), plan), params)
         flat = jax.tree.leaves(inputs)
-        found = _measure(find_parts(program), params, qparams, plain, flat)
-        return found, _count(program.binding, params, flat)
+        real = real_in(padding, program.model, inputs)
+        found = _measure(find_parts(program), params, qparams, plain, flat, real)
+        return found, _count(program.binding, params, flat, real)
 
     params = source.params
     names: Sequence[str] = ()
@@ -106,6 +110,8 @@ def survey(
     scans: dict[str, tuple[int, ...]] = {}
     # Ranges are kept batch by batch (they show drift), all else is summed as it comes.
     for index, inputs in enumerate(batches):
+        if padding is not None:
+            padding.check(inputs, index)
         if plain is None:
             with progress.stage("tracing"):
                 program = program_by_site(bind(source.trace(inputs), plan), params)
@@ -160,14 +166,20 @@ class _Alone(NamedTuple):
 _TENSOR = "tensor:"  # before the names of tensors among what was seen of sites
 
 
-def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any]) -> _Batch:
-    graph = parts.program.graph
+def _measure(
+    parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any], real: RealIn
+) -> _Batch:
+    graph, model = parts.program.graph, parts.program.model
     reference = evaluate_float(graph, params, flat)
+
+    def counted(here: Here, var: ir.Var, value: Any) -> jax.Array:
+        return without_padding(value, real(here.program.model, var))
 
     def shift(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         if not has_bias(here.program, part):
             return Outcome(as_float())
-        return Outcome(as_float(), shift_at(part, here.in_float, as_int8()[0])[0])
+        own = functools.partial(real, here.program.model)
+        return Outcome(as_float(), shift_at(part, here.in_float, as_int8()[0], own)[0])
 
     def alone(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         wanted = as_float()
@@ -181,23 +193,29 @@ def _measure(parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any
                 off = here.qparams["sites"][part.name]["shift"]
                 got = got + epilogue.channels.spread(off, got.ndim)
             if epilogue.channels.axes:
-                ends = _ends(epilogue, got, here.in_float)
-        return Outcome(wanted, _Alone(measures.moments(wanted[0], got), ends))
+                is_real = real(here.program.model, epilogue.output)
+                ends = _ends(epilogue, got, here.in_float, is_real)
+        seen = measures.moments(counted(here, part.end.outputs[0], wanted[0]), got)
+        return Outcome(wanted, _Alone(seen, ends))
 
     def whole(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
         got = as_int8()
         wanted = here.in_float.wide(part.end.outputs[0])
-        is_measured = part.name and _is_float(wanted)
-        return Outcome(got, measures.moments(wanted, got[0]) if is_measured else None)
+        if not (part.name and _is_float(wanted)):
+            return Outcome(got)
+        return Outcome(got, measures.moments(counted(here, part.end.outputs[0], wanted), got[0]))
 
     # Own errors are those with a bias that fits float inputs, as the report has them too.
     if is_corrected(parts.program.whole_plan):
         shifts = evaluate_parts(parts, params, plain, flat, shift, reference)[1].of
         plain = _with_means(plain, shifts)
-    own = evaluate_parts(parts, params, plain, flat, alone, reference, _fits)[1].of
+    fits = functools.partial(_fits, real)
+    own = evaluate_parts(parts, params, plain, flat, alone, reference, fits)[1].of
     quantized, accumulated = evaluate_parts(parts, params, qparams, flat, whole, reference)
     outputs = [
-        measures.moments(jnp.asarray(reference.read(x)), jnp.asarray(quantized.read(x)))
+        measures.moments(
+            without_padding(reference.read(x), real(model, x)), jnp.asarray(quantized.read(x))
+        )
         for x in graph.outputs
         if jnp.issubdtype(graph.dtype(x), jnp.floating)
     ]
@@ -218,41 +236,63 @@ def _with_means(plain: Any, shifts: Mapping[str, Shift]) -> dict[str, Any]:
     return {**plain, "sites": sites}
 
 
-def _ends(epilogue: Epilogue, value: jax.Array, reference: evaluate.Environment) -> Ends:
+def _ends(
+    epilogue: Epilogue,
+    value: jax.Array,
+    reference: evaluate.Environment,
+    real: jax.Array | None,
+) -> Ends:
     activation = find_activation(reference.graph, epilogue.output)
     pair = (reference.wide(activation.end), activation.of(value, reference))
     reduce = epilogue.channels.reduce
-    return Ends(*(reduce(f, x.astype(jnp.float32)) for x in pair for f in (least, largest)))
+    return Ends(
+        *(
+            reduce(f, _filled(x.astype(jnp.float32), real, padding))
+            for x in pair
+            for f, padding in ((least, jnp.inf), (largest, -jnp.inf))
+        )
+    )
 
 
-def _fits(here: Here) -> dict[str, Clipping]:
+def _filled(x: jax.Array, real: jax.Array | None, value: Any) -> jax.Array:
+    """A tensor with a value where padding is."""
+    return x if real is None else jnp.where(real, x, value)
+
+
+def _fits(real: RealIn, here: Here) -> dict[str, Clipping]:
     """How the tensors of a graph fit their grids."""
     reference, program = here.in_float, here.program
     readers = QuantizedTensors(
         reference, program.binding, here.qparams["tensors"], {}, varies=program.body.varies
     )
     return {
-        f"{_TENSOR}{name}": _clipping(readers, var, reference)
+        f"{_TENSOR}{name}": _clipping(readers, var, reference, real(program.model, var))
         for var, name in program.binding.names.items()
     }
 
 
-def _clipping(readers: QuantizedTensors, var: ir.Var, reference: evaluate.Environment) -> Clipping:
+def _clipping(
+    readers: QuantizedTensors,
+    var: ir.Var,
+    reference: evaluate.Environment,
+    real: jax.Array | None,
+) -> Clipping:
     x = reference.wide(var).astype(jnp.float32)
     zero_point = readers.zero_point(var)
     rounded = int8.dequantize(readers.int8(var), readers.scale(var), zero_point)
     # In steps of the grid: half a step beyond its ends is clipped, not rounded.
     place = x * readers.inv_scale(var) + jnp.asarray(zero_point, jnp.float32)
-    outside = (place > 127.5) | (place < -128.5)
-    moments = measures.moments(x, rounded)
+    outside = _filled((place > 127.5) | (place < -128.5), real, False)
+    count = x.size if real is None else jnp.sum(jnp.broadcast_to(real, x.shape))
+    moments = measures.moments(without_padding(x, real), rounded)
     off = (x - rounded) * (1 / moments.unit)
     return Clipping(
         moments=moments,
         clipped=jnp.sum(outside.astype(jnp.float32)),
-        count=jnp.float32(x.size),
+        count=jnp.asarray(count, jnp.float32),
         clipped_noise=jnp.sum(jnp.where(outside, off**2, 0)),
-        low=least(x, initial=jnp.inf),
-        high=largest(x, initial=-jnp.inf),
+        low=least(_filled(x, real, jnp.inf), initial=jnp.inf),
+        high=largest(_filled(x, real, -jnp.inf), initial=-jnp.inf),
     )
 
 
@@ -265,13 +305,15 @@ def _observed(binding: Binding) -> Observed:
     return Observed(binding.model, {name: var for var, name in binding.names.items()}, bodies)
 
 
-def _count(binding: Binding, params: Any, flat: Sequence[Any]) -> counting.Counts | None:
+def _count(
+    binding: Binding, params: Any, flat: Sequence[Any], real: RealIn
+) -> counting.Counts | None:
     """The values of the quantized tensors, counted; None where there are none."""
     observed = _observed(binding)
     if not observed.names:
         return None
     counter = operations.counter(counting.portable_counts, histogram.MIN_EXPONENT)
-    watch = inside.Watch(counter, None, fast_convolutions)
+    watch = inside.Watch(counter, None, fast_convolutions, real)
     return inside.observe(observed, params, flat, (), watch, {}).counts
 
 

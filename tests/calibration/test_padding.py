@@ -156,6 +156,22 @@ def test_rounding_on_data_looks_at_no_padding(kind: str):
     assert_same(*made)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("scan", marks=pytest.mark.slow), "function"])
+def test_an_analysis_looks_at_no_padding(kind: str):
+    params, apply_fn = model(kind)
+    ds = [texts()]
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, ds, mask="mask", progress=False)
+    one, other, unmasked = (
+        jaxquant.analyze(params, apply_fn, qparams, qapply, [each], mask=mask, progress=False)
+        for each, mask in ((ds[0], "mask"), (texts(other=1), "mask"), (ds[0], None))
+    )
+    for key in ("own_db", "accumulated_db", "clipped"):
+        found, wanted = ([row.get(key) for row in each.rows] for each in (one, other))
+        np.testing.assert_allclose(np.array(found, float), np.array(wanted, float), rtol=1e-4)
+    highest, counted = (max(max(t.high) for t in a.tensors.values()) for a in (one, unmasked))
+    assert highest < counted
+
+
 def test_a_function_or_an_index_gives_the_mask():
     params, apply_fn = model("function")
     texts_alone = texts()["ids"]
