@@ -17,7 +17,7 @@ from jaxquant.report.sqnr import decibel
 from jaxquant.run.layers import GraphLayer
 from jaxquant.run.program import Program
 from jaxquant.weights.fold import fold
-from jaxquant.weights.quantize import once
+from jaxquant.weights.sites import once
 
 
 class WeightRanges(NamedTuple):

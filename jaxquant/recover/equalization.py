@@ -50,7 +50,8 @@ from jaxquant.recover.factors import Divided, choose
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.recover.tensor_trials import tensor_trials
 from jaxquant.run.program import program_by_site
-from jaxquant.weights.quantize import Divisors, quantize_params
+from jaxquant.weights.quantize import quantize_params
+from jaxquant.weights.sites import Divisors
 
 ALPHAS: Mapping[str, tuple[float, ...]] = {
     "equalization": (0.25, 0.5, 0.75, 1.0),

@@ -28,7 +28,7 @@ from jaxquant.run.program import Program
 from jaxquant.weights.epilogue import whole_steps
 from jaxquant.weights.fold import fold
 from jaxquant.weights.integers import along_channels
-from jaxquant.weights.quantize import Divisors, undivided
+from jaxquant.weights.sites import Divisors, undivided
 
 POSITIONS = 4096  # of a site's output, at most
 _FEWEST = 8  # positions to learn from

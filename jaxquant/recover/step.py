@@ -20,7 +20,7 @@ from jaxquant.plan.bind import bind
 from jaxquant.progress import Progress
 from jaxquant.recover.compare import Comparison
 from jaxquant.run.program import Program, program_by_site
-from jaxquant.weights.quantize import Divisors
+from jaxquant.weights.sites import Divisors
 
 
 @dataclasses.dataclass(frozen=True)
