@@ -163,6 +163,7 @@ class _Alone(NamedTuple):
         return _Alone(self.own.nothing(), None if self.ends is None else self.ends.nothing())
 
 
+_MOST = float(jnp.finfo(jnp.float32).max)  # infinity would be reported as bad
 _TENSOR = "tensor:"  # before the names of tensors among what was seen of sites
 
 
@@ -247,9 +248,9 @@ def _ends(
     reduce = epilogue.channels.reduce
     return Ends(
         *(
-            reduce(f, _filled(x.astype(jnp.float32), real, padding))
+            reduce(f, _filled(x.astype(jnp.float32), real, most))
             for x in pair
-            for f, padding in ((least, jnp.inf), (largest, -jnp.inf))
+            for f, most in ((least, _MOST), (largest, -_MOST))
         )
     )
 
@@ -291,8 +292,8 @@ def _clipping(
         clipped=jnp.sum(outside.astype(jnp.float32)),
         count=jnp.asarray(count, jnp.float32),
         clipped_noise=jnp.sum(jnp.where(outside, off**2, 0)),
-        low=least(_filled(x, real, jnp.inf), initial=jnp.inf),
-        high=largest(_filled(x, real, -jnp.inf), initial=-jnp.inf),
+        low=least(_filled(x, real, _MOST), initial=jnp.inf),
+        high=largest(_filled(x, real, -_MOST), initial=-jnp.inf),
     )
 
 
