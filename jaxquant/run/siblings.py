@@ -88,7 +88,7 @@ def _of_floats(graph: ir.Graph, bound: Int8Site, weights: StoredWeights) -> Stor
         weight_bits=bits,
         group_size=groups.size,
         weight_dtype=dtype,
-        precision=eqn.params["precision"],
+        precision=eqn.params.get("precision"),
     )
     return StoredDot(bound, matrix, product)
 

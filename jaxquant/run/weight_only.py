@@ -79,7 +79,7 @@ def _by_chosen(
         weight = dequantize_weight(stored._replace(integers=integers, scale=scale, layout=one))
         matrix = weight.transpose((chosen, *own.contracted, *own.free))
         matrix = matrix.reshape(layout.summed, layout.columns).astype(block.dtype)
-        precision = eqn.params["precision"]
+        precision = eqn.params.get("precision")
         return jax.lax.dot(block, matrix, precision=precision, preferred_element_type=jnp.float32)
 
     rows, ends = layout.x(x), layout.ends(sizes)
