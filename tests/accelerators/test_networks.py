@@ -2,7 +2,8 @@
 
     .ci/accelerators -k "networks and v5e and resnet50"
 
-Each in a process of its own: all of them take some two hours on two cores.
+Each in a process of its own: half a minute to two where nothing else runs, the networks of images
+several, so that all of them take some two hours on two cores.
 """
 
 from __future__ import annotations
