@@ -11,11 +11,13 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxquant import native
 from jaxquant.native import build, instructions, library
+from jaxquant.weights.groups import pack, unpack
 
 needs_kernels = pytest.mark.skipif(
     not native.available().available, reason=native.available().reason
@@ -157,3 +159,20 @@ def with_variants(run: Callable[[], jax.Array]) -> dict[str, jax.Array]:
                 patch.setattr(library, attribute, name)
             results[variant] = run()
     return results
+
+
+def stored(bits: int, length: int, columns: int, group_size: int, sums_last: bool):
+    """Integers and scales of a matrix, and the float64 matrix [K, N] that they stand for."""
+    largest = 127 if bits == 8 else 7
+    integers = np.random.default_rng(1).integers(
+        -largest, largest, (length, columns), np.int8, endpoint=True
+    )
+    groups = -(-length // group_size)
+    scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(np.float32)
+    scale[:, :: max(columns // 2, 1)] = 0  # channels of zeros
+    weight = integers * np.repeat(scale.astype(np.float64), group_size, axis=0)[:length]
+    kept = integers if bits == 8 else pack(integers, 0)
+    if sums_last:
+        kept = integers.T if bits == 8 else pack(integers.T, 1)
+        assert bits == 8 or (unpack(kept, 1, length) == integers.T).all()
+    return jnp.asarray(kept), jnp.asarray(scale.T if sums_last else scale), weight

@@ -10,30 +10,12 @@ import numpy as np
 import pytest
 
 from jaxquant import native
-from jaxquant.weights.groups import pack, unpack
-from tests.native.cases import int8_values, needs_kernels, with_variants
+from tests.native.cases import int8_values, needs_kernels, stored, with_variants
 
 pytestmark = needs_kernels
 
 # What a float32 sum of so many products may be off by, of the sum of their sizes.
 ROUNDING = 2.0**-24
-
-
-def stored(bits: int, length: int, columns: int, group_size: int, sums_last: bool):
-    """Integers and scales of a matrix, and the float64 matrix [K, N] that they stand for."""
-    largest = 127 if bits == 8 else 7
-    integers = np.random.default_rng(1).integers(
-        -largest, largest, (length, columns), np.int8, endpoint=True
-    )
-    groups = -(-length // group_size)
-    scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(np.float32)
-    scale[:, :: max(columns // 2, 1)] = 0  # channels of zeros
-    weight = integers * np.repeat(scale.astype(np.float64), group_size, axis=0)[:length]
-    kept = integers if bits == 8 else pack(integers, 0)
-    if sums_last:
-        kept = integers.T if bits == 8 else pack(integers.T, 1)
-        assert bits == 8 or (unpack(kept, 1, length) == integers.T).all()
-    return jnp.asarray(kept), jnp.asarray(scale.T if sums_last else scale), weight
 
 
 @pytest.mark.parametrize("sums_last", [False, True])
