@@ -146,7 +146,7 @@ def quant_weights(
     A quarter or an eighth of the memory of float32, for models whose weights are the most of it.
     Each weight is dequantized in the call, in float32 and then to the dtype of the operation; on
     one CPU device that of a dot a few rows at a time, so that memory holds the integers alone.
-    Dots of up to 16 rows are native kernels there, which sum in float32 (docs/native_kernels.md).
+    Dots are native kernels there, which sum in float32 (docs/native_kernels.md).
 
     Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127, or of 4 bits
     / 7 or less, down to half of that, where clipping the largest leaves a smaller squared error.

@@ -33,8 +33,8 @@ class Native:
     """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
 
     Of products with a stored matrix it runs those of few rows, which read the integers as they lie,
-    and those of many int8 rows, which pack them; of operations of floats attention, GELU and layer
-    normalization.
+    those of many float rows with a matrix [K, N], and those of many int8 rows, which pack them; of
+    operations of floats attention, GELU and layer normalization.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its
@@ -110,7 +110,8 @@ class Native:
         if product.weight_dtype != INT:
             return False  # the kernels know integers alone
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
-        return product.rows <= _FEW_ROWS and has_dtype and by_steps
+        has_form = product.rows <= _FEW_ROWS or not product.sums_last
+        return has_form and has_dtype and by_steps
 
     def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
         return _packed(product, integers) if product.is_whole else None

@@ -25,9 +25,9 @@ def dot_stored(
         y = sum over groups (sum(x * q) * s)      float32, of float rows
         y = sum(x * q)                            int32, of int8 rows
 
-    Made for few rows, which take as long as the integers take to be read once; any number is right.
-    Integers are multiplied before they meet their scale, and neither is rounded to the dtype of the
-    rows: a float beyond 2e36 overflows.
+    Few rows take as long as the integers take to be read once.  Integers are multiplied before they
+    meet their scale (with a matrix [K, N] that many rows of floats meet, behind it), and neither is
+    rounded to the dtype of the rows: a float beyond 2e36 overflows.
 
     Args:
       x: float32, bfloat16 or int8 [M, K].

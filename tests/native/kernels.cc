@@ -16,8 +16,8 @@
 
 #include "cases.h"
 #include "histogram.h"
+#include "panels.h"
 #include "sequence.h"
-#include "stored.h"
 
 namespace jaxquant {
 namespace {
@@ -170,9 +170,9 @@ void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns,
   const auto to_float = [](int8_t q) { return float(q); };
   Stored other = s, integers = s;
   s.out = found.data(), other.out = beside.data();
-  multiply_stored<V>(threads, {other, s}, x.data(), to_float);
+  multiply_any<V>(threads, {other, s}, x.data(), to_float);
   integers.out = whole.data(), integers.scale = nullptr;
-  if (!packed) multiply_stored<V>(threads, {integers}, x.data(), to_float);
+  if (!packed) multiply_any<V>(threads, {integers}, x.data(), to_float);
   check(found == beside, "two of the same stored weights side by side");
 
   bool are_near = true, are_same = true;
@@ -209,6 +209,7 @@ void check_stored_of(Random& random) {
         check_stored<V>(random, rows, 67, 29, 67, sums_first, packed);
       check_stored<V>(random, 1, 97, 330, 32, sums_first, packed);
       check_stored<V>(random, 15, 130, 70, 64, sums_first, packed);
+      check_stored<V>(random, 23, 131, 150, 64, sums_first, packed);
     }
   }
   check_stored<V>(random, 2, 2100, 5, 2100, true, false);

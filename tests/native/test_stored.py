@@ -27,6 +27,8 @@ ROUNDING = 2.0**-24
         (2, 33, 1, 33, jnp.float32),
         (3, 131, 20, 32, jnp.bfloat16),
         (17, 129, 79, 64, jnp.float32),
+        (40, 33, 130, 33, jnp.bfloat16),
+        (150, 2115, 70, 96, jnp.float32),
     ],
 )
 def test_floats(rows, length, columns, group_size, dtype, bits, sums_last):

@@ -6,7 +6,7 @@
 #include "histogram.h"
 #include "kl.h"
 #include "pack.h"
-#include "stored.h"
+#include "panels.h"
 #include "xla.h"
 
 namespace jaxquant {
@@ -128,8 +128,8 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaining
   }
   XlaThreads threads(pool, time);
   return with_memory([&] {
-    const auto multiply = [&](auto* rows, auto to_float) {
-      multiply_stored<VectorsHere>(threads, all, rows, to_float);
+    const auto multiply = [&](const auto* rows, auto to_float) {
+      multiply_any<VectorsHere>(threads, all, rows, to_float);
     };
     if (x.element_type() == ffi::S8) {
       multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); });
