@@ -95,6 +95,7 @@ def named(function: Callable[P, T]) -> Callable[P, T]:
             if name in known:
                 continue
             told = f"{function.__name__}() has no argument {name!r}"
+            # PaddlePaddle's keywords that have another name here, or no meaning.
             if name in PADDLE:
                 raise TypeError(f"{told} (PaddlePaddle's): {PADDLE[name]}")
             raise TypeError(told + nearest(name, known, 1))

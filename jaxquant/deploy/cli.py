@@ -152,6 +152,7 @@ def _command(commands: Any, name: str, action: Any, text: str, epilog: str) -> A
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    # Read by its digest, so that what is shown and what is loaded is one file.
     _, metadata, digest = container.read(options.path, FORMAT)
     qparams, qapply = load_quantized_model(options.path, sha256=digest)
     found = inspection(options.path, digest, metadata, qparams, qapply)
@@ -249,6 +250,7 @@ def _own_settings(options: argparse.Namespace, to: str) -> dict[str, Any]:
     found = {}
     for name, settings in _OWN.items():
         for setting in settings:
+            # Not given is None, or False of a flag.
             value = getattr(options, setting)
             if value is None or value is False:
                 continue

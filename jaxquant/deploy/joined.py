@@ -55,6 +55,7 @@ class Joined:
         members = [graph.equations[index] for index in operator.members]
         inner = {v for eqn in members[:-1] for v in eqn.outputs}
         ends = {each.epilogue.output for each in binding.sites}
+        # What moves integers or decides by them has its own place in the network.
         special = forms.moves | binding.picks | binding.decisions
         if inner & (forms.int8 | ends) or special.intersection(operator.members):
             return False

@@ -43,6 +43,7 @@ def symbolic_inputs(
     example = qapply.inputs
     if example is None:
         raise ValueError("this qapply does not know the shapes of its inputs")
+    # A loaded model knows its own names of sizes.
     if shapes is None and isinstance(qapply.source, StoredGraph):
         return qapply.source.specs(constraints)
     if shapes is None:
@@ -146,6 +147,7 @@ def export_program(
         to_export = export.export(jax.jit(plain_qapply), platforms=tuple(platforms))
         return to_export(structs, *with_lists(plain_tree(inputs)))
 
+    # Paths of this machine have no place in a file that is handed on.
     with compilation.without_source_locations():
         exported = traced(qapply, shapes, constraints, trace)
     check_portable(exported)

@@ -70,6 +70,7 @@ def _dataclass(kind: Any, data: Any, where: str) -> Any:
         raise ValueError(f"{where} is {_short(data)}, not an object")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    # A field too many is of a newer release, or was made up.
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise ValueError(f"{where} has the unknown entry {unknown[0]!r}")

@@ -48,6 +48,7 @@ def _texts(shapes: Any, example: tuple[Any, ...]) -> list[str | None]:
         return node is None
 
     try:
+        # One text may stand for all the arrays below it.
         spread = jax.tree.broadcast(shapes, example, is_leaf=is_none)
     except ValueError:
         texts = []

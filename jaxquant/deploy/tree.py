@@ -55,6 +55,7 @@ def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             raise FileError(f"the tensor {name!r} is not under {', '.join(ROOTS)}")
         place = tree
         for folder in folders:
+            # Names come from a file: a tensor inside another one has no place in a dict.
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
                 raise FileError(f"the tensor {name!r} is inside of another one")

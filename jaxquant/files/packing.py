@@ -30,6 +30,7 @@ def unpack(tensor: np.ndarray, part: str, at_most: int) -> bytes:
         raise FileError(f"the {part} is {tensor.dtype} {list(tensor.shape)}, not bytes")
     inflater = zlib.decompressobj()
     try:
+        # At most so many bytes: a few kilobytes may unpack to gigabytes.
         contents = inflater.decompress(tensor.tobytes(), at_most)
     except zlib.error as error:
         raise FileError(f"the {part} cannot be unpacked: {error}") from None

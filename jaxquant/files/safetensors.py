@@ -166,6 +166,7 @@ def _header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
     if len(start) < 8:
         raise FileError(f"cut short: {size} bytes")
     (length,) = struct.unpack("<Q", start)
+    # Any eight bytes are a length: a large one is of another kind of file.
     if length > MAX_HEADER_BYTES:
         raise FileError(
             f"not a safetensors file, or its header is damaged: the header's length is {length}"
@@ -223,6 +224,7 @@ def _place(name: str, entry: Any) -> Place:
     if not _are_sizes(offsets, MAX_FILE_BYTES) or len(offsets) != 2 or not _is_shape(shape, dtype):
         raise FileError(f"tensor {name!r}: its shape or offsets are damaged")
     start, end = offsets
+    # Shape, dtype and offsets say the same thing three times.
     if end - start != math.prod(shape) * dtype.itemsize:
         raise FileError(
             f"tensor {name!r}: shape {shape} of {code} does not take {end - start} bytes"

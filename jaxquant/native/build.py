@@ -152,6 +152,7 @@ def _processor(folder: Folder, using: Compiler) -> processor.Processor:
         output = workshop.path / "library.so"
         using.compile_processor(output)
         made = workshop.sealed(output.name, frozenset())
+        # Asked by a library that runs on any processor, before one is chosen that does not.
         present = _ask(made)
         workshop.store(made, file)
         return present

@@ -140,6 +140,7 @@ class Folder:
             descriptor = self._open(name)
         except OSError:
             return None
+        # Of the open file: the one that is loaded is the one that was looked at.
         if digest != _digest(descriptor, needs):
             os.close(descriptor)
             return None
@@ -238,6 +239,7 @@ class Workshop:
         if not _is_whole(descriptor, found.st_size):
             os.close(descriptor)
             raise BuildError("the compiler left half a library, though it reported success")
+        # From here on nobody but this user can change what was checked.
         os.fchmod(descriptor, 0o600)
         return Sealed(descriptor, self.path / name, needs)
 

@@ -87,6 +87,7 @@ def find_compiler() -> list[str]:
     """
     if given := os.environ.get("CXX"):
         try:
+            # As make has it: CXX may hold flags.
             command = shlex.split(given)
         except ValueError as error:
             raise BuildError(f"CXX is {given!r}, which is no command: {error}") from None

@@ -46,5 +46,6 @@ def float_depthwise(
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], strides, padding, dilation)
     shape = jax.ShapeDtypeStruct((x.shape[0], rows, columns, x.shape[3]), jnp.float32)
     convolving = jax.ffi.ffi_call(library.FLOAT_DEPTHWISE, shape, vmap_method="sequential")
+    # In the order in which the handler reads them.
     window = (*strides, *dilation, padding[0][0], padding[1][0])
     return convolving(x, kernel, window=np.asarray(window, np.int64))

@@ -80,6 +80,7 @@ def _features(text: str) -> frozenset[str] | None:
         return frozenset(name for name, has in zip(_ARM, lines["arm"], strict=True) if has == "1")
     if "xcr0" not in lines:
         return None
+    # What the processor has and the system does not save is not there for a program.
     saved = int(lines["xcr0"][0], 16)
     found = set()
     for (leaf, register), bits in _LEAVES.items():

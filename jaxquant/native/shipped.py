@@ -47,6 +47,7 @@ def find(name: str | None = None, folder: pathlib.Path | None = None) -> pathlib
     made_of = json.loads((folder / _MANIFEST).read_text())
     major, minor = made_of["interface"]
     here = sources.interface_version()
+    # A wheel's libraries are of its own sources and of an XLA interface that this jaxlib has.
     if made_of["sources"] != sources.digest() or major != here[0] or minor > here[1]:
         return None
     present = processor.ask(ctypes.CDLL(str(folder / PROCESSOR)))

@@ -58,6 +58,7 @@ class Builder(Graph):
         """
         if value.physical == tuple(physical):
             return value.name
+        # A constant is reshaped here, so that the file holds no operation for it.
         if (array := self.array(value.name)) is not None:
             sizes = [int(size) for size in physical]
             return self.constant(array.reshape(sizes), "constant", self.grid(value))

@@ -42,6 +42,7 @@ def follow(model: Lowered, start: Var) -> Chain | None:
     chain, entries = Chain(start), model.network.entries
     while True:
         var = chain.end
+        # Here it is quantized: that is where the chain ends.
         if str(var) in entries:
             is_divided = model.scales.is_divided(entries[str(var)])
             return None if is_divided or model.uses.is_read_in_float(var) else chain

@@ -98,6 +98,7 @@ class Emitter(BaseEmitter[Builder]):
             self._floats[atom] = stored.dequantized(self.builder, self._weights[atom])
         if atom not in self._floats:
             key = str(atom)
+            # Parameters and constants become tensors of the file when they are first read.
             name = self.network.leaves.get(key) or self.network.constants.get(key)
             if name is None:
                 raise NotCovered(f"tensor {atom}, which nothing gives")
@@ -134,6 +135,7 @@ class Emitter(BaseEmitter[Builder]):
             if entry is None:
                 self._move(self.model.uses.moves[var])
                 return self._int8[var]
+            # Quantized where it is first read in int8, once for all that read it.
             value = self.full(self._floats.get(var) or self.value(var), var)
             if self.model.scales.is_divided(entry):
                 divisors = self._divisors(entry, value.rank, inverse=True)

@@ -48,6 +48,7 @@ def bounded(b: Builder, value: Value, chain: Chain, result: Result) -> Value:
     if result.activation != "NONE":
         return value
     for op, bound, end in (("MAXIMUM", chain.low, -128), ("MINIMUM", chain.high, 127)):
+        # A bound at the end of int8 is there anyway.
         number = grid.integer(bound)
         if number != end:
             constant = b.constant(np.int8(number), "bound", grid)

@@ -173,6 +173,7 @@ def _window_sum(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -
     name = b.op(
         "AVERAGE_POOL_2D", [wide.name], physical, "float32", None, "Pool2DOptions", **settings
     )
+    # The factor goes on with the value, into whatever multiplies next.
     factor = value.factor * math.prod(window.sizes)
     return dataclasses.replace(narrowed(b, name, shape, order), factor=factor)
 
@@ -189,6 +190,7 @@ def padded_for(
     value = Value(
         b.reshape(dataclasses.replace(value, factor=1.0), physical), tuple(physical), (0, 1, 2, 3)
     )
+    # SAME and VALID are what the operators know; anything else is padded beforehand.
     name = padding_name(window, physical[1:3])
     if name == "VALID" or (name == "SAME" and may_be_same):
         return value, name

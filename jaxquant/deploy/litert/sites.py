@@ -74,6 +74,7 @@ def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """A convolution or dot with a weight."""
     given = site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
+    # Only clips and moves are fused with a weighted operation; a factor would change its scale.
     if chain is not None and chain.factor != 1:
         chain = None
     weight, form = _parts(e, site, given, e.model.scales.scale(e.model.entries(site)[0]))
@@ -135,6 +136,7 @@ def _product(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
         raise NotCovered(f"the operation {site.node.op!r} in int8")
     ratio, bias = _epilogue(e, site)
     shape = e.shape(site.node.outputs[0])
+    # The kernel multiplies scales alone: a multiplier that is something else stays in float.
     is_exact = bias is None and abs(ratio * (1.0 if chain is None else chain.factor) - 1) < 1e-6
     if chain is not None and is_exact:
         values = [e.int8_operand(var) for var in site.operands]
@@ -176,6 +178,7 @@ def _average(e: Emitter, site: Int8Node, chain: Chain) -> Value:
     """
     b, shape, result = e.builder, e.shape(site.node.outputs[0]), e.end_of(chain)
     window = reduction.window_of(b, site.node, e.int8_operand(site.operands[0]))
+    # The runtime's average rounds in another way; a convolution sums as `qapply` does.
     ones = np.ones((1, *window.sizes, int(window.value.physical[-1])), np.int8)
     worth = np.asarray(e.model.sites[site.name]["multiplier"], np.float64) * chain.factor
     multiplier = np.broadcast_to(worth.reshape(-1), ones.shape[-1:])

@@ -38,6 +38,7 @@ def dequantized(b: Builder, stored: Stored) -> Value:
     wide = [axis for axis in channels if stored.shape[axis] != 1]
     array = _in_place(stored, integers, channels)
     order = straight(array.ndim)
+    # A grid has scales along one axis; several axes of channels take a product instead.
     if len(wide) <= 1:
         grid = Grid(scale, 0, wide[0] if wide else 0)
         return Value(_dequantize(b, array, grid), stored.shape, order)

@@ -102,6 +102,7 @@ def _transposed(form: ConvForm, input_dilation: Sequence[int]) -> ConvForm:
     """
     if any(stride != 1 for stride in form.strides) or form.feature_groups != 1:
         raise NotCovered("a transposed convolution with strides or groups")
+    # By the padding of the gradient: what the window reaches beyond the kept part.
     reach = [(size - 1) * d for size, d in zip(form.window, form.dilation, strict=True)]
     pads = [(r - low, r - high) for r, (low, high) in zip(reach, form.padding, strict=True)]
     beyond = tuple(max(-high, 0) for _, high in pads)

@@ -26,6 +26,7 @@ def aligned(builder: Turning, values: Sequence[Value]) -> tuple[list[str], Value
     activations stay as they are and constants are turned.
     """
     rank = max(value.rank for value in values)
+    # The largest operand keeps its order, since the others are cheaper to turn.
     leader = max(values, key=lambda v: (v.rank, sum(size != 1 for size in v.shape)))
     names = []
     shape: list[Size] = [1] * rank

@@ -46,6 +46,7 @@ class Uses:
 
     def _nearest(self, node: Node) -> str:
         """The site or parameter that an operation reads, perhaps through others; "" if none."""
+        # Breadth first: what is nearest tells a reader most.
         queue, seen = [x for x in node.inputs if isinstance(x, int)], set[Var]()
         while queue:
             var = queue.pop(0)

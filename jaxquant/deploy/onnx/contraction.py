@@ -61,6 +61,7 @@ def conv(
         "dilations": list(form.dilation),
         "group": form.feature_groups,
     }
+    # Rows at the end that no window of the input reaches, and the result has all the same.
     if any(form.beyond):
         attributes["output_padding"] = list(form.beyond)
     op = "ConvTranspose" if form.is_transposed else "ConvInteger" if is_integer else "Conv"

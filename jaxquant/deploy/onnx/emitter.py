@@ -78,6 +78,7 @@ class Emitter(BaseEmitter[Builder]):
                 found = looked_up if node.op == "look_up" else dequantized
                 found.add(self.network.leaves[str(node.inputs[0])])
         target = self.quantizer.target
+        # A table that a tied head reads as uint8 is stored so once, for both.
         unsigned = multiplied if target.dot_weight() is WeightForm.UINT8 else set[str]()
         unsigned |= dequantized if target.is_onnxruntime else set()
         return frozenset(looked_up), frozenset(looked_up & unsigned)
@@ -258,6 +259,7 @@ class Emitter(BaseEmitter[Builder]):
             return reduction.emit(self.builder, node, self._copied(node, values)[0], shape, dtype)
         if (value := scaled(node, values)) is not None:
             return value
+        # max(x, 0) as Relu, which runtimes fuse with what comes before.
         split = with_scalar(node, "max")
         if split is not None and split[1].array() == 0:
             tensor = values[0] if isinstance(node.inputs[0], int) else values[1]

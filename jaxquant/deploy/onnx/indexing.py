@@ -107,6 +107,7 @@ def _dynamic_slice(
     for axis in axes:
         window = whole.of_size(b, sizes[axis])
         last = whole.subtract(b, whole.of_size(b, value.shape[axis]), window)
+        # JAX moves a slice that would reach beyond the end; ONNX would cut it.
         start = whole.clipped(b, whole.reshaped(b, whole_numbers(b, x[1 + axis]), [1]), last)
         starts.append(start)
         ends.append(whole.add(b, start, window))

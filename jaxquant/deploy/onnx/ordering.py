@@ -54,6 +54,7 @@ def _top_k(
     value = b.plain(x[0])
     axis = node.params.get("axis", value.rank - 1)
     name = value.name
+    # TopK sorts few types: the others go through int32 and come back.
     if dtypes[0] not in _SORTED:
         name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["int32"])
     inputs = [name, b.ints([node.params["k"]])]

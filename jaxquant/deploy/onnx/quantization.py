@@ -115,6 +115,7 @@ class Quantizer:
         """
         is_unsigned = form is WeightForm.UINT8
         dtype, offset = (np.uint8, 128) if is_unsigned else (np.int8, 0)
+        # The same integers plus 128, and 128 as their zero point.
         shifted = (int8.astype(np.int16) + offset).astype(dtype)
         zero_point = np.full(zero_shape, offset, dtype)
         hint = f"weight_{shifted.dtype}"

@@ -149,6 +149,7 @@ def _packed(
     if size < 16 or size & (size - 1):
         return None
     blocks, zero = len(scale), 1 << (bits - 1)
+    # Digits without a sign, as the operator has them; what fills the last block up is zero.
     digits = np.full((columns, blocks * size), zero, np.uint8)
     digits[:, :rows] = (integers.T.astype(np.int16) + zero).astype(np.uint8)
     padded: np.ndarray = digits[:, ::2] | (digits[:, 1::2] << 4) if bits == 4 else digits

@@ -75,6 +75,7 @@ def _table() -> Mapping[str, jaxprs.Primitive]:
 
 
 def _examples() -> list[jaxprs.JaxprEqn]:
+    # Traced once, since these primitives have no name by which they could be imported.
     x, sizes = jnp.zeros((2, 2)), jax.ShapeDtypeStruct((2,), jnp.int32)
     (size,) = jax.export.symbolic_shape("n")
     traces: list[Any] = [

@@ -176,6 +176,7 @@ def _constant(constant: Constant, arrays: Mapping[str, np.ndarray]) -> Any:
         raise ValueError(f"the array {constant.array[:60]!r} is not there")
     value: Any = arrays[constant.array]
     if prng.is_key_dtype(struct.dtype):
+        # Keys are stored as the numbers behind them.
         value = jax.random.wrap_key_data(value, impl=prng.key_implementation(struct.dtype))
     if (value.shape, value.dtype) != (struct.shape, struct.dtype):
         raise ValueError(f"the array {constant.array!r} is {value.dtype}{list(value.shape)}")
@@ -192,6 +193,7 @@ def _nested(
             raise ValueError("the path of a parameter is damaged")
         place = tree
         for key in leaf.path[:-1]:
+            # Two paths may not be one inside the other: a dict cannot hold both.
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
                 raise ValueError(f"the parameter {'/'.join(leaf.path)[:60]!r} is inside of another")

@@ -122,6 +122,7 @@ class Replay:
         if equation.op == "convert_element_type":
             dtype = values.decode(equation.params["new_dtype"], self._known, self._no_body)
             return numbers[0].astype(dtype)
+        # Only arithmetic on sizes: anything else that is constant was folded when it was saved.
         integers = all(number.dtype.kind == "i" for number in numbers)
         if equation.op in _FOLDED and integers:
             result = _FOLDED[equation.op](*(number.item() for number in numbers))

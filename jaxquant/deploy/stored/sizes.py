@@ -70,6 +70,7 @@ def solve(wanted: Sequence[tuple[str | int, Size]]) -> dict[str, Size]:
     found: dict[str, Size] = {}
     open_ = [(text, value) for text, value in wanted if isinstance(text, str)]
     while open_:
+        # An expression with one unknown gives it; those with more wait for the others.
         solvable = [(t, v) for t, v in open_ if len(names(t) - set(found)) <= 1]
         if not solvable:
             raise ValueError(f"the sizes in {', '.join(t for t, _ in open_)} cannot be told apart")
@@ -121,6 +122,7 @@ class _Parser:
             if self._take("+"):
                 total = ("+", total, self._factors(depth))
             elif self._take("-"):
+                # A difference is a sum with a factor of -1, so that there is one form to evaluate.
                 total = ("+", total, ("*", ("number", -1), self._factors(depth)))
             else:
                 return total

@@ -44,6 +44,7 @@ def _encode(tree: Any, depth: int) -> Any:
         return None
     if kind is dict and all(type(key) in (str, int, bool) for key in auxiliary):
         return {"dict": [list(pair) for pair in zip(auxiliary, parts, strict=True)]}
+    # Classes that JAX was told of are stored by name, of those that are known to be safe.
     name, extra = containers.container_name(kind, auxiliary)
     return {"registered": [name, extra, parts]}
 

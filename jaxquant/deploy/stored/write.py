@@ -162,6 +162,7 @@ class _Writer:
         if called is None:
             params = self._params(op, eqn.params, scope)
         else:
+            # A call is stored as a call: replayed, its equations keep the scope that they had.
             jaxpr, consts = called
             name = str(eqn.params.get("name", op))
             body = self._body(jaxprs.ClosedJaxpr(jaxpr, list(consts)))
