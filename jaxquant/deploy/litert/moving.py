@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.deploy.litert.builder import Builder
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, straight, times
+from jaxquant.deploy.lower.values import Size, Value, kept_order, times
 from jaxquant.deploy.network import Node
 
 Shape = tuple[Size, ...]
@@ -34,15 +34,8 @@ def _reshape(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
 
 def resized(b: Builder, value: Value, shape: Shape) -> Value:
     """A reshape; where only axes of size 1 come and go, the others keep their order in memory."""
-    before = [axis for axis, size in enumerate(value.shape) if size != 1]
-    after = [axis for axis, size in enumerate(shape) if size != 1]
-    if [value.shape[a] for a in before] != [shape[a] for a in after]:
+    if (order := kept_order(value, shape)) is None:
         return b.reshaped(value, shape)
-    target = dict(zip(before, after, strict=True))
-    moved = [target[axis] for axis in value.order if axis in target]
-    order = tuple(moved + [axis for axis, size in enumerate(shape) if size == 1])
-    if moved == sorted(moved):
-        order = straight(len(shape))
     value = b.plain(value)
     return Value(b.reshape(value, [shape[axis] for axis in order]), shape, order)
 

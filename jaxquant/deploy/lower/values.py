@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 Size = int | str  # a string names a size that varies
 
@@ -47,3 +48,16 @@ def straight(rank: int) -> tuple[int, ...]:
 def times(size: Size, factor: int) -> Size:
     """A multiple of a size, of one that varies as an expression."""
     return size * factor if isinstance(size, int) else f"{factor}*({size})"
+
+
+def kept_order(value: Value, shape: Sequence[Size]) -> tuple[int, ...] | None:
+    """The order behind a reshape by which only axes of size 1 come and go; None of others."""
+    before = [axis for axis, size in enumerate(value.shape) if size != 1]
+    after = [axis for axis, size in enumerate(shape) if size != 1]
+    if [value.shape[a] for a in before] != [shape[a] for a in after]:
+        return None
+    target = dict(zip(before, after, strict=True))
+    moved = [target[axis] for axis in value.order if axis in target]
+    if moved == sorted(moved):
+        return straight(len(shape))
+    return tuple(moved + [axis for axis, size in enumerate(shape) if size == 1])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, straight, times
+from jaxquant.deploy.lower.values import Size, Value, kept_order, straight, times
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers
 from jaxquant.deploy.onnx.builder import Builder
@@ -28,16 +28,8 @@ def _reshape(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) ->
     value = x[0]
     if node.params.get("dimensions") is not None:
         raise NotCovered("a reshape with dimensions")
-    before = [axis for axis, size in enumerate(value.shape) if size != 1]
-    after = [axis for axis, size in enumerate(shape) if size != 1]
-    if [value.shape[a] for a in before] != [shape[a] for a in after]:
+    if (order := kept_order(value, shape)) is None:
         return b.reshaped(value, shape)
-    # Only axes of size 1 come and go: the others keep the order that they have.
-    target = dict(zip(before, after, strict=True))
-    moved = [target[axis] for axis in value.order if axis in target]
-    order = tuple(moved + [axis for axis, size in enumerate(shape) if size == 1])
-    if moved == sorted(moved):
-        order = straight(len(shape))
     value = b.plain(value)
     sizes = [shape[axis] for axis in order]
     if list(value.physical) == sizes:
