@@ -25,7 +25,8 @@ from jaxquant.recover.shift import Shift
 from jaxquant.run.float_forms import evaluate_float
 from jaxquant.run.program import program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
-from jaxquant.tune.parts import Here, Outcome, Part, Parts, Value, evaluate_parts, find_parts
+from jaxquant.tune.evaluation import Here, Outcome, Value, evaluate_parts
+from jaxquant.tune.parts import Part, Parts, find_parts
 from jaxquant.tune.switchable import find_switchable
 
 _CHOSEN = "chosen"  # what is int8, beside `qparams`: by site, bool with an axis for each scan
