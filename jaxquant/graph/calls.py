@@ -88,6 +88,14 @@ def _difference(signature: inspect.Signature, inputs: Sequence[Any]) -> str:
         f"{shapes_text(tuple(inputs))}"
     )
     taken = sum(p.kind in _BY_POSITION for p in parameters) - 1
+    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if by_name and taken + len(by_name) == len(inputs):
+        placed = list(signature.parameters)[: 1 + taken]
+        handed = ", ".join([*placed, *(f"{name}={name}" for name in by_name)])
+        return (
+            f"{said}, by their places: "
+            f"`lambda {', '.join([*placed, *by_name])}: apply_fn({handed})`"
+        )
     if taken < 1:
         return f"{said}: it is a function of both, as in `lambda p, x: model.apply(p, x)`"
     if len(inputs) > taken and not any(p.kind is p.VAR_POSITIONAL for p in parameters):

@@ -40,6 +40,11 @@ def test_a_call_that_fits_passes(apply_fn, inputs):
 @pytest.mark.parametrize(
     ("apply_fn", "inputs", "match"),
     [
+        (
+            lambda p, *, x: x,
+            (X,),
+            r"by their places: `lambda p, x: apply_fn\(p, x=x\)`",
+        ),
         (lambda p, x: x, (X, X), r"apply_fn\(p, x\) .* 2 inputs, float32\[2, 3\].*; leave out"),
         (Net().apply, (X, X, X), r"apply_fn\(variables, x, train\) .* 3 inputs"),
         (lambda x: x, (X,), r"apply_fn\(x\) .*: it is a function of both"),
