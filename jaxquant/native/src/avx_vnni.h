@@ -51,7 +51,7 @@ struct AvxVnniDepthwise : InterleavedDepthwise<Avx2Bytes, AvxVnniProducts> {
 struct AvxVnni : RegisterSet<AvxVnniProducts, AvxVnniDepthwise> {
   static constexpr const char* kName = "AVX-VNNI";
   static constexpr double kProductsPerNs = 250;
-  static constexpr int64_t kSegment = kAsFewAsPossible;
+  static constexpr int64_t kSegment = 2;
   static constexpr auto activations = Activations::as_u8;
 };
 
