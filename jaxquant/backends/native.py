@@ -16,7 +16,7 @@ from jaxquant.backends import float_operations, ragged
 from jaxquant.backends.backend import Call, FloatOperation, Links, Operands, Product
 from jaxquant.backends.channels_last import ChannelsLast, undilated
 from jaxquant.backends.matrices import Matrices, matrices_of
-from jaxquant.code_tables import INT
+from jaxquant.code_tables import VALUES
 from jaxquant.graph import ir
 from jaxquant.jax_shim import jaxprs
 
@@ -27,6 +27,8 @@ _ROWS_WORTH_PACKING = 32
 # Rows of a product with a stored matrix, of floats and of int8, up to which the kernels are faster
 # than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
 _FEW_ROWS, _FEW_INT8_ROWS = 16, 8
+# What codes of four bits stand for that are no integers.
+CODES = {name: tuple(map(float, values)) for name, values in VALUES.items()}
 
 
 class Native:
@@ -107,8 +109,6 @@ class Native:
             few, many = product.rows <= _FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
             return few or ((many or is_packed) and native.int8_is_faster().available)
         has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16")
-        if product.weight_dtype != INT:
-            return False  # the kernels know integers alone
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
         has_form = product.rows <= _FEW_ROWS or not product.sums_last
         return has_form and has_dtype and by_steps
@@ -130,6 +130,7 @@ class Native:
             [(integers, scale[0] if scale else None) for integers, *scale in matrices],
             sums_last=product.sums_last,
             group_size=product.group_size or product.length,
+            codes=CODES.get(product.weight_dtype, ()),
         )
 
     def covers_operation(self, operation: FloatOperation) -> bool:

@@ -136,7 +136,7 @@ def _ffi_call(static: Static, *operands: jax.Array) -> Any:
         if isinstance(value, int):
             attributes[name] = np.int64(value)
         else:
-            # All records are whole numbers but for the bounds of clips (`jaxquant.native.fields`).
-            kind = np.float32 if name == "clamps" else np.int64
+            # All records (`jaxquant.native.fields`) are whole numbers but for the bounds of clips.
+            kind = np.float32 if name in ("clamps", "codes") else np.int64
             attributes[name] = np.asarray(value, kind)
     return list(jax.ffi.ffi_call(static.handler, results)(*operands, **attributes))

@@ -19,6 +19,7 @@ def dot_stored(
     *,
     sums_last: bool,
     group_size: int,
+    codes: Sequence[float] = (),
 ) -> tuple[jax.Array, ...]:
     """Rows times matrices of stored integers, all in one call.
 
@@ -37,6 +38,7 @@ def dot_stored(
         `sums_last` [N, groups]; None of int8 rows, whose integers are of 8 bits.
       sums_last: whether K is the last axis of the matrices.
       group_size: how many neighbours along K share a scale: a multiple of `GROUP_STEP`, or K.
+      codes: what the 16 packed integers 0 to 15 stand for; empty for integers with a sign.
 
     Returns:
       float32 or int32 [M, N] of each matrix.
@@ -57,7 +59,7 @@ def dot_stored(
         library.STORED,
         tuple(((each,), dtype) for each in columns),
         (0,),
-        (("sums_last", int(sums_last)), ("size", group_size)),
+        (("sums_last", int(sums_last)), ("size", group_size), ("codes", tuple(codes))),
     )
     operands = [x]
     for integers, scale in matrices:

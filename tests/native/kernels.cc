@@ -159,11 +159,13 @@ void check_groups(Random& random, int64_t products, int64_t rows, bool own) {
 template <class V>
 void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns, int64_t size,
                   bool sums_first, bool packed) {
-  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr, nullptr};
+  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr, nullptr, nullptr};
   const Array<int8_t> weights = random.bytes(s.bytes() * columns);
   const Array<int8_t> x = random.bytes(rows * length);
   const Array<float> scale = random.reals(s.groups() * columns, 0.1f, 1.0f);
   s.weights = weights.data(), s.scale = scale.data();
+  const Array<float> values = random.reals(16, -2.0f, 2.0f);
+  if (packed && columns % 2) s.codes = values.data();
   Array<float> found(rows * columns), beside(found.size());
   Array<int32_t> whole(rows * columns);
   StartedThreads threads;
@@ -184,12 +186,12 @@ void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns,
       const int64_t at = packed ? k / 2 : k;
       const int8_t byte = weights[sums_first ? at * columns + column : column * s.bytes() + at];
       const int half = k % 2 ? (byte >> 4) & 15 : byte & 15;
-      const int q = !packed ? byte : half < 8 ? half : half - 16;
+      const float q = !packed ? byte : s.codes ? values[half] : half < 8 ? half : half - 16;
       const int64_t group = k / size;
       const double unit = scale[sums_first ? group * columns + column : column * s.groups() + group];
       sum += x[row * length + k] * q * unit;
       size_of_sum += std::fabs(x[row * length + k] * q * unit);
-      integer += x[row * length + k] * q;
+      integer += x[row * length + k] * int(q);
     }
     are_near &= std::fabs(found[i] - sum) <= 6e-8 * double(length + 2) * size_of_sum;
     are_same &= packed || whole[i] == integer;

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from jaxquant import native
+from jaxquant.code_tables import VALUES
+from jaxquant.weights.groups import unpack
 from tests.native.cases import int8_values, needs_kernels, stored, with_variants
 
 pytestmark = needs_kernels
@@ -87,6 +89,27 @@ def test_what_is_not_finite_is_its_row_s_alone(bits, sums_last):
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
     assert np.isfinite(found[::3]).all()
+
+
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("weight_dtype", VALUES)
+def test_codes_of_a_table(weight_dtype, rows, sums_last):
+    packed, scale, _ = stored(4, 97, 70, 32, sums_last)
+    axis = int(sums_last)
+    codes = VALUES[weight_dtype][unpack(np.asarray(packed), axis, 97) & 15].astype(np.float64)
+    weight = codes * np.repeat(np.asarray(scale, np.float64), 32, axis).take(range(97), axis)
+    weight = weight.T if sums_last else weight
+    x = np.random.default_rng(0).standard_normal((rows, 97)).astype(np.float32)
+
+    @jax.jit
+    def run(x, packed, scale):
+        options = {"sums_last": sums_last, "group_size": 32, "codes": VALUES[weight_dtype].tolist()}
+        return with_variants(lambda: native.dot_stored(x, [(packed, scale)], **options)[0])
+
+    bound = ROUNDING * 99 * (np.abs(x) @ np.abs(weight))
+    for variant, found in run(x, packed, scale).items():
+        assert (np.abs(found - x @ weight) <= bound).all(), variant
 
 
 @pytest.mark.parametrize("sums_last", [False, True])

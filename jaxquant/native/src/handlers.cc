@@ -97,11 +97,15 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
 constexpr double kBytesPerNs = 30;  // from memory
 
 // x [M, K] times matrices of stored integers: [K, N], or [N, K] where the sums come last, of int8
-// or, packed, of uint8.  `given` are the integers and the scales of each in turn.
+// or, packed, of uint8.  `given` are the integers and the scales of each in turn; `codes` what those
+// of four bits stand for, if not for themselves.
 ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs given,
-                          ffi::RemainingRets outs, int64_t sums_last, int64_t size) {
+                          ffi::RemainingRets outs, int64_t sums_last, int64_t size,
+                          Floats codes) {
   const auto in = x.dimensions();
-  if (in.size() != 2 || size < 1 || given.size() != 2 * outs.size()) return invalid("wrong shapes");
+  if (in.size() != 2 || size < 1 || given.size() != 2 * outs.size() ||
+      (codes.size() != 0 && codes.size() != 16))
+    return invalid("wrong shapes");
   std::vector<Stored> all;
   double time = 0;
   for (size_t i = 0; i < outs.size(); ++i) {
@@ -115,7 +119,8 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaining
     const bool is_whole = (*out)->element_type() == ffi::S32;
     const Stored s{in[0], in[1], to[1], size, !sums_last, weights->element_type() == ffi::U8,
                    static_cast<const int8_t*>(weights->untyped_data()),
-                   is_whole ? nullptr : scale->typed_data(), (*out)->untyped_data()};
+                   is_whole ? nullptr : scale->typed_data(), (*out)->untyped_data(),
+                   codes.size() ? codes.begin() : nullptr};
     if (int64_t(weights->element_count()) != s.bytes() * s.columns)
       return invalid("the weights are of another shape");
     if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
@@ -245,7 +250,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_stored, jaxquant::stored_handler,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int64_t>("sums_last")
-                                  .Attr<int64_t>("size"));
+                                  .Attr<int64_t>("size")
+                                  .Attr<xla::ffi::Span<const float>>("codes"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_conv, jaxquant::conv_handler,
                               jaxquant::fused_operands()

@@ -32,6 +32,7 @@ template <class L, int kVectors, bool kPart>
 void fill_panel(const Stored& s, int64_t first, int64_t last, int64_t column, int64_t count,
                 float* to) {
   constexpr int kLanes = L::kCount;
+  const typename L::Codes codes(s.codes);
   typename L::Floats scale[kVectors];
   int64_t group = -1;
   const auto bytes = [&](const int8_t* from, int64_t left) {
@@ -48,7 +49,7 @@ void fill_panel(const Stored& s, int64_t first, int64_t last, int64_t column, in
       if (is_new) scale[v] = L::load(s.scale + group * s.columns + at, left);
       const auto read = bytes(s.weights + k / each * s.columns + at, left);
       typename L::Floats low, high;
-      if (s.packed) L::halves(read, low, high);
+      if (s.packed) L::halves(read, codes, low, high);
       else low = L::floats(read);
       low *= scale[v];
       std::memcpy(to + v * kLanes, &low, sizeof(low));

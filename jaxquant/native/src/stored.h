@@ -39,6 +39,7 @@ struct Stored {
   const int8_t* weights;
   const float* scale;  // [groups, N] or [N, groups]; null where the results are int32
   void* out;           // [M, N], floats or int32
+  const float* codes;  // [16], what packed integers stand for; null: themselves
 
   // Lines of columns, the last of them with what is left.
   int64_t lines() const { return columns ? std::max<int64_t>(1, columns / kColumnsEach) : 0; }
@@ -75,6 +76,7 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   using T = Totals<L, kWhole>;
   constexpr int kLanes = L::kCount;
   constexpr int64_t kEach = kPacked ? 2 : 1;  // places along K of a stored row
+  const typename L::Codes codes(s.codes);
   constexpr int64_t kRowsAhead = kLinesAhead / ((kVectors * kLanes + 63) / 64);
   const auto bytes = [&](const int8_t* from) {
     if constexpr (kPart) return L::bytes(from, count);
@@ -102,7 +104,7 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (kPacked) {
           typename L::Floats low, high;
-          L::halves(bytes(w + v * kLanes), low, high);
+          L::halves(bytes(w + v * kLanes), codes, low, high);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             sums[r][v] += low * in[r * x.stride + k];
@@ -172,6 +174,7 @@ template <class L, int kRows, int kColumns>
 void packed_sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, float* out) {
   constexpr int kLanes = L::kCount;
   const int64_t bytes = s.bytes(), groups = s.groups();
+  const typename L::Codes codes(s.codes);
   typename L::Floats sums[kRows][kColumns] = {};
   const int8_t* const weights = s.weights + column * bytes;
   const float* scale = s.scale + column * groups;
@@ -180,7 +183,7 @@ void packed_sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t colum
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
       typename L::Floats low, high;
-      L::halves(read(weights + c * bytes + at), low, high);
+      L::halves(read(weights + c * bytes + at), codes, low, high);
       low *= scale[c * groups], high *= scale[c * groups];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

@@ -84,20 +84,39 @@ struct Vectors {
     return __builtin_convertvector(ints, Bytes);
   }
 
-  // The low and the high half of every byte, each a 4-bit integer with its sign.
-  static void halves(Bytes bytes, Floats& low, Floats& high) {
+  // What the 16 codes of four bits stand for: values, or integers with their sign where there are none.
+  struct Codes {
+    explicit Codes(const float* values) : values(values) {
 #if defined(__AVX512F__)
-    if constexpr (kLanes == 16) {  // by a table: the index is in the low four bits of a lane
-      const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      const __m512 integers =
+          _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      table = values ? _mm512_loadu_ps(values) : integers;
+#endif
+    }
+    const float* values;
+#if defined(__AVX512F__)
+    __m512 table;
+#endif
+  };
+
+  // What the low and the high half of every byte stand for.
+  static void halves(Bytes bytes, const Codes& codes, Floats& low, Floats& high) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {  // the index is in the low four bits of a lane
       const __m512i both = _mm512_cvtepu8_epi32((__m128i)bytes);
-      low = (Floats)_mm512_permutexvar_ps(both, table);
-      high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
+      low = (Floats)_mm512_permutexvar_ps(both, codes.table);
+      high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), codes.table);
       return;
     }
 #endif
     const Ints both = ints(bytes);
-    low = __builtin_convertvector((both << 28) >> 28, Floats);
-    high = __builtin_convertvector(both >> 4, Floats);
+    if (codes.values) {
+      low = look_up(codes.values, both & 15);
+      high = look_up(codes.values, (both >> 4) & 15);
+    } else {
+      low = __builtin_convertvector((both << 28) >> 28, Floats);
+      high = __builtin_convertvector(both >> 4, Floats);
+    }
   }
 
   // The lanes of a vector, added in pairs of halves.
@@ -112,6 +131,14 @@ struct Vectors {
   }
 
  private:
+  static Floats look_up(const float* values, Ints places) {
+#if defined(__AVX2__)
+    if constexpr (kLanes == 8) return (Floats)_mm256_i32gather_ps(values, (__m256i)places, 4);
+#endif
+    Floats found;
+    for (int lane = 0; lane < kLanes; ++lane) found[lane] = values[places[lane]];
+    return found;
+  }
   template <class Vector>
   static Vector read(const void* from, int64_t bytes) {
     Vector vector{};
