@@ -28,7 +28,7 @@ _ROWS_WORTH_PACKING = 32
 # than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
 _FEW_ROWS, _FEW_INT8_ROWS = 16, 8
 # What codes of four bits stand for that are no integers.
-CODES = {name: tuple(map(float, values)) for name, values in VALUES.items()}
+_CODES = {name: tuple(map(float, values)) for name, values in VALUES.items()}
 
 
 class Native:
@@ -130,7 +130,7 @@ class Native:
             [(integers, scale[0] if scale else None) for integers, *scale in matrices],
             sums_last=product.sums_last,
             group_size=product.group_size or product.length,
-            codes=CODES.get(product.weight_dtype, ()),
+            codes=_CODES.get(product.weight_dtype, ()),
         )
 
     def covers_operation(self, operation: FloatOperation) -> bool:
