@@ -237,3 +237,19 @@ def test_saved_and_loaded(quantize, tmp_path):
     loaded, load_apply = jaxquant.load_quantized_model(tmp_path / "model")
     np.testing.assert_allclose(load_apply(loaded, X[:3]), expected, rtol=0, atol=1e-5)
     assert load_apply.plan == qapply.plan
+
+
+def test_keys_of_scanned_layers_are_parameters_like_others():
+    """As nnx has them where its layers have a dropout that is off."""
+    params = {"w": jnp.ones((2, 8, 8)), "keys": jax.random.split(jax.random.key(0), 2)}
+
+    def apply_fn(p, x):
+        def layer(x, given):
+            noise = jax.random.normal(given["keys"], x.shape[-1:])
+            return jnp.tanh(x @ given["w"]) + 0.0 * noise, None
+
+        return jax.lax.scan(layer, x, p)[0]
+
+    x = jax.random.normal(jax.random.key(1), (4, 8))
+    qparams, qapply = jaxquant.quant_dynamic(params, apply_fn, x, progress=False)
+    np.testing.assert_allclose(qapply(qparams, x), apply_fn(params, x), atol=0.05)

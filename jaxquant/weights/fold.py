@@ -12,6 +12,7 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.copies import without_copies
 from jaxquant.graph.model import Model
 from jaxquant.graph.static_values import static_values
+from jaxquant.jax_shim import prng
 from jaxquant.plan.epilogue import AffineStep
 
 
@@ -34,6 +35,8 @@ def fold(
     found = {**known, **given, **_compiled(graph, leaves, left, spread)}
 
     def whole(var: ir.Var) -> np.ndarray:
+        if prng.is_key_dtype(graph.dtype(var)):
+            return found[var]  # of a dropout's layers; NumPy has no such arrays
         value = np.asarray(found[var], graph.dtype(var))
         return np.broadcast_to(value, graph.shape(var))
 
