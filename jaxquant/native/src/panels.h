@@ -1,6 +1,6 @@
 // Products of many rows x [M, K] with matrices [K, N] of stored integers.
 //
-// Of many rows the sums take longer than the memory.  A panel, some neighbouring columns, becomes
+// With many rows the sums take longer than the memory.  A panel, some neighbouring columns, becomes
 // floats that stay in the cache of a core; all rows meet it there, some of them at a time:
 //
 //   y = sum (x * (q * scale))

@@ -69,7 +69,7 @@ struct Totals {
 };
 
 // kRows rows of x from `row`, times kVectors vectors of columns from `column` of a matrix [K, N].
-// Of one vector only `count` columns may be there.
+// Where it is one vector, only `count` columns of it may be there.
 template <class L, bool kPacked, bool kWhole, int kRows, int kVectors, bool kPart>
 void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t count,
                   typename Totals<L, kWhole>::Number* out) {
