@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -10,7 +11,6 @@ import time
 
 import pytest
 
-from jaxquant import native
 from jaxquant.native import build, cache, compiler, instructions, library
 from jaxquant.native.errors import BuildError, CompilerTimeout
 from jaxquant.native.processor import Processor
@@ -90,12 +90,9 @@ def test_a_compiler_reads_nothing(tmp_path: pathlib.Path):
 )
 def test_a_compiler_that_is_none(monkeypatch: pytest.MonkeyPatch, given: str, reason: str):
     monkeypatch.setenv("CXX", given)
-    library.available.cache_clear()
-    build.load.cache_clear()
-    try:
-        ok, said = native.available()
-    finally:
-        library.available.cache_clear()
+    # As in a process that has loaded none: XLA takes the functions of one library a process.
+    monkeypatch.setattr(build, "load", functools.cache(build.load.__wrapped__))
+    ok, said = library.available.__wrapped__()
     assert not ok
     assert reason in said
     said.encode()  # it can be printed
@@ -164,6 +161,14 @@ class TestProcessors:
         monkeypatch.setattr(build.processor, "ask", lambda _: Processor(features | {"AES"}))
         assert build.build() == path
         assert compiler.compilations == 1
+
+    def test_of_two_processes_that_compile_one_library_stays(self, tmp_path, monkeypatch):
+        """While one compiles, the other one is faster: a library that is loaded is not replaced."""
+        code = "import os; from jaxquant.native import build; print(os.stat(build.build()).st_ino)"
+        other = tmp_path / "other"
+        meanwhile = f"[ -e {other} ] || {sys.executable} -c '{code}' > {other}; cp $made $output"
+        monkeypatch.setenv("CXX", FakeCompiler(tmp_path, meanwhile).command)
+        assert build.build().stat().st_ino == int(other.read_text())
 
     @x86
     def test_a_compiler_that_does_not_know_a_set(self, tmp_path, monkeypatch, on):
