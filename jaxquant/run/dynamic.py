@@ -107,7 +107,8 @@ def _dot_operand(
     # The native kernel takes rows that are together in memory, their summed axes last.
     first = x.ndim - len(own.contracted)
     if natively and own.contracted == (*range(first, x.ndim),):
-        q, *grid = _native_rows(rows, x.reshape(*x.shape[:first], -1), is_asymmetric)
+        flat = x.reshape(*x.shape[:first], math.prod(x.shape[first:]))
+        q, *grid = _native_rows(rows, flat, is_asymmetric)
         q = q.reshape(x.shape)
         scale, zero_point = (each.reshape(*each.shape, *[1] * len(own.contracted)) for each in grid)
     else:
@@ -139,7 +140,8 @@ def _conv_input(x: jax.Array, kernel: tuple[int, ...], contraction: Contraction)
     """A scale for each sample and feature group."""
     own, (samples, channels) = contraction.operands[0], contraction.result.free
     rows = x.transpose((*own.free, *own.contracted, *own.window))
-    rows = rows.reshape(rows.shape[0], contraction.feature_groups, -1)
+    groups = contraction.feature_groups
+    rows = rows.reshape(rows.shape[0], groups, math.prod(rows.shape[1:]) // groups)
     scale, inverse = _grid(largest(jnp.abs(rows), axis=2, initial=0))
     inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
     spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)

@@ -234,3 +234,16 @@ def test_bfloat16_params_and_inputs(net):
 
 def head(p, x):
     return jax.nn.relu(x[:, 0].reshape(4, 24)[:, :12] @ p["head"]["kernel"] + p["head"]["bias"])
+
+
+def test_no_samples_beside_a_result_without_them():
+    """A batch of none runs as it is where a result has no batch axis to cut off."""
+    weight = networks.images(0, (8, 4))
+
+    def apply_fn(p, x):
+        return x @ p["w"], jnp.ones((2, 8)) @ p["w"] + x.sum()
+
+    shape = jax.ShapeDtypeStruct((3, 8), jnp.float32)
+    qparams, qapply = jaxquant.quant_dynamic({"w": weight}, apply_fn, shape, progress=False)
+    found = jax.jit(qapply)(qparams, jnp.zeros((0, 8), jnp.float32))
+    assert [each.shape for each in found] == [(0, 4), (2, 4)]
