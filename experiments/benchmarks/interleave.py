@@ -1,5 +1,6 @@
 """Time several programs in turn within each round, so that their ratios hold on a busy machine."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,14 +14,20 @@ def times_in_turn(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """The seconds of each program in each of `rounds`, each run once beforehand."""
+    """The seconds of each program in each of `rounds`, each run once beforehand.
+
+    Each round has an order of its own: what one runtime leaves behind, threads that still look for
+    work and caches, meets another program each time.
+    """
     for program in programs.values():
         jax.block_until_ready(program())
     runs: dict[str, list[float]] = {name: [] for name in programs}
+    shuffled, names = random.Random(0), list(programs)
     for _ in range(rounds):
-        for name, program in programs.items():
+        shuffled.shuffle(names)
+        for name in names:
             start = clock()
-            jax.block_until_ready(program())
+            jax.block_until_ready(programs[name]())
             runs[name].append(clock() - start)
     return runs
 

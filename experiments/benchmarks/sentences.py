@@ -52,10 +52,8 @@ def all_systems(
     module: Any, variables: Any, samples: Sequence[np.ndarray], folder: Path
 ) -> dict[str, Callable[[np.ndarray], Run]]:
     """Name -> what makes the system's program for ids of one shape."""
-    apply_fn = jax.jit(module.apply)
-    systems: dict[str, Callable[[np.ndarray], Run]] = {
-        "jax-f32": lambda _: lambda ids: apply_fn(variables, ids)
-    }
+    float_run = jax.jit(functools.partial(module.apply, variables))
+    systems: dict[str, Callable[[np.ndarray], Run]] = {"jax-f32": lambda _: float_run}
     for name, (qparams, qapply) in ours(module.apply, variables, samples).items():
         systems[name] = _prepared(qparams, qapply)
     float32 = folder / "float.onnx"
@@ -91,9 +89,8 @@ def ours(
 
 def _prepared(qparams: Any, qapply: jaxquant.QuantizedApply) -> Callable[[np.ndarray], Run]:
     def make(ids: np.ndarray) -> Run:
-        arrays = qapply.prepare(qparams, ids)
-        run = jax.jit(qapply)
-        return lambda x: run(arrays, x)
+        # Closed over, as the sessions of other runtimes hold theirs.
+        return jax.jit(functools.partial(qapply, qapply.prepare(qparams, ids)))
 
     return make
 

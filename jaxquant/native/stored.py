@@ -79,6 +79,8 @@ def _check(
             f"scales; expected {' or '.join(rows)} and {' or '.join(weights)}"
         )
     length = x.shape[-1]
+    if not length:
+        raise ValueError("a dot over an axis of size 0 has nothing to sum")
     groups = -(-length // group_size)
     if groups > 1 and group_size % GROUP_STEP:
         raise ValueError(f"groups of {group_size} are no multiple of {GROUP_STEP}")

@@ -151,6 +151,7 @@ def test_no_rows_and_mapped_ones():
         ({"x": jnp.zeros((2, 64), jnp.float16)}, "float16 rows"),
         ({"x": jnp.zeros((2, 64), jnp.int8)}, "int8 rows and int8 weights with"),
         ({"group_size": 16}, "no multiple of 32"),
+        ({"x": jnp.zeros((2, 0), jnp.float32)}, "nothing to sum"),
         ({"sums_last": True}, "does not fit"),
     ],
 )  # fmt: skip
