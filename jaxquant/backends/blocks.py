@@ -133,8 +133,8 @@ def _along_outputs(
     """
     (columns,), size, bits = product.columns, product.group_size, product.weight_bits
     is_apart = bits == 4 and (product.groups == 1 or size % 2 == 0)
-    # Two codes a byte: even and odd rows are unpacked apart, and summed with their own inputs, so
-    # that no row is moved.
+    # Two codes a byte: those at even and at odd places of K are unpacked apart, and summed with
+    # their own columns of x, so that none is moved.
     if is_apart:
         halves = jnp.pad(x, ((0, 0), (0, product.length % 2)))
         halves = halves.reshape(x.shape[0], -1, 2)

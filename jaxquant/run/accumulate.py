@@ -73,7 +73,8 @@ def scaled_in_the_call(
             total = _by_kernel(site, operands[0], siblings, weights, state, table)
             if convolution is not None:
                 given = {"x": operands[0], "weight": stored}
-                given |= dict(zip(["packed"], _packed(state, [site.name]), strict=False))
+                if packed := _packed(state, [site.name]):
+                    given["packed"] = packed[0]
                 (total,) = platforms.run(table, convolution, given)
             # Kernels and XLA both give int32 sums; what follows is the same for either.
             operands.insert(site.weight_position, stored)

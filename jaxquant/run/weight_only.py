@@ -32,8 +32,7 @@ def apply(
     """
     dtype = env.graph.dtype(view.var)
     operands = [env.read(x) for x in eqn.inputs if x != site.weight]
-    # Three ways, from cheap to general: one of several matrices at a time, a product that reads
-    # integers, and the whole weight in floats.
+    # Where rows choose among several matrices, one at a time; else the whole weight in floats.
     is_chosen = site.contraction is not None and site.contraction.choosing is not None
     if is_chosen and not view.movements and not site.as_contraction.has_batch:
         value = _by_chosen(eqn, site, operands[0], stored, operands[1])
