@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.deploy.litert.builder import Builder
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, kept_order, times
+from jaxquant.deploy.lower.values import Size, Value, kept_order, spread_shapes
 from jaxquant.deploy.network import Node
 
 Shape = tuple[Size, ...]
@@ -121,11 +121,9 @@ def _pad(b: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
 
 def _spread(b: Builder, value: Value, axis: int, between: int, fill: float) -> Value:
     """So many elements behind each along an axis: those of a new axis, which goes into it."""
-    before, (size, *behind) = value.shape[:axis], value.shape[axis:]
-    value = b.reshaped(value, (*before, size, 1, *behind))
-    wide = (*before, size, 1 + between, *behind)
-    value = padded(b, value, {axis + 1: (0, between)}, wide, fill)
-    return b.reshaped(value, (*before, times(size, 1 + between), *behind))
+    apart, wide, shape = spread_shapes(value.shape, axis, between)
+    value = padded(b, b.reshaped(value, apart), {axis + 1: (0, between)}, wide, fill)
+    return b.reshaped(value, shape)
 
 
 def padded(

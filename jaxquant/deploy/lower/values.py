@@ -50,6 +50,16 @@ def times(size: Size, factor: int) -> Size:
     return size * factor if isinstance(size, int) else f"{factor}*({size})"
 
 
+def spread_shapes(shape: Sequence[Size], axis: int, between: int) -> list[tuple[Size, ...]]:
+    """The shapes on the way to so many elements behind each along an axis.
+
+    A new axis behind it, of size 1; the same, with the elements in it; both as one axis.
+    """
+    before, (size, *behind) = shape[:axis], shape[axis:]
+    ways = (size, 1), (size, 1 + between), (times(size, 1 + between),)
+    return [(*before, *way, *behind) for way in ways]
+
+
 def kept_order(value: Value, shape: Sequence[Size]) -> tuple[int, ...] | None:
     """The order behind a reshape by which only axes of size 1 come and go; None of others."""
     before = [axis for axis, size in enumerate(value.shape) if size != 1]

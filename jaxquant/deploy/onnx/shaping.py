@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Size, Value, kept_order, straight, times
+from jaxquant.deploy.lower.values import Size, Value, kept_order, spread_shapes, straight
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers
 from jaxquant.deploy.onnx.builder import Builder
@@ -113,11 +113,9 @@ def _pad(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Val
 
 def _spread(b: Builder, value: Value, axis: int, between: int, fill: str) -> Value:
     """So many elements behind each along an axis: those of a new axis, which goes into it."""
-    before, (size, *behind) = value.shape[:axis], value.shape[axis:]
-    value = b.reshaped(value, (*before, size, 1, *behind))
-    wide = (*before, size, 1 + between, *behind)
-    value = _padded(b, value, {axis + 1: (0, between)}, fill, wide)
-    return b.reshaped(value, (*before, times(size, 1 + between), *behind))
+    apart, wide, shape = spread_shapes(value.shape, axis, between)
+    value = _padded(b, b.reshaped(value, apart), {axis + 1: (0, between)}, fill, wide)
+    return b.reshaped(value, shape)
 
 
 def _padded(
