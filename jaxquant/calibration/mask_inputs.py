@@ -23,11 +23,14 @@ class Placed(NamedTuple):
     Attributes:
       marked: position of a flattened input, number of its mask.
       masks: the positions of the inputs that are masks themselves.
+      plain: the positions of the inputs [B, T] that masks are made of: they say how long a text is,
+        and are no activations, floats or not.
       unclear: the names of inputs of which the model does not show whether they have them.
     """
 
     marked: Marked
     masks: tuple[int, ...]
+    plain: tuple[int, ...]
     unclear: list[str]
 
 
@@ -61,8 +64,9 @@ def place_masks(
       ValueError: no input has those of a mask.
     """
     sources = [_source(maker, inputs) for _, maker in masks]
+    numbers = _numbers(masks, sources)
     own = {number: x.given for number, x in enumerate(sources) if x.given is not None}
-    marked = {place: number for number, place in own.items()}
+    marked = {place: numbers[k] for k, place in own.items()}
     unclear: set[int] = set()
     for number, ((key, maker), shape) in enumerate(zip(masks, shapes, strict=True)):
         # Inputs that begin with the mask's sizes may have its positions, or others as many.
@@ -74,10 +78,26 @@ def place_masks(
         if len(used) > 1:
             fitting, others = _of_one_sequence(model, used, sources[number].read)
             unclear.update(others)
-        marked.update(dict.fromkeys(fitting, number))
+        marked.update(dict.fromkeys(fitting, numbers[number]))
     paths = jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]
     names = [_spell(paths[place][0]) for place in sorted(unclear)]
-    return Placed(tuple(sorted(marked.items())), tuple(own.values()), names)
+    read = frozenset().union(*(source.read for source in sources))
+    leaves = jax.tree.leaves(inputs)
+    flat = tuple(place for place in sorted(read) if np.ndim(leaves[place]) == 2)
+    return Placed(tuple(sorted(marked.items())), tuple(own.values()), flat, names)
+
+
+def _numbers(masks: Sequence[tuple[Key | None, Maker]], sources: Sequence[_Source]) -> list[int]:
+    """Of each mask the number of the first that is the same.
+
+    Positions of two masks that meet are taken for those of neither: inputs for which a user names
+    one mask twice, as a text's words and their kinds, have to be known as of one.
+    """
+    same = [
+        maker if source.given is None else source.given
+        for (_, maker), source in zip(masks, sources, strict=True)
+    ]
+    return [same.index(each) for each in same]
 
 
 def _of_sizes(inputs: Sequence[Any], shape: tuple[int, ...], key: Key | None) -> list[int]:

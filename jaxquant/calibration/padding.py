@@ -102,7 +102,7 @@ class Padding:
           ValueError: no input has the positions of a mask.
         """
         placed = place_masks(self.masks, self.shapes(inputs), model, inputs)
-        return find_positions(model, placed.marked, placed.masks)
+        return find_positions(model, placed.marked, placed.masks, placed.plain)
 
     def unclear(self, model: Model, inputs: Sequence[Any]) -> list[str]:
         """The inputs of a mask's sizes of which the model does not show whose positions they have.

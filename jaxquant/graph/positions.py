@@ -76,20 +76,24 @@ def all_entries(model: Model, var: ir.Atom) -> None:
 
 
 @once
-def find_positions(model: Model, marked: Marked, masks: tuple[int, ...]) -> Positions:
+def find_positions(
+    model: Model, marked: Marked, masks: tuple[int, ...] = (), plain: tuple[int, ...] = ()
+) -> Positions:
     """Follow the axes of some inputs through a whole model.
 
     Args:
       model: it.
       marked: the inputs whose first two axes are those of a mask.
       masks: the positions of the inputs that are masks themselves.
+      plain: those of the inputs that hold no activations, floats though they are.
     """
     graph, numbers = model.graph, dict(marked)
     given = {
         var: of_input(
             graph.shape(var),
             numbers.get(place),
-            is_plain=place in masks or not jnp.issubdtype(graph.dtype(var), jnp.floating),
+            is_plain=place in (*masks, *plain)
+            or not jnp.issubdtype(graph.dtype(var), jnp.floating),
             tells=place in masks or graph.dtype(var) == jnp.bool_,
         )
         for place, var in enumerate(graph.inputs)

@@ -68,5 +68,5 @@ def find_sequences(model: Model, places: tuple[int, ...]) -> Sequences:
 
 def _all_parts(model: Model, marked: tuple[tuple[int, int], ...]) -> list[list[Part]]:
     """The parts of the axes of every tensor in which some inputs have these marks."""
-    found = find_positions(model, marked, ())
+    found = find_positions(model, marked)
     return [known.parts for region in found.by_region.values() for known in region.values()]

@@ -266,6 +266,43 @@ def test_a_product_that_reads_what_a_mask_filled_in_counts_it_and_says_so():
     assert seen.tensors["w/input"].count == x.size
 
 
+@pytest.mark.parametrize(
+    "maker", ["mask", lambda inputs: inputs["mask"] > 0], ids=["key", "function"]
+)
+def test_one_mask_of_several_inputs(maker: Any):
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(30, 8)).astype(np.float32) for name in ("words", "kinds")}
+    params["w"] = np.eye(8, dtype=np.float32)
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        embedded = p["words"][x["ids"]] + p["kinds"][x["kinds"]]
+        return (embedded @ p["w"]) * x["mask"][..., None].astype(jnp.float32)
+
+    ds = [{**texts(), "kinds": texts(other=1)["ids"]}]
+    mask = {"ids": maker, "kinds": maker}
+    seen = jaxquant.calibrate(params, apply_fn, ds, mask=mask, progress=False).tensors
+    assert seen["w/input"].count == MASK.sum() * 8
+
+
+def test_a_float_that_a_function_makes_the_mask_of_fills_in_too():
+    """Masked scores are read: they have to stay far below the others in int8."""
+    params = {"w": jnp.eye(8)}
+    x = np.random.default_rng(0).normal(size=(*MASK.shape, 8)).astype(np.float32)
+
+    def apply_fn(p: Any, x: Any, mask: Any) -> Any:
+        x = x @ p["w"]
+        return jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, x) + (1 - mask[:, None]) * -1e4) @ x
+
+    ds = [(x, MASK.astype(np.float32))]
+    options: Any = {"is_full_quantize": True, "progress": False}
+    named, made = (
+        jaxquant.calibrate(params, apply_fn, ds, mask=mask, **options).tensors
+        for mask in (1, lambda x, mask: mask > 0.5)
+    )
+    for name, stats in made.items():
+        assert (stats.min, stats.count) == (named[name].min, named[name].count), name
+
+
 def test_a_function_that_gives_an_input_names_it():
     """What a mask of floats adds to scores is read, whichever way the mask is named."""
     params = {"w": jnp.eye(8)}
