@@ -51,6 +51,7 @@ def check_independence(
             f"is active, with one mask for every call. {_ADVICE.format(linen='deterministic=True')}"
         )
     size = batch_size(inputs)
+    # Most models reduce nothing along the batch: they cost no second trace.
     if not size or not may_mix(model, size):
         return
     # First by the graph, which costs a trace; only a suspect is run.

@@ -95,6 +95,7 @@ def kl_threshold(
       S. Migacz, 8-bit Inference with TensorRT, GTC 2017, for the textbook search.
     """
     searching = _SEARCHES[_known(variant)]
+    # The kernel has the default search alone; the others reproduce what was, and need not be fast.
     kernel = operations.kl_search(_WEIGHING) if variant == "jaxquant" else None
     if kernel is None:
         return search(searching, counts, bin_width, abs_max, levels)
@@ -160,6 +161,7 @@ def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Arr
     candidates = candidate_thresholds(h, limit)
 
     def divergence(sums: Sums, below: Below) -> jax.Array:
+        # Bins that hold nothing add nothing, so P log P is summed once for all candidates.
         known = jnp.sum(_xlog(sums.h, _ratio(sums.h, jnp.ones_like(sums.h))))
         total = jnp.maximum(sums.total[0], 1.0)
         return jnp.maximum((known - _level_information(sums, below)) / total, 0.0)
@@ -214,6 +216,8 @@ def _paddle_curve(
     group = jnp.arange(groups, dtype=jnp.int32)
     edges = jnp.concatenate([group * (i[:, None] // groups), i[:, None]], axis=1)
     divergence = _textbook_divergence(h, edges)
+    # Paddle skips candidates whose last bin is empty, and takes the middle of the bin behind for
+    # the threshold.
     return i.astype(h.dtype) + 0.5, jnp.where(h[i - 1] > 0, divergence, jnp.nan)
 
 

@@ -115,6 +115,8 @@ def _add_peaks(state: _Peaks, x: jax.Array) -> _Peaks:
     rows = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1).astype(jnp.float32)
     peaks = largest(jnp.abs(rows), axis=1, initial=0.0)
     samples = state.samples + jnp.float32(len(rows))
+    # The mean moves by parts of differences: a sum of peaks near the largest float would be
+    # infinite.
     moved = jnp.sum((peaks - state.mean) / jnp.maximum(samples, 1))
     return _Peaks(state.mean + moved, samples)
 

@@ -61,6 +61,7 @@ def run_search(function, hist: Histograms, *args: np.float64):  # type: ignore[n
 
     def run(*members: np.ndarray):  # type: ignore[no-untyped-def]
         count = len(members[1])
+        # A chunk that is not full has histograms of zeros beside, so that all have one shape.
         part = [np.zeros((_CHUNK, *x.shape[1:])) for x in members[:2]]
         part.append(np.full(_CHUNK, float(SYMMETRIC_LEVELS)))
         for padded, values in zip(part, members, strict=True):

@@ -95,6 +95,12 @@ def _mse_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
 def _least_error(h: jax.Array, limit: jax.Array, levels: Levels, weight: float) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
     (errors,) = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
+    return _largest_of_least(errors, candidates)
+
+
+def _largest_of_least(errors: jax.Array, candidates: jax.Array) -> jax.Array:
+    """The largest of the candidates with the least error: in a tie less is clipped."""
+    # Running sums in float64 tell errors apart no finer than this.
     best = errors <= jnp.min(errors) * (1 + 1e-12)
     return jnp.max(jnp.where(best, candidates, 0.0))
 
@@ -205,8 +211,7 @@ def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     moved = jnp.abs(mean - true_mean) + jnp.abs(
         _deviation(mean, square) - _deviation(true_mean, true_square)
     )
-    best = moved <= jnp.min(moved) * (1 + 1e-12)
-    return jnp.max(jnp.where(best, candidates, 0.0))
+    return _largest_of_least(moved, candidates)
 
 
 def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
@@ -218,8 +223,7 @@ def _ptf_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     sums = running_sums(without_zeros(h))
     below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
     errors = squared_errors(sums, candidates, below, levels)
-    best = errors <= jnp.min(errors) * (1 + 1e-12)
-    return jnp.max(jnp.where(best, candidates, 0.0))
+    return _largest_of_least(errors, candidates)
 
 
 def _auto_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:

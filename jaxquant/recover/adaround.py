@@ -108,6 +108,8 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     size = math.sqrt(start / len(train.inputs))  # of an error: the losses are in units of it
     if size < SMALLEST_SCALE or not free.any():
         return Learned(nearest, base, base)
+    # Learned with the bias as it is corrected behind nearest rounding, and held still: what the
+    # learned rounding does to the mean is taken away behind it.
     bias = train.bias + shift(train, nearest)
     run = _runner(problem.activation)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
@@ -177,7 +179,8 @@ def _start(problem: Problem) -> tuple[jax.Array, Any]:
     import optax
 
     low, high = _STRETCH
-    inner = np.clip((problem.fraction.astype(np.float64) - low) / (high - low), 1e-3, 1 - 1e-3)
+    # Within [1/12, 11/12], since h is stretched beyond [0, 1]: a sigmoid has an inverse there.
+    inner = (problem.fraction.astype(np.float64) - low) / (high - low)
     v = jnp.asarray(np.log(inner / (1 - inner)), jnp.float32)
     return v, optax.adam(RATE).init(v)
 

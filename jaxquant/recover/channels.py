@@ -94,6 +94,8 @@ def _draw(
     for tensor in tensors:
         items.setdefault(tensor.model, []).append((tensor.first_reader, tensor))
     for tensor, layer in unrolled(model, items):
+        # A whole permutation each, however few are taken: so the draws of later tensors do not
+        # depend on how many rows an earlier one needs.
         draws = [rng.permutation(product.positions) for product in tensor.readers]
         if is_repeated(tensor.model):  # a step has few of the positions of all
             draws = [np.resize(draw, count) for draw in draws]

@@ -152,6 +152,7 @@ def find_divisible(program: Program, where: Where) -> list[Divisible]:
     share their weight with a site elsewhere, and of dots whose weight has batch axes.
     """
     programs = list(programs_of(program))
+    # Two tensors in front of one stored weight would need different factors in it.
     users: dict[layout.WeightSlot, set[tuple[Program, ir.Var]]] = {}
     for part in programs:
         for site in (s.site for s in part.binding.sites if s.site.name in program.slots):

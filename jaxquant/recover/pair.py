@@ -78,6 +78,10 @@ class Pair:
 
     Attributes:
       program: its int8 form.
+      tensors: by the name of each site with a float output, the tensor that it is compared at.
+      named: the same, by the tensor.
+      activations: what is behind each int8 site that has parameters.
+      ends: the equations whose results are measured.
       bodies: the bodies with int8 sites inside, by the index of the equation that holds them.
     """
 
@@ -86,18 +90,18 @@ class Pair:
         graph = program.graph
         ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
         # Compared where the epilogue ends: what lies within it exists in no int8 model.
-        self._tensors = {
+        self.tensors = {
             site.name: ends.get(site.name, site.output)
             for site in program.model.sites
             if site.output is not None and is_float(graph.dtype(site.output))
         }
-        self._activations = {
+        self.activations = {
             s.site.name: find_activation(graph, s.epilogue.output)
             for s in program.binding.sites
             if s.site.name in program.slots and program.mode.integer and not s.site.is_lookup
         }
-        self._ends = _ends(program)
-        self._named = {var: name for name, var in self._tensors.items() if var is not None}
+        self.ends = _ends(program)
+        self.named = {var: name for name, var in self.tensors.items() if var is not None}
         self.bodies = {
             index: tuple(Pair(body) for body in bodies) for index, bodies in program.bodies.items()
         }
@@ -112,13 +116,13 @@ class Pair:
     @property
     def with_error(self) -> set[str]:
         """The int8 sites of this graph that have an error of their own."""
-        produced = {v for i in self._ends for v in self.program.graph.equations[i].outputs}
-        return {name for var, name in self._named.items() if var in produced}
+        produced = {v for i in self.ends for v in self.program.graph.equations[i].outputs}
+        return {name for var, name in self.named.items() if var in produced}
 
     @property
     def corrected(self) -> set[str]:
         """The sites of this graph whose bias takes their shift away."""
-        return self._activations.keys() & self.program.plan.recovered_by("bias_correction")
+        return self.activations.keys() & self.program.plan.recovered_by("bias_correction")
 
     def run(
         self,
@@ -140,95 +144,23 @@ class Pair:
         Returns:
           The values of the int8 form; what was seen.
         """
-        graph = self.program.graph
-        shifts: dict[str, jax.Array] = {}
-        by_site: dict[str, jax.Array] = {}
-
-        correctable = self.corrected
-
-        real = functools.partial(asked.real, self.program.model)
-
-        def wanted(var: ir.Var) -> jax.Array:
-            """What the float form gives, to be compared."""
-            return without_padding(reference.read(var), real(var))
-
-        def corrected(site: Int8Site, lowering: Lowering) -> Lowering:
-            """The site's lowering, compared with the float model, its shift taken away."""
-            name, epilogue = site.site.name, site.epilogue
-            if name not in self._activations:
-                return lowering
-
-            def correcting(state: Evaluation) -> evaluate.Values:
-                value = lowering(state)[epilogue.output]
-                activation = self._activations[name]
-                compared = compare_outputs(
-                    epilogue, activation, reference, value, real(epilogue.output)
-                )
-                by_site[name] = compared.powers
-                if name not in correctable:
-                    return {epilogue.output: value}
-                shifts[name] = compared.shift
-                step = jnp.where(asked.correct, compared.mean, 0)
-                return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
-
-            return correcting
-
-        def looped(index: int) -> Lowering:
-            """The lowering of a loop or choice that runs both forms of its bodies."""
-            eqn = graph.equations[index]
-
-            def looping(state: Evaluation) -> evaluate.Values:
-                forms = [
-                    both_forms.Form(body.program, functools.partial(body.step, asked=asked))
-                    for body in self.bodies[index]
-                ]
-                results, seen = both_forms.run(
-                    eqn, forms, reference, state.env, state.qparams, none=Seen({}, {})
-                )
-                by_site.update(seen.powers)
-                shifts.update(seen.shifts)
-                return dict(zip(eqn.outputs, results, strict=True))
-
-            return looping
-
-        def followed(lowering: Lowering) -> Lowering:
-            """A lowering whose values are measured, and those of the float model taken for them."""
-
-            def following(state: Evaluation) -> evaluate.Values:
-                values = {}
-                for var, value in lowering(state).items():
-                    values[var] = value
-                    if not is_float(graph.dtype(var)):
-                        continue
-                    name = self._named.get(var, "")
-                    if name and name not in by_site:
-                        by_site[name] = powers(wanted(var), value)
-                    in_float = reference.wide(var).astype(value.dtype)
-                    values[var] = jnp.where(asked.alone, in_float, value)
-                return values
-
-            return following
-
+        look = _Beside(self, reference, asked)
         # A bias is corrected before what reads the sum sees it; loops hold both forms of their
         # bodies, so they are replaced whole.
-        program = self.program.hooked(corrected)
-        program = program.replacing({index: looped(index) for index in self.bodies})
+        program = self.program.hooked(look.corrected)
+        program = program.replacing({index: look.looped(index) for index in self.bodies})
         # Integers of a body, its counters and tests, are the float form's: both take the same way.
         if program.model.body is not None:
-            lowerings = program.lowerings.items()
+            equations, lowerings = program.graph.equations, program.lowerings.items()
             program = program.replacing(
-                {k: both_forms.led(graph.equations[k], each, reference) for k, each in lowerings}
+                {k: both_forms.led(equations[k], each, reference) for k, each in lowerings}
             )
 
         # Last, so that what is measured at an end is what the hooks before have made of it.
-        ends = {index: followed(program.lowerings[index]) for index in self._ends}
+        ends = {index: look.followed(program.lowerings[index]) for index in self.ends}
         quantized = program.replacing(ends).run(qparams, inputs, leaves)
-
-        # Tensors that no site gives, such as the inputs, are measured as they are read.
-        for name, var in self._tensors.items():
-            if var is not None and var in quantized and name not in by_site:
-                by_site[name] = powers(wanted(var), quantized.wide(var))
-        return quantized, Seen(by_site, shifts)
+        look.measure_rest(quantized)
+        return quantized, Seen(look.powers, look.shifts)
 
     def step(
         self, values: Sequence[Any], own: Sequence[Any], qparams: Mapping[str, Any], asked: Asked
@@ -254,6 +186,98 @@ class Pair:
             for want, x in zip(wanted, graph.outputs, strict=True)
         ]
         return both_forms.Both(wanted, results, seen)
+
+
+class _Beside:
+    """The hooks by which one evaluation of an int8 form is compared with the float one.
+
+    Args:
+      pair: both forms.
+      reference: the values of the float form.
+      asked: what is done behind each site.
+
+    Attributes:
+      powers, shifts: what was seen so far, as `Seen` has it.
+    """
+
+    def __init__(self, pair: Pair, reference: evaluate.Environment, asked: Asked):
+        self.powers: dict[str, jax.Array] = {}
+        self.shifts: dict[str, jax.Array] = {}
+        self._pair, self._reference, self._asked = pair, reference, asked
+        self._graph = pair.program.graph
+        self._correctable = pair.corrected
+
+    def corrected(self, site: Int8Site, lowering: Lowering) -> Lowering:
+        """The site's lowering, compared with the float model, its shift taken away."""
+        name, epilogue = site.site.name, site.epilogue
+        activation = self._pair.activations.get(name)
+        if activation is None:
+            return lowering
+
+        def correcting(state: Evaluation) -> evaluate.Values:
+            value = lowering(state)[epilogue.output]
+            compared = compare_outputs(
+                epilogue, activation, self._reference, value, self._real(epilogue.output)
+            )
+            self.powers[name] = compared.powers
+            if name not in self._correctable:
+                return {epilogue.output: value}
+            self.shifts[name] = compared.shift
+            # Whether it is taken away is known as the program runs, so that one compiled
+            # comparison serves the correction and the look at its result.
+            step = jnp.where(self._asked.correct, compared.mean, 0)
+            return {epilogue.output: value + epilogue.channels.spread(step, value.ndim)}
+
+        return correcting
+
+    def looped(self, index: int) -> Lowering:
+        """The lowering of a loop or choice that runs both forms of its bodies."""
+        eqn = self._graph.equations[index]
+
+        def looping(state: Evaluation) -> evaluate.Values:
+            forms = [
+                both_forms.Form(body.program, functools.partial(body.step, asked=self._asked))
+                for body in self._pair.bodies[index]
+            ]
+            results, seen = both_forms.run(
+                eqn, forms, self._reference, state.env, state.qparams, none=Seen({}, {})
+            )
+            self.powers.update(seen.powers)
+            self.shifts.update(seen.shifts)
+            return dict(zip(eqn.outputs, results, strict=True))
+
+        return looping
+
+    def followed(self, lowering: Lowering) -> Lowering:
+        """A lowering whose values are measured, and those of the float model taken for them."""
+
+        def following(state: Evaluation) -> evaluate.Values:
+            return {var: self._measured(var, value) for var, value in lowering(state).items()}
+
+        return following
+
+    def measure_rest(self, quantized: evaluate.Environment) -> None:
+        """Measure the tensors that no site gives, such as the inputs, as they are read."""
+        for name, var in self._pair.tensors.items():
+            if var is not None and var in quantized and name not in self.powers:
+                self.powers[name] = powers(self._wanted(var), quantized.wide(var))
+
+    def _measured(self, var: ir.Var, value: Any) -> Any:
+        if not is_float(self._graph.dtype(var)):
+            return value
+        name = self._pair.named.get(var, "")
+        # A site was measured before its shift was taken away: that is its own error.
+        if name and name not in self.powers:
+            self.powers[name] = powers(self._wanted(var), value)
+        in_float = self._reference.wide(var).astype(value.dtype)
+        return jnp.where(self._asked.alone, in_float, value)
+
+    def _wanted(self, var: ir.Var) -> jax.Array:
+        """What the float form gives, to be compared."""
+        return without_padding(self._reference.read(var), self._real(var))
+
+    def _real(self, var: ir.Var) -> jax.Array | None:
+        return self._asked.real(self._pair.program.model, var)
 
 
 def _ends(program: Program) -> list[int]:

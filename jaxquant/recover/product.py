@@ -139,6 +139,8 @@ class SiteProduct:
         for offset in itertools.product(*(range(shape[a]) for a in kernel.window)):
             where, inside = [], jnp.ones(len(index), bool)
             for d, tap in enumerate(offset):
+                # Where this tap reads the input, before it is dilated: the places between its
+                # values hold zeros, as the padding does.
                 step = at[result.window[d]] * window.strides[d]
                 step = step + tap * window.dilation[d] - window.padding[d][0]
                 source, between = jnp.divmod(step, window.input_dilation[d])

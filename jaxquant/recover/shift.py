@@ -74,6 +74,7 @@ class Shift(NamedTuple):
         m² / (m² + s²) of the mean m, with s its standard error for Σ w independent values: a single
         sample tells nothing of the others.
         """
+        # In the compiled comparison these are JAX's arrays, over all batches NumPy's in float64.
         xp = self.weight.__array_namespace__()
         known = self.weight > 1
         count = xp.where(known, self.weight, 2)
@@ -129,6 +130,8 @@ def compare_outputs(
         shift = shift_of(wanted - value, gain, channels, unit)
         return jnp.stack(shift[:3]), shift.mean(), _powers(wanted, value, unit)
 
+    # The native kernel walks rows and keeps a sum for each place in them: the channels have to be
+    # the last axis.
     if channels.axes != (value.ndim - 1,):
         return Compared(*portable(*operands))
     return Compared(*operations.differences(portable, bounds, operands))
@@ -183,6 +186,7 @@ def _in_unit(
     """Sums [..., K, C] of K powers of differences in a unit [...], in another one."""
     ratio = unit / jnp.where(wanted > 0, wanted, 1)
     factors = jnp.stack([ratio**degree for degree in degrees], axis=-1)[..., None]
+    # Infinity times a factor that came to 0 would be NaN, and hide that the int8 model overflowed.
     return jnp.where(jnp.isinf(sums), sums, sums * factors)
 
 
@@ -191,6 +195,8 @@ def shift_of(
 ) -> Shift:
     """Sum y - ŷ and f(y) - f(ŷ), both in a unit; values that are not finite are left out."""
     slope = jnp.where(off == 0, 0, gain / jnp.where(off == 0, 1, off))
+    # A slope is a weight here: none is below 0, as left of the least value of a GELU, and none
+    # counts a value more than once.
     usable = jnp.isfinite(off) & jnp.isfinite(slope)
     weight = jnp.where(usable, jnp.clip(slope, 0, 1), 0)
     off = jnp.where(usable, off, 0)
@@ -208,6 +214,8 @@ def unit_of(*arrays: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Arra
     """
     finite = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0) for x in arrays]
     largest = functools.reduce(jnp.maximum, [jnp.max(x, axis=axis, initial=0) for x in finite])
+    # The exponent is read off the bits, exactly: 254 at most, since infinity is left out.  The
+    # inverse of 2**127, whose exponent is 254, would be subnormal.
     biased = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
     power = jax.lax.bitcast_convert_type(jnp.clip(biased, 1, 253) << 23, jnp.float32)
     ordinary = (largest == 0) | ((biased >= 127 - 40) & (biased < 127 + 40))
@@ -216,6 +224,8 @@ def unit_of(*arrays: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Arra
 
 def _powers(reference: jax.Array, quantized: jax.Array, unit: jax.Array) -> jax.Array:
     compared = jnp.isfinite(reference)
+    # Where the float model overflows there is nothing to compare; where the int8 model alone does,
+    # the noise is infinite and shows it.
     noise = jnp.sum(jnp.where(compared, reference - quantized, 0) ** 2)
     signal = jnp.sum(jnp.where(compared, reference, 0) ** 2)
     return jnp.stack([signal, jnp.where(jnp.isnan(noise), jnp.inf, noise), unit])

@@ -75,6 +75,7 @@ class Trial:
         )
         if not signal.any():
             return 0.0
+        # See `noise`: rows of next to nothing weigh less than the middle one.
         signal = signal + np.median(signal)
         return float(np.mean(noise[signal > 0] / signal[signal > 0]))
 
@@ -96,6 +97,7 @@ class Trial:
           weight: before it is quantized, [G, K, O].
           step: what an integer of an input is worth, of a shape that goes with [G, R, O].
         """
+        # The weight is rounded anew, since factors change its largest value and so its scale.
         summed = 1 if self.per_channel else (0, 1, 2)
         threshold = np.abs(weight).max(axis=summed, keepdims=True, initial=0.0)
         scale = np.where(threshold > 0, threshold, 127.0) / 127.0
