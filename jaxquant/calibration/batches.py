@@ -166,6 +166,6 @@ def _spell_tree(tree: Any) -> str:
     return str(jax.tree.map(_spell, tree)).replace("'", "")
 
 
-def _shorten(leaf: Any, limit: int = 60) -> str:
+def _shorten(leaf: Any) -> str:
     text = repr(leaf)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -18,7 +18,7 @@ converted first.  Zero points are those of the stored type: of uint8, 128 is the
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,31 @@ class Requantize(NamedTuple):
     dtype: Any = jnp.int8
 
 
+class Epilogue(TypedDict, total=False):
+    """What a call does behind its sums, as keyword arguments; all may be left out.
+
+    Attributes:
+      zero_point: of x; an int, or an int32 [] array, as every zero point.
+      subtract_zero_point: False where the bias takes away zero_point * sum(q_w), as that of
+        jaxquant's `qparams` does: the sums keep it then.
+      activation: clip behind the bias.
+      residual: added behind the activation.
+      activation_after: clip behind the residual.
+      out: how to make the output int8; without it it is float32.
+      float_out: give the float32 output too, before the int8 one.
+      sums_out: give the int32 sums and nothing else.
+    """
+
+    zero_point: ZeroPoint
+    subtract_zero_point: bool
+    activation: Clamp
+    residual: Residual | None
+    activation_after: Clamp
+    out: Requantize | None
+    float_out: bool
+    sums_out: bool
+
+
 class Call(NamedTuple):
     """One operation that is yet to run; `run` does it alone, `jaxquant.native.sequence` several.
 
@@ -81,14 +106,7 @@ def make_call(
     geometry: tuple[tuple[str, Any], ...] = (),
     behind: tuple[jax.Array, ...] = (),
     batched: tuple[int, ...] = (X,),
-    zero_point: ZeroPoint = 0,
-    subtract_zero_point: bool = True,
-    activation: Clamp = NO_CLAMP,
-    residual: Residual | None = None,
-    activation_after: Clamp = NO_CLAMP,
-    out: Requantize | None = None,
-    float_out: bool = False,
-    sums_out: bool = False,
+    **epilogue: Unpack[Epilogue],
 ) -> Call:
     """A call of any handler.
 
@@ -100,19 +118,18 @@ def make_call(
       geometry: attributes of the handler beside the bounds of the clips.
       behind: operands between the zero points and the residual.
       batched: the places of the operands that have the batch, as of `Static`, but the residual's.
-      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out: as of
-        `conv_call`.
-      sums_out: give the int32 sums and nothing else.
+      epilogue: see `Epilogue`.
     """
     library.require()
     _check_dtype("x", x, ("int8", "uint8"))
     _check_dtype("the packed weight", packed, ("int8",))
 
     multiplier, bias = channels
+    out, residual = epilogue.get("out"), epilogue.get("residual")
     out_dtypes = []
-    if sums_out:
+    if epilogue.get("sums_out"):
         out_dtypes.append("int32")
-    elif float_out or out is None:
+    elif epilogue.get("float_out") or out is None:
         out_dtypes.append("float32")
     if out is not None:
         out_dtypes.append(jnp.dtype(out.dtype).name)
@@ -131,10 +148,10 @@ def make_call(
         residual_zero_point = _centred(residual.zero_point, residual.value.dtype)
 
     # The kernels count from int8's zero points whatever the stored type is.
-    of_input = _centred(zero_point, x.dtype)
+    of_input = _centred(epilogue.get("zero_point", 0), x.dtype)
     zero_points = ZeroPoints(
         input=of_input,
-        subtracted=of_input if subtract_zero_point else 0,
+        subtracted=of_input if epilogue.get("subtract_zero_point", True) else 0,
         residual=residual_zero_point,
         output=0 if out is None else _centred(out.zero_point, out.dtype),
     )
@@ -143,7 +160,8 @@ def make_call(
         batched = (*batched, len(operands))
         operands.append(residual.value)
 
-    (low, high), (low_after, high_after) = activation, activation_after
+    low, high = epilogue.get("activation", NO_CLAMP)
+    low_after, high_after = epilogue.get("activation_after", NO_CLAMP)
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
     static = Static(
         handler,

@@ -6,23 +6,20 @@ Pure functions; each is one call from XLA, which computes what `jaxquant.native.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.native import library
-from jaxquant.native.fields import Geometry, ZeroPoint
+from jaxquant.native.fields import Geometry
 from jaxquant.native.fused import (
     BIAS,
     ENDS,
     MULTIPLIER,
-    NO_CLAMP,
     PACKED,
     Call,
-    Clamp,
-    Requantize,
-    Residual,
+    Epilogue,
     X,
     make_call,
 )
@@ -56,15 +53,8 @@ def conv_call(
     padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    zero_point: ZeroPoint = 0,
-    subtract_zero_point: bool = True,
-    activation: Clamp = NO_CLAMP,
-    residual: Residual | None = None,
-    activation_after: Clamp = NO_CLAMP,
-    out: Requantize | None = None,
-    float_out: bool = False,
-    sums_out: bool = False,
     kernel_shape: Sequence[int] | None = None,
+    **epilogue: Unpack[Epilogue],
 ) -> Call:
     """A convolution of int8 tensors; see `jaxquant.native.fused` for the epilogue.
 
@@ -77,16 +67,8 @@ def conv_call(
       padding: (before, after) of rows and columns; not negative.
       dilation: of the kernel.
       groups: of the channels; C for a depthwise convolution.
-      zero_point: of x; an int, or an int32 [] array, as every zero point.
-      subtract_zero_point: False where the bias takes away zero_point * sum(q_w), as that of
-        jaxquant's `qparams` does: the sums keep it then.
-      activation: clip behind the bias.
-      residual: added behind the activation.
-      activation_after: clip behind the residual.
-      out: how to make the output int8; None gives float32.
-      float_out: give the float32 output too, before the int8 one.
-      sums_out: give the int32 sums and nothing else.
       kernel_shape: of a packed kernel.
+      epilogue: see `jaxquant.native.fused.Epilogue`.
 
     Returns:
       the call, not yet run: x and the residual may be anything with a shape and a dtype.
@@ -125,12 +107,10 @@ def conv_call(
         pad_w=padding[1][0],
         groups=groups,
     )
+    out_shape, geometries = (rows, columns, outputs), ("geometry", geometry)
     return _with_epilogue(
-        library.CONV, x, kernel, multiplier, bias, (rows, columns, outputs), ("geometry", geometry),
-        zero_point=zero_point, subtract_zero_point=subtract_zero_point, activation=activation,
-        residual=residual, activation_after=activation_after, out=out, float_out=float_out,
-        sums_out=sums_out,
-    )  # fmt: skip
+        library.CONV, x, kernel, multiplier, bias, out_shape, geometries, **epilogue
+    )
 
 
 def dot(
@@ -139,14 +119,8 @@ def dot(
     multiplier: jax.Array,
     bias: jax.Array | None = None,
     *,
-    zero_point: ZeroPoint = 0,
-    subtract_zero_point: bool = True,
-    activation: Clamp = NO_CLAMP,
-    residual: Residual | None = None,
-    activation_after: Clamp = NO_CLAMP,
-    out: Requantize | None = None,
-    float_out: bool = False,
     columns: int | None = None,
+    **epilogue: Unpack[Epilogue],
 ) -> Any:
     """x [..., K] times a weight [K, N], of int8; see `jaxquant.native.fused` for the epilogue.
 
@@ -155,9 +129,8 @@ def dot(
       weight: int8 [K, N]; or as `pack_dot` makes it, with `columns`.
       multiplier: float32 [N] or [].
       bias: float32 [N] or [], or None.
-      zero_point, subtract_zero_point, activation, residual, activation_after, out, float_out:
-        as of `conv`.
       columns: N of a packed weight.
+      epilogue: see `jaxquant.native.fused.Epilogue`.
 
     Returns:
       float32 or int8 [..., N], or both.
@@ -175,14 +148,12 @@ def dot(
         weight = pack_dot(weight)
     # Rows are rows, however many axes they lie along.
     lead = x.shape[:-1]
-    if residual is not None:
-        residual = residual._replace(value=residual.value.reshape(-1, columns))
+    if (residual := epilogue.get("residual")) is not None:
+        epilogue["residual"] = residual._replace(value=residual.value.reshape(-1, columns))
+    rows = x.reshape(-1, x.shape[-1])
     of_rows = _with_epilogue(
-        library.DOT, x.reshape(-1, x.shape[-1]), weight, multiplier, bias, (columns,),
-        ("columns", columns), zero_point=zero_point, subtract_zero_point=subtract_zero_point,
-        activation=activation, residual=residual, activation_after=activation_after, out=out,
-        float_out=float_out,
-    )  # fmt: skip
+        library.DOT, rows, weight, multiplier, bias, (columns,), ("columns", columns), **epilogue
+    )
     return jax.tree.map(lambda y: y.reshape(*lead, columns), of_rows.run())
 
 
@@ -213,7 +184,7 @@ def dot_by_groups(
     multiplier: jax.Array,
     bias: jax.Array | None,
     ends: jax.Array,
-    **epilogue: Any,
+    **epilogue: Unpack[Epilogue],
 ) -> Any:
     """Products side by side whose rows are in groups, each with a weight of its own; of int8.
 
@@ -226,8 +197,7 @@ def dot_by_groups(
       multiplier: float32 [W, G, N].
       bias: float32 [W, G, N], or None.
       ends: int32 [P, G], where each group ends.
-      epilogue: zero_point, subtract_zero_point, activation, residual, activation_after, out and
-        float_out, as of `conv`; the residual [P, M, N].
+      epilogue: see `jaxquant.native.fused.Epilogue`; the residual is [P, M, N].
 
     Returns:
       float32 or int8 [P, M, N], or both.
@@ -259,7 +229,7 @@ def _with_epilogue(
     bias: jax.Array | None,
     out_shape: tuple[int, ...],
     geometry: tuple[str, Any],
-    **epilogue: Any,
+    **epilogue: Unpack[Epilogue],
 ) -> Call:
     channels = out_shape[-1]
     multiplier = _per_channel("multiplier", multiplier, channels)

@@ -92,13 +92,12 @@ def check_optax() -> None:
         ) from error
 
 
-def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: int = 0) -> Learned:
+def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS) -> Learned:
     """Learn the rounding of one site.
 
     Args:
       problem: the site.
       steps, seconds: when to stop.
-      seed: of the positions that each step sees.
     """
     train, test = _split(problem)
     nearest = problem.nearest
@@ -117,7 +116,7 @@ def learn(problem: Problem, steps: int = STEPS, seconds: float = SECONDS, seed: 
     arrays = (train.inputs, train.wanted, problem.down, free, problem.multiplier, bias)
     data = tuple(map(jnp.asarray, arrays))
     scale = jnp.float32(1 / size)
-    key, began = jax.random.key(seed), time.monotonic()
+    key, began = jax.random.key(0), time.monotonic()
     # In chunks, so that the limit in seconds is looked at now and then.
     for first in range(0, steps, _CHUNK):
         count = min(_CHUNK, steps - first)

@@ -62,20 +62,17 @@ def evaluate_float(
     params: Any,
     inputs: Sequence[Any],
     *,
-    equations: Sequence[ir.Equation] | None = None,
     known: Mapping[ir.Var, Any] | None = None,
     natively: bool = True,
 ) -> evaluate.Environment:
     """The values of a float model, with its convolutions in their faster forms.
 
     Args:
-      graph, params, inputs, equations, known: as of `jaxquant.graph.evaluate.evaluate_model`.
+      graph, params, inputs, known: as of `jaxquant.graph.evaluate.evaluate_model`.
       natively: by the native kernels too, where they run.
     """
     forms = fast_convolutions(graph, natively=natively)
-    return evaluate.evaluate_model(
-        graph, params, inputs, equations=equations, known=known, forms=forms
-    )
+    return evaluate.evaluate_model(graph, params, inputs, known=known, forms=forms)
 
 
 def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | None:

@@ -23,10 +23,10 @@ class Builder(Graph):
     def dtype(self, value: Value) -> str:
         return self.tensors[value.name].dtype
 
-    def named(self, array: Any, hint: str = "constant", grid: Grid | None = None) -> Value:
+    def named(self, array: Any, hint: str = "constant") -> Value:
         """A constant as a value whose axes are in order."""
         array = np.asarray(array)
-        return Value(self.constant(array, hint, grid), array.shape, straight(array.ndim))
+        return Value(self.constant(array, hint), array.shape, straight(array.ndim))
 
     def alike(
         self,
