@@ -13,7 +13,7 @@ from jaxquant.plan import behaviours
 from jaxquant.plan.binding import Binding, BoundBody, Int8Site, on_grids
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.form_search import find_forms
-from jaxquant.plan.modes import MODES
+from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import INT8, LITERT, Plan, SitePlan
 from jaxquant.plan.restore import Restored, restorable
 
@@ -108,19 +108,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     planned = {site.name: site for site in plan.sites}
     found = [_as_planned(site, planned) for site in model.sites if not is_elsewhere(model, site)]
 
-    # The same sites as in the plan, of the same kinds.
-    here = {site.name: site for site in found}
-    differing = [
-        name
-        for name, plan_of_site in planned.items()
-        # Which rearrangements there are may depend on the batch; the int8 tensors are compared.
-        if not kinds.is_layout(plan_of_site.kind)
-        and (name not in here or not _is_kind(here[name], plan_of_site))
-    ]
-    dots = [site for site in found if site.kind in kinds.DOT_KINDS]
-    differing += [site.name for site in dots if site.name not in planned]
-    if differing:
-        raise _other_graph(differing)
+    _check_sites(found, planned)
 
     # The int8 forms follow from the sites, so they are found again, not stored.
     chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
@@ -135,18 +123,12 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
 
-    bound, by_behaviour = [], {behaviours.PICK: set[int](), behaviours.DECIDE: set[int]()}
+    bound = []
+    by_behaviour = {behaviours.PICK: set[int](), behaviours.DECIDE: set[int]()}
     for site in chosen:
         behaviour = behaviours.behaviour_of(site.kind, graph.equations[site.equation])
         if behaviour in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
-            affine = planned[site.name].affine
-            epilogue = find_epilogue(graph, site, steps_at_most=len(affine))
-            known = fingerprint(graph, site, epilogue) == planned[site.name].fingerprint
-            if epilogue.affine != affine or not known:
-                raise _other_graph([site.name])
-            is_dynamic = not (mode.tensor_scales or site.is_lookup) or planned[site.name].dynamic
-            asymmetric = planned[site.name].asymmetric
-            bound.append(Int8Site(site, epilogue, is_dynamic, asymmetric))
+            bound.append(_bind_site(graph, site, planned[site.name], mode))
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
 
@@ -165,6 +147,32 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         restorable(graph, [each.site for each in bound], mode.integer, inside),
         per_channel,
     )
+
+
+def _check_sites(found: Sequence[Site], planned: Mapping[str, SitePlan]) -> None:
+    """Raise ValueError where a graph has other sites than the plan, or of other kinds."""
+    here = {site.name: site for site in found}
+    differing = [
+        name
+        for name, plan_of_site in planned.items()
+        # Which rearrangements there are may depend on the batch; the int8 tensors are compared.
+        if not kinds.is_layout(plan_of_site.kind)
+        and (name not in here or not _is_kind(here[name], plan_of_site))
+    ]
+    dots = [site for site in found if site.kind in kinds.DOT_KINDS]
+    differing += [site.name for site in dots if site.name not in planned]
+    if differing:
+        raise _other_graph(differing)
+
+
+def _bind_site(graph: ir.Graph, site: Site, planned: SitePlan, mode: Mode) -> Int8Site:
+    """A site with its epilogue, which has to be the planned one."""
+    epilogue = find_epilogue(graph, site, steps_at_most=len(planned.affine))
+    known = fingerprint(graph, site, epilogue) == planned.fingerprint
+    if epilogue.affine != planned.affine or not known:
+        raise _other_graph([site.name])
+    is_dynamic = not (mode.tensor_scales or site.is_lookup) or planned.dynamic
+    return Int8Site(site, epilogue, is_dynamic, planned.asymmetric)
 
 
 def _is_kind(site: Site, planned: SitePlan) -> bool:

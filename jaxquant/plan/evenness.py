@@ -18,22 +18,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.graph import ir, kinds, primitives
-from jaxquant.graph.composites import PATTERNS
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
 from jaxquant.graph.sites import Site
-from jaxquant.plan import behaviours
-from jaxquant.plan.binding import Binding
 from jaxquant.plan.constants import constants_of, has_infinity
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.grid import make_grid
-from jaxquant.plan.inputs import input_axes
-from jaxquant.plan.plan import FLOAT, TensorPlan
+from jaxquant.plan.joined import Readers
+from jaxquant.plan.plan import TensorPlan
 
 GOOD_DB = 20.0  # of a part on the scale that it shares: no less is tolerated ...
 GAIN_DB = 6.0  # ... where a scale of its own would give so much more
@@ -110,62 +108,93 @@ def find_uneven(
     Returns:
       Site name -> reason; empty where every part keeps enough of its accuracy.
     """
-    graph, names = model.graph, model.names
-
-    # The grid of each family, and the largest value on it: a part of the model or a constant.
-    grids = {tensor.name: tensor for tensor in tensors}
-    families: dict[ir.Var, TensorPlan] = {}
-    largest: dict[ir.Var, float] = {}
-    for entry in forms.entries:
-        family = forms.family[entry]
-        families[family] = grids[names[entry]]
-        largest[family] = max(largest.get(family, 0.0), stats[names[entry]].abs_max)
-    for family, beside in constants_in(graph, sites, forms).items():
-        held = [stats[name].abs_max for name in beside if name in stats]
-        largest[family] = max(largest[family], *held, 0.0)
-
-    readers = _Readers(model, sites, forms)
+    families = _families(model, sites, forms, stats, tensors)
+    readers = Readers(model, sites, forms)
     found: dict[str, str] = {}
     for site in sites:
-        if not _ties(graph, site, forms):
+        if not _ties(model.graph, site, forms):
             continue
-        eqn = graph.equations[site.equation]
-
-        # A join loses what it reads on one scale; another tie loses what it gives.
-        constants = constants_of(graph, site)
-        is_join = kinds.is_join(eqn) or bool(constants)
-        read = [*_named(graph, site, site.operands, names).values(), *constants]
-        given = _named(graph, site, eqn.outputs, names).values()
-        whole = {name: stats[name] for name in read if name in stats}
-        parts = whole if is_join else {name: stats[name] for name in given if name in stats}
-        family = forms.family[eqn.outputs[0]]
-        if not (parts and whole) or family not in families:
+        eqn = model.graph.equations[site.equation]
+        tie = _tie(model, site, stats)
+        family = families.get(forms.family[eqn.outputs[0]])
+        if not (tie.parts and tie.read) or family is None:
             continue
 
         # What the other members of the family do to this tie is another tie's matter.
-        reach = max(part.abs_max for part in whole.values())
-        share = min(1.0, reach / largest[family]) if largest[family] > 0 else 1.0
-        grid = dataclasses.replace(
-            families[family],
-            threshold=families[family].threshold * share,
-            scale=families[family].scale * share,
-        )
-        lost = _worst(parts, grid)
+        reach = max(part.abs_max for part in tie.read.values())
+        lost = _worst(tie.parts, family.within(reach))
         if lost is None:
             continue
-
         name, kept = lost
-        reason = (
-            f"its parts differ in range, {parts[name].abs_max:.3g} beside {reach:.3g}: one scale "
-            f"would leave {kept:.0f} dB of {name}"
+        found[site.name] = (
+            f"its parts differ in range, {tie.parts[name].abs_max:.3g} beside {reach:.3g}: one "
+            f"scale would leave {kept:.0f} dB of {name}"
         )
-        if not is_join:
-            found[site.name] = reason
-            continue
-        found[site.name] = reason
-        for other in readers.of(eqn):
+        # What reads a join in int8 would put its parts on one scale again.
+        for other in readers.of(eqn) if tie.is_join else ():
             found.setdefault(other, f"the parts of its input differ in range (see {site.name!r})")
     return found
+
+
+class _Family(NamedTuple):
+    """The grid that some tensors share, and the largest value on it."""
+
+    grid: TensorPlan
+    largest: float
+
+    def within(self, reach: float) -> TensorPlan:
+        """The grid that the family would have if nothing in it went beyond this."""
+        share = min(1.0, reach / self.largest) if self.largest > 0 else 1.0
+        threshold, scale = self.grid.threshold * share, self.grid.scale * share
+        return dataclasses.replace(self.grid, threshold=threshold, scale=scale)
+
+
+def _families(
+    model: Model,
+    sites: tuple[Site, ...],
+    forms: Forms,
+    stats: Mapping[str, TensorStats],
+    tensors: Sequence[TensorPlan],
+) -> dict[ir.Var, _Family]:
+    """The families by the tensors that stand for them; arguments as of `find_uneven`."""
+    grids = {tensor.name: tensor for tensor in tensors}
+    found: dict[ir.Var, _Family] = {}
+    for entry in forms.entries:
+        name, family = model.names[entry], forms.family[entry]
+        before = found[family].largest if family in found else 0.0
+        found[family] = _Family(grids[name], max(before, stats[name].abs_max))
+    # Constants beside the tensors (a class token, say) lie on the grid too.
+    for family, beside in constants_in(model.graph, sites, forms).items():
+        held = [stats[name].abs_max for name in beside if name in stats]
+        found[family] = found[family]._replace(largest=max(found[family].largest, *held, 0.0))
+    return found
+
+
+class _Tie(NamedTuple):
+    """What an operation ties to one scale.
+
+    Attributes:
+      read: the statistics of what it reads, constants too, by name.
+      parts: of what may lose on the scale.
+      is_join: whether it puts together what it reads.
+    """
+
+    read: Mapping[str, TensorStats]
+    parts: Mapping[str, TensorStats]
+    is_join: bool
+
+
+def _tie(model: Model, site: Site, stats: Mapping[str, TensorStats]) -> _Tie:
+    """A join loses what it reads on one scale; another operation loses what it gives."""
+    graph, names = model.graph, model.names
+    eqn = graph.equations[site.equation]
+    constants = constants_of(graph, site)
+    read = [*_named(graph, site, site.operands, names).values(), *constants]
+    whole = {name: stats[name] for name in read if name in stats}
+    if kinds.is_join(eqn) or constants:
+        return _Tie(whole, whole, is_join=True)
+    given = _named(graph, site, eqn.outputs, names).values()
+    return _Tie(whole, {name: stats[name] for name in given if name in stats}, is_join=False)
 
 
 def _worst(parts: Mapping[str, TensorStats], grid: TensorPlan) -> tuple[str, float] | None:
@@ -206,112 +235,3 @@ def sqnr_on(stats: TensorStats, scale: float, threshold: float) -> float:
     noise = float(np.sum(weights * (values - rounded) ** 2))
     signal = float(np.sum(weights * values**2))
     return 10 * math.log10(signal / noise) if noise > 0 else math.inf
-
-
-class _Readers:
-    """Who reads what a concatenation gives."""
-
-    def __init__(self, model: Model, sites: Sequence[Site], forms: Forms):
-        self._graph = model.graph
-        self._forms = forms
-        self._sites = {site.equation: site for site in sites if not site.inside}
-        self._composite = {
-            var: site for site in self._sites.values() if site.kind in PATTERNS
-            for var in site.operands
-        }  # fmt: skip
-        self._bases = model.composites.bases
-        self._normalising = model.composites.normalising
-
-    def of(self, eqn: ir.Equation) -> set[str]:
-        """The sites that shall read the result of a concatenation in float.
-
-        Convolutions and dots that sum over the joined axis are not among them: they quantize it,
-        each part on a scale of its own where that lessens their error.
-        """
-        found: set[str] = set()
-        self._follow(eqn.outputs[0], _joined_axes(eqn), found)
-        return found
-
-    def _follow(self, var: ir.Var, axes: frozenset[int] | None, found: set[str]) -> None:
-        """Add the sites that shall read a tensor in float to `found`.
-
-        Args:
-          var: the tensor.
-          axes: those along which its parts lie; None behind a function of it, whose parts are
-            read by convolutions and dots as they come.
-          found: the names of sites.
-        """
-        if var in self._composite:
-            found.add(self._composite[var].name)
-        for user in self._graph.consumers.get(var, ()):
-            self._read(user, axes, found)
-
-    def _read(self, user: ir.Equation, axes: frozenset[int] | None, found: set[str]) -> None:
-        graph, site = self._graph, self._sites.get(user.index)
-        behaviour = behaviours.behaviour_of(site.kind, user) if site is not None else ""
-        # A stored weight can take the factors of its channels back; a sum without one cannot.
-        if site is not None and behaviour == behaviours.ACCUMULATE:
-            stored = site.stored_weight is not None
-            if not (stored and (axes is None or _sums_over(site, axes))):
-                found.add(site.name)
-        elif site is not None and (
-            behaviour == behaviours.DECIDE or site.kind in kinds.ELEMENTWISE_KINDS
-        ):
-            found.add(site.name)
-        elif user.index in self._forms.moves:
-            if kinds.kind_of(graph, user) in ("slice", "gather"):
-                return  # parts come out again, each to be judged by itself
-            if site is not None and not primitives.is_movement(graph, user):
-                found.add(site.name)
-            moved = None if axes is None else primitives.follow_axes(graph, user, axes)
-            for output in user.outputs:
-                self._follow(output, moved, found)
-        elif user.index not in self._normalising and user.outputs[0] in self._bases:
-            self._follow(user.outputs[0], None, found)
-
-
-def readers_of_joined(binding: Binding) -> set[str]:
-    """The convolutions and dots that read what a concatenation in float gives, or a function of it.
-
-    Their input channels are tried with scales of their own: see `jaxquant.recover.steps`.
-    """
-    model, graph = binding.model, binding.graph
-    planned = binding.plan.sites
-    left = {site.name for site in planned if site.status == FLOAT and site.kind == "concat"}
-    joined = {site.equation for site in model.sites if site.name in left and not site.inside}
-    bases = model.composites.bases
-
-    # Back from an operand, through what keeps the range of values as it is.
-    def is_joined(var: ir.Var) -> bool:
-        while (eqn := graph.producer.get(var)) is not None:
-            if eqn.index in joined:
-                return True
-            if var in bases and bases[var] != var:
-                var = bases[var]
-            elif eqn.name in _KEEPING or primitives.is_movement(graph, eqn):
-                var = eqn.input_vars[0]
-            else:
-                return False
-        return False
-
-    return {
-        int8_site.site.name
-        for int8_site in binding.sites
-        if any(is_joined(var) for var in int8_site.site.operands)
-    }
-
-
-_KEEPING = frozenset({"pad", "reduce_max", "reduce_window_max"})  # channels stay apart
-
-
-def _joined_axes(eqn: ir.Equation) -> frozenset[int]:
-    """The axes along which a concatenation or a padding lays things beside each other."""
-    if eqn.name == "pad":
-        config = eqn.params["padding_config"]
-        return frozenset(axis for axis, pads in enumerate(config) if any(pads))
-    return frozenset({int(eqn.params["axis" if eqn.name == "stack" else "dimension"])})
-
-
-def _sums_over(site: Site, axes: frozenset[int]) -> bool:
-    """True for a convolution or dot whose every output sums over all of these axes of its input."""
-    return site.as_contraction.feature_groups == 1 and axes <= frozenset(input_axes(site))

@@ -43,7 +43,7 @@ import numpy as np
 
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.evenness import readers_of_joined
+from jaxquant.plan.joined import readers_of_joined
 from jaxquant.plan.plan import TensorPlan
 from jaxquant.recover.divisible import Divisible, Where, find_divisible
 from jaxquant.recover.factors import Divided, choose

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxquant.graph.kinds import LOOKUP_KIND
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.plan import layout
 from jaxquant.plan.modes import DYNAMIC, MODES, WEIGHT_ONLY
-from jaxquant.plan.plan import FLOAT, INT8, Plan
+from jaxquant.plan.plan import FLOAT, INT8, Plan, SitePlan
 from jaxquant.report.coverage import tensor_rows
 from jaxquant.report.report import Report
 from jaxquant.report.sqnr import Quality
@@ -39,60 +39,12 @@ def make_report(
       by_site: what became of the weights of single sites.
     """
     plan = program.whole_plan
-    label = MODES[plan.mode].label
-    thresholds = _thresholds(plan)
-    rounded = _float_sites_on_integers(program)
-
-    rows = []
-    # One dict of plain values a site: it is saved as JSON, and shown without a device.
-    for site in plan.sites:
-        row: dict[str, Any] = {
-            "name": site.name,
-            "kind": site.kind,
-            "scope": site.scope,
-            "weight_path": site.weight_path,
-            "status": site.status,
-            "reason": site.reason,
-            "inputs": list(site.inputs),
-            "epilogue": [*site.affine, *site.activation],
-        }
-        row["threshold"], row["threshold_max"] = thresholds.get(
-            site.inputs[0] if site.inputs else "", (None, None)
-        )
-        row["weight_scale_min"] = row["weight_scale_max"] = None
-        if site.name in program.slots:
-            path = program.slots[site.name].scale
-            scale = np.asarray(as_floats(layout.get(qparams["params"], path)))
-            row["weight_scale_min"], row["weight_scale_max"] = (
-                float(scale.min()),
-                float(scale.max()),
-            )
-        own_label = MODES[DYNAMIC].label if site.dynamic else label
-        if site.kind == LOOKUP_KIND:  # it computes nothing
-            own_label = MODES[WEIGHT_ONLY].label
-        is_integer = site.weight_dtype == INT
-        numbers = f"int{site.weight_bits}" if is_integer else site.weight_dtype
-        row["mode"] = FLOAT if site.status == FLOAT else own_label.format(numbers=numbers)
-        row["own_sqnr_db"] = quality.own.get(site.name)
-        row["sqnr_db"] = quality.sites.get(site.name)
-        row["by_layer"] = _by_layer(site.name, quality)
-        row["rounding"] = (by_site or {}).get(site.name, "")
-        if site.name in rounded:
-            row["reason"] += "; its weight is stored as the integers of another site"
-        rows.append(row)
-
+    rows = _rows(program, qparams, quality, by_site or {})
     tensors = tensor_rows(program)
-    by_kind = {
-        kind: {
-            status: sum((row["kind"], row["status"]) == (kind, status) for row in rows)
-            for status in (INT8, FLOAT)
-        }
-        for kind in sorted({site.kind for site in plan.sites})
-    }
     summary = {
         "sites_int8": sum(row["status"] == INT8 for row in rows),
         "sites_float": sum(row["status"] == FLOAT for row in rows),
-        "kinds": by_kind,
+        "kinds": _by_kind(rows),
         "tensors_int8": sum(tensor["status"] == INT8 for tensor in tensors),
         "tensors_float": sum(tensor["status"] == FLOAT for tensor in tensors),
         "output_sqnr_db": quality.outputs.sqnr_db if quality.outputs else None,
@@ -106,6 +58,77 @@ def make_report(
         "read_dequantized": sorted({r.site.weight_path for r in program.restored.values()}),
     }
     return Report(rows, tensors, summary, quality.outputs.rows if quality.outputs else ())
+
+
+def _rows(
+    program: Program, qparams: Any, quality: Quality, by_site: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One dict of plain values a site: it is saved as JSON, and shown without a device."""
+    plan = program.whole_plan
+    thresholds = _thresholds(plan)
+    rounded = _float_sites_on_integers(program)
+    rows = []
+    for site in plan.sites:
+        # The grid that a site is reported with is that of its first input.
+        low, high = thresholds.get(site.inputs[0] if site.inputs else "", (None, None))
+        least, largest = _weight_scales(program, qparams, site.name)
+        reason = site.reason
+        if site.name in rounded:
+            reason += "; its weight is stored as the integers of another site"
+        rows.append(
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "scope": site.scope,
+                "weight_path": site.weight_path,
+                "status": site.status,
+                "reason": reason,
+                "inputs": list(site.inputs),
+                "epilogue": [*site.affine, *site.activation],
+                "threshold": low,
+                "threshold_max": high,
+                "weight_scale_min": least,
+                "weight_scale_max": largest,
+                "mode": _mode(plan, site),
+                "own_sqnr_db": quality.own.get(site.name),
+                "sqnr_db": quality.sites.get(site.name),
+                "by_layer": _by_layer(site.name, quality),
+                "rounding": by_site.get(site.name, ""),
+            }
+        )
+    return rows
+
+
+def _weight_scales(
+    program: Program, qparams: Any, name: str
+) -> tuple[float, float] | tuple[None, None]:
+    """The least and the largest scale of a stored weight; None of a site without one."""
+    if name not in program.slots:
+        return None, None
+    scale = np.asarray(as_floats(layout.get(qparams["params"], program.slots[name].scale)))
+    return float(scale.min()), float(scale.max())
+
+
+def _mode(plan: Plan, site: SitePlan) -> str:
+    """How a site computes: "int8", say, or "float"."""
+    if site.status == FLOAT:
+        return FLOAT
+    mode = DYNAMIC if site.dynamic else plan.mode
+    if site.kind == LOOKUP_KIND:  # it computes nothing
+        mode = WEIGHT_ONLY
+    is_integer = site.weight_dtype == INT
+    numbers = f"int{site.weight_bits}" if is_integer else site.weight_dtype
+    return MODES[mode].label.format(numbers=numbers)
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Kind -> how many of its sites are int8 and float."""
+    found: dict[str, dict[str, int]] = {
+        kind: {INT8: 0, FLOAT: 0} for kind in sorted({row["kind"] for row in rows})
+    }
+    for row in rows:
+        found[row["kind"]][row["status"]] += 1
+    return found
 
 
 def _by_layer(name: str, quality: Quality) -> list[dict[str, Any]] | None:
