@@ -19,12 +19,7 @@ from jaxquant.calibration.fingerprint import params_digests
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.padding import Padding
 from jaxquant.calibration.processes import check_alike
-from jaxquant.calibration.resume import (
-    check_observed,
-    is_complete,
-    load_checked,
-    sweep_with_file,
-)
+from jaxquant.calibration.resume import check_observed, is_complete, load_checked, sweep_with_file
 from jaxquant.calibration.sweep import Sweep, run_sweep
 from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights

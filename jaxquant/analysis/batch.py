@@ -56,49 +56,29 @@ _TENSOR = "tensor:"  # before the names of tensors among what was seen of sites
 def measure(
     parts: Parts, params: Any, qparams: Any, plain: Any, flat: list[Any], real: RealIn
 ) -> Batch:
+    """Measure a batch in two views: each site by itself, and both models run whole.
+
+    Args:
+      parts: of the int8 model.
+      params: of the float model.
+      qparams: of the int8 model.
+      plain: the same without corrected biases.
+      flat: the flattened inputs.
+      real: gives which entries of a tensor belong to no padding.
+    """
     graph, model = parts.program.graph, parts.program.model
     reference = evaluate_float(graph, params, flat)
 
-    def counted(here: Here, var: ir.Var, value: Any) -> jax.Array:
-        return without_padding(value, real(here.program.model, var))
-
-    def shift(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
-        if not has_bias(here.program, part):
-            return Outcome(as_float())
-        own = functools.partial(real, here.program.model)
-        return Outcome(as_float(), shift_at(part, here.in_float, as_int8()[0], own)[0])
-
-    def alone(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
-        wanted = as_float()
-        if not part.name or not _is_float(wanted[0]):
-            return Outcome(wanted)
-        got, ends = as_int8()[0], None
-        if part.site is not None:
-            epilogue = part.site.epilogue
-            if has_bias(here.program, part):
-                # With the mean taken away that its corrected bias would take.
-                off = here.qparams["sites"][part.name]["shift"]
-                got = got + epilogue.channels.spread(off, got.ndim)
-            if epilogue.channels.axes:
-                is_real = real(here.program.model, epilogue.output)
-                ends = _ends(epilogue, got, here.in_float, is_real)
-        seen = measures.moments(counted(here, part.end.outputs[0], wanted[0]), got)
-        return Outcome(wanted, _Alone(seen, ends))
-
-    def whole(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
-        got = as_int8()
-        wanted = here.in_float.wide(part.end.outputs[0])
-        if not (part.name and _is_float(wanted)):
-            return Outcome(got)
-        return Outcome(got, measures.moments(counted(here, part.end.outputs[0], wanted), got[0]))
-
     # Own errors are those with a bias that fits float inputs, as the report has them too.
     if is_corrected(parts.program.whole_plan):
+        shift = functools.partial(_shift, real)
         shifts = evaluate_parts(parts, params, plain, flat, shift, reference)[1].of
         plain = _with_means(plain, shifts)
-    fits = functools.partial(_fits, real)
+    alone, fits = functools.partial(_measure_alone, real), functools.partial(_fits, real)
     own = evaluate_parts(parts, params, plain, flat, alone, reference, fits)[1].of
-    quantized, accumulated = evaluate_parts(parts, params, qparams, flat, whole, reference)
+
+    accumulating = functools.partial(_measure_accumulated, real)
+    quantized, accumulated = evaluate_parts(parts, params, qparams, flat, accumulating, reference)
     outputs = [
         measures.moments(
             without_padding(reference.read(x), real(model, x)), jnp.asarray(quantized.read(x))
@@ -113,6 +93,51 @@ def measure(
         outputs=outputs,
         tensors={n.removeprefix(_TENSOR): x for n, x in own.items() if isinstance(x, Clipping)},
     )
+
+
+def _shift(real: RealIn, here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
+    """How far a part is off behind float inputs; the float values go on."""
+    if not has_bias(here.program, part):
+        return Outcome(as_float())
+    own = functools.partial(real, here.program.model)
+    return Outcome(as_float(), shift_at(part, here.in_float, as_int8()[0], own)[0])
+
+
+def _measure_alone(
+    real: RealIn, here: Here, part: Part, as_float: Value, as_int8: Value
+) -> Outcome:
+    """The own error of a part, its inputs those of the float model; the float values go on."""
+    wanted = as_float()
+    if not part.name or not _is_float(wanted[0]):
+        return Outcome(wanted)
+    got, ends = as_int8()[0], None
+    if part.site is not None:
+        epilogue = part.site.epilogue
+        if has_bias(here.program, part):
+            # With the mean taken away that its corrected bias would take.
+            off = here.qparams["sites"][part.name]["shift"]
+            got = got + epilogue.channels.spread(off, got.ndim)
+        if epilogue.channels.axes:
+            is_real = real(here.program.model, epilogue.output)
+            ends = _ends(epilogue, got, here.in_float, is_real)
+    return Outcome(wanted, _Alone(_moments(real, here, part, wanted[0], got), ends))
+
+
+def _measure_accumulated(
+    real: RealIn, here: Here, part: Part, as_float: Value, as_int8: Value
+) -> Outcome:
+    """What has gathered up to a part; the int8 values go on."""
+    got = as_int8()
+    wanted = here.in_float.wide(part.end.outputs[0])
+    if not (part.name and _is_float(wanted)):
+        return Outcome(got)
+    return Outcome(got, _moments(real, here, part, wanted, got[0]))
+
+
+def _moments(real: RealIn, here: Here, part: Part, wanted: Any, got: jax.Array) -> Moments:
+    """The moments of a part's result but for what belongs to padding."""
+    counted = without_padding(wanted, real(here.program.model, part.end.outputs[0]))
+    return measures.moments(counted, got)
 
 
 def _with_means(plain: Any, shifts: Mapping[str, Shift]) -> dict[str, Any]:

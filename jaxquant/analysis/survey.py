@@ -88,32 +88,28 @@ def survey(
         return found, _count(program.binding, params, flat, real)
 
     params = source.params
-    names: Sequence[str] = ()
-    stats = stacked([histogram.init()])
     total: Batch | None = None
     ranges: list[dict[str, Any]] = []
-    plain: Any = None
-    scans: dict[str, tuple[int, ...]] = {}
+    known: _Known | None = None
     # Ranges are kept batch by batch (they show drift), all else is summed as it comes.
     for index, inputs in enumerate(batches):
         if padding is not None:
             padding.check(inputs, index)
-        if plain is None:
+        if known is None:
             with progress.stage("tracing"):
-                program = program_by_site(bind(source.trace(inputs), plan), params)
-                plain = without_correction(program, params, qparams)
-                scans = _scans_around(find_parts(program))
-                names = _observed(program.binding).names
-                stats = stacked([histogram.init()] * max(len(names), 1))
+                known = _known_of(source, plan, qparams, inputs)
+                stats = stacked([histogram.init()] * max(len(known.names), 1))
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
-            found, seen = step(params, qparams, plain, *inputs)
-            found = _by_layer(jax.device_get(found), scans)
+            found, seen = step(params, qparams, known.plain, *inputs)
+            found = _by_layer(jax.device_get(found), known.scans)
             if seen is not None:
                 stats, first_bad = counting.fold(stats, seen, np.int32(index))
-                _check_finite(names, first_bad)
+                _check_finite(known.names, first_bad)
         ranges.append({name: (t.low, t.high) for name, t in found.tensors.items()})
         total = found if total is None else _joined(total, found)
-    assert total is not None  # an empty data set is refused where it is read
+    # An empty data set is refused where it is read.
+    assert total is not None
+    assert known is not None
     return Surveyed(
         own=total.own,
         accumulated=total.accumulated,
@@ -126,10 +122,36 @@ def survey(
             for name, tensor in total.tensors.items()
         },
         stats={
-            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats)) for k, name in enumerate(names)
+            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats))
+            for k, name in enumerate(known.names)
         },
         outputs=functools.reduce(measures.add, total.outputs) if total.outputs else None,
         batches=len(ranges),
+    )
+
+
+class _Known(NamedTuple):
+    """What the first batch tells of the model.
+
+    Attributes:
+      plain: the int8 model's arrays without corrected biases.
+      scans: see `_scans_around`.
+      names: of the quantized tensors.
+    """
+
+    plain: Any
+    scans: dict[str, tuple[int, ...]]
+    names: Sequence[str]
+
+
+def _known_of(
+    source: FloatModel, plan: Plan, qparams: Mapping[str, Any], inputs: tuple[Any, ...]
+) -> _Known:
+    program = program_by_site(bind(source.trace(inputs), plan), source.params)
+    return _Known(
+        without_correction(program, source.params, qparams),
+        _scans_around(find_parts(program)),
+        _observed(program.binding).names,
     )
 
 

@@ -36,13 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.backends import direct, taps
-from jaxquant.backends.channels_last import (
-    ChannelsLast,
-    fully_padded,
-    padded,
-    undilated,
-    window_of,
-)
+from jaxquant.backends.channels_last import ChannelsLast, fully_padded, padded, undilated, window_of
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph.contraction import Contraction, Window
 from jaxquant.jax_shim import choices, layouts

@@ -13,16 +13,7 @@ import jax.numpy as jnp
 
 from jaxquant.native import library
 from jaxquant.native.fields import Geometry
-from jaxquant.native.fused import (
-    BIAS,
-    ENDS,
-    MULTIPLIER,
-    PACKED,
-    Call,
-    Epilogue,
-    X,
-    make_call,
-)
+from jaxquant.native.fused import BIAS, ENDS, MULTIPLIER, PACKED, Call, Epilogue, X, make_call
 from jaxquant.native.pack import pack_conv, pack_dot
 from jaxquant.native.window import output_size
 

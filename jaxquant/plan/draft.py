@@ -9,20 +9,14 @@ from jaxquant.calibration.observations import Observations
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import is_elsewhere
-from jaxquant.plan.candidates import (
-    candidates,
-    is_dynamic,
-    reported,
-)
+from jaxquant.plan.candidates import candidates, is_dynamic, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.evenness import constants_in, find_uneven
 from jaxquant.plan.form_search import find_forms
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import LITERT, TensorPlan
-from jaxquant.plan.rules import (
-    Rule,
-)
+from jaxquant.plan.rules import Rule
 from jaxquant.plan.tensors import plan_tensors, tensor_settings
 
 

@@ -11,17 +11,12 @@ from jaxquant.graph.regions import Region
 from jaxquant.graph.sites import Site
 from jaxquant.plan.bind import bind, layers_of
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.candidates import (
-    candidates,
-    reported,
-)
+from jaxquant.plan.candidates import candidates, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.draft import Draft, Seen, forms_of, make_draft, own_sites, with_even_parts
 from jaxquant.plan.plan import INT8, Plan, PlannedCut, SitePlan, TensorPlan
 from jaxquant.plan.refused import check_patterns, nothing_left
-from jaxquant.plan.rules import (
-    Rule,
-)
+from jaxquant.plan.rules import Rule
 from jaxquant.plan.site_plans import site_plans
 from jaxquant.plan.ties import without_ties
 

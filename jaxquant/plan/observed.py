@@ -9,11 +9,7 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.checks import check_sites
 from jaxquant.graph.model import Model
 from jaxquant.graph.once import once
-from jaxquant.plan.candidates import (
-    candidates,
-    reason_for_float,
-    reported,
-)
+from jaxquant.plan.candidates import candidates, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.draft import forms_of, on_planned_grids, own_sites
 from jaxquant.plan.evenness import tied_tensors

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from jaxquant.graph.sites import Site
 from jaxquant.plan.config import QuantConfig
-from jaxquant.plan.rules import (
-    check_rules,
-    check_skip,
-)
+from jaxquant.plan.rules import check_rules, check_skip
 
 
 def check_patterns(found: tuple[Site, ...], config: QuantConfig) -> None:

@@ -10,23 +10,14 @@ from jaxquant.graph import ir, kinds
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
-from jaxquant.plan.candidates import (
-    has_asymmetric_rows,
-    is_dynamic,
-    reason_for_float,
-    reported,
-)
+from jaxquant.plan.candidates import has_asymmetric_rows, is_dynamic, reason_for_float, reported
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.draft import Draft
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.forms import Forms
 from jaxquant.plan.modes import DYNAMIC, MODES, Mode
 from jaxquant.plan.plan import SitePlan
-from jaxquant.plan.rules import (
-    first_layer,
-    matching,
-    setting,
-)
+from jaxquant.plan.rules import first_layer, matching, setting
 
 
 def site_plans(model: Model, found: tuple[Site, ...], draft: Draft) -> list[SitePlan]:

@@ -155,6 +155,8 @@ class _Search:
                 for argument, position in carried.items():
                     out = layer.graph.outputs[position]
                     if isinstance(out, int):
+                        # What a step leaves is read by the next one: the body is gone through again
+                        # with that known.
                         self._link((layer, out), (layer, argument))
                 self.visit(layer)
             behind = layer
@@ -175,6 +177,7 @@ class _Search:
 
     def _link(self, node: _Node, behind: _Node, adds: bool = False) -> None:
         """A value is handed on, as it is or added to another one."""
+        # Whatever is linked in any way needs one unit: sets that are merged, by union and find.
         self._parent[self._root(node)] = self._root(behind)
         reached = self._reached.get(node, frozenset()) | self._reached.get(behind, frozenset())
         self._reached[node] = reached

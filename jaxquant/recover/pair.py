@@ -17,13 +17,7 @@ from jaxquant.graph import evaluate, ir
 from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.plan.binding import Int8Site
 from jaxquant.recover.activation import find_activation
-from jaxquant.recover.shift import (
-    add_powers,
-    add_shifts,
-    compare_outputs,
-    powers,
-    without_padding,
-)
+from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers, without_padding
 from jaxquant.run import both_forms
 from jaxquant.run.lowerings import Evaluation, Lowering
 from jaxquant.run.program import Program

@@ -233,6 +233,8 @@ def _rank(
     ranking = found.ranking(quality)
     search.ranking = ranking
     if not found.complete:
+        # Time ran out, so that the order is by what was measured and by SQNR: one suspect is a
+        # guess, more would be many.
         return ranking, ranking[:1]
     # How many of the first sites have to be float for the metric to hold, by trying.
     for count in _counts(len(ranking)):
@@ -245,6 +247,7 @@ def _rank(
 def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
     tried = {search.thresholds(search.full.binding, suspects)}
     for algo in search.goal.algos:
+        # One algo in place of another, not on top of it: only what else is set stays.
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
         thresholds = search.thresholds(search.plan_of(rules), suspects)
@@ -288,6 +291,8 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
         if search.reaches(step.score):
             break
         failed = count
+    # The counts that were tried grow apart: between the last that failed and the one that holds the
+    # fewest are searched by halves.
     holding = sum(rule.dtype == "float" for rule in search.rules)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2

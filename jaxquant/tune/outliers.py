@@ -138,6 +138,7 @@ def _is_coarse(tensor: TensorPlan, seen: TensorStats | None) -> bool:
         return False
     counts = seen.counts.astype(np.float64)
     limit = _ORDINARY * counts.sum()
+    # Of each bin as much as belongs to the smallest values, until these make up their part of all.
     ordinary = np.clip(limit - (np.cumsum(counts) - counts), 0, counts)
     values = (np.arange(len(counts)) + 0.5) * seen.bin_width
     return bool(ordinary @ values**2 < (_STEPS * tensor.scale) ** 2 * limit)

@@ -25,14 +25,7 @@ from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.rules import Rule
 from jaxquant.progress import Progress
-from jaxquant.tune.one_site import (
-    BothForms,
-    Surroundings,
-    both_forms,
-    key,
-    one_site,
-    surroundings,
-)
+from jaxquant.tune.one_site import BothForms, Surroundings, both_forms, key, one_site, surroundings
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 51
 SECONDS = 0.3  # of a site, after which no round beyond the least is begun

@@ -11,13 +11,7 @@ from jaxquant.deploy.lower.values import Size, Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx import whole_numbers as whole
 from jaxquant.deploy.onnx.builder import Builder
-from jaxquant.deploy.onnx.places import (
-    Truth,
-    columns,
-    find_places,
-    partial_axes,
-    whole_numbers,
-)
+from jaxquant.deploy.onnx.places import Truth, columns, find_places, partial_axes, whole_numbers
 from jaxquant.deploy.onnx.whole_numbers import Whole
 
 Shapes = Sequence[tuple[Size, ...]]

@@ -10,15 +10,7 @@ import numpy as np
 
 from jaxquant.deploy.plain_trees import plain_structure
 from jaxquant.deploy.stored import primitives, values
-from jaxquant.deploy.stored.form import (
-    Atom,
-    Body,
-    Constant,
-    Equation,
-    Leaf,
-    StoredForm,
-    Tensor,
-)
+from jaxquant.deploy.stored.form import Atom, Body, Constant, Equation, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import encode_tree
 from jaxquant.graph import flax_tags, ir
 from jaxquant.jax_shim import jaxprs, prng, symbols
