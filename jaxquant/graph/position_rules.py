@@ -242,6 +242,27 @@ def _along(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Know
     return _made(axes, operands, lost)
 
 
+def _stack(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
+    """Tensors side by side along a new axis."""
+    depend = [x for x in operands if not x.is_static]
+    axes = [agreed(each) for each in zip(*(x.axes for x in depend), strict=True)]
+    axes.insert(eqn.params["axis"], (Part(len(operands)),))
+    return _made(axes, operands)
+
+
+def _pad(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
+    """More entries along some axes: of features, say; of positions it is lost where they are."""
+    own = operands[0]
+    axes, lost = list(own.axes), ""
+    for axis, (pads, size) in enumerate(
+        zip(eqn.params["padding_config"], graph.shape(eqn.outputs[0]), strict=True)
+    ):
+        if any(pads):
+            axes[axis] = (Part(size),)
+            lost = eqn.name if _has_positions(own.axes[axis]) else lost
+    return _made(axes, operands, lost)
+
+
 def _update(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
     """A cache with a part that is written anew: what it holds elsewhere is of other positions."""
     whole, part = operands[:2]
@@ -311,10 +332,12 @@ _RULES: Mapping[str, Rule] = {
     "dynamic_update_slice": _update,
     "expand_dims": _reshape,
     "gather": _gather,
+    "pad": _pad,
     "reshape": _reshape,
     "rev": _sorted,
     "slice": _part,
     "squeeze": _reshape,
+    "stack": _stack,
     "transpose": _transpose,
     **dict.fromkeys(_COUNTS, _counted),
     **dict.fromkeys(

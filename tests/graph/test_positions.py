@@ -76,6 +76,8 @@ PAIRS = MASK[:, :, None] & MASK[:, None, :]
         (lambda x, m: jnp.ones((9, D)).at[0].set(2.0)[m.astype(jnp.int32)] * x, ROWS),
         (lambda x, m: jax.vmap(jax.vmap(lambda row: row @ W))(x), ROWS[..., :5]),
         (lambda x, m: jnp.split(x, [4], axis=-1)[0], ROWS[..., :4]),
+        (lambda x, m: jnp.stack([x, -x], axis=1), np.stack([ROWS, ROWS], axis=1)),
+        (lambda x, m: jnp.pad(x, ((0, 0), (0, 0), (1, 2))), np.repeat(ROWS[..., :1], D + 3, -1)),
         (lambda x, m: jnp.split(x, [4], axis=-1)[1], ROWS[..., :2]),
         (lambda x, m: x + jnp.sin(jnp.cumsum(m.astype(x.dtype), axis=1))[..., None], ROWS),
         (lambda x, m: x + 0.1 * jnp.cumsum(m, axis=1).astype(x.dtype)[..., None], ROWS),
