@@ -156,3 +156,22 @@ def still_lost(found: Known, operands: Sequence[Known], name: str) -> str:
         return ""
     before = next((known.lost for known in operands if known.lost), "")
     return before or (name if any(known.is_placed for known in operands) else "")
+
+
+def has_positions(axis: Axis) -> bool:
+    return any(part.is_position for part in axis)
+
+
+def made(
+    axes: Sequence[Axis], operands: Sequence[Known], lost: str = "", is_plain: bool | None = None
+) -> Known:
+    """A result of these axes, `lost` where a rule says so or an operand was before.
+
+    It is plain, and tells what is padding, as its operands do, where `is_plain` is not given.
+    """
+    if is_plain is None:
+        is_plain = all(x.is_plain or x.is_static for x in operands)
+    tells = is_plain and any(x.tells for x in operands)
+    found = Known(tuple(axes), is_plain=is_plain, tells=tells)
+    before = next((x.lost for x in operands if x.lost), "")
+    return found if found.is_placed else dataclasses.replace(found, lost=lost or before)

@@ -28,6 +28,8 @@ Marked: TypeAlias = tuple[tuple[int, int], ...]
 # Gives which entries of a tensor of a model, or of one of its bodies, belong to no padding, bool of
 # a shape that is broadcast to the tensor's; None where all of them count.
 RealIn: TypeAlias = Callable[[Model, ir.Atom], jax.Array | None]
+# What runs along an axis: the marks of its parts.
+Marks: TypeAlias = tuple[int | None, ...]
 _ROUNDS = 8  # of a loop's body, until its carry stays as it is
 _Found: TypeAlias = dict[tuple[int, ...], dict[ir.Var, Known]]
 
@@ -46,6 +48,19 @@ class Positions(NamedTuple):
         found = self.by_region.get(model.root.location, {})
         nowhere = nothing(model.graph.shape(var))
         return found.get(var, nowhere) if isinstance(var, int) else nowhere
+
+    def sample_axis(self, model: Model, atom: ir.Atom) -> tuple[int, Marks | None]:
+        """The axis of a tensor that the samples lie along, and what does, the slowest first.
+
+        The first axis where no single one is theirs: with the positions in it, say, where it is of
+        rows.  None where it is not known what runs along any.
+        """
+        axes = [tuple(part.mark for part in axis) for axis in self.known(model, atom).axes]
+        theirs = [number for number, axis in enumerate(axes) if axis == (BATCH,)]
+        if len(theirs) == 1:
+            return theirs[0], (BATCH,)
+        is_known = any(mark is not None for axis in axes for mark in axis)
+        return 0, axes[0] if is_known else None
 
     def lost(self, model: Model, var: ir.Var) -> str:
         """The primitive behind which a tensor's positions are not known; "" where they are."""
@@ -98,6 +113,20 @@ def find_positions(
         )
         for place, var in enumerate(graph.inputs)
     }
+    found: _Found = {}
+    _follow(model.root, given, found)
+    return Positions(found)
+
+
+@once
+def find_samples(model: Model) -> Positions:
+    """Follow the first axis of all inputs, that of the samples, through a whole model."""
+    graph = model.graph
+    given = {}
+    for var in graph.inputs:
+        first, *others = nothing(graph.shape(var)).axes or ((),)
+        samples = tuple(part._replace(mark=BATCH) for part in first)
+        given[var] = Known((samples, *others) if samples else ())
     found: _Found = {}
     _follow(model.root, given, found)
     return Positions(found)

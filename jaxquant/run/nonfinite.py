@@ -7,13 +7,16 @@ and what comes of them in float, and what a logarithm, a quotient or the like gi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.graph import ir, primitives
+from jaxquant.graph.model import Model
+from jaxquant.graph.positions import Marks, find_samples
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding
 
@@ -105,28 +108,64 @@ def mark(value: jax.Array, is_stored: bool) -> jax.Array:
     return lax.platform_dependent(value, cpu=on_cpu, default=scaled) * jnp.float32(0)
 
 
-def with_marks(outputs: Any, marks: list[jax.Array]) -> Any:
-    """The outputs, with NaN in the entries along the first axis that are marked.
+class Entries(NamedTuple):
+    """What the entries of a tensor along one of its axes are of.
 
-    A mark of another length than an output's first axis holds for all of it.
+    Attributes:
+      axis: it; that of the samples where it is known.
+      marks: what runs along it; None where it is not known.
     """
-    by_length: dict[int, jax.Array] = {}
-    for each in marks:
-        length = each.shape[0]
-        by_length[length] = by_length[length] + each if length in by_length else each
 
-    def marked(output: jax.Array) -> jax.Array:
+    axis: int
+    marks: Marks | None
+
+
+class Mark(NamedTuple):
+    """What `mark` gives of a tensor along an axis, [N], and what its N entries are of."""
+
+    value: jax.Array
+    marks: Marks | None
+
+    def is_of(self, entries: Entries, output: jax.Array) -> bool:
+        """Whether its entries are those of an output."""
+        is_known = self.marks is not None and entries.marks is not None
+        if output.ndim == 0 or (is_known and self.marks != entries.marks):
+            return False
+        return bool(self.value.shape[0] == output.shape[entries.axis])
+
+
+def entries_in(model: Model) -> Callable[[ir.Atom], Entries]:
+    """What the entries are of tensors of a model, or of one of its bodies."""
+    found = find_samples(model.whole)
+    return lambda atom: Entries(*found.sample_axis(model, atom))
+
+
+def with_marks(
+    outputs: Sequence[jax.Array], entries: Sequence[Entries], marks: Sequence[Mark]
+) -> list[jax.Array]:
+    """The outputs, with NaN in the samples that are marked.
+
+    A mark of other entries than an output's holds for all of it: positions may be as many as there
+    are samples, and are none.
+    """
+    alike: dict[tuple[Any, Marks | None], jax.Array] = {}
+    for value, of in marks:
+        key = value.shape[0], of
+        alike[key] = alike[key] + value if key in alike else value
+
+    def marked(output: jax.Array, own: Entries) -> jax.Array:
         if not jnp.issubdtype(output.dtype, jnp.floating):
             return output
-        for length, each in by_length.items():
-            alike = output.ndim > 0 and output.shape[0] == length
-            # Marks of another length are of no axis that is known: any of them taints everything.
-            bad = jnp.isnan(each if alike else each.sum())
-            bad = bad.reshape(bad.shape + (1,) * (output.ndim - bad.ndim))
+        for (_, of), value in alike.items():
+            if Mark(value, of).is_of(own, output):
+                behind = range(1, output.ndim - own.axis)
+                bad = jnp.expand_dims(jnp.isnan(value), behind)
+            else:
+                bad = jnp.isnan(value.sum())
             output = jnp.where(bad, jnp.asarray(jnp.nan, output.dtype), output)
         return output
 
-    return jax.tree.map(marked, outputs)
+    return [marked(*each) for each in zip(outputs, entries, strict=True)]
 
 
 def _is_float(graph: ir.Graph, var: ir.Var) -> bool:

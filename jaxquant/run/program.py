@@ -120,13 +120,15 @@ class Program:
 
     def outputs(self, qparams: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
         """The model's outputs, in their own pytree; NaN where floats were that int8 cannot hold."""
-        state = self._run(qparams, inputs, self._leaves(qparams))
-        return nonfinite.with_marks(evaluate.outputs(state.env), state.quantized.marks)
+        found = self.results(qparams, self._leaves(qparams), inputs)
+        return jax.tree.unflatten(self.graph.out_tree, found)
 
     def results(
         self, qparams: Mapping[str, Any], leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]
     ) -> list[Any]:
-        """What a body gives in one step; NaN where floats were that int8 cannot hold.
+        """The flat outputs, or what a body gives in one step.
+
+        NaN where floats were that int8 cannot hold.
 
         Args:
           qparams: the arrays of its sites, of one layer.
@@ -135,7 +137,8 @@ class Program:
         """
         state = self._run(qparams, inputs, leaves)
         values = [jnp.asarray(state.env.read(x)) for x in self.graph.outputs]
-        return list(nonfinite.with_marks(values, state.quantized.marks))
+        entries = map(nonfinite.entries_in(self.model), self.graph.outputs)
+        return nonfinite.with_marks(values, [*entries], state.quantized.marks)
 
     def _leaves(self, qparams: Mapping[str, Any]) -> dict[ir.Var, Any]:
         return {var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()}

@@ -48,7 +48,8 @@ class QuantizedTensors:
         self._varies = varies
         self._natively = natively
         self._marked: set[ir.Var] = set()
-        self.marks: list[jax.Array] = []
+        self.marks: list[nonfinite.Mark] = []
+        self._entries = nonfinite.entries_in(binding.model)
         self.stored = set(self.graph.inputs)
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
@@ -121,12 +122,14 @@ class QuantizedTensors:
             self._marked.add(var)
         if is_marked:
             return self._quantize(value, grid)
-        if self._is_read_by_a_kernel(value, var, grid):
+        entries = self._entries(var)
+        if entries.axis == 0 and self._is_read_by_a_kernel(value, var, grid):
             q, mark = self._quantize_and_mark(value, grid)
         else:
             q = self._quantize(value, grid)
-            mark = nonfinite.mark(value, var in self.stored)
-        self.marks.append(mark)
+            samples_first = jnp.moveaxis(value, entries.axis, 0)
+            mark = nonfinite.mark(samples_first, var in self.stored)
+        self.marks.append(nonfinite.Mark(mark, entries.marks))
         return q
 
     def _is_read_by_a_kernel(self, value: jax.Array, var: ir.Var, grid: ir.Var) -> bool:

@@ -179,3 +179,19 @@ def test_a_mark_does_not_serve_what_mixes_the_samples():
         PARAMS, apply_fn, [ROWS], progress=False, allow_batch_dependence=True
     )
     assert np.isnan(qapply(qparams, ROWS.at[1, 0].set(jnp.nan))).all()
+
+
+@pytest.mark.parametrize("leads", ["positions", "samples"])
+def test_as_many_positions_as_samples_are_no_samples(leads):
+    """What is marked where positions come first is a position of every sample."""
+    x = ROWS[:3, None, :] + jnp.arange(3.0)[:, None]
+
+    def apply_fn(p, x):
+        y = jnp.exp(0.3 * x.swapaxes(0, 1)) @ p["w"]
+        return jnp.tanh(y if leads == "positions" else y.swapaxes(0, 1)) @ p["v"]
+
+    qparams, qapply = networks.quantize(PARAMS, apply_fn, x)
+    got = np.isnan(qapply(qparams, x.at[1, 2, 0].set(jnp.nan)))
+    by_sample = got.swapaxes(0, 1) if leads == "positions" else got
+    assert by_sample.all(axis=(1, 2)).tolist() == [False, True, False]
+    assert by_sample.any(axis=(1, 2)).tolist() == [False, True, False]
