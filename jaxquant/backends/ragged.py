@@ -103,6 +103,7 @@ def by_blocks(
     if side == 0 or layout.groups == 0:
         return jnp.zeros((side, count, columns), dtype)
     rows = with_zeros(rows, ends, zero)
+    # Rows behind all groups are zeros by now, so the last group may take them: each row is in one.
     ends = ends.at[:, -1].set(count)
     first = jnp.arange(side, dtype=jnp.int32)[:, None] * count
     ends = (ends + first).reshape(-1)  # among all rows
@@ -110,11 +111,13 @@ def by_blocks(
     size = _block(side * count, side * layout.groups)
     blocks = jnp.cumsum((ends - starts + size - 1) // size)  # up to each group's end
 
+    # A block that begins near the end reaches beyond it: into rows that are cut off again.
     padded = jnp.pad(rows.reshape(side * count, layout.summed), ((0, size), (0, 0)))
     result = jnp.zeros((side * count + size, columns), dtype)
     padded, result, starts, blocks = jaxprs.match_varying([padded, result, starts, blocks])
 
     def step(number: jax.Array, result: jax.Array) -> jax.Array:
+        # How long groups are is known in the call alone: a block finds its group by counting.
         group = jnp.sum(blocks <= number, dtype=jnp.int32)
         before = jnp.where(group > 0, blocks[group - 1], 0)
         start = starts[group] + (number - before) * size

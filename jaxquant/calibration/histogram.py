@@ -166,6 +166,7 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
 
 def _widened(state: Histogram, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The counts over the range of a larger exponent: 2**k neighbours become one bin."""
+    # From a shift of 11 on all old bins are bin 0.
     shift = jnp.minimum(exponent - state.exponent, BIN_BITS)
     to = jnp.arange(BINS, dtype=jnp.int32) >> shift
     # Sums of 2048 16-bit digits fit 32 bits; the carries are settled afterwards.

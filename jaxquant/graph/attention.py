@@ -126,6 +126,8 @@ class _Scores:
         self.product: ir.Equation | None = None
         self.contraction: Contraction | None = None
         eqn = graph.producer.get(scores)
+        # From the softmax back to the product, as long as each equation is one that a kernel does
+        # as well.
         while eqn is not None and not graph.static[eqn.outputs[0]]:
             self.members.add(eqn.index)
             if eqn.index in graph.contractions:
@@ -191,10 +193,13 @@ class _Scores:
             return eqn.inputs[0]
         if eqn.name == "select_n" and len(eqn.inputs) == 3:
             return self._masked(eqn)
+        # A kernel adds biases behind the scale; one that is scaled with the products is another
+        # one.
         if eqn.name == "add" and self._scale == 1.0:
             return self._biased(eqn)
         if eqn.name not in ("mul", "div"):
             return None
+        # Of a quotient the number has to be what divides.
         for place in (0, 1) if eqn.name == "mul" else (1,):
             number = matching.spread_number(self._graph, eqn.inputs[place])
             if number is not None and (number or eqn.name == "mul"):

@@ -140,6 +140,7 @@ def run(env: Environment, table: Table[State], state: State) -> Environment:
     """
     for index, lowering in table.items():
         scope = env.graph.equations[index].scope
+        # So profiles, and what XLA says of an operation, have the model's own names.
         with jax.named_scope(scope) if scope else contextlib.nullcontext():
             values = lowering(state)
         for var, value in values.items():
@@ -173,6 +174,7 @@ class Reader(Protocol):
 def apply(env: Reader, eqn: ir.Equation) -> Sequence[Any]:
     """The equation itself: elementwise ones keep a wider dtype, others get the model's."""
     if primitives.is_elementwise(eqn) and (wide := _wide_dtype(env, eqn)) is not None:
+        # A model's own cast to its narrow floats: nobody is to lose digits that are there.
         if eqn.name == "convert_element_type" and _is_float(eqn.params["new_dtype"]):
             return [env.wide(eqn.inputs[0])]
         operands = [_widen(env.wide(x), wide) for x in eqn.inputs]

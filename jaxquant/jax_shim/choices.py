@@ -125,6 +125,7 @@ def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
 def _choice_lowering(
     ctx: Any, *operands: Any, pick: Any, forms: Any, platform: str = "", **_: Any
 ) -> Any:
+    # Only now is anything traced: the other forms may hold calls that this platform does not know.
     chosen = forms[pick(_place(ctx, platform))]
     return mlir.lower_fun(lambda *xs: list(chosen(*xs)), multiple_results=True)(ctx, *operands)
 
@@ -132,6 +133,7 @@ def _choice_lowering(
 def _choice_batching(
     operands: Sequence[Any], axes: Sequence[Any], *, forms: Any, shapes: Any, **params: Any
 ) -> tuple[list[Any], list[int]]:
+    # Which form runs is not known before lowering, so all of them are mapped.
     size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
     results = _choice.bind(
         *operands,

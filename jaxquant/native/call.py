@@ -61,6 +61,8 @@ def _batched(static: Static) -> Callable[..., Any]:
         folded = []
         for k, (x, m) in enumerate(zip(operands, mapped, strict=True)):
             if k in batched:
+                # A kernel has one batch: what is the same for all along the mapped axis is copied
+                # into it.
                 x = x if m else jax.numpy.broadcast_to(x, (size, *x.shape))
                 x = x.reshape(size * x.shape[1], *x.shape[2:])
             folded.append(x)

@@ -307,6 +307,7 @@ def _of_rows(
     run: Callable[..., Any], size: int, mapped: Sequence[bool], operands: Sequence[jax.Array]
 ) -> Any:
     """The batching rule of a call whose first operand may have any number of leading axes."""
+    # Rows are rows, mapped or not; a scale or a grid of their own needs a call of its own.
     if not any(mapped[1:]):
         return run(*operands), True
 

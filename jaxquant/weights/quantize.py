@@ -35,6 +35,7 @@ def quantize_params(
         weights behind them are multiplied by; arrays of the rank of their tensors.
     """
     slots = binding.weight_slots(params)
+    # Before any weight is rounded: how far a scale may grow depends on who reads the sums.
     fits = ties.find_fits(binding) if MODES[binding.plan.mode].tensor_scales else {}
     whole = Whole(slots, fits, divisors or {}, collections.Counter(slots.values()))
     qparams = _quantize(binding, params, whole)
