@@ -27,6 +27,9 @@ NAMES = {
 TYPES = ("F32", "Q8_0", "Q4_0")
 
 
+MOST_TOKENS = 512  # that llama.cpp takes in a call
+
+
 class _Parameters(ctypes.Structure):
     """Passed by value, and opaque: with room for those of any version."""
 
@@ -108,11 +111,10 @@ class Library:
             str(path).encode(), llama.llama_model_default_params()
         )
         assert model, f"llama.cpp cannot read {path}"
-        state = ctypes.c_void_p(
-            llama.llama_init_from_model(
-                ctypes.c_void_p(model), llama.llama_context_default_params()
-            )
-        )
+        options = llama.llama_context_default_params()
+        # The first field is the number of tokens that there is room for.
+        ctypes.c_uint32.from_buffer(options).value = context + 1
+        state = ctypes.c_void_p(llama.llama_init_from_model(ctypes.c_void_p(model), options))
         llama.llama_set_n_threads(state, self._threads, self._threads)
         memory = ctypes.c_void_p(llama.llama_get_memory(state))
 
@@ -121,7 +123,8 @@ class Library:
             failed = llama.llama_decode(state, llama.llama_batch_get_one(ids, tokens))
             assert not failed, f"llama.cpp: {failed}"
 
-        decode(context)
+        for first in range(0, context, MOST_TOKENS):
+            decode(min(MOST_TOKENS, context - first))
 
         def run() -> np.ndarray:
             llama.llama_memory_seq_rm(memory, 0, context, -1)

@@ -13,8 +13,6 @@ from jaxquant import native
 from jaxquant.backends.backend import FloatOperation
 from jaxquant.graph.attention import Addend, Layout
 
-# Rows of queries from which on the attention kernel is faster than XLA: its vectors go along them.
-_FEWEST_ROWS = 8
 # Of the inputs: what is narrower than float32 is made that first.
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.bool_)
 
@@ -25,21 +23,17 @@ def has(operation: FloatOperation) -> bool:
         return False
     if any(each.dtype not in _DTYPES for each in operation.inputs):
         return False
-    shape = operation.inputs[0].shape
-    # Few rows are faster by XLA, which need not go through all keys in blocks.
-    if operation.kind == "attention":
-        rows = shape[operation.params["layout"].query[-2]]
-        return isinstance(rows, int) and rows >= _FEWEST_ROWS
     if operation.kind == "layer_norm":
-        return bool(operation.params["axis"] == len(shape) - 1)
-    return operation.kind == "gelu"
+        return bool(operation.params["axis"] == len(operation.inputs[0].shape) - 1)
+    return operation.kind in ("attention", "gelu")
 
 
 def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
     """The result of an operation that there is a kernel for."""
+    as_they_are = _read_narrow(operation)
     inputs = [
-        x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
-        for x in operands[: len(operation.inputs)]
+        x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and place not in as_they_are else x
+        for place, x in enumerate(operands[: len(operation.inputs)])
     ]
     if operation.kind == "attention":
         result = _attention(operation, *inputs)
@@ -50,6 +44,15 @@ def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
         by_tanh = operation.params["approximate"] == "tanh"
         result = native.gelu(*inputs, approximate=by_tanh, out=out)
     return result.astype(operation.output.dtype)
+
+
+def _read_narrow(operation: FloatOperation) -> tuple[int, ...]:
+    """The places of bfloat16 inputs that a kernel reads as they lie: caches of keys and values."""
+    if operation.kind != "attention":
+        return ()
+    q, k, v = operation.inputs[:3]
+    rows = q.shape[operation.params["layout"].query[-2]]
+    return (1, 2) if k.dtype == v.dtype == jnp.bfloat16 and native.is_few(rows) else ()
 
 
 def _attention(operation: FloatOperation, *inputs: jax.Array) -> jax.Array:

@@ -20,6 +20,14 @@ from jaxquant.native.fused import Requantize
 Order: TypeAlias = tuple[int | None, ...]
 
 
+FEW_ROWS = 8  # of queries: so many are worth vectors along the rows
+
+
+def is_few(rows: int) -> bool:
+    """Whether rows of queries, whose number may be symbolic, are surely less than `FEW_ROWS`."""
+    return isinstance(rows, int) and rows < FEW_ROWS
+
+
 class AttentionAxes(NamedTuple):
     """Where the axes of the operands of `attention` and of its result are.
 
@@ -55,11 +63,13 @@ def attention(
 ) -> jax.Array:
     """softmax(scale * q kᵀ + bias) v, the scores being `fill` where `mask` is False.
 
-    Scores are never in memory as a whole.  Sums are float32, each in the order of its axis; the
+    Scores are never in memory as a whole.  Sums are float32: of `FEW_ROWS` or more each in the
+    order of its axis, of fewer along whichever axis of a key or a value lies in memory.  The
     exponential is exact to two units in the last place.
 
     Args:
-      q, k, v, bias: float32.
+      q, bias: float32.
+      k, v: float32; or both bfloat16, if there are less than `FEW_ROWS` rows.
       mask: bool.
       axes: where their axes are.
       scale: of the products.
@@ -76,8 +86,10 @@ def attention(
     beside = [x for x in (bias, mask) if x is not None]
     if (bias is None) == bool(axes.bias) or (mask is None) == bool(axes.mask):
         raise ValueError("a bias and a mask have axes, and what is not given has none")
-    names = [x.dtype.name for x in (q, k, v)] + [x.dtype.name for x in beside]
+    names = [x.dtype.name for x in (q, k, v, *beside)]
     expected = ["float32"] * (3 + (bias is not None)) + ["bool"] * (mask is not None)
+    if names[1:3] == ["bfloat16"] * 2 and is_few(_size(q, axes.query[-2])):
+        expected[1:3] = names[1:3]
     if names != expected:
         raise ValueError(f"operands of {', '.join(names)}; expected {', '.join(expected)}")
     run = _attention(axes, float(scale), float(fill))

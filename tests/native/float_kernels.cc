@@ -52,12 +52,12 @@ void test_attention(int64_t rows, int64_t keys, int64_t depth, int64_t values, b
   for (auto& each : mask) each = generator() % 3 != 0;
   std::vector<float> out(rows * values, NAN);
 
-  AttentionOperands given{q_at.of(q.data()), k_at.of(k.data()), v_at.of(v.data()), {}, {},
-                          out_at.of(out.data())};
+  AttentionOperands<float> given{q_at.of(q.data()), k_at.of(k.data()), v_at.of(v.data()), {}, {},
+                                 out_at.of(out.data())};
   if (has_bias) given.bias = beside_at.of(bias.data());
   if (has_mask) given.mask = beside_at.of(static_cast<const uint8_t*>(mask.data()));
   Alone alone;
-  attention<L>(alone, a, 1, [&](int64_t) { return given; });
+  attention<L, float>(alone, a, 1, [&](int64_t) { return given; });
 
   double worst = 0.0;
   for (int64_t r = 0; r < rows; ++r) {
@@ -122,6 +122,11 @@ void test_all() {
   for (const int64_t rows : {1, 3, 8, 17, 64, 65, 130})
     test_attention<L>(rows, 1 + rows % 20, 5, 1 + rows, rows % 2, rows % 3 == 0, rows % 4 != 0);
   test_attention<L>(48, 37, 32, 64, false, false, true);
+  for (const bool turned : {false, true}) {
+    test_attention<L>(1, 70, 64, 64, turned, false, true);
+    test_attention<L>(2, 19, 21, 75, turned, true, false);
+    test_attention<L>(7, 128, 33, 16, turned, true, true);
+  }
   for (const int64_t size : {1, 7, 16, 100, 9000}) test_rows<L>(size);
 }
 

@@ -35,7 +35,14 @@ def reference(q, k, v, bias=None, mask=None, scale=1.0, fill=-np.inf) -> np.ndar
 
 @pytest.mark.parametrize(
     ("rows", "keys", "depth", "values"),
-    [(8, 5, 7, 3), (1, 1, 1, 1), (65, 33, 16, 20), (130, 64, 32, 32)],
+    [
+        (8, 5, 7, 3),
+        (1, 1, 1, 1),
+        (65, 33, 16, 20),
+        (130, 64, 32, 32),
+        (1, 70, 64, 80),
+        (3, 37, 5, 9),
+    ],
 )
 @pytest.mark.parametrize("beside", ["nothing", "bias", "mask of keys", "both"])
 def test_values(rows: int, keys: int, depth: int, values: int, beside: str):
@@ -72,14 +79,38 @@ def test_axes_in_any_order_and_keys_that_heads_share():
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_nan_and_rows_without_a_key_are_seen():
-    q, k, v = normal(0, 1, 9, 2, 6), normal(1, 1, 11, 2, 6), normal(2, 1, 11, 2, 6)
+ORDERS = {
+    "[batch, keys, heads, depth]": ((0, 1, 2, 3), (0, 2, 1, 3)),
+    "[batch, heads, keys, depth]": ((0, 2, 1, 3), (0, 1, 2, 3)),
+    "[batch, heads, depth, keys]": ((0, 2, 3, 1), (0, 1, 3, 2)),
+    "[batch, depth, keys, heads]": ((0, 3, 1, 2), (0, 3, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("order", ORDERS)
+def test_few_rows_read_keys_and_values_as_they_lie(order: str, dtype):
+    """The batch axes have their sizes in front, whichever order a tensor has its axes in."""
+    q, k, v = normal(0, 2, 2, 3, 21), normal(1, 2, 70, 3, 21), normal(2, 2, 70, 3, 35)
+    k, v = (np.asarray(jnp.asarray(x, dtype)) for x in (k, v))
+    moved, axes = ORDERS[order]
+    call = AttentionAxes(USUAL, axes, axes, USUAL)
+    got = native.attention(
+        q, *(jnp.asarray(x.transpose(moved)) for x in (k, v)), axes=call, scale=0.2
+    )
+    want = reference(q, k.astype(np.float32), v.astype(np.float32), scale=0.2)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [9, 7])
+def test_nan_and_rows_without_a_key_are_seen(rows: int):
+    q, k, v = normal(0, 1, rows, 2, 6), normal(1, 1, 11, 2, 6), normal(2, 1, 11, 2, 6)
     q[0, 3, 1, 0] = np.nan
-    mask = np.ones((1, 2, 11, 9), bool)
+    mask = np.ones((1, 2, 11, rows), bool)
     mask[0, 0, :, 5] = False
     axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL, mask=BESIDE)
     got = np.asarray(native.attention(q, k, v, None, mask, axes=axes))
-    bad = np.zeros((1, 9, 2), bool)
+    bad = np.zeros((1, rows, 2), bool)
     bad[0, 3, 1] = bad[0, 5, 0] = True
     np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(bad[..., None], got.shape))
 
@@ -90,10 +121,15 @@ def test_a_row_has_the_same_bits_in_any_company():
     whole = native.attention(q, k, v, axes=axes)
     np.testing.assert_array_equal(native.attention(q[1:2], k[1:2], v[1:2], axes=axes)[0], whole[1])
     np.testing.assert_array_equal(native.attention(q[:, :9], k, v, axes=axes), whole[:, :9])
+    few = native.attention(q[:, :7], k, v, axes=axes)
+    np.testing.assert_array_equal(
+        native.attention(q[2:, 3:4], k[2:], v[2:], axes=axes), few[2:, 3:4]
+    )
 
 
-def test_vmap_is_one_call():
-    q, k, v = normal(0, 5, 2, 9, 2, 6), normal(1, 2, 11, 2, 6), normal(2, 5, 2, 11, 2, 6)
+@pytest.mark.parametrize("rows", [9, 1])
+def test_vmap_is_one_call(rows: int):
+    q, k, v = normal(0, 5, 2, rows, 2, 6), normal(1, 2, 11, 2, 6), normal(2, 5, 2, 11, 2, 6)
     mask = np.random.default_rng(0).random((5, 2, 1, 11, 1)) < 0.7
     axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL, mask=BESIDE)
 
@@ -119,8 +155,11 @@ def test_what_attention_refuses():
     axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL)
     with pytest.raises(ValueError, match="a bias and a mask have axes"):
         native.attention(x, x, x, x, axes=axes)
+    half = x.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match="float32, float32, bfloat16; expected"):
-        native.attention(x, x, x.astype(jnp.bfloat16), axes=axes)
+        native.attention(x[:, :1], x, half, axes=axes)
+    with pytest.raises(ValueError, match="float32, bfloat16, bfloat16; expected float32, float32"):
+        native.attention(x, half, half, axes=axes)
     with pytest.raises(Exception, match="wrong shapes"):
         native.attention(x, x, x[:, :4], axes=axes).block_until_ready()
 

@@ -200,12 +200,34 @@ def test_nnx_attention_is_found():
     assert called(qapply.with_backend("native"), qparams, X) == ["jaxquant_attention"]
 
 
-def test_few_rows_are_left_to_xla():
-    module = nn.MultiHeadDotProductAttention(4)
-    one = X[:, :1]
-    params = drawn(module, one, X)
-    qparams, qapply = jaxquant.quant_post(params, module.apply, [(one, X)], recover=())
-    assert called(qapply.with_backend("native"), qparams, one, X) == []
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mode", ["dynamic", "weights"])
+def test_a_step_of_a_decoder_reads_its_cache_as_it_lies(mode: str, dtype):
+    module = nn.MultiHeadDotProductAttention(4, decode=True, dtype=dtype)
+    variables = module.init(jax.random.key(0), jnp.asarray(X, dtype))
+    cache = variables["cache"]
+
+    def apply_fn(params, cache, x):
+        return module.apply({"params": params, "cache": cache}, x, mutable=["cache"])
+
+    params = drawn(module, jnp.asarray(X, dtype))["params"]
+    options = {"recover": ()} if mode == "weights" else {}
+    qparams, qapply = getattr(jaxquant, f"quant_{mode}")(
+        params, apply_fn, [(cache, X[:, :1])], **options
+    )
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    program = jax.jit(native).lower(qparams, cache, X[:, :1]).as_text()
+    keys = f"3x12x4x4x{'f32' if dtype == jnp.float32 else 'bf16'}"
+    call = next(line for line in program.splitlines() if "@jaxquant_attention(" in line)
+    assert call.count(keys) == 2, "keys and values are what the cache holds"
+    caches = [cache, cache]
+    for step in range(4):
+        x = X[:, step : step + 1]
+        got, caches[0] = native(qparams, caches[0], x)
+        want, caches[1] = xla(qparams, caches[1], x)
+        caches = [jax.tree.map(jnp.asarray, each["cache"]) for each in caches]
+        difference = np.linalg.norm(np.float32(got) - np.float32(want))
+        assert difference < (1e-5 if dtype == jnp.float32 else 0.02) * np.linalg.norm(want)
 
 
 def test_nan_goes_through():

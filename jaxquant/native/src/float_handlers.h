@@ -1,6 +1,7 @@
 // The XLA FFI handlers of operations of floats that whole models run.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -132,9 +133,9 @@ struct OrderedAxes {
 
 // softmax(scale * q kᵀ + bias, or fill where not mask) v.  The orders say where the axes of a tensor
 // are, as `OrderedAxes` takes them: of a bias and a mask [batch, keys, rows].  `beside` are the
-// bias, if `has_bias`, and the mask, if `has_mask`.
-inline ffi::Error attention_handler(ffi::ThreadPool pool, FloatBuffer q, FloatBuffer k,
-                                    FloatBuffer v, ffi::RemainingArgs beside,
+// bias and the mask, where they have orders.  Keys and values may be bfloat16 where rows are few.
+inline ffi::Error attention_handler(ffi::ThreadPool pool, FloatBuffer q, ffi::AnyBuffer k,
+                                    ffi::AnyBuffer v, ffi::RemainingArgs beside,
                                     ffi::Result<FloatBuffer> out, Ints query, Ints key, Ints value,
                                     Ints result, Ints bias, Ints mask, float scale, float fill) {
   const size_t rank = query.size();
@@ -174,22 +175,37 @@ inline ffi::Error attention_handler(ffi::ThreadPool pool, FloatBuffer q, FloatBu
   int64_t batches = 1;
   for (size_t axis = 0; axis + 2 < rank; ++axis) batches *= to.sizes[axis];
   if (batches * a.rows * a.values == 0) return ffi::Error::Success();
-  XlaThreads threads(pool, time_of_floats(2 * batches * a.rows * a.keys * (a.depth + a.values)));
-  return with_memory([&] {
-    attention<VectorsHere>(threads, a, batches, [&](int64_t batch) {
+  const int64_t numbers = batches * a.keys * (a.depth + a.values);  // of keys and values
+  const bool is_half = k.element_type() == ffi::BF16;
+  if (k.element_type() != v.element_type() || (!is_half && k.element_type() != ffi::F32))
+    return invalid("keys and values of other types");
+  if (is_half && a.rows >= kFewestRows) return invalid("bfloat16 beside many rows");
+  const int64_t bytes = (is_half ? 2 : 4) * numbers;
+  XlaThreads threads(pool, time_of_reading(bytes, 2 * a.rows * numbers));
+  const auto run = [&](const auto* keys, const auto* values) {
+    using T = std::decay_t<decltype(*keys)>;
+    attention<VectorsHere, T>(threads, a, batches, [&](int64_t batch) {
       const auto at = [&](auto* data, const OrderedAxes& axes) {
         return data + axes.start(batch, to);
       };
-      AttentionOperands operands{
+      AttentionOperands<T> operands{
           {at(q.typed_data(), of_q), of_q.line(), of_q.place()},
-          {at(k.typed_data(), of_k), of_k.line(), of_k.place()},
-          {at(v.typed_data(), of_v), of_v.line(), of_v.place()},
+          {at(keys, of_k), of_k.line(), of_k.place()},
+          {at(values, of_v), of_v.line(), of_v.place()},
           {}, {},
           {at(out->typed_data(), to), to.line(), to.place()}};
       if (bias_data) operands.bias = {at(bias_data, of_bias), of_bias.line(), of_bias.place()};
       if (mask_data) operands.mask = {at(mask_data, of_mask), of_mask.line(), of_mask.place()};
       return operands;
     });
+  };
+  return with_memory([&] {
+    if (is_half) {
+      run(static_cast<const uint16_t*>(k.untyped_data()),
+          static_cast<const uint16_t*>(v.untyped_data()));
+    } else {
+      run(k.typed_data<float>(), v.typed_data<float>());
+    }
   });
 }
 

@@ -94,8 +94,6 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   });
 }
 
-constexpr double kBytesPerNs = 30;  // from memory
-
 // x [M, K] times matrices of stored integers: [K, N], or [N, K] where the sums come last, of int8
 // or, packed, of uint8.  `given` are the integers and the scales of each in turn; `codes` what those
 // of four bits stand for, if not for themselves.
@@ -129,7 +127,7 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaining
     if (is_whole != (x.element_type() == ffi::S8) || (i && s.packed != all[0].packed))
       return invalid("matrices of several kinds");
     all.push_back(s);
-    time += time_of_floats(s.rows * s.length * s.columns) + s.bytes() * s.columns / kBytesPerNs;
+    time += time_of_reading(s.bytes() * s.columns, s.rows * s.length * s.columns);
   }
   XlaThreads threads(pool, time);
   return with_memory([&] {
@@ -139,13 +137,8 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaining
     if (x.element_type() == ffi::S8) {
       multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); });
     } else if (x.element_type() == ffi::BF16) {
-      const auto to_float = [](uint16_t bits) {
-        const uint32_t word = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &word, sizeof(value));
-        return value;
-      };
-      multiply(static_cast<const uint16_t*>(x.untyped_data()), to_float);
+      multiply(static_cast<const uint16_t*>(x.untyped_data()),
+               [](uint16_t bits) { return VectorsHere::number(bits); });
     } else {
       multiply(x.typed_data<float>(), [](float value) { return value; });
     }
@@ -222,8 +215,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_attention, jaxquant::attention_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<jaxquant::FloatBuffer>()
-                                  .Arg<jaxquant::FloatBuffer>()
-                                  .Arg<jaxquant::FloatBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<jaxquant::FloatBuffer>()
                                   .Attr<xla::ffi::Span<const int64_t>>("query")

@@ -33,6 +33,7 @@ struct VectorTypes;
     typedef float Floats __attribute__((vector_size(4 * lanes))); \
     typedef int32_t Ints __attribute__((vector_size(4 * lanes))); \
     typedef int8_t Bytes __attribute__((vector_size(lanes)));     \
+    typedef uint16_t Halves __attribute__((vector_size(2 * lanes))); \
   }
 JAXQUANT_VECTOR_TYPES(4);
 JAXQUANT_VECTOR_TYPES(8);
@@ -46,6 +47,7 @@ struct Vectors {
   using Floats = typename VectorTypes<kLanes>::Floats;
   using Ints = typename VectorTypes<kLanes>::Ints;
   using Bytes = typename VectorTypes<kLanes>::Bytes;
+  using Halves = typename VectorTypes<kLanes>::Halves;
 
   // How many vectors of sums, for each of `rows`, stay in registers beside what they are made of.
   static constexpr int sums_of(int rows) {
@@ -55,6 +57,18 @@ struct Vectors {
   }
 
   static Floats load(const float* from) { return read<Floats>(from, sizeof(Floats)); }
+  // Floats of bfloat16, which is the upper half of one.
+  static Floats load(const uint16_t* from) { return widened(read<Halves>(from, sizeof(Halves))); }
+  static Floats load(const uint16_t* from, int64_t count) {
+    return widened(read<Halves>(from, 2 * count));
+  }
+  static float number(float value) { return value; }
+  static float number(uint16_t bits) {
+    const uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof(value));
+    return value;
+  }
   static Bytes bytes(const int8_t* from) { return read<Bytes>(from, sizeof(Bytes)); }
   // The first `count` of a vector, zeros behind them.
   static Floats load(const float* from, int64_t count) { return read<Floats>(from, 4 * count); }
@@ -120,17 +134,31 @@ struct Vectors {
   }
 
   // The lanes of a vector, added in pairs of halves.
-  template <class Vector>
-  static auto sum(Vector vector) {
-    using Lane = std::decay_t<decltype(vector[0])>;
-    Lane lanes[kLanes];
-    std::memcpy(lanes, &vector, sizeof(vector));
-    for (int half = kLanes / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-  }
+  static float sum(Floats vector) { return halves_added<float>(vector); }
+  static int32_t sum(Ints vector) { return halves_added<int32_t>(vector); }
 
  private:
+  static Floats widened(Halves halves) {
+    const Ints words = __builtin_convertvector(halves, Ints) << 16;
+    Floats floats;
+    std::memcpy(&floats, &words, sizeof(floats));
+    return floats;
+  }
+  template <class Lane, class Vector>
+  static Lane halves_added(Vector vector) {
+    constexpr int kHere = sizeof(Vector) / sizeof(Lane);
+    if constexpr (kHere == 4) {
+      return (vector[0] + vector[2]) + (vector[1] + vector[3]);
+    } else {
+      using Types = VectorTypes<kHere / 2>;
+      using Half = std::conditional_t<std::is_same_v<Lane, float>, typename Types::Floats,
+                                      typename Types::Ints>;
+      Half low, high;
+      std::memcpy(&low, &vector, sizeof(Half));
+      std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(Half), sizeof(Half));
+      return halves_added<Lane>(low + high);
+    }
+  }
   static Floats look_up(const float* values, Ints places) {
 #if defined(__AVX2__)
     if constexpr (kLanes == 8) return (Floats)_mm256_i32gather_ps(values, (__m256i)places, 4);

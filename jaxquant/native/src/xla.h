@@ -39,6 +39,12 @@ class XlaThreads : public Pool {
 // The nanoseconds of so many operations of floats: each lane does three of them in one.
 inline double time_of_floats(int64_t operations) { return operations / (3.0 * kLanesHere); }
 
+// The nanoseconds of so many bytes from memory, of which operations of floats are made meanwhile.
+inline double time_of_reading(int64_t bytes, int64_t operations) {
+  constexpr double kBytesPerNs = 22;  // one core
+  return std::max(bytes / kBytesPerNs, time_of_floats(operations));
+}
+
 // The nanoseconds of so many products of int8.
 inline double time_of_products(int64_t products) {
   return with_instructions([&](auto set) { return products / decltype(set)::kProductsPerNs; });
