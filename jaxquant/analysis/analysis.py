@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxquant.analysis.advice import ADVICE
 from jaxquant.calibration.observations import TensorStats
+from jaxquant.report.report import without_infinity
 from jaxquant.report.table import html_table, text_table
 
 _COLUMNS = (
@@ -125,7 +125,10 @@ class Analysis:
 
     def to_json(self) -> str:
         """Rows and summary as JSON; what is infinite becomes null."""
-        plain = {"summary": _plain(self.summary), "rows": [_plain(row) for row in self.rows]}
+        plain = {
+            "summary": without_infinity(self.summary),
+            "rows": [without_infinity(row) for row in self.rows],
+        }
         return json.dumps(plain, indent=1)
 
     def _columns(self) -> tuple[tuple[str, str], ...]:
@@ -171,12 +174,3 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if key == "clipped":
         return f"{100 * value:.3g}"
     return f"{value:.4g}" if key in ("alone_drop", "float_gain") else f"{value:.1f}"
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [_plain(x) if isinstance(x, Mapping) else x for x in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: plain(value) for key, value in values.items()}

@@ -173,11 +173,8 @@ def _follow(region: Region, given: Mapping[ir.Var, Known], found: _Found) -> dic
     """What is known of the tensors of a region, given its inputs; put into `found` too."""
     graph, known = region.graph, dict(given)
 
-    def of(atom: ir.Atom) -> Known:
-        if isinstance(atom, int) and atom in known:
-            return known[atom]
-        return nothing(graph.shape(atom), is_static=graph.is_static(atom))
-
+    # `known` grows on the way.
+    of = functools.partial(_of_atom, graph, known)
     for eqn in graph.equations:
         if not eqn.outputs or graph.static[eqn.outputs[0]]:
             continue
@@ -240,10 +237,11 @@ def _results(body: Region, feeding: Sequence[Known], found: _Found) -> list[Know
     """What is known of the outputs of a body, given its arguments."""
     graph = body.graph
     inner = _follow(body, dict(zip(body.arguments, feeding, strict=True)), found)
+    return [_of_atom(graph, inner, x) for x in graph.outputs]
 
-    def of(atom: ir.Atom) -> Known:
-        if isinstance(atom, int) and atom in inner:
-            return inner[atom]
-        return nothing(graph.shape(atom), is_static=graph.is_static(atom))
 
-    return [of(x) for x in graph.outputs]
+def _of_atom(graph: ir.Graph, known: Mapping[ir.Var, Known], atom: ir.Atom) -> Known:
+    """What is known of an operand."""
+    if isinstance(atom, int) and atom in known:
+        return known[atom]
+    return nothing(graph.shape(atom), is_static=graph.is_static(atom))

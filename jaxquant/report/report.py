@@ -107,10 +107,10 @@ class Report:
     def to_json(self) -> str:
         """Rows and summary as JSON; an infinite SQNR becomes null."""
         plain = {
-            "summary": _finite(self.summary),
-            "rows": [_finite(row) for row in self.rows],
+            "summary": without_infinity(self.summary),
+            "rows": [without_infinity(row) for row in self.rows],
             "tensors": list(self.tensors),
-            "outputs": [_finite(row) for row in self.outputs],
+            "outputs": [without_infinity(row) for row in self.outputs],
         }
         return json.dumps(plain, indent=1)
 
@@ -217,12 +217,12 @@ def control_lines(control: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+def without_infinity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a row: numbers that are not finite become None."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, list):
-            return [_finite(x) if isinstance(x, Mapping) else x for x in value]
+            return [without_infinity(x) if isinstance(x, Mapping) else x for x in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {key: finite(value) for key, value in values.items()}
