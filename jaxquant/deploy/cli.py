@@ -52,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_inspect(commands)
+    _add_compare(commands)
+    _add_convert(commands)
+    return parser
 
+
+def _add_inspect(commands: Any) -> None:
     inspect = _command(
         commands,
         "inspect",
@@ -63,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="a saved model")
     inspect.add_argument("--json", action="store_true", help="print JSON, with every array listed")
 
+
+def _add_compare(commands: Any) -> None:
     compare = _command(
         commands,
         "compare",
@@ -74,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("b", metavar="B", help="another one")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
+
+def _add_convert(commands: Any) -> None:
     convert = _command(
         commands,
         "convert",
@@ -108,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="what holds for the sizes with names: 's <= 512'",
     )
+    _add_format_options(convert)
+    convert.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_format_options(convert: Any) -> None:
+    """What one format alone knows; another one refuses it."""
     convert.add_argument(
         "--opset",
         type=int,
@@ -141,8 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=PLATFORMS,
         help="StableHLO: those whose form the file has (default: all)",
     )
-    convert.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _command(commands: Any, name: str, action: Any, text: str, epilog: str) -> Any:
