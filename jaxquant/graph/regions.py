@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxquant.graph import ir, kinds
 from jaxquant.graph.composites import Composites
@@ -138,36 +138,54 @@ class Region:
                     yield from body.walk()
 
 
-def _bound(
-    holder: Region, eqn: ir.Equation, number: int, key: str, jaxpr: Any, consts: Any
-) -> Region:
-    """A body, its inputs and outputs bound by what its equation means."""
-    size, results = len(jaxpr.invars), len(jaxpr.outvars)
-    operands: tuple[ir.Atom | None, ...] = (None,) * size
+class _Ends(NamedTuple):
+    """How a body is bound to its equation: the attributes of a `Region` of these names."""
+
+    operands: tuple[ir.Atom | None, ...]
+    scanned: frozenset[int]
+    carries: dict[int, int]
+    results: tuple[int | None, ...]
+
+
+def _ends_of(eqn: ir.Equation, key: str, arguments: int, outputs: int) -> _Ends:
+    """What JAX's loops mean: which operand is which argument, and which output which result.
+
+    Args:
+      eqn: the equation.
+      key: its parameter that holds the body.
+      arguments, outputs: how many the body has.
+    """
+    operands: tuple[ir.Atom | None, ...] = (None,) * arguments
     scanned: frozenset[int] = frozenset()
     carries: dict[int, int] = {}
-    ends: tuple[int | None, ...] = tuple(range(results))
-
-    # What JAX's loops mean: which operand is which argument, and which output which result.
+    results: tuple[int | None, ...] = tuple(range(outputs))
     if eqn.name == "scan":
-        first, carry = jaxprs.scan_counts(eqn.params)
+        constants, carried = jaxprs.scan_counts(eqn.params)
         operands = eqn.inputs
-        scanned = frozenset(range(first + carry, size))
-        carries = {first + k: k for k in range(carry)}
+        scanned = frozenset(range(constants + carried, arguments))
+        carries = {constants + k: k for k in range(carried)}
     elif eqn.name == "while":
         of_test, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         start = eqn.inputs[of_test + of_body :]
         if key == "cond_jaxpr":
-            operands, ends = (*eqn.inputs[:of_test], *start), (None,) * results
-        else:
-            operands = (*eqn.inputs[of_test : of_test + of_body], *start)
-            carries = {of_body + k: k for k in range(results)}
+            return _Ends((*eqn.inputs[:of_test], *start), scanned, carries, (None,) * outputs)
+        operands = (*eqn.inputs[of_test : of_test + of_body], *start)
+        carries = {of_body + k: k for k in range(outputs)}
     elif eqn.name == "cond":
         operands = eqn.inputs[1:]
-    elif len(eqn.inputs) == size:
+    elif len(eqn.inputs) == arguments:
         operands = eqn.inputs
-    if len(ends) != len(eqn.outputs) and key != "cond_jaxpr":
-        ends = (None,) * results  # an equation of which is not known what its body gives
+    if outputs != len(eqn.outputs):
+        results = (None,) * outputs  # an equation of which is not known what its body gives
+    return _Ends(operands, scanned, carries, results)
+
+
+def _bound(
+    holder: Region, eqn: ir.Equation, number: int, key: str, jaxpr: Any, consts: Any
+) -> Region:
+    """A body, its inputs and outputs bound by what its equation means."""
+    ends = _ends_of(eqn, key, len(jaxpr.invars), len(jaxpr.outvars))
+    operands, scanned, carries, _ = ends
 
     constant = [  # what every step reads alike
         None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
@@ -176,7 +194,7 @@ def _bound(
 
     def traced(constant: Sequence[ir.Atom | None]) -> Region:
         graph, arguments = trace_body(holder.graph, eqn, jaxpr, consts, constant)
-        return Region(graph, holder, eqn, number, key, arguments, operands, scanned, carries, ends)
+        return Region(graph, holder, eqn, number, key, arguments, *ends)
 
     found = traced(constant)
     if {found.arguments[k] for k in scanned} & found._weighty:
