@@ -20,7 +20,8 @@ from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_no_randomness, check_weights
 from jaxquant.graph.model import FloatModel
 from jaxquant.keywords import named
-from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, check_flag, rule_data
+from jaxquant.plan.checks import check_flag
+from jaxquant.plan.config import DEFAULT_OP_TYPES, QuantConfig, rule_data
 from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.modes import DYNAMIC, WEIGHT_ONLY

@@ -10,7 +10,8 @@ from jaxquant import stages
 from jaxquant.calibration.observations import Observations
 from jaxquant.calibration.padding import Mask, Padding
 from jaxquant.keywords import named
-from jaxquant.plan.config import QuantConfig, check_flag
+from jaxquant.plan.checks import check_flag
+from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.settings import Settings, config_of, spelled_out
 from jaxquant.progress import Progress
 from jaxquant.recover.steps import check_steps

@@ -25,7 +25,8 @@ from jaxquant.graph.batch_sizes import trace_with_batch_sizes
 from jaxquant.graph.checks import check_model, check_weights
 from jaxquant.graph.model import FloatModel, Model
 from jaxquant.plan.binding import Binding
-from jaxquant.plan.config import QuantConfig, check_path, rule_data
+from jaxquant.plan.checks import check_path
+from jaxquant.plan.config import QuantConfig, rule_data
 from jaxquant.plan.float_tables import float_tables
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.observed import observed_tensors

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxquant.calibration.observers import OBSERVERS, Observer, find_observer
 from jaxquant.code_tables import BLOCK, INT, MXFP4, VALUES
-from jaxquant.graph.kinds import MEANINGS, PADDLE_NAMES
+from jaxquant.graph.kinds import PADDLE_NAMES
+from jaxquant.plan.checks import check_flag, check_group_size, check_kind, check_percent
 from jaxquant.plan.modes import DYNAMIC, MODES, STATIC, WEIGHT_ONLY
 from jaxquant.plan.plan import ANY, LITERT
 from jaxquant.plan.rules import (
@@ -192,31 +191,16 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.algo, Observer):
             check_known("algo", self.algo, OBSERVERS)
-        _check_percent(self.hist_percent)
+        check_percent(self.hist_percent)
         # Frozen, so what is given as a list or a single name is put into its one form here.
         for name in ("quantizable_op_type", "skip"):
             object.__setattr__(self, name, names(name, getattr(self, name)))
         object.__setattr__(self, "recover", steps("recover", self.recover))
         check_known("mode", self.mode, MODES)
         self._check_steps("recover", self.recover)
-        valid = MODES[self.mode].kinds
-        # PaddleSlim's names carry over; doubles that come of it are dropped, in the order given.
-        asked = [
-            PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
-            for kind in self.quantizable_op_type
-        ]
-        for kind in asked:
-            _check_kind(kind, valid)
-        object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
-        if not self.quantizable_op_type:
-            raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
+        self._take_kinds()
         check_weight_bits(self.weight_bits)
-        size = self.group_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(
-                f"group_size is how many weights share a scale, a positive integer, or None for "
-                f"one scale a channel; got {size!r}"
-            )
+        check_group_size(self.group_size)
         self._check_codes()
         check_known("weight_quantize_type", self.weight_quantize_type, WEIGHT_QUANTIZE_TYPES)
         check_known(
@@ -224,7 +208,35 @@ class QuantConfig:
         )
         check_known("optimize_for", self.optimize_for, OPTIMIZE_FOR)
         check_known("target", self.target, TARGETS)
-        # What only calibrated models have is refused elsewhere, rather than passed over silently.
+        self._check_calibrated()
+        for name in ("is_full_quantize", "skip_first_last"):
+            check_flag(name, getattr(self, name))
+        for pattern in self.skip:
+            check_pattern("skip", pattern)
+        self._check_rules()
+
+    def _take_kinds(self) -> None:
+        """PaddleSlim's names become ours; doubles that come of it are dropped, in the order given.
+
+        Raises:
+          ValueError: a kind is not known, or there is none.
+        """
+        valid = MODES[self.mode].kinds
+        asked = [
+            PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+            for kind in self.quantizable_op_type
+        ]
+        for kind in asked:
+            check_kind(kind, valid)
+        object.__setattr__(self, "quantizable_op_type", tuple(dict.fromkeys(asked)))
+        if not self.quantizable_op_type:
+            raise ValueError(f"quantizable_op_type is empty; choose from {', '.join(valid)}")
+
+    def _check_calibrated(self) -> None:
+        """Raise ValueError where a setting is of calibrated models alone, and this is no such mode.
+
+        It would be passed over silently otherwise.
+        """
         if self.mode != STATIC and self.target != ANY:
             raise ValueError(
                 f"target={self.target!r} is of jaxquant.quant_post; in mode {self.mode!r} no "
@@ -235,11 +247,6 @@ class QuantConfig:
                 "activation_quantize_type='dynamic' is of jaxquant.quant_post; in mode "
                 f"{self.mode!r} no tensor is calibrated: choose 'asymmetric' or 'symmetric'"
             )
-        for name in ("is_full_quantize", "skip_first_last"):
-            check_flag(name, getattr(self, name))
-        for pattern in self.skip:
-            check_pattern("skip", pattern)
-        self._check_rules()
 
     def _check_codes(self) -> None:
         """Take what a table of four bits implies; raise ValueError where it is asked otherwise."""
@@ -324,34 +331,3 @@ def rule_data(rule: Rule) -> dict[str, Any]:
 def name_of(algo: str | Observer) -> str:
     """What an algo is called in reports."""
     return algo if isinstance(algo, str) else "custom"
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise ValueError where an argument is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is True or False, got {value!r}")
-
-
-def check_path(name: str, path: object) -> None:
-    """Raise where the path of a file is no path; None is for no file."""
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{name} is the path of a file or None, got {path!r}")
-    if path is not None and not os.fspath(path):
-        raise ValueError(f"{name} is empty: give the path of a file, or None for no file")
-
-
-def _check_percent(value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and 0 < value <= 1:
-        return
-    hint = f"; {value!r} % is {value / 100:.6g}" if is_number and 1 < value <= 100 else ""
-    raise ValueError(f"hist_percent is a fraction in (0, 1], such as 0.99999; got {value!r}{hint}")
-
-
-def _check_kind(kind: object, valid: Sequence[str]) -> None:
-    """As `check_known`; a word of JAX's, such as Dense, is answered with the kind that means it."""
-    for name, meaning in MEANINGS.items():
-        words = re.findall(r"\w+", meaning.lower())
-        if kind not in valid and name in valid and str(kind).lower() in words:
-            raise ValueError(f"quantizable_op_type: {kind!r} is not known; {name!r} is {meaning}")
-    check_known("quantizable_op_type", kind, valid)
