@@ -51,7 +51,7 @@ def kernel(form: ConvForm, array: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def conv(
-    b: Builder,
+    builder: Builder,
     given: Contraction,
     form: ConvForm,
     x: Value,
@@ -62,7 +62,7 @@ def conv(
     """A convolution.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       given: the convolution.
       form: which runtimes have of it.
       x: its input.
@@ -73,24 +73,24 @@ def conv(
     own, found = given.operands[0], given.result
     if len(form.window) > 2:
         raise NotCovered("a convolution along more than two axes")
-    x = b.ordered(x, (*own.free, *own.window, *own.contracted))
+    x = builder.ordered(x, (*own.free, *own.window, *own.contracted))
     order = (*found.free[0], *found.window, *found.free[1])
     # A convolution along one axis is one along two, the other of size 1.
     wide = [1] * (2 - len(form.window))
     sizes = [shape[axis] for axis in order]
     physical = [sizes[0], *wide, *sizes[1:]]
     if form.is_transposed:
-        name = _transposed(b, form, x, others, physical, result)
+        name = _transposed(builder, form, x, others, physical, result)
     else:
         window = Window(x, form.window, form.strides, form.dilation, form.padding).wide()
         filters = form.channels[0] // form.feature_groups if is_depthwise(form) else None
-        name = over_windows(b, window, others, physical, result, filters)
+        name = over_windows(builder, window, others, physical, result, filters)
     value = Value(name, tuple(physical), straight(4))
-    return Value(b.reshape(value, sizes), shape, order)
+    return Value(builder.reshape(value, sizes), shape, order)
 
 
 def over_windows(
-    b: Builder,
+    builder: Builder,
     window: Window,
     others: Sequence[str],
     physical: Sequence[Size],
@@ -100,12 +100,12 @@ def over_windows(
     """A convolution over the windows of a tensor.
 
     Args:
-      b, others, result: as of `conv`.
+      builder, others, result: as of `conv`.
       window: what the kernel goes over.
       physical: the sizes of the result, four.
       filters: of each channel, where channels are convolved by themselves; None elsewhere.
     """
-    taken, padding = padded_for(b, window, 0.0)
+    taken, padding = padded_for(builder, window, 0.0)
     settings: dict[str, Any] = {
         "Padding": padding,
         "StrideH": window.strides[0],
@@ -119,11 +119,11 @@ def over_windows(
         op, options = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
         settings["DepthMultiplier"] = filters
     names = [taken.name, *others]
-    return b.op(op, names, physical, result.dtype, result.grid, options, **settings)
+    return builder.op(op, names, physical, result.dtype, result.grid, options, **settings)
 
 
 def _transposed(
-    b: Builder,
+    builder: Builder,
     form: ConvForm,
     x: Value,
     others: Sequence[str],
@@ -143,7 +143,7 @@ def _transposed(
         whole[axis] = max((int(x.physical[axis]) - 1) * stride + size, low + wanted)
         if (low, whole[axis]) != (0, wanted):
             cuts[axis] = (low, low + wanted, 1)
-    sizes = b.ints([1 if isinstance(size, str) else size for size in whole])
+    sizes = builder.ints([1 if isinstance(size, str) else size for size in whole])
     settings = {
         "Padding": "VALID",
         "StrideH": form.strides[0],
@@ -153,12 +153,16 @@ def _transposed(
     kernel, *bias = others
     names = [sizes, kernel, x.name, *bias]
     options = "TransposeConvOptions"
-    name = b.op("TRANSPOSE_CONV", names, whole, result.dtype, result.grid, options, **settings)
-    return moving.sliced(b, Value(name, tuple(whole), straight(4)), cuts, tuple(physical)).name
+    name = builder.op(
+        "TRANSPOSE_CONV", names, whole, result.dtype, result.grid, options, **settings
+    )
+    return moving.sliced(
+        builder, Value(name, tuple(whole), straight(4)), cuts, tuple(physical)
+    ).name
 
 
 def dense(
-    b: Builder,
+    builder: Builder,
     given: Contraction,
     side: int,
     x: Value,
@@ -168,28 +172,30 @@ def dense(
 ) -> Value:
     """A dot without batch axes: `x`, the operand at `side`, with a weight [N, K] and a bias [N]."""
     own, channels = given.operands[side], given.operands[1 - side].free
-    x = b.ordered(x, (*own.free, *own.contracted))
+    x = builder.ordered(x, (*own.free, *own.contracted))
     rows = [x.shape[axis] for axis in own.free]
     width = math.prod(int(x.shape[axis]) for axis in own.contracted)
-    name = b.reshape(x, [*(rows or [1]), width])
-    (count, _) = b.tensors[others[0]].shape
+    name = builder.reshape(x, [*(rows or [1]), width])
+    (count, _) = builder.tensors[others[0]].shape
     joined = [*(rows or [1]), count]
     settings = {"KeepNumDims": True, "FusedActivationFunction": result.activation}
     if result.grid is None:  # with int8 weights the rows are on grids with zero points
         settings["AsymmetricQuantizeInputs"] = True
     options = "FullyConnectedOptions"
     names = [name, *others]
-    name = b.op("FULLY_CONNECTED", names, joined, result.dtype, result.grid, options, **settings)
+    name = builder.op(
+        "FULLY_CONNECTED", names, joined, result.dtype, result.grid, options, **settings
+    )
     start = 0 if side == 0 else len(channels)  # where the axes of x are in the result
     # The result has the rows first, whichever side of the dot they are on.
     order = tuple(start + k for k in range(len(rows)))
     order += tuple((len(rows) if side == 0 else 0) + k for k in range(len(channels)))
     value = Value(name, tuple(joined), straight(len(joined)))
-    return Value(b.reshape(value, [shape[axis] for axis in order]), shape, order)
+    return Value(builder.reshape(value, [shape[axis] for axis in order]), shape, order)
 
 
 def dot(
-    b: Builder, given: Contraction, values: Sequence[Value], shape: Shape, result: Result
+    builder: Builder, given: Contraction, values: Sequence[Value], shape: Shape, result: Result
 ) -> Value:
     """A dot of two tensors: batch axes, free axes of the first, free axes of the second."""
     names: list[str] = []
@@ -199,21 +205,23 @@ def dot(
         orders = (*own.batch, *own.free, *own.contracted), (*own.batch, *own.contracted, *own.free)
         # The second factor may lie either way round.
         is_turned = side == 1 and value.order == orders[0]
-        value = b.ordered(value, orders[0] if side == 0 or is_turned else orders[1])
+        value = builder.ordered(value, orders[0] if side == 0 or is_turned else orders[1])
         batch = [value.shape[axis] for axis in own.batch]
         free, contracted = (
             _joined([value.shape[axis] for axis in axes]) for axes in (own.free, own.contracted)
         )
         pair = [free, contracted] if side == 0 or is_turned else [contracted, free]
-        names.append(b.reshape(value, [*batch, *pair]))
+        names.append(builder.reshape(value, [*batch, *pair]))
         joined.append(free)
     batch = [values[0].shape[axis] for axis in given.operands[0].batch]
     physical = [*batch, *joined]
     settings = {"AdjX": False, "AdjY": is_turned}
     options = "BatchMatMulOptions"
-    name = b.op("BATCH_MATMUL", names, physical, result.dtype, result.grid, options, **settings)
+    name = builder.op(
+        "BATCH_MATMUL", names, physical, result.dtype, result.grid, options, **settings
+    )
     value = Value(name, tuple(physical), straight(len(physical)))
-    return Value(b.reshape(value, shape), shape, straight(len(shape)))
+    return Value(builder.reshape(value, shape), shape, straight(len(shape)))
 
 
 def _joined(sizes: Sequence[Size]) -> Size:
@@ -224,8 +232,8 @@ def _joined(sizes: Sequence[Size]) -> Size:
     return math.prod(int(size) for size in sizes)
 
 
-def no_bias(b: Builder, channels: int, steps: np.ndarray | None) -> str:
+def no_bias(builder: Builder, channels: int, steps: np.ndarray | None) -> str:
     """A bias of zeros, which kernels ask for: int32 in these steps, or float32."""
     if steps is None:
-        return b.constant(np.zeros(channels, np.float32), "bias")
-    return b.constant(np.zeros(channels, np.int32), "bias", Grid(steps))
+        return builder.constant(np.zeros(channels, np.float32), "bias")
+    return builder.constant(np.zeros(channels, np.int32), "bias", Grid(steps))

@@ -235,7 +235,7 @@ class Emitter(BaseEmitter[Builder]):
 
     def _contract(self, node: Node) -> Value:
         """A convolution or dot on floats."""
-        given, b, shape = node.contraction, self.builder, self.shape(node.outputs[0])
+        given, builder, shape = node.contraction, self.builder, self.shape(node.outputs[0])
         assert given is not None, "this is asked of convolutions and dots"
         if given.choosing is not None:
             raise NotCovered("a ragged dot, whose rows choose their weight")
@@ -245,12 +245,12 @@ class Emitter(BaseEmitter[Builder]):
             weight = self._matrix(node.inputs[1 - side], given, 1 - side)
             if weight is not None:
                 (x,) = self._copied(node, (self.value(node.inputs[side]),), (side,))
-                bias = contraction.no_bias(b, int(b.tensors[weight].shape[0]), None)
-                return contraction.dense(b, given, side, x, [weight, bias], shape, Result())
+                bias = contraction.no_bias(builder, int(builder.tensors[weight].shape[0]), None)
+                return contraction.dense(builder, given, side, x, [weight, bias], shape, Result())
         dtype = self.dtype(node.outputs[0])  # JAX takes floats with integers
         values = self._copied(node, [self.value(x) for x in node.inputs[:2]])
-        values = [elementwise.cast(b, value, dtype) for value in values]
-        return contraction.dot(b, given, values, shape, Result())
+        values = [elementwise.cast(builder, value, dtype) for value in values]
+        return contraction.dot(builder, given, values, shape, Result())
 
     def _matrix(self, atom: Atom, given: Contraction, side: int) -> str | None:
         """A constant operand of a dot as the weight [N, K] of a dense layer; None for no such."""
@@ -275,20 +275,20 @@ class Emitter(BaseEmitter[Builder]):
 
     def _convolve(self, node: Node, given: Contraction) -> Value:
         """A convolution on floats whose kernel is a constant, or stored."""
-        b, kernel = self.builder, node.inputs[1]
+        builder, kernel = self.builder, node.inputs[1]
         (x,) = self._copied(node, (self.value(node.inputs[0]),), (0,))
         if kernel in self._weights:
             weight = self._weights[kernel]
             form = conv_form(given, weight.shape)
-            name = stored.kernel(b, weight, form)
+            name = stored.kernel(builder, weight, form)
         else:
             value = self.value(kernel)
-            array = b.array(value.name)
+            array = builder.array(value.name)
             if array is None or value.order != straight(value.rank):
                 raise NotCovered("a convolution whose kernel the model computes")
             form = conv_form(given, array.shape)
-            name = b.constant(contraction.kernel(form, array)[0], "kernel")
-        bias = contraction.no_bias(b, form.channels[0], None)
+            name = builder.constant(contraction.kernel(form, array)[0], "kernel")
+        bias = contraction.no_bias(builder, form.channels[0], None)
         return contraction.conv(
-            b, given, form, x, [name, bias], self.shape(node.outputs[0]), Result()
+            builder, given, form, x, [name, bias], self.shape(node.outputs[0]), Result()
         )

@@ -13,12 +13,12 @@ from jaxquant.deploy.lower.values import Size, Value, straight
 from jaxquant.deploy.network import Node
 
 
-def _gather(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+def _gather(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
     """Whole rows along one axis, by an index for each: `table[indices]`.
 
     The runtime has no index out of range: what JAX does there is not in the file.
     """
-    table, indices = b.plain(x[0]), b.ordered(x[1], straight(x[1].rank))
+    table, indices = builder.plain(x[0]), builder.ordered(x[1], straight(x[1].rank))
     numbers, sizes = node.params["dimension_numbers"], list(node.params["slice_sizes"])
     axes = list(numbers["start_index_map"])
     if len(axes) != 1 or list(numbers["collapsed_slice_dims"]) != axes or sizes[axes[0]] != 1:
@@ -30,14 +30,14 @@ def _gather(b: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> 
     is_plain = sizes == whole and not numbers["operand_batching_dims"]
     if not is_plain or sorted(numbers["offset_dims"]) != offsets:
         raise NotCovered("a gather of other than whole rows along one axis")
-    table = b.ordered(table, straight(table.rank))
-    rows = b.reshape(elementwise.cast(b, indices, "int32"), indices.shape[:-1])
+    table = builder.ordered(table, straight(table.rank))
+    rows = builder.reshape(elementwise.cast(builder, indices, "int32"), indices.shape[:-1])
     # An index that is the same for all samples picks one row for all of them.
     picked = (*table.shape[:axis], *indices.shape[:-1], *table.shape[axis + 1 :])
-    arrays = b.array(table.name), b.array(rows)
+    arrays = builder.array(table.name), builder.array(rows)
     if arrays[0] is not None and arrays[1] is not None:
-        return b.named(np.take(arrays[0], arrays[1], axis), "rows")
-    name = b.alike("GATHER", table, [rows], picked, "GatherOptions", Axis=axis)
+        return builder.named(np.take(arrays[0], arrays[1], axis), "rows")
+    name = builder.alike("GATHER", table, [rows], picked, "GatherOptions", Axis=axis)
     return Value(name, picked, straight(len(shape)))
 
 

@@ -41,9 +41,9 @@ def fused(grid: Grid, chain: Chain) -> Result:
     return Result(grid)
 
 
-def bounded(b: Builder, value: Value, chain: Chain, result: Result) -> Value:
+def bounded(builder: Builder, value: Value, chain: Chain, result: Result) -> Value:
     """The clips of a chain, where the operation before fuses none."""
-    grid = b.grid(value)
+    grid = builder.grid(value)
     assert grid is not None, "a chain ends in int8"
     if result.activation != "NONE":
         return value
@@ -51,30 +51,32 @@ def bounded(b: Builder, value: Value, chain: Chain, result: Result) -> Value:
         # A bound at the end of int8 is there anyway.
         number = grid.integer(bound)
         if number != end:
-            constant = b.constant(np.int8(number), "bound", grid)
-            name = b.alike(op, value, [constant], value.physical)
+            constant = builder.constant(np.int8(number), "bound", grid)
+            name = builder.alike(op, value, [constant], value.physical)
             value = dataclasses.replace(value, name=name)
     return value
 
 
-def clipped(b: Builder, node: Node, values: Sequence[Value]) -> Value:
+def clipped(builder: Builder, node: Node, values: Sequence[Value]) -> Value:
     """The larger or smaller of an int8 tensor and a number, on the grid of the tensor."""
     split = with_scalar(node, node.op)
     if split is None:
         raise NotCovered(f"the operation {node.op!r} of two int8 tensors")
     value = values[0] if isinstance(node.inputs[0], int) else values[1]
     number = float(split[1].array())
-    grid = b.grid(value)
+    grid = builder.grid(value)
     assert grid is not None, "a move reads int8"
-    constant = b.constant(np.int8(grid.integer(number)), "bound", grid)
+    constant = builder.constant(np.int8(grid.integer(number)), "bound", grid)
     op = "MAXIMUM" if node.op == "max" else "MINIMUM"
-    return dataclasses.replace(value, name=b.alike(op, value, [constant], value.physical))
+    return dataclasses.replace(value, name=builder.alike(op, value, [constant], value.physical))
 
 
-def emit(b: Builder, node: Node, values: Sequence[Value], result: Result) -> Value:
+def emit(builder: Builder, node: Node, values: Sequence[Value], result: Result) -> Value:
     """An addition, subtraction or product of two int8 tensors, rounded onto an int8 grid."""
     op = OPERATIONS[node.op]
-    names, value = aligned(b, values)
+    names, value = aligned(builder, values)
     settings = {"FusedActivationFunction": result.activation}
-    name = b.op(op, names, value.physical, result.dtype, result.grid, _OPTIONS[op], **settings)
+    name = builder.op(
+        op, names, value.physical, result.dtype, result.grid, _OPTIONS[op], **settings
+    )
     return dataclasses.replace(value, name=name)

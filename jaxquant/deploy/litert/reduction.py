@@ -28,26 +28,28 @@ _WINDOWS = ("reduce_window_max", "reduce_window_sum")
 OPERATIONS = frozenset((*_REDUCTIONS, *_INDICES, *_WINDOWS, "cumsum"))
 
 
-def emit(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def emit(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     """The result of a reduction, of int8 where it picks: it is on the operand's grid."""
     if node.op == "reduce_window_max":
-        return max_pool(b, node, value, shape)
+        return max_pool(builder, node, value, shape)
     if node.op == "reduce_window_sum":
-        return _window_sum(b, node, value, shape)
-    value = b.plain(value)
+        return _window_sum(builder, node, value, shape)
+    value = builder.plain(value)
     if node.op in _INDICES:
-        return _index(b, node, value, shape)
+        return _index(builder, node, value, shape)
     if node.op == "cumsum":
-        axis = b.constant(np.int32(value.axis(node.params["axis"])), "axis")
+        axis = builder.constant(np.int32(value.axis(node.params["axis"])), "axis")
         settings = {"Exclusive": False, "Reverse": bool(node.params.get("reverse"))}
-        name = b.alike("CUMSUM", value, [axis], value.physical, "CumsumOptions", **settings)
+        name = builder.alike("CUMSUM", value, [axis], value.physical, "CumsumOptions", **settings)
         return dataclasses.replace(value, name=name)
     axes = tuple(node.params["axes"])
-    return along(b, _REDUCTIONS[node.op], value, axes, shape, b.dtype(value), b.grid(value))
+    return along(
+        builder, _REDUCTIONS[node.op], value, axes, shape, builder.dtype(value), builder.grid(value)
+    )
 
 
 def along(
-    b: Builder,
+    builder: Builder,
     op: str,
     value: Value,
     axes: Sequence[int],
@@ -57,10 +59,10 @@ def along(
 ) -> Value:
     """A reduction along logical axes, which the result does not have."""
     order = _remaining(value, axes)
-    places = b.ints(sorted(value.axis(axis) for axis in axes), "axes")
+    places = builder.ints(sorted(value.axis(axis) for axis in axes), "axes")
     physical = [shape[axis] for axis in order]
     names = [value.name, places]
-    name = b.op(op, names, physical, dtype, grid, "ReducerOptions", KeepDims=False)
+    name = builder.op(op, names, physical, dtype, grid, "ReducerOptions", KeepDims=False)
     return Value(name, shape, order)
 
 
@@ -70,15 +72,15 @@ def _remaining(value: Value, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(kept.index(axis) for axis in value.order if axis not in axes)
 
 
-def _index(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def _index(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     (axis,) = node.params["axes"]
     order = _remaining(value, (axis,))
-    names = [value.name, b.constant(np.int32(value.axis(axis)), "axis")]
+    names = [value.name, builder.constant(np.int32(value.axis(axis)), "axis")]
     op, physical = _INDICES[node.op], [shape[a] for a in order]
     options = "ArgMaxOptions" if node.op == "argmax" else "ArgMinOptions"
-    name = b.op(op, names, physical, "int32", None, options, OutputType="int32")
+    name = builder.op(op, names, physical, "int32", None, options, OutputType="int32")
     dtype = elementwise.litert_dtype(str(node.params["index_dtype"]))
-    return elementwise.cast(b, Value(name, shape, order), dtype)
+    return elementwise.cast(builder, Value(name, shape, order), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Window:
         }
 
 
-def window_of(b: Builder, node: Node, value: Value) -> Window:
+def window_of(builder: Builder, node: Node, value: Value) -> Window:
     """The windows of a pooling operation."""
     params = node.params
     if any(d != 1 for d in params["base_dilation"]):
@@ -133,7 +135,7 @@ def window_of(b: Builder, node: Node, value: Value) -> Window:
         raise NotCovered(f"windows along {value.rank - len(still)} of {value.rank} axes")
     batch, channels = still[0], still[-1]
     axes = [axis for axis in range(value.rank) if axis not in (batch, channels)]
-    value = b.ordered(value, (batch, *axes, channels))
+    value = builder.ordered(value, (batch, *axes, channels))
 
     def along(key: str) -> tuple[int, ...]:
         return tuple(params[key][axis] for axis in axes)
@@ -147,39 +149,39 @@ def window_of(b: Builder, node: Node, value: Value) -> Window:
     ).wide()
 
 
-def max_pool(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def max_pool(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     """Maximum pooling, of floats or of int8; what is padded is never the largest."""
-    window = window_of(b, node, b.plain(value))
+    window = window_of(builder, node, builder.plain(value))
     if window.dilation != (1, 1):
         raise NotCovered("the maximum of a dilated window")
-    wide, padding = padded_for(b, window, -np.inf)
+    wide, padding = padded_for(builder, window, -np.inf)
     order = window.value.order
     physical = four([shape[axis] for axis in order])
-    name = b.alike(
+    name = builder.alike(
         "MAX_POOL_2D", wide, [], physical, "Pool2DOptions", Padding=padding, **window.pooled()
     )
-    return narrowed(b, name, shape, order)
+    return narrowed(builder, name, shape, order)
 
 
-def _window_sum(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def _window_sum(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     """A sum over windows, with what is padded: an average, times how many it is of."""
-    window = window_of(b, node, value)
+    window = window_of(builder, node, value)
     if window.dilation != (1, 1):
         raise NotCovered("the sum of a dilated window")
-    wide, _ = padded_for(b, window, 0.0, may_be_same=False)
+    wide, _ = padded_for(builder, window, 0.0, may_be_same=False)
     order = window.value.order
     physical = four([shape[axis] for axis in order])
     settings = {**window.pooled(), "Padding": "VALID"}
-    name = b.op(
+    name = builder.op(
         "AVERAGE_POOL_2D", [wide.name], physical, "float32", None, "Pool2DOptions", **settings
     )
     # The factor goes on with the value, into whatever multiplies next.
     factor = value.factor * math.prod(window.sizes)
-    return dataclasses.replace(narrowed(b, name, shape, order), factor=factor)
+    return dataclasses.replace(narrowed(builder, name, shape, order), factor=factor)
 
 
 def padded_for(
-    b: Builder, window: Window, fill: float, may_be_same: bool = True
+    builder: Builder, window: Window, fill: float, may_be_same: bool = True
 ) -> tuple[Value, str]:
     """The tensor of four axes that the windows go over, and the runtime's name for the padding.
 
@@ -188,7 +190,9 @@ def padded_for(
     value = window.value
     physical = four(list(value.physical))
     value = Value(
-        b.reshape(dataclasses.replace(value, factor=1.0), physical), tuple(physical), (0, 1, 2, 3)
+        builder.reshape(dataclasses.replace(value, factor=1.0), physical),
+        tuple(physical),
+        (0, 1, 2, 3),
     )
     # SAME and VALID are what the operators know; anything else is padded beforehand.
     name = padding_name(window, physical[1:3])
@@ -199,7 +203,7 @@ def padded_for(
         size if isinstance(size, str) else size + sum(pads.get(axis, (0, 0)))
         for axis, size in enumerate(physical)
     )
-    return moving.padded(b, value, pads, sizes, fill), "VALID"
+    return moving.padded(builder, value, pads, sizes, fill), "VALID"
 
 
 def padding_name(window: Window, sizes: Sequence[Size]) -> str:
@@ -221,8 +225,8 @@ def four(physical: list[Size]) -> list[Size]:
     return physical if len(physical) == 4 else [physical[0], 1, *physical[1:]]
 
 
-def narrowed(b: Builder, name: str, shape: tuple[Size, ...], order: tuple[int, ...]) -> Value:
+def narrowed(builder: Builder, name: str, shape: tuple[Size, ...], order: tuple[int, ...]) -> Value:
     """The result of a window, with the axes that the model has."""
     physical = [shape[axis] for axis in order]
     wide = tuple(four(physical))
-    return Value(b.reshape(Value(name, wide, (0, 1, 2, 3)), physical), shape, order)
+    return Value(builder.reshape(Value(name, wide, (0, 1, 2, 3)), physical), shape, order)

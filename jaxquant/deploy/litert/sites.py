@@ -23,44 +23,48 @@ from jaxquant.graph.contraction import Contraction
 _SUMS = ("reduce_sum", "reduce_window_sum")
 
 
-def emit_site(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+def emit_site(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """The result of a site: int8 at the end of its chain, or float at that of its epilogue."""
     if site.dynamic:
-        return _dynamic(e, site)
+        return _dynamic(emitter, site)
     if site.weight or site.computed_weight is not None:
-        return _weighted(e, site, chain)
+        return _weighted(emitter, site, chain)
     if site.node.op in _SUMS:
-        return _sum(e, site, chain)
-    return _product(e, site, chain)
+        return _sum(emitter, site, chain)
+    return _product(emitter, site, chain)
 
 
-def _dynamic(e: Emitter, site: Int8Node) -> Value:
+def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
     """A site whose operands get their scales in each call.
 
     LiteRT's kernels of floats and int8 weights do so too, by themselves ("hybrid"); products of two
     activations it has in float alone.
     """
-    given, b, shape = site.node.contraction, e.builder, e.shape(site.node.outputs[0])
+    given, builder, shape = (
+        site.node.contraction,
+        emitter.builder,
+        emitter.shape(site.node.outputs[0]),
+    )
     assert given is not None, "an operation that is scaled in the call is a convolution or dot"
-    operands = [e.full(e.value(var), var) for var in site.operands]
+    operands = [emitter.full(emitter.value(var), var) for var in site.operands]
     if not (site.weight or site.computed_weight is not None):
         values = operands * 2 if len(operands) == 1 else operands
-        arrays = e.model.sites[site.name]
+        arrays = emitter.model.sites[site.name]
         multiplier, bias = np.asarray(arrays["multiplier"]), arrays.get("bias")
         if multiplier.size != 1 or bias is not None:
             raise NotCovered("a product of activations with a multiplier for each channel")
-        value = contraction.dot(b, given, values, shape, Result())
-        return _finished(e, site, value, float(multiplier.flat[0]), None)
+        value = contraction.dot(builder, given, values, shape, Result())
+        return _finished(emitter, site, value, float(multiplier.flat[0]), None)
     # The float operators with int8 weights scale their rows themselves, as `qapply` does.
-    weight, form = _parts(e, site, given, 1.0)
-    name, _ = _int8_parts(e, weight)
-    read = [name, _float_bias(e, weight)]
+    weight, form = _parts(emitter, site, given, 1.0)
+    name, _ = _int8_parts(emitter, weight)
+    read = [name, _float_bias(emitter, weight)]
     if form is not None:
-        value = contraction.conv(b, given, form, operands[0], read, shape, Result())
+        value = contraction.conv(builder, given, form, operands[0], read, shape, Result())
     else:
         side = 1 - site.weight_position
-        value = contraction.dense(b, given, side, operands[0], read, shape, Result())
-    return _rearranged(e, site, value)
+        value = contraction.dense(builder, given, side, operands[0], read, shape, Result())
+    return _rearranged(emitter, site, value)
 
 
 class _Parts(NamedTuple):
@@ -70,31 +74,37 @@ class _Parts(NamedTuple):
     form: ConvForm | None
 
 
-def _weighted(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+def _weighted(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """A convolution or dot with a weight."""
     given = site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
     # Only clips and moves are fused with a weighted operation; a factor would change its scale.
     if chain is not None and chain.factor != 1:
         chain = None
-    weight, form = _parts(e, site, given, e.model.scales.scale(e.model.entries(site)[0]))
-    result = Result() if chain is None else e.end_of(chain)
-    b, shape = e.builder, e.shape(site.node.outputs[0])
-    x = e.operand(site.operands[0]) if chain is None else e.int8_operand(site.operands[0])
-    read = _float_parts(e, site, weight) if chain is None else _int8_parts(e, weight)
+    weight, form = _parts(
+        emitter, site, given, emitter.model.scales.scale(emitter.model.entries(site)[0])
+    )
+    result = Result() if chain is None else emitter.end_of(chain)
+    builder, shape = emitter.builder, emitter.shape(site.node.outputs[0])
+    x = (
+        emitter.operand(site.operands[0])
+        if chain is None
+        else emitter.int8_operand(site.operands[0])
+    )
+    read = _float_parts(emitter, site, weight) if chain is None else _int8_parts(emitter, weight)
     if form is not None:
-        value = contraction.conv(b, given, form, x, read, shape, result)
+        value = contraction.conv(builder, given, form, x, read, shape, result)
     else:
         side = 1 - site.weight_position
-        value = contraction.dense(b, given, side, x, read, shape, result)
-    return _moved(e, site, value, chain, result)
+        value = contraction.dense(builder, given, side, x, read, shape, result)
+    return _moved(emitter, site, value, chain, result)
 
 
-def _parts(e: Emitter, site: Int8Node, given: Contraction, input_scale: float) -> _Parts:
+def _parts(emitter: Emitter, site: Int8Node, given: Contraction, input_scale: float) -> _Parts:
     """The weight of a site in the layout of the file, with its epilogue folded in."""
     if given.choosing is not None or given.has_batch:
         raise NotCovered("an int8 dot whose weight has batch axes, or is chosen by row")
-    int8, multiplier, bias = site_arrays(e.model, site)
+    int8, multiplier, bias = site_arrays(emitter.model, site)
     if given.window is not None:
         form = conv_form(given, int8.shape)
         stored, axis = contraction.kernel(form, int8)
@@ -105,96 +115,104 @@ def _parts(e: Emitter, site: Int8Node, given: Contraction, input_scale: float) -
     return _Parts(make_weight(matrix, 0, multiplier, bias, input_scale), None)
 
 
-def _int8_parts(e: Emitter, weight: Weight) -> list[str]:
+def _int8_parts(emitter: Emitter, weight: Weight) -> list[str]:
     """The int8 weight and the int32 bias."""
     scale = np.broadcast_to(weight.scale, weight.int8.shape[weight.axis])
-    name = e.builder.constant(weight.int8, "weight", Grid(scale, 0, weight.axis))
+    name = emitter.builder.constant(weight.int8, "weight", Grid(scale, 0, weight.axis))
     steps, int32 = np.broadcast_to(weight.steps, scale.shape), weight.bias_steps()
     if int32 is None:
-        return [name, contraction.no_bias(e.builder, len(scale), steps)]
-    return [name, e.builder.constant(int32, "bias", Grid(steps))]
+        return [name, contraction.no_bias(emitter.builder, len(scale), steps)]
+    return [name, emitter.builder.constant(int32, "bias", Grid(steps))]
 
 
-def _float_parts(e: Emitter, site: Int8Node, weight: Weight) -> list[str]:
+def _float_parts(emitter: Emitter, site: Int8Node, weight: Weight) -> list[str]:
     """The weight, stored as int8 and dequantized when the model is loaded, and a float bias."""
-    e.in_float.append(site.name)
-    name, _ = _int8_parts(e, weight)
-    floats = e.builder.op("DEQUANTIZE", [name], weight.int8.shape)
-    return [floats, _float_bias(e, weight)]
+    emitter.in_float.append(site.name)
+    name, _ = _int8_parts(emitter, weight)
+    floats = emitter.builder.op("DEQUANTIZE", [name], weight.int8.shape)
+    return [floats, _float_bias(emitter, weight)]
 
 
-def _float_bias(e: Emitter, weight: Weight) -> str:
+def _float_bias(emitter: Emitter, weight: Weight) -> str:
     if weight.bias is None:
-        return contraction.no_bias(e.builder, weight.int8.shape[weight.axis], None)
-    return e.builder.constant(weight.bias.astype(np.float32), "bias")
+        return contraction.no_bias(emitter.builder, weight.int8.shape[weight.axis], None)
+    return emitter.builder.constant(weight.bias.astype(np.float32), "bias")
 
 
-def _product(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+def _product(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """A dot of two activations."""
-    given, b = site.node.contraction, e.builder
+    given, builder = site.node.contraction, emitter.builder
     if given is None:
         raise NotCovered(f"the operation {site.node.op!r} in int8")
-    ratio, bias = _epilogue(e, site)
-    shape = e.shape(site.node.outputs[0])
+    ratio, bias = _epilogue(emitter, site)
+    shape = emitter.shape(site.node.outputs[0])
     # The kernel multiplies scales alone: a multiplier that is something else stays in float.
     is_exact = bias is None and abs(ratio * (1.0 if chain is None else chain.factor) - 1) < 1e-6
     if chain is not None and is_exact:
-        values = [e.int8_operand(var) for var in site.operands]
+        values = [emitter.int8_operand(var) for var in site.operands]
         values = values * 2 if len(values) == 1 else values
-        result = Result(e.grid(chain.end))
-        return _moved(e, site, contraction.dot(b, given, values, shape, result), chain, result)
-    values = [e.operand(var) for var in site.operands]
+        result = Result(emitter.grid(chain.end))
+        return _moved(
+            emitter, site, contraction.dot(builder, given, values, shape, result), chain, result
+        )
+    values = [emitter.operand(var) for var in site.operands]
     values = values * 2 if len(values) == 1 else values
-    return _finished(e, site, contraction.dot(b, given, values, shape, Result()), ratio, bias)
+    return _finished(
+        emitter, site, contraction.dot(builder, given, values, shape, Result()), ratio, bias
+    )
 
 
-def _sum(e: Emitter, site: Int8Node, chain: Chain | None) -> Value:
+def _sum(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     """A mean or a sum, along axes or over windows."""
-    b, node = e.builder, site.node
-    ratio, bias = _epilogue(e, site)
-    shape = e.shape(node.outputs[0])
+    builder, node = emitter.builder, site.node
+    ratio, bias = _epilogue(emitter, site)
+    shape = emitter.shape(node.outputs[0])
     if chain is not None and node.op == "reduce_sum" and bias is None:
         axes = tuple(node.params["axes"])
-        sizes = [e.shape(site.operands[0])[axis] for axis in axes]
+        sizes = [emitter.shape(site.operands[0])[axis] for axis in axes]
         count = math.prod(size for size in sizes if isinstance(size, int))
         # A sum of so many times 1 / so many is a mean, which has an int8 kernel.
         is_mean = abs(ratio * chain.factor * count - 1) < 1e-6
         if is_mean and all(isinstance(size, int) for size in sizes):
-            result = Result(e.grid(chain.end))
-            x = e.int8_operand(site.operands[0])
-            value = reduction.along(b, "MEAN", x, axes, shape, "int8", result.grid)
-            return _moved(e, site, value, chain, result)
+            result = Result(emitter.grid(chain.end))
+            x = emitter.int8_operand(site.operands[0])
+            value = reduction.along(builder, "MEAN", x, axes, shape, "int8", result.grid)
+            return _moved(emitter, site, value, chain, result)
     if chain is not None and node.op == "reduce_window_sum" and bias is None:
-        return _average(e, site, chain)
-    value = reduction.emit(b, node, e.operand(site.operands[0]), shape)
-    return _finished(e, site, value, ratio, bias)
+        return _average(emitter, site, chain)
+    value = reduction.emit(builder, node, emitter.operand(site.operands[0]), shape)
+    return _finished(emitter, site, value, ratio, bias)
 
 
-def _average(e: Emitter, site: Int8Node, chain: Chain) -> Value:
+def _average(emitter: Emitter, site: Int8Node, chain: Chain) -> Value:
     """A sum over windows as a depthwise convolution with a kernel of ones.
 
     LiteRT's average pool rounds ties away from zero, onto the grid of its operand, and leaves away
     what is padded; XNNPACK has none of int8.
     """
-    b, shape, result = e.builder, e.shape(site.node.outputs[0]), e.end_of(chain)
-    window = reduction.window_of(b, site.node, e.int8_operand(site.operands[0]))
+    builder, shape, result = (
+        emitter.builder,
+        emitter.shape(site.node.outputs[0]),
+        emitter.end_of(chain),
+    )
+    window = reduction.window_of(builder, site.node, emitter.int8_operand(site.operands[0]))
     # The runtime's average rounds in another way; a convolution sums as `qapply` does.
     ones = np.ones((1, *window.sizes, int(window.value.physical[-1])), np.int8)
-    worth = np.asarray(e.model.sites[site.name]["multiplier"], np.float64) * chain.factor
+    worth = np.asarray(emitter.model.sites[site.name]["multiplier"], np.float64) * chain.factor
     multiplier = np.broadcast_to(worth.reshape(-1), ones.shape[-1:])
-    (entry,) = e.model.entries(site)
-    weight = make_weight(ones, 3, multiplier, None, e.model.scales.scale(entry))
+    (entry,) = emitter.model.entries(site)
+    weight = make_weight(ones, 3, multiplier, None, emitter.model.scales.scale(entry))
     order = window.value.order
     physical = reduction.four([shape[axis] for axis in order])
-    read = _int8_parts(e, weight)
-    name = contraction.over_windows(b, window, read, physical, result, filters=1)
-    return _moved(e, site, reduction.narrowed(b, name, shape, order), chain, result)
+    read = _int8_parts(emitter, weight)
+    name = contraction.over_windows(builder, window, read, physical, result, filters=1)
+    return _moved(emitter, site, reduction.narrowed(builder, name, shape, order), chain, result)
 
 
-def _epilogue(e: Emitter, site: Int8Node) -> tuple[float, float | None]:
+def _epilogue(emitter: Emitter, site: Int8Node) -> tuple[float, float | None]:
     """What a site without a weight multiplies the product of its operands by, and adds."""
-    arrays = e.model.sites[site.name]
-    worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
+    arrays = emitter.model.sites[site.name]
+    worth = math.prod(emitter.model.scales.scale(entry) for entry in emitter.model.entries(site))
     ratio, bias = np.asarray(arrays["multiplier"]) / worth, arrays.get("bias")
     if ratio.size != 1 or (bias is not None and bias.size != 1):
         raise NotCovered("a product of activations with a multiplier for each channel")
@@ -202,23 +220,29 @@ def _epilogue(e: Emitter, site: Int8Node) -> tuple[float, float | None]:
     return float(ratio.flat[0]), added
 
 
-def _finished(e: Emitter, site: Int8Node, value: Value, ratio: float, bias: float | None) -> Value:
+def _finished(
+    emitter: Emitter, site: Int8Node, value: Value, ratio: float, bias: float | None
+) -> Value:
     """A float result with what it is multiplied by and what is added."""
-    value = _rearranged(e, site, value)
+    value = _rearranged(emitter, site, value)
     factor = value.factor * ratio
     value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
     if bias is None:
         return value
-    return elementwise.apply(e.builder, "ADD", [value, elementwise.scalar(e.builder, bias)])
+    return elementwise.apply(
+        emitter.builder, "ADD", [value, elementwise.scalar(emitter.builder, bias)]
+    )
 
 
-def _moved(e: Emitter, site: Int8Node, value: Value, chain: Chain | None, result: Result) -> Value:
+def _moved(
+    emitter: Emitter, site: Int8Node, value: Value, chain: Chain | None, result: Result
+) -> Value:
     """The rearrangements of the accumulator, and what is left of the chain."""
-    value = _rearranged(e, site, value)
-    return value if chain is None else e.behind(value, chain, result)
+    value = _rearranged(emitter, site, value)
+    return value if chain is None else emitter.behind(value, chain, result)
 
 
-def _rearranged(e: Emitter, site: Int8Node, value: Value) -> Value:
+def _rearranged(emitter: Emitter, site: Int8Node, value: Value) -> Value:
     for node in site.movements:
-        (value,) = e.apply(node, [value])
+        (value,) = emitter.apply(node, [value])
     return value

@@ -18,20 +18,20 @@ from jaxquant.deploy.lower.stored import Stored
 from jaxquant.deploy.lower.values import Value, straight
 
 
-def matrix(b: Builder, stored: Stored, channels: tuple[int, ...]) -> str:
+def matrix(builder: Builder, stored: Stored, channels: tuple[int, ...]) -> str:
     """The weight of a dense layer in float: [N, K], N the axes `channels`."""
     integers, scale = _of_channels(stored, channels)
-    return _dequantize(b, integers.T, Grid(scale, 0, 0))
+    return _dequantize(builder, integers.T, Grid(scale, 0, 0))
 
 
-def kernel(b: Builder, stored: Stored, form: ConvForm) -> str:
+def kernel(builder: Builder, stored: Stored, form: ConvForm) -> str:
     """The kernel of a convolution in float, in the runtime's layout."""
     integers, scale = _of_channels(stored, (form.outputs,))
     array, axis = contraction.kernel(form, _in_place(stored, integers, (form.outputs,)))
-    return _dequantize(b, array, Grid(scale, 0, axis))
+    return _dequantize(builder, array, Grid(scale, 0, axis))
 
 
-def dequantized(b: Builder, stored: Stored) -> Value:
+def dequantized(builder: Builder, stored: Stored) -> Value:
     """The weight in float, in the model's own axes."""
     channels = tuple(axis for axis in range(len(stored.shape)) if axis not in stored.summed)
     integers, scale = _of_channels(stored, channels)
@@ -41,13 +41,15 @@ def dequantized(b: Builder, stored: Stored) -> Value:
     # A grid has scales along one axis; several axes of channels take a product instead.
     if len(wide) <= 1:
         grid = Grid(scale, 0, wide[0] if wide else 0)
-        return Value(_dequantize(b, array, grid), stored.shape, order)
-    value = Value(_dequantize(b, array, Grid.of(1.0, 0)), stored.shape, order)
+        return Value(_dequantize(builder, array, grid), stored.shape, order)
+    value = Value(_dequantize(builder, array, Grid.of(1.0, 0)), stored.shape, order)
     along = [size if axis in channels else 1 for axis, size in enumerate(stored.shape)]
-    return elementwise.apply(b, "MUL", [value, b.named(scale.reshape(along), "weight_scale")])
+    return elementwise.apply(
+        builder, "MUL", [value, builder.named(scale.reshape(along), "weight_scale")]
+    )
 
 
-def look_up(b: Builder, table: Stored, indices: Value) -> Value:
+def look_up(builder: Builder, table: Stored, indices: Value) -> Value:
     """Rows of an int8 table [V, K], each times its scale: float.
 
     An index that is the same for all samples picks one row for all of them.
@@ -55,21 +57,21 @@ def look_up(b: Builder, table: Stored, indices: Value) -> Value:
     integers, scale = table.integers, np.ascontiguousarray(table.scale)
     if table.bits != 8 or scale.shape[1] != 1:
         raise _groups(table)
-    places = elementwise.cast(b, b.ordered(indices, straight(indices.rank)), "int32")
-    flat = b.reshape(places, indices.shape[:-1])
+    places = elementwise.cast(builder, builder.ordered(indices, straight(indices.rank)), "int32")
+    flat = builder.reshape(places, indices.shape[:-1])
     # Positions are mostly known when the model is exported: then their rows are.
-    if (known := b.array(flat)) is not None:
-        return b.named(integers[known] * scale[known], "rows")
+    if (known := builder.array(flat)) is not None:
+        return builder.named(integers[known] * scale[known], "rows")
 
     def rows(array: np.ndarray) -> Value:
         shape = (*indices.shape[:-1], array.shape[1])
-        names = [b.constant(array, "table"), flat]
+        names = [builder.constant(array, "table"), flat]
         dtype = str(array.dtype)
-        name = b.op("GATHER", names, shape, dtype, None, "GatherOptions", Axis=0)
+        name = builder.op("GATHER", names, shape, dtype, None, "GatherOptions", Axis=0)
         return Value(name, shape, straight(len(shape)))
 
     return elementwise.apply(
-        b, "MUL", [elementwise.cast(b, rows(integers), "float32"), rows(scale)]
+        builder, "MUL", [elementwise.cast(builder, rows(integers), "float32"), rows(scale)]
     )
 
 
@@ -88,8 +90,8 @@ def _in_place(stored: Stored, integers: np.ndarray, channels: tuple[int, ...]) -
     return apart.transpose([axes.index(axis) for axis in range(len(axes))])
 
 
-def _dequantize(b: Builder, integers: np.ndarray, grid: Grid) -> str:
-    return b.op("DEQUANTIZE", [b.constant(integers, "weight", grid)], integers.shape)
+def _dequantize(builder: Builder, integers: np.ndarray, grid: Grid) -> str:
+    return builder.op("DEQUANTIZE", [builder.constant(integers, "weight", grid)], integers.shape)
 
 
 def _groups(stored: Stored) -> NotCovered:

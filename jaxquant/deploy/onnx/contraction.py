@@ -20,19 +20,19 @@ def kernel_order(form: ConvForm) -> tuple[int, ...]:
     return (*(channels[::-1] if form.is_transposed else channels), *form.spatial)
 
 
-def flipped_kernel(b: Builder, form: ConvForm, kernel: Value) -> str:
+def flipped_kernel(builder: Builder, form: ConvForm, kernel: Value) -> str:
     """The ONNX kernel of a convolution whose kernel runs backwards; it may be computed."""
-    kernel = b.ordered(kernel, kernel_order(form))
+    kernel = builder.ordered(kernel, kernel_order(form))
     count = len(form.spatial)
     flipped = tuple(range(2, 2 + count))
-    if kernel.name in b.arrays:
-        return b.constant(np.flip(b.arrays[kernel.name], flipped))
+    if kernel.name in builder.arrays:
+        return builder.constant(np.flip(builder.arrays[kernel.name], flipped))
     bounds = ([-1] * count, [-(2**31)] * count, flipped, [-1] * count)
-    return b.node("Slice", [kernel.name, *map(b.ints, bounds)])
+    return builder.node("Slice", [kernel.name, *map(builder.ints, bounds)])
 
 
 def conv(
-    b: Builder,
+    builder: Builder,
     contraction: Contraction,
     form: ConvForm,
     x: Value,
@@ -43,7 +43,7 @@ def conv(
     """A convolution with a kernel in ONNX's layout.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       contraction: the convolution.
       form: which ONNX has of it.
       x: its input.
@@ -52,7 +52,7 @@ def conv(
       is_integer: it is a ConvInteger; behind the kernel come both zero points.
     """
     result = contraction.result
-    x = b.ordered(x, input_order(contraction))
+    x = builder.ordered(x, input_order(contraction))
     order = (*result.free[0], *result.free[1], *result.window)
     attributes: dict[str, Any] = {
         "kernel_shape": list(form.window),
@@ -65,7 +65,7 @@ def conv(
     if any(form.beyond):
         attributes["output_padding"] = list(form.beyond)
     op = "ConvTranspose" if form.is_transposed else "ConvInteger" if is_integer else "Conv"
-    return Value(b.node(op, [x.name, *others], **attributes), shape, order)
+    return Value(builder.node(op, [x.name, *others], **attributes), shape, order)
 
 
 def input_order(contraction: Contraction) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def input_order(contraction: Contraction) -> tuple[int, ...]:
 
 
 def weighted_dot(
-    b: Builder,
+    builder: Builder,
     contraction: Contraction,
     side: int,
     x: Value,
@@ -86,30 +86,30 @@ def weighted_dot(
     """A dot without batch axes: `x`, the operand at `side`, with a weight [K, N]."""
     own = contraction.operands[side]
     free = own.free
-    x = b.ordered(x, (*free, *own.contracted))
+    x = builder.ordered(x, (*free, *own.contracted))
     sizes = [x.shape[axis] for axis in free]
     if len(own.contracted) != 1:
         width = math.prod(int(x.shape[axis]) for axis in own.contracted)
-        name = b.reshape(x.name, x.physical, [*sizes, width])
+        name = builder.reshape(x.name, x.physical, [*sizes, width])
     else:
         name = x.name
     # Gemm takes matrices alone, and its bias; MatMul takes any number of rows' axes.
     if len(free) == 1:
-        name = b.node("Gemm", [name, weight] + ([bias] if bias else []))
+        name = builder.node("Gemm", [name, weight] + ([bias] if bias else []))
     else:
-        name = b.node("MatMul", [name, weight])
+        name = builder.node("MatMul", [name, weight])
         if bias:
-            name = b.node("Add", [name, bias])
-    return of_rows(b, contraction, side, name, shape)
+            name = builder.node("Add", [name, bias])
+    return of_rows(builder, contraction, side, name, shape)
 
 
 def of_rows(
-    b: Builder, contraction: Contraction, side: int, name: str, shape: tuple[Size, ...]
+    builder: Builder, contraction: Contraction, side: int, name: str, shape: tuple[Size, ...]
 ) -> Value:
     """The result of a dot with a weight, of the product of rows with a matrix.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       contraction: the dot.
       side: that of the operand which is no weight.
       name: the product: the free axes of that operand, and all channels as one.
@@ -122,18 +122,18 @@ def of_rows(
     if len(outputs) != 1:
         rows, channels = [shape[axis] for axis in order[: len(free)]], order[len(free) :]
         sizes = [shape[axis] for axis in channels]
-        name = b.reshape(name, [*rows, _joined_size(sizes)], [*rows, *sizes])
+        name = builder.reshape(name, [*rows, _joined_size(sizes)], [*rows, *sizes])
     return Value(name, shape, order)
 
 
 def dot(
-    b: Builder, contraction: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
+    builder: Builder, contraction: Contraction, values: Sequence[Value], shape: tuple[Size, ...]
 ) -> Value:
     """A dot of two tensors: batch axes, free axes of the first, free axes of the second."""
     names, joined = [], list[Size]()
     for side, (value, own) in enumerate(zip(values, contraction.operands, strict=True)):
         rest = (*own.free, *own.contracted) if side == 0 else (*own.contracted, *own.free)
-        value = b.ordered(value, (*own.batch, *rest))
+        value = builder.ordered(value, (*own.batch, *rest))
         batch = [value.shape[axis] for axis in own.batch]
         free = [value.shape[axis] for axis in own.free]
         contracted = [value.shape[axis] for axis in own.contracted]
@@ -141,13 +141,15 @@ def dot(
         # MatMul sums over one axis: several are one, in the order that both sides have.
         if len(free) != 1 or len(contracted) != 1:
             rows, columns = (free, contracted) if side == 0 else (contracted, free)
-            name = b.reshape(name, value.physical, [*batch, *map(_joined_size, (rows, columns))])
+            name = builder.reshape(
+                name, value.physical, [*batch, *map(_joined_size, (rows, columns))]
+            )
         names.append(name)
         joined.append(_joined_size(free))
-    name = b.node("MatMul", names)
+    name = builder.node("MatMul", names)
     if any(len(own.free) != 1 for own in contraction.operands):
         batch = list(shape[: len(contraction.operands[0].batch)])
-        name = b.reshape(name, [*batch, *joined], shape)
+        name = builder.reshape(name, [*batch, *joined], shape)
     return Value(name, shape, straight(len(shape)))
 
 

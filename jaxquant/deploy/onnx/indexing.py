@@ -19,9 +19,9 @@ Emit = Callable[[Builder, Node, list[Value], Shapes, Sequence[str]], list[Value]
 
 
 def _gather(
-    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+    builder: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
 ) -> list[Value]:
-    operand, indices = b.plain(x[0]), x[1]
+    operand, indices = builder.plain(x[0]), x[1]
     numbers, sizes = node.params["dimension_numbers"], list(node.params["slice_sizes"])
     collapsed, batching = (
         list(numbers["collapsed_slice_dims"]),
@@ -32,21 +32,21 @@ def _gather(
     kept = [a for a in range(operand.rank) if a not in collapsed and a not in batching]
     partial = partial_axes(operand.shape, sizes, kept, map_, batched)
     batch = indices.shape[:-1]
-    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(b, indices), strict=True)]
+    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(builder, indices), strict=True)]
     mode = str(node.params["mode"])
-    places = find_places(b, partial, operand.shape, batch, starts, mode)
+    places = find_places(builder, partial, operand.shape, batch, starts, mode)
     axes = [axis.axis for axis in partial]
     windows = [a for a in axes if a in kept]
     rest = [a for a in operand.order if a not in axes]
     # Gather is what runtimes optimize; GatherND is for places along several axes.
     if len(axes) == 1:
-        number = whole.reshaped(b, places.coordinates, places.sizes)
+        number = whole.reshaped(builder, places.coordinates, places.sizes)
         at = operand.axis(axes[0])
-        name = b.node("Gather", [operand.name, whole.name_of(b, number)], axis=at)
+        name = builder.node("Gather", [operand.name, whole.name_of(builder, number)], axis=at)
         before, behind = operand.order[:at], operand.order[at + 1 :]
     else:
-        data = b.ordered(operand, (*axes, *rest))
-        name = b.node("GatherND", [data.name, whole.name_of(b, places.coordinates)])
+        data = builder.ordered(operand, (*axes, *rest))
+        name = builder.node("GatherND", [data.name, whole.name_of(builder, places.coordinates)])
         before, behind = (), tuple(rest)
     # Which axis of JAX's result each axis of the operator's result is.
     place = dict(zip(kept, offsets, strict=True))
@@ -55,12 +55,12 @@ def _gather(
     order = (*(place[a] for a in before), *picked, *(place[a] for a in behind))
     result = Value(name, shapes[0], order)
     if places.inside is not None:
-        result = _filled(b, node, result, batch_axes, places.inside, batch, dtypes[0])
+        result = _filled(builder, node, result, batch_axes, places.inside, batch, dtypes[0])
     return [result]
 
 
 def _filled(
-    b: Builder,
+    builder: Builder,
     node: Node,
     value: Value,
     batch_axes: Sequence[int],
@@ -73,13 +73,15 @@ def _filled(
     for axis, size in zip(batch_axes, batch, strict=True):
         sizes[axis] = size
     # The batch axes of the result are in the order of the indices, in any physical order.
-    mask = inside if isinstance(inside, str) else b.constant(inside)
-    mask = b.node("Reshape", [mask, b.shape([sizes[axis] for axis in value.order])])
+    mask = inside if isinstance(inside, str) else builder.constant(inside)
+    mask = builder.node("Reshape", [mask, builder.shape([sizes[axis] for axis in value.order])])
     if dtype == "bool":  # filled with true, which is `or not inside`; Where does not take it
-        return dataclasses.replace(value, name=b.node("Or", [value.name, b.node("Not", [mask])]))
+        return dataclasses.replace(
+            value, name=builder.node("Or", [value.name, builder.node("Not", [mask])])
+        )
     given = node.params.get("fill_value")
     fill = _default_fill(dtype) if given is None else np.asarray(float(given)).astype(dtype)
-    name = b.node("Where", [mask, value.name, b.constant(fill, "fill")])
+    name = builder.node("Where", [mask, value.name, builder.constant(fill, "fill")])
     return dataclasses.replace(value, name=name)
 
 
@@ -91,29 +93,33 @@ def _default_fill(dtype: str) -> np.ndarray:
 
 
 def _dynamic_slice(
-    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+    builder: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
 ) -> list[Value]:
-    value, sizes = b.plain(x[0]), list(node.params["slice_sizes"])
+    value, sizes = builder.plain(x[0]), list(node.params["slice_sizes"])
     axes = [axis for axis, size in enumerate(sizes) if size != value.shape[axis]]
     if not axes:
         return [value]
     starts, ends = [], []
     for axis in axes:
-        window = whole.of_size(b, sizes[axis])
-        last = whole.subtract(b, whole.of_size(b, value.shape[axis]), window)
+        window = whole.of_size(builder, sizes[axis])
+        last = whole.subtract(builder, whole.of_size(builder, value.shape[axis]), window)
         # JAX moves a slice that would reach beyond the end; ONNX would cut it.
-        start = whole.clipped(b, whole.reshaped(b, whole_numbers(b, x[1 + axis]), [1]), last)
+        start = whole.clipped(
+            builder, whole.reshaped(builder, whole_numbers(builder, x[1 + axis]), [1]), last
+        )
         starts.append(start)
-        ends.append(whole.add(b, start, window))
-    along = b.ints([value.axis(axis) for axis in axes])
-    name = b.node("Slice", [value.name, _joined(b, starts), _joined(b, ends), along])
+        ends.append(whole.add(builder, start, window))
+    along = builder.ints([value.axis(axis) for axis in axes])
+    name = builder.node(
+        "Slice", [value.name, _joined(builder, starts), _joined(builder, ends), along]
+    )
     return [dataclasses.replace(value, name=name, shape=shapes[0])]
 
 
-def _joined(b: Builder, numbers: Sequence[Whole]) -> str:
+def _joined(builder: Builder, numbers: Sequence[Whole]) -> str:
     """Numbers [1] as one tensor."""
-    names = [whole.name_of(b, number) for number in numbers]
-    return names[0] if len(names) == 1 else b.node("Concat", names, axis=0)
+    names = [whole.name_of(builder, number) for number in numbers]
+    return names[0] if len(names) == 1 else builder.node("Concat", names, axis=0)
 
 
 TABLE: dict[str, Emit] = {

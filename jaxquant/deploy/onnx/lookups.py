@@ -14,7 +14,7 @@ from jaxquant.deploy.onnx.builder import Builder
 
 
 def look_up(
-    b: Builder,
+    builder: Builder,
     node: Node,
     table: Stored,
     indices: Value,
@@ -24,7 +24,7 @@ def look_up(
     """Rows of a table [V, K].
 
     Args:
-      b: the graph.
+      builder: of the graph.
       node: a gather, with what is done with an index out of range.
       table: what is stored.
       indices: those of the rows.
@@ -38,26 +38,26 @@ def look_up(
     # What is out of range comes by way of the scales, where it is NaN: integers have none.
     clipped = {**node.params, "mode": "CLIP", "fill_value": None}
     if table.bits == 4:
-        rows = _rows(b, node, clipped, _packed(table.integers), indices, shape)
-        values = _unpacked(b, rows, width)
+        rows = _rows(builder, node, clipped, _packed(table.integers), indices, shape)
+        values = _unpacked(builder, rows, width)
     else:
         offset = 128 if is_unsigned else 0
         shifted = table.integers.astype(np.int16) + offset
         integers = shifted.astype(np.uint8 if is_unsigned else np.int8)
-        rows = _rows(b, node, clipped, integers, indices, shape)
-        inputs = [rows.name, b.constant(np.float32(1), "one")]
-        inputs += [b.constant(np.uint8(offset), "zero_point")] if is_unsigned else []
-        values = dataclasses.replace(rows, name=b.node("DequantizeLinear", inputs, "rows"))
-    units = _rows(b, node, dict(node.params), scale, indices, shape)
+        rows = _rows(builder, node, clipped, integers, indices, shape)
+        inputs = [rows.name, builder.constant(np.float32(1), "one")]
+        inputs += [builder.constant(np.uint8(offset), "zero_point")] if is_unsigned else []
+        values = dataclasses.replace(rows, name=builder.node("DequantizeLinear", inputs, "rows"))
+    units = _rows(builder, node, dict(node.params), scale, indices, shape)
     if table.layout.groups > 1:
-        group = b.constant(np.arange(length) // table.layout.size, "group")
-        name = b.node("Gather", [units.name, group], axis=units.axis(units.rank - 1))
+        group = builder.constant(np.arange(length) // table.layout.size, "group")
+        name = builder.node("Gather", [units.name, group], axis=units.axis(units.rank - 1))
         units = dataclasses.replace(units, name=name, shape=values.shape)
-    return elementwise.apply(b, "Mul", [values, units])
+    return elementwise.apply(builder, "Mul", [values, units])
 
 
 def _rows(
-    b: Builder,
+    builder: Builder,
     node: Node,
     params: dict[str, object],
     array: np.ndarray,
@@ -69,9 +69,9 @@ def _rows(
     gather = dataclasses.replace(
         node, op="gather", params={**params, "slice_sizes": (1, array.shape[1])}
     )
-    table = Value(b.constant(array, "table"), array.shape, (0, 1))
+    table = Value(builder.constant(array, "table"), array.shape, (0, 1))
     emit = indexing.TABLE["gather"]
-    (rows,) = emit(b, gather, [table, indices], [sizes], [str(array.dtype), "int32"])
+    (rows,) = emit(builder, gather, [table, indices], [sizes], [str(array.dtype), "int32"])
     return rows
 
 
@@ -83,15 +83,15 @@ def _packed(integers: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _unpacked(b: Builder, rows: Value, width: int) -> Value:
+def _unpacked(builder: Builder, rows: Value, width: int) -> Value:
     """The integers of packed rows in float, by a table of what every byte holds."""
     byte = np.arange(256)
     pairs = np.stack([byte & 15, byte >> 4], axis=-1).astype(np.float32) - 8
-    rows = b.ordered(rows, tuple(range(rows.rank)))
-    index = b.node("Cast", [rows.name], to=elementwise.ONNX_TYPES["int32"])
-    name = b.node("Gather", [b.constant(pairs, "pairs"), index], axis=0)
+    rows = builder.ordered(rows, tuple(range(rows.rank)))
+    index = builder.node("Cast", [rows.name], to=elementwise.ONNX_TYPES["int32"])
+    name = builder.node("Gather", [builder.constant(pairs, "pairs"), index], axis=0)
     sizes: list[Size] = [*rows.shape[:-1], 2 * int(rows.shape[-1])]
-    name = b.reshape(name, [*rows.shape, 2], sizes)
+    name = builder.reshape(name, [*rows.shape, 2], sizes)
     if width % 2:
-        name = b.node("Slice", [name, *map(b.ints, ([0], [width], [rows.rank - 1]))])
+        name = builder.node("Slice", [name, *map(builder.ints, ([0], [width], [rows.rank - 1]))])
     return Value(name, (*rows.shape[:-1], width), tuple(range(rows.rank)))

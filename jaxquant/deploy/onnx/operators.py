@@ -15,26 +15,26 @@ from jaxquant.deploy.onnx.builder import Builder
 SINCE: Mapping[str, int] = {"gelu": 20, "layer_norm": 17, "softmax": 13}
 
 
-def _gelu(b: Builder, node: Node, x: Sequence[Value]) -> Value:
-    value = b.plain(x[0])
-    name = b.node("Gelu", [value.name], approximate=node.params["approximate"])
+def _gelu(builder: Builder, node: Node, x: Sequence[Value]) -> Value:
+    value = builder.plain(x[0])
+    name = builder.node("Gelu", [value.name], approximate=node.params["approximate"])
     return dataclasses.replace(value, name=name)
 
 
-def _layer_norm(b: Builder, node: Node, x: Sequence[Value]) -> Value:
+def _layer_norm(builder: Builder, node: Node, x: Sequence[Value]) -> Value:
     axis, vectors = node.params["axis"], list(x[1:])
-    value = b.ordered(x[0], (*(a for a in x[0].order if a != axis), axis))
-    ones = b.constant(np.ones(int(value.shape[axis]), np.float32), "ones")
-    scale = b.plain(vectors.pop(0)).name if node.params["has_scale"] else ones
-    names = [value.name, scale, *(b.plain(vector).name for vector in vectors)]
+    value = builder.ordered(x[0], (*(a for a in x[0].order if a != axis), axis))
+    ones = builder.constant(np.ones(int(value.shape[axis]), np.float32), "ones")
+    scale = builder.plain(vectors.pop(0)).name if node.params["has_scale"] else ones
+    names = [value.name, scale, *(builder.plain(vector).name for vector in vectors)]
     epsilon = float(node.params["epsilon"])
-    name = b.node("LayerNormalization", names, axis=-1, epsilon=epsilon)
+    name = builder.node("LayerNormalization", names, axis=-1, epsilon=epsilon)
     return dataclasses.replace(value, name=name)
 
 
-def _softmax(b: Builder, node: Node, x: Sequence[Value]) -> Value:
-    value = b.plain(x[0])
-    name = b.node("Softmax", [value.name], axis=value.axis(node.params["axis"]))
+def _softmax(builder: Builder, node: Node, x: Sequence[Value]) -> Value:
+    value = builder.plain(x[0])
+    name = builder.node("Softmax", [value.name], axis=value.axis(node.params["axis"]))
     return dataclasses.replace(value, name=name)
 
 

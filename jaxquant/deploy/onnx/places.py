@@ -81,7 +81,7 @@ def partial_axes(
 
 
 def find_places(
-    b: Builder,
+    builder: Builder,
     partial: Sequence[Axis],
     shape: Sequence[Size],
     batch: Sequence[Size],
@@ -91,7 +91,7 @@ def find_places(
     """The places of all elements of all windows.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       partial: the partial axes, in order.
       shape: of the operand.
       batch: the sizes of the batch of indices.
@@ -105,52 +105,56 @@ def find_places(
     moved: dict[int, Whole] = {}
     # JAX moves a window that reaches beyond the end, or drops it, by its mode.
     for number, window, start in starts:
-        last = whole.subtract(b, whole.of_size(b, shape[number]), whole.of_size(b, window))
+        last = whole.subtract(
+            builder, whole.of_size(builder, shape[number]), whole.of_size(builder, window)
+        )
         if mode == "FILL_OR_DROP":
-            here = whole.within(b, start, last)
-            inside = here if inside is None else whole.both(b, inside, here)
+            here = whole.within(builder, start, last)
+            inside = here if inside is None else whole.both(builder, inside, here)
         if number in read:
-            moved[number] = start if "PROMISE" in mode else whole.clipped(b, start, last)
+            moved[number] = start if "PROMISE" in mode else whole.clipped(builder, start, last)
     # The coordinate along each partial axis: where the window starts, and how far in it one is.
     parts: list[Whole] = []
     for axis in partial:
         part: Whole = np.zeros((1,) * len(sizes), np.int64)
         if axis.batch is not None:
-            part = _counted_along(b, axis.batch, batch[axis.batch], len(sizes))
+            part = _counted_along(builder, axis.batch, batch[axis.batch], len(sizes))
         elif axis.is_placed:
-            part = whole.reshaped(b, moved[axis.axis], (*batch, *[1] * len(windows)))
+            part = whole.reshaped(builder, moved[axis.axis], (*batch, *[1] * len(windows)))
         if axis.window is not None and axis.window != 1:
             position = len(batch) + windows.index(axis)
-            part = whole.add(b, part, _counted_along(b, position, axis.window, len(sizes)))
+            part = whole.add(
+                builder, part, _counted_along(builder, position, axis.window, len(sizes))
+            )
         parts.append(part)
     if isinstance(inside, np.ndarray) and inside.all():
         inside = None
-    return Places(whole.stacked(b, parts, sizes), sizes, inside)
+    return Places(whole.stacked(builder, parts, sizes), sizes, inside)
 
 
-def _counted_along(b: Builder, axis: int, size: Size, rank: int) -> Whole:
+def _counted_along(builder: Builder, axis: int, size: Size, rank: int) -> Whole:
     """0, 1, 2, ... along one of so many axes, the others of size 1."""
     sizes = [*[1] * axis, size, *[1] * (rank - axis - 1)]
-    return whole.reshaped(b, whole.counted(b, size), sizes)
+    return whole.reshaped(builder, whole.counted(builder, size), sizes)
 
 
-def columns(b: Builder, indices: Value) -> list[Whole]:
+def columns(builder: Builder, indices: Value) -> list[Whole]:
     """The columns of indices [*batch, K]: [*batch] each."""
-    number, count = whole_numbers(b, indices), indices.shape[-1]
+    number, count = whole_numbers(builder, indices), indices.shape[-1]
     if not isinstance(count, int):
         raise NotCovered("indices along a number of axes that varies")
     if isinstance(number, np.ndarray):
         return [number[..., k] for k in range(count)]
     axis = indices.rank - 1
     return [
-        b.node("Gather", [number, b.constant(np.int64(k), "column")], axis=axis)
+        builder.node("Gather", [number, builder.constant(np.int64(k), "column")], axis=axis)
         for k in range(count)
     ]
 
 
-def whole_numbers(b: Builder, value: Value) -> Whole:
+def whole_numbers(builder: Builder, value: Value) -> Whole:
     """A value of whole numbers, its logical axes in order."""
-    value = b.ordered(value, straight(value.rank))
-    if value.name in b.arrays:
-        return b.arrays[value.name].astype(np.int64)
-    return b.node("Cast", [value.name], to=ONNX_TYPES["int64"])
+    value = builder.ordered(value, straight(value.rank))
+    if value.name in builder.arrays:
+        return builder.arrays[value.name].astype(np.int64)
+    return builder.node("Cast", [value.name], to=ONNX_TYPES["int64"])

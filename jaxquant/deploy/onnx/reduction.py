@@ -34,7 +34,7 @@ OPERATIONS = frozenset((*_REDUCTIONS, *_INDICES, *_WINDOWS, *_CUMULATIVE, "cumsu
 
 
 def emit(
-    b: Builder,
+    builder: Builder,
     node: Node,
     value: Value,
     shape: tuple[Size, ...],
@@ -44,7 +44,7 @@ def emit(
     """The result of a reduction.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       node: the operation.
       value: its operand.
       shape: of the result.
@@ -52,48 +52,52 @@ def emit(
       is_int8: the operand is dequantized, and a runtime may compute on its integers.
     """
     if node.op in _WINDOWS:
-        return _window(b, node, value, shape)
+        return _window(builder, node, value, shape)
     if node.op in _INDICES:
-        return _index(b, node, value, shape, dtype)
+        return _index(builder, node, value, shape, dtype)
     if node.op in _CUMULATIVE:
         if dtype != "float32":
             raise NotCovered(f"the operation {node.op!r} on {dtype}")
-        return _cumulative(b, node, value)
+        return _cumulative(builder, node, value)
     if node.op == "cumsum":
-        value = b.plain(value)
-        axis = b.constant(np.int64(value.axis(node.params["axis"])))
+        value = builder.plain(value)
+        axis = builder.constant(np.int64(value.axis(node.params["axis"])))
         reverse = int(bool(node.params.get("reverse")))
-        name = b.node("CumSum", [value.name, axis], reverse=reverse)
+        name = builder.node("CumSum", [value.name, axis], reverse=reverse)
         return dataclasses.replace(value, name=name)
     if node.op in _LOGICAL and dtype != "bool":
         raise NotCovered(f"the operation {node.op!r} on {dtype}")
     # ONNX reduces no small integers, so they are widened on the way.
     if dtype in _WIDER:
-        found = _reduce(b, node, elementwise.cast(b, value, _WIDER[dtype]), shape, is_int8)
-        return elementwise.cast(b, found, dtype)
-    return _reduce(b, node, value, shape, is_int8)
+        found = _reduce(
+            builder, node, elementwise.cast(builder, value, _WIDER[dtype]), shape, is_int8
+        )
+        return elementwise.cast(builder, found, dtype)
+    return _reduce(builder, node, value, shape, is_int8)
 
 
-def _cumulative(b: Builder, node: Node, value: Value) -> Value:
+def _cumulative(builder: Builder, node: Node, value: Value) -> Value:
     """Over 2, 4, 8, ... elements: each round meets what it has with itself, so far moved on."""
     op, neutral = _CUMULATIVE[node.op]
-    value, axis = b.plain(value), node.params["axis"]
+    value, axis = builder.plain(value), node.params["axis"]
     size, at = value.shape[axis], value.axis(axis)
     if not isinstance(size, int):
         raise NotCovered(f"the operation {node.op!r} along an axis whose size varies")
     name, reverse, reach = value.name, bool(node.params.get("reverse")), 1
-    fill = b.constant(np.float32(neutral), "neutral")
+    fill = builder.constant(np.float32(neutral), "neutral")
     while reach < size:
         pads = [0] * (2 * value.rank)
         pads[at + (value.rank if reverse else 0)] = reach
-        moved = b.node("Pad", [name, b.ints(pads), fill], mode="constant")
+        moved = builder.node("Pad", [name, builder.ints(pads), fill], mode="constant")
         ends = ([reach], [reach + size]) if reverse else ([0], [size])
-        moved = b.node("Slice", [moved, *map(b.ints, (*ends, [at]))])
-        name, reach = b.node(op, [name, moved]), 2 * reach
+        moved = builder.node("Slice", [moved, *map(builder.ints, (*ends, [at]))])
+        name, reach = builder.node(op, [name, moved]), 2 * reach
     return dataclasses.replace(value, name=name)
 
 
-def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], is_int8: bool) -> Value:
+def _reduce(
+    builder: Builder, node: Node, value: Value, shape: tuple[Size, ...], is_int8: bool
+) -> Value:
     axes = tuple(node.params["axes"])
     order = _remaining(value, axes)
     sizes = [value.shape[axis] for axis in axes]
@@ -102,19 +106,19 @@ def _reduce(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], is_in
     are_positions = is_int8 or value.rank > 3 or value.order != straight(value.rank)
     if pooled and are_positions and all(isinstance(size, int) for size in sizes):
         # The form of it that runtimes have an int8 kernel for.
-        name = b.node("GlobalAveragePool", [value.name])
-        name = b.node("Flatten", [name], axis=1)
+        name = builder.node("GlobalAveragePool", [value.name])
+        name = builder.node("Flatten", [name], axis=1)
         factor = value.factor * math.prod(size for size in sizes if isinstance(size, int))
         return Value(name, shape, order, factor)
-    value = b.plain(value)
+    value = builder.plain(value)
     physical = [value.axis(axis) for axis in axes]
-    return Value(_along(b, _REDUCTIONS[node.op], value.name, physical), shape, order)
+    return Value(_along(builder, _REDUCTIONS[node.op], value.name, physical), shape, order)
 
 
-def _along(b: Builder, op: str, name: str, axes: list[int]) -> str:
-    if b.opset >= _AXES_AS_INPUT[op]:
-        return b.node(op, [name, b.ints(axes)], keepdims=0)
-    return b.node(op, [name], axes=axes, keepdims=0)
+def _along(builder: Builder, op: str, name: str, axes: list[int]) -> str:
+    if builder.opset >= _AXES_AS_INPUT[op]:
+        return builder.node(op, [name, builder.ints(axes)], keepdims=0)
+    return builder.node(op, [name], axes=axes, keepdims=0)
 
 
 def _remaining(value: Value, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,18 +127,20 @@ def _remaining(value: Value, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(kept.index(axis) for axis in value.order if axis not in axes)
 
 
-def _index(b: Builder, node: Node, value: Value, shape: tuple[Size, ...], given: str) -> Value:
-    value = b.plain(value)
+def _index(
+    builder: Builder, node: Node, value: Value, shape: tuple[Size, ...], given: str
+) -> Value:
+    value = builder.plain(value)
     if given in _WIDER:
-        value = elementwise.cast(b, value, _WIDER[given])
+        value = elementwise.cast(builder, value, _WIDER[given])
     (axis,) = node.params["axes"]
-    name = b.node(_INDICES[node.op], [value.name], axis=value.axis(axis), keepdims=0)
+    name = builder.node(_INDICES[node.op], [value.name], axis=value.axis(axis), keepdims=0)
     result = Value(name, shape, _remaining(value, (axis,)))
     dtype = elementwise.onnx_dtype(str(node.params["index_dtype"]))
-    return result if dtype == "int64" else elementwise.cast(b, result, dtype)
+    return result if dtype == "int64" else elementwise.cast(builder, result, dtype)
 
 
-def _window(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
+def _window(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     """Pooling: windows along the axes behind the first two."""
     windows, strides = node.params["window_dimensions"], node.params["window_strides"]
     padding, dilation = node.params["padding"], node.params["window_dilation"]
@@ -148,7 +154,7 @@ def _window(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Va
     if not set(value.order[:2]) <= set(plain):
         batch, channels = plain[0], plain[-1]
         rest = [axis for axis in range(value.rank) if axis not in (batch, channels)]
-        value = b.ordered(value, (batch, channels, *rest))
+        value = builder.ordered(value, (batch, channels, *rest))
     axes = value.order[2:]
     attributes: dict[str, Any] = {
         "kernel_shape": [windows[axis] for axis in axes],
@@ -158,22 +164,22 @@ def _window(b: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Va
     if any(dilation[axis] != 1 for axis in axes):
         attributes["dilations"] = [dilation[axis] for axis in axes]
     if node.op == "reduce_window_sum":
-        return _window_sum(b, value, attributes, shape)
-    value = b.plain(value)
+        return _window_sum(builder, value, attributes, shape)
+    value = builder.plain(value)
     name = value.name
     if node.op == "reduce_window_min":
-        name = b.node("Neg", [name])
-    name = b.node("MaxPool", [name], **attributes)
+        name = builder.node("Neg", [name])
+    name = builder.node("MaxPool", [name], **attributes)
     if node.op == "reduce_window_min":
-        name = b.node("Neg", [name])
+        name = builder.node("Neg", [name])
     return dataclasses.replace(value, name=name, shape=shape)
 
 
 def _window_sum(
-    b: Builder, value: Value, attributes: dict[str, Any], shape: tuple[Size, ...]
+    builder: Builder, value: Value, attributes: dict[str, Any], shape: tuple[Size, ...]
 ) -> Value:
-    if "dilations" in attributes and b.opset < 19:
+    if "dilations" in attributes and builder.opset < 19:
         raise NotCovered("the sum of a dilated window before opset 19")
-    name = b.node("AveragePool", [value.name], count_include_pad=1, **attributes)
+    name = builder.node("AveragePool", [value.name], count_include_pad=1, **attributes)
     factor = value.factor * math.prod(attributes["kernel_shape"])
     return Value(name, shape, value.order, factor)

@@ -24,7 +24,7 @@ from jaxquant.deploy.onnx.whole_numbers import Whole
 
 
 def _dynamic_update_slice(
-    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+    builder: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
 ) -> list[Value]:
     operand, update = x[0], x[1]
     axes = [axis for axis, size in enumerate(update.shape) if size != operand.shape[axis]]
@@ -32,11 +32,15 @@ def _dynamic_update_slice(
         return [update]
     partial = [Axis(axis, update.shape[axis], True) for axis in axes]
     starts = [
-        (axis, update.shape[axis], whole.reshaped(b, whole_numbers(b, x[2 + axis]), [1]))
+        (
+            axis,
+            update.shape[axis],
+            whole.reshaped(builder, whole_numbers(builder, x[2 + axis]), [1]),
+        )
         for axis in axes
     ]
-    places = find_places(b, partial, operand.shape, (), starts, "CLIP")
-    return [_place(b, operand, update, [axis.axis for axis in partial], places, "none")]
+    places = find_places(builder, partial, operand.shape, (), starts, "CLIP")
+    return [_place(builder, operand, update, [axis.axis for axis in partial], places, "none")]
 
 
 _SCATTERS = {
@@ -51,13 +55,13 @@ _SINCE = {"none": 11, "add": 16, "mul": 16, "max": 18, "min": 18}
 
 
 def _scatter(
-    b: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
+    builder: Builder, node: Node, x: list[Value], shapes: Shapes, dtypes: Sequence[str]
 ) -> list[Value]:
-    operand, indices, updates = x[0], x[1], b.plain(x[2])
+    operand, indices, updates = x[0], x[1], builder.plain(x[2])
     reduction = _SCATTERS[node.op]
     if node.op == "scatter" and node.params.get("update_jaxpr") is not None:
         raise NotCovered("a scatter that applies a function")
-    if b.opset < _SINCE[reduction]:
+    if builder.opset < _SINCE[reduction]:
         raise NotCovered(f"{node.op!r} before opset {_SINCE[reduction]}")
     numbers = node.params["dimension_numbers"]
     inserted, batching = (
@@ -72,22 +76,22 @@ def _scatter(
     sizes = [updates.shape[place[a]] if a in place else 1 for a in range(operand.rank)]
     partial = partial_axes(operand.shape, sizes, kept, map_, batched)
     batch = indices.shape[:-1]
-    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(b, indices), strict=True)]
-    places = find_places(b, partial, operand.shape, batch, starts, str(node.params["mode"]))
+    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(builder, indices), strict=True)]
+    places = find_places(builder, partial, operand.shape, batch, starts, str(node.params["mode"]))
     axes = [axis.axis for axis in partial]
     whole_axes = [a for a in range(operand.rank) if a not in axes]
     batch_axes = [a for a in range(updates.rank) if a not in window_axes]
     order = [*batch_axes, *(place[a] for a in axes if a in kept), *(place[a] for a in whole_axes)]
     if node.op == "scatter-sub":
-        updates = dataclasses.replace(updates, name=b.node("Neg", [updates.name]))
+        updates = dataclasses.replace(updates, name=builder.node("Neg", [updates.name]))
     # `_place` reads the physical order alone, which is that of the operand's axes then.
-    moved = b.ordered(updates, order)
+    moved = builder.ordered(updates, order)
     straightened = Value(moved.name, moved.physical, straight(moved.rank))
-    return [_place(b, operand, straightened, axes, places, reduction, len(batch))]
+    return [_place(builder, operand, straightened, axes, places, reduction, len(batch))]
 
 
 def _place(
-    b: Builder,
+    builder: Builder,
     operand: Value,
     updates: Value,
     axes: Sequence[int],
@@ -98,7 +102,7 @@ def _place(
     """The operand with updates at their places; those of a window that is not inside are dropped.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       operand: what is written to.
       updates: in the operand's axes; with `batch`, in the order (batch, windows along the partial
         axes, whole axes).
@@ -108,34 +112,36 @@ def _place(
       batch: how many axes the batch of indices has.
     """
     order = (*axes, *(a for a in range(operand.rank) if a not in axes))
-    data = b.ordered(operand, order)
+    data = builder.ordered(operand, order)
     name, coordinates = data.name, places.coordinates
     if batch is None:
-        updates = b.ordered(updates, order)
+        updates = builder.ordered(updates, order)
     if places.inside is not None:
         # Windows that are not inside go to a further place along the first axis, which is cut off.
         pads = [0] * (2 * data.rank)
         pads[data.rank] = 1
-        name = b.node("Pad", [name, b.ints(pads)], mode="constant")
-        coordinates = _beyond(b, places, data.shape[axes[0]], len(axes), batch or 0)
+        name = builder.node("Pad", [name, builder.ints(pads)], mode="constant")
+        coordinates = _beyond(builder, places, data.shape[axes[0]], len(axes), batch or 0)
     attributes: dict[str, Any] = {} if reduction == "none" else {"reduction": reduction}
-    name = b.node("ScatterND", [name, whole.name_of(b, coordinates), updates.name], **attributes)
+    name = builder.node(
+        "ScatterND", [name, whole.name_of(builder, coordinates), updates.name], **attributes
+    )
     if places.inside is not None:
-        limit = whole.name_of(b, whole.of_size(b, data.shape[axes[0]]))
-        name = b.node("Slice", [name, b.ints([0]), limit, b.ints([0])])
+        limit = whole.name_of(builder, whole.of_size(builder, data.shape[axes[0]]))
+        name = builder.node("Slice", [name, builder.ints([0]), limit, builder.ints([0])])
     return Value(name, operand.shape, order)
 
 
-def _beyond(b: Builder, places: Places, size: Size, count: int, batch: int) -> Whole:
+def _beyond(builder: Builder, places: Places, size: Size, count: int, batch: int) -> Whole:
     """The coordinates, of windows that are not inside (size, 0, 0, ...)."""
     assert places.inside is not None
-    inside = places.inside if isinstance(places.inside, str) else b.constant(places.inside)
+    inside = places.inside if isinstance(places.inside, str) else builder.constant(places.inside)
     ones = [1] * (len(places.sizes) - batch + 1)
-    mask = b.node("Reshape", [inside, b.shape([*places.sizes[:batch], *ones])])
-    away = whole.name_of(b, whole.of_size(b, size))
+    mask = builder.node("Reshape", [inside, builder.shape([*places.sizes[:batch], *ones])])
+    away = whole.name_of(builder, whole.of_size(builder, size))
     if count > 1:
-        away = b.node("Concat", [away, b.ints([0] * (count - 1))], axis=0)
-    return b.node("Where", [mask, whole.name_of(b, places.coordinates), away])
+        away = builder.node("Concat", [away, builder.ints([0] * (count - 1))], axis=0)
+    return builder.node("Where", [mask, whole.name_of(builder, places.coordinates), away])
 
 
 TABLE: dict[str, Emit] = {

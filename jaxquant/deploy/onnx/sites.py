@@ -17,85 +17,89 @@ from jaxquant.deploy.onnx.emitter import Emitter
 from jaxquant.graph.contraction import Contraction
 
 
-def emit_site(e: Emitter, site: Int8Node) -> Value:
+def emit_site(emitter: Emitter, site: Int8Node) -> Value:
     """The float result of a site, at the end of its epilogue."""
     if site.dynamic:
-        return _dynamic(e, site)
-    operands = [e.operand(var) for var in site.operands]
+        return _dynamic(emitter, site)
+    operands = [emitter.operand(var) for var in site.operands]
     if site.weight or site.computed_weight is not None:
-        return _weighted(e, site, operands[0])
-    node, shape = site.node, e.shape(site.node.outputs[0])
+        return _weighted(emitter, site, operands[0])
+    node, shape = site.node, emitter.shape(site.node.outputs[0])
     if node.contraction is not None:
         values = operands * 2 if len(operands) == 1 else operands
-        value = contraction.dot(e.builder, node.contraction, values, shape)
+        value = contraction.dot(emitter.builder, node.contraction, values, shape)
     elif node.op in reduction.OPERATIONS:
-        value = reduction.emit(e.builder, node, operands[0], shape, is_int8=True)
+        value = reduction.emit(emitter.builder, node, operands[0], shape, is_int8=True)
     else:
         raise NotCovered(f"the operation {node.op!r} in int8")
     # The multiplier is of integer sums; here the operands are dequantized already.
-    worth = math.prod(e.model.scales.scale(entry) for entry in e.model.entries(site))
-    arrays = e.model.sites[site.name]
-    return _finish(e, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
+    worth = math.prod(emitter.model.scales.scale(entry) for entry in emitter.model.entries(site))
+    arrays = emitter.model.sites[site.name]
+    return _finish(emitter, site, value, arrays["multiplier"] / worth, arrays.get("bias"))
 
 
-def _dynamic(e: Emitter, site: Int8Node) -> Value:
+def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
     """A convolution or dot whose operands get their scales in each call."""
     given = site.node.contraction
     if given is not None and given.window is not None:
-        _, multiplier, bias = site_arrays(e.model, site)
-        return _finish(e, site, dynamic.conv(e, site), multiplier, bias)
-    value = dynamic.dot(e, site)
+        _, multiplier, bias = site_arrays(emitter.model, site)
+        return _finish(emitter, site, dynamic.conv(emitter, site), multiplier, bias)
+    value = dynamic.dot(emitter, site)
     is_weighted = bool(site.weight) or site.computed_weight is not None
     if is_weighted and given is not None and not given.has_batch:
-        return _moved(e, site, value)
-    arrays = e.model.sites[site.name]
-    return _finish(e, site, value, arrays["multiplier"], arrays.get("bias"))
+        return _moved(emitter, site, value)
+    arrays = emitter.model.sites[site.name]
+    return _finish(emitter, site, value, arrays["multiplier"], arrays.get("bias"))
 
 
-def _weighted(e: Emitter, site: Int8Node, x: Value) -> Value:
+def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
-    shape, given = e.shape(site.node.outputs[0]), site.node.contraction
+    shape, given = emitter.shape(site.node.outputs[0]), site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
     if given.choosing is not None:
         raise NotCovered("an int8 ragged dot, whose rows choose their weight")
-    (entry,) = e.model.entries(site)[:1]
-    int8, multiplier, bias = site_arrays(e.model, site)
-    input_scale = e.model.scales.scale(entry)
+    (entry,) = emitter.model.entries(site)[:1]
+    int8, multiplier, bias = site_arrays(emitter.model, site)
+    input_scale = emitter.model.scales.scale(entry)
     if given.window is not None:
         form = conv_form(given, int8.shape)
         order = contraction.kernel_order(form)
         stored, channel_axis = form.kernel(int8, order), order.index(form.outputs)
         weight = make_weight(stored, channel_axis, multiplier, bias, input_scale)
-        is_dot = e.quantizer.target.is_onnxruntime and form.is_pointwise
-        if is_dot and not e.model.uses.is_quantized(site.output):
-            return _moved(e, site, _integer_dot(e, site, given, form, weight, entry, shape))
-        weight_form = e.quantizer.target.conv_weight(form)
-        names = (e.quantizer.weight(weight, weight_form), e.quantizer.bias(weight))
+        is_dot = emitter.quantizer.target.is_onnxruntime and form.is_pointwise
+        if is_dot and not emitter.model.uses.is_quantized(site.output):
+            return _moved(
+                emitter, site, _integer_dot(emitter, site, given, form, weight, entry, shape)
+            )
+        weight_form = emitter.quantizer.target.conv_weight(form)
+        names = (emitter.quantizer.weight(weight, weight_form), emitter.quantizer.bias(weight))
         read = [name for name in names if name]
-        value = contraction.conv(e.builder, given, form, x, read, shape)
-        return _moved(e, site, value)
+        value = contraction.conv(emitter.builder, given, form, x, read, shape)
+        return _moved(emitter, site, value)
     side, own = 1 - site.weight_position, given.operands[site.weight_position]
     if given.has_batch:
         one = np.ones((), np.float32)
         unscaled = Weight(int8, one, one, None, 0)
-        name = e.quantizer.weight(unscaled, e.quantizer.target.dot_weight())
+        name = emitter.quantizer.weight(unscaled, emitter.quantizer.target.dot_weight())
         kernel = Value(name, int8.shape, straight(int8.ndim))
         values = [x, kernel] if side == 0 else [kernel, x]
-        value = contraction.dot(e.builder, given, values, shape)
-        return _finish(e, site, value, multiplier / input_scale, bias)
+        value = contraction.dot(emitter.builder, given, values, shape)
+        return _finish(emitter, site, value, multiplier / input_scale, bias)
     width = math.prod(int8.shape[axis] for axis in own.contracted)
     matrix = int8.transpose((*own.contracted, *own.free)).reshape(width, -1)
     weight = make_weight(matrix, 1, multiplier, bias, input_scale)
     # Behind a MatMul runtimes add the bias in float32; its steps are for a Gemm, in integers.
     is_gemm = len(given.operands[side].free) == 1
-    bias_name = e.quantizer.bias(weight) if is_gemm else e.quantizer.float_bias(weight)
-    weight_form, is_table = e.quantizer.target.dot_weight(), site.weight in e.tables
-    names = e.quantizer.weight(weight, weight_form, is_table), bias_name
-    return _moved(e, site, contraction.weighted_dot(e.builder, given, side, x, *names, shape))
+    bias_name = emitter.quantizer.bias(weight) if is_gemm else emitter.quantizer.float_bias(weight)
+    weight_form, is_table = emitter.quantizer.target.dot_weight(), site.weight in emitter.tables
+    names = emitter.quantizer.weight(weight, weight_form, is_table), bias_name
+    return _moved(
+        emitter, site, contraction.weighted_dot(emitter.builder, given, side, x, *names, shape)
+    )
 
 
 def _integer_dot(
-    e: Emitter,
+    emitter: Emitter,
     site: Int8Node,
     given: Contraction,
     form: ConvForm,
@@ -108,56 +112,64 @@ def _integer_dot(
     ONNX Runtime would run a Conv on floats here, since its result is not quantized again; its
     ConvInteger, for windows of any size, is slower than that.
     """
-    b, own, result = e.builder, given.operands[0], given.result
-    x = b.ordered(e.int8(site.operands[0]), (*own.free, *own.window, *own.contracted))
+    builder, own, result = emitter.builder, given.operands[0], given.result
+    x = builder.ordered(emitter.int8(site.operands[0]), (*own.free, *own.window, *own.contracted))
     name, strides = x.name, form.strides
     if any(stride != 1 for stride in strides):
         axes = range(1, 1 + len(strides))
         ends = [np.iinfo(np.int64).max] * len(strides)
-        name = b.node("Slice", [name, *map(b.ints, ([0] * len(strides), ends, axes, strides))])
+        name = builder.node(
+            "Slice", [name, *map(builder.ints, ([0] * len(strides), ends, axes, strides))]
+        )
     # 1x1: pixels are the rows of a matrix, strides leave some of them out.
     matrix = weight.int8.reshape(weight.int8.shape[:2]).T
-    integers, zero_point = e.quantizer.integers(matrix, (), e.quantizer.target.dot_weight())
-    inputs = [name, integers, b.constant(e.quantizer.zero(entry)), zero_point]
-    name = b.node("MatMulInteger", inputs)
-    name = b.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
-    name = b.node("Mul", [name, b.constant(weight.steps, "steps")])
-    if bias := e.quantizer.float_bias(weight):
-        name = b.node("Add", [name, bias])
+    integers, zero_point = emitter.quantizer.integers(
+        matrix, (), emitter.quantizer.target.dot_weight()
+    )
+    inputs = [name, integers, builder.constant(emitter.quantizer.zero(entry)), zero_point]
+    name = builder.node("MatMulInteger", inputs)
+    name = builder.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
+    name = builder.node("Mul", [name, builder.constant(weight.steps, "steps")])
+    if bias := emitter.quantizer.float_bias(weight):
+        name = builder.node("Add", [name, bias])
     return Value(name, shape, (*result.free[0], *result.window, *result.free[1]))
 
 
-def _moved(e: Emitter, site: Int8Node, value: Value) -> Value:
+def _moved(emitter: Emitter, site: Int8Node, value: Value) -> Value:
     """The rearrangements of the accumulator."""
     for node in site.movements:
-        (value,) = e.apply(node, [value])
+        (value,) = emitter.apply(node, [value])
     return value
 
 
 def _finish(
-    e: Emitter, site: Int8Node, value: Value, ratio: np.ndarray, bias: np.ndarray | None
+    emitter: Emitter, site: Int8Node, value: Value, ratio: np.ndarray, bias: np.ndarray | None
 ) -> Value:
     """Rearrange, then multiply and add what no weight takes: [C] or [] each."""
-    value = _moved(e, site, value)
+    value = _moved(emitter, site, value)
     if np.ptp(ratio) == 0:
         factor = value.factor * float(ratio.flat[0])
         value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
     else:
-        value = elementwise.apply(e.builder, "Mul", [value, _along(e, site, ratio, value.rank)])
+        value = elementwise.apply(
+            emitter.builder, "Mul", [value, _along(emitter, site, ratio, value.rank)]
+        )
     if bias is not None and bias.any():
-        value = elementwise.apply(e.builder, "Add", [value, _along(e, site, bias, value.rank)])
+        value = elementwise.apply(
+            emitter.builder, "Add", [value, _along(emitter, site, bias, value.rank)]
+        )
     return value
 
 
-def _along(e: Emitter, site: Int8Node, vector: np.ndarray, rank: int) -> Value:
+def _along(emitter: Emitter, site: Int8Node, vector: np.ndarray, rank: int) -> Value:
     """[C] or [] along the channel axes of the result."""
     vector = vector.astype(np.float32)
     if vector.ndim == 0:
-        return Value(e.builder.constant(vector), (), ())
+        return Value(emitter.builder.constant(vector), (), ())
     axes = site.channel_axes
     order = sorted(range(len(axes)), key=lambda k: axes[k])
     shape: list[Size] = [1] * rank
     for k in order:
         shape[axes[k]] = site.channel_sizes[k]
     array = vector.reshape(site.channel_sizes).transpose(order).reshape([int(s) for s in shape])
-    return Value(e.builder.constant(array), tuple(shape), straight(rank))
+    return Value(emitter.builder.constant(array), tuple(shape), straight(rank))

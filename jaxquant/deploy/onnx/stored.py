@@ -32,7 +32,7 @@ def since(groups: GroupLayout, bits: int) -> int:
     return BLOCKS_SINCE if bits == 4 or groups.groups > 1 else 0
 
 
-def dequantized(b: Builder, stored: Stored, order: Sequence[int]) -> Value:
+def dequantized(builder: Builder, stored: Stored, order: Sequence[int]) -> Value:
     """The weight in float, with its axes in a physical order."""
     shape, order = stored.shape, tuple(order)
     channels = [axis for axis in range(len(shape)) if axis not in stored.summed]
@@ -43,12 +43,14 @@ def dequantized(b: Builder, stored: Stored, order: Sequence[int]) -> Value:
         places = [(*stored.summed, *channels).index(axis) for axis in order]
         whole = integers.reshape(sizes).transpose(places)
         axis = order.index(wide[0]) if wide else 0
-        name = _dequantize(b, whole, scale[0] if wide else scale.reshape(()), stored.bits, axis)
+        name = _dequantize(
+            builder, whole, scale[0] if wide else scale.reshape(()), stored.bits, axis
+        )
         return Value(name, shape, order)
-    name = _matrix(b, integers, scale, stored)
+    name = _matrix(builder, integers, scale, stored)
     sizes = [shape[axis] for axis in (*stored.summed, *channels)]
-    name = b.node("Reshape", [name, b.ints(sizes)])
-    return b.ordered(Value(name, shape, (*stored.summed, *channels)), order)
+    name = builder.node("Reshape", [name, builder.ints(sizes)])
+    return builder.ordered(Value(name, shape, (*stored.summed, *channels)), order)
 
 
 def is_matrix(stored: Stored, given: Contraction, side: int) -> bool:
@@ -59,7 +61,7 @@ def is_matrix(stored: Stored, given: Contraction, side: int) -> bool:
 
 
 def dot(
-    b: Builder,
+    builder: Builder,
     given: Contraction,
     side: int,
     x: Value,
@@ -70,7 +72,7 @@ def dot(
     """A dot of `x`, the operand at `side`, with a stored matrix.
 
     Args:
-      b: the graph.
+      builder: of the graph.
       given: the dot.
       side: of the operand that is no weight.
       x: that operand, with all its copies.
@@ -80,39 +82,39 @@ def dot(
     """
     own, weight = given.operands[side], given.operands[1 - side]
     pairs = dict(zip(weight.contracted, own.contracted, strict=True))
-    x = b.ordered(x, (*own.free, *(pairs[axis] for axis in stored.summed)))
+    x = builder.ordered(x, (*own.free, *(pairs[axis] for axis in stored.summed)))
     integers, scale = stored.matrix(weight.free)
     rows = [x.shape[axis] for axis in own.free]
     name = x.name
     if len(stored.summed) != 1:
-        name = b.reshape(name, x.physical, [*rows, len(integers)])
+        name = builder.reshape(name, x.physical, [*rows, len(integers)])
     # ONNX Runtime has a kernel that reads packed integers; elsewhere they are dequantized.
     packed = _packed(integers, scale, stored) if is_onnxruntime else None
     if packed is None:
-        name = b.node("MatMul", [name, _matrix(b, integers, scale, stored)])
+        name = builder.node("MatMul", [name, _matrix(builder, integers, scale, stored)])
     else:
         words, scales, attributes = packed
         if stored.is_shared and words.size == integers.size:
-            table = b.constant(words.reshape(len(words), -1), "table")
-            weight_name = b.reshaped_constant(table, words.shape)
+            table = builder.constant(words.reshape(len(words), -1), "table")
+            weight_name = builder.reshaped_constant(table, words.shape)
         else:
-            weight_name = b.constant(words, "weight_uint8")
-        inputs = [name, weight_name, b.constant(scales, "weight_scale")]
-        name = b.node("MatMulNBits", inputs, domain=_CONTRIBUTED, **attributes)
-    return contraction.of_rows(b, given, side, name, shape)
+            weight_name = builder.constant(words, "weight_uint8")
+        inputs = [name, weight_name, builder.constant(scales, "weight_scale")]
+        name = builder.node("MatMulNBits", inputs, domain=_CONTRIBUTED, **attributes)
+    return contraction.of_rows(builder, given, side, name, shape)
 
 
-def _matrix(b: Builder, integers: np.ndarray, scale: np.ndarray, stored: Stored) -> str:
+def _matrix(builder: Builder, integers: np.ndarray, scale: np.ndarray, stored: Stored) -> str:
     """A matrix [K, N] in float of its integers and their scales [G, N]."""
     turned = stored.is_shared
     if len(scale) == 1:
-        return _dequantize(b, integers, scale[0], stored.bits, 1, turned)
+        return _dequantize(builder, integers, scale[0], stored.bits, 1, turned)
     size = stored.layout.size
-    return _dequantize(b, integers, scale, stored.bits, 0, turned, block_size=size)
+    return _dequantize(builder, integers, scale, stored.bits, 0, turned, block_size=size)
 
 
 def _dequantize(
-    b: Builder,
+    builder: Builder,
     integers: np.ndarray,
     scale: np.ndarray,
     bits: int,
@@ -121,17 +123,17 @@ def _dequantize(
     **block: int,
 ) -> str:
     """Integers times their scales; with `turned`, a matrix that is in the file transposed."""
-    if (bits == 4 or block) and b.opset < BLOCKS_SINCE:
+    if (bits == 4 or block) and builder.opset < BLOCKS_SINCE:
         what = "of 4 bits" if bits == 4 else "with scales for groups of a channel"
         raise NotCovered(f"weights {what} before opset {BLOCKS_SINCE}")
     stored = integers.astype(_FOUR_BITS) if bits == 4 else integers
     if turned:
-        name = b.transposed_constant(stored, "table")
+        name = builder.transposed_constant(stored, "table")
     else:
-        name = b.constant(stored, f"weight_int{bits}")
-    with b.outermost():  # a loop reads the float: once for all its steps
-        names = [name, b.constant(scale, "weight_scale")]
-        return b.node("DequantizeLinear", names, "weight", axis=axis, **block)
+        name = builder.constant(stored, f"weight_int{bits}")
+    with builder.outermost():  # a loop reads the float: once for all its steps
+        names = [name, builder.constant(scale, "weight_scale")]
+        return builder.node("DequantizeLinear", names, "weight", axis=axis, **block)
 
 
 def _packed(
