@@ -80,6 +80,7 @@ def sliced(
         begins.append(start)
         ends.append(0 if end is None else end)
         steps.append(step)
+        # A mask and no number: the size may be one that varies.
         to_end |= (end is None) << position
     bounds = [builder.ints(numbers, "bounds") for numbers in (begins, ends, steps)]
     physical = [shape[axis] for axis in value.order]

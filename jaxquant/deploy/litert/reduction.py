@@ -168,6 +168,7 @@ def _window_sum(builder: Builder, node: Node, value: Value, shape: tuple[Size, .
     window = window_of(builder, node, value)
     if window.dilation != (1, 1):
         raise NotCovered("the sum of a dilated window")
+    # The runtime's SAME averages over what lies inside alone; zeros that are there are counted.
     wide, _ = padded_for(builder, window, 0.0, may_be_same=False)
     order = window.value.order
     physical = four([shape[axis] for axis in order])

@@ -144,6 +144,8 @@ def _integer_dot(emitter: Emitter, site: Int8Node, x: Value) -> Value:
     rows = builder.node("Cast", [rows], to=elementwise.ONNX_TYPES["uint8"])
     total = builder.node("MatMulInteger", [rows, *middle])
     if grid.zero_point is not None:
+        # Σ (q - z) w = Σ q w - z Σ w: rows have zero points of their own, which the operator does
+        # not take.
         sums = builder.constant(matrix.sum(axis=0, dtype=np.int64).astype(np.int32), "weight_sum")
         shift = builder.node("Cast", [grid.zero_point], to=elementwise.ONNX_TYPES["int32"])
         total = builder.node("Sub", [total, builder.node("Mul", [shift, sums])])

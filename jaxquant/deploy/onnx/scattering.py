@@ -82,6 +82,7 @@ def _scatter(
     whole_axes = [a for a in range(operand.rank) if a not in axes]
     batch_axes = [a for a in range(updates.rank) if a not in window_axes]
     order = [*batch_axes, *(place[a] for a in axes if a in kept), *(place[a] for a in whole_axes)]
+    # ONNX adds and has no subtraction here.
     if node.op == "scatter-sub":
         updates = dataclasses.replace(updates, name=builder.node("Neg", [updates.name]))
     # `_place` reads the physical order alone, which is that of the operand's axes then.
