@@ -5,6 +5,8 @@
     python -m experiments.benchmarks.decode --xla         and by XLA without kernels
     python -m experiments.benchmarks.decode --batch 1 --llama-cpp FOLDER     and by llama.cpp
                                             (`llama_cpp.py` says where that is to be had)
+    python -m experiments.benchmarks.decode --batch 1 --generate 32     32 tokens in a loop, whose
+                                            cache has room for `--context`
 
 Two minutes.  All forms run in turns.  With the time goes the memory of the compiled program: its
 arguments (weights and cache among them) and what it needs beside them.
@@ -60,36 +62,67 @@ def normalize(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
 
 
-def mix(w: Any, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """One layer [B, 1, W] after the tokens whose keys and values [B, T, H, D] are given."""
+def mix(w: Any, x: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+    """One layer [B, W]; `attend` gives what a query [B, 1, H, D] sees, and takes key and value."""
     y = normalize(x)
     split = (-1, 1, WIDTH // HEAD, HEAD)
-    query, key, value = (jnp.reshape(y @ w[n], split) for n in ("query", "key", "value"))
-    seen = jnp.concatenate([keys, key], axis=1)
-    scores = jnp.einsum("bthd,bshd->bhts", query, seen) / HEAD**0.5
-    mixed = jnp.einsum(
-        "bhts,bshd->bthd",
-        jax.nn.softmax(scores, axis=-1),
-        jnp.concatenate([values, value], axis=1),
-    )
+    mixed = attend(*(jnp.reshape(y @ w[n], split) for n in ("query", "key", "value")))
     x = x + jnp.reshape(mixed, (-1, WIDTH)) @ w["out"]
     y = normalize(x)
     return x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
 
 
+def attention(
+    query: jax.Array, keys: jax.Array, values: jax.Array, shown: jax.Array | None = None
+) -> jax.Array:
+    scores = jnp.einsum("bthd,bshd->bhts", query, keys) / HEAD**0.5
+    scores = scores if shown is None else jnp.where(shown, scores, -1e9)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), values)
+
+
 def step(params: Any, ids: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Logits [B, V] of tokens [B] after those whose keys and values [L, B, T, H, D] are given."""
+
+    def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        w, *before = layer
+
+        def attend(query: jax.Array, *new: jax.Array) -> jax.Array:
+            both = zip(before, new, strict=True)
+            return attention(query, *(jnp.concatenate(pair, axis=1) for pair in both))
+
+        return mix(w, x, attend), None
+
     x = params["embedding"][ids]
     if isinstance(params["layers"], dict):
-        x, _ = jax.lax.scan(
-            lambda x, layer: (mix(layer[0], x, *layer[1:]), None),
-            x,
-            (params["layers"], keys, values),
-        )
+        x, _ = jax.lax.scan(one, x, (params["layers"], keys, values))
     else:
-        for layer, w in enumerate(params["layers"]):
-            x = mix(w, x, keys[layer], values[layer])
+        for layer in zip(params["layers"], keys, values, strict=True):
+            x, _ = one(x, layer)
     return normalize(x) @ params["embedding"].T
+
+
+def generate(params: Any, ids: jax.Array, count: int, room: int) -> jax.Array:
+    """The likeliest tokens [count, B] behind tokens [B], in a loop with a cache of so many."""
+    empty = jnp.zeros((len(ids), room, WIDTH // HEAD, HEAD))
+
+    def one(place: jax.Array, state: Any) -> Any:
+        ids, caches, found = state
+        x, after = params["embedding"][ids], []
+        for w, cache in zip(params["layers"], caches, strict=True):
+
+            def attend(query: jax.Array, *new: jax.Array, cache: Any = cache) -> jax.Array:
+                both = zip(cache, new, strict=True)
+                put = jax.lax.dynamic_update_slice_in_dim
+                after.append(tuple(put(old, each, place, axis=1) for old, each in both))
+                return attention(query, *after[-1], jnp.arange(room) <= place)
+
+            x = mix(w, x, attend)
+        ids = jnp.argmax(normalize(x) @ params["embedding"].T, axis=-1)
+        return ids, after, found.at[place].set(ids)
+
+    start = ids, [(empty, empty)] * LAYERS, jnp.zeros((count, len(ids)), ids.dtype)
+    found: jax.Array = jax.lax.fori_loop(0, count, one, start)[2]
+    return found
 
 
 def llama_steps(params: Any, folder: Path, context: int) -> dict[str, Callable[[], Any]]:
@@ -109,9 +142,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=64, help="tokens in the cache")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--scanned", action="store_true", help="the layers are a scan")
+    parser.add_argument("--generate", type=int, default=0, help="tokens, in place of a step")
     parser.add_argument("--xla", action="store_true", help="the forms without kernels too")
     parser.add_argument("--llama-cpp", type=Path, help="the folder of its library")
     args = parser.parse_args()
+    if args.generate and (args.scanned or args.llama_cpp is not None):
+        parser.error("--generate is for layers that are no scan, and not for llama.cpp")
     params = make_params()
     others = {}
     if args.llama_cpp is not None:
@@ -120,11 +156,15 @@ def main() -> None:
         params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])
     for batch in args.batch:
         cache = jnp.full((LAYERS, batch, args.context, WIDTH // HEAD, HEAD), 0.1)
-        inputs = (jnp.zeros((batch,), jnp.int32), cache, cache)
+        inputs: tuple[jax.Array, ...] = (jnp.zeros((batch,), jnp.int32), cache, cache)
+        decode: Callable[..., jax.Array] = step
+        if args.generate:
+            inputs = inputs[:1]
+            decode = functools.partial(generate, count=args.generate, room=args.context)
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
-        models: dict[str, tuple[Any, Any]] = {"float32": (params, step)}
+        models: dict[str, tuple[Any, Any]] = {"float32": (params, decode)}
         for name, form in FORMS.items():
-            qparams, qapply = models[name] = form(params, step, shapes, progress=False)
+            qparams, qapply = models[name] = form(params, decode, shapes, progress=False)
             if args.xla:
                 models[f"{name}, XLA"] = qparams, qapply.with_backend("xla")
         programs = {}

@@ -2,8 +2,10 @@
 
     pip install -e ".[experiments,text]"
     python -m experiments.text.similarity
+    python -m experiments.text.similarity --sentences experiments/text/everyday.txt
 
-Calibrates on 200 sentences of Python's language reference and compares on 200 others: the SQNR of
+Calibrates on 200 sentences of Python's language reference and compares on 200 others, or on those
+of a file, which tell what becomes of text unlike that of the calibration: the SQNR of
 the embeddings, how many sentences keep their nearest neighbour, and the size.  The weights come
 from a package (downloads 83 MB, once).
 """
@@ -11,6 +13,7 @@ from a package (downloads 83 MB, once).
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,13 +33,17 @@ def main() -> None:
     parser.add_argument(
         "--multiple", type=int, default=16, help="of tokens, to which batches are padded"
     )
+    parser.add_argument("--sentences", type=Path, help="a file of those to compare on, one a line")
     arguments = parser.parse_args()
     module, variables = minilm.load()
     sentences = corpus.sentences()
     chosen = np.random.default_rng(arguments.seed).permutation(len(sentences))[: 2 * COUNT]
+    calibrated, others = ([sentences[i] for i in part] for part in np.split(chosen, 2))
+    if arguments.sentences is not None:
+        others = arguments.sentences.read_text(encoding="utf-8").split("\n")
+        others = [each for each in others if each.strip()]
     calibration, evaluation = (
-        batches([sentences[i] for i in part], multiple=arguments.multiple)
-        for part in np.split(chosen, 2)
+        batches(part, multiple=arguments.multiple) for part in (calibrated, others)
     )
     apply_fn = jax.jit(module.apply)
     reference = embeddings(lambda ids: apply_fn(variables, ids), evaluation)
@@ -69,6 +76,7 @@ def repaired(
         yield name, *jaxquant.quant_post(params, apply_fn, ids, progress=False, **options)
     for name, options in (
         ("8-bit weights, rounded to nearest", {"recover": ()}),
+        ("8-bit weights, groups of 128", {"group_size": 128}),
         (
             "4-bit weights, groups of 32, rounded to nearest",
             {"weight_bits": 4, "group_size": 32, "recover": ()},

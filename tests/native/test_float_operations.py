@@ -127,6 +127,33 @@ def test_a_row_has_the_same_bits_in_any_company():
     )
 
 
+@pytest.mark.parametrize("shown", [(0, 1), (0, 37), (21, 40), (69, 70), (0, 0)])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fill", [-1e9, -3.0, np.finfo(np.float32).min])
+def test_keys_that_are_hidden_from_few_rows(shown: tuple[int, int], order: str, fill: float):
+    """A cache that is not full, and a window: with the bits of all keys that are looked at."""
+    q, k, v = normal(0, 2, 3, 2, 21), normal(1, 2, 70, 2, 21), normal(2, 2, 70, 2, 35)
+    moved, axes = ORDERS[order]
+    keys = np.arange(70)
+    mask = ((keys >= shown[0]) & (keys < shown[1])).reshape(1, 1, 70, 1)
+    there = [q, *(jnp.asarray(x.transpose(moved)) for x in (k, v))]
+    call = AttentionAxes(USUAL, axes, axes, USUAL, mask=BESIDE)
+    got = native.attention(*there, None, mask, axes=call, scale=0.2, fill=fill)
+    np.testing.assert_allclose(got, reference(q, k, v, None, mask, 0.2, fill), atol=2e-5)
+    if shown == (0, 0):
+        return
+    bits = []
+    for low in (fill, -1e9):  # the first is seen beforehand if it is low enough, the second not
+        bias = np.where(mask, 0, low).astype(np.float32)
+        call = AttentionAxes(USUAL, axes, axes, USUAL, bias=BESIDE)
+        by_bias = native.attention(*there, bias, axes=call, scale=0.2)
+        np.testing.assert_allclose(by_bias, reference(q, k, v, bias, None, 0.2), atol=2e-5)
+        bits.append(by_bias)
+    if fill != -3.0:
+        np.testing.assert_array_equal(got, bits[0])
+        np.testing.assert_array_equal(got, bits[1])
+
+
 @pytest.mark.parametrize("rows", [9, 1])
 def test_vmap_is_one_call(rows: int):
     q, k, v = normal(0, 5, 2, rows, 2, 6), normal(1, 2, 11, 2, 6), normal(2, 5, 2, 11, 2, 6)
@@ -146,6 +173,10 @@ def test_no_samples():
     axes = AttentionAxes(USUAL, USUAL, USUAL, USUAL)
     empty = jnp.zeros((0, 9, 2, 6))
     assert native.attention(empty, empty, empty, axes=axes).shape == (0, 9, 2, 6)
+    no_keys = jnp.zeros((3, 0, 2, 6))
+    for rows in (1, 9):
+        of_nothing = native.attention(jnp.ones((3, rows, 2, 6)), no_keys, no_keys, axes=axes)
+        np.testing.assert_array_equal(of_nothing, np.zeros((3, rows, 2, 6)))
     assert native.layer_norm(jnp.zeros((0, 4)), None, None, epsilon=1e-6).shape == (0, 4)
     assert native.gelu(jnp.zeros((0, 4)), approximate=True).shape == (0, 4)
 

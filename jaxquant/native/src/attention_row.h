@@ -1,7 +1,9 @@
 // Attention of few rows of queries, of which a step of a decoder has one.
 //
 // There are no vectors of rows then: they go along the depth or along the keys, whichever lie side by
-// side in memory, so that a cache of keys and values is read as it lies, once for each row.
+// side in memory, so that a cache of keys and values is read as it lies, once for each row.  Of a
+// cache that is not full, or of a window that slides over it, the mask or the bias shows a part: what
+// lies before and behind weighs exactly nothing, and is not read.
 #pragma once
 
 #include <algorithm>
@@ -37,12 +39,7 @@ class TimesVector {
       for (; line < lines_; line += kLanes)
         along_lines<1>(line, std::min<int64_t>(kLanes, lines_ - line), x, y);
     } else {
-      for (int64_t line = 0; line < lines_; ++line) {
-        float sum = 0;
-        for (int64_t place = 0; place < places_; ++place)
-          sum += L::number(m_.data[line * m_.line + place * m_.place]) * x[place];
-        y[line] = sum;
-      }
+      for (int64_t line = 0; line < lines_; ++line) y[line] = gathered(line, x);
     }
   }
 
@@ -68,6 +65,20 @@ class TimesVector {
         sums[i] += L::load(from + i * m_.line + place, rest) * numbers;
     }
     for (int i = 0; i < kLines; ++i) y[line + i] = L::sum(sums[i]);
+  }
+
+  // A sum of numbers that lie apart.  They go by way of a vector: of single numbers the compiler
+  // would round some products before it adds them and others not, by how many there are.
+  float gathered(int64_t line, const float* x) const {
+    Floats sums{};
+    for (int64_t place = 0; place < places_; place += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, places_ - place);
+      const T* const from = m_.data + line * m_.line + place * m_.place;
+      Floats numbers{};
+      for (int64_t lane = 0; lane < count; ++lane) numbers[lane] = L::number(from[lane * m_.place]);
+      sums += numbers * L::load(x + place, count);
+    }
+    return L::sum(sums);
   }
 
   // `count` lines of a vector are there.
@@ -100,26 +111,55 @@ class AttentionRow {
  public:
   AttentionRow(const Attention& a, const AttentionOperands<T>& given, int64_t row, float* scratch)
       : a_(a), given_(given), row_(row), query_(scratch), scores_(query_ + a.depth),
-        result_(scores_ + a.keys) {}
+        result_(scores_ + a.keys) {
+    find_shown();
+  }
 
   static int64_t floats(const Attention& a) { return a.depth + a.keys + a.values; }
 
   void run() {
     const float* const q = given_.q.data + row_ * given_.q.line;
     for (int64_t d = 0; d < a_.depth; ++d) query_[d] = q[d * given_.q.place] * a_.scale;
-    TimesVector<L, T>(given_.k, a_.keys, a_.depth).run(query_, scores_);
-    const float inverse = 1.0f / weigh();
-    const Strided<const T> turned{given_.v.data, given_.v.place, given_.v.line};
-    TimesVector<L, T>(turned, a_.values, a_.keys).run(scores_, result_);
+    float largest = score();
+    // Keys that are not shown have a score too, which may weigh something.
+    if (end_ - first_ < a_.keys && !(hidden_ - largest < Math::kLeastExponent)) {
+      first_ = 0, end_ = a_.keys;
+      largest = score();
+    }
+    const float inverse = 1.0f / weigh(largest);
+    const Strided<const T>& v = given_.v;
+    const Strided<const T> turned{v.data + first_ * v.line, v.place, v.line};
+    TimesVector<L, T>(turned, a_.values, end_ - first_).run(scores_ + first_, result_);
     float* const out = given_.out.data + row_ * given_.out.line;
     for (int64_t i = 0; i < a_.values; ++i) out[i * given_.out.place] = result_[i] * inverse;
   }
 
  private:
-  // Makes weights of the scores, e^(score - the largest), and gives their sum.
-  float weigh() {
+  // Keys [first, end) are all that the mask and the bias show, and no other scores higher than
+  // `hidden`.  Vectors of keys begin where they would without it, so that no sum is made up in
+  // another way.
+  void find_shown() {
+    constexpr float kNever = -1e30f;  // a bias beside which no product counts
+    const auto &mask = given_.mask, &bias = given_.bias;
+    first_ = 0, end_ = a_.keys;
+    hidden_ = std::max(mask.data ? a_.fill : kNever / 2, bias.data ? kNever / 2 : a_.fill);
+    const auto shows = [&](int64_t key) {
+      return !(mask.data && !mask.data[key * mask.line + row_ * mask.place]) &&
+             !(bias.data && bias.data[key * bias.line + row_ * bias.place] < kNever);
+    };
+    if (!mask.data && !bias.data) return;
+    while (end_ && !shows(end_ - 1)) --end_;
+    while (first_ < end_ && !shows(first_)) ++first_;
+    first_ -= first_ % kLanes;
+  }
+
+  // The scores of the keys, and the largest of them.
+  float score() {
     constexpr float kNone = -__builtin_inff();  // a score behind the last key
-    Floats most = Floats{} + kNone, total{};
+    const Strided<const T>& k = given_.k;
+    TimesVector<L, T>({k.data + first_ * k.line, k.line, k.place}, end_ - first_, a_.depth)
+        .run(query_, scores_ + first_);
+    Floats most = Floats{} + kNone;
     each_vector([&](int64_t key, int64_t count) {
       Floats score = masked(L::load(scores_ + key, count), key, count);
       std::memcpy(scores_ + key, &score, count * sizeof(float));
@@ -128,6 +168,12 @@ class AttentionRow {
     });
     float largest = most[0];
     for (int lane = 1; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+    return largest;
+  }
+
+  // Makes weights of the scores, e^(score - the largest), and gives their sum.
+  float weigh(float largest) {
+    Floats total{};
     each_vector([&](int64_t key, int64_t count) {
       Floats weight = Math::exp(L::load(scores_ + key, count) - largest);
       std::memcpy(scores_ + key, &weight, count * sizeof(float));
@@ -139,9 +185,9 @@ class AttentionRow {
 
   template <class F>
   void each_vector(const F& function) const {
-    int64_t key = 0;
-    for (; key + kLanes <= a_.keys; key += kLanes) function(key, int64_t{kLanes});
-    if (key < a_.keys) function(key, a_.keys - key);
+    int64_t key = first_;
+    for (; key + kLanes <= end_; key += kLanes) function(key, int64_t{kLanes});
+    if (key < end_) function(key, end_ - key);
   }
 
   // A vector of scores with its bias and its mask.
@@ -161,6 +207,8 @@ class AttentionRow {
   const Attention& a_;
   const AttentionOperands<T>& given_;
   const int64_t row_;
+  int64_t first_, end_;  // the keys that are read
+  float hidden_;
   float* const query_;
   float* const scores_;
   float* const result_;

@@ -1,6 +1,7 @@
 // The XLA FFI handlers of operations of floats that whole models run.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -174,7 +175,10 @@ inline ffi::Error attention_handler(ffi::ThreadPool pool, FloatBuffer q, ffi::An
 
   int64_t batches = 1;
   for (size_t axis = 0; axis + 2 < rank; ++axis) batches *= to.sizes[axis];
-  if (batches * a.rows * a.values == 0) return ffi::Error::Success();
+  if (batches * a.rows * a.values * a.keys == 0) {  // a sum over no keys is zero, as XLA has it
+    std::fill_n(out->typed_data(), out->element_count(), 0.0f);
+    return ffi::Error::Success();
+  }
   const int64_t numbers = batches * a.keys * (a.depth + a.values);  // of keys and values
   const bool is_half = k.element_type() == ffi::BF16;
   if (k.element_type() != v.element_type() || (!is_half && k.element_type() != ffi::F32))

@@ -27,12 +27,14 @@ struct FloatMath {
     return L::narrow(L::ints(scaled > 127.0f ? Floats{} + 127.0f : scaled));
   }
 
+  static constexpr float kLeastExponent = -87.33654f;  // below it e^x is 0
+
   // e^x, within two units in the last place; 0 below the least normal result, infinity above the
   // largest.
   //
   // x = n ln 2 + r: 2^n is an exponent, e^r a polynomial.  Coefficients: S. Moshier, Cephes, expf.
   static Floats exp(Floats x) {
-    constexpr float kLeast = -87.33654f, kLargest = 88.37626f;
+    constexpr float kLeast = kLeastExponent, kLargest = 88.37626f;
     Floats within = x < kLeast ? Floats{} + kLeast : x;
     within = within > kLargest ? Floats{} + kLargest : within;
     const Floats n = rounded(within * 1.44269504f);
