@@ -147,14 +147,16 @@ def _compiled(
 
 def _processor(folder: Folder, using: Compiler) -> processor.Processor:
     """What the processor has, by a library of its own."""
-    command = using.compiling_for_any()
+    # What any processor of the architecture runs is its last set; behind what CXX may say.
+    flags = instructions.all_here()[-1].flags
+    command = [*using.command, *sources.PROCESSOR_FLAGS, *flags]
     parts = [sources.PROCESSOR.read_bytes(), *map(os.fsencode, (*command, using.version))]
     file = f"processor-{hashed([*parts, platform.machine().encode()], 20)}.so"
     if (found := folder.find(file)) is not None:
         return _ask(found)
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
-        using.compile_processor(output)
+        using.compile_processor(output, flags)
         made = workshop.sealed(output.name, frozenset())
         # Asked by a library that runs on any processor, before one is chosen that does not.
         present = _ask(made)

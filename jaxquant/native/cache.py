@@ -100,7 +100,10 @@ class Folder:
 
     def __init__(self, path: pathlib.Path) -> None:
         if not hasattr(os, "geteuid"):
-            raise BuildError("who owns a file can be told on POSIX systems alone")
+            raise BuildError(
+                "kernels are compiled on Linux and macOS alone, where a folder tells who may write "
+                "to it; on this system XLA runs the models"
+            )
         self.path = path
         try:
             if not _is_there(path):

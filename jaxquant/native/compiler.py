@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import platform
 import shlex
 import shutil
 import signal
@@ -23,10 +22,17 @@ _SECONDS = 300.0  # that the compiler may take
 
 
 class Compiler(NamedTuple):
-    """A command that compiles C++, and what it says of itself."""
+    """A command that compiles C++.
+
+    Attributes:
+      command: with what is to stand before all other flags.
+      version: what it says of itself.
+      seconds: that it may take; None where somebody looks on who can end it.
+    """
 
     command: list[str]
     version: str
+    seconds: float | None
 
     @classmethod
     def of(cls, command: list[str]) -> Compiler:
@@ -35,18 +41,11 @@ class Compiler(NamedTuple):
         Raises:
           BuildError: it does not run, or fails.
         """
-        return cls(command, _printed_by([*command, "--version"]))
+        return cls(command, _printed_by([*command, "--version"], _SECONDS), _SECONDS)
 
     def compiling(self, wanted: InstructionSet) -> list[str]:
         """The command for a set of instructions, without the files."""
         return [*self.command, *sources.FLAGS, *wanted.flags]
-
-    def compiling_for_any(self) -> list[str]:
-        """The command for what runs on any processor of the architecture, without the files."""
-        command = [*self.command, *sources.PROCESSOR_FLAGS]
-        if platform.machine() in ("x86_64", "AMD64"):
-            command.append("-march=x86-64")  # behind what CXX may say
-        return command
 
     def needed(self, wanted: InstructionSet) -> frozenset[str]:
         """The features that the compiler may use for a set, to which `$CXX` may add some.
@@ -55,7 +54,7 @@ class Compiler(NamedTuple):
           BuildError: it does not know the set.
         """
         command = [*self.compiling(wanted), "-dM", "-E", "-x", "c++", os.devnull]
-        return processor.needed(_printed_by(command))
+        return processor.needed(_printed_by(command, self.seconds))
 
     def compile_kernels(
         self, wanted: InstructionSet, output: pathlib.Path, linking: Sequence[str] = ()
@@ -67,16 +66,16 @@ class Compiler(NamedTuple):
         """
         headers = ["-isystem", jax.ffi.include_dir()]
         files = [str(sources.MAIN), *headers, *linking, "-o", str(output)]
-        _printed_by([*self.compiling(wanted), *files])
+        _printed_by([*self.compiling(wanted), *files], self.seconds)
 
-    def compile_processor(self, output: pathlib.Path, linking: Sequence[str] = ()) -> None:
-        """Compile what asks the processor.
+    def compile_processor(self, output: pathlib.Path, flags: Sequence[str]) -> None:
+        """Compile what asks the processor, by flags that no processor lacks anything of.
 
         Raises:
           BuildError: it fails.
         """
-        files = [str(sources.PROCESSOR), *linking, "-o", str(output)]
-        _printed_by([*self.compiling_for_any(), *files])
+        files = [str(sources.PROCESSOR), *flags, "-o", str(output)]
+        _printed_by([*self.command, *sources.PROCESSOR_FLAGS, *files], self.seconds)
 
 
 def find_compiler() -> list[str]:
@@ -99,7 +98,7 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler is on the PATH (install g++ or clang++, or set CXX)")
 
 
-def _printed_by(command: list[str]) -> str:
+def _printed_by(command: list[str], seconds: float | None) -> str:
     """What a compiler prints.
 
     It reads nothing, and is the leader of a group of processes, so that those that it started end
@@ -122,10 +121,10 @@ def _printed_by(command: list[str]) -> str:
     except OSError as error:
         raise BuildError(f"{text} does not run: {error}") from None
     try:
-        printed, errors = process.communicate(timeout=_SECONDS)
+        printed, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         _end(process)
-        raise CompilerTimeout(f"{text} did not end within {_SECONDS:g} s") from None
+        raise CompilerTimeout(f"{text} did not end within {seconds:g} s") from None
     except BaseException:  # Ctrl-C does not reach another group
         _end(process)
         raise

@@ -66,9 +66,14 @@ _OTHER = (InstructionSet("portable", (), frozenset()),)
 _BY_MACHINE = {"x86_64": _X86, "AMD64": _X86, "aarch64": ARM, "arm64": ARM}
 
 
+def of_machine(machine: str) -> tuple[InstructionSet, ...]:
+    """The sets of an architecture, as `platform.machine` calls it, the best first."""
+    return _BY_MACHINE.get(machine, _OTHER)
+
+
 def all_here() -> tuple[InstructionSet, ...]:
     """The sets of this architecture, the best first."""
-    return _BY_MACHINE.get(platform.machine(), _OTHER)
+    return of_machine(platform.machine())
 
 
 def runnable(present: Processor) -> Sequence[InstructionSet]:

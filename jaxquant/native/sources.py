@@ -13,13 +13,17 @@ from jaxquant.native.cache import hashed
 FOLDER = pathlib.Path(__file__).parent / "src"
 MAIN, PROCESSOR = FOLDER / "handlers.cc", FOLDER / "processor.cc"
 # GCC's own header of AVX-512 starts from values that it leaves undefined, which GCC before 13 takes
-# for ours (its bug 105593).
-WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# for ours (its bug 105593).  Conditions are joined by `&` where a branch would be in the way of
+# vectors, which Clang suspects.  Neither compiler knows all warnings of the other.
+WARNINGS = (
+    "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+    "-Wno-bitwise-instead-of-logical", "-Wno-unknown-warning-option",
+)  # fmt: skip
 # Nobody reads the flags of floating-point exceptions: without them choices between two values need
 # no branch, and loops with such become vectors on AVX2.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", *WARNINGS,
-    *fields.definitions(),
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-fvisibility=hidden", *WARNINGS, *fields.definitions(),
 )  # fmt: skip
 PROCESSOR_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", *WARNINGS)
 

@@ -40,6 +40,15 @@ def test_no_warning(source: str):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_no_warning_of_clang(monkeypatch: pytest.MonkeyPatch):
+    """What compiles them on macOS, and for wheels."""
+    monkeypatch.setenv("CXX", "clang++")
+    headers = ("-isystem", jax.ffi.include_dir())
+    done = compile_("-fsyntax-only", *headers, _SOURCES / "handlers.cc")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_no_warning_of_the_optimizer(tmp_path: pathlib.Path):
     """Some warnings need what only the optimizer finds out."""

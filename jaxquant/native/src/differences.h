@@ -29,6 +29,13 @@ struct Compared {
 // [0, 1]; the first three without values where d or w is not finite, the others where y is not.
 constexpr int64_t kSums = 5;
 
+// The iterations of the loop that follows do not meet in memory: they become vectors.
+#if defined(__clang__)
+#define JAXQUANT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define JAXQUANT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 // Adds `rows` rows from `first` on to `sums` [kSums, channels].
 template <bool kGiven>
 inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums) {
@@ -39,7 +46,7 @@ inline void add_rows(const Compared& t, int64_t first, int64_t rows, float* sums
   for (int64_t row = first; row < first + rows; ++row) {
     const float *y = t.y + row * n, *y_hat = t.y_hat + row * n;
     const float* gain = kGiven ? t.gain + row * n : nullptr;
-#pragma GCC ivdep
+    JAXQUANT_INDEPENDENT
     for (int64_t c = 0; c < n; ++c) {
       const float a = y[c] * scale, b = y_hat[c] * scale, d = a - b;
       float g;

@@ -148,6 +148,9 @@ ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Remaining
 }  // namespace
 }  // namespace jaxquant
 
+// What Python finds by its name; the flags hide all else, so that no other library's is taken for it.
+#pragma GCC visibility push(default)
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_histogram, jaxquant::histogram_handler,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
@@ -287,3 +290,5 @@ extern "C" void jaxquant_kl_thresholds(const double* counts, const double* limit
 extern "C" const char* jaxquant_kernels() {
   return jaxquant::with_instructions([](auto set) { return decltype(set)::kName; });
 }
+
+#pragma GCC visibility pop

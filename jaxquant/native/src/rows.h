@@ -169,7 +169,7 @@ void quantize(Threads& threads, const TensorGrid& grid, const float* x, int64_t 
     for (int64_t at = part * kPart; at < last;) {
       const int64_t end = std::min(last, (at / line + 1) * line);
       if (!finite(at, end)) {  // of a row that several threads may be at, all of which write the same
-        const float mark = __builtin_nanf("");
+        float mark = __builtin_nanf("");  // not const: Clang asks for a plain pointer
         __atomic_store(marks + at / columns, &mark, __ATOMIC_RELAXED);
       }
       at = end;
