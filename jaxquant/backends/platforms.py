@@ -42,6 +42,15 @@ def covers(table: Table, call: Call) -> bool:
     return any(backend.covers(call) for backend in kernels(table))
 
 
+def goes_on(table: Table, call: Call) -> bool:
+    """Whether a call may hold what follows its site.
+
+    Where a backend has a form of its own for it; and where there is a device, for which XLA fuses
+    it in any case.  On CPU without kernels the equations stay as they are.
+    """
+    return jax.default_backend() != "cpu" or covers(table, call)
+
+
 def joins(table: Table, call: Call) -> bool:
     """Whether a backend of the table takes a call into a sequence."""
     return any(backend.joins(call) for backend in kernels(table))

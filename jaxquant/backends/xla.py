@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import blocks, int8, ragged, tpu_floats
+from jaxquant.backends import blocks, int8, ragged, residuals, tpu_floats
 from jaxquant.backends.backend import (
     NO_CLAMP,
     Call,
@@ -56,6 +56,8 @@ class Xla:
             if call.residual.is_int8:
                 scale = operands["residual_scale"]
                 added = int8.dequantize(added, scale, zero_points.residual)
+            elif call.contraction.window is not None:
+                added = residuals.given_before(added)
             y = _clip(y + added, call.clamps[1])
         results = [y] if call.gives_float else []
         if call.out_zero_point is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.backends import platforms
 from jaxquant.backends.backend import Call, Residual
@@ -24,6 +26,7 @@ class SiteCall:
       chain: what it stands for.
       call: what is computed.
       slot: where its weight is.
+      residual_strides: of which positions of what it adds the call takes, where not of all.
     """
 
     def __init__(
@@ -38,6 +41,13 @@ class SiteCall:
         self._equation = graph.equations[chain.site.site.equation]
         self.call = dataclasses.replace(call_of(graph, chain, zero_points), varies=varies)
         self.slot = slot
+        self.residual_strides: tuple[int, ...] | None = None
+
+    def changed(self, call: Call, residual_strides: tuple[int, ...] | None) -> SiteCall:
+        """One that computes something else of the same chain."""
+        other = copy.copy(self)
+        other.call, other.residual_strides = call, residual_strides
+        return other
 
     def operands(self, state: Evaluation, linked: Collection[str] = ()) -> dict[str, jax.Array]:
         """What the call reads, of the arrays of the model and of the tensors so far.
@@ -68,7 +78,7 @@ class SiteCall:
             found["x"] = quantized.int8(site.operands[0])
         if residual is not None and "residual" not in linked:
             read = quantized.int8 if self.chain.residual_int8 else quantized.float32
-            found["residual"] = read(residual)
+            found["residual"] = self._thinned(jnp.asarray(read(residual)))
 
         # Inside a scan zero points are arrays: one program serves all layers.
         if self.call.varies:
@@ -78,6 +88,12 @@ class SiteCall:
             if self.chain.grid is not None:
                 found["out_zero_point"] = quantized.zero_point(self.chain.grid)
         return {name: jnp.asarray(value) for name, value in found.items()}
+
+    def _thinned(self, residual: jax.Array) -> jax.Array:
+        """What the call adds, at the positions that it gives."""
+        if self.residual_strides is None:
+            return residual
+        return lax.slice(residual, [0] * residual.ndim, residual.shape, self.residual_strides)
 
     def keep(self, state: Evaluation, results: Sequence[jax.Array]) -> dict[ir.Var, jax.Array]:
         """The float result, if there is one; the int8 one is kept for those that read it.
@@ -93,13 +109,13 @@ class SiteCall:
         return {self.chain.output: results[0]} if results and self.chain.float_out else {}
 
 
-def has_kernel(
+def goes_on(
     table: platforms.Table, graph: ir.Graph, site: Int8Site, zero_points: Mapping[ir.Var, int]
 ) -> bool:
-    """Whether a backend of a table has a form of its own for a site, with what it absorbs."""
+    """Whether the call of a site holds what follows it too."""
     if site.site.stored_weight is None:
         return False
-    return platforms.covers(table, call_of(graph, alone(graph, site), zero_points))
+    return platforms.goes_on(table, call_of(graph, alone(graph, site), zero_points))
 
 
 def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) -> Call:

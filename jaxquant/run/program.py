@@ -20,7 +20,7 @@ from jaxquant.plan.liveness import float_leaves, live_equations, read_in_float
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
 from jaxquant.run import accumulate, float_operations, loops, lowerings, nonfinite
-from jaxquant.run.calls import SiteCall, has_kernel
+from jaxquant.run.calls import SiteCall, goes_on
 from jaxquant.run.fusion import find_chains
 from jaxquant.run.lookups import looked_up
 from jaxquant.run.loops import Inside
@@ -29,6 +29,7 @@ from jaxquant.run.pooling import find_early_pools
 from jaxquant.run.quantized import QuantizedTensors
 from jaxquant.run.sequences import Members, Sequenced, find_sequences, in_order
 from jaxquant.run.siblings import find_dots, find_siblings
+from jaxquant.run.thinning import thinned
 from jaxquant.run.weights import StoredWeights
 
 
@@ -99,6 +100,7 @@ class Program:
 
         # Calls are found before the table is: a lowering depends on what runs as one with it.
         calls = self._find_calls() if self.mode.tensor_scales else {}
+        calls = calls if by_site else thinned(graph, calls)
         self.calls = {each.chain.site.site.name: each for each in calls.values()}
         self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]
         self.lowerings = self._table(calls)
@@ -244,10 +246,10 @@ class Program:
         # A pooling that is taken out early has run before its chain does.
         running = [eqn for eqn in self.equations if eqn.index not in pools]
 
-        def goes_on(site: Int8Site) -> bool:
-            return not self._by_site and has_kernel(self._backends, graph, site, zero_points)
+        def holds_more(site: Int8Site) -> bool:
+            return not self._by_site and goes_on(self._backends, graph, site, zero_points)
 
-        chains = find_chains(graph, self.binding, running, self.early, goes_on)
+        chains = find_chains(graph, self.binding, running, self.early, holds_more)
         return {
             last: SiteCall(
                 graph, chain, zero_points, self.slots[chain.site.site.name], self.body.varies

@@ -84,6 +84,8 @@ class _Open:
         if chain.residual is not None:
             reads["residual"] = (chain.residual, chain.residual_int8)
         links = {name: self._given[read] for name, read in reads.items() if read in self._given}
+        if call.residual_strides is not None:  # cut in between
+            links.pop("residual", None)
         outside = {var for name, (var, _) in reads.items() if name not in links}
 
         # Threads take samples through all calls, so these need one batch; and nothing outside may

@@ -27,7 +27,7 @@ from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.make import make_plan
 from jaxquant.plan.observed import observed_tensors
-from jaxquant.run.calls import has_kernel
+from jaxquant.run.calls import goes_on
 from jaxquant.run.qapply import QuantizedApply
 from jaxquant.run.source import Code
 from jaxquant.weights.quantize import quantize_params
@@ -93,7 +93,7 @@ def surroundings(graph: ir.Graph, binding: Binding, int8_site: Int8Site) -> Surr
         tuple(root not in graph.inputs for root in roots),
         tuple(binding.zero_points[var] != 0 for var in operands),
         _becomes_int8(graph, binding, int8_site.epilogue.output),
-        has_kernel(PLATFORMS, graph, int8_site, binding.zero_points),
+        goes_on(PLATFORMS, graph, int8_site, binding.zero_points),
     )
 
 
