@@ -33,6 +33,21 @@ MATRICES = {
     "query": (WIDTH, WIDTH), "key": (WIDTH, WIDTH), "value": (WIDTH, WIDTH), "out": (WIDTH, WIDTH),
     "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH),
 }  # fmt: skip
+
+
+def static(params: Any, decode: Callable[..., Any], shapes: Any, **options: Any) -> tuple[Any, Any]:
+    """The form with planned scales, of drawn caches."""
+    rng = np.random.default_rng(0)
+
+    def draw(like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(like.dtype, jnp.integer):
+            return rng.integers(VOCABULARY, size=like.shape).astype(like.dtype)
+        return rng.standard_normal(like.shape).astype(like.dtype)
+
+    samples = [tuple(draw(each) for each in shapes) for _ in range(4)]
+    return jaxquant.quant_post(params, decode, samples, **options)
+
+
 FORMS: dict[str, Callable[..., Any]] = {
     "8 bits": jaxquant.quant_weights,
     "4 bits in groups of 128": functools.partial(
@@ -42,6 +57,7 @@ FORMS: dict[str, Callable[..., Any]] = {
         jaxquant.quant_weights, weight_bits=4, group_size=32
     ),
     "dynamic": jaxquant.quant_dynamic,
+    "static": static,
 }
 
 

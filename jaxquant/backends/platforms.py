@@ -13,6 +13,7 @@ import jax
 
 from jaxquant.backends import tpu_floats
 from jaxquant.backends.backend import Backend, Call, FloatOperation, Links, Operands, Product
+from jaxquant.backends.few_rows import FewRows
 from jaxquant.backends.native import Native
 from jaxquant.backends.xla import Xla
 from jaxquant.jax_shim import choices
@@ -22,7 +23,7 @@ Table: TypeAlias = Mapping[str, tuple[Backend, ...]]
 
 XLA = Xla()
 PLATFORMS: Table = {
-    "cpu": (Native(), XLA),
+    "cpu": (Native(), FewRows(), XLA),
     "cuda": (XLA,),
     "rocm": (XLA,),
     "tpu": (XLA,),

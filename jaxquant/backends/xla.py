@@ -37,17 +37,20 @@ class Xla:
     def pack(self, call: Call, weight: jax.Array) -> jax.Array:
         return weight
 
+    def sums(self, call: Call, operands: Operands) -> jax.Array:
+        """The int32 sums of a call."""
+        zero_point = call.zero_points(operands).x
+        holds = not _turns(call)
+        return int8.accumulate(call.contraction, _summed(call, operands), [zero_point], holds)
+
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
-        arrays = [operands["x"]]
-        arrays.insert(call.weight_position, operands["weight"])
-        zero_points, scales = call.zero_points(operands), []
-        if call.contraction.choosing is not None:
-            arrays.append(operands["sizes"])
-            scales.append(ragged.of_rows(call.contraction, operands["relative_scale"], *arrays))
-        turns = _turns(call)
-        sums = int8.accumulate(call.contraction, arrays, [zero_points.x], holds=not turns)
+        sums = self.sums(call, operands)
         if call.gives_sums:
             return [sums]
+        scales, zero_points, turns = [], call.zero_points(operands), _turns(call)
+        if call.contraction.choosing is not None:
+            arrays = _summed(call, operands)
+            scales.append(ragged.of_rows(call.contraction, operands["relative_scale"], *arrays))
         # One order for all backends: sum, multiplier and bias, clip, residual, clip, rounding.
         y = epilogue(call.movements, call.channels, sums.astype(jnp.float32), operands, scales)
         y = _clip(y, call.clamps[0])
@@ -98,6 +101,13 @@ class Xla:
 
     def operation(self, operation: FloatOperation, *operands: jax.Array) -> jax.Array:
         return tpu_floats.run(operation, *operands)
+
+
+def _summed(call: Call, operands: Operands) -> list[jax.Array]:
+    """The operands of a call's contraction."""
+    arrays = [operands["x"]]
+    arrays.insert(call.weight_position, operands["weight"])
+    return arrays if call.contraction.choosing is None else [*arrays, operands["sizes"]]
 
 
 def _turns(call: Call) -> bool:

@@ -1,0 +1,65 @@
+"""Dots of few int8 rows with weights that are not packed: sums by a kernel, the rest by XLA.
+
+A step of a decoder in a static int8 model has one row.  To pack a weight for it takes longer than
+XLA's product, and that takes twice as long as the memory takes to give the weight.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import native
+from jaxquant.backends.backend import Call, FloatOperation, Operands, Product
+from jaxquant.backends.matrices import Matrices
+from jaxquant.backends.xla import Xla
+
+# Rows up to which the kernel is faster than XLA, as in `native.py`.
+_MOST_ROWS = 8
+
+
+class FewRows(Xla):
+    """Runs dots whose weight is one matrix as it lies, [K, N] or [N, K]."""
+
+    is_exported = False  # an export may run where the kernels are not
+
+    def covers(self, call: Call, is_packed: bool = True) -> bool:
+        return not is_packed and 0 < call.rows <= _MOST_ROWS and _is_matrix(call)
+
+    def joins(self, call: Call) -> bool:
+        return False
+
+    def covers_product(self, product: Product, is_packed: bool = False) -> bool:
+        return False
+
+    def covers_operation(self, operation: FloatOperation) -> bool:
+        return False
+
+    def sums(self, call: Call, operands: Operands) -> jax.Array:
+        x, weight = operands["x"], operands["weight"]
+        matrices = Matrices(call.contraction, call.weight_position, x.shape, call.weight_shape)
+        sums_last = _sums_last(call)
+        shape = matrices.summed, matrices.columns
+        weight = weight.reshape(shape[::-1] if sums_last else shape)
+        (sums,) = native.dot_stored(
+            matrices.x(x)[0], [(weight, None)], sums_last=sums_last, group_size=matrices.summed
+        )
+        return matrices.back(sums[None]).astype(jnp.int32)
+
+
+def _is_matrix(call: Call) -> bool:
+    """True where what is summed over are the first axes of the weight, or the last, in order."""
+    contraction = call.contraction
+    if contraction.window is not None or contraction.choosing is not None or contraction.has_batch:
+        return False
+    own = contraction.operands[call.weight_position]
+    if not own.free or not own.contracted or 0 in call.weight_shape:
+        return False
+    rank = len(call.weight_shape)
+    first = (*own.contracted, *own.free) == tuple(range(rank))
+    return first or _sums_last(call)
+
+
+def _sums_last(call: Call) -> bool:
+    own = call.contraction.operands[call.weight_position]
+    return (*own.free, *own.contracted) == tuple(range(len(call.weight_shape)))
