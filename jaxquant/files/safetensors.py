@@ -51,6 +51,7 @@ DTYPES = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    "C64": np.dtype("<c8"),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 

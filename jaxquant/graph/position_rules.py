@@ -167,8 +167,7 @@ def _counted(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Kn
 _RULES: Mapping[str, Rule] = {
     "broadcast_in_dim": moved_parts.spread,
     "concatenate": moved_parts.concatenated,
-    "copy": _same,
-    "copy_p": _same,
+    **dict.fromkeys(("copy", "copy_p", *primitives.PLACEMENTS), _same),
     "dynamic_slice": moved_parts.sliced,
     "dynamic_update_slice": moved_parts.updated,
     "expand_dims": moved_parts.reshaped,

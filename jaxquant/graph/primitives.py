@@ -29,7 +29,9 @@ _ROUNDING = frozenset({"reduce_precision"})
 
 # The output holds the input's elements, each once, in another arrangement.
 _REARRANGE = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "rev"})
-_IDENTITY = frozenset({"copy", "copy_p", "stop_gradient"})
+# Where an array lies on devices changes none of its values.
+PLACEMENTS = frozenset({"sharding_constraint", "reshard"})
+_IDENTITY = frozenset({"copy", "copy_p", "stop_gradient"}) | PLACEMENTS
 MOVEMENTS = _REARRANGE | _IDENTITY
 
 

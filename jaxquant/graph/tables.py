@@ -62,7 +62,9 @@ def _may_be_table(graph: ir.Graph, var: ir.Var) -> bool:
     """Whether a static tensor is of floats, [V, K] or [1, V, K]."""
     *first, rows, _ = (0, 0, *graph.shape(var))
     is_matrix = len(first) == 2 or (len(first) == 3 and first[-1] == 1)
-    return bool(is_matrix and rows >= _FEWEST and jnp.issubdtype(graph.dtype(var), jnp.floating))
+    # As many rows as there are samples, in an export, are no table's.
+    are_many = isinstance(rows, int) and rows >= _FEWEST
+    return is_matrix and are_many and bool(jnp.issubdtype(graph.dtype(var), jnp.floating))
 
 
 def _whole_tables(graph: ir.Graph) -> frozenset[ir.Var]:

@@ -16,6 +16,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
+from jaxquant.plan.fillers import fillers
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.rules import Rule, first_layer, matching, setting
 
@@ -139,6 +140,11 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
     eqn = graph.equations[site.equation]
     # A mask of -inf would make the scale infinite, unless int8 can hand the constant through.
     for operand in site.operands:
+        if operand in fillers(graph):
+            value = fillers(graph)[operand]
+            return (
+                f"its input holds {value:.3g} where values do not count, which int8 has no room for"
+            )
         source = graph.producer.get(primitives.movement_root(graph, operand))
         if source is None or not has_infinity(graph, source):
             continue

@@ -13,12 +13,14 @@ import heapq
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.graph import copies, ir, primitives
 from jaxquant.graph.batch_sizes import shared_axes
 from jaxquant.graph.once import once
 from jaxquant.graph.primitives import Channels
 from jaxquant.graph.sites import Site
+from jaxquant.plan.fillers import fillers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _affine_step(
         return None
     if not copies.varying_axes(graph, operand) <= frozenset(channels.axes):
         return None
+    if isinstance(operand, int) and np.isinf(fillers(graph).get(operand, 0.0)):
+        return None  # no multiplier or bias of the sums is infinite
     op = {"add_any": "add", "sub": "sub" if operand is right else "rsub"}.get(eqn.name, eqn.name)
     return AffineStep(op, operand, channels, rank)
 

@@ -17,7 +17,7 @@ from jaxquant.graph import ir, matching, primitives
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 
-_SAME = ("copy", "copy_p", "stop_gradient", "reduce_precision")
+_SAME = ("copy", "copy_p", "stop_gradient", "reduce_precision", *primitives.PLACEMENTS)
 _MOVED = ("reshape", "squeeze", "expand_dims")
 
 

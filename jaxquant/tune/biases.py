@@ -24,6 +24,7 @@ from jaxquant.run.program import Program
 from jaxquant.tune.parts import Part
 from jaxquant.weights.epilogue import accumulator_terms, epilogue_arrays, whole_steps
 from jaxquant.weights.fold import fold
+from jaxquant.weights.integers import relative_scales
 
 
 def is_corrected(plan: Plan) -> bool:
@@ -75,7 +76,10 @@ def _weight_terms(layer: GraphLayer, int8_site: Int8Site) -> tuple[np.ndarray, n
         [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
     known = [scales[binding.scales[v]] for v in int8_site.with_scales]
-    unit = np.asarray(scale, np.float64) * np.prod(known)
+    step = np.prod(known)
+    if site.as_contraction.choosing is not None:
+        return relative_scales(site, weight, scale)[0] * step, None
+    unit = np.asarray(scale, np.float64) * step
     zero_point = 0 if int8_site.dynamic else binding.zero_points.get(site.operands[0], 0)
     return accumulator_terms(weight, site.channel_axes, unit, zero_point)
 

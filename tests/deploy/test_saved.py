@@ -144,3 +144,37 @@ def test_bfloat16_and_other_leaves_come_back(tmp_path):
     loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
     assert same_bits(loaded, qparams)
     assert same_bits(apply(loaded, x), qapply(qparams, x))
+
+
+def test_where_arrays_lie_on_devices_is_not_saved(tmp_path):
+    """A model with sharding constraints is saved and exported as the same without them."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    params = {"a": images(0, (6, 8)), "b": images(1, (8, 5))}
+
+    def apply_fn(p, x):
+        hidden = jax.lax.with_sharding_constraint(jax.nn.relu(x @ p["a"]), columns)
+        return (
+            jax.lax.fori_loop(
+                0, 2, lambda _, y: jax.lax.with_sharding_constraint(jnp.tanh(y), columns), hidden
+            )
+            @ p["b"]
+        )
+
+    x = images(2, (4, 6))
+    qparams, qapply = quantize(params, apply_fn, x)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(jax.jit(apply)(loaded, x), jax.jit(qapply)(qparams, x))
+
+
+def test_complex_parameters_are_saved(tmp_path):
+    """As of a Fourier layer."""
+    params = {"a": images(0, (6, 8)), "f": np.array([1 + 2j, 3, -1j], np.complex64)}
+
+    def apply_fn(p, x):
+        return jnp.fft.irfft(jnp.fft.rfft(x @ p["a"])[:, :3] * p["f"], 8)
+
+    x = images(2, (4, 6))
+    qparams, qapply = quantize(params, apply_fn, x)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(jax.jit(apply)(loaded, x), jax.jit(qapply)(qparams, x))

@@ -30,6 +30,7 @@ INDEXING = {
     "as many as the batch": lambda x: jnp.concatenate([x, x])[: x.shape[0]],
     "the first sample": lambda x: x[:1],
     "median": lambda x: jnp.median(x, axis=-1),
+    "of a constant for each sample": lambda x: x + jnp.ones((x.shape[0], 8))[:, None, None, 4:],
 }
 
 

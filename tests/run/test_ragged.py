@@ -110,3 +110,12 @@ def test_experts_of_scanned_layers() -> None:
         jaxquant.quant_post(p, f, [x], **OPTIONS) for p, f in ((params, scanned), (apart, unrolled))
     )
     np.testing.assert_array_equal(found[1](found[0], x), expected[1](expected[0], x))
+
+
+def test_biases_that_are_corrected_are_analyzed() -> None:
+    """The biases without correction have a number for each channel of the rows, not each expert."""
+    qparams, qapply = jaxquant.quant_post(
+        PARAMS, experts, [(X, SIZES)], **{**OPTIONS, "recover": ("bias_correction",)}
+    )
+    analysis = jaxquant.analyze(PARAMS, experts, qparams, qapply, [(X, SIZES)], progress=False)
+    assert {row["name"] for row in analysis.rows} == {"up", "down"}

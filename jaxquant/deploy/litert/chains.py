@@ -13,8 +13,11 @@ import math
 from jaxquant.deploy.lower.model import Lowered
 from jaxquant.deploy.lower.uses import with_scalar
 from jaxquant.deploy.network import Node, Scalar, Var
+from jaxquant.graph.primitives import PLACEMENTS
 
-_AS_IT_IS = ("optimization_barrier", "stop_gradient", "copy", "copy_p", "reduce_precision")
+_AS_IT_IS = frozenset(
+    {"optimization_barrier", "stop_gradient", "copy", "copy_p", "reduce_precision", *PLACEMENTS}
+)
 
 
 @dataclasses.dataclass(frozen=True)

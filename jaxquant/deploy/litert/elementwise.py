@@ -13,6 +13,7 @@ from jaxquant.deploy.lower.elementwise import aligned
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.network import Node
+from jaxquant.graph.primitives import PLACEMENTS
 
 _DIRECT = {
     "abs": "ABS",
@@ -180,6 +181,7 @@ _COMPOSED: dict[str, Compose] = {
     "select_n": _where,
     "softmax": _softmax,
     "stop_gradient": _identity,
+    **dict.fromkeys(PLACEMENTS, _identity),
 }
 OPERATIONS = frozenset((*_DIRECT, *_COMPARISONS, *_LOGICAL, *_COMPOSED))
 # Kinds of `jaxquant.graph.operators` that are one operator here.

@@ -13,6 +13,7 @@ from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.values import Value
 from jaxquant.deploy.network import Node
 from jaxquant.deploy.onnx.builder import Builder
+from jaxquant.graph.primitives import PLACEMENTS
 
 _DIRECT = {
     "abs": "Abs",
@@ -240,5 +241,6 @@ _COMPOSED: dict[str, Compose] = {
     "select_n": _where,
     "square": _square,
     "stop_gradient": _identity,
+    **dict.fromkeys(PLACEMENTS, _identity),
 }
 OPERATIONS = frozenset((*_DIRECT, *_COMPOSED))

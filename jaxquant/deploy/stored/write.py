@@ -13,6 +13,7 @@ from jaxquant.deploy.stored import primitives, values
 from jaxquant.deploy.stored.form import Atom, Body, Constant, Equation, Leaf, StoredForm, Tensor
 from jaxquant.deploy.stored.trees import encode_tree
 from jaxquant.graph import flax_tags, ir
+from jaxquant.graph.primitives import PLACEMENTS
 from jaxquant.jax_shim import jaxprs, prng, symbols
 
 CONSTANTS = "constants"  # what the names of constants begin with
@@ -66,12 +67,13 @@ class _Writer:
         # Results are numbered in order, so that the file need not name them.
         equations = []
         for eqn in graph.equations:
+            op, params = self._operation(eqn.name, eqn.params, eqn.scope)
             equations.append(
                 Equation(
-                    op=eqn.name,
+                    op=op,
                     inputs=tuple(atom(x) for x in eqn.inputs),
                     outputs=len(eqn.outputs),
-                    params=self._params(eqn.name, eqn.params, eqn.scope),
+                    params=params,
                     scope=eqn.scope,
                     calls=eqn.calls,
                 )
@@ -109,16 +111,21 @@ class _Writer:
         self._arrays[name] = np.asarray(jax.device_get(data))
         return Constant(path, tensor, name)
 
-    def _params(self, op: str, params: Mapping[str, Any], scope: str) -> dict[str, Any]:
+    def _operation(
+        self, op: str, params: Mapping[str, Any], scope: str
+    ) -> tuple[str, dict[str, Any]]:
+        """The name and the parameters of an operation as they are stored."""
+        if op in PLACEMENTS:
+            return "copy", {}
         if not primitives.is_known(op):
             raise ValueError(_refusal(op, scope))
-        found = {}
+        found: dict[str, Any] = {}
         for key, value in jaxprs.portable_params(op, params).items():
             try:
                 found[key] = None if key in _PLACEMENT else values.encode(value, self._body)
             except ValueError as error:
                 raise ValueError(f"{_refusal(op, scope)} Its {key!r}: {error}") from error
-        return found
+        return op, found
 
     def _body(self, jaxpr: Any) -> int:
         """Store a jaxpr; returns its number."""
@@ -152,7 +159,7 @@ class _Writer:
         scope, _ = flax_tags.split_scope(jaxprs.scope_of(eqn))
         op, called = eqn.primitive.name, jaxprs.inlined_body(eqn)
         if called is None:
-            params = self._params(op, eqn.params, scope)
+            op, params = self._operation(op, eqn.params, scope)
         else:
             # A call is stored as a call: replayed, its equations keep the scope that they had.
             jaxpr, consts = called

@@ -1,0 +1,70 @@
+"""What models put in place of values that do not count: -inf, or -1e9, where a mask is False.
+
+A maximum, a sort or an argmax behind it never chooses such a number, and float32 holds it beside
+the others.  On an int8 grid that reaches so far all the others are one integer, and an infinity has
+none.  Softmax takes no part in this: its source are the scores before their mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.graph import ir, primitives
+from jaxquant.graph.once import once
+
+# Of the fillers in use -1e4 is the least, for models in float16.
+_LEAST = 1e4
+# What replaces elements of one operand by those of another.
+_REPLACING = frozenset({"select_n", "scatter", "dynamic_update_slice"})
+# A filler in an operand of these is one in the result.
+_HANDING_ON = frozenset(
+    {"add", "add_any", "concatenate", "convert_element_type", "cummax", "cummin", "div",
+     "dynamic_slice", "gather", "mul", "neg", "pad", "reduce_precision", "slice", "sort", "split",
+     "sub", "top_k", *_REPLACING}
+)  # fmt: skip
+
+
+@once
+def fillers(graph: ir.Graph) -> Mapping[ir.Var, float]:
+    """The tensors of floats that hold a filler as far as the graph tells, each with its value."""
+    found: dict[ir.Var, float] = {}
+    for var, value in graph.constants.items():
+        if (filler := _filler_in(graph, var, value)) is not None:
+            found[var] = filler
+    for eqn in graph.equations:
+        if eqn.name not in _HANDING_ON and not primitives.is_movement(graph, eqn):
+            continue
+        held = [found[x] for x in eqn.input_vars if x in found]
+        if eqn.name in _REPLACING:
+            held += [x for x in _numbers(graph, eqn) if abs(x) >= _LEAST]
+        if held:
+            # An infinity has no integer at all, so that it is what is asked for.
+            largest = max(held, key=abs)
+            found.update((v, largest) for v in eqn.outputs if _is_float(graph, v))
+    return found
+
+
+def _filler_in(graph: ir.Graph, var: ir.Var, value: Any) -> float | None:
+    """The filler of a constant, as a mask has it that is added to scores: far below all else."""
+    if not _is_float(graph, var) or not np.size(value):
+        return None
+    array = np.asarray(value).astype(np.float32)
+    least = float(array.min())
+    return least if least <= -_LEAST and float(array.max()) > least / 2 else None
+
+
+def _numbers(graph: ir.Graph, eqn: ir.Equation) -> list[float]:
+    """The numbers that an equation may put in place of values."""
+    numbers = [primitives.constant_scalar(graph, x) for x in eqn.inputs]
+    both = [
+        (x, number) for x, number in zip(eqn.inputs, numbers, strict=True) if number is not None
+    ]
+    return [number for x, number in both if _is_float(graph, x)]
+
+
+def _is_float(graph: ir.Graph, atom: ir.Atom) -> bool:
+    return bool(jnp.issubdtype(graph.dtype(atom), jnp.floating))

@@ -1,0 +1,79 @@
+"""What masks put in place of values is no value: what reads it stays float, and says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant
+from jaxquant.graph.model import trace_model
+from jaxquant.plan.fillers import fillers
+
+PARAMS = {
+    "a": jax.random.normal(jax.random.key(0), (6, 8)),
+    "b": jax.random.normal(jax.random.key(1), (8, 5)),
+}
+X = jax.random.normal(jax.random.key(2), (4, 7, 6))
+FIRST = np.arange(5) < 2  # of the classes, those that are masked
+
+
+def largest_of_some(p, x, value):
+    """The maximum over the positions whose first feature is positive, as of a set of points."""
+    features = jnp.where(x[..., :1] > 0, jax.nn.relu(x @ p["a"]), value)
+    return jnp.maximum(features.max(axis=1), 0) @ p["b"]
+
+
+def legal_action(p, x, value):
+    logits = jnp.where(FIRST, value, jax.nn.relu(x @ p["a"]) @ p["b"])
+    return jnp.argmax(logits, axis=-1), jax.nn.softmax(logits)
+
+
+def with_mask_in_the_bias(p, x, value):
+    logits = jax.nn.relu(x @ p["a"]) @ p["b"] + jnp.where(FIRST, value, 0.0)
+    return jnp.argmax(logits, axis=-1), jax.nn.softmax(logits)
+
+
+@pytest.mark.parametrize("value", [-np.inf, -1e9])
+@pytest.mark.parametrize("model", [largest_of_some, legal_action, with_mask_in_the_bias])
+def test_masked_values_are_told_apart(model, value):
+    def apply_fn(p, x):
+        return model(p, x, value)
+
+    for full in (True, False):
+        qparams, qapply = jaxquant.quant_post(
+            PARAMS, apply_fn, [X], is_full_quantize=full, progress=False
+        )
+        for given, wanted in zip(
+            jax.tree.leaves(qapply(qparams, X)), jax.tree.leaves(apply_fn(PARAMS, X)), strict=True
+        ):
+            if jnp.issubdtype(wanted.dtype, jnp.integer):
+                assert (given == wanted).mean() > 0.9  # of scores next to one another either
+            else:
+                assert np.abs(given - wanted).max() < 0.05 * np.abs(wanted).max()
+        rows = {row["name"]: row for row in qapply.report().rows}
+        assert rows["a"]["status"] == rows["b"]["status"] == "int8"
+        if full:
+            reasons = " ".join(row.get("reason") or "" for row in rows.values())
+            assert f"holds {value:.3g} where values do not count" in reasons
+
+
+def test_what_hands_a_filler_on():
+    constant = np.where(FIRST, -1e9, 0).astype(np.float32)
+    held = {
+        "added": lambda x: x + jnp.where(FIRST, -jnp.inf, 0.0),
+        "closed over": lambda x: x + constant,
+        "set": lambda x: x.at[:, 3].set(-jnp.inf),
+        "divided, then sorted": lambda x: jnp.sort(jnp.where(x > 0, x, -1e9) / 0.7)[:, 1:],
+    }
+    not_held = {
+        "clipped": lambda x: jax.nn.relu(jnp.where(x > 0, x, -1e9)),
+        "reduced": lambda x: jnp.where(x > 0, x, -jnp.inf).max(1),
+        "small": lambda x: jnp.where(x > 0, x, -100.0),
+        "large everywhere": lambda x: x + np.full(5, -1e6, np.float32),
+    }
+    for is_held, functions in ((True, held), (False, not_held)):
+        for name, function in functions.items():
+            graph = trace_model(
+                lambda p, x, f=function: f(x @ p["b"]), PARAMS, (X[0, :, :1] + jnp.ones(8),)
+            ).graph
+            assert (graph.outputs[0] in fillers(graph)) == is_held, name
