@@ -29,11 +29,13 @@ class Place(NamedTuple):
       platform: "cpu", "cuda", "rocm" or "tpu"; "" for any other.
       is_export: whether it is exported, and may run elsewhere.
       is_one_device: whether it is for one device, and known to be.
+      kind: of the devices, as JAX names it ("TPU v6 lite"); "" where they are not known.
     """
 
     platform: str
     is_export: bool
     is_one_device: bool
+    kind: str = ""
 
 
 ONE_CPU = Place("cpu", is_export=False, is_one_device=True)
@@ -105,7 +107,9 @@ def _place(ctx: Any, platform: str) -> Place:
     is_one_device = hasattr(devices, "device_assignment") and (
         devices.device_assignment is None or len(devices.device_assignment) == 1
     )
-    return Place(platform, module.lowering_parameters.for_export, is_one_device)
+    assigned = getattr(devices, "device_assignment", None)
+    kind = assigned[0].device_kind if assigned else ""
+    return Place(platform, module.lowering_parameters.for_export, is_one_device, kind)
 
 
 def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:

@@ -133,6 +133,19 @@ def test_a_model_with_a_table_of_few_rows():
     }
 
 
+@pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 1), ("TPU v6 lite", 0)])
+def test_values_are_innermost_by_the_kind_of_tpu(kind: str, count: int):
+    def apply_fn(params, x):
+        return jax.nn.dot_product_attention(x, x, x).reshape(1, 8, 256) @ params["w"]
+
+    params = {"w": jax.random.normal(jax.random.key(0), (256, 16))}
+    x = jax.random.normal(jax.random.key(1), (1, 8, 2, 128))
+    qparams, qapply = jaxquant.quant_post(params, apply_fn, [x], recover=(), progress=False)
+    with choices.at(TPU._replace(kind=kind)):
+        text = str(jax.make_jaxpr(lambda *given: qapply(*given))(qparams, x))
+    assert text.count("layout_constraint") == count
+
+
 def _is_the_same(apply_fn, params, *inputs, **options):
     want, got = _results(apply_fn, params, *inputs, **options)
     error = np.abs(want - apply_fn(params, *inputs)).mean()
