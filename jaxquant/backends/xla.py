@@ -40,8 +40,8 @@ class Xla:
     def sums(self, call: Call, operands: Operands) -> jax.Array:
         """The int32 sums of a call."""
         zero_point = call.zero_points(operands).x
-        holds = not _turns(call)
-        return int8.accumulate(call.contraction, _summed(call, operands), [zero_point], holds)
+        arrays = _summed(call, operands)
+        return int8.accumulate(call.contraction, arrays, [zero_point], holds=not _turns(call))
 
     def call(self, call: Call, operands: Operands) -> Sequence[jax.Array]:
         sums = self.sums(call, operands)
