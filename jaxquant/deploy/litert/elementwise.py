@@ -63,7 +63,7 @@ def litert_dtype(dtype: str) -> str:
 
 
 def apply(
-    b: Builder,
+    builder: Builder,
     op: str,
     values: Sequence[Value],
     dtype: str = "",
@@ -71,27 +71,27 @@ def apply(
     **settings: Any,
 ) -> Value:
     """One elementwise operator; its result has the operands' dtype where none is given."""
-    names, result = aligned(b, values)
-    dtype = dtype or b.tensors[names[-1]].dtype
+    names, result = aligned(builder, values)
+    dtype = dtype or builder.tensors[names[-1]].dtype
     options = options or _OPTIONS.get(op, "")
-    name = b.op(op, names, result.physical, dtype, None, options, **settings)
+    name = builder.op(op, names, result.physical, dtype, None, options, **settings)
     return dataclasses.replace(result, name=name)
 
 
-def scalar(b: Builder, number: float, like: str = "float32") -> Value:
-    return b.named(np.asarray(number, like))
+def scalar(builder: Builder, number: float, like: str = "float32") -> Value:
+    return builder.named(np.asarray(number, like))
 
 
-def emit(b: Builder, node: Node, values: Sequence[Value], dtypes: Sequence[str]) -> Value:
+def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence[str]) -> Value:
     """The result of an elementwise node; `dtypes` are those of its operands in the file."""
     if node.op in _COMPOSED:
-        return _COMPOSED[node.op](b, node, list(values))
+        return _COMPOSED[node.op](builder, node, list(values))
     if node.op in _DIRECT:
-        return apply(b, _DIRECT[node.op], values)
+        return apply(builder, _DIRECT[node.op], values)
     if node.op in _COMPARISONS:
-        return apply(b, _COMPARISONS[node.op], values, "bool")
+        return apply(builder, _COMPARISONS[node.op], values, "bool")
     if node.op in _LOGICAL and dtypes[0] == "bool":
-        return apply(b, _LOGICAL[node.op], values)
+        return apply(builder, _LOGICAL[node.op], values)
     on = f" on {dtypes[0]}" if dtypes else ""
     raise NotCovered(f"the operation {node.op!r}{on}")
 
@@ -99,70 +99,74 @@ def emit(b: Builder, node: Node, values: Sequence[Value], dtypes: Sequence[str])
 Compose = Callable[[Builder, Node, list[Value]], Value]
 
 
-def _identity(b: Builder, node: Node, x: list[Value]) -> Value:
+def _identity(builder: Builder, node: Node, x: list[Value]) -> Value:
     return x[0]
 
 
-def _cast(b: Builder, node: Node, x: list[Value]) -> Value:
-    return cast(b, x[0], litert_dtype(str(node.params["new_dtype"])))
+def _cast(builder: Builder, node: Node, x: list[Value]) -> Value:
+    return cast(builder, x[0], litert_dtype(str(node.params["new_dtype"])))
 
 
-def cast(b: Builder, value: Value, dtype: str) -> Value:
+def cast(builder: Builder, value: Value, dtype: str) -> Value:
     """The value as another dtype."""
-    before = b.dtype(value)
+    before = builder.dtype(value)
     if before == dtype:
         return value
-    array = b.array(value.name)
+    array = builder.array(value.name)
     if array is not None:
-        return dataclasses.replace(value, name=b.constant(array.astype(dtype)))
-    return apply(b, "CAST", [value], dtype, "CastOptions", InDataType=before, OutDataType=dtype)
+        return dataclasses.replace(value, name=builder.constant(array.astype(dtype)))
+    return apply(
+        builder, "CAST", [value], dtype, "CastOptions", InDataType=before, OutDataType=dtype
+    )
 
 
-def _integer_pow(b: Builder, node: Node, x: list[Value]) -> Value:
+def _integer_pow(builder: Builder, node: Node, x: list[Value]) -> Value:
     exponent = int(node.params["y"])
     if exponent == 2:
-        return apply(b, "MUL", [x[0], x[0]])
-    return apply(b, "POW", [x[0], scalar(b, exponent, b.dtype(x[0]))])
+        return apply(builder, "MUL", [x[0], x[0]])
+    return apply(builder, "POW", [x[0], scalar(builder, exponent, builder.dtype(x[0]))])
 
 
-def _exp2(b: Builder, node: Node, x: list[Value]) -> Value:
-    return apply(b, "EXP", [apply(b, "MUL", [x[0], scalar(b, float(np.log(2)))])])
+def _exp2(builder: Builder, node: Node, x: list[Value]) -> Value:
+    return apply(builder, "EXP", [apply(builder, "MUL", [x[0], scalar(builder, float(np.log(2)))])])
 
 
-def _expm1(b: Builder, node: Node, x: list[Value]) -> Value:
-    return apply(b, "SUB", [apply(b, "EXP", x), scalar(b, 1)])
+def _expm1(builder: Builder, node: Node, x: list[Value]) -> Value:
+    return apply(builder, "SUB", [apply(builder, "EXP", x), scalar(builder, 1)])
 
 
-def _log1p(b: Builder, node: Node, x: list[Value]) -> Value:
-    return apply(b, "LOG", [apply(b, "ADD", [x[0], scalar(b, 1)])])
+def _log1p(builder: Builder, node: Node, x: list[Value]) -> Value:
+    return apply(builder, "LOG", [apply(builder, "ADD", [x[0], scalar(builder, 1)])])
 
 
-def _round(b: Builder, node: Node, x: list[Value]) -> Value:
+def _round(builder: Builder, node: Node, x: list[Value]) -> Value:
     if "EVEN" not in str(node.params.get("rounding_method")):
         raise NotCovered("rounding of halves away from zero")
-    return apply(b, "ROUND", x)
+    return apply(builder, "ROUND", x)
 
 
-def _where(b: Builder, node: Node, x: list[Value]) -> Value:
-    if len(x) != 3 or b.dtype(x[0]) != "bool":
+def _where(builder: Builder, node: Node, x: list[Value]) -> Value:
+    if len(x) != 3 or builder.dtype(x[0]) != "bool":
         raise NotCovered("a choice between other than two cases")
-    return apply(b, "SELECT_V2", [x[0], x[2], x[1]])
+    return apply(builder, "SELECT_V2", [x[0], x[2], x[1]])
 
 
-def _clamp(b: Builder, node: Node, x: list[Value]) -> Value:
+def _clamp(builder: Builder, node: Node, x: list[Value]) -> Value:
     low, value, high = x
-    return apply(b, "MINIMUM", [apply(b, "MAXIMUM", [value, low]), high])
+    return apply(builder, "MINIMUM", [apply(builder, "MAXIMUM", [value, low]), high])
 
 
-def _gelu(b: Builder, node: Node, x: list[Value]) -> Value:
+def _gelu(builder: Builder, node: Node, x: list[Value]) -> Value:
     is_approximate = node.params["approximate"] == "tanh"
-    return apply(b, "GELU", x, options="GeluOptions", Approximate=is_approximate)
+    return apply(builder, "GELU", x, options="GeluOptions", Approximate=is_approximate)
 
 
-def _softmax(b: Builder, node: Node, x: list[Value]) -> Value:
+def _softmax(builder: Builder, node: Node, x: list[Value]) -> Value:
     value, axis = x[0], node.params["axis"]
     order = (*(a for a in value.order if a != axis), axis)
-    return apply(b, "SOFTMAX", [b.ordered(value, order)], options="SoftmaxOptions", Beta=1.0)
+    return apply(
+        builder, "SOFTMAX", [builder.ordered(value, order)], options="SoftmaxOptions", Beta=1.0
+    )
 
 
 _COMPOSED: dict[str, Compose] = {

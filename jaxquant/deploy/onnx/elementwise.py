@@ -89,17 +89,17 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
 Compose = Callable[[Builder, Node, list[Value], Sequence[str]], Value]
 
 
-def _identity(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _identity(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     return x[0]
 
 
-def _cast(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _cast(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     target = onnx_dtype(str(node.params["new_dtype"]))
-    return x[0] if target == dtypes[0] else cast(b, x[0], target)
+    return x[0] if target == dtypes[0] else cast(builder, x[0], target)
 
 
-def cast(b: Builder, value: Value, dtype: str) -> Value:
-    return apply(b, "Cast", [value], to=ONNX_TYPES[dtype])
+def cast(builder: Builder, value: Value, dtype: str) -> Value:
+    return apply(builder, "Cast", [value], to=ONNX_TYPES[dtype])
 
 
 def onnx_dtype(dtype: str) -> str:
@@ -111,99 +111,105 @@ def onnx_dtype(dtype: str) -> str:
     return dtype
 
 
-def _integer_pow(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _integer_pow(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     exponent = int(node.params["y"])
     if exponent == 2:
-        return apply(b, "Mul", [x[0], x[0]])
-    return apply(b, "Pow", [x[0], scalar(b, exponent, dtypes[0])])
+        return apply(builder, "Mul", [x[0], x[0]])
+    return apply(builder, "Pow", [x[0], scalar(builder, exponent, dtypes[0])])
 
 
-def _square(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Mul", [x[0], x[0]])
+def _square(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Mul", [x[0], x[0]])
 
 
-def _rsqrt(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Reciprocal", [apply(b, "Sqrt", x)])
+def _rsqrt(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Reciprocal", [apply(builder, "Sqrt", x)])
 
 
-def _cbrt(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    root = apply(b, "Pow", [apply(b, "Abs", x), scalar(b, 1 / 3)])
-    return apply(b, "Mul", [apply(b, "Sign", x), root])
+def _cbrt(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    root = apply(builder, "Pow", [apply(builder, "Abs", x), scalar(builder, 1 / 3)])
+    return apply(builder, "Mul", [apply(builder, "Sign", x), root])
 
 
-def _exp2(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Exp", [apply(b, "Mul", [x[0], scalar(b, float(np.log(2)))])])
+def _exp2(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Exp", [apply(builder, "Mul", [x[0], scalar(builder, float(np.log(2)))])])
 
 
-def _expm1(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Sub", [apply(b, "Exp", x), scalar(b, 1)])
+def _expm1(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Sub", [apply(builder, "Exp", x), scalar(builder, 1)])
 
 
-def _log1p(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Log", [apply(b, "Add", [x[0], scalar(b, 1)])])
+def _log1p(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Log", [apply(builder, "Add", [x[0], scalar(builder, 1)])])
 
 
-def _log2(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Mul", [apply(b, "Log", x), scalar(b, float(1 / np.log(2)))])
+def _log2(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Mul", [apply(builder, "Log", x), scalar(builder, float(1 / np.log(2)))])
 
 
-def _one_minus_square(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _one_minus_square(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     """As JAX computes it: (1 + x)(1 - x) keeps its digits where |x| is near 1."""
-    one = scalar(b, 1)
-    return apply(b, "Mul", [apply(b, "Add", [one, *x]), apply(b, "Sub", [one, *x])])
+    one = scalar(builder, 1)
+    return apply(
+        builder, "Mul", [apply(builder, "Add", [one, *x]), apply(builder, "Sub", [one, *x])]
+    )
 
 
-def _polynomial(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _polynomial(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     """A polynomial in the first operand; the others are its coefficients, constant one first."""
     variable, *coefficients, total = x
     for coefficient in reversed(coefficients):
-        total = apply(b, "Add", [apply(b, "Mul", [total, variable]), coefficient])
+        total = apply(builder, "Add", [apply(builder, "Mul", [total, variable]), coefficient])
     return total
 
 
-def _erfc(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Sub", [scalar(b, 1), apply(b, "Erf", x)])
+def _erfc(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Sub", [scalar(builder, 1), apply(builder, "Erf", x)])
 
 
-def _round(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _round(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     if "EVEN" in str(node.params.get("rounding_method")):
-        return apply(b, "Round", x)
+        return apply(builder, "Round", x)
     # Halves away from zero.  Not floor(|x| + 1/2), which is 1 for the largest float below 1/2.
-    size = apply(b, "Abs", x)
-    below = apply(b, "Floor", [size])
-    rest = apply(b, "Sub", [size, below])
-    up = apply(b, "GreaterOrEqual", [rest, scalar(b, 0.5)])
-    rounded = apply(b, "Where", [up, apply(b, "Add", [below, scalar(b, 1)]), below])
-    return apply(b, "Mul", [apply(b, "Sign", x), rounded])
+    size = apply(builder, "Abs", x)
+    below = apply(builder, "Floor", [size])
+    rest = apply(builder, "Sub", [size, below])
+    up = apply(builder, "GreaterOrEqual", [rest, scalar(builder, 0.5)])
+    rounded = apply(
+        builder, "Where", [up, apply(builder, "Add", [below, scalar(builder, 1)]), below]
+    )
+    return apply(builder, "Mul", [apply(builder, "Sign", x), rounded])
 
 
-def _ne(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Not", [apply(b, "Equal", x)])
+def _ne(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Not", [apply(builder, "Equal", x)])
 
 
-def _is_finite(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    odd = apply(b, "Or", [apply(b, "IsNaN", x), apply(b, "IsInf", x)])
-    return apply(b, "Not", [odd])
+def _is_finite(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    odd = apply(builder, "Or", [apply(builder, "IsNaN", x), apply(builder, "IsInf", x)])
+    return apply(builder, "Not", [odd])
 
 
-def _rem(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
-    return apply(b, "Mod", x, fmod=1)
+def _rem(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+    return apply(builder, "Mod", x, fmod=1)
 
 
-def _where(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _where(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     if len(x) != 3 or dtypes[0] != "bool":
         raise NotCovered("a choice between other than two cases")
     if dtypes[1] == "bool":  # which runtimes' Where does not take
-        chosen = apply(b, "And", [x[0], x[2]])
-        return apply(b, "Or", [chosen, apply(b, "And", [apply(b, "Not", [x[0]]), x[1]])])
-    return apply(b, "Where", [x[0], x[2], x[1]])
+        chosen = apply(builder, "And", [x[0], x[2]])
+        return apply(
+            builder, "Or", [chosen, apply(builder, "And", [apply(builder, "Not", [x[0]]), x[1]])]
+        )
+    return apply(builder, "Where", [x[0], x[2], x[1]])
 
 
-def _clamp(b: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
+def _clamp(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     low, value, high = x
     if low.rank == high.rank == 0 and dtypes[1] == "float32":
-        return clip(b, value, low, high)
-    return apply(b, "Min", [apply(b, "Max", [value, low]), high])
+        return clip(builder, value, low, high)
+    return apply(builder, "Min", [apply(builder, "Max", [value, low]), high])
 
 
 def clip(builder: Builder, value: Value, low: Value, high: Value) -> Value:
