@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import ir, primitives
+from jaxquant.graph import ir, matching, primitives
 from jaxquant.graph.once import once
 
 # Of the fillers in use -1e4 is the least, for models in float16.
@@ -39,7 +39,7 @@ def fillers(graph: ir.Graph) -> Mapping[ir.Var, float]:
         if eqn.name not in _HANDING_ON and not primitives.is_movement(graph, eqn):
             continue
         held = [found[x] for x in eqn.input_vars if x in found]
-        if eqn.name in _REPLACING:
+        if eqn.name in _REPLACING and not _finds_infinity(graph, eqn.inputs[0]):
             held += [x for x in _numbers(graph, eqn) if abs(x) >= _LEAST]
         if held:
             # An infinity has no integer at all, so that it is what is asked for.
@@ -64,6 +64,18 @@ def _numbers(graph: ir.Graph, eqn: ir.Equation) -> list[float]:
         (x, number) for x, number in zip(eqn.inputs, numbers, strict=True) if number is not None
     ]
     return [number for x, number in both if _is_float(graph, x)]
+
+
+def _finds_infinity(graph: ir.Graph, atom: ir.Atom) -> bool:
+    """True for a comparison with an infinity, as `jnp.nan_to_num` replaces them.
+
+    What it puts in their place is met only where there is one, and then clipped as that is.
+    """
+    eqn = matching.producer(graph, atom)
+    if eqn is None or eqn.name != "eq":
+        return False
+    numbers = [matching.spread_number(graph, x) for x in eqn.inputs]
+    return any(x is not None and np.isinf(x) for x in numbers)
 
 
 def _is_float(graph: ir.Graph, atom: ir.Atom) -> bool:

@@ -68,6 +68,7 @@ def test_what_hands_a_filler_on():
     not_held = {
         "clipped": lambda x: jax.nn.relu(jnp.where(x > 0, x, -1e9)),
         "reduced": lambda x: jnp.where(x > 0, x, -jnp.inf).max(1),
+        "in place of infinity": jnp.nan_to_num,
         "small": lambda x: jnp.where(x > 0, x, -100.0),
         "large everywhere": lambda x: x + np.full(5, -1e6, np.float32),
     }
