@@ -85,7 +85,9 @@ def _joined(
     for addend, array in zip(addends, arrays, strict=True):
         axes = range(array.ndim)
         once = tuple(slice(None) if axis in addend.varying else slice(0, 1) for axis in axes)
-        small = array[once].transpose(addend.axes)
+        more = [axis for axis in axes if axis not in addend.axes]  # of size 1
+        small = array[once].transpose((*more, *addend.axes))
+        small = small.reshape(small.shape[len(more) :])
         parts.append(~small if addend.negated else small)
     return functools.reduce(join, parts) if parts else None
 

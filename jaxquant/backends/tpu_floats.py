@@ -54,7 +54,11 @@ def has(operation: FloatOperation) -> bool:
     layout: Layout = operation.params["layout"]
     places = operation.inputs[2].shape[layout.value[-1]]
     is_narrow = isinstance(places, int) and places <= _MOST_PLACES
-    return is_narrow and all(each.dtype in _DTYPES for each in operation.inputs)
+    ranks = [len(each.shape) for each in operation.inputs]
+    beside = (*operation.params["biases"], *operation.params["masks"])
+    # `jnp.einsum` needs a letter for every axis, those of size 1 too.
+    has_all = (len(layout.query), *(len(each.axes) for each in beside)) == (ranks[0], *ranks[3:])
+    return is_narrow and has_all and all(each.dtype in _DTYPES for each in operation.inputs)
 
 
 def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:

@@ -20,10 +20,10 @@ Order: TypeAlias = tuple[int, ...]
 
 
 class Addend(NamedTuple):
-    """A tensor beside the scores, of their shape.
+    """A tensor beside the scores, of their shape but for axes of size 1.
 
     Attributes:
-      axes: the axes of the scores: of the batch, the keys, the rows.
+      axes: where it has the axes of the scores: of the batch, the keys, the rows.
       varying: those of them along which its values may differ.
       negated: of a mask, whether a score stays where it is False.
     """
@@ -36,8 +36,9 @@ class Addend(NamedTuple):
 class Layout(NamedTuple):
     """Where the axes of the tensors of an attention are.
 
-    Each has one entry for every batch axis, and two behind them.  Keys and values lack the batch
-    axes along which they are shared, such as that of heads in a group: None.
+    Each has one entry for every batch axis, and two behind them; a tensor may have further axes of
+    size 1.  Keys and values lack the batch axes along which they are shared, such as that of heads
+    in a group: None.
 
     Attributes:
       query: the rows, the depth.
@@ -71,21 +72,20 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
         return None
     # The weights are the operand that a softmax gives; einsum may put them on either side.
     for side in (0, 1):
-        casts = list(matching.behind_casts(graph, product.inputs[side]))
-        weights = casts[-1].inputs[0] if casts else product.inputs[side]
-        division = matching.producer(graph, weights)
+        taken = _Weights(graph, product.inputs[side], second.operands[side])
+        division = matching.producer(graph, taken.source)
         found = None if division is None else softmax.match_operator(graph, division)
-        if found is None or second.operands[side].contracted != (found.params["axis"],):
+        if found is None or taken.axes.contracted != (found.params["axis"],):
             continue
         scores = _Scores(graph, found.inputs[0])
         if scores.product is None or scores.contraction is None:
             return None
-        members |= found.members | scores.members | {cast.index for cast in casts}
+        members |= found.members | scores.members | taken.members
         # What else reads a tensor in the middle would need it to exist, so it stays as it is then.
-        parts = _layout(scores, second, side)
+        parts = _layout(graph, scores, taken.axes, second, side)
         if parts is None or not matching.is_private(graph, members, last.outputs[0]):
             return None
-        layout, keys = parts
+        layout, keys, batch = parts
         # The result's axes as the last equation has them.
         for move in reversed(moves):
             layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
@@ -98,9 +98,36 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
         return matching.Match(
             tuple(x for x in (*read, *scores.biases, *scores.masks) if isinstance(x, int)),
             frozenset(members),
-            {"layout": layout, "precisions": precisions, **scores.params(keys)},
+            {"layout": layout, "precisions": precisions, **scores.params(keys, batch)},
         )
     return None
+
+
+class _Weights:
+    """What the second dot reads of a softmax, behind casts and without axes of size 1.
+
+    `jnp.matmul` takes those of a batch of one out, and puts them back behind the dot.
+
+    Attributes:
+      source: what the softmax gives.
+      axes: of the dot's operand, as the softmax's result has them.
+      members: the equations between.
+    """
+
+    def __init__(self, graph: ir.Graph, operand: ir.Atom, axes: Axes) -> None:
+        self.source, self.members = operand, set[int]()
+        kept = tuple(range(len(graph.shape(operand))))
+        while (eqn := matching.producer(graph, self.source)) is not None:
+            if eqn.name == "squeeze":
+                gone = eqn.params["dimensions"]
+                there = [a for a in range(len(graph.shape(eqn.inputs[0]))) if a not in gone]
+                kept = tuple(there[axis] for axis in kept)
+            elif not matching.is_float_cast(graph, eqn):
+                break
+            self.members.add(eqn.index)
+            self.source = eqn.inputs[0]
+        parts = dataclasses.astuple(axes)
+        self.axes = Axes(*(tuple(kept[axis] for axis in part) for part in parts))
 
 
 class _Scores:
@@ -140,10 +167,12 @@ class _Scores:
                 return  # what is beside them repeats the scores along an axis of size 1
             eqn = matching.producer(graph, before)
 
-    def before_moves(self, axes: Axes) -> Axes:
-        """Axes of what the softmax gives as those of the product."""
-        at = self._order.index
-        return Axes(*(tuple(at(axis) for axis in part) for part in dataclasses.astuple(axes)))
+    def before_moves(self, axes: Axes) -> Axes | None:
+        """Axes of what the softmax gives as those of the product; None where it lacks one."""
+        parts = dataclasses.astuple(axes)
+        if not {axis for part in parts for axis in part} <= {*self._order}:
+            return None
+        return Axes(*(tuple(self._order.index(axis) for axis in part) for part in parts))
 
     def rows(self, keys: int) -> list[int]:
         """The free axes of the operand without the keys in the order in which a layout has them.
@@ -157,13 +186,18 @@ class _Scores:
         lengths = [size if isinstance(size, int) else math.inf for size in sizes]
         return sorted(range(len(sizes)), key=lengths.__getitem__)
 
-    def params(self, keys: int) -> dict[str, Any]:
-        """What is done to the products, of which an operand has the keys."""
+    def params(self, keys: int, batch: Order) -> dict[str, Any]:
+        """What is done to the products, of which an operand has the keys.
+
+        Args:
+          keys: which operand.
+          batch: the batch axes that count.
+        """
         assert self.contraction is not None
         result = self.contraction.result
         *others, rows = [result.free[1 - keys][k] for k in self.rows(keys)]
         # Biases and masks are read by the order of the scores as the product gives them.
-        wanted = [self._order[axis] for axis in (*result.batch, *others, *result.free[keys], rows)]
+        wanted = [self._order[axis] for axis in (*batch, *others, *result.free[keys], rows)]
 
         def addends(found: Mapping[ir.Var, Order]) -> tuple[Addend, ...]:
             return tuple(
@@ -191,6 +225,8 @@ class _Scores:
             moved = tuple(eqn.params["permutation"])
             self._order = tuple(self._order[moved.index(axis)] for axis in range(len(moved)))
             return eqn.inputs[0]
+        if eqn.name == "broadcast_in_dim":
+            return self._without_ones(eqn)
         if eqn.name == "select_n" and len(eqn.inputs) == 3:
             return self._masked(eqn)
         # A kernel adds biases behind the scale; one that is scaled with the products is another
@@ -206,6 +242,13 @@ class _Scores:
                 self._scale *= number if eqn.name == "mul" else 1 / number
                 return eqn.inputs[1 - place]
         return None
+
+    def _without_ones(self, eqn: ir.Equation) -> ir.Atom | None:
+        """The scores without axes of size 1 that an equation gives them."""
+        if not _adds_ones(self._graph, eqn):
+            return None
+        self._order = tuple(self._order[axis] for axis in eqn.params["broadcast_dimensions"])
+        return eqn.inputs[0]
 
     def _masked(self, eqn: ir.Equation) -> ir.Atom | None:
         if self.biases or self._scale != 1.0:
@@ -242,7 +285,7 @@ class _Scores:
         while (eqn := matching.producer(self._graph, atom)) is not None:
             if eqn.index in self._graph.contractions:
                 return True
-            if matching.is_float_cast(self._graph, eqn):
+            if matching.is_float_cast(self._graph, eqn) or _adds_ones(self._graph, eqn):
                 atom = eqn.inputs[0]
                 continue
             if eqn.name not in ("mul", "div", "add", "transpose") or self._graph.is_static(atom):
@@ -252,6 +295,16 @@ class _Scores:
                 return eqn.name == "add"
             atom = others[0]
         return False
+
+
+def _adds_ones(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where an equation gives a tensor axes of size 1, and copies nothing."""
+    if eqn.name != "broadcast_in_dim" or not isinstance(eqn.inputs[0], int):
+        return False
+    shape, places = graph.shape(eqn.outputs[0]), eqn.params["broadcast_dimensions"]
+    added = [size for axis, size in enumerate(shape) if axis not in places]
+    kept = tuple(shape[place] for place in places)
+    return graph.shape(eqn.inputs[0]) == kept and all(size == 1 for size in added)
 
 
 def _is_plain(graph: ir.Graph, eqn: ir.Equation, contraction: Contraction) -> bool:
@@ -265,31 +318,51 @@ def _is_plain(graph: ir.Graph, eqn: ir.Equation, contraction: Contraction) -> bo
     )
 
 
-def _layout(scores: _Scores, second: Contraction, side: int) -> tuple[Layout, int] | None:
-    """The axes of two dots around a softmax, and which operand of the first one the keys are.
+def _layout(
+    graph: ir.Graph, scores: _Scores, read: Axes, second: Contraction, side: int
+) -> tuple[Layout, int, Order] | None:
+    """The axes of two dots around a softmax.
 
     Args:
+      graph: the traced model.
       scores: what the softmax reads, with the dot of q and k.
+      read: the axes of what the softmax gives in the second dot.
       second: the dot of the weights and v.
       side: which operand of it the weights are.
+
+    Returns:
+      The layout, which operand of the first dot the keys are, and those batch axes of its result
+      that the second one has too: others have size 1.
     """
     first = scores.contraction
     assert first is not None
-    weights, values = scores.before_moves(second.operands[side]), second.operands[1 - side]
+    assert scores.product is not None
+    weights, values = scores.before_moves(read), second.operands[1 - side]
+    if weights is None:
+        return None
     keys = next((k for k in (0, 1) if first.result.free[k] == weights.contracted), None)
     if keys is None or len(values.free) != 1:
         return None
     query, key, rows = first.operands[1 - keys], first.operands[keys], first.result.free[1 - keys]
-    if not rows or {*weights.batch} != {*first.result.batch} or {*weights.free} != {*rows}:
+    sizes = graph.shape(scores.product.outputs[0])
+    left = [k for k, axis in enumerate(first.result.batch) if axis in weights.batch]
+    batch = tuple(first.result.batch[k] for k in left)
+    if any(sizes[axis] != 1 for axis in {*first.result.batch} - {*batch}):
+        return None
+    if not rows or {*weights.batch} != {*batch} or {*weights.free} != {*rows}:
         return None
 
     # The second dot may have the batch axes in another order: all follow the first one's.
-    of_batch = [weights.batch.index(axis) for axis in first.result.batch]
+    of_batch = [weights.batch.index(axis) for axis in batch]
     of_rows = scores.rows(keys)
     shared = (None,) * (len(rows) - 1)  # what several rows share is one batch for each of them
     layout = Layout(
-        query=(*query.batch, *(query.free[k] for k in of_rows), *query.contracted),
-        key=(*key.batch, *shared, *key.free, *key.contracted),
+        query=(
+            *(query.batch[k] for k in left),
+            *(query.free[k] for k in of_rows),
+            *query.contracted,
+        ),
+        key=(*(key.batch[k] for k in left), *shared, *key.free, *key.contracted),
         value=(*(values.batch[k] for k in of_batch), *shared, *values.contracted, *values.free),
         result=(
             *(second.result.batch[k] for k in of_batch),
@@ -297,12 +370,12 @@ def _layout(scores: _Scores, second: Contraction, side: int) -> tuple[Layout, in
             *second.result.free[1 - side],
         ),
     )
-    return layout, keys
+    return layout, keys, batch
 
 
 def _elements(graph: ir.Graph, atom: ir.Atom) -> tuple[Any, ...]:
-    """The sizes of a tensor in any order."""
-    return tuple(sorted(graph.shape(atom), key=str))
+    """The sizes of a tensor in any order, those of 1 apart."""
+    return tuple(sorted((size for size in graph.shape(atom) if size != 1), key=str))
 
 
 def _varying(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:

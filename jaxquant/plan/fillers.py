@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,8 +51,8 @@ def fillers(graph: ir.Graph) -> Mapping[ir.Var, float]:
 
 def _filler_in(graph: ir.Graph, var: ir.Var, value: Any) -> float | None:
     """The filler of a constant, as a mask has it that is added to scores: far below all else."""
-    if not _is_float(graph, var) or not np.size(value):
-        return None
+    if not _is_float(graph, var) or not np.size(value) or isinstance(value, jax.ShapeDtypeStruct):
+        return None  # of a model that is saved without its weights only the shape is known
     array = np.asarray(value).astype(np.float32)
     least = float(array.min())
     return least if least <= -_LEAST and float(array.max()) > least / 2 else None

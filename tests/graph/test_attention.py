@@ -56,6 +56,34 @@ def test_as_packages_and_users_write_it(attention):
     assert one.params["layout"].value[:2] == (0, 2)
 
 
+def by_matmul(q, k, v, *, mask=None, bias=None):
+    """Heads first, and by `@`, which takes the axis of a batch of one out of each product."""
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    scores = q @ jnp.swapaxes(k, -1, -2) * 0.4
+    scores = scores if bias is None else scores + bias
+    scores = scores if mask is None else jnp.where(mask, scores, -1e9)
+    return jax.nn.softmax(scores) @ v
+
+
+def half_by_matmul(q, k, v):
+    """One head: the first product keeps the axis of a batch of one, the second does not."""
+    scores = jnp.einsum("bld,bmd->blm", q[:, :, 0], k[:, :, 0])
+    return jax.nn.softmax(scores) @ v[:, :, 0]
+
+
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("rows", [1, T])
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": np.tri(T, S, dtype=bool)}, {"bias": normal(3, H, T, S)}]
+)
+def test_a_batch_of_one_by_matmul(batch: int, rows: int, options):
+    options = {name: value[..., -rows:, :] for name, value in options.items()}
+    attention = functools.partial(by_matmul, **options)
+    (one,) = found(attention, Q[:batch, :rows], K[:batch], V[:batch])
+    assert len(one.params["layout"].result) == (3 if batch == 1 else 4)
+    assert found(half_by_matmul, Q[:batch, :rows], K[:batch], V[:batch])
+
+
 def test_what_is_beside_the_scores():
     mask, bias = np.ones((B, 1, 1, S), bool), normal(3, H, T, S)
 

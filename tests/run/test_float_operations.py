@@ -200,6 +200,27 @@ def test_nnx_attention_is_found():
     assert called(qapply.with_backend("native"), qparams, X) == ["jaxquant_attention"]
 
 
+@pytest.mark.parametrize("beside", ["nothing", "mask", "bias", "both"])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_attention_by_matmul_of_a_batch_of_one(rows: int, beside: str):
+    params = {"w": np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32) / 4}
+    mask = np.tri(12, 12, dtype=bool)[-rows:]
+    bias = np.random.default_rng(1).normal(size=(4, rows, 12)).astype(np.float32)
+
+    def apply_fn(params, x):
+        heads = jnp.moveaxis((x @ params["w"]).reshape(*x.shape[:2], 4, 4), 2, 1)
+        scores = heads[:, :, -rows:] @ jnp.swapaxes(heads, -1, -2) / 2
+        scores = scores + bias if beside in ("bias", "both") else scores
+        scores = jnp.where(mask, scores, -1e9) if beside in ("mask", "both") else scores
+        return jax.nn.softmax(scores) @ heads
+
+    qparams, qapply = jaxquant.quant_weights(params, apply_fn, X, recover=())
+    native, xla = qapply.with_backend("native"), qapply.with_backend("xla")
+    for x in (X, X[1:2]):
+        assert called(native, qparams, x) == ["jaxquant_attention"]
+        np.testing.assert_allclose(native(qparams, x), xla(qparams, x), atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("mode", ["dynamic", "weights"])
 def test_a_step_of_a_decoder_reads_its_cache_as_it_lies(mode: str, dtype):
