@@ -147,6 +147,25 @@ def test_same_bits_for_any_batch(batch: int):
     assert_same(Chain(LAYERS, batch, 33, 3), LAST)
 
 
+@pytest.mark.parametrize("size", [5, 9, 42, 56])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("float_out", [False, True])
+def test_residuals_that_results_replace(batch: int, size: int, float_out: bool):
+    """Of whole tiles, where sums may go where the residual was, and where the last one overlaps.
+
+    The first residual is added twice, so that it has to outlast the first addition.
+    """
+    layers = [
+        Layer(1, 32, float_out=float_out),
+        Layer(1, 32, residual=0, float_out=float_out),
+        Layer(1, 32, residual=0, float_out=float_out),
+        Layer(1, 32, residual=2, float_out=float_out),
+        Layer(3, 32, residual=3, float_out=float_out),
+        Layer(1, 8),
+    ]
+    assert_same(Chain(layers, batch, size, 8), [(len(layers) - 1, 0)])
+
+
 def test_every_result_can_be_wanted():
     every = [
         (k, position)

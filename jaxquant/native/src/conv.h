@@ -139,9 +139,7 @@ void dot(Threads& threads, const Activations& x, int64_t rows, int64_t c,
 template <class Set>
 void conv(Threads& threads, const Activations& x, const ConvShape& s,
           const Product<Set>& product) {
-  const bool same_pixels = s.pad_h == 0 && s.pad_w == 0 && s.oh == s.h && s.ow == s.w;
-  if (s.one_tap() && s.stride_h == 1 && s.stride_w == 1 && same_pixels)
-    return dot(threads, x, s.n * s.h * s.w, s.c, product);
+  if (s.pixelwise()) return dot(threads, x, s.n * s.h * s.w, s.c, product);
 
   const PackedMatrix& layout = product.layout();
   const int64_t nc = s.group_in();

@@ -42,6 +42,14 @@ void convolve_by(Threads& threads, const Input& x, const ConvShape& s, const int
   conv(threads, a, s, Product<Set>(packed_matrix(s), packed, epilogue, s.o, a.zero_point));
 }
 
+// Whether every output is computed once, by any number of threads: the pixels of an image are whole
+// tiles.  Else the last tile of a task may overlap the one before it.
+inline bool computes_once(const ConvShape& s) {
+  return with_instructions([&](auto set) {
+    return s.pixelwise() && !s.depthwise() && s.oh * s.ow % (2 * decltype(set)::kPixels) == 0;
+  });
+}
+
 // x [rows, inputs] times packed weights [inputs, columns].
 template <class Set>
 void multiply_by(Threads& threads, const Input& x, int64_t rows, int64_t inputs, int64_t columns,

@@ -147,6 +147,18 @@ class Sequence {
     return parts;
   }
 
+  // The residual whose memory a local float result gets, so that a step fills half as much of the
+  // caches: no other step reads it later, and this one reads each float before it writes that one,
+  // and never again.
+  const Tensor* replaced_by(const Tensor& tensor) const {
+    const Step& step = steps_[tensor.first];
+    if (step.out_f == kNone || &tensors_[step.out_f] != &tensor) return nullptr;
+    if (step.residual_f == kNone) return nullptr;
+    const Tensor& residual = tensors_[step.residual_f];
+    const bool ends = residual.local && residual.last == tensor.first;
+    return ends && computes_once(step.shape) ? &residual : nullptr;
+  }
+
   // Gives tensors that are needed in steps [first, last) their places, those of one sample each;
   // returns what they take together.
   int64_t place(int64_t first, int64_t last, bool local) {
@@ -156,13 +168,15 @@ class Sequence {
       if (tensor.given || tensor.local != local || tensor.first < first || tensor.last >= last)
         continue;
       const auto end = [](const Tensor& t) { return t.offset + round_up(t.bytes, 64); };
-      tensor.offset = 0;
+      const Tensor* replaced = local ? replaced_by(tensor) : nullptr;
+      tensor.offset = replaced ? replaced->offset : 0;
       for (bool moved = true; moved;) {
         moved = false;
         for (const Tensor* other : placed) {
+          if (other == replaced) continue;
           const bool meet = other->first <= tensor.last && tensor.first <= other->last;
           if (meet && other->offset < end(tensor) && tensor.offset < end(*other))
-            tensor.offset = end(*other), moved = true;
+            tensor.offset = end(*other), moved = true, replaced = nullptr;
         }
       }
       placed.push_back(&tensor);

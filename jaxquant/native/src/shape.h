@@ -22,6 +22,11 @@ struct ConvShape {
   int64_t group_out() const { return o / groups; }
   bool depthwise() const { return groups > 1 && groups == c && groups == o; }
   bool one_tap() const { return kh == 1 && kw == 1; }
+  // Whether every output pixel is a product with the input pixel in its place.
+  bool pixelwise() const {
+    const bool same_pixels = pad_h == 0 && pad_w == 0 && oh == h && ow == w;
+    return one_tap() && stride_h == 1 && stride_w == 1 && same_pixels;
+  }
 
   // The columns of a window are one run of bytes unless they are dilated.
   bool row_runs() const { return dilation_w == 1; }
