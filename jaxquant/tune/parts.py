@@ -85,13 +85,15 @@ def _own_parts(program: Program) -> tuple[Part, ...]:
     quantized = {site.name for site in program.plan.sites if site.status == INT8}
     names = quantized - {part.name for part in parts}
     composites = program.model.composites.whole
+    absorbed = {eqn.index for part in parts for eqn in part.members}
     reading = binding.picks | binding.decisions | binding.forms.reads_int8
     for site in program.model.sites:
         if site.name not in names or site.inside or site.equation not in live & reading:
             continue
         whole = composites.get(site.equation)
         indices = (site.equation,) if whole is None else whole.members
-        members = tuple(graph.equations[i] for i in indices)
+        # A bias before a softmax could be its mask; where a dot absorbs it, it is the dot's.
+        members = tuple(graph.equations[i] for i in indices if i not in absorbed)
         parts.append(Part(site.name, site.kind, members, site.operands))
 
     # What reads int8 and is neither a site nor in an epilogue.

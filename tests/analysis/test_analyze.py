@@ -288,3 +288,19 @@ def test_an_analysis_is_plain_data():
     html = analysis._repr_html_()
     assert html.count("<tr") == 6
     assert "left float" in html
+
+
+def test_a_softmax_behind_a_bias():
+    """The bias is of the dot that absorbs it, and no mask of the softmax."""
+    p = {
+        "w": jax.random.normal(jax.random.key(0), (8, 5)),
+        "b": jax.random.normal(jax.random.key(1), (5,)),
+    }
+
+    def apply_fn(p, x):
+        return jax.nn.softmax(x @ p["w"] + p["b"])
+
+    x = jax.random.normal(jax.random.key(2), (16, 8))
+    qparams, qapply = jaxquant.quant_post(p, apply_fn, [x], is_full_quantize=True, progress=False)
+    analysis = jaxquant.analyze(p, apply_fn, qparams, qapply, [x], progress=False)
+    assert {"w", "softmax"} <= {row["name"] for row in analysis.rows}

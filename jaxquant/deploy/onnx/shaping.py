@@ -206,7 +206,7 @@ def _split(
     """Several slices along one axis."""
     value = builder.plain(x[0])
     axis = value.axis(node.params["axis"])
-    sizes = builder.ints(node.params["sizes"])
+    sizes = _numbers(builder, node.params["sizes"])
     names = builder.split_node("Split", [value.name, sizes], len(shapes), axis=axis)
     return [
         dataclasses.replace(value, name=name, shape=shape)

@@ -77,6 +77,12 @@ def test_a_fixed_size_is_in_the_file(model, tmp_path):
     assert given["shape"].tolist() == [2, 6, 8]
 
 
+def in_parts(p, x):
+    flat = jnp.concatenate([(x @ p["w"]).ravel(), jnp.ones(3)])
+    y, rest = jax.lax.split(flat, (x.shape[0] * 8, 3))
+    return y * rest.sum()
+
+
 def derivative(p, x):
     return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["w"]))(x)
 
@@ -86,6 +92,7 @@ def derivative(p, x):
     [
         (lambda p, x: jnp.sort(x @ p["w"]), r"does not cover the operation 'sort'.*site 'w'"),
         (derivative, "does not cover copies along an axis whose size varies"),
+        (in_parts, "does not cover a split into sizes that vary"),
     ],
 )
 def test_what_is_not_covered_is_named(apply_fn, message, tmp_path):

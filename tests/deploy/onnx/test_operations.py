@@ -283,6 +283,17 @@ def test_several_sizes_that_vary(tmp_path):
     agrees(tmp_path, params, apply_fn, images(0, IMAGE), shapes="b, h, w, 4")
 
 
+def test_a_split_into_sizes_that_vary(tmp_path):
+    """Which `odeint` makes of a state that it has flattened."""
+
+    def apply_fn(p, x):
+        flat = jnp.concatenate([(x @ p["w"]).ravel(), jnp.arange(3.0)])
+        y, rest = lax.split(flat, (x.shape[0] * 6, 3))
+        return y.reshape(-1, 6) * rest.sum()
+
+    agrees(tmp_path, {"w": weights(4, 6)}, apply_fn, images(0, (3, 4)))
+
+
 def test_truth_values_and_small_integers_are_reduced_and_compared(tmp_path):
     """Which ONNX's operators do not take."""
 
