@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.graph import copies, ir, matching, primitives
 
@@ -139,7 +142,8 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
         operands = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
         scores = [x for x in operands if not _is_mask(graph, x)]
         chooses = eqn.name == "select_n"  # then one value, -1e9 or -inf, is a mask too
-        if not chooses and not any(_masks(graph, x) for x in operands if x not in scores):
+        beside = [x for x in operands if x not in scores]
+        if not chooses and not any(_masks(graph, x, scores) for x in beside):
             return source
         # The scores are the source only where nothing but the softmax reads the masked ones.
         only_here = all(user.index in members for user in graph.consumers.get(source, ()))
@@ -152,9 +156,40 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
     return source
 
 
-def _masks(graph: ir.Graph, atom: ir.Atom) -> bool:
-    """False for one value that is added everywhere: the epilogue of the product absorbs it."""
-    return not graph.is_static(atom) or bool(copies.varying_axes(graph, atom))
+def _masks(graph: ir.Graph, atom: ir.Atom, scores: Sequence[ir.Atom]) -> bool:
+    """False for what the epilogue of the product absorbs, so that no tensor is there before it.
+
+    That is one value that is added everywhere, and one for each channel, as a layer's bias is.  An
+    infinity it does not absorb.
+    """
+    if not graph.is_static(atom):
+        return True
+    varying = copies.varying_axes(graph, atom)
+    channels = frozenset().union(*(_channels(graph, x) for x in scores))
+    return bool(varying) and (_has_infinity(graph, atom) or not varying <= channels)
+
+
+def _channels(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
+    """The axes of a weight's channels in its product, behind what is added to it."""
+    eqn = matching.producer(graph, atom)
+    while eqn is not None and eqn.name in ("add", "sub"):
+        others = [x for x in eqn.inputs if not graph.is_static(x)]
+        eqn = matching.producer(graph, others[0]) if len(others) == 1 else None
+    contraction = None if eqn is None else graph.contractions.get(eqn.index)
+    if eqn is None or contraction is None or not contraction.is_dot:
+        return frozenset()
+    weights = [k for k in (0, 1) if graph.is_static(eqn.inputs[k])]
+    return frozenset(contraction.result.free[weights[0]]) if len(weights) == 1 else frozenset()
+
+
+def _has_infinity(graph: ir.Graph, atom: ir.Atom) -> bool:
+    """True for a tensor of constants, one of which is infinite."""
+    if isinstance(atom, ir.Literal):
+        return bool(np.isinf(atom.value).any())
+    values = [graph.constants[x] for x in graph.sources(atom) if x in graph.constants]
+    known = [x for x in values if not isinstance(x, jax.ShapeDtypeStruct)]
+    floats = [x for x in known if jnp.issubdtype(x.dtype, jnp.floating)]
+    return any(bool(np.isinf(np.asarray(x, np.float32)).any()) for x in floats)
 
 
 def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
