@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jaxquant import native
 from jaxquant.backends.backend import Call, FloatOperation, Operands, Product
 from jaxquant.backends.matrices import Matrices
+from jaxquant.backends.native import FEW_INT8_ROWS
 from jaxquant.backends.xla import Xla
-
-# Rows up to which the kernel is faster than XLA, as in `native.py`.
-_MOST_ROWS = 8
+from jaxquant.jax_shim import choices
 
 
 class FewRows(Xla):
@@ -24,7 +23,7 @@ class FewRows(Xla):
     is_exported = False  # an export may run where the kernels are not
 
     def covers(self, call: Call, is_packed: bool = True) -> bool:
-        return not is_packed and 0 < call.rows <= _MOST_ROWS and _is_matrix(call)
+        return not is_packed and 0 < call.rows <= FEW_INT8_ROWS and _is_matrix(call)
 
     def joins(self, call: Call) -> bool:
         return False
@@ -36,15 +35,30 @@ class FewRows(Xla):
         return False
 
     def sums(self, call: Call, operands: Operands) -> jax.Array:
-        x, weight = operands["x"], operands["weight"]
+        x, names = operands["x"], tuple(operands)
         matrices = Matrices(call.contraction, call.weight_position, x.shape, call.weight_shape)
         sums_last = _sums_last(call)
-        shape = matrices.summed, matrices.columns
-        weight = weight.reshape(shape[::-1] if sums_last else shape)
-        (sums,) = native.dot_stored(
-            matrices.x(x)[0], [(weight, None)], sums_last=sums_last, group_size=matrices.summed
-        )
-        return matrices.back(sums[None]).astype(jnp.int32)
+
+        def by_kernel(*arrays: jax.Array) -> list[jax.Array]:
+            given, shape = (
+                dict(zip(names, arrays, strict=True)),
+                (matrices.summed, matrices.columns),
+            )
+            weight = given["weight"].reshape(shape[::-1] if sums_last else shape)
+            rows = matrices.x(given["x"])[0]
+            (sums,) = native.dot_stored(
+                rows, [(weight, None)], sums_last=sums_last, group_size=matrices.summed
+            )
+            return [matrices.back(sums[None])]
+
+        # XLA leaves a weight that is spread over devices where it is.
+        def by_xla(*arrays: jax.Array) -> list[jax.Array]:
+            return [super(FewRows, self).sums(call, dict(zip(names, arrays, strict=True)))]
+
+        outputs = [jax.ShapeDtypeStruct(matrices.result, jnp.int32)]
+        given = list(operands.values())
+        (sums,) = choices.choose_by_devices(by_kernel, by_xla, outputs, given)
+        return jnp.asarray(sums)
 
 
 def _is_matrix(call: Call) -> bool:

@@ -26,7 +26,7 @@ from jaxquant.jax_shim import jaxprs
 _ROWS_WORTH_PACKING = 32
 # Rows of a product with a stored matrix, of floats and of int8, up to which the kernels are faster
 # than XLA: with more rows memory is not what it takes long for (two cores, AVX512-VNNI).
-_FEW_ROWS, _FEW_INT8_ROWS = 16, 8
+_FEW_ROWS, FEW_INT8_ROWS = 16, 8
 # What codes of four bits stand for that are no integers.
 _CODES = {name: tuple(map(float, values)) for name, values in VALUES.items()}
 
@@ -106,7 +106,7 @@ class Native:
         if not isinstance(product.rows, int) or product.length == 0:
             return False
         if product.is_whole:
-            few, many = product.rows <= _FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
+            few, many = product.rows <= FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
             return few or ((many or is_packed) and native.int8_is_faster().available)
         has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16")
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
@@ -120,7 +120,7 @@ class Native:
         self, product: Product, *operands: jax.Array, packed: Sequence[jax.Array] = ()
     ) -> Sequence[jax.Array]:
         x, *arrays = operands
-        if product.is_whole and product.rows > _FEW_INT8_ROWS:
+        if product.is_whole and product.rows > FEW_INT8_ROWS:
             packed = packed or [_packed(product, integers) for integers in arrays]
             pairs = zip(packed, product.columns, strict=True)
             return [native.dot_sums(x, each, columns) for each, columns in pairs]

@@ -21,6 +21,7 @@ pytestmark = needs_kernels
 # The shapes of x and of the weight, and the dimension numbers.
 DOTS = {
     "one row": ((1, 70), (70, 33), (((1,), (0,)), ((), ()))),
+    "wide": ((2, 64), (64, 96), (((1,), (0,)), ((), ()))),
     "some rows": ((2, 3, 1100), (1100, 5), (((2,), (0,)), ((), ()))),
     "to heads": ((7, 6), (6, 3, 4), (((1,), (0,)), ((), ()))),
     "of heads": ((1, 2, 3, 4), (3, 4, 7), (((2, 3), (0, 1)), ((), ()))),
@@ -66,6 +67,26 @@ def test_movements_come_behind_the_sums():
 @pytest.mark.parametrize("name", OTHERS)
 def test_leaves_to_others(name: str):
     assert not FewRows().covers(call_of(*OTHERS[name]), is_packed=False)
+
+
+def test_a_weight_on_several_devices_stays_where_it_is():
+    devices = jax.devices()[:2]
+    assert len(devices) == 2
+    mesh = jax.sharding.Mesh(np.array(devices), ("m",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "m"))
+    x, weight, numbers = DOTS["wide"]
+    call = call_of(x, weight, numbers)
+    operands = operands_of(call, x)
+    there = {
+        name: jax.device_put(
+            value,
+            spread if name == "weight" else spread.update(spec=jax.sharding.PartitionSpec()),
+        )
+        for name, value in operands.items()
+    }
+    run = jax.jit(functools.partial(FewRows().call, call))
+    assert "jaxquant_stored" not in run.lower(there).compile().as_text()
+    np.testing.assert_array_equal(run(there)[0], Xla().call(call, operands)[0])
 
 
 def test_a_static_model_reads_its_weights_as_they_lie():
