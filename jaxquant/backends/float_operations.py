@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxquant import native
 from jaxquant.backends.backend import FloatOperation
-from jaxquant.graph.attention import Addend, Layout
+from jaxquant.graph.attention import Layout
+from jaxquant.graph.attention_scores import Addend
 
 # Of the inputs: what is narrower than float32 is made that first.
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.bool_)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from jaxquant.backends import int8
 from jaxquant.backends.backend import FloatOperation
-from jaxquant.graph.attention import Addend, Layout
+from jaxquant.graph.attention import Layout
+from jaxquant.graph.attention_scores import Addend
 from jaxquant.jax_shim import choices, layouts
 
 _Form: TypeAlias = Callable[..., jax.Array]
