@@ -157,59 +157,93 @@ def quantize(
     goal: Goal | None = None,
 ) -> tuple[dict[str, Any], QuantizedApply]:
     """Plan, quantize and report; with a goal, until it holds or nothing is left to try."""
-    first, *others = observations.examples
+    traced, start, found = _start(source, observations, config, progress)
+    if goal is None:
+        built = _build(start, file, progress)
+    else:
+        built, rules = _controlled(traced, start, file, progress, goal)
+        found = (*found, *rules)
+    qparams, qapply = built.qparams, built.qapply
+    if found:
+        qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
+    warn_if_poor(built.source, qapply.plan, qapply.report(), observations.examples[0])
+    warn_if_larger(built.source.params, qparams)
+    return qparams, qapply
 
-    def cut(more: Rules) -> _Cut:
-        """The model with its scans cut as the rules so far, and some more, ask for."""
-        asked = config.with_rules(more)
-        found = cut_scans(source, model, asked, first, others)
-        if found is None:
-            return _Cut(source, model, asked, observations)
-        return _Cut(found.source, found.model, found.resolved(asked), found.renamed(observations))
 
+def _start(
+    source: FloatModel, observations: Observations, config: QuantConfig, progress: Progress
+) -> tuple[_Traced, _Cut, Rules]:
+    """The model, its plan by the user's rules and by those that it asks for itself; the latter."""
     with progress.stage("tracing"):
+        first, *others = observations.examples
         model = trace_with_batch_sizes(source, first, others)
         check_weights(model.graph, model.sites, source.params)
+        # What a table of floats asks for follows from the model alone, and is not told as found.
         config = config.with_rules(float_tables(model, source.params))
-        start = cut(())
+        traced = _Traced(source, model, observations, config)
+        start = traced.cut(())
     found: Rules = ()
     if config.optimize_for == "speed":
         found = slower_in_int8(start.model, start.observations, start.config, progress)
-        config = config.with_rules(found)
-        start = cut(())
-
+        start = traced.cut(found)
     with progress.stage("searching thresholds"):
         start = start.planned()
     # Their rules change scans and thresholds, so both are found anew; most models have none.
     if outliers := rules_for_outliers(
         start.source, start.observations, start.binding, start.config, progress
     ):
-        config, found = config.with_rules(outliers), (*found, *outliers)
+        found = (*found, *outliers)
         with progress.stage("searching thresholds"):
-            start = cut(()).planned()
+            start = traced.cut(found).planned()
+    return traced.with_rules(found), start, found
+
+
+def _controlled(
+    traced: _Traced,
+    start: _Cut,
+    file: str | os.PathLike[str] | None,
+    progress: Progress,
+    goal: Goal,
+) -> tuple[Built, Rules]:
+    """The model by the rules with which the goal holds, as far as any do; and these rules."""
 
     # What accuracy control asks: a plan by some rules, which is cheap, and a whole model by them.
     def plan_of(rules: Rules) -> Binding:
-        return cut(rules).binding if rules else start.binding
+        return traced.cut(rules).binding if rules else start.binding
 
     def build(rules: Rules) -> Built:
         own = start
         if rules:
             with progress.stage("searching thresholds"):
-                own = cut(rules).planned()
+                own = traced.cut(rules).planned()
         return _build(own, file, progress)
 
-    if goal is None:
-        built = build(())
-    else:
-        built, rules = control(start.source, observations, plan_of, build, goal, progress)
-        found = (*found, *rules)
-    qparams, qapply = built.qparams, built.qapply
-    if found:
-        qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
-    warn_if_poor(built.source, qapply.plan, qapply.report(), first)
-    warn_if_larger(built.source.params, qparams)
-    return qparams, qapply
+    return control(start.source, traced.observations, plan_of, build, goal, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A model as the user has it, with what was observed of it and what is asked for."""
+
+    source: FloatModel
+    model: Model
+    observations: Observations
+    config: QuantConfig
+
+    def with_rules(self, rules: Rules) -> _Traced:
+        """The same with more rules."""
+        return dataclasses.replace(self, config=self.config.with_rules(rules))
+
+    def cut(self, more: Rules) -> _Cut:
+        """The model with its scans cut as its rules, and some more, ask for."""
+        asked = self.config.with_rules(more)
+        first, *others = self.observations.examples
+        found = cut_scans(self.source, self.model, asked, first, others)
+        if found is None:
+            return _Cut(self.source, self.model, asked, self.observations)
+        observations = found.renamed(self.observations)
+        return _Cut(found.source, found.model, found.resolved(asked), observations)
 
 
 @dataclasses.dataclass(frozen=True)

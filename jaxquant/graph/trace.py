@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def trace(
     inputs_ = [builder.new(var.aval, static=False) for var in closed.jaxpr.invars[len(paths) :]]
     if len(inputs_) != n_inputs:
         raise AssertionError("the trace has another number of inputs than the arguments")
-    outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], scope="")
+    outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], _Place())
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
     # Forms that JAX writes in roundabout ways are brought back before anything looks for sites.
     graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
@@ -97,7 +97,7 @@ def trace_body(
             invars.append(leaves[-1])
         else:
             invars.append(builder.new(var.aval, static=False))
-    outputs = builder.inline(jaxpr, consts, invars, scope=eqn.scope)
+    outputs = builder.inline(jaxpr, consts, invars, _Place(eqn.scope))
     inputs = [var for var in invars if var not in leaves]
     # A table outside is one inside too, though the body may see but a product with it.
     outside = find_tables(outer)
@@ -156,6 +156,36 @@ def path_parts(path: Sequence[Any]) -> tuple[str, ...]:
     return tuple(parts) or ("param",)
 
 
+class _Place(NamedTuple):
+    """Where in the user's code an equation is.
+
+    Attributes:
+      scope: the name scopes around it, "a/b".
+      calls: the calls around it, each by its name and the number of equations before it.
+      source: where the outermost call is; None outside of calls.  JAX traces the body of a call
+        once, so its equations tell where the first of all calls was.
+    """
+
+    scope: str = ""
+    calls: tuple[str | int, ...] = ()
+    source: Any = None
+
+    def at(self, eqn: Any) -> _Place:
+        """The place of an equation here."""
+        scope = "/".join(s for s in (self.scope, jaxprs.scope_of(eqn)) if s)
+        return _Place(scope, self.calls, eqn.source_info if self.source is None else self.source)
+
+    def inside(self, name: str, number: int) -> _Place:
+        """The place of what a call holds."""
+        return self._replace(calls=(*self.calls, name, number))
+
+
+def _read(env: Mapping[Any, ir.Atom], atom: Any) -> ir.Atom:
+    if isinstance(atom, jaxprs.Literal):
+        return ir.Literal(np.asarray(atom.val, dtype=jaxprs.dtype_of(atom)))
+    return env[atom]
+
+
 @dataclasses.dataclass
 class _Builder:
     differentiable: bool
@@ -177,72 +207,62 @@ class _Builder:
         return var
 
     def inline(
-        self,
-        jaxpr: Any,
-        consts: Sequence[Any],
-        args: Sequence[ir.Atom],
-        scope: str,
-        calls: tuple[str | int, ...] = (),
-        source: Any = None,
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[ir.Atom], place: _Place
     ) -> list[ir.Atom]:
-        """Add the equations of a jaxpr, those of calls in place of the calls.
-
-        `source` is where the outermost call is: JAX traces the body of a call once, so its
-        equations tell where the first of all calls was.
-        """
+        """Add the equations of a jaxpr, those of calls in place of the calls; gives its results."""
         env: dict[Any, ir.Atom] = dict(zip(jaxpr.invars, args, strict=True))
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            constant = self.source(var.aval, f"constant_{len(self.constants)}")
-            self.constants[constant] = const
-            env[var] = constant
-
-        def read(atom: Any) -> ir.Atom:
-            if isinstance(atom, jaxprs.Literal):
-                return ir.Literal(np.asarray(atom.val, dtype=jaxprs.dtype_of(atom)))
-            return env[atom]
-
+        env.update(zip(jaxpr.constvars, self._sources_of(jaxpr.constvars, consts), strict=True))
         for eqn in jaxpr.eqns:
-            operands = [read(x) for x in eqn.invars]
-            inner_scope = "/".join(s for s in (scope, jaxprs.scope_of(eqn)) if s)
-            line = eqn.source_info if source is None else source
+            operands = [_read(env, x) for x in eqn.invars]
+            here = place.at(eqn)
+            results = self._inlined(eqn, operands, here)
+            if results is None:
+                results = self._add(eqn, operands, here)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [_read(env, x) for x in jaxpr.outvars]
 
-            # A call that means nothing by itself (jit, remat): what it calls stands in its place.
-            body = jaxprs.inlined_body(eqn)
-            if body is not None and not self.keeps(eqn):
-                name = eqn.params.get("name", eqn.primitive.name)
-                inner_calls = (*calls, str(name), len(self.equations))
-                results = self.inline(*body, operands, inner_scope, inner_calls, line)
-                env.update(zip(eqn.outvars, results, strict=True))
-                continue
+    def _sources_of(self, constvars: Sequence[Any], consts: Sequence[Any]) -> list[ir.Var]:
+        """The tensors of constants, which have names as parameters have them."""
+        found = []
+        for var, const in zip(constvars, consts, strict=True):
+            found.append(self.source(var.aval, f"constant_{len(self.constants)}"))
+            self.constants[found[-1]] = const
+        return found
 
-            # A scan over layers and a map over devices are written so that their weights are found.
-            if (other := self._written_anew(eqn, operands)) is not None:
-                results = self.inline(other.jaxpr, other.consts, operands, inner_scope, calls, line)
-                env.update(zip(eqn.outvars, results, strict=True))
-                continue
-            if eqn.primitive.name in _COPIES:
-                env[eqn.outvars[0]] = operands[0]
-                continue
+    def _inlined(
+        self, eqn: Any, operands: Sequence[ir.Atom], here: _Place
+    ) -> Sequence[ir.Atom] | None:
+        """The results of an equation that others stand for; None where it stands for itself."""
+        # A call that means nothing by itself (jit, remat): what it calls stands in its place.
+        body = jaxprs.inlined_body(eqn)
+        if body is not None and not self.keeps(eqn):
+            name = str(eqn.params.get("name", eqn.primitive.name))
+            return self.inline(*body, operands, here.inside(name, len(self.equations)))
 
-            # Everything else is one equation of the graph; it is static if all that it reads is.
-            static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
-            outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-            plain_scope, modules = flax_tags.split_scope(inner_scope)
-            self.equations.append(
-                ir.Equation(
-                    len(self.equations),
-                    eqn.primitive,
-                    tuple(operands),
-                    outputs,
-                    eqn.params,
-                    plain_scope,
-                    calls,
-                    modules,
-                    line,
-                )
+        # A scan over layers and a map over devices are written so that their weights are found.
+        if (other := self._written_anew(eqn, operands)) is not None:
+            return self.inline(other.jaxpr, other.consts, operands, here)
+        return operands if eqn.primitive.name in _COPIES else None
+
+    def _add(self, eqn: Any, operands: Sequence[ir.Atom], here: _Place) -> tuple[ir.Var, ...]:
+        """The results of one equation of the graph, static if all that it reads is."""
+        static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
+        outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
+        plain_scope, modules = flax_tags.split_scope(here.scope)
+        self.equations.append(
+            ir.Equation(
+                len(self.equations),
+                eqn.primitive,
+                tuple(operands),
+                outputs,
+                eqn.params,
+                plain_scope,
+                here.calls,
+                modules,
+                here.source,
             )
-        return [read(x) for x in jaxpr.outvars]
+        )
+        return outputs
 
     def _written_anew(self, eqn: Any, operands: Sequence[ir.Atom]) -> jaxprs.ClosedJaxpr | None:
         """What an equation computes in another form, whose weights are found; None for others."""

@@ -7,6 +7,7 @@ too, so that both write the same text.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -102,21 +103,65 @@ def run(
     Returns:
       The results of the other form; what was seen.
     """
-    bodies = [form.body for form in forms]
-    arrays = [arrays_of(body, qparams) for body in bodies]
-    operands = [_operands(body, env) for body in bodies]
+    arrays = [arrays_of(form.body, qparams) for form in forms]
+    every, stacked = zip(*arrays, strict=True)
+    pair = _Pair(eqn, forms, every, [_operands(form.body, env) for form in forms], none)
+    found = loops.run(
+        eqn,
+        [reference.read(x) for x in eqn.inputs],
+        [pair.step_of(number) for number in range(len(forms))],
+        # A scan has one body; of the branches of a choice nothing is sliced or carried.
+        sliced=(stacked[0], pair.operands[0].sliced),
+        kept=(pair.operands[0].start, pair.unseen()),
+    )
+    return pair.results(found)
 
-    # What is seen of layers the scan stacks; of other steps it is summed in the carry, which has to
-    # have its shapes before the first step.
-    layered = bodies[0].model.layers is not None
-    unlayered = none
-    if not layered:
-        for form, given, (every, _) in zip(forms, operands, arrays, strict=True):
-            unlayered = unlayered.plus(_unseen(form, given, every))
 
-    def step_of(number: int) -> loops.Step:
-        form, every, fixed = forms[number], arrays[number][0], operands[number].fixed
-        carries = form.body.model.root.carries
+@dataclasses.dataclass(frozen=True)
+class _Pair(Generic[Seen]):
+    """A loop or choice whose steps run in both forms.
+
+    Attributes:
+      eqn, forms, none: as of `run`.
+      every: the arrays that all steps of a body read, by the number of the body.
+      operands: what the other form of a body reads, likewise.
+    """
+
+    eqn: ir.Equation
+    forms: Sequence[Form[Seen]]
+    every: Sequence[Mapping[str, Any]]
+    operands: Sequence[_Operands]
+    none: Seen
+
+    @property
+    def is_choice(self) -> bool:
+        return self.eqn.name == "cond"
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether it is a scan over stacked weights, each step of which is a layer."""
+        return self.forms[0].body.model.layers is not None
+
+    @property
+    def carries(self) -> Mapping[int, int]:
+        """The result of a step that each carried argument of the next one is."""
+        return self.forms[0].body.model.root.carries
+
+    def unseen(self) -> Seen:
+        """What is seen before the first step.
+
+        What is seen of layers the scan stacks; of other steps it is summed in the carry, which has
+        to have its shapes before the first step.
+        """
+        seen = self.none
+        if not self.is_layered:
+            for form, given, every in zip(self.forms, self.operands, self.every, strict=True):
+                seen = seen.plus(_unseen(form, given, every))
+        return seen
+
+    def step_of(self, number: int) -> loops.Step:
+        """The step of one of the bodies."""
+        form, every, fixed = self.forms[number], self.every[number], self.operands[number].fixed
 
         def step(given: loops.Given) -> loops.Gives:
             # The arguments of the other form, in their order: what is fixed, carried and sliced.
@@ -124,36 +169,32 @@ def run(
             layer, slices = given.sliced or ({}, {})
             places = {**fixed, **carry, **slices}
             own = [places[place] for place in range(len(places))]
-            both = form.step(given.values, own, layout.joined(every, layer))
-
-            # A choice has no carry; both of its results go on.
-            if eqn.name == "cond":
-                return loops.Gives(both.in_float, None, (both.other, sums.plus(both.seen)))
-            carry = {place: both.other[output] for place, output in carries.items()}
-            others = [x for k, x in enumerate(both.other) if k not in carries.values()]
-            kept = carry, sums if layered else sums.plus(both.seen)
-            return loops.Gives(both.in_float, (others, both.seen if layered else none), kept)
+            return self._gives(form.step(given.values, own, layout.joined(every, layer)), sums)
 
         return step
 
-    found = loops.run(
-        eqn,
-        [reference.read(x) for x in eqn.inputs],
-        [step_of(number) for number in range(len(bodies))],
-        sliced=(arrays[0][1], operands[0].sliced),
-        kept=(operands[0].start, unlayered),
-    )
+    def _gives(self, both: Both[Seen], sums: Seen) -> loops.Gives:
+        # A choice has no carry; both of its results go on.
+        if self.is_choice:
+            return loops.Gives(both.in_float, None, (both.other, sums.plus(both.seen)))
+        carry = {place: both.other[output] for place, output in self.carries.items()}
+        others = [x for k, x in enumerate(both.other) if k not in self.carries.values()]
+        if self.is_layered:
+            return loops.Gives(both.in_float, (others, both.seen), (carry, sums))
+        return loops.Gives(both.in_float, (others, self.none), (carry, sums.plus(both.seen)))
 
-    # The results of the other form in the order of the equation: its last carry, then its stacks.
-    kept, sums = found.kept
-    if eqn.name == "cond":
-        return list(kept), sums
-    carries = bodies[0].model.root.carries
-    results = {output: kept[place] for place, output in carries.items()}
-    others, layers = found.stacked or ([], none)
-    rest = [place for place in range(len(eqn.outputs)) if place not in results]
-    results |= dict(zip(rest, others, strict=True))
-    return [results[place] for place in range(len(eqn.outputs))], layers if layered else sums
+    def results(self, found: loops.Gives) -> tuple[list[Any], Seen]:
+        """The results of the other form in the order of the equation; what was seen."""
+        kept, sums = found.kept
+        if self.is_choice:
+            return list(kept), sums
+        # Its last carry lies by the positions of arguments, its stacks in the order of the rest.
+        results = {output: kept[place] for place, output in self.carries.items()}
+        others, layers = found.stacked or ([], self.none)
+        rest = [place for place in range(len(self.eqn.outputs)) if place not in results]
+        results |= dict(zip(rest, others, strict=True))
+        in_order = [results[place] for place in range(len(self.eqn.outputs))]
+        return in_order, layers if self.is_layered else sums
 
 
 def float_body(body: BodyProgram, values: Sequence[Any]) -> evaluate.Environment:
