@@ -33,6 +33,7 @@ def of_tensors(graph: ir.Graph, int8_site: Int8Site) -> Lowering:
 
     def lowering(state: Evaluation) -> evaluate.Values:
         site, quantized = int8_site.site, state.quantized
+        # Every operand is a tensor with a planned scale, which the multiplier holds already.
         operands = [quantized.int8(v) for v in site.operands]
         zero_points = [quantized.zero_point(v) for v in site.operands]
         value = _sum(graph, site, operands, zero_points, state.env)
@@ -62,14 +63,18 @@ def scaled_in_the_call(
     convolution = _convolution(graph, site)
 
     def lowering(state: Evaluation) -> evaluate.Values:
+        # The kernel finds a row's grid and rounds the row in one pass, to the same bits.
         natively = bool(platforms.kernels(table))
         scaled = dynamic.quantize_operands(state.env, eqn, int8_site, natively)
         operands, scales = [each.int8 for each in scaled], [each.scale for each in scaled]
         zero_points = [0] * len(operands)
         if site.stored_weight is None:
+            # A product of two tensors has nothing stored, and no sums that are known beforehand.
             value = _sum(graph, site, operands, zero_points, state.env)
         else:
             stored = weights.integers(site, state.qparams)
+            # A dot goes by its siblings' product; what no kernel covers falls through to XLA's sums
+            # below.
             total = _by_kernel(site, operands[0], siblings, weights, state, table)
             if convolution is not None:
                 given = {"x": operands[0], "weight": stored}
@@ -103,6 +108,7 @@ def _by_kernel(
     table: Table,
 ) -> jax.Array | None:
     """The int32 sums of a dot of int8 rows with a stored weight; None where there is no kernel."""
+    # An earlier sibling left this one's sums.  Popped, so that no array outlives its one reader.
     if site.name in state.sums or not siblings:
         return state.sums.pop(site.name, None)
     packed = _packed(state, [dot.name for dot in siblings])
@@ -129,6 +135,7 @@ def _convolution(graph: ir.Graph, site: Site) -> Call | None:
         return None
     assert site.weight is not None
     assert site.output is not None
+    # Sums alone: a kernel has one multiplier a channel, and here each sample has its own scale.
     return Call(
         contraction=site.as_contraction,
         weight_position=site.weight_position,
@@ -147,6 +154,7 @@ def packed(
 ) -> jax.Array | None:
     """The weight of a site that is scaled in the call as kernels read it; None where none does."""
     if (convolution := _convolution(graph, site)) is not None:
+        # The table is in order of preference: the first that covers it is the one that will run.
         found = (kernel for kernel in platforms.kernels(table) if kernel.covers(convolution))
         kernel = next(found, None)
         return None if kernel is None else kernel.pack(convolution, weight)
@@ -190,6 +198,7 @@ def on_dequantized_weight(
             ]
             x = state.env.read(eqn.inputs[1 - site.weight_position])
             state.sums.update(multiply(table, siblings, x, arrays))
+        # Products of floats come as float32; the readers have the dtype of the equation.
         return {int8_site.epilogue.output: state.sums.pop(site.name).astype(dtype)}
 
     return by_matrix if siblings else whole
@@ -214,6 +223,7 @@ def _sum(
     eqn = graph.equations[site.equation]
     if site.weight is not None:
         return _with_computed_weight(graph, site, operands[0], zero_points[0], env)
+    # An operand that the equation reads twice has one entry among the site's.
     if len(operands) == 1 and len(eqn.inputs) == 2:  # a tensor with itself
         operands, zero_points = [*operands] * 2, [*zero_points] * 2
     return int8.combine(eqn, site.contraction, operands, zero_points).astype(jnp.float32)
@@ -238,10 +248,13 @@ def _with_computed_weight(
 
 def _quantize_weight(weight: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """A weight that is computed in the program: int8, and its scale [C] along `axes`."""
+    # In bfloat16 the scale itself would be rounded.
     weight = weight.astype(jnp.float32)
     summed = tuple(a for a in range(weight.ndim) if a not in axes)
     threshold = largest(jnp.abs(weight), axis=summed, keepdims=True, initial=0)
     smallest = jnp.float32(SMALLEST_SCALE)  # of which the inverse is a float
+
+    # A channel of zeros gets the scale 1: any scale gives its zeros, and 1 divides by nothing.
     scale = jnp.where(threshold == 0, 1, jnp.maximum(threshold / jnp.float32(127), smallest))
     return int8.quantize(weight, jnp.float32(1) / scale), scale.reshape(-1)
 

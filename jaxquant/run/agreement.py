@@ -83,6 +83,7 @@ def differences(
     for site in program.binding.sites:
         name = site.site.name
         if name not in wanted.results:
+            # What a site inside a loop or an absorbed one gives is seen in the outputs alone.
             continue
         pair = wanted.results[name], got.results[name]
         arrays = qparams["sites"].get(name, {})
@@ -128,6 +129,7 @@ def run_on(
         outputs = program.hooked(hook).outputs(qparams, inputs)
         return Seen(integers, results, jax.tree.leaves(outputs))
 
+    # Committed arrays say where it runs: jit has no device of its own here.
     arguments = jax.device_put((qparams, list(inputs), dict(given)), device)
     seen = jax.jit(evaluated)(*arguments)
     return jax.tree.map(np.asarray, seen)
@@ -140,6 +142,7 @@ def sums_apart(
     rank, channels = wanted.ndim, site.epilogue.channels
     multiplier = np.asarray(channels.spread(arrays["multiplier"], rank), np.float64)
     bias = np.asarray(channels.spread(arrays["bias"], rank)) if "bias" in arrays else 0.0
+    # A multiplier of 0, of a dead channel, leaves no sum to recover: the result itself is compared.
     unit = np.where(multiplier == 0, 1.0, multiplier)
     apart = np.abs(got.astype(np.float64) - wanted) / np.abs(unit)
     # Half a step, and what float32 rounds off when the sum is made a float.
@@ -161,8 +164,10 @@ def _sqnr(wanted: np.ndarray, got: np.ndarray) -> float:
     """The power of an array over that of its difference to another one, in dB."""
     signal, other = (np.asarray(x, np.float64) for x in (wanted, got))
     both = np.isfinite(signal) & np.isfinite(other)
+    # NaN on one side alone is as wrong as it can be, and would vanish in the difference.
     if (np.isfinite(signal) != np.isfinite(other)).any():
         return -np.inf
     noise = float(np.sum(np.square(signal - other)[both]))
     power = float(np.sum(np.square(signal)[both]))
+    # 1e-300 keeps a silent signal from the logarithm of 0.
     return np.inf if noise == 0 else 10 * np.log10(max(power, 1e-300) / noise)

@@ -39,12 +39,14 @@ class SiteCall:
     ):
         self.chain = chain
         self._equation = graph.equations[chain.site.site.equation]
+        # That the loop around it varies, a chain does not know.
         self.call = dataclasses.replace(call_of(graph, chain, zero_points), varies=varies)
         self.slot = slot
         self.residual_strides: tuple[int, ...] | None = None
 
     def changed(self, call: Call, residual_strides: tuple[int, ...] | None) -> SiteCall:
         """One that computes something else of the same chain."""
+        # A copy, since __init__ would find the call from the chain anew.
         other = copy.copy(self)
         other.call, other.residual_strides = call, residual_strides
         return other
@@ -102,8 +104,10 @@ class SiteCall:
           state: the evaluation.
           results: those of the call; none where they stay inside a sequence.
         """
+        # The int8 result is the last one, as `Call.outputs` orders them.
         if results and self.chain.grid is not None:
             state.quantized.put(self.chain.output, results[-1], self.chain.grid)
+            # Those who read it in float read what the int8 form stands for, not the exact value.
             if self.chain.is_rounded:
                 return {self.chain.output: state.quantized.wide(self.chain.output)}
         return {self.chain.output: results[0]} if results and self.chain.float_out else {}
@@ -115,6 +119,7 @@ def goes_on(
     """Whether the call of a site holds what follows it too."""
     if site.site.stored_weight is None:
         return False
+    # Of the site alone: whether a kernel has it does not depend on what might follow.
     return platforms.goes_on(table, call_of(graph, alone(graph, site), zero_points))
 
 
@@ -130,6 +135,7 @@ def call_of(graph: ir.Graph, chain: Chain, zero_points: Mapping[ir.Var, int]) ->
     assert site.weight is not None
     residual = None
     if chain.residual is not None:
+        # A float residual has no grid, and so no zero point to take away.
         zero_point = zero_points[chain.residual] if chain.residual_int8 else 0
         residual = Residual(chain.residual_int8, zero_point)
     return Call(

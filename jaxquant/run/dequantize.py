@@ -24,10 +24,12 @@ class StoredWeight(NamedTuple):
 def dequantize_weight(weight: StoredWeight) -> jax.Array:
     """The weight as float32, in its own shape."""
     integers, scale, layout, weight_bits, weight_dtype = weight
+    # Four bits are packed in the order of their groups already; eight lie as the weight does.
     if weight_bits == 8:
         integers = integers.transpose(layout.order).reshape(layout.shape)
     length = layout.shape[layout.axis]
     value = dequantize_groups(
         integers, scale, layout.axis, length, layout.size, weight_bits, weight_dtype
     )
+    # Back from the order of the groups to the weight's own axes.
     return value.reshape(layout.permuted).transpose(layout.inverse)

@@ -67,6 +67,7 @@ def quantize_operands(
 
 def _grid(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The scale of a threshold and its inverse; of 0, a scale that keeps zeros zero."""
+    # A row of zeros gets the smallest scale, whose inverse is finite, and stays zeros.
     threshold = jnp.maximum(threshold, jnp.float32(127 * SMALLEST_SCALE))
     return threshold * jnp.float32(1 / 127), jnp.float32(127) / threshold
 
@@ -95,6 +96,7 @@ def _dot_operand(
     def rows(x: jax.Array, axes: tuple[int, ...]) -> Sequence[jax.Array]:
         """The integers, scales and zero points of rows along `axes`, which keep their size 1."""
         if not is_asymmetric:
+            # `initial` is the maximum of no elements, of batches of none.
             threshold = largest(jnp.abs(x), axis=axes, keepdims=True, initial=0)
             scale, inverse = _grid(threshold)
             return int8.quantize(x, inverse), scale, jnp.zeros(scale.shape, jnp.int32)
@@ -115,6 +117,7 @@ def _dot_operand(
         q, scale, zero_point = rows(x, own.contracted)
 
     def at_the_result(each: jax.Array) -> jax.Array:
+        # Of size 1 along the sums, then spread over the result's axes: it multiplies sums as it is.
         return each.transpose([*kept, *own.contracted]).reshape(shape)
 
     return Scaled(q, at_the_result(scale), at_the_result(zero_point) if is_asymmetric else None)
@@ -128,6 +131,7 @@ def _native_rows(
     """The integers, scales and zero points of x [..., K], by a kernel where one runs."""
 
     def portable(x: jax.Array) -> Sequence[jax.Array]:
+        # The kernel gives a number a row; the portable form kept the summed axis, with size 1.
         q, scale, zero_point = rows(x, (x.ndim - 1,))
         return q, scale[..., 0], zero_point[..., 0]
 
@@ -142,6 +146,7 @@ def _conv_input(x: jax.Array, kernel: tuple[int, ...], contraction: Contraction)
     rows = x.transpose((*own.free, *own.contracted, *own.window))
     groups = contraction.feature_groups
     rows = rows.reshape(rows.shape[0], groups, math.prod(rows.shape[1:]) // groups)
+    # Symmetric, since what pads the border is the zero point, and each sample would have its own.
     scale, inverse = _grid(largest(jnp.abs(rows), axis=2, initial=0))
     inputs, outputs = x.shape[own.contracted[0]], kernel[contraction.operands[1].free[0]]
     spread = _by_channel(inverse, inputs, (*own.free, *own.contracted), x.ndim)

@@ -77,6 +77,7 @@ def evaluate_float(
 
 def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | None:
     contraction = graph.contractions.get(eqn.index)
+    # Other layouts would need transposes first; Flax's convolutions have this one.
     if contraction is None or contraction.axes != _NHWC or contraction.window is None:
         return None
     window, kernel, groups = (
@@ -87,6 +88,7 @@ def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | N
     if (
         window.batch_groups != 1
         or {*window.input_dilation} != {1}
+        # float32 alone: of bfloat16 the sum would be rounded after each tap.
         or any(graph.dtype(atom) != jnp.float32 for atom in (*eqn.inputs, *eqn.outputs))
     ):
         return None
@@ -95,6 +97,7 @@ def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | N
     unpadded = all(pads == (0, 0) for pads in window.padding)
     if kernel[:2] == (1, 1) and groups == 1 and unpadded:
         return functools.partial(_pointwise, window)
+    # A window that is larger than its padded input has no output, and no slices.
     taps, fits = kernel[0] * kernel[1], min(graph.shape(eqn.outputs[0])[1:3]) > 0
     if kernel[2:] == (1, groups) and groups > 1 and taps <= _MAX_TAPS and fits:
         return functools.partial(_native_depthwise if natively else _depthwise, window)
@@ -104,6 +107,7 @@ def _faster_form(graph: ir.Graph, eqn: ir.Equation, natively: bool) -> _Form | N
 def _pointwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     x, kernel = (env.read(atom) for atom in eqn.inputs)
     rows, columns = window.strides
+    # A window of one element with strides skips pixels: those that are left make a product.
     contract = (((3,), (0,)), ((), ()))
     precision = eqn.params["precision"]
     return lax.dot_general(x[:, ::rows, ::columns], kernel[0, 0], contract, precision=precision)
@@ -116,6 +120,7 @@ def _depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> j
 
 def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equation) -> jax.Array:
     operands = [env.read(atom) for atom in eqn.inputs]
+    # The batch is that of the arrays: the trace had another one.
     shape = (operands[0].shape[0], *env.graph.shape(eqn.outputs[0])[1:])
 
     def portable(x: jax.Array, kernel: jax.Array) -> Sequence[jax.Array]:
@@ -126,6 +131,7 @@ def _native_depthwise(window: Window, env: evaluate.Environment, eqn: ir.Equatio
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     config = [(0, 0, 0), *((*pads, 0) for pads in window.padding), (0, 0, 0)]
+    # Padded once, so that each tap is a slice without borders.
     x = lax.pad(x, jnp.float32(0), config)
     rows, columns = window.strides
     down, right = window.dilation

@@ -51,6 +51,7 @@ def find(
         if each.kind == "shares" and not has_grid:
             continue  # of a softmax that is no site, as of a classifier
         is_only_int8 = has_grid and result not in read and finite(result)
+        # An int8 result first: it saves the float, and the pass that rounds it.
         if is_only_int8 and platforms.covers_operation(table, quantized):
             operation = quantized
         if platforms.covers_operation(table, operation):
@@ -68,6 +69,7 @@ def _others(graph: ir.Graph, each: operators.Operator) -> tuple[ir.Var, ...]:
     members = [graph.equations[index] for index in each.members]
     made = {var for eqn in members for var in eqn.outputs}
     read = dict.fromkeys(var for eqn in members for var in eqn.input_vars)
+    # What its own equations make is inside, and an input has its place already.
     return tuple(var for var in read if var not in made and var not in each.inputs)
 
 
@@ -84,6 +86,7 @@ def _operation(
     def equations(*arrays: jax.Array) -> jax.Array:
         values = dict(zip((*each.inputs, *others), arrays, strict=True))
         nothing = [None] * len(graph.inputs)
+        # By `write`: the pattern's inputs may be any tensors, not those of the graph.
         env = evaluate.Environment(graph, {}, nothing)
         for var, value in values.items():
             env.write(var, value)
@@ -101,6 +104,8 @@ def _lowering(
     def lowering(state: Evaluation) -> evaluate.Values:
         arrays = [state.env.wide(var) for var in read]
         if not operation.is_int8:
+            # A kernel's result lies in memory, so that whoever quantizes it may do so by a kernel
+            # too.
             state.quantized.stored.add(result)
             return {result: platforms.run_operation(table, operation, *arrays)}
         quantized = state.quantized

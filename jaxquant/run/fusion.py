@@ -68,6 +68,7 @@ def find_chains(
       goes_on: whether the chain of a site holds what may follow it; else it holds the site alone.
     """
     live = list(live)
+    # Of these the float is read by the pool alone: the call may round on the pool's grid at once.
     pooled: dict[ir.Var, ir.Var] = {
         eqn.input_vars[0]: var for var, eqn in early.items() if _is_only_pooled(graph, binding, eqn)
     }
@@ -76,6 +77,7 @@ def find_chains(
     floats = (read - binding.forms.rounded).union(
         eqn.input_vars[0] for eqn in early.values() if eqn.input_vars[0] not in pooled
     )
+    # A call rounds by one scale; what has one for each channel leaves as a float.
     grids = {**pooled, **{var: var for var in binding.names if var not in binding.per_channel}}
     indices = {eqn.index for eqn in live}
     chains: dict[int, Chain] = {}
@@ -84,10 +86,13 @@ def find_chains(
     for site in reversed(binding.sites):
         is_live = graph.producer[site.epilogue.output].index in indices
         is_sum = site.site.stored_weight is not None and not site.site.is_lookup
+        # What nothing reads has no equation that runs; lookups and dynamic sites have no planned
+        # sums.
         if not is_live or not is_sum or site.dynamic:
             continue
         if goes_on(site):
             chain = _follow(graph, binding, site, indices - claimed, floats, grids)
+            # The call gives int8 alone, and who reads a float gets what the integers stand for.
             is_rounded = chain.output in read and not chain.float_out
             chain = dataclasses.replace(chain, is_rounded=is_rounded)
         else:
@@ -151,6 +156,7 @@ def _follow(
         (clamps[0], clamps[1] if len(clamps) > 1 else NO_CLAMP),
         residual,
         residual_int8,
+        # Without a grid the float is the only result that there is.
         current in floats or grid is None,
         False,
         grid,
@@ -171,6 +177,7 @@ def _movements(
         return ()
     current, channels = site.epilogue.output, site.epilogue.channels
     found: list[ir.Equation] = []
+    # Whether they help shows at their end: all of them up to a clip or an addition, or none.
     while (eqn := _sole_reader(graph, binding, current)) is not None and eqn.index in free:
         if eqn.name not in _TURNS or not primitives.is_movement(graph, eqn):
             # A movement at the end would only have to be taken back.
@@ -187,6 +194,7 @@ def _movements(
 def _is_only_pooled(graph: ir.Graph, binding: Binding, pool: ir.Equation) -> bool:
     """True where nothing else reads what is pooled."""
     var = pool.input_vars[0]
+    # One reader, which is the pool: the float need not exist.
     readers = graph.consumers.get(var, ())
     return len(readers) == 1 and var not in graph.output_vars and var not in binding.forms.int8
 
@@ -210,6 +218,7 @@ def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
     """The bounds of `max`, `min` or `clamp` of a tensor with constants; None of anything else."""
     if var not in eqn.input_vars:
         return None
+    # The tensor may be either operand of max and min, but clamp has it in the middle.
     values = [None if x == var else primitives.constant_scalar(graph, x) for x in eqn.inputs]
     if eqn.name == "max" and len(found := [v for v in values if v is not None]) == 1:
         return found[0], math.inf
@@ -224,6 +233,7 @@ def clamp_of(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> Clamp | None:
 
 def clamp_after(first: Clamp, then: Clamp) -> Clamp:
     """Two clamps in turn as one: low, then high, as `max` and `min` are applied."""
+    # The second clamp moves the bounds of the first: what is clipped twice lies between those.
     low, high = (min(max(bound, then[0]), then[1]) for bound in first)
     return low, high
 
@@ -233,6 +243,7 @@ def _added(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> ir.Var | None:
     if eqn.name not in ("add", "add_any") or len(eqn.input_vars) != 2:
         return None
     left, right = eqn.input_vars
+    # x + x has no other operand, a constant is a bias, and what is broadcast is no residual.
     other = right if left == var else left
     if other == var or graph.is_static(other) or graph.shape(other) != graph.shape(var):
         return None

@@ -35,6 +35,7 @@ def ranges_of(batches: Sequence[tuple[Any, ...]]) -> Ranges:
     >>> ranges_of([(np.float32([0, 1]), np.int32([3])), (np.float32([-2]), np.int32([4]))])
     (Range(low=-2.0, high=1.0), None)
     """
+    # By column: an input has one range over all batches.
     columns = zip(*(map(_range, jax.tree.leaves(batch)) for batch in batches), strict=True)
     return tuple(
         Range(min(r.low for r in seen), max(r.high for r in seen)) if seen else None
@@ -62,6 +63,7 @@ def find_strange(calibrated: Ranges, inputs: Any) -> str | None:
     leaves = jax.tree_util.tree_leaves_with_path(inputs)
     for (path, leaf), known in zip(leaves, calibrated, strict=False):
         here = _range(leaf)
+        # A constant has no width to compare with, here or in calibration.
         if known is None or here is None or not here.width > 0 or not known.width > 0:
             continue
         # Twice as wide as calibration saw, or hardly there: other preprocessing, not another batch.
@@ -81,6 +83,7 @@ def check_kinds(calibrated: Any, inputs: Any) -> None:
     """
     given = jax.tree_util.tree_leaves_with_path(inputs)
     for (path, leaf), known in zip(given, jax.tree.leaves(calibrated), strict=False):
+        # uint8 for int32 is the same data, 0…255 for 0…1 is not: only kinds count.
         kinds = {_kind(leaf), _kind(known)}
         if known.shape and np.shape(leaf) and len(kinds) > 1:
             raise ValueError(

@@ -52,6 +52,7 @@ class GraphLayer(NamedTuple):
         """The layers of the bodies that one of its equations holds, ascending."""
         bodies = zip(self.program.bodies[index], self.binding.bodies[index], strict=True)
         for body, bound in bodies:
+            # What layers share is read once, and joined to what each has of its own.
             every, stacked = arrays_of(body, self.qparams)
             leaves = leaves_of_layers(body.model, self.program.graph, self.params)
             for number, (layer, values) in enumerate(zip(bound.layers, leaves, strict=True)):

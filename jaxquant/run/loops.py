@@ -70,11 +70,13 @@ def lowering(eqn: ir.Equation, bodies: Sequence[BodyProgram]) -> Lowering:
 
     def run(state: Evaluation) -> evaluate.Values:
         env = state.env
+        # What int8 sites alone read was never computed in float.
         operands = [
             env.read(x) if isinstance(x, ir.Literal) or x in env else None for x in eqn.inputs
         ]
         arrays = [arrays_of(body, state.qparams) for body in bodies]
 
+        # The arrays of layers go through the scan beside the model's own stacked operands.
         steps = [_step(body, every) for body, (every, _) in zip(bodies, arrays, strict=True)]
         found = graph_loops.run(eqn, operands, steps, sliced=arrays[0][1])
         return dict(zip(eqn.outputs, found.results, strict=True))
@@ -111,6 +113,7 @@ def arrays_of(
     # A scan over stacked weights reads one layer's arrays in each step, other loops all of them;
     # weights that layers share are not stacked either.
     layered = body.model.layers is not None
+    # The graphs of bodies inside too: nested loops find their arrays in the same dicts.
     for part in body.binding.all_graphs():
         for name in (site.name for site in part.plan.sites):
             if name in body.body.slots:
@@ -120,6 +123,7 @@ def arrays_of(
                     layout.put(one["params"], path, layout.get(qparams["params"], path))
             for entry in (each for each in qparams if each not in ("params", "tensors")):
                 if name in qparams[entry]:
+                    # A weight that the layers share is stored once, so it is packed once.
                     in_all = entry == "packed" and _is_shared(body, name)
                     one = stacked if layered and not in_all else every
                     one.setdefault(entry, {})[name] = qparams[entry][name]
@@ -152,5 +156,6 @@ def pack(body: BodyProgram, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def _is_shared(body: BodyProgram, name: str) -> bool:
     """Whether the layers of a body have the weight of a site in common."""
+    # By the weight's path: a tied weight is one array, whichever site reads it.
     slots = body.body.slots
     return name in slots and ("params", *slots[name].int8) in body.body.shared

@@ -63,8 +63,10 @@ def rounded(lowering: Lowering, var: ir.Var) -> Lowering:
 
     def with_rounding(state: Evaluation) -> evaluate.Values:
         values = lowering(state)
+        # A call that rounded by itself has put both forms already.
         if var not in values or state.quantized.holds(var):
             return values
+        # The exact value is what gets quantized; readers then see the rounded one.
         state.env.write(var, values[var])
         return {**values, var: state.quantized.wide(var)}
 
@@ -77,6 +79,7 @@ def decided(eqn: ir.Equation) -> Lowering:
 
     def lowering(state: Evaluation) -> evaluate.Values:
         operands, quantized = eqn.input_vars, state.quantized
+        # A number beside a tensor (x > 0) has no scale: that is decided on floats.
         are_tensors = len(operands) == len(eqn.inputs)
         if not are_tensors or not all(quantized.shares_scale(operands[0], v) for v in operands):
             return otherwise(state)

@@ -37,6 +37,7 @@ def find_early_pools(
       binding: the plan in it.
       live: the equations that run.
     """
+    # Where somebody reads the floats these have to be computed anyway, and two pools save nothing.
     floats = read_in_float(binding, live)
     return {
         eqn.outputs[0]: eqn
@@ -54,6 +55,7 @@ def _has_no_empty_window(params: Mapping[str, Any]) -> bool:
     """True where every window has an element: -inf has no integer."""
     undilated = {*params["base_dilation"], *params["window_dilation"]} == {1}
     sizes = params["window_dimensions"]
+    # Between dilated elements, and in a window of padding alone, the model has -inf.
     return undilated and all(
         0 <= pad < size for pads, size in zip(params["padding"], sizes, strict=True) for pad in pads
     )
@@ -87,6 +89,7 @@ def _on_tpu(place: choices.Place) -> int:
 
 def _by_slices(x: jax.Array, params: Mapping[str, Any]) -> jax.Array:
     """The maximum of the slices that the elements of a window reach."""
+    # The lowest integer loses every comparison, as -inf does.
     padded = lax.pad(x, jnp.int8(-128), [(*pads, 0) for pads in params["padding"]])
     strides, sizes = params["window_strides"], params["window_dimensions"]
     spans = list(padded.shape)
@@ -103,6 +106,7 @@ def _by_slices(x: jax.Array, params: Mapping[str, Any]) -> jax.Array:
 def _runs_as_slices(x: jax.Array, params: Mapping[str, Any]) -> bool:
     """True where a window fits, is small enough, and none is empty."""
     sizes, pads = params["window_dimensions"], params["padding"]
+    # A size that is a symbol may be smaller than the window, whose slices would then not exist.
     return (
         math.prod(sizes) <= _MAX_ELEMENTS
         and _has_no_empty_window(params)

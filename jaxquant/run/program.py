@@ -80,11 +80,14 @@ class Program:
             paths = layout.leaf_paths(graph, params)
             self.float_paths = layout.float_paths(leaves, paths, self.slots)
 
+        # Dots with scales of the call, or with dequantized weights: those of one tensor are one
+        # product.
         self._dots = find_dots(
             graph, self._ends().values(), self.weights, is_integer=self.mode.integer
         )
         self._siblings = find_siblings(graph, self._dots.values())
 
+        # Pools before calls: a call rounds on the grid of a pool behind it.
         self.early = find_early_pools(graph, self.binding, self.equations)
         self._origins = nonfinite.find_origins(graph, self.binding)
         self._backends = table
@@ -100,6 +103,7 @@ class Program:
 
         # Calls are found before the table is: a lowering depends on what runs as one with it.
         calls = self._find_calls() if self.mode.tensor_scales else {}
+        # By site every result is looked at whole, so no position is left out then.
         calls = calls if by_site else thinned(graph, calls)
         self.calls = {each.chain.site.site.name: each for each in calls.values()}
         self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]
@@ -138,6 +142,7 @@ class Program:
           inputs: those of its inputs.
         """
         state = self._run(qparams, inputs, leaves)
+        # As arrays: an output may be an input, or a number that is written in the model.
         values = [jnp.asarray(state.env.read(x)) for x in self.graph.outputs]
         entries = map(nonfinite.entries_in(self.model), self.graph.outputs)
         return nonfinite.with_marks(values, [*entries], state.quantized.marks)
@@ -148,6 +153,7 @@ class Program:
     def _run(
         self, qparams: Mapping[str, Any], inputs: Sequence[Any], leaves: Mapping[ir.Var, Any]
     ) -> Evaluation:
+        # Weights that float equations read too come back from their integers: both read the same.
         restored = {var: self.weights.restore(r, qparams) for var, r in self.restored.items()}
         leaves = {**leaves, **restored}
         env = evaluate.Environment(self.graph, leaves, inputs)
@@ -167,6 +173,7 @@ class Program:
     def _rounding(self) -> dict[int, Lowering]:
         """The lowerings of what is rounded for everybody; hooks see it before that."""
         found = {}
+        # Only what some equation reads in float has to be rounded for it.
         for var in self.binding.forms.rounded & read_in_float(self.binding, self.equations):
             index = self.graph.producer[var].index if var in self.graph.producer else -1
             if index in self.lowerings:
@@ -179,6 +186,7 @@ class Program:
         Those are the sites with an accumulator or a weight.  A site's lowering gives the value at
         the end of its epilogue; so a program whose calls go on behind it has no hooks.
         """
+        # A call over several equations would hide the value between them from a hook.
         assert self._by_site, "a call may go on behind its site, but for by_site=True"
         return self.replacing(
             {index: hook(site, self.lowerings[index]) for index, site in self._ends().items()}
@@ -193,6 +201,7 @@ class Program:
     def pack(self, qparams: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The weights as the kernels read them, by site; those in a scan for each layer."""
         packed: dict[str, jax.Array] = {}
+        # Sites inside have names of their own in the whole model, so that one dict holds all.
         for bodies in self.bodies.values():
             for body in bodies:
                 packed |= loops.pack(body, qparams)
@@ -261,6 +270,7 @@ class Program:
         if self._by_site:
             return []
         table = self._backends
+        # For XLA a sequence is the same operations: only kernels make something of it.
         fused = {last: each for last, each in calls.items() if platforms.covers(table, each.call)}
         return find_sequences(self.graph, fused, functools.partial(platforms.joins, table))
 
@@ -268,6 +278,7 @@ class Program:
         """Every equation as it is; over that the sites, and over those the calls."""
         members = [sequence.members for sequence in self.sequences]
         ordered = in_order(self.equations, members, calls)
+        # From the general to the particular: a later entry stands for a group of earlier ones.
         in_float = {eqn.index: lowerings.in_float(eqn) for eqn in ordered}
         table = dict(in_float)
         table |= {eqn.index: self._on_int8(eqn) for eqn in self.equations if self._reads_int8(eqn)}
@@ -279,6 +290,7 @@ class Program:
         # What a call, a sequence or an operation stands for has no entry of its own.
         inside = {index for call in calls.values() for index in call.chain.members} - calls.keys()
         if not self._by_site:
+            # Only equations that nothing changed may go into an operation of floats.
             changed = {index for index in table if table[index] != in_float[index]}
             producer = self.graph.producer
             rounded = {producer[v].index for v in self.binding.forms.rounded if v in producer}
@@ -291,6 +303,7 @@ class Program:
                 inside.update(operator.members[:-1])
         for sequence in self.sequences:
             first, *others = sequence.members.chains
+            # In the first call's place all that the sequence reads is there: `in_order` saw to it.
             table[first] = self._calling_sequence(sequence)
             inside.update(others)
         # Of what leaves a call in integers alone there are no floats to pool.
@@ -301,6 +314,7 @@ class Program:
     def _reads_int8(self, eqn: ir.Equation) -> bool:
         binding = self.binding
         may_read = eqn.index in binding.forms.reads_int8
+        # An int8 form is not enough: the plan says which equations may read one.
         reads = may_read and any(var in binding.forms.int8 for var in eqn.input_vars)
         return reads or eqn.index in binding.picks | binding.decisions
 
@@ -336,6 +350,7 @@ class Program:
 
         def lowering(state: Evaluation) -> evaluate.Values:
             operands = sequence.operands(state)
+            # What calls give one another never leaves the kernel.
             results = platforms.run_sequence(
                 self._backends, calls, sequence.links, operands, sequence.results
             )

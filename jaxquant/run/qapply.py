@@ -59,9 +59,11 @@ class QuantizedApply(NotPickled):
         check_backend(backend)
         self.plan = plan
         self._backend = backend
+        # Shapes alone: a batch of images would live as long as the model.
         self.inputs = None if inputs is None else jax.tree.map(ir.struct, inputs)
         self.source = source
         self._ranges = ranges
+        # Without calibrated ranges there is nothing to compare.
         self._looked = not any(ranges or ())
         self._report = report
         self.__name__ = "qapply"
@@ -177,6 +179,7 @@ class QuantizedApply(NotPickled):
     def _model(self, inputs: tuple[Any, ...]) -> Model:
         """The float model for such inputs; what it raises gets a note of those that it took."""
         try:
+            # The error of the float model names its code; what the user changed are the shapes.
             return self.source(inputs)
         except Exception as error:
             if self.inputs is not None:
@@ -193,6 +196,7 @@ class QuantizedApply(NotPickled):
         There is nothing to compute then, and the model may well compute something else: JAX leaves
         out operations that have no element.
         """
+        # One empty input is not enough: outputs may still have elements.
         if not any(0 in x.shape for x in jax.tree.leaves(inputs)):
             return None
         graph = self._model(inputs).graph
@@ -250,6 +254,7 @@ class QuantizedApply(NotPickled):
             return dict(qparams)
         if not inputs and self.inputs is None:
             raise ValueError("qapply.prepare(qparams, *inputs) needs a sample input of this model")
+        # Shapes suffice to find the calls; packed weights serve any batch.
         program = self.program(*jax.tree.map(ir.struct, inputs or self.inputs))
         return {**qparams, "packed": jax.jit(program.pack)(qparams)}
 

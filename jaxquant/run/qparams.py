@@ -22,6 +22,7 @@ def check_qparams(qparams: Mapping[str, Any], plan: Plan) -> None:
     # Names alone: arrays may be traced, or on any device.
     tensors = {tensor.base for tensor in plan.tensors}
     integer = MODES[plan.mode].integer
+    # Weights that are dequantized have their scale beside them, and no entry under "sites".
     with_arrays = [s for s in plan.sites if s.fingerprint and s.kind != LOOKUP_KIND and integer]
     sites = {site.name for site in with_arrays}
     differing = (tensors ^ set(qparams["tensors"])) | (sites ^ set(qparams["sites"]))

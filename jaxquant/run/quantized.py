@@ -62,6 +62,7 @@ class QuantizedTensors:
             elif var in self._binding.names:
                 self._values[var] = self._quantize_float(var, var)
             else:
+                # Without a scale of its own it is moved or selected from tensors that have one.
                 eqn = self.graph.producer[var]
                 self._values.update(zip(eqn.outputs, self._move(eqn), strict=True))
         return self._values[var]
@@ -75,6 +76,7 @@ class QuantizedTensors:
         if var == grid:
             self._values[var] = value
         else:
+            # Rounded for the pool behind it, whose result is all that reads it.
             self._to_pool[grid] = value
 
     def float32(self, var: ir.Var) -> jax.Array:
@@ -93,6 +95,7 @@ class QuantizedTensors:
         return self._binding.scales[a] == self._binding.scales[b]
 
     def wide(self, atom: ir.Atom) -> Any:
+        # Those who read a float read what the int8 form stands for, so that both sides agree.
         if isinstance(atom, int) and atom in self._binding.forms.int8:
             return int8.dequantize(self.int8(atom), self.scale(atom), self.zero_point(atom))
         return self._env.wide(atom)
@@ -127,6 +130,7 @@ class QuantizedTensors:
             q, mark = self._quantize_and_mark(value, grid)
         else:
             q = self._quantize(value, grid)
+            # A mark is a number for each sample, so samples come first wherever the model has them.
             samples_first = jnp.moveaxis(value, entries.axis, 0)
             mark = nonfinite.mark(samples_first, var in self.stored)
         self.marks.append(nonfinite.Mark(mark, entries.marks))
@@ -147,6 +151,7 @@ class QuantizedTensors:
             return q, nonfinite.mark(x, is_stored=True)
 
         samples = value.shape[0] if value.ndim > 1 else 1
+        # Rows are samples, since the kernel marks by the row.
         rows = value.reshape(samples, math.prod(value.shape) // max(samples, 1))
         zero_point = jnp.asarray(self.zero_point(grid), jnp.int32)
         q, mark = operations.quantize(portable, rows, self.inv_scale(grid), zero_point)

@@ -51,6 +51,7 @@ def find_sequences(
         # What lies between two calls and reads neither may run before or behind them both.
         if eqn.index not in inside:
             current.pass_by(eqn)
+        # A call comes at its last equation: by then all that it reads is there.
         elif inside[eqn.index] == eqn.index and not current.join(eqn.index, calls[eqn.index]):
             found.append(current.members())
             current = _Open(graph, joins)
@@ -73,6 +74,7 @@ class _Open:
         self._later: set[int] = set()
 
     def pass_by(self, eqn: ir.Equation) -> None:
+        # What depends on a result by way of another operation, no later call may read.
         if not (self._outputs | self._depends).isdisjoint(eqn.input_vars):
             self._depends.update(eqn.outputs)
             self._later.add(eqn.index)
@@ -83,9 +85,11 @@ class _Open:
         reads = {"x": (chain.site.site.operands[0], True)}
         if chain.residual is not None:
             reads["residual"] = (chain.residual, chain.residual_int8)
+        # A chain may give a tensor as a float and in int8, so both say which.
         links = {name: self._given[read] for name, read in reads.items() if read in self._given}
         if call.residual_strides is not None:  # cut in between
             links.pop("residual", None)
+        # What comes from outside has to be there before the whole sequence starts.
         outside = {var for name, (var, _) in reads.items() if name not in links}
 
         # Threads take samples through all calls, so these need one batch; and nothing outside may
@@ -103,6 +107,7 @@ class _Open:
         self._outputs.add(chain.output)
         if chain.float_out:
             self._given[chain.output, False] = position
+        # On another grid, a pool's, the integers are not those that a reader of the tensor expects.
         if chain.grid == chain.output:
             self._given[chain.output, True] = position
         return True
@@ -125,6 +130,7 @@ def in_order(equations: Sequence[ir.Equation], found: Sequence[Members],
         start, end = places[0], places[-1] + 1
         between = ordered[start:end]
         # What lies between and reads none of their results comes before them, the rest behind.
+        # Sorting is stable: equations of each of the three kinds keep their order.
         ordered[start:end] = sorted(
             between, key=lambda eqn: 1 if eqn.index in own else 2 * (eqn.index in members.later)
         )
@@ -185,6 +191,7 @@ class Sequenced:
         """The operands that a call reads of others: whose they are, and which of its results."""
         found = {}
         for name, at in self.members.links[position].items():
+            # The int8 form is the last result of a call, the float the first.
             as_int8 = name == "x" or self.calls[position].chain.residual_int8
             found[name] = (at, len(self.calls[at].call.outputs) - 1 if as_int8 else 0)
         return found

@@ -44,6 +44,7 @@ class StoredDot:
         x = graph.equations[site.equation].inputs[1 - site.weight_position]
         reads = x if isinstance(x, ir.Var) else self.name  # a number is nobody else's
         rows = reads, site.input_axes.free, self.matrix.summed
+        # One product has rows of one kind and matrices of one format: only their widths may differ.
         return *rows, self.bound.asymmetric, dataclasses.replace(self.product, columns=())
 
 
@@ -62,6 +63,7 @@ def find_dots(
     for bound in sites:
         site = bound.site
         if site.stored_weight is None or site.is_lookup or (is_integer and not bound.dynamic):
+            # Dots with planned scales are calls, which hold their epilogue too.
             continue
         if site.contraction is None or site.as_contraction.choosing is not None:
             continue
@@ -102,6 +104,7 @@ def find_siblings(
 ) -> Mapping[str, tuple[StoredDot, ...]]:
     """For each dot by its name those that run as one product, itself among them."""
     groups: dict[tuple[object, ...], list[StoredDot]] = {}
+    # In the order of the graph: the first to be evaluated is the first of its group.
     for dot in dots:
         groups.setdefault(dot.likeness(graph), []).append(dot)
     return {dot.name: tuple(group) for group in groups.values() for dot in group}

@@ -43,6 +43,7 @@ class StoredMatrix:
         """The axes of the other operand that are summed over, as the weight is stored."""
         own, weight = self.site.input_axes, self.site.weight_axes
         axes = (self.order[axis] for axis in weight.contracted)
+        # The order of a sum is free, so that x is turned to the weight, which is the larger.
         return tuple(axis for _, axis in sorted(zip(axes, own.contracted, strict=True)))
 
     def rows(self, x: jax.Array) -> jax.Array:

@@ -44,6 +44,7 @@ def _readers(graph: ir.Graph, calls: Mapping[int, SiteCall], output: ir.Var) -> 
     by_site = {each.chain.site.site.equation: last for last, each in calls.items()}
     consumers = graph.consumers.get(output, ())
     readers = [by_site.get(eqn.index) for eqn in consumers]
+    # A reader that is no call, a pool say, may read every position.
     found = [last for last in readers if last is not None]
     only_sums = all(
         calls[last].chain.site.site.operands[0] == output and calls[last].chain.residual != output
@@ -57,6 +58,7 @@ def _steps(calls: Mapping[int, SiteCall], readers: list[int]) -> Steps | None:
     """How far apart the positions are that the readers read; None where they read all of them."""
     steps = [_steps_of(calls[last]) for last in readers]
     alike = bool(steps) and all(each == steps[0] for each in steps)
+    # Readers with unlike strides would need the positions of both.
     return steps[0] if alike and steps[0] and max(steps[0].values()) > 1 else None
 
 
@@ -77,6 +79,7 @@ def _can_step(graph: ir.Graph, each: SiteCall, steps: Steps) -> bool:
     """Whether a call can give every so many positions of its result, which is int8 alone."""
     call, chain, window = each.call, each.chain, each.call.contraction.window
     if window is None or call.movements or window.batch_groups > 1 or call.weight_position != 1:
+        # Movements would have to be thinned too.
         return False
     is_int8_alone = not call.gives_float and not call.gives_sums and chain.grid == chain.output
     is_alike = chain.residual is None or graph.shape(chain.residual) == call.shape
@@ -96,6 +99,8 @@ def _stepping(each: SiteCall, steps: Steps) -> SiteCall:
     assert window is not None
     along = [steps[axis] for axis in call.contraction.result.window]
     slower = tuple(own * more for own, more in zip(window.strides, along, strict=True))
+    # What is left behind the last whole stride has one more position: rounded up, as slices have
+    # it.
     shape = tuple(-(-size // steps.get(axis, 1)) for axis, size in enumerate(call.shape))
     adds = each.chain.residual is not None
     return each.changed(
@@ -107,6 +112,7 @@ def _stepping(each: SiteCall, steps: Steps) -> SiteCall:
 def _sliding_by_ones(each: SiteCall) -> SiteCall:
     """The call whose input has those positions alone that it reads."""
     contraction = each.call.contraction
+    # The input has only positions that are read, so that a window of one slides by one.
     ones = (1,) * len(contraction.result.window)
     changed = dataclasses.replace(each.call, contraction=_strided(contraction, ones))
     return each.changed(changed, residual_strides=each.residual_strides)

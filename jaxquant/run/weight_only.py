@@ -38,6 +38,7 @@ def apply(
         value = _by_chosen(eqn, site, operands[0], stored, operands[1])
         return value.astype(env.graph.dtype(eqn.outputs[0]))
     weight = dequantize_weight(stored).astype(dtype)
+    # A weight that copies share is stored once, and spread where it is used.
     weight = jnp.broadcast_to(weight, env.graph.shape(view.var))
     for movement in view.movements:
         (weight,) = jaxprs.bind(movement.primitive, [weight], dict(movement.params))
@@ -49,6 +50,7 @@ def apply(
 def matrices(dot: StoredDot, stored: StoredWeight) -> list[jax.Array]:
     """The integers and the scales of a dot's weight, as a product takes them."""
     matrix, length = dot.matrix, dot.product.length
+    # In bytes along K, of which one holds two codes of four bits.
     integers = matrix.matrix(stored.integers, -(-length * stored.weight_bits // 8))
     return [integers, matrix.matrix(stored.scale, stored.layout.groups)]
 
@@ -72,6 +74,7 @@ def _by_chosen(
 
     # Rows of one expert at a time, so that one expert's weight is dequantized at a time.
     def product(block: jax.Array, index: jax.Array) -> jax.Array:
+        # Eight bits lie in the weight's own order, four in that of their groups.
         axis = chosen if stored.weight_bits == 8 else place
         integers = jax.lax.dynamic_index_in_dim(stored.integers, index, axis)
         scale = jax.lax.dynamic_index_in_dim(stored.scale, index, place)
