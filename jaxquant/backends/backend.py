@@ -89,6 +89,7 @@ class Call:
         """The zero points of a call with these operands: its own numbers, or arrays among them."""
         adds_int8 = self.residual is not None and self.residual.is_int8
         if self.varies:
+            # As arrays even where all layers agree: one program serves every step.
             return ZeroPoints(
                 operands["zero_point"],
                 operands["residual_zero_point"] if adds_int8 else 0,
@@ -102,6 +103,7 @@ class Call:
         """Shape and dtype of each result."""
         if self.gives_sums:
             return [jax.ShapeDtypeStruct(self.shape, jnp.int32)]
+        # float32 comes first, int8 last: readers count on that order.
         dtypes = [jnp.float32] * self.gives_float + [jnp.int8] * (self.out_zero_point is not None)
         return [jax.ShapeDtypeStruct(self.shape, dtype) for dtype in dtypes]
 
@@ -165,6 +167,7 @@ class Product:
 
     def apart(self, arrays: Sequence[Any]) -> list[tuple[Product, list[Any]]]:
         """The product with each matrix, and its operands of those behind x."""
+        # Of float rows each matrix has its scales behind it.
         count = 1 if self.is_whole else 2
         return [
             (dataclasses.replace(self, columns=(columns,)), [*arrays[k * count : (k + 1) * count]])

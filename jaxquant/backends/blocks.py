@@ -66,9 +66,11 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
         return [dot(x, _dequantized(product, integers, scale, axis, product.length))]
 
     def on_one_device(*operands: jax.Array) -> Sequence[jax.Array]:
+        # Chosen when it is lowered: an exported program may run on another platform.
         return lax.platform_dependent(*operands, cpu=by_blocks, default=whole)
 
     operands = [x, integers, scale]
+    # A loop over blocks would gather a sharded weight, so that several devices take it whole.
     return choices.choose_by_devices(on_one_device, whole, product.outputs, operands)[0]
 
 
@@ -96,6 +98,7 @@ def _along_sums(
     """[M, N] from a weight [K, N]: the sum of the products with blocks of its rows."""
     (columns,), length, bits = product.columns, product.length, product.weight_bits
     size, groups = product.group_size, product.groups
+    # Two codes of four bits share a byte, so a block begins at an even row.
     packed = 2 if bits == 4 else 1
     rows = _rows_at_once(columns)
     if groups > 1:
@@ -116,8 +119,10 @@ def _along_sums(
         block = _dequantized(product, part, scales, 0, count)
         return dot(lax.dynamic_slice_in_dim(x, start, count, axis=1), block)
 
+    # The rows that are left over have a block of their own: its size is static, as all shapes are.
     whole, left = divmod(length, rows) if rows else (0, 0)
     total = jnp.zeros((x.shape[0], columns), jnp.float32)
+    # Inside `shard_map` the sum varies over devices as x does; a constant of zeros would not.
     total = jaxprs.match_varying([total, x])[0]
     if whole:
         total = lax.fori_loop(0, whole, lambda i, sums: sums + partial(i * rows, rows), total)
@@ -132,6 +137,7 @@ def _along_outputs(
     Of many rows of x all columns are one block.
     """
     (columns,), size, bits = product.columns, product.group_size, product.weight_bits
+    # An odd group size would put the two codes of a byte under two scales.
     is_apart = bits == 4 and (product.groups == 1 or size % 2 == 0)
     # Two codes a byte: those at even and at odd places of K are unpacked apart, and summed with
     # their own columns of x, so that none is moved.
@@ -153,6 +159,7 @@ def _along_outputs(
     def step(i: jax.Array, result: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(result, partial(i * rows, rows), i * rows, axis=1)
 
+    # Many rows of x take all columns at once, without a loop.
     if rows == columns:
         return partial(0, columns)
     whole, left = divmod(columns, rows)

@@ -39,6 +39,7 @@ class ChannelsLast:
         # XLA's CPU convolution is fast along two axes or more: one of size 1 goes in front.
         self._added = max(0, 4 - len(self._x))
         ones = (1,) * self._added
+        # What is added in front has a window of one element that does not move: the same sums.
         given = window_of(contraction)
         self.window = dataclasses.replace(
             given,
@@ -82,6 +83,7 @@ class ChannelsLast:
         """A transposed array that XLA lays out so in memory, and does not fold into its user."""
         if not self._is_held or order == tuple(range(value.ndim)):
             return value
+        # Flat and back: what has one axis has one layout, so that the transpose has to be done.
         return lax.optimization_barrier(value.reshape(-1)).reshape(value.shape)
 
 
@@ -104,6 +106,7 @@ def undilated(
     """
     if window_of(contraction).is_undilated:
         return x, contraction
+    # With the zero point: a border of zeros would stand for something else.
     x, contraction = fully_padded(x, contraction, zero_point)
     return lax.optimization_barrier(x) if is_held else x, contraction
 

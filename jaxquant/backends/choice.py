@@ -53,6 +53,7 @@ def choose_backend(requested: str, has_scales: bool) -> Choice:
     # Without planned scales XLA runs what is large, kernels the rows of a few tokens.
     if ok and not has_scales:
         reason = f"{reason}, for dots of few rows"
+    # By "native" the user has decided; by "auto" XLA may be faster, as on processors without VNNI.
     elif ok and requested == "auto":
         ok, reason = native.int8_is_faster()
     return Choice("native" if ok else "xla", reason)

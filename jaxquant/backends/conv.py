@@ -55,8 +55,10 @@ def conv(
 
     What pads the input, and lies between its elements where it is dilated, is the zero point.
     """
+    # Platforms share forms; only the one that is picked is traced.
     forms = list(dict.fromkeys([*FORMS.values(), *EXPORTED.values(), as_it_is]))
     is_operand = isinstance(zero_point, jax.Array)
+    # An array has to be an operand: a form may not close over what is traced outside of it.
     operands = [x, kernel, zero_point] if is_operand else [x, kernel]
 
     # Decided when the program is lowered: an export has the form that its platform needs.
@@ -70,6 +72,7 @@ def conv(
 
         return run
 
+    # All forms give the same, so that the plainest says what.
     output = jax.eval_shape(lambda x, k: _convolution(x, k, contraction), x, kernel)
     (result,) = choices.choose(pick, [of_arrays(form) for form in forms], [output], operands)
     return jnp.asarray(result)
@@ -169,6 +172,7 @@ def _on_cpu(x: jax.Array, kernel: jax.Array, window: Window, zero_point: ZeroPoi
         return taps.by_taps(padded(x, window.padding, zero_point), kernel, window)
     if x.ndim > 4:
         return _by_first_axis(x, kernel, window, zero_point)
+    # Taps and first axes have padded already, where XLA fuses it.
     x, window = _padded_beforehand(x, window, zero_point)
     form = taps.pointwise if taps.is_pointwise(kernel, window) else direct.with_enough_channels
     return form(x, kernel, window)
@@ -191,6 +195,8 @@ def _by_first_axis(
     first = (window.padding[0], *((0, 0),) * (x.ndim - 3))
     x, rest = padded(x, first, zero_point), window.without_first()
     terms = []
+
+    # Each element of the window along the first axis sees a stack of images of one axis less.
     for at in range(kernel.shape[0]):
         rows = taps.taps_of(x, 1, at, kernel.shape[0], window.strides[0], window.dilation[0])
         flat = rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
@@ -205,6 +211,7 @@ def _as_one_group(kernel: jax.Array, contraction: Contraction) -> tuple[jax.Arra
     (inputs,), (outputs,) = own.contracted, own.free
     copies = [groups if axis == inputs else 1 for axis in range(kernel.ndim)]
     repeated = jnp.tile(kernel, copies)
+    # The group that each input and each output channel is in.
     of_input, of_output = (
         lax.broadcasted_iota(jnp.int32, repeated.shape, axis) // (repeated.shape[axis] // groups)
         for axis in (inputs, outputs)

@@ -29,9 +29,11 @@ def dequantize_groups(
       weight_dtype: what four bits are; see `jaxquant.code_tables`.
     """
     if weight_dtype != INT:
+        # A code is looked up by its four bits, without the sign that unpacking gave it.
         integers = look_up(_unpack(integers, axis) & jnp.int8(15), weight_dtype)
     elif weight_bits == 4:
         integers = _unpack(integers, axis)
+    # An odd K has half a byte too many, and the last group may be shorter than the others.
     value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
     return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
 
@@ -53,8 +55,10 @@ def dequantize_halves(
     Returns:
       float32 [N, K / 2], twice.
     """
+    # Arithmetic shifts of signed bytes carry the sign of either half along.
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
     if scale.shape[1] > 1:
+        # Of two neighbours in a byte each half has one, so a group is half as long in each.
         scale = jax.lax.slice_in_dim(_repeat(scale, 1, size // 2), 0, packed.shape[1], axis=1)
     if weight_dtype != INT:
         halves = packed & jnp.uint8(15), packed >> jnp.uint8(4)

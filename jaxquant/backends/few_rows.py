@@ -63,6 +63,7 @@ class FewRows(Xla):
 
 def _is_matrix(call: Call) -> bool:
     """True where what is summed over are the first axes of the weight, or the last, in order."""
+    # The kernel reads the weight in place: to turn the largest operand costs more than it saves.
     contraction = call.contraction
     if contraction.window is not None or contraction.choosing is not None or contraction.has_batch:
         return False

@@ -20,10 +20,12 @@ _DTYPES = (jnp.float32, jnp.bfloat16, jnp.bool_)
 
 def has(operation: FloatOperation) -> bool:
     """True where there is a kernel for an operation."""
+    # Of these kernels that of GELU alone rounds its result.
     if operation.is_int8 and operation.kind != "gelu":
         return False
     if any(each.dtype not in _DTYPES for each in operation.inputs):
         return False
+    # A kernel goes along numbers that are together in memory.
     if operation.kind == "layer_norm":
         return bool(operation.params["axis"] == len(operation.inputs[0].shape) - 1)
     return operation.kind in ("attention", "gelu")
@@ -31,6 +33,7 @@ def has(operation: FloatOperation) -> bool:
 
 def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
     """The result of an operation that there is a kernel for."""
+    # Made float32 first, a cache would be written and read again in every step.
     as_they_are = _read_narrow(operation)
     inputs = [
         x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and place not in as_they_are else x
@@ -44,6 +47,7 @@ def run(operation: FloatOperation, *operands: jax.Array) -> jax.Array:
         out = native.Requantize(*operands[-2:]) if operation.is_int8 else None
         by_tanh = operation.params["approximate"] == "tanh"
         result = native.gelu(*inputs, approximate=by_tanh, out=out)
+    # Kernels give float32, or int8 where they round.
     return result.astype(operation.output.dtype)
 
 
@@ -84,6 +88,7 @@ def _joined(
     """What is beside the scores as one tensor [batch, keys, rows]; None where nothing is."""
     parts = []
     for addend, array in zip(addends, arrays, strict=True):
+        # Where an addend repeats itself one entry is enough: the kernel broadcasts.
         axes = range(array.ndim)
         once = tuple(slice(None) if axis in addend.varying else slice(0, 1) for axis in axes)
         more = [axis for axis in axes if axis not in addend.axes]  # of size 1

@@ -28,6 +28,7 @@ def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> j
     """Round `x * inv_scale` half to even, add the zero point and saturate; any shape, to int8."""
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
     if not is_zero(zero_point):
+        # Behind the rounding: added before it, an odd zero point would turn ties the other way.
         scaled = scaled + jnp.float32(zero_point)
     return lax.clamp(jnp.float32(-128), scaled, jnp.float32(127)).astype(jnp.int8)
 
@@ -284,6 +285,7 @@ def dot_of_tensors(
     """
     total = dot(operands, contraction)
     z, w = zero_points
+    # Terms that are known to be zero are left out of the program.
     if not is_zero(w):
         total = total - w * _sums(operands[0], contraction, 0)
     if not is_zero(z):

@@ -53,6 +53,8 @@ class Matrices:
         self._own, self._of_weight = (contraction.operands[k] for k in (1 - position, position))
         own, of_weight = self._own, self._of_weight
         self._is_first = position == 0
+        # Free axes before the one that groups are along make products; those behind it, rows of
+        # one.
         at = 0 if contraction.choosing is None else own.free.index(contraction.choosing)
         each = own.free[at + 1 :] if contraction.choosing is not None else ()
         # A weight that all of a batch share has a size of 1 there: its result has the batch's.
@@ -91,6 +93,7 @@ class Matrices:
         """
         own = self._of_weight
         chosen = own.chosen if has_groups else ()
+        # In the order of the stored weight, as the values of channels are.
         kept = [axis for axis in own.kept if axis in (*own.batch, *own.free, *chosen)]
         if values.ndim:
             values = values.reshape([self._stored[axis] for axis in kept])
@@ -109,6 +112,7 @@ class Matrices:
         if sizes is None:
             return jnp.full((self.side_by_side, 1), self.rows, jnp.int32)
         each = sizes.astype(jnp.int32).reshape(-1, self.groups) * self._each
+        # The sizes may add up to more rows than there are.
         ends = jnp.minimum(jnp.cumsum(each, axis=1), self.rows)
         return jnp.broadcast_to(ends, (self.side_by_side, self.groups))
 

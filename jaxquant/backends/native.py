@@ -81,6 +81,7 @@ class Native:
             call.contraction, call.weight_position, operands["x"].shape, call.weight_shape
         )
         options = _options(call, operands)
+        # The kernel adds before the result is moved, so that the residual is moved back.
         if (residual := options["residual"]) is not None:
             before = _before(call.movements, matrices.result, residual.value)
             options["residual"] = residual._replace(value=matrices.of_result(before))
@@ -107,10 +108,12 @@ class Native:
             return False
         if product.is_whole:
             few, many = product.rows <= FEW_INT8_ROWS, product.rows >= _ROWS_WORTH_PACKING
+            # Packed in the call, only many rows are worth it; packed beforehand, all are.
             return few or ((many or is_packed) and native.int8_is_faster().available)
         has_dtype = np.dtype(product.dtype).name in ("float32", "bfloat16")
         by_steps = product.groups == 1 or product.group_size % native.GROUP_STEP == 0
         has_form = product.rows <= _FEW_ROWS or not product.sums_last
+        # The kernels go along a column in steps, of which each is to have one scale.
         return has_form and has_dtype and by_steps
 
     def pack_product(self, product: Product, integers: jax.Array) -> jax.Array | None:
@@ -124,6 +127,7 @@ class Native:
             packed = packed or [_packed(product, integers) for integers in arrays]
             pairs = zip(packed, product.columns, strict=True)
             return [native.dot_sums(x, each, columns) for each, columns in pairs]
+        # Few rows wait for memory: they read the matrix as it lies, once.
         matrices = [matrix for _, matrix in product.apart(arrays)]
         return native.dot_stored(
             x,
@@ -220,6 +224,7 @@ def _before(movements: Sequence[ir.Equation], shape: Sequence[int], value: jax.A
     for eqn in movements:
         struct = jax.ShapeDtypeStruct(shapes[-1], value.dtype)
         shapes.append(jax.eval_shape(functools.partial(_moved, [eqn]), struct).shape)
+    # Backwards: each movement is undone on what those behind it were undone to.
     for eqn, before in zip(reversed(movements), reversed(shapes[:-1]), strict=True):
         if eqn.name == "transpose":
             value = value.transpose(np.argsort(eqn.params["permutation"]))
@@ -244,6 +249,7 @@ def _convolution(call: Call, operands: Any) -> native.Call:
     return native.conv_call(
         x,
         layout.kernel(operands["weight"]) if packed is None else packed,
+        # Sums leave as they are; the call takes a multiplier all the same.
         jnp.float32(1) if call.gives_sums else operands["multiplier"],
         operands.get("bias"),
         strides=layout.window.strides,
@@ -260,6 +266,7 @@ def _result_shape(call: Call, layout: ChannelsLast, shape: Sequence[int]) -> tup
     """The shape of a convolution's result, of that of its input with channels last."""
     window = layout.window
     *taps, _, channels = layout.kernel_shape(call.weight_shape)
+    # From the input at hand, whose batch and sizes may be others than those of the trace.
     sizes = native.output_size(shape[1:3], taps, window.strides, window.padding, window.dilation)
     like = jax.ShapeDtypeStruct((shape[0], *sizes, channels), np.int8)
     return jax.eval_shape(layout.back, like).shape

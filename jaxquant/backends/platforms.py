@@ -49,6 +49,7 @@ def goes_on(table: Table, call: Call) -> bool:
     Where a backend has a form of its own for it; and where there is a device, for which XLA fuses
     it in any case.  On CPU without kernels the equations stay as they are.
     """
+    # By the process's default device, since the program is made before it is lowered.
     return jax.default_backend() != "cpu" or covers(table, call)
 
 
@@ -64,6 +65,7 @@ def covers_product(table: Table, product: Product, is_packed: bool = False) -> b
 
 def pack_product(table: Table, product: Product, integers: jax.Array) -> jax.Array | None:
     """The matrix in the layout of a backend of the table; None where all read it as it lies."""
+    # A weight is packed in one layout: that of the first kernel that has one.
     packed = (backend.pack_product(product, integers) for backend in kernels(table))
     return next((each for each in packed if each is not None), None)
 
@@ -110,6 +112,7 @@ def run_sequence(
         is_fast = any(backend.covers(call, "packed" in each) for call, each in pairs)
         return is_fast and all(backend.joins(call) for call in calls)
 
+    # What is linked is no operand: it stays inside.
     outputs = [calls[position].outputs[k] for position, k in results]
     arrays = [value for each in operands for value in each.values()]
     return _chosen(table, covers_all, form, outputs, arrays)
@@ -172,12 +175,14 @@ def _chosen(
       one_device: whether kernels run on one device alone.
     """
     rows = {platform: [b for b in row if covers(b)] for platform, row in table.items()}
+    # Where the first of all platforms is the same backend there is nothing to choose.
     backends = list(dict.fromkeys(backend for row in rows.values() for backend in row[:1]))
     if len(backends) == 1:  # nothing to choose
         return form(backends[0])(*operands)
     backends = list(dict.fromkeys(backend for row in rows.values() for backend in row))
 
     def pick(place: choices.Place) -> int:
+        # A platform that the table does not know has XLA.
         row = rows.get(place.platform, [XLA])
         is_fit = not place.is_export and (place.is_one_device or not one_device)
         able = (backend for backend in row if backend.is_exported or is_fit)

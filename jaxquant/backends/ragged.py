@@ -69,6 +69,7 @@ def of_rows(
     """
     layout = Matrices(contraction, 1, x.shape, weight.shape)
     given, ends = layout.of_channels(values), layout.ends(sizes)
+    # A row is in the first group whose end is beyond it: it counts the ends that it has passed.
     passed = jnp.arange(layout.rows)[None, :, None] >= ends[:, None, :]
     chosen = jnp.minimum(jnp.sum(passed, axis=2, dtype=jnp.int32), layout.groups - 1)  # [P, M]
     batch = layout.batch_of(jnp.arange(layout.side_by_side))
@@ -105,10 +106,13 @@ def by_blocks(
     rows = with_zeros(rows, ends, zero)
     # Rows behind all groups are zeros by now, so the last group may take them: each row is in one.
     ends = ends.at[:, -1].set(count)
+
+    # One loop goes through the rows of all products, so that ends are counted among these.
     first = jnp.arange(side, dtype=jnp.int32)[:, None] * count
     ends = (ends + first).reshape(-1)  # among all rows
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     size = _block(side * count, side * layout.groups)
+    # An empty group has no block, and costs nothing.
     blocks = jnp.cumsum((ends - starts + size - 1) // size)  # up to each group's end
 
     # A block that begins near the end reaches beyond it: into rows that are cut off again.
@@ -131,6 +135,7 @@ def by_blocks(
 
 
 def _block(rows: object, groups: object) -> int:
+    # Of sizes that vary the mean is not known.
     if not isinstance(rows, int) or not isinstance(groups, int):
         return _MOST_ROWS
     return min(max(-(-rows // max(groups, 1)), _FEWEST_ROWS), _MOST_ROWS)

@@ -56,6 +56,7 @@ def by_taps(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
         part = x
         for a, at in enumerate(offset):
             part = taps_of(part, a + 1, at, kernel.shape[a], window.strides[a], window.dilation[a])
+        # Outputs of one channel are neighbours, as the kernel has them.
         if copies > 1:
             part = jnp.repeat(part, copies, axis=-1)
         weight = lax.index_in_dim(weights, tap, 0, keepdims=False)
@@ -81,6 +82,7 @@ def is_pointwise(kernel: jax.Array, window: Window) -> bool:
 
 def pointwise(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """A 1x1 convolution as a dot over the channels of the strided input; to int32."""
+    # A window of one element leaves out what strides skip; only channels are summed then.
     x = lax.slice(x, [0] * x.ndim, x.shape, (1, *window.strides, 1))
     kernel = lax.squeeze(kernel, range(kernel.ndim - 2))
     contract = (((x.ndim - 1,), (0,)), ((), ()))

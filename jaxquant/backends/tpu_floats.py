@@ -103,6 +103,7 @@ def _quantized(
     if not operation.is_int8:
         return form(*operands)
     *others, inv_scale, zero_point = operands
+    # A power of two goes into the scale without rounding, and saves a product for each value.
     return int8.quantize(form(*others), inv_scale / jnp.float32(given), zero_point)
 
 
@@ -126,6 +127,7 @@ def _gelu(operation: FloatOperation) -> _Form:
     def form(x: jax.Array, *numbers: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         square = x * x
+        # Horner's scheme in x squared: the function is odd, so that one factor of x comes last.
         slope = jnp.float32(_TANH_OF_ERF[-1])
         for coefficient in _TANH_OF_ERF[-2::-1]:
             slope = slope * square + jnp.float32(coefficient)
@@ -156,6 +158,7 @@ def _attention(operation: FloatOperation) -> _Form:
             kept = axes.like_scores(addend, mask) != addend.negated
             scores = jnp.where(kept, scores, jnp.float32(params["fill"]))
 
+        # Less the largest, so that no exponential overflows.
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         mixing = f"{axes.scores},{axes.value}->{axes.result}"
         mixed = jnp.einsum(mixing, weights, v, precision=second)
@@ -169,6 +172,8 @@ def _few_rows(operation: FloatOperation) -> _Form:
     """Rows of a table chosen one after the other, so that none is read from memory for each."""
 
     def form(numbers: jax.Array, table: jax.Array) -> jax.Array:
+        # From its number on each row replaces those before it, so what is out of range is clipped
+        # too.
         rows = jnp.broadcast_to(table[0], operation.shape)
         for number in range(1, table.shape[0]):
             rows = jnp.where(numbers >= number, table[number], rows)
@@ -203,6 +208,7 @@ class _Letters:
     """
 
     def __init__(self, layout: Layout) -> None:
+        # Capitals, so that no axis of the batch takes the letter of another one.
         batch = [chr(ord("A") + k) for k in range(len(layout.query) - 2)]
         self._batch = batch
         self.scores = "".join([*batch, "r", "k"])

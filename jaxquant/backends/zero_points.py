@@ -24,4 +24,5 @@ class ZeroPoints(NamedTuple):
 
 def is_zero(zero_point: ZeroPoint) -> bool:
     """True for a number that is 0; an array may be anything."""
+    # Asked of an array, `== 0` would be an array.
     return not isinstance(zero_point, jax.Array) and zero_point == 0
