@@ -31,6 +31,7 @@ def added_scales(binding: Binding) -> list[frozenset[str]]:
     """
     groups: list[frozenset[str]] = []
     for names in _additions(binding):
+        # Additions with a scale in common have one unit together, through others too.
         meeting = [group for group in groups if not group.isdisjoint(names)]
         groups = [group for group in groups if group.isdisjoint(names)]
         groups.append(names.union(*meeting))
@@ -43,6 +44,7 @@ def _additions(binding: Binding) -> Iterator[frozenset[str]]:
     for eqn in graph.equations:
         if eqn.name not in _ADDING or eqn.index not in binding.forms.reads_int8:
             continue
+        # The sum itself is a float where clips follow: LiteRT fuses these, and rounds behind them.
         result = _quantized(binding, eqn.outputs[0])
         tensors = {*eqn.input_vars, result} - {None}
         # Both operands and the result on grids: then LiteRT adds integers.
@@ -59,6 +61,7 @@ def _quantized(binding: Binding, var: ir.Var) -> ir.Var | None:
         readers = graph.consumers.get(var, ())
         if len(readers) != 1 or readers[0].name not in ("max", "min", "clamp"):
             return None
+        # Clips with other tensors are no clips of LiteRT's kernel.
         numbers = [primitives.constant_scalar(graph, x) for x in readers[0].inputs if x != var]
         if None in numbers:
             return None

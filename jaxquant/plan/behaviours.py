@@ -63,6 +63,7 @@ WITHOUT_INT8_FORM: Mapping[str, str] = {
 
 def behaviour_of(kind: str, eqn: ir.Equation) -> str:
     """How the equation of a site meets int8 tensors."""
+    # One kind of PaddleSlim's, two operations here: only the average has sums.
     if kind == "pool2d" and not eqn.name.endswith("_sum"):
         return PICK
     return BY_KIND[kind]

@@ -30,6 +30,7 @@ def bind(model: Model, plan: Plan) -> Binding:
     if lost := [name for name in differing if not kinds.is_layout(_kind(plan, name))]:
         raise _other_graph(lost)
     binding = _bind(model, plan, ())
+    # Forms were found anew in this graph: the same tensors on grids means the same program.
     tensors = {tensor.name for tensor in binding.whole_plan.tensors}
     if strange := {tensor.name for tensor in plan.tensors} ^ tensors:
         raise _other_graph(strange)
@@ -42,6 +43,7 @@ def _kind(plan: Plan, name: str) -> str:
 
 def _bind(model: Model, plan: Plan, layer: tuple[int, ...]) -> Binding:
     """Bind the part of a whole plan that is in a model, for one layer of the scans around it."""
+    # Bodies first: what they store is what the graph around reads.
     bodies = {
         index: tuple(_bind_body(body, plan, layer) for body in inside)
         for index, inside in model.bodies.items()
@@ -59,6 +61,7 @@ def _stored_inside(
         restored = body.layers[0].restorable
         for leaf, operand in body.model.leaf_operands.items():
             if leaf in restored:
+                # What a scan reads slice by slice is stored whole.
                 slices = model.graph.shape(operand)[0] if leaf in body.model.sliced else None
                 site, inside = restored[leaf].site, restored[leaf]
                 found[operand] = Restored(site, model.graph, (), inside, slices)
@@ -69,8 +72,11 @@ def _bind_body(body: Model, plan: Plan, around: tuple[int, ...]) -> BoundBody:
     """Bind the layers of a body, for one layer of the scans around it."""
     layer, *others = layers_of(body, around)
     first = _bind(body, plan, layer)
+    # Bodies inside differ from layer to layer in turn, so that each layer is bound by itself.
     if first.bodies:
         return BoundBody(body, (first, *(_bind(body, plan, other) for other in others)))
+
+    # Else only the grids differ, and the search for forms is done once.
     rest = (
         dataclasses.replace(first.with_tensors(part_of(plan, body, other).tensors), layer=other)
         for other in others
@@ -88,6 +94,7 @@ def layers_of(body: Model, around: tuple[int, ...]) -> list[tuple[int, ...]]:
 def part_of(plan: Plan, model: Model, layer: tuple[int, ...]) -> Plan:
     """The part of a whole plan in a model's own graph, its tensors with their plain names."""
     own = {site.name for site in model.sites if not is_elsewhere(model, site)}
+    # Names end in the layer's number in the whole plan, and have none in a graph.
     suffix = layer_suffix(layer)
     entries = {f"{name}{suffix}" for name in model.names.values()}
     return dataclasses.replace(
@@ -112,8 +119,11 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
 
     # The int8 forms follow from the sites, so they are found again, not stored.
     chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
+    # Sites that were left in float hand no int8 through, as when the plan was made.
     left = [s for s in found if s.name in planned and planned[s.name].status != INT8]
     barred = {site.equation for site in left if not (site.inside or site.is_lookup)}
+
+    # What is scaled in the call makes no tensor int8.
     static = [site for site in chosen if not (site.is_lookup or planned[site.name].dynamic)]
     forms = find_forms(
         model, static if mode.tensor_scales else (), plan.kinds, barred, plan.target == LITERT
@@ -167,6 +177,7 @@ def _check_sites(found: Sequence[Site], planned: Mapping[str, SitePlan]) -> None
 
 def _bind_site(graph: ir.Graph, site: Site, planned: SitePlan, mode: Mode) -> Int8Site:
     """A site with its epilogue, which has to be the planned one."""
+    # As many steps as were planned: another batch size may let the chain go on.
     epilogue = find_epilogue(graph, site, steps_at_most=len(planned.affine))
     known = fingerprint(graph, site, epilogue) == planned.fingerprint
     if epilogue.affine != planned.affine or not known:
@@ -181,6 +192,7 @@ def _is_kind(site: Site, planned: SitePlan) -> bool:
     `jax.vmap` of a convolution with its kernel makes a group of each sample, whose number tells
     what kind of convolution it is.
     """
+    # By a group for each sample `vmap` makes either kind of the other.
     convolutions = {"conv2d", "depthwise_conv2d"}
     alike = planned.computes_weight and {site.kind, planned.kind} <= convolutions
     return alike or site.kind == planned.kind

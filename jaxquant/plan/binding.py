@@ -118,6 +118,7 @@ class Binding:
         """Itself and the first layer of all its bodies: what there is a program of."""
         yield self
         for body in (body for bodies in self.bodies.values() for body in bodies):
+            # All layers have one program, so that the first stands for them.
             yield from body.layers[0].all_graphs()
 
     def in_bodies(self, change: Callable[[Binding], Binding]) -> Binding:
@@ -153,6 +154,7 @@ class Binding:
 def _weight_slots(
     binding: Binding, paths: tuple[tuple[str, ...], ...]
 ) -> Mapping[str, layout.WeightSlot]:
+    # Found once for a binding and these paths: every caller asks for them.
     parts = [(part.model, [each.site for each in part.sites]) for part in binding.all_graphs()]
     return layout.weight_slots(parts, paths, binding.whole_plan)
 
@@ -186,6 +188,8 @@ class BoundBody:
                 site = each.site
                 if site.name not in slots or site.weight is None:
                     continue
+                # By the scans around the weight: what varies along an outer one only is shared
+                # here.
                 if not part.model.varies_by_layer(site.weight)[level]:
                     slot = slots[site.name]
                     found |= {("params", *slot.int8), ("params", *slot.scale)}

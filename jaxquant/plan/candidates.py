@@ -34,6 +34,7 @@ def reported(found: Sequence[Site], config: QuantConfig) -> tuple[Site, ...]:
         site
         for site in found
         if site.kind in (*kinds.DOT_KINDS, *kinds.PRODUCTS, kinds.LOOKUP_KIND)
+        # Of all other kinds there are many, about which nobody asked.
         or (site.kind in config.kinds and not site.inside)
     )
 
@@ -53,6 +54,7 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
     rule = _last_on_dtype(config.all_rules, site)
     if rule is not None and rule.dtype == "float":
         return rule.reason or f"rule {rule.pattern!r}"
+    # A rule of the user's own on these sites wins over the setting for the first and last.
     if rule is None and config.skip_first_last and site.name in first_and_last(model.located):
         return "first or last layer (skip_first_last)"
     # The stacks of a scan that was cut are put together by a concatenation of ours, not the
@@ -66,6 +68,7 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
         return behaviours.WITHOUT_INT8_FORM[kinds.PRODUCTS[site.kind]]
     if site.kind not in config.kinds:
         reason = f"{site.kind!r} is not in quantizable_op_type"
+        # The reason behind the reason: nobody would look for a picked weight under its kind.
         return f"{why}: {reason}" if (why := _picked(graph, site)) else reason
     return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
 
@@ -114,6 +117,7 @@ def has_asymmetric_rows(graph: ir.Graph, site: Site, config: QuantConfig) -> boo
 
 def _picked(graph: ir.Graph, site: Site) -> str:
     """A sentence where the weight of a product is picked in the call, and so float; else ""."""
+    # Only products have weights that could be picked.
     operands = site.operands if site.kind in kinds.DOT_KINDS else ()
     paths = [path for var in operands if (path := picked_weight(graph, var))]
     if not paths:
@@ -127,6 +131,7 @@ def _picked(graph: ir.Graph, site: Site) -> str:
 def _last_on_dtype(rules: Sequence[Rule], site: Site) -> Rule | None:
     """The rule that decides on a site's type; None where none does."""
     places = matching(rules, site, first_layer(site))
+    # Of several rules the last wins, as everywhere.
     dtypes = [rules[place] for place in places if rules[place].dtype is not None]
     return dtypes[-1] if dtypes else None
 
@@ -140,11 +145,13 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
     eqn = graph.equations[site.equation]
     # A mask of -inf would make the scale infinite, unless int8 can hand the constant through.
     for operand in site.operands:
+        # As a site it might be int8; what it reads would be one integer and the filler.
         if operand in fillers(graph):
             value = fillers(graph)[operand]
             return (
                 f"its input holds {value:.3g} where values do not count, which int8 has no room for"
             )
+        # Through rearrangements, which hand an infinity on.
         source = graph.producer.get(primitives.movement_root(graph, operand))
         if source is None or not has_infinity(graph, source):
             continue
@@ -157,6 +164,7 @@ def _unfit(graph: ir.Graph, site: Site) -> str:
         return ""
     # Integers in the model are indices or codes already; they have no scale to be rounded by.
     for factor in eqn.inputs[:2]:
+        # A product of integers is none of floats, whatever range it has.
         if not jnp.issubdtype(graph.dtype(factor), jnp.floating):
             return f"an operand is {graph.dtype(factor)}, not float"
     if contraction.window is not None:

@@ -13,6 +13,7 @@ from jaxquant.plan.rules import check_known
 
 def check_flag(name: str, value: object) -> None:
     """Raise ValueError where an argument is neither True nor False."""
+    # 1 and "false" would be true where they are read.
     if not isinstance(value, bool):
         raise ValueError(f"{name} is True or False, got {value!r}")
 
@@ -30,6 +31,7 @@ def check_percent(value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and 0 < value <= 1:
         return
+    # A percentage is the likely mistake: PaddleSlim's name says percent.
     hint = f"; {value!r} % is {value / 100:.6g}" if is_number and 1 < value <= 100 else ""
     raise ValueError(f"hist_percent is a fraction in (0, 1], such as 0.99999; got {value!r}{hint}")
 

@@ -140,6 +140,8 @@ class QuantConfig:
     @functools.cached_property
     def all_rules(self) -> tuple[Rule, ...]:
         """The rules with those that `skip` stands for; the first pattern of it names the reason."""
+        # In reverse, since the last rule that matches wins: the first pattern is the one to be
+        # named.
         skips = [Rule(p, dtype="float", reason=f"skip={p!r}") for p in reversed(self.skip)]
         return (*skips, *self.rules)
 
@@ -152,6 +154,7 @@ class QuantConfig:
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds that become int8."""
+        # Full mode means all kinds of the mode, in later releases too.
         return frozenset(
             MODES[self.mode].kinds if self.is_full_quantize else self.quantizable_op_type
         )
@@ -172,6 +175,7 @@ class QuantConfig:
                 "an Observer of your own cannot be written as JSON; write the configuration with "
                 "the name of an algo, and put the observer in with dataclasses.replace"
             )
+        # By fields, so that a new setting is written without a line here.
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["rules"] = [rule_data(rule) for rule in self.rules]
         return json.dumps(data, indent=1)
@@ -185,6 +189,7 @@ class QuantConfig:
         known = {field.name for field in dataclasses.fields(QuantConfig)}
         for name in data:
             check_known("QuantConfig", name, known)
+        # JSON has lists for tuples; the constructor takes both.
         settings = {name: value for name, value in data.items() if name != "rules"}
         return QuantConfig(**settings, rules=[Rule(**rule) for rule in data.get("rules", [])])
 
@@ -198,6 +203,8 @@ class QuantConfig:
         object.__setattr__(self, "recover", steps("recover", self.recover))
         check_known("mode", self.mode, MODES)
         self._check_steps("recover", self.recover)
+
+        # After the mode is known to be one: kinds are looked up in it.
         self._take_kinds()
         check_weight_bits(self.weight_bits)
         check_group_size(self.group_size)
@@ -222,6 +229,7 @@ class QuantConfig:
           ValueError: a kind is not known, or there is none.
         """
         valid = MODES[self.mode].kinds
+        # Two of PaddleSlim's names may be one kind of ours.
         asked = [
             PADDLE_NAMES.get(kind, kind) if isinstance(kind, str) else kind
             for kind in self.quantizable_op_type
@@ -270,6 +278,7 @@ class QuantConfig:
         object.__setattr__(self, "group_size", BLOCK)
 
     def _check_rules(self) -> None:
+        # One rule in place of a sequence is the likely mistake.
         if isinstance(self.rules, Rule) or not isinstance(self.rules, Sequence):
             raise ValueError(f"rules is a sequence of jaxquant.Rule, got {self.rules!r:.100}")
         object.__setattr__(self, "rules", tuple(self.rules))

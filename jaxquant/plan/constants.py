@@ -29,6 +29,7 @@ def constants_of(graph: ir.Graph, site: Site) -> dict[str, ir.Var]:
         for position, atom in enumerate(eqn.inputs)
         if isinstance(atom, int)
         and graph.static[atom]
+        # Padding with zero needs no room on the scale.
         and (eqn.name != "pad" or primitives.constant_scalar(graph, atom) != 0)
     }
 
@@ -40,13 +41,17 @@ def takes_constants(graph: ir.Graph, eqn: ir.Equation) -> bool:
     be told from the least integer there.  In a concatenation an infinity stands for itself.
     """
     if not has_infinity(graph, eqn):
+        # Literals are in no statistics, so that only zeros may be among them.
         literals = [x for x in _beside(graph, eqn) if isinstance(x, ir.Literal)]
         return not any(x.value.any() for x in literals)  # no statistics tell the grid of these
     value = primitives.constant_scalar(graph, eqn.inputs[1]) if eqn.name == "pad" else None
     if value is None:
         return False
+    # A negative infinity is nothing to a maximum, a positive one to a minimum.
     pools = _MAXIMA if value < 0 else _MINIMA
     users = graph.consumers.get(eqn.outputs[0], ())
+
+    # An output shows the padding itself, whoever else reads it.
     return eqn.outputs[0] not in graph.output_vars and all(user.name in pools for user in users)
 
 
@@ -56,6 +61,7 @@ def has_infinity(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if not atoms:
         return False
     values = [primitives.constant_scalar(graph, atom) for atom in atoms]
+    # The least number of a type stands for an infinity: `jnp.finfo(...).min` in place of -inf.
     largest = float(jnp.finfo(graph.dtype(eqn.outputs[0])).max)
     return any(value is not None and abs(value) >= largest for value in values)
 

@@ -50,6 +50,7 @@ def make_draft(model: Model, found: tuple[Site, ...], seen: Seen, config: QuantC
     chosen = candidates(model, found, config)
     static = on_planned_grids(chosen, config) if MODES[config.mode].tensor_scales else ()
     forms = forms_of(model, found, static, config)
+    # In modes without scales no tensor is int8, and none was observed.
     if seen.observations is None:
         return Draft(config, chosen, static, forms, ())
     constants = constants_in(graph, static, forms)
@@ -69,6 +70,7 @@ def forms_of(
     """The int8 forms with these sites; the others of the report hand no int8 through."""
     allowed = {site.name for site in chosen}
     sites = reported(found, config)
+    # An embedding that is left out hands no int8 through in any case.
     left = [site for site in sites if site.name not in allowed and not site.is_lookup]
     barred = {site.equation for site in left if not site.inside}
     return find_forms(model, chosen, config.kinds, barred, config.target == LITERT)
@@ -83,6 +85,7 @@ def with_even_parts(
     """
     assert seen.observations is not None
     draft, tensors = make_draft(model, found, seen, config), seen.observations.tensors
+    # With fewer forms other tensors share scales, so that all is judged again.
     while uneven := find_uneven(model, draft.static, draft.forms, tensors, draft.tensors):
         left = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in uneven.items()]
         config = draft.config.with_rules(left)

@@ -70,6 +70,7 @@ def find_epilogue(graph: ir.Graph, site: Site, steps_at_most: int | None = None)
         may let a chain go on (what varies along a batch of one varies along nothing).
     """
     ends = _ends(graph, site)
+    # Where a plan counts its steps, the end with as many is the one; else the last.
     first = (number for number, end in enumerate(ends) if len(end.steps) == steps_at_most)
     return _ended(graph, site, next(first, len(ends) - 1))
 
@@ -94,6 +95,7 @@ def _ended(graph: ir.Graph, site: Site, number: int) -> Epilogue:
 def _ends(graph: ir.Graph, site: Site) -> tuple[_End, ...]:
     """The ends that the chain of a site may have, each an absorbed equation behind the last."""
     assert site.output is not None
+    # A product of two tensors has no channels: only numbers are absorbed.
     stored = site.contraction is not None and site.stored_weight is not None
     channels = output_channels(graph, site) if stored else Channels((), ())
     ends = [_End((), (), site.output, channels)]
@@ -133,6 +135,8 @@ def fused_end(graph: ir.Graph, site: Site) -> ir.Var:
         is_scaling = site.contraction is None and eqn.name in ("mul", "div")
         if not with_numbers or not (eqn.name in ("max", "min", "clamp") or is_scaling):
             break
+        # A quotient is a multiplier only where the sum is above the line, a clip one in the middle
+        # alone.
         if eqn.name in ("clamp", "div") and eqn.inputs[eqn.name == "clamp"] != var:
             break
         var = eqn.outputs[0]
@@ -145,6 +149,7 @@ def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
     With the shape of the weight that is stored: one that follows the input in another way than by
     the batch is of another graph.
     """
+    # By the shape too: a weight that grows with the image is computed alike, but is another one.
     shape = "none" if site.stored_weight is None else str(stored_shape(graph, site))
     atoms: list[ir.Atom | None] = [site.stored_weight]
     atoms += [step.operand for step in epilogue.steps]
@@ -173,6 +178,7 @@ def output_channels(graph: ir.Graph, site: Site) -> Channels:
 
 
 def _only_consumer(graph: ir.Graph, var: ir.Var) -> ir.Equation | None:
+    # A result beside others (of a sort) is none to go on from.
     consumers = graph.consumers.get(var, ())
     if len(consumers) != 1 or var in graph.output_vars or len(consumers[0].outputs) != 1:
         return None
@@ -183,6 +189,7 @@ def _affine_step(
     graph: ir.Graph, eqn: ir.Equation, current: ir.Var, channels: Channels
 ) -> AffineStep | None:
     shape, rank = graph.shape(current), len(graph.shape(current))
+    # Broadcasting would make one channel's sum several.
     if graph.shape(eqn.outputs[0]) != shape:
         return None
     # The epilogue computes in float32 whatever the model's floats are: a cast is no step of it.
@@ -196,14 +203,17 @@ def _affine_step(
     if eqn.name not in ("add", "add_any", "sub", "mul", "div"):
         return None
     left, right = eqn.inputs
+    # x + x and x * x are no affine steps.
     if left == right:
         return None
     # One side is the sum, the other has to be a constant of the channels, known before the call.
     operand = right if left == current else left
     if not graph.is_static(operand):
         return None
+    # c / x is no multiplier.
     if eqn.name == "div" and operand is left:
         return None
+    # What varies along other axes than the channels' is no number of a channel: a residual, say.
     if not copies.varying_axes(graph, operand) <= frozenset(channels.axes):
         return None
     if isinstance(operand, int) and np.isinf(fillers(graph).get(operand, 0.0)):
@@ -223,8 +233,10 @@ def activation_equations(graph: ir.Graph, start: ir.Var) -> tuple[ir.Equation, .
     seen = set(waiting)
     while waiting:
         eqn = graph.equations[heapq.heappop(waiting)]
+        # Not of this shape: a sum or a softmax, which ends the activation here.
         if not primitives.is_elementwise(eqn) or graph.shape(eqn.outputs[0]) != shape:
             continue
+        # All that it reads has to be of the activation, or static.
         if all(v in region for v in eqn.input_vars if not graph.static[v]):
             region.add(eqn.outputs[0])
             found.append(eqn)

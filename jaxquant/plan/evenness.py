@@ -46,6 +46,7 @@ def constants_in(
     found: dict[ir.Var, list[str]] = {}
     for site in sites:
         eqn = graph.equations[site.equation]
+        # Only what hands int8 through puts constants on a grid.
         if not site.inside and eqn.index in forms.moves:
             found.setdefault(forms.family[eqn.outputs[0]], []).extend(constants_of(graph, site))
     return found
@@ -63,6 +64,7 @@ def tied_tensors(
         found |= constants_of(graph, site)
         for parts in (site.operands, eqn.outputs):
             for var, name in _named(graph, site, parts, names).items():
+                # Seen through movements, whose results have no statistics of their own.
                 source = graph.producer.get(var)
                 # A mask of -inf has no range, and is handed through as a constant.
                 if source is None or not has_infinity(graph, source):
@@ -117,6 +119,7 @@ def find_uneven(
         eqn = model.graph.equations[site.equation]
         tie = _tie(model, site, stats)
         family = families.get(forms.family[eqn.outputs[0]])
+        # Without statistics of both sides there is nothing to compare.
         if not (tie.parts and tie.read) or family is None:
             continue
 
@@ -161,6 +164,7 @@ def _families(
     found: dict[ir.Var, _Family] = {}
     for entry in forms.entries:
         name, family = model.names[entry], forms.family[entry]
+        # A family reaches as far as its largest member.
         before = found[family].largest if family in found else 0.0
         found[family] = _Family(grids[name], max(before, stats[name].abs_max))
     # Constants beside the tensors (a class token, say) lie on the grid too.
@@ -193,6 +197,8 @@ def _tie(model: Model, site: Site, stats: Mapping[str, TensorStats]) -> _Tie:
     whole = {name: stats[name] for name in read if name in stats}
     if kinds.is_join(eqn) or constants:
         return _Tie(whole, whole, is_join=True)
+
+    # A split loses what it gives: small parts came out of one tensor.
     given = _named(graph, site, eqn.outputs, names).values()
     return _Tie(whole, {name: stats[name] for name in given if name in stats}, is_join=False)
 
@@ -204,6 +210,7 @@ def _worst(parts: Mapping[str, TensorStats], grid: TensorPlan) -> tuple[str, flo
         kept = sqnr_on(part, grid.scale, grid.threshold)
         if kept >= (GOOD_DB if found is None else found[1]):
             continue
+        # By an asymmetric grid if the shared one is: the gain is that of the range alone.
         own = make_grid(part.abs_max, part.min, part.max, grid.zero_point != 0)
         if sqnr_on(part, own.scale, part.abs_max) >= kept + GAIN_DB:
             found = name, kept
@@ -223,6 +230,7 @@ def sqnr_on(stats: TensorStats, scale: float, threshold: float) -> float:
       51
     """
     counts = np.asarray(stats.counts, np.float64).copy()
+    # Exact zeros (of a ReLU) are in bin 0 and have no error; its neighbour tells how many are not.
     counts[0] = min(counts[0], counts[1])
     (used,) = np.nonzero(counts)
     if not used.size:

@@ -25,6 +25,7 @@ def may_read_int8(
       int8: the tensors with an int8 form.
       barred: see `jaxquant.plan.form_search.find_forms`.
     """
+    # A divisor may be rounded to zero, and the quotient is infinite then.
     rounded = eqn.name == "div" and any(v in int8 for v in _vars(eqn.inputs[1:]))
     if rounded or eqn.name in _SINGULAR or in_skip_scope(eqn.scope):
         return False

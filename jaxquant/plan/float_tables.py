@@ -21,6 +21,7 @@ def float_tables(model: Model, params: Any) -> tuple[Rule, ...]:
     for site in model.sites:
         if not site.is_lookup or site.inside or site.weight is None:
             continue
+        # The weight may be made of several leaves: an infinity in any of them arrives.
         if any(count(values[var], np.isinf) for var in model.graph.sources(site.weight)):
             found.append(site.name)
     reason = "its table holds infinities, which have no int8 form"

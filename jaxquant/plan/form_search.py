@@ -35,6 +35,7 @@ def find_forms(
       rounds: what sites with a weight and sums give is rounded to an int8 grid, whoever reads it.
     """
     elementwise = not {*kinds.ELEMENTWISE_KINDS, *kinds.ACTIVATION_KINDS}.isdisjoint(listed)
+    # As hashable values: the search is the same for each plan that asks for the same.
     return _found(model, tuple(sites), elementwise, "relu" in listed, frozenset(barred), rounds)
 
 
@@ -98,6 +99,7 @@ class _Search:
     def _is_anchor(self, site: Site) -> bool:
         """True where a site makes its operands int8, whoever reads what it gives."""
         eqn, behaviour = self._graph.equations[site.equation], self._behaviour[site.equation]
+        # A concatenation is of use in int8 only for those who would quantize its result.
         if kinds.is_join(eqn):
             return takes_constants(self._graph, eqn) and self._leads_to_int8(eqn)
         anchors = (behaviours.ACCUMULATE, behaviours.PICK, behaviours.DECIDE)
@@ -117,6 +119,7 @@ class _Search:
             if var in self._read_by_sites:
                 return True
             for user in graph.consumers.get(var, ()):
+                # Conversions between floats keep the integers.
                 moves = self._hands_through(user) or user.name == "convert_element_type"
                 function = self._elementwise and self._bases.get(user.outputs[0]) is not None
                 if user.index not in self._barred and (moves or function):
@@ -130,6 +133,7 @@ class _Search:
         moving = (behaviours.PICK, behaviours.LAYOUT)
         found: set[ir.Var] = set()
         for site in self._sites:
+            # What moves values needs them in int8 only if somebody behind it does.
             if self._behaviour[site.equation] not in moving:
                 is_elementwise = site.kind in kinds.ELEMENTWISE_KINDS
                 found.update(self._to_quantize(site) if is_elementwise else site.operands)
@@ -143,6 +147,7 @@ class _Search:
         for operand in site.operands:
             self._need(operand)
         if self._behaviour[site.equation] == behaviours.PICK:
+            # It picks int8 from int8, so its result is there too.
             eqn = self._graph.equations[site.equation]
             self._moves.add(eqn.index)
             self._int8.update(eqn.outputs)
@@ -166,6 +171,7 @@ class _Search:
             stack.extend(self._moved(eqn))
 
     def _hands_through(self, eqn: ir.Equation) -> bool:
+        # An equation whose constants fit no grid would make of them something else.
         if eqn.index in self._barred or not takes_constants(self._graph, eqn):
             return False
         if self._relu and primitives.is_relu(eqn) and self._is_selected(eqn.input_vars[0]):
@@ -204,6 +210,7 @@ class _Search:
                 else:
                     self._need(operand)
             # One accumulator alone can be in registers; the others are read from memory, as int8.
+            # In order of evaluation: the last one computed is the one still in registers.
             positions = {v: self._position(bases.get(v, v)) for v in fused}
             for operand in sorted(fused, key=positions.__getitem__)[:-1]:
                 self._need(operand)
@@ -241,6 +248,8 @@ class _Search:
         if source is None or not self._is_computed(source):
             return False
         # All that is computed of the base on the way here has to stay within this site.
+
+        # Its members are computed in registers only if none of them is needed outside.
         region = {v for v, b in bases.items() if b == base} | {base}
         if any(graph.producer[v].index in self._normalising for v in region if v != base):
             return False
@@ -265,6 +274,7 @@ class _Search:
         for eqn in graph.equations:
             if self._behaviour.get(eqn.index) != behaviours.LAYOUT or eqn.index in self._moves:
                 continue
+            # Operands that are no values (indices) need no int8 form.
             operands = self._moved(eqn)
             if not takes_constants(self._graph, eqn):
                 continue
@@ -317,6 +327,7 @@ class _Search:
         return [
             eqn.index
             for eqn in self._graph.equations
+            # Not those with a base: they are functions of one tensor, as activations are.
             if kinds.kind_of(self._graph, eqn) in kinds.ELEMENTWISE_KINDS
             and eqn.outputs[0] not in self._bases
             and eqn.index not in named
@@ -332,6 +343,7 @@ def _families(
     # Union and find, the smaller number standing for all: numbers go in evaluation order.
     def find(var: ir.Var) -> ir.Var:
         while parent[var] != var:
+            # Paths are halved on the way, so that long chains stay cheap.
             parent[var] = parent[parent[var]]
             var = parent[var]
         return var

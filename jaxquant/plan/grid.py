@@ -36,11 +36,14 @@ def make_grid(threshold: float, low: float, high: float, asymmetric: bool = True
       >>> make_grid(127.0, -127.0, 110.0)
       Grid(scale=1.0, zero_point=0)
     """
+    # All zero: any scale is right, and 1 divides by nothing.
     if threshold <= 0:
         return Grid(1.0, 0)
     symmetric = threshold / 127
+    # Zero is always on the grid: padding and ReLU need it exactly.
     low, high = max(min(low, 0.0), -threshold), min(max(high, 0.0), threshold)
     step = (high - low) / 255
+
     if not asymmetric or step >= _GAIN * symmetric:
         return Grid(max(symmetric, SMALLEST_SCALE), 0)
     step = max(step, SMALLEST_SCALE)
@@ -54,6 +57,7 @@ def levels(low: float, high: float, asymmetric: bool = True) -> int:
       >>> levels(0.0, 3.0), levels(-3.0, 3.0), levels(-1.0, 3.0)
       (255, 127, 191)
     """
+    # The zero point sits where the range puts it; the longer side of it counts.
     largest = max(-low, high)
     grid = make_grid(largest, low, high, asymmetric)
     if grid.zero_point == 0:

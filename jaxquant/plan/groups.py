@@ -40,6 +40,7 @@ class GroupLayout:
     def place(self, axis: int) -> int:
         """Where an axis of the weight that is not summed over is in `shape`."""
         at = self.order.index(axis)
+        # Behind the flattened axis there are fewer axes than in the weight.
         return at if at < self.axis else at - (len(self.permuted) - len(self.shape))
 
     def of_one(self, axis: int) -> GroupLayout:
@@ -67,6 +68,7 @@ def group_layout(
       >>> layout.shape, layout.axis, layout.groups
       ((576, 128), 0, 18)
     """
+    # All but the channels are summed over, so that a group belongs to one of them.
     summed = [a for a in range(len(shape)) if a not in channels]
     first = summed[0] if summed else len(shape)
     # Summed axes that lie apart are brought together behind the channels.
@@ -78,5 +80,6 @@ def group_layout(
     permuted = tuple(shape[a] for a in order)
     length = math.prod(permuted[first : first + len(summed)])
     flat = (*permuted[:first], length, *permuted[first + len(summed) :])
+    # At most the whole, so that a short channel is one group.
     size = max(1, min(group_size or length, length))
     return GroupLayout(order, permuted, flat, first, size)

@@ -39,6 +39,7 @@ def along_weight(site: Site, weight: Sequence[int], factors: np.ndarray) -> np.n
     # Dots may contract several axes, which the weight has in an order of its own.
     x_axes, w_axes = site.input_axes.contracted, site.weight_axes.contracted
     pairs = sorted(zip(w_axes, x_axes, strict=True))  # in the weight's order
+    # `factors` lie by the input's axes, ascending; the weight has its own order.
     ascending = sorted(x_axes)
     value = factors.reshape([factors.shape[a] for a in ascending])
     value = value.transpose([ascending.index(x) for _, x in pairs])

@@ -22,6 +22,8 @@ class Readers:
         self._graph = model.graph
         self._forms = forms
         self._sites = {site.equation: site for site in sites if not site.inside}
+        # A softmax, say, is several equations: what reads its operand is the first of them, and no
+        # site.
         self._composite = {
             var: site for site in self._sites.values() if site.kind in PATTERNS
             for var in site.operands
@@ -59,6 +61,8 @@ class Readers:
         # A stored weight can take the factors of its channels back; a sum without one cannot.
         if site is not None and behaviour == behaviours.ACCUMULATE:
             stored = site.stored_weight is not None
+            # Behind a function the parts are not told apart, but a stored weight takes them as they
+            # come.
             if not (stored and (axes is None or _sums_over(site, axes))):
                 found.add(site.name)
         elif site is not None and (
@@ -70,6 +74,8 @@ class Readers:
                 return  # parts come out again, each to be judged by itself
             if site is not None and not primitives.is_movement(graph, user):
                 found.add(site.name)
+
+            # The parts go on along the axes that they have behind the movement.
             moved = None if axes is None else primitives.follow_axes(graph, user, axes)
             for output in user.outputs:
                 self._follow(output, moved, found)

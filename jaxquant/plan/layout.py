@@ -108,6 +108,7 @@ def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
     own = graph.equations[site.equation]
     var, channels = site.weight, site.channel_axes
     if integer:
+        # An integer operation takes what it reads: a transpose would be of integers in each call.
         return WeightView(var, stored_shape(graph, site), channels, ())
     # Weight-only products read the weight before its transposes and copies, so that what is stored
     # is the parameter in its own layout, shared by all that read it.
@@ -118,11 +119,13 @@ def weight_view(graph: ir.Graph, site: Site, integer: bool) -> WeightView:
             channels = tuple(sorted(source[a] for a in channels))
         elif eqn.name == "broadcast_in_dim" and len(eqn.input_vars) == 1:
             placed = tuple(eqn.params["broadcast_dimensions"])
+            # A copy along an axis is stored once.
             channels = tuple(placed.index(a) for a in channels if a in placed)
         else:
             break
         movements.insert(0, eqn)
         var = eqn.input_vars[0]
+    # Rows are looked up in the table as it is: no axis of it is a copy.
     shape = graph.shape(var) if own.name == "gather" else copies.shape_without_copies(graph, var)
     return WeightView(var, shape, channels, tuple(movements))
 
@@ -149,6 +152,7 @@ def weight_slots(
     """
     integer = MODES[plan.mode].integer
     formats = {site.name: (site.weight_bits, site.weight_dtype) for site in plan.sites}
+    # A parameter's name in the graph is its path, joined.
     by_name = {"/".join(path): path for path in paths}
     slots: dict[Any, WeightSlot] = {}
     views: dict[tuple[str, ...], int] = {}
@@ -188,6 +192,7 @@ def put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Two nested dicts with different leaves as one."""
+    # A copy, since the first dict is shared by all layers.
     found = dict(a)
     for key, value in b.items():
         both = key in found and isinstance(value, Mapping)
@@ -201,5 +206,6 @@ def float_paths(
     slots: Mapping[str, WeightSlot],
 ) -> dict[ir.Var, tuple[str, ...]]:
     """Where the leaves that are read in float are: under their path, or beside an int8 weight."""
+    # An int8 weight has its path as a dict, in which the float is one more entry.
     shared = {slot.path for slot in slots.values()}
     return {var: (*paths[var], "float") if paths[var] in shared else paths[var] for var in needed}

@@ -46,6 +46,7 @@ class _Demand:
         self._graph = graph = binding.graph
         self._binding = binding
         self._by_output = {s.epilogue.output: s for s in binding.sites}
+        # Outputs are read in float, always.
         self._stack = [(var, False) for var in graph.output_vars]
 
     def found(self) -> Live:
@@ -76,8 +77,10 @@ class _Demand:
     def _int8(self, var: ir.Var, eqn: ir.Equation | None) -> None:
         forms = self._binding.forms
         if var in self._binding.names or eqn is None:
+            # Quantized here, so its float is needed first.
             self._stack.append((var, False))
         else:
+            # Moved or selected from int8: what is moved is needed in int8, indices as they are.
             self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
 
     def _float(self, var: ir.Var, eqn: ir.Equation) -> None:
@@ -90,8 +93,10 @@ class _Demand:
             read = [v for v in own.input_vars if v != site.weight]  # an embedding's indices too
             self._stack += [(v, v in forms.int8 and not int8_site.dynamic) for v in read]
             if site.computes_weight and site.weight is not None:
+                # Its float is rounded in the call.
                 self._stack.append((site.weight, False))
         elif eqn.index in self._binding.picks:
+            # It picks integers, so the float is that of its int8 form.
             self._stack.append((var, True))
         elif eqn.index in forms.reads_int8:
             self._stack += [(v, v in forms.int8) for v in eqn.input_vars]
@@ -106,6 +111,7 @@ def operands_of_loop(binding: Binding, eqn: ir.Equation) -> frozenset[ir.Var]:
     if not any(body.layers[0].holds_int8 for body in bodies):
         return frozenset(eqn.input_vars)
     leaves = [(body.model.leaf_operands, float_leaves(body.layers[0])) for body in bodies]
+    # A weight that a body stores is no operand any more, unless somebody else reads it there.
     unread = {var for operands, _ in leaves for var in operands.values()}
     unread -= {operands[leaf] for operands, read in leaves for leaf in read}
     given = [x for body in bodies for x in _inputs_of(body.model)]
@@ -116,6 +122,7 @@ def operands_of_loop(binding: Binding, eqn: ir.Equation) -> frozenset[ir.Var]:
 def _inputs_of(body: Model) -> list[ir.Atom]:
     """The operands that a body does not read as parameters."""
     assert body.body is not None
+    # What a body reads otherwise than as a parameter, it reads as a value.
     pairs = zip(body.body.arguments, body.body.operands, strict=True)
     return [x for var, x in pairs if var not in body.leaf_operands and x is not None]
 
@@ -141,12 +148,14 @@ def read_in_float(binding: Binding, live: Iterable[ir.Equation]) -> frozenset[ir
                 found.update(site.operands)
             if site.computes_weight and site.weight is not None:
                 found.add(site.weight)
+        # Its integers are dequantized; the operands' floats are not read.
         elif eqn.index in binding.picks:
             continue
         elif eqn.index in forms.reads_int8:
             found.update(v for v in eqn.input_vars if v not in forms.int8)
         else:
             found.update(operands_of_loop(binding, eqn))
+    # A constant that is moved beside int8 is quantized from its float.
     for index in forms.moves:
         found.update(v for v in graph.equations[index].input_vars if v not in forms.int8)
     return frozenset(found)

@@ -53,9 +53,12 @@ def make_plan(model: Model, observations: Observations | None, config: QuantConf
         algo=config.algo_name,
         mode=config.mode,
         group_size=config.group_size,
+        # Cuts belong to the plan: without them another trace has other sites.
         cuts=tuple(PlannedCut(path, bounds) for path, bounds in sorted(model.cuts.items())),
         target=config.target,
     )
+
+    # A plan is bound before its scales are final: ties are found in the graph.
     return without_ties(bind(model, plan))
 
 
@@ -79,10 +82,12 @@ def _plan_region(
     while True:
         drafts = [_drafted(model, found, each, config) for each in seen]
         rules = {rule: None for draft in drafts for rule in draft.config.rules}
+        # Rules are compared whole, so that two layers with one complaint make one rule.
         new = [rule for rule in rules if rule not in config.rules]
         config = config.with_rules(new)
         if all(draft.config.rules == config.rules for draft in drafts):
             break
+    # What is int8 is the same in all layers by now, so one draft tells of the sites.
     sites = site_plans(model, found, drafts[0])
     tensors: list[TensorPlan] = []
     for layer, draft in zip(layers, drafts, strict=True):
@@ -95,6 +100,7 @@ def _plan_region(
 
 
 def _drafted(model: Model, found: tuple[Site, ...], seen: Seen, config: QuantConfig) -> Draft:
+    # Without calibration nothing is uneven.
     if seen.observations is None:
         return make_draft(model, found, seen, config)
     unseen = _unseen(model, found, seen.observations, config)
@@ -111,6 +117,7 @@ def _unseen(
     seen = {
         forms.family[var]
         for var, each in zip(forms.entries, stats, strict=True)
+        # Without statistics a tensor is missing, which is told later as an error; it is not empty.
         if each is None or each.count
     }
     # Where nothing at all was seen, the body never ran, which is worth saying as such.

@@ -23,6 +23,7 @@ def observed_tensors(model: Model, config: QuantConfig) -> Observed:
     Those that become int8 without the skips are among them, and those that do when convolutions
     and dots alone are int8, so that these choices can be changed later.
     """
+    # Errors of names come before hours of calibration.
     sites = reported(model.sites, config)
     check_sites(sites)
     check_patterns(model.sites, config)
@@ -52,6 +53,7 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     """Tensor name -> tensor, of those in a model's own graph."""
     graph, names, found = model.graph, model.names, own_sites(model)
     without_skips = dataclasses.replace(config, skip=(), skip_first_last=False, rules=())
+    # By their own defaults: what would be int8 if convolutions and dots were all.
     weighted = QuantConfig(quantizable_op_type=kinds.WEIGHTED_KINDS)
     entries: dict[str, ir.Var] = {}
     tied: dict[str, ir.Var] = {}
@@ -60,6 +62,7 @@ def _observed_in_graph(model: Model, config: QuantConfig) -> dict[str, ir.Var]:
     # tensors of all three choices are observed.
     for choice in (weighted, without_skips, config):
         chosen = on_planned_grids(candidates(model, found, choice), choice)
+        # Equal forms are looked at once.
         choices[forms_of(model, found, chosen, choice)] = chosen
     for forms, chosen in choices.items():
         entries |= {names[var]: var for var in forms.entries}

@@ -133,6 +133,7 @@ class Plan:
     def recover(self) -> tuple[str, ...]:
         """The recovery steps that some site has, in their order."""
         asked = {step for site in self.sites for step in site.recover}
+        # In their own order, whatever the user's was.
         return tuple(step for step in RECOVERY_STEPS if step in asked)
 
     def recovered_by(self, step: str) -> frozenset[str]:
@@ -150,6 +151,7 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         data: dict[str, Any] = json.loads(text)
+        # A newer plan may hold what this release would pass over.
         if data.get("version") != VERSION:
             raise ValueError(f"plan version {data.get('version')!r}; this release reads {VERSION}")
         sites = tuple(SitePlan(**_with_tuples(site)) for site in data.pop("sites"))

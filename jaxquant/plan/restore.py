@@ -47,6 +47,7 @@ class Restored:
     @property
     def stacked(self) -> tuple[int, ...]:
         """The sizes of the leading axes of what is stored, which are none of the site's weight."""
+        # From the outermost scan inwards.
         own = () if self.slices is None else (self.slices,)
         return own if self.inside is None else (*own, *self.inside.stacked)
 
@@ -59,6 +60,7 @@ class Restored:
         """The tensor, from the dequantized value of what is stored."""
         if self.inside is not None:
             each = self.inside.apply
+            # Each slice by itself: what is undone inside knows no stacks.
             value = each(value) if self.slices is None else jax.vmap(each)(value)
         graph = self.graph
         # Each step is taken back in turn: its inverse, then the shape that it had before.
@@ -89,6 +91,8 @@ def restorable(
         if site.stored_weight is None:
             continue
         view = weight_view(graph, site, integer)
+
+        # Copies are left out of what is stored, and cannot be told from it.
         if view.shape == graph.shape(view.var):  # else it is stored without its copies
             _add_undone(graph, view.var, Restored(site, graph, ()), found)
     for var, restored in inside.items():
@@ -102,6 +106,7 @@ def restorable(
         for var in eqn.outputs
         if graph.static[var] and expressions[var] in by_expression
     }
+    # An own way goes before that of a twin.
     return twins | found
 
 

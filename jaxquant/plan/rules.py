@@ -118,6 +118,7 @@ def setting(rules: Sequence[Rule], places: Iterable[int], name: str, otherwise: 
       >>> setting(rules, [0, 1, 2], "algo", "avg"), setting(rules, [2], "algo", "avg")
       ('KL', 'avg')
     """
+    # From the last rule on.
     for place in sorted(places, reverse=True):
         value = getattr(rules[place], name)
         if value is not None:
@@ -150,6 +151,7 @@ def check_rules(found: Sequence[Site], rules: Sequence[Rule], possible: Collecti
             raise ValueError(
                 f"rule {rule.pattern!r} matches no site{_nearest(found, rule.pattern)}"
             )
+        # What kinds of sites these are says whether the rule can have an effect.
         there = sorted({site.kind for site in sites})
         # A rule that can have no effect is an error, as a misspelt name would be.
         if rule.dtype == "int8" and not set(possible) & set(there):
@@ -179,6 +181,7 @@ def check_skip(found: Sequence[Site], patterns: Sequence[str]) -> None:
 
 
 def _nearest(found: Sequence[Site], pattern: str) -> str:
+    # Layers that are not there go first: the name is right then, and no other is nearer.
     if lacking := lacking_layers(found, pattern):
         return lacking
     prefix, _, _ = pattern.partition(":")
@@ -188,6 +191,7 @@ def _nearest(found: Sequence[Site], pattern: str) -> str:
         names = [f"module:{m}" for m in sorted({m for s in found for m in s.modules})]
     else:
         start = "site:" if prefix == "site" else ""
+        # Shape operations are many, and hardly meant.
         names = [start + site.name for site in found if not kinds.is_layout(site.kind)]
     return nearest(pattern, names)
 
@@ -210,6 +214,7 @@ def steps(argument: str, value: Any) -> tuple[str, ...]:
 
 def names(argument: str, value: Any) -> tuple[str, ...]:
     """A sequence of names as a tuple; raises ValueError for a single one."""
+    # A string is a sequence of letters, none of which is a name.
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(
             f"{argument} is a sequence of names, got {value!r}; write ({value!r},) for one"
@@ -219,6 +224,7 @@ def names(argument: str, value: Any) -> tuple[str, ...]:
 
 def check_weight_bits(value: object) -> None:
     """Raise ValueError where weights are not stored in so many bits."""
+    # True is an int, and no number of bits.
     if type(value) is not int or value not in WEIGHT_BITS:
         raise ValueError(f"weight_bits is 8 or 4, got {value!r}")
 

@@ -53,6 +53,7 @@ def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cut
             _check_layers(model, site, rule)
         if some:
             layers = [_settings(site, number, shared) for number in range(site.scans[0])]
+            # A segment ends where what is set for a site changes.
             changes = [n for n in range(1, len(layers)) if layers[n] != layers[n - 1]]
             of_scans.setdefault(site.location[0], set()).update((0, *changes, len(layers)))
     # Parameters that one scan goes over are cut alike, and so are the scans over one parameter.
@@ -71,6 +72,7 @@ def find_cuts(model: Model, sites: Sequence[Site], rules: Sequence[Rule]) -> Cut
 
 def _settings(site: Site, number: int, rules: Sequence[Rule]) -> list[tuple[Any, str] | None]:
     """What rules set that all layers of a scan share, in one layer of a site, and why."""
+    # A rule of inner layers was refused, so that the first stands for them.
     layer = (number, *first_layer(site)[1:])
     places = matching(rules, site, layer)
     found: list[tuple[Any, str] | None] = []
@@ -92,6 +94,8 @@ def why_not_cut(model: Model, site: Site) -> str:
     (body, *_) = model.bodies[eqn.index]
     if body.layers is None:
         return f"whose scan runs inside {eqn.name!r} and has one program for all its layers there"
+
+    # A parameter can be cut as it is; what is computed from it is computed whole.
     if not any(var in model.graph.leaves for var in scanned_operands(eqn)):
         return (
             "whose weights are computed before the scan goes over them, so that it has one program "
@@ -163,10 +167,13 @@ class Cut:
         rules: list[Rule] = []
         for rule in config.all_rules:
             for site in self.model.sites:
+                # Sites outside of scans are where they were; those of a segment are at the scan's
+                # old place.
                 segment = self.model.origins[site.location[0]]
                 was = known.get((segment.equation, *site.location[1:]))
                 if was is not None:  # no operation that puts the segments together
                     rules += _for_site(rule, site, was, segment.start, config)
+        # Skips are rules by now, resolved with the others.
         return dataclasses.replace(config, skip=(), rules=tuple(rules))
 
     def renamed(self, observations: Observations) -> Observations:
@@ -200,6 +207,7 @@ def _for_site(rule: Rule, site: Site, was: Site, start: int, config: QuantConfig
     """
 
     def taken(layer: tuple[int, ...]) -> bool:
+        # Layers are counted from the segment's first one.
         before = (layer[0] + start, *layer[1:]) if layer else ()
         return matches_layer(was, rule.pattern, before)
 

@@ -34,6 +34,7 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
         return ()
     graph, ends = model.graph, first_and_last(model.located)
     sizes = {
+        # Tied sites share a parameter, and count once.
         site.weight_path: math.prod(graph.shape(site.weight))
         for site in model.sites
         if site.weight is not None and (site.is_lookup or site.name in ends)

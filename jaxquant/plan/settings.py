@@ -54,6 +54,7 @@ def config_of(config: QuantConfig | None, settings: Settings) -> QuantConfig:
             "dataclasses.replace(config, ...)"
         )
     if config.mode != STATIC:
+        # Other modes have functions of their own, with fewer settings.
         raise ValueError(
             f"config.mode is {config.mode!r}: such a model is made by jaxquant.quant_dynamic or "
             "jaxquant.quant_weights, by their own keywords"

@@ -36,6 +36,7 @@ def site_plans(model: Model, found: tuple[Site, ...], draft: Draft) -> list[Site
         if site.name in allowed:
             reason = _unused(graph, site, forms)
         else:
+            # Asked in the order of reasons: the first that holds is told.
             reason = reason_for_float(model, site, config)
         plan_of_site = _site_plan(graph, site, reason, mode, families)
         plans.append(plan_of_site if reason else _with_settings(graph, plan_of_site, site, config))
@@ -98,6 +99,7 @@ def _site_plan(
         inputs = tuple(dict.fromkeys(families[v] for v in site.operands if v in families))
         eqn = graph.equations[site.equation]
         if behaviours.behaviour_of(site.kind, eqn) in (behaviours.ACCUMULATE, behaviours.LOOK_UP):
+            # Without integers nothing is absorbed: the site gives what it gave.
             epilogue = find_epilogue(graph, site, None if mode.integer else 0)
             affine, activation = epilogue.affine, epilogue.activation
             # It tells later whether another trace has the same site with the same epilogue.

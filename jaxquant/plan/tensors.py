@@ -45,6 +45,7 @@ def plan_tensors(
     for var in forms.entries:
         family = names[heads[var]]
         families.setdefault(family, []).append(names[var])
+        # By the family: constants belong to a scale, not to a tensor.
         beside[family] = [
             observations.tensors[name]
             for name in constants.get(forms.family[var], ())
@@ -64,6 +65,8 @@ def plan_tensors(
     tensors = []
     for (family, members), seen, threshold in zip(families.items(), stats, thresholds, strict=True):
         held = beside[family]
+
+        # Held whole, while activations may be clipped: a constant is there in every sample.
         threshold = max([threshold, *(constant.abs_max for constant in held)])
         low = min([seen.min, *(constant.min for constant in held)])
         high = max([seen.max, *(constant.max for constant in held)])
@@ -99,6 +102,7 @@ def tensor_settings(
     rules = config.all_rules
     # Settings are of sites, and scales of families: a family has those of all its readers.
     heads = forms.heads
+    # Where one tensor is read by several sites, or by families of them, all of their rules count.
     places: dict[str, set[int]] = {names[head]: set() for head in heads.values()}
     for site in chosen:
         read = {names[heads[var]] for var in site.operands if var in heads}
@@ -137,6 +141,7 @@ def _thresholds(
     # A search is compiled once an algo, and runs for all of its tensors together.
     for algo in dict.fromkeys(algos):
         places = [place for place, other in enumerate(algos) if other == algo]
+        # In the order in which families were found, for messages too.
         names = list(families)
         some = {names[place]: families[names[place]] for place in places}
         thresholds = _searched(
@@ -170,4 +175,5 @@ def _searched(
     states = [observations.states[name] for name in names]
     found = observer.threshold(states, [step for _, step in members])
     by_name = dict(zip(names, check_thresholds(found, names), strict=True))
+    # The grid of a family has to hold every member.
     return [max(by_name[name] for name in family) for family in families.values()]

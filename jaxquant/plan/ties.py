@@ -74,6 +74,7 @@ class Fit(NamedTuple):
 def without_ties(binding: Binding) -> Binding:
     """A plan with scales that are odd multiples of a unit where sums are quantized together."""
     plan = binding.whole_plan
+    # With one scale for a weight the multipliers of channels cannot be chosen one by one.
     if plan.weight_quantize_type != "channel_wise_abs_max" or not plan.tensors:
         return binding
     scales: dict[str, float] = {}
@@ -81,6 +82,7 @@ def without_ties(binding: Binding) -> Binding:
     for fit in find_fits(binding).values():
         for name in fit.tensors:
             assert fit.unit is not None
+            # Far below the unit the nearest odd multiple is far away, and stays as it is.
             if planned[name] * LARGEST_STEP >= fit.unit:
                 scales[name] = odd_multiple(planned[name], fit.unit)
     scales |= _of_additions(binding, planned)
@@ -115,6 +117,7 @@ def _of_additions(binding: Binding, planned: Mapping[str, float]) -> dict[str, f
 
 
 def _with_scale(tensor: TensorPlan, scale: float) -> TensorPlan:
+    # The threshold moves with the scale, so that the grid keeps its steps.
     threshold = tensor.threshold * (scale / tensor.scale)
     return dataclasses.replace(tensor, threshold=threshold, scale=scale)
 
@@ -138,6 +141,8 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
     for bound, scaled in pairs:
         divided |= {name for var, name in scaled.scales.items() if var in bound.per_channel}
         suffix = layer_suffix(bound.layer)
+
+        # All-zero tensors have a scale of 1 that says nothing.
         scales |= {t.name + suffix: t.scale for t in bound.plan.tensors if t.threshold > 0}
     read = frozenset[str]().union(
         *(_read_in_float(bound, scaled, sums[scaled], scaled is whole) for bound, scaled in pairs)
@@ -148,6 +153,7 @@ def find_fits(binding: Binding) -> dict[str, Fit]:
             site, found = int8_site.site, sums[scaled].get(int8_site.epilogue.output)
             if found is None or site.stored_weight is None:
                 continue
+            # On a scale for each channel the ratio is another one for each.
             if not divided.isdisjoint(found.together):
                 continue
             # One scale alone: the multiplier is to be a fraction of it. Several: all are odd
@@ -188,6 +194,7 @@ def _read_in_float(
     in_int8 |= forms.moves | forms.reads_int8
 
     def reads_float(eqn: ir.Equation, var: ir.Var) -> bool:
+        # A moved or added value is judged where it is quantized in the end.
         if hands_on(scaled, eqn) and any(output in sums for output in eqn.outputs):
             return False
         return eqn.index not in in_int8 or var not in forms.int8
@@ -213,6 +220,7 @@ def odd_multiple(scale: float, unit: float) -> float:
       >>> odd_multiple(0.7, 0.125), unit_of(odd_multiple(0.7, unit_of(0.7))) == unit_of(0.7)
       (0.625, True)
     """
+    # Rounded down to an odd number: floor of the half, doubled, and one.
     return (2 * math.floor(scale / unit / 2) + 1) * unit
 
 
@@ -233,8 +241,10 @@ def fractions(ratio: np.ndarray) -> np.ndarray:
     first = 1
     # Numerators in blocks, from small ones on: most channels find theirs among the first.
     while is_open.any():
+        # Open channels only, of which few are left after the first block.
         some, nearest = ratio[is_open], found[is_open]
         for p in range(first, first + _NUMERATORS):
+            # The largest denominator that keeps p / q above the ratio, made odd.
             most = np.floor(p / some)
             odd = np.maximum(most - (most % 2 == 0), 1)
             better = (most >= 1) & (nearest > some * (1 + EXCESS)) & (p / odd < nearest)
@@ -261,5 +271,7 @@ def multiples(multiplier: np.ndarray, unit: float, keeps_small: bool) -> np.ndar
     """
     step = np.full(multiplier.shape, unit)
     if keeps_small:
+        # As many halvings as bring it to two steps.
         step *= np.exp2(np.minimum(np.floor(np.log2(multiplier / unit / _FEWEST)), 0.0))
+    # A hair less, so that what rounding brought above a multiple does not take the next one.
     return np.ceil(multiplier / step * (1 - 2.0**-23)) * step
