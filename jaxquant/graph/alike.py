@@ -21,6 +21,7 @@ def number_alike(equations: Iterable[ir.Equation]) -> dict[int, int]:
     they read.  A number stands for what is large to compare, so that it is compared once.
     """
     numbers: dict[Hashable, int] = {}
+    # Keys are large (whole bodies); what is compared often are their numbers.
     return {eqn.index: numbers.setdefault(_equation_key(eqn), len(numbers)) for eqn in equations}
 
 
@@ -46,6 +47,7 @@ def _key(value: Any) -> Hashable:
         return _jaxpr_key(value)
     if isinstance(value, Mapping):
         return tuple(sorted((str(name), _key(each)) for name, each in value.items()))
+    # Exactly these types: a named tuple is a tuple too, and means what its type says.
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
         return tuple(map(_key, value))
     if isinstance(value, (np.ndarray, np.generic)):
@@ -71,5 +73,6 @@ def _jaxpr_key(jaxpr: Any) -> Hashable:
         params = _params_key(eqn.params)
         results = tuple(place(x) for x in eqn.outvars)
         lines.append((eqn.primitive.name, params, operands, results))
+    # Types of what a body takes are not in its equations.
     avals = tuple(str(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars))
     return (tuple(lines), avals, tuple(place(x) for x in jaxpr.outvars))

@@ -66,7 +66,6 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
         if parts is None or not matching.is_private(graph, members, last.outputs[0]):
             return None
         layout, keys, batch = parts
-        # The result's axes as the last equation has them.
         for move in reversed(moves):
             layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
         read = (
@@ -104,7 +103,10 @@ def _layout(
     assert scores.product is not None
     weights, values = scores.before_moves(read), second.operands[1 - side]
     if weights is None:
+        # What moved the scores on the way may lack an axis of the product.
         return None
+
+    # Which operand the keys are shows by what is summed with the values.
     keys = next((k for k in (0, 1) if first.result.free[k] == weights.contracted), None)
     if keys is None or len(values.free) != 1:
         return None
@@ -112,6 +114,7 @@ def _layout(
     sizes = graph.shape(scores.product.outputs[0])
     left = [k for k, axis in enumerate(first.result.batch) if axis in weights.batch]
     batch = tuple(first.result.batch[k] for k in left)
+    # An axis of size 1 that the second dot lacks is nothing to go along.
     if any(sizes[axis] != 1 for axis in {*first.result.batch} - {*batch}):
         return None
     if not rows or {*weights.batch} != {*batch} or {*weights.free} != {*rows}:

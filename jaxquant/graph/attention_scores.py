@@ -44,6 +44,7 @@ class Weights:
         self.source, self.members = operand, set[int]()
         kept = tuple(range(len(graph.shape(operand))))
         while (eqn := matching.producer(graph, self.source)) is not None:
+            # What JAX takes out here it puts back behind the dot, so both are seen through.
             if eqn.name == "squeeze":
                 gone = eqn.params["dimensions"]
                 there = [a for a in range(len(graph.shape(eqn.inputs[0]))) if a not in gone]
@@ -89,6 +90,7 @@ class Scores:
                     self.product, self.contraction = eqn, contraction
                 return
             before = self._before(eqn)
+            # Sizes in any order: transposes keep them, a repetition of the scores does not.
             if before is None or len({_elements(graph, x) for x in (before, *eqn.outputs)}) != 1:
                 return  # what is beside them repeats the scores along an axis of size 1
             eqn = matching.producer(graph, before)
@@ -109,6 +111,7 @@ class Scores:
         assert self.product is not None
         shape = self._graph.shape(self.product.outputs[0])
         sizes = [shape[axis] for axis in self.contraction.result.free[1 - keys]]
+        # A length that varies is taken for the longest.
         lengths = [size if isinstance(size, int) else math.inf for size in sizes]
         return sorted(range(len(sizes)), key=lengths.__getitem__)
 
@@ -185,6 +188,7 @@ class Scores:
         # `where(mask, scores, fill)` or the other way round, in which case the mask is negated.
         for place in (0, 1):
             number = matching.spread_number(self._graph, values[place])
+            # Several masks are one where they write one number.
             if number is not None and (not self.masks or number == self._fill):
                 if mask in self.masks or self._graph.shape(mask) != self._graph.shape(values[0]):
                     return None
@@ -201,6 +205,7 @@ class Scores:
             # Sizes of 1 need not be spread first.
             if not isinstance(bias, int) or len(self._graph.shape(bias)) != len(self._order):
                 continue
+            # Of two addends the bias is the one that no dot of q and k leads to.
             if bias not in self.biases and not self._leads_to_product(bias):
                 self.biases[bias] = self._order
                 return eqn.inputs[1 - place]
@@ -218,6 +223,7 @@ class Scores:
                 return False
             others = [x for x in eqn.inputs if not self._graph.is_static(x)]
             if len(others) != 1:
+                # A sum of two tensors is as much of the one as of the other.
                 return eqn.name == "add"
             atom = others[0]
         return False
@@ -239,6 +245,7 @@ def _adds_ones(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name != "broadcast_in_dim" or not isinstance(eqn.inputs[0], int):
         return False
     shape, places = graph.shape(eqn.outputs[0]), eqn.params["broadcast_dimensions"]
+    # What is not placed is new.
     added = [size for axis, size in enumerate(shape) if axis not in places]
     kept = tuple(shape[place] for place in places)
     return graph.shape(eqn.inputs[0]) == kept and all(size == 1 for size in added)

@@ -79,12 +79,14 @@ class Known:
     def without_leading(self, name: str) -> Known:
         """One step of what a loop goes through."""
         step = dataclasses.replace(self, axes=self.axes[1:])
+        # Positions that were placed and are not any more: the step does not tell whose they are.
         is_lost = self.is_placed and not step.is_placed
         return dataclasses.replace(step, lost=self.lost or (name if is_lost else ""))
 
     def with_leading(self, axis: Axis) -> Known:
         """The results of all steps of a loop."""
         every = dataclasses.replace(self, axes=(axis, *self.axes))
+        # With the axis of samples back, positions are known again.
         return dataclasses.replace(every, lost="" if every.is_placed else every.lost)
 
 
@@ -108,6 +110,7 @@ def join(each: Sequence[Known], name: str) -> Known:
       each: at least one.
       name: of the primitive that chooses.
     """
+    # Numbers alone are anybody's: they take the axes of what they are chosen beside.
     depends = [known for known in each if not known.is_static]
     if not depends:
         return each[0]
@@ -124,6 +127,8 @@ def agreed(axes: Sequence[Axis]) -> Axis:
     Where one of them is known and the others are not, it is the known one: each entry belongs to
     the position that any of its operands belongs to.
     """
+
+    # Axes without a mark say nothing, and do not contradict.
     known = [axis for axis in axes if any(part.mark is not None for part in axis)]
     if not known:
         return axes[0]

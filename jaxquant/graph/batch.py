@@ -69,6 +69,7 @@ def find_mixing(model: Model, doubled: Model) -> Mixing | None:
         if isinstance(atom, int) and atom in reached and axes:
             outputs[position] = axes[0]
             origins.append(reached[atom])
+    # A sum is what a normalization takes, so it goes before a count in the message.
     return Mixing(*_foremost(origins), outputs) if outputs else None
 
 
@@ -78,6 +79,7 @@ def may_mix(model: Model, size: int) -> bool:
     Quick, and needs no second trace: of most networks it is False.
     """
     return any(
+        # One size a multiple of the other: samples may be grouped, or have several rows each.
         length % size == 0 or size % length == 0
         for region in (each.graph for each in model.regions)
         for eqn in region.equations
@@ -110,6 +112,7 @@ class _Pair(NamedTuple):
         return tuple(k for k, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
 
     def equations(self) -> Iterator[tuple[ir.Equation, ir.Equation]]:
+        # JAX leaves equations out for some sizes; then the two cannot be compared.
         if [e.name for e in self.one.equations] != [e.name for e in self.two.equations]:
             raise _NoBatch
         return zip(self.one.equations, self.two.equations, strict=True)
@@ -129,6 +132,7 @@ def _follow(pair: _Pair, reached: Mapping[ir.Var, _Origin]) -> dict[ir.Var, _Ori
     found = dict(reached)
     # Two traces with different batches: an axis whose size differs is one that samples lie along.
     for eqn, other in pair.equations():
+        # Static tensors depend on no sample.
         if not eqn.outputs or pair.one.static[eqn.outputs[0]]:
             continue
         axes = [pair.growing(x, y) for x, y in zip(eqn.inputs, other.inputs, strict=True)]
@@ -161,6 +165,7 @@ def _through_bodies(
     outputs: dict[ir.Var, _Origin] = {}
     for body in pair.bodies(eqn, other):
         region = body.first
+        # When a loop stops may depend on all samples without mixing them.
         if region.key == "cond_jaxpr":
             continue  # it gives no value, only when to stop
         # A body is followed like a region of its own, with what its operands depend on.
@@ -194,10 +199,12 @@ def _treats_as_one(
         if contraction.feature_groups != pair.two.contractions[other.index].feature_groups:
             return False  # `jax.vmap` makes a group of each sample
         summed = [set(own.contracted) for own in contraction.operands]
+        # A window slides along the axes of the first operand.
         summed[0] |= set(contraction.operands[0].window)
         # Contracting over samples, or a window along them, mixes them.
         return any(own & {*grow} for own, grow in zip(summed, axes, strict=False))
     if eqn.name == "scan":
+        # A scan over positions of one text has another length for a longer text.
         return params["length"] != other.params["length"] and _carry_reads_steps(pair, eqn)
     if eqn.name.startswith("reduce_window") and "window_dimensions" in params:
         return any(params["window_dimensions"][k] > 1 for k in axes[0])
@@ -219,6 +226,7 @@ def _carry_reads_steps(pair: _Pair, eqn: ir.Equation) -> bool:
 def _reduced(eqn: ir.Equation) -> Sequence[int]:
     """The axes that a reduction takes together; () for what is none."""
     if eqn.name.startswith(("reduce", "arg")) or eqn.name in ("psum", "pmax", "pmin"):
+        # Of a mesh, axes are named, and are not those of samples.
         axes = eqn.params.get("axes", eqn.params.get("dimensions", ()))
         return tuple(k for k in axes if isinstance(k, int))  # of a mesh they have names
     return ()

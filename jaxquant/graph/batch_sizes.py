@@ -64,11 +64,13 @@ def _traces(
 ) -> Iterator[Model]:
     """The model for other batch sizes, as far as it takes them, and for other inputs."""
     size = batch_size(inputs)
+    # Twice the batch, or a batch of one: whatever grows differs in one of them.
     for other_size in (1, 2 * size or 2) if size is not None else ():
         if other_size == size:
             continue
         if (resized := trace_for(source, inputs, other_size)) is not None:
             yield resized
+    # The trace for the inputs is kept, so that this is no third one.
     own = source.trace(inputs)
     yield from (model for model in map(source.trace, others) if model is not own)
 
@@ -79,6 +81,7 @@ def _may_follow(graph: ir.Graph, site: Site) -> bool:
         return False
     has_batch_axes = site.contraction is not None and site.contraction.has_batch
     var = site.weight
+    # A transpose of a parameter is as good as the parameter.
     while (made := graph.producer.get(var)) is not None and made.name == "transpose":
         var = made.input_vars[0]
     return has_batch_axes or var not in graph.paths
@@ -91,6 +94,7 @@ def _is_sized_by_batch(graph: ir.Graph, site: Site, other: ir.Graph, twin: Site)
     here, there = graph.shape(site.weight), other.shape(twin.weight)
     if _arrangement(graph, site) != _arrangement(other, twin):
         return True
+    # Sizes that differ along shared axes are numbers of copies.
     differing = {d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b}
     shared = {*shared_axes(graph, site)} & {*shared_axes(other, twin)}
     return not differing <= shared

@@ -33,9 +33,11 @@ def check_call(apply_fn: Callable[..., Any], inputs: Sequence[Any]) -> None:
 float32[2, 3]; `train` must be an input too, or be fixed around the function: \
 `lambda p, x: apply_fn(p, x, train=...)`
     """
+    # A C function, say: then tracing itself tells.
     signature = _signature(apply_fn)
     if signature is None:
         return
+    # `bind` knows Python's rules of arguments better than a count would.
     try:
         signature.bind(None, *inputs)
     except TypeError:
@@ -87,6 +89,8 @@ def _difference(signature: inspect.Signature, inputs: Sequence[Any]) -> str:
         f"apply_fn({', '.join(signature.parameters)}) is called with its parameters and {count}, "
         f"{shapes_text(tuple(inputs))}"
     )
+
+    # The first parameter is that of the parameters.
     taken = sum(p.kind in _BY_POSITION for p in parameters) - 1
     by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if by_name and taken + len(by_name) == len(inputs):

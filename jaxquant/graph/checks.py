@@ -39,6 +39,7 @@ def check_model(params: Any, apply_fn: Any) -> None:
             "`.params` (for linen {'params': state.params}, with the other collections), and "
             "`lambda p, x: model.apply(p, x)`"
         )
+    # A module in place of the function is told what to pass, by the kind of the module.
     if advice := _advice(apply_fn):
         raise TypeError(f"apply_fn is a {type(apply_fn).__name__}: {advice}")
     check_params(params)
@@ -134,6 +135,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
     checked: set[ir.Var] = set()
     for site in sites:
         if site.weight is not None and 0 in graph.shape(site.weight):
+            # An empty weight has no largest value, and so no scale.
             raise ValueError(
                 f"the weight of site {site.name!r} has no element: its shape is "
                 f"{list(graph.shape(site.weight))}. Leave the layer out of the model, or give it "
@@ -144,6 +146,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
             if var in checked:
                 continue
             checked.add(var)
+            # One count for each parameter, however many sites read it.
             bad = count(leaves[var], lambda x: ~np.isfinite(x))
             if bad:
                 raise ValueError(
@@ -151,6 +154,7 @@ def check_weights(graph: ir.Graph, sites: Sequence[Site], params: Any) -> None:
                     f"infinity in {bad} of its {np.size(leaves[var])} elements: take the "
                     "parameters of an earlier training step"
                 )
+    # What no site reads may yet be added to what they give.
     for var in graph.leaves:
         if count(leaves[var], np.isnan):
             raise ValueError(f"params[{graph.paths[var]!r}] holds NaN")
@@ -189,6 +193,7 @@ def values_of(graph: ir.Graph, params: Any) -> dict[ir.Var, Any]:
 
 def count(leaf: Any, bad: Callable[[np.ndarray], np.ndarray]) -> int:
     """How many elements of a parameter are bad; of one that holds no floats, none."""
+    # In float32: NumPy has no `isfinite` of bfloat16.
     if prng.is_key_dtype(leaf.dtype) or not jax.numpy.issubdtype(leaf.dtype, np.floating):
         return 0
     return int(bad(np.asarray(leaf).astype(np.float32)).sum())

@@ -59,7 +59,9 @@ class Composites:
         """
         graph = self._graph
         taken = {index for composite in self.whole.values() for index in composite.members}
+        # What softmax sums is no statistic of a normalisation.
         gathering = [e for e in graph.equations if _gathers(e) and e.index not in taken]
+        # First as if every gathering were one of a normalisation; then those that come back are.
         origins, _ = _bases(graph, frozenset(e.index for e in gathering))
         gathering = [e for e in gathering if e.outputs[0] in origins]
         found: set[int] = set()
@@ -108,6 +110,7 @@ def _bases(graph: ir.Graph, gathering: frozenset[int]) -> tuple[dict[ir.Var, ir.
     behind: set[ir.Var] = set()
     for eqn in graph.equations:
         dynamic = [v for v in eqn.input_vars if not graph.static[v]]
+        # Literals and parameters add no second tensor.
         if not dynamic or len(eqn.outputs) != 1:
             continue
         # Behind a statistic the tensor comes back through a broadcast to the size that it had.
@@ -136,6 +139,7 @@ def _returns_to_base(
 ) -> bool:
     """True where what `eqn` gives meets, elementwise, its tensor or a function of it in `bases`."""
     origin = origins[eqn.outputs[0]]
+    # The statistic is of this tensor, or of what it is a function of.
     base = bases.get(eqn.input_vars[0], eqn.input_vars[0])
     # Breadth does not matter: whichever way it comes back, it is a statistic of the tensor.
     gathered, stack = {eqn.outputs[0]}, [eqn.outputs[0]]

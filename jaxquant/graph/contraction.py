@@ -187,6 +187,7 @@ class Contraction:
         if self.window is None:
             places = {self.place(side, axis) for side in (0, 1) for axis in operands[side]}
             if set(self.operands[1].chosen) & operands[1]:
+                # What a row chose decides on all of its result.
                 places |= set(self.result.free[0])  # rows differ by what they chose
             return frozenset(place for place in places if place is not None)
         # Padding tells positions apart, groups the channels; samples only the input does.
@@ -226,6 +227,7 @@ def dot(numbers: DotNumbers, ranks: Sequence[int]) -> Contraction:
     return _of_dot(
         Axes(
             batch=_whole(batch[side]),
+            # In ascending order, as the result has them.
             free=tuple(a for a in range(rank) if a not in (*contracted[side], *batch[side])),
             contracted=_whole(contracted[side]),
         )
@@ -253,6 +255,7 @@ def summed_over_leading(params: Mapping[str, Any], count: int) -> dict[str, Any]
         tuple(tuple(axis + count for axis in axes) for axes in pair)
         for pair in params["dimension_numbers"]
     )
+    # What is summed over in front meets along the same places of both.
     summed = tuple((*range(count), *axes) for axes in contracted)
     return {**params, "dimension_numbers": (summed, batch)}
 
@@ -265,6 +268,7 @@ def _ragged(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | No
     numbers = params["ragged_dot_dimension_numbers"]
     rows, chosen = numbers.lhs_ragged_dimensions, _whole(numbers.rhs_group_dimensions)
     first, second = dot(numbers.dot_dimension_numbers, ranks).operands
+    # Groups of sums or of batches have no weight that a row chooses.
     if not chosen or not set(rows) <= set(first.free):
         return None
     free = tuple(axis for axis in second.free if axis not in chosen)

@@ -22,6 +22,7 @@ def varying_axes(graph: ir.Graph, atom: ir.Atom) -> Axes:
     """
     if isinstance(atom, ir.Literal):
         return frozenset()
+    # What no rule is known of may vary along every axis.
     return _search(graph).get(atom, _every(graph, atom))
 
 
@@ -54,6 +55,7 @@ def _search(graph: ir.Graph) -> dict[ir.Var, Axes]:
             # An axis along which a tensor does not vary holds copies of one slice.
             axes = _of_output(graph, eqn, [of(x) for x in eqn.inputs])
             if axes is not None:
+                # An axis of size 1 has one value, of which there are no copies.
                 found[var] = axes & _every(graph, var)
     return found
 
@@ -96,8 +98,10 @@ def _transpose(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> A
 
 def _reshape(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes | None:
     before, after = graph.shape(eqn.inputs[0]), graph.shape(eqn.outputs[0])
+    # A reshape that orders the axes too is rare, and not followed.
     if eqn.params.get("dimensions") is not None:
         return None
+    # Axes that are merged vary where any of them does.
     groups = primitives.reshaped_axes(before, after)
     return frozenset(d for old, new in groups if operands[0] & set(old) for d in new)
 
@@ -133,12 +137,14 @@ def _part(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
 
 def _update(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes:
     whole, part = graph.shape(eqn.inputs[0]), graph.shape(eqn.inputs[1])
+    # What is cut is written at one place of many, so these differ along it.
     cut = {d for d, (a, b) in enumerate(zip(whole, part, strict=True)) if a != b}
     return operands[0] | operands[1] | cut
 
 
 def _gather(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Axes]) -> Axes | None:
     numbers = eqn.params["dimension_numbers"]
+    # Batched gathers pair their axes; not followed.
     if numbers.operand_batching_dims:
         return None
     rank = len(graph.shape(eqn.outputs[0]))

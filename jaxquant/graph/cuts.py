@@ -57,6 +57,7 @@ def cut_tree(params: Any, cuts: Cuts, cut: Any) -> Any:
 def _marked(parts: Sequence[str], text: str) -> tuple[str, ...]:
     """The path of a piece: its module has the mark, or it itself where it is in none."""
     *modules, leaf = parts
+    # linen's collection is no module, and stays first in the path.
     if not modules or modules == [_COLLECTION]:
         return (*modules, leaf + text)
     return (*modules[:-1], modules[-1] + text, leaf)
@@ -102,12 +103,12 @@ class _Cutting(Rewriting):
         self.pieces: dict[ir.Var, list[ir.Var]] = {}
         self._whole: dict[ir.Var, ir.Var] = {}
 
-        # The parameters are cut in their own tree, so that their pieces come in its order.
         structure = jax.tree.structure(params)
         tree = cut_tree(jax.tree.unflatten(structure, graph.leaves), cuts, self._cut_leaf)
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
         self.leaves = tuple(var for _, var in flat)
         self.paths.update({var: tracing.path_name(path) for path, var in flat})
+        # The whole is no parameter any more.
         for var in self.pieces:
             del self.paths[var]
 
@@ -130,6 +131,7 @@ class _Cutting(Rewriting):
         """An atom that is read whole, put together where it is cut."""
         if not isinstance(atom, int) or atom not in self.pieces:
             return atom
+        # Put together at most once, where the first reader is.
         if atom not in self._whole:
             self._whole[atom] = self.new(self.avals[atom], static=True)
             self._join(self.pieces[atom], self._whole[atom], near)
@@ -152,6 +154,7 @@ class _Cutting(Rewriting):
         if bounds is not None:
             self._cut_scan(eqn, bounds)
             return
+        # An equation that reads a cut parameter whole, such as a norm of it, gets it put together.
         inputs = tuple(self.whole(atom, eqn) for atom in eqn.inputs)
         self._add(eqn, Segment(eqn.index), inputs=inputs)
 
@@ -161,6 +164,7 @@ class _Cutting(Rewriting):
     def _slices(self, atom: ir.Atom, bounds: Sequence[int], near: ir.Equation) -> list[ir.Var]:
         """What the segments of a scan read of an operand that they go over."""
         assert isinstance(atom, int)
+        # A parameter has its pieces.
         if atom in self.pieces:
             return self.pieces[atom]
         found = []
@@ -181,6 +185,7 @@ class _Cutting(Rewriting):
 
     def _cut_scan(self, eqn: ir.Equation, bounds: Sequence[int]) -> None:
         constants, carried = jaxprs.scan_counts(eqn.params)
+        # What all steps read is the same in every segment.
         fixed = [self.whole(x, eqn) for x in eqn.inputs[:constants]]
         carry = [self.whole(x, eqn) for x in eqn.inputs[constants : constants + carried]]
         sliced = [self._slices(x, bounds, eqn) for x in eqn.inputs[constants + carried :]]
@@ -194,6 +199,7 @@ class _Cutting(Rewriting):
         for place, (start, stop) in reversed(order) if backwards else order:
             is_last = place == (0 if backwards else len(spans) - 1)
             ends = eqn.outputs[:carried]  # only the last scan to run gives what others read
+            # Other scans hand their carry to the next alone.
             after = ends if is_last else [self.new(self.avals[v], static=False) for v in ends]
             stacked = [self._sized(v, stop - start) for v in eqn.outputs[carried:]]
             for part, var in zip(parts, stacked, strict=True):
@@ -240,6 +246,7 @@ def cut_graph(graph: ir.Graph, params: Any, cuts: Cuts) -> tuple[ir.Graph, Mappi
     cutting = _Cutting(graph, params, cuts)
     for eqn in graph.equations:
         cutting.cut(eqn)
+    # No reader is near an output, so the last equation stands for it.
     last = graph.equations[-1]
     # A stack that the model gives is put together of the segments' stacks.
     outputs = tuple(cutting.whole(x, last) for x in graph.outputs)

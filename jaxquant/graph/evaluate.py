@@ -46,6 +46,7 @@ class Environment:
 
     def fork(self) -> Environment:
         """A copy with the values so far; what is written to one is not in the other."""
+        # No inputs are given twice: the values hold them already.
         other = Environment(self.graph, {}, [None] * len(self.graph.inputs))
         other._values = dict(self._values)
         return other
@@ -156,6 +157,7 @@ def outputs(env: Environment) -> Any:
 
 def narrow(value: Any, dtype: Any) -> Any:
     """A value in the model's dtype."""
+    # Keys have no dtype to convert to.
     if prng.is_key_dtype(dtype) or value.dtype == dtype:
         return value
     return jax.lax.convert_element_type(value, dtype)
@@ -177,6 +179,7 @@ def apply(env: Reader, eqn: ir.Equation) -> Sequence[Any]:
         # A model's own cast to its narrow floats: nobody is to lose digits that are there.
         if eqn.name == "convert_element_type" and _is_float(eqn.params["new_dtype"]):
             return [env.wide(eqn.inputs[0])]
+        # All floats as wide as the widest, so that the primitive takes them.
         operands = [_widen(env.wide(x), wide) for x in eqn.inputs]
         return jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
     operands = [env.read(x) for x in eqn.inputs]
@@ -192,6 +195,7 @@ def _wide_dtype(env: Reader, eqn: ir.Equation) -> Any:
 
 
 def _widen(value: Any, dtype: Any) -> Any:
+    # Truth values and indices stay what they are.
     return jax.lax.convert_element_type(value, dtype) if _is_float(value.dtype) else value
 
 

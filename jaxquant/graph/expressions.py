@@ -40,6 +40,7 @@ class Expressions:
             if not eqn.outputs or not graph.static[eqn.outputs[0]]:
                 continue
             # Equal operations on equal expressions are equal, whichever equation computes them.
+            # By their text: parameters hold bodies, which are no keys.
             params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
             operands = tuple(map(of_atom, eqn.inputs))
             for position, var in enumerate(eqn.outputs):

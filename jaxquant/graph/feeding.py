@@ -33,11 +33,14 @@ def module_feeding(region: Region, eqn: ir.Equation) -> tuple[str, ...]:
         place, var = stack.pop()
         graph = place.graph
         producer = graph.producer.get(var)
+        # Weights are no way to go further back.
         if graph.static[var]:
             continue
         if producer is None:
+            # An input of a body is what the loop gives it.
             before = _outside(place, var)
         elif path := _weight_path(graph, producer):
+            # Without the parameter's own name: its module.
             modules.append(path.split("/")[:-1])
             continue
         elif producer.name in CONTROL_FLOW:
@@ -53,6 +56,7 @@ def picked_weight(graph: ir.Graph, var: ir.Var) -> str:
     """The path of the parameter that a tensor is a part of, picked by a computed number; or ""."""
     while (eqn := graph.producer.get(var)) is not None and not graph.static[var]:
         source = eqn.inputs[0]
+        # By a number that is computed, since a static slice is a weight itself.
         if eqn.name in ("dynamic_slice", "gather") and graph.is_static(source):
             return tracing.path_of(graph, source) if isinstance(source, int) else ""
         picks = eqn.name in ("dynamic_slice", "gather", "convert_element_type")
@@ -72,6 +76,7 @@ def _weight_path(graph: ir.Graph, eqn: ir.Equation) -> str:
     """The path of the parameter that a convolution or dot multiplies by; "" where it has none."""
     if eqn.index not in graph.contractions:
         return ""
+    # Of several parameters in the weight the largest names it.
     sources = [v for var in eqn.input_vars if graph.static[var] for v in graph.sources(var)]
     return graph.paths[tracing.largest(graph, sources)] if sources else ""
 

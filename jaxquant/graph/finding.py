@@ -38,6 +38,7 @@ def _collect(region: Region) -> Iterator[Site]:
     within = {i for last, whole in composites.items() for i in whole.members if i != last}
     bases, normalising = region.composites.bases, region.composites.normalising
     for eqn in graph.equations:
+        # What is static is computed once, before any call.
         if eqn.index in within or (eqn.outputs and graph.static[eqn.outputs[0]]):
             continue
         if eqn.index in composites:
@@ -89,8 +90,6 @@ def _site(region: Region, eqn: ir.Equation, kind: str, operands: tuple[ir.Var, .
     contraction = graph.contractions.get(eqn.index)
     if contraction is not None:
         static = [graph.is_static(x) for x in eqn.inputs]
-        # The weight is the second operand, as JAX's layers write it, unless only the first is
-        # static.
         if static[0] and contraction.takes_weight_first:
             position = 0
         found = eqn.inputs[position]

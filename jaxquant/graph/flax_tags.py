@@ -21,6 +21,7 @@ _MARK = "module="
 @contextlib.contextmanager
 def tagging() -> Iterator[None]:
     """While open, equations of linen modules have `module=CLASS` in their name stack."""
+    # Not imported: who does not use linen does not pay for it.
     linen = sys.modules.get("flax.linen")
     if linen is None:
         yield
@@ -36,6 +37,7 @@ def tagging() -> Iterator[None]:
 
 def split_scope(scope: str) -> tuple[str, tuple[str, ...]]:
     """A name stack without the tags, and the classes that the tags name, outermost first."""
+    # No tag, as in most scopes: nothing to take apart.
     if _MARK not in scope:
         return scope, ()
     parts = scope.split("/")
@@ -48,6 +50,7 @@ def nnx_classes(apply_fn: Callable[..., Any], params: Any) -> Mapping[str, str]:
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(params, nnx.State):
         return {}
+    # Found by its type, wherever the function holds it.
     for value in _held(apply_fn):
         if isinstance(value, nnx.GraphDef):
             # Any values will do, and those of `params` need not be all: `nnx.split` with filters

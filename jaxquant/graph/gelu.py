@@ -24,6 +24,7 @@ _POINTS = np.concatenate([np.linspace(-12, 12, 481), [-1e3, 1e3, 0.1, -0.3]]).as
 
 def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     """The GELU that ends in an equation; None of others."""
+    # Both forms end in a product, or in a quotient by 2.
     if last.name not in ("mul", "div") or graph.static[last.outputs[0]]:
         return None
     # A cheap look first: tanh or erf close by, and only one of the two.
@@ -34,6 +35,7 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     (form,) = forms
     # Every tensor nearby may be the argument; a candidate is proved by evaluating it on numbers.
     for source in dict.fromkeys(v for eqn in near for v in eqn.input_vars):
+        # A function of one tensor alone, and with tanh or erf in it.
         members = _between(graph, source, last)
         if members is None or not any(graph.equations[i].name in _HINTS for i in members):
             continue
@@ -82,6 +84,7 @@ def _is_gelu(
     """Whether equations give GELU of a tensor, up to rounding."""
     if not jnp.issubdtype(graph.dtype(source), jnp.floating):
         return False
+    # Whoever asks may be tracing; these are numbers.
     with jax.ensure_compile_time_eval():
         found = np.asarray(_evaluated(graph, source, last, members))
         expected = np.asarray(jax.nn.gelu(jnp.asarray(_POINTS), approximate=form == "tanh"))

@@ -94,6 +94,7 @@ class Graph:
     def consumers(self) -> dict[Var, tuple[Equation, ...]]:
         found: dict[Var, list[Equation]] = {}
         for eqn in self.equations:
+            # Once for each tensor: `x * x` is one reader of x.
             for var in dict.fromkeys(eqn.input_vars):
                 found.setdefault(var, []).append(eqn)
         return {var: tuple(eqns) for var, eqns in found.items()}
@@ -136,6 +137,7 @@ class Graph:
                 stack.extend(reversed(self.producer[current].input_vars))
             elif current in self.paths:
                 found[current] = None
+        # In ascending order, which is that of parameters.
         return sorted(found)
 
     def needed(self, atom: Atom) -> set[Atom]:
@@ -157,6 +159,7 @@ class Graph:
         """
         if isinstance(atom, Literal):
             return _digest("literal", atom.value.dtype.name, atom.value.tobytes().hex())
+        # Tensors that depend on inputs have none.
         return self._fingerprints.get(atom, "")
 
     @functools.cached_property
@@ -204,9 +207,11 @@ class Graph:
             params.pop(name, None)
         shape = self.shape(eqn.inputs[0]) if eqn.inputs else ()
         for name in ("limit_indices", "slice_sizes"):
+            # A slice of a whole axis is the whole axis in any size.
             if name in params:
                 sizes = zip(params[name], shape, strict=True)
                 params[name] = tuple(None if size == whole else size for size, whole in sizes)
+        # Parameters are compared as text: some hold objects that do not compare.
         return {k: str(v) for k, v in sorted(params.items())}
 
 

@@ -211,6 +211,7 @@ def is_lookup(graph: ir.Graph, eqn: ir.Equation) -> bool:
     numbers, fill = eqn.params["dimension_numbers"], eqn.params["fill_value"]
     return (
         len(shape) == 2
+        # NaN is JAX's default; another fill is a value that the table does not have.
         and (fill is None or fill != fill)  # NaN for an index out of range
         and jnp.issubdtype(graph.dtype(eqn.inputs[0]), jnp.floating)
         and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
@@ -224,6 +225,7 @@ def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:
     if not any(graph.is_static(x) for x in eqn.inputs[:2]):
         return "matmul"
     if RESIZE_CALL in eqn.calls:
+        # `jax.image.resize` of three axes is three dots in one call.
         resized = [k for k in graph.contractions if graph.equations[k].calls == eqn.calls]
         spatial = len(graph.shape(eqn.outputs[0])) - 2
         return "trilinear_interp" if spatial == 3 or len(resized) == 3 else "bilinear_interp"
@@ -233,6 +235,7 @@ def _dot_kind(graph: ir.Graph, eqn: ir.Equation) -> str:
 def _conv_kind(contraction: Contraction, window: Window, kernel_shape: tuple[int, ...]) -> str:
     if any(d != 1 for d in window.input_dilation):
         return "conv2d_transpose"
+    # A kernel with one input channel for each group.
     (inputs,) = contraction.operands[1].contracted
     if window.feature_groups > 1 and kernel_shape[inputs] == 1:
         return "depthwise_conv2d"

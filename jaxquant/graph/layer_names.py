@@ -18,6 +18,7 @@ def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> s
     By its scope; without one by the first parameter that is applied to what it gives (the scale of
     a normalization), or by the last one before it.
     """
+    # linen's scopes are the module paths.
     if eqn.scope:
         return _spell(eqn.modules[-1] if eqn.modules else "", eqn.scope)
     # nnx and plain functions have no scope: the first parameter that the result meets, elementwise,
@@ -32,6 +33,7 @@ def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> s
             if not path:
                 behind += [v for v in user.outputs if v not in seen]
                 seen.update(user.outputs)
+    # Backwards, so that the nearest comes first.
     for before in reversed([*ir.upstream(graph, eqn.input_vars)]):
         if path := _parameter(graph, before):
             return f"the layer behind params[{path!r}]"
@@ -74,6 +76,7 @@ def of_layer(name: str, layer: Sequence[int]) -> str:
       >>> of_layer("layers/mlp", [3]), of_layer("layers/mlp[4:12]", [3]), of_layer("head", [])
       ('layers/mlp[3]', 'layers/mlp[7]', 'head')
     """
+    # A cut scan counts its layers from the segment's first.
     segment = _SEGMENT.fullmatch(name) if layer else None
     if segment is None:
         return name + layer_suffix(layer)

@@ -14,6 +14,7 @@ _SPREADING = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "stop_gra
 
 def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     """The layer normalization that ends in an equation; None of others."""
+    # The last step adds the bias, scales, or divides.
     if last.name not in ("add", "mul", "div") or graph.static[last.outputs[0]]:
         return None
     return _Search(graph).found(last)
@@ -40,13 +41,16 @@ class _Search:
         factors = self._factors(product)
         vectors = [x for x in factors if graph.is_static(x)]
         others = [x for x in factors if not graph.is_static(x)]
+        # A second vector would be another scale, which no kernel has.
         if len(others) != 2 or len(vectors) > 1:
             return None
+        # Which of the two is centered, the order does not tell.
         found = self._normalized(*others) or self._normalized(*others[::-1])
         if found is None:
             return None
         source, axis, epsilon = found
 
+        # Scale and bias go along the axis that is normalized, and nothing else does.
         size = graph.shape(source)[axis]
         spread = (*vectors, *(() if bias is None else (bias,)))
         statics = [v for x in spread if (v := self._vector(x, axis, size)) is not None]
@@ -81,6 +85,7 @@ class _Search:
         divides_by_number = eqn.name == "div" and self._graph.is_static(eqn.inputs[1])
         if eqn.name in ("mul", "div") and not divides_by_number:
             self._members.add(eqn.index)
+            # The divisor is kept whole: it is looked into as the deviation.
             first, second = eqn.inputs
             return self._factors(first) + (self._factors(second) if eqn.name == "mul" else [second])
         if matching.is_float_cast(self._graph, eqn):
@@ -114,6 +119,7 @@ class _Search:
         """
         graph, eqn = self._graph, matching.producer(self._graph, atom)
         wide = frozenset(axis for axis, size in enumerate(graph.shape(atom)) if size != 1)
+        # A sum has left its axis; its copies are along it.
         if eqn is None or graph.is_static(atom) or eqn.name == "reduce_sum":
             return wide
         if eqn.name in _SPREADING:
@@ -183,6 +189,7 @@ class _Search:
         """What is added to the variance of a tensor whose inverse deviation this is."""
         eqn = self._step(atom, "rsqrt", "sqrt")
         inner = None if eqn is None else self._step(eqn.inputs[0], "add")
+        # Either the inverse deviation multiplies, or the deviation divides.
         if eqn is None or inner is None or (eqn.name == "sqrt") != self._divides(atom):
             return None
         for variance, added in (inner.inputs, inner.inputs[::-1]):

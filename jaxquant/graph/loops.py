@@ -84,7 +84,9 @@ def run_in_turn(
         # What is not read (None) has no slices either.
         slices = [None if x is None else jnp.asarray(x)[number] for x in sliced]
         results = _arrays(step(number, [*fixed, *carry, *slices]))
+        # A step's results are its carry first, as of JAX's own scans.
         carry, stacked[number] = results[:carried], results[carried:]
+    # In the order of the steps, whichever way they went.
     columns = zip(*(stacked[number] for number in numbers), strict=True)
     return [*carry, *map(jnp.stack, columns)]
 

@@ -19,6 +19,7 @@ def mark_of(path: str, length: int) -> str:
         return ""
     start, colon, stop = match[1][1:-1].partition(":")
     size = int(stop) - int(start) if colon else 1
+    # "[3]" may be a list's index in a path: only a size that fits is a mark.
     return match[1] if size == length else ""
 
 

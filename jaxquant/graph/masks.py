@@ -26,6 +26,7 @@ def find_mask(model: Model) -> tuple[str, str] | None:
       Its layer, and the parameter path of the key, "" where it is not among the parameters.
     """
     graph = model.graph
+    # A key among the parameters is named in the message; another one is closed over.
     parameters = {graph.paths[var] for var in graph.leaves}
     for region in model.regions:
         here, fixed = region.graph, _given_fixed(region)
@@ -57,6 +58,7 @@ def _given_fixed(region: Region) -> set[ir.Var]:
     return {
         var
         for k, (var, operand) in enumerate(zip(region.arguments, region.operands, strict=True))
+        # A carry changes from step to step, even one that began fixed.
         if k not in region.carries and operand is not None and outer.is_static(operand)
     }
 
@@ -66,6 +68,7 @@ _APPLIES = frozenset({"select_n", "mul", "and"})
 
 def _chooses(graph: ir.Graph, eqn: ir.Equation, drawn: Mapping[ir.Var, Any]) -> bool:
     """Whether an equation that also reads an activation applies drawn truth values to it."""
+    # The condition of a choice is its first operand.
     applied = eqn.inputs[:1] if eqn.name == "select_n" else eqn.inputs
     truths = [
         x for x in applied if isinstance(x, int) and x in drawn and _is_truth(graph, x, drawn)
@@ -75,6 +78,7 @@ def _chooses(graph: ir.Graph, eqn: ir.Equation, drawn: Mapping[ir.Var, Any]) -> 
 
 def _is_truth(graph: ir.Graph, var: ir.Var, drawn: Mapping[ir.Var, Any]) -> bool:
     """True for truth values, also as floats and divided by the share that is kept."""
+    # Back through what makes floats of truth values.
     while graph.dtype(var) != jnp.bool_:
         eqn = graph.producer[var]
         if eqn.name not in _SCALES:

@@ -33,6 +33,7 @@ def producer(graph: ir.Graph, atom: ir.Atom) -> ir.Equation | None:
 
 def is_private(graph: ir.Graph, members: Collection[int], result: ir.Var) -> bool:
     """Whether others read nothing of what some equations give but the result of all of them."""
+    # The result alone may be read by others.
     inner = {v for index in members for v in graph.equations[index].outputs} - {result}
     return not any(
         var in graph.output_vars
@@ -45,6 +46,7 @@ def number(graph: ir.Graph, atom: ir.Atom) -> float | None:
     """The one value of a tensor that depends on nothing, such as `n - 1`; None of others."""
     if isinstance(atom, ir.Literal):
         return float(atom.value) if atom.value.ndim == 0 else None
+    # Values of parameters are not known here, and those of inputs never.
     if not graph.static[atom] or graph.shape(atom) != () or not _depends_on_nothing(graph, atom):
         return None
     table = evaluate.float_table(ir.upstream(graph, [atom]))

@@ -50,6 +50,7 @@ def as_batches(eqn: jaxprs.JaxprEqn) -> jaxprs.ClosedJaxpr | None:
     Returns:
       A function of the same operands; None where something in it has no such form.
     """
+    # A quick look, before anything is traced.
     if _without_form(eqn.params):
         return None
     shapes = [jax.ShapeDtypeStruct(jaxprs.shape_of(x), jaxprs.dtype_of(x)) for x in eqn.invars]
@@ -71,9 +72,11 @@ def _without_form(params: Mapping[str, Any]) -> str:
     while stack:
         for eqn in stack.pop().eqns:
             name = str(eqn.primitive.name)
+            # An unknown call may hold collectives that nobody sees.
             inside = [jaxpr for _, jaxpr, _ in jaxprs.sub_bodies(dict(eqn.params))]
             if inside and name not in _OPENED:
                 return name
+            # Only what names an axis meets other devices.
             if not inside and mesh_maps.names_axes(eqn):
                 if name.removesuffix(_INVARIANT) not in _COLLECTIVES:
                     return name
@@ -113,6 +116,7 @@ def _run(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
             )
         return function(*parts)
 
+    # By shapes alone: this trace only tells which results differ along which axes.
     jax.eval_shape(lambda: of_all([frozenset(axes)] * len(mesh_map.results)))
     along = [split.axes | own for split, own in zip(mesh_map.results, differing, strict=True)]
     return [
@@ -125,6 +129,7 @@ def _split(x: jax.Array, split: Split, mesh_map: MeshMap) -> jax.Array:
     """An operand's parts, along leading axes in the order of the mesh's."""
     shape: list[int] = []
     place: dict[str, int] = {}
+    # A dimension that is split becomes the devices' axes and what each has of it.
     for size, names in zip(x.shape, split.by_dimension(x.ndim), strict=True):
         for name in names:
             place[name] = len(shape)
@@ -138,6 +143,7 @@ def _split(x: jax.Array, split: Split, mesh_map: MeshMap) -> jax.Array:
 def _joined(x: jax.Array, split: Split, axes: Sequence[str], mesh_map: MeshMap) -> jax.Array:
     """A result, of its parts along leading axes."""
     picked = tuple(slice(None) if axis in split.axes else 0 for axis in axes)
+    # Along an axis that a result is not split over all devices have the same.
     if any(each == 0 for each in picked):
         x = x[picked]
     left = [axis for axis in axes if axis in split.axes]
@@ -167,6 +173,7 @@ class _Deferred(NamedTuple):
     def value(self, axes: Sequence[str] = ()) -> jax.Array:
         """The result, summed over some axes of the mesh."""
         lhs, rhs = self.factors
+        # All factors beside each other, so that the devices' sum is one more axis of the product's.
         for axis in axes:
             lhs, rhs = jax.lax.all_gather(lhs, axis), jax.lax.all_gather(rhs, axis)
         params = contraction.summed_over_leading(self.params, len(axes))
@@ -198,6 +205,7 @@ def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[
         return [product._replace(behind=(*product.behind, eqn))]
     if product is not None and collective == "psum":
         return [product.value(eqn.params["axes"])]
+    # Anything else needs its value now.
     operands = [_computed(x) for x in operands]
     if name == contraction.DOT:
         return [_Deferred((operands[0], operands[1]), _of_one_device(eqn))]
@@ -208,6 +216,7 @@ def _apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[
     if collective in _REDUCTIONS:
         (x,), reduce = operands, _REDUCTIONS[collective]
         for axis in eqn.params["axes"]:
+            # A sum over devices is a sum along the axis that gathering them makes.
             x = reduce(jax.lax.all_gather(x, axis), (0,))
         return [x]
     if name == "all_gather_invariant":
@@ -259,6 +268,7 @@ def _while(params: Mapping[str, Any], operands: Sequence[Any]) -> list[Any]:
         return _interpret(body.jaxpr, body.consts, [*fixed, *carry])
 
     start = list(operands[of_test + of_body :])
+    # Devices may stop at different steps: those that are done keep what they have.
     if whiles.has_lanes(test):
         return whiles.tested_in_body(goes_on, step, start)
     return jax.lax.while_loop(goes_on, step, start)
