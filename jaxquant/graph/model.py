@@ -66,6 +66,7 @@ class Model:
         found = {}
         for eqn in self.graph.equations:
             if eqn.name not in CONTROL_FLOW or eqn.params.get("length") == 0:
+                # The result of a loop over parameters alone is a number like any other.
                 continue
             if eqn.outputs and self.graph.static[eqn.outputs[0]]:
                 continue
@@ -78,6 +79,7 @@ class Model:
         """How many layers a scan has whose weights are stacked; None for what is no such scan."""
         if self.body is None or self.body.equation is None or not self.sliced:
             return None
+        # A scan whose slices are no weights has one program and one scale for all its steps.
         return int(self.body.equation.params["length"])
 
     def varies_by_layer(self, var: ir.Var) -> tuple[bool, ...]:
@@ -89,6 +91,7 @@ class Model:
             return ()
         sources = {v for v in self.graph.sources(var) if v in self.graph.leaves}
         outside = [self.holder.varies_by_layer(v) for v in self._operands_of(sources)]
+        # Weights without a source outside vary along none of the scans.
         around = tuple(any(each) for each in zip(*outside, strict=True)) or (False,) * len(
             self.holder.scans
         )
@@ -141,6 +144,8 @@ class Model:
         if self.holder is not None:
             for var, operand in self.leaf_operands.items():
                 outside = self.holder.expression(operand)
+                # As deep as its nest: slices of one scan in another are others than those of that
+                # alone.
                 depth = len(self.scans)
                 is_slice = var in self.sliced
                 sources[var] = numbers.number("slice", depth, outside) if is_slice else outside
@@ -186,6 +191,7 @@ class Model:
         """The sites in this model, of some of the whole one, as it shows them."""
         own = self.root.location
         return tuple(
+            # Seen from this model: what is deeper inside has no tensors here.
             from_outside(within(self._with_scans(site), self.root))
             for site in sites
             if site.location[: len(own)] == own
@@ -239,6 +245,7 @@ class FloatModel:
           ValueError: see `jaxquant.graph.trace.trace`; and whatever the function raises.
         """
         leaves, tree = jax.tree.flatten(jax.tree.map(ir.struct, inputs))
+        # Dtypes and shapes are all that a trace depends on.
         key = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._models:
             self._models[key] = trace_model(self.apply_fn, self._structs, inputs, self.cuts)
@@ -257,5 +264,6 @@ def trace_model(
     graph = trace(apply_fn, params, inputs)
     if not cuts:
         return Model(graph)
+    # Cut behind the trace, so that both graphs have the same tensors.
     found, origins = cut_graph(graph, params, cuts)
     return Model(found, cuts=cuts, origins=origins)

@@ -33,11 +33,13 @@ def name_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
             base = module_of(site.weight_path)
             if modules[base] > 1:  # several weights in one module: their names tell them apart
                 base = without_collection(site.weight_path)
+        # Without a weight: what feeds it tells the layer, the scope the place in it.
         else:
             base = "/".join(s for s in (site.feeding, site.scope, site.kind) if s)
         base = _without_segment(base, site)
         counts = seen[base]
         segments = [count for segment, count in counts.items() if segment]
+        # A second use outside of segments goes behind all that the segments used.
         count = counts[""] + (counts[site.segment] if site.segment else max(segments, default=0))
         names = (f"{base}:{n}" if n else base for n in itertools.count(count))
         name = next(n for each in names if (n := each + site.segment) not in taken)
@@ -54,6 +56,7 @@ def _without_segment(base: str, site: Site) -> str:
 
 def name_lookups(lookups: Sequence[Site], others: Sequence[Site]) -> list[Site]:
     """Names that the other sites do not have; they share those of a weight that they share."""
+    # Lookups share modules with dots, so both are counted.
     paths = {site.weight_path for site in (*others, *lookups) if site.weight_path}
     modules = collections.Counter(module_of(path) for path in paths)
     taken = {site.name for site in others}
@@ -95,6 +98,7 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
     batch (`jnp.matmul` of a batch of one drops its axis).
     """
     named: dict[ir.Var, str] = {}
+    # Convolutions first: what they read has to be named alike in every mode and batch.
     for site in sorted(sites, key=_naming_rank):
         for number, operand in enumerate(site.operands):
             name = f"{site.name}/input" + (f"_{number}" if number else "")
@@ -102,6 +106,7 @@ def tensor_names(graph: ir.Graph, sites: Sequence[Site]) -> dict[ir.Var, str]:
             named.setdefault(root, name)
             named.setdefault(operand, f"{name}:moved")  # where the rearrangement is kept in float
     for site in sorted(sites, key=_naming_rank):
+        # Only what is not read by a site is left without a name by now.
         for var in _given(graph, site):
             named.setdefault(var, f"{site.name}/output")
     return named
@@ -113,6 +118,7 @@ def _given(graph: ir.Graph, site: Site) -> Iterator[ir.Var]:
     while var is not None:
         yield var
         readers = graph.consumers.get(var, ())
+        # A tensor with two readers is given itself; what either makes of it is another one.
         if len(readers) != 1 or not _follows_alone(graph, readers[0], var):
             return
         (var,) = readers[0].outputs

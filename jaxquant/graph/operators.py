@@ -66,6 +66,7 @@ def find_operators(
             match = FINDERS[kind](graph, eqn)
             if match is None or taken & match.members:
                 continue
+            # What runs otherwise already (an int8 site, say) cannot be a part of it.
             if within is None or match.members <= set(within):
                 members = tuple(sorted(match.members))
                 found[eqn.index] = Operator(kind, match.inputs, members, match.params)

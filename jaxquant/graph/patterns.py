@@ -29,6 +29,7 @@ class Layered(NamedTuple):
 
     def holds(self, layer: Sequence[int], scans: Sequence[int]) -> bool:
         """Whether it is of a layer of these scans; it may leave out inner ones."""
+        # What is left out are inner scans: all of their layers.
         parts = zip(self.layers, layer, scans, strict=False)
         return all(number in _numbers(text, length) for text, number, length in parts)
 
@@ -56,6 +57,7 @@ def layered(pattern: str) -> Layered | None:
       (Layered(base='layers/*', layers=('3',)), None)
     """
     match = _LAYERS.fullmatch(pattern)
+    # "[3][1:4]" has one pair of brackets for each scan.
     return None if match is None else Layered(match[1], tuple(match[2][1:-1].split("][")))
 
 
@@ -99,6 +101,7 @@ def _layers_of(site: Site, pattern: str) -> Layered | None:
     found = layered(pattern)
     if found is None:
         return None
+    # Brackets at the end may belong to the name itself, so that each number of them is tried.
     for count in range(len(found.layers)):
         base = found.base + "".join(f"[{text}]" for text in found.layers[:count])
         layers = found.layers[count:]
@@ -117,6 +120,7 @@ def matches_site(site: Site, pattern: str) -> bool:
         return fnmatch.fnmatchcase(site.kind, rest)
     if prefix == "module" and rest:
         return any(fnmatch.fnmatchcase(module, rest) for module in site.modules)
+    # A pattern may name any of the three; most sites have but one or two.
     return any(
         fnmatch.fnmatchcase(text, pattern)
         for text in (site.name, site.scope, site.weight_path)

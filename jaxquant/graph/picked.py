@@ -61,6 +61,7 @@ def as_layers(
     # Traced anew with the picked rows as operands of the scan: then they are stacked weights, like
     # those that a scan over layers has from the start.
     def run(*operands: Any) -> list[Any]:
+        # Weights are followed as positions: their values are not known here.
         fixed = [_Stack(k, x) if is_weight[k] else x for k, x in enumerate(operands[:constants])]
         rows = {place: _rows(operands[pick.position], pick) for place, pick in picks.items()}
 
@@ -79,6 +80,7 @@ def as_layers(
         )
         return [*last, *stacked]
 
+    # By shapes: what is traced is a function of the same operands.
     shapes = [jax.ShapeDtypeStruct(jaxprs.shape_of(x), jaxprs.dtype_of(x)) for x in eqn.invars]
     return jax.make_jaxpr(run)(*shapes)
 
@@ -89,6 +91,7 @@ def _with_rows(
     """The results of a scan's body, with the rows that equations pick."""
 
     def apply(eqn: jaxprs.JaxprEqn, place: Place, operands: list[Any]) -> Sequence[Any]:
+        # The picked row is in the slice already, whatever its number was.
         if place in rows:
             return [rows[place]]
         return jaxprs.bind(eqn.primitive, [_plain(x) for x in operands], dict(eqn.params))
@@ -107,6 +110,7 @@ def _plain(value: Any) -> Any:
 def _rows(stack: jax.Array, pick: _Pick) -> jax.Array:
     """The rows of a stack that are picked, in the order of the scan's slices."""
     first, last = pick.rows[0], pick.rows[-1]
+    # Neighbouring rows are a slice, which the compiler may leave in place.
     if pick.rows == tuple(range(first, last + 1)):
         rows = stack if len(pick.rows) == len(stack) else stack[first : last + 1]
     else:
@@ -123,6 +127,7 @@ def _find_picks(
     length = params["length"]
     if not isinstance(length, int) or not 0 < length <= _MOST_STEPS or not _may_pick(body.jaxpr):
         return {}
+    # Weights as markers, so that a pick tells which operand it reads.
     fixed = [_Stack(k) if is_weight[k] else known[k] for k in range(constants)]
     steps = list(range(length))[:: -1 if params["reverse"] else 1]
 
@@ -141,6 +146,8 @@ def _find_picks(
     numbers, followed = _Numbers(body), [x is not None for x in carry]
     for step in steps:
         behind = numbers.run(args(carry, step))[:carried]
+
+        # As soon as no pick has all its rows known, the rest of the steps tells nothing.
         if all(None in (row for _, row, _ in seen) for seen in numbers.picked.values()):
             return {}
         carry = [x if keep else None for x, keep in zip(behind, followed, strict=True)]
@@ -148,6 +155,7 @@ def _find_picks(
     for place, seen in numbers.picked.items():
         row_of = dict(zip(steps, (row for _, row, _ in seen), strict=True))
         rows = tuple(row_of[step] for step in range(length))
+        # Each row once: a row in two steps would be stored twice.
         if None not in rows and len(set(rows)) == length:
             position, _, shape = seen[0]
             found[place] = _Pick(position, rows, shape)
@@ -171,6 +179,7 @@ class _Numbers:
     def run(self, args: Sequence[Any]) -> list[Any]:
         """One step: its results."""
         consts = [None] * len(self._body.consts)
+        # Whoever asks is tracing, and these are numbers.
         with jax.ensure_compile_time_eval():
             return jaxprs.interpret(self._body.jaxpr, consts, args, self._apply, _is_plain)
 
@@ -185,6 +194,7 @@ class _Numbers:
         is_known = all(isinstance(x, np.ndarray) for x in operands) and not eqn.effects
         if not is_known or not all(is_number(var.aval) for var in eqn.outvars):
             return unknown
+        # Steps repeat their numbers' arithmetic: what was computed is looked up.
         key = (place, *(x.tobytes() for x in operands))
         if key not in self._known:
             results = jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
@@ -243,5 +253,6 @@ def _row(eqn: jaxprs.JaxprEqn, indices: Sequence[Any]) -> int | None:
         return None
     row = int(indices[0].reshape(()))
     if eqn.primitive.name == "dynamic_slice":
+        # A dynamic slice moves what would reach beyond the operand.
         return min(max(row, 0), size - 1)
     return row if 0 <= row < size else None

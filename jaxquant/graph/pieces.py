@@ -61,6 +61,7 @@ class InPieces:
 
     def __call__(self, *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
+        # Elsewhere than on one CPU XLA places and splits what it compiles as a whole.
         if not _is_on_one_cpu(leaves):
             return self._whole(*args)
         structs = tuple(map(ir.struct, leaves))
@@ -81,9 +82,11 @@ class InPieces:
 
     def _compile(self, args: tuple[Any, ...]) -> _Known:
         """One program for all pieces that have one key; XLA compiles it when it is first run."""
+        # Forms are chosen in the trace, so that equal native calls look equal.
         with choices.at(choices.ONE_CPU):
             graph = trace(lambda _, *given: self._function(*given), (), args)
         pieces = _cut(graph)
+        # One program for each key, whatever number of pieces have it.
         different = {piece.key: piece for piece in pieces}
         compiled = {
             key: jax.jit(_evaluation(piece), compiler_options=self._options)
@@ -146,6 +149,7 @@ def _in_order_of_need(graph: ir.Graph) -> list[ir.Equation]:
 
 def _starts_piece(graph: ir.Graph, eqn: ir.Equation) -> bool:
     is_call = eqn.name == "ffi_call" or bool(jaxprs.sub_bodies(dict(eqn.params)))
+    # XLA fuses nothing over these.
     return is_call or eqn.index in graph.contractions
 
 
@@ -195,6 +199,7 @@ def _chains(links: Sequence[tuple[Hashable, int]]) -> list[slice]:
 
     def cost(starts: Sequence[int]) -> int:
         different = {tuple(names[part]) for part in parts(starts)}
+        # A program costs by itself, and by the equations in it; equal chains are compiled once.
         return sum(_PROGRAM + sum(sizes[name] for name in chain) for chain in different)
 
     starts = list(range(len(names)))
@@ -214,6 +219,7 @@ def _pieces(
     last: dict[ir.Var, int] = {}
     for number, group in enumerate(groups):
         last.update((var, number) for eqn in group for var in eqn.input_vars)
+    # Outputs are read behind the last piece.
     last.update((var, len(groups)) for var in graph.output_vars)
     return [_piece(graph, number, group, last, numbers) for number, group in enumerate(groups)]
 

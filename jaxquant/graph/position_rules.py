@@ -50,6 +50,7 @@ def _results(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> li
         found = [nothing(shape) for shape in shapes]
         return [dataclasses.replace(x, lost=still_lost(x, operands, eqn.name)) for x in found]
     given = rule(graph, eqn, operands)
+    # What a rule does not say was lost may have been lost before.
     behind = given.lost or still_lost(nothing(()), operands, eqn.name)
     return [given if given.sizes == shape else nothing(shape, lost=behind) for shape in shapes]
 
@@ -75,6 +76,8 @@ def _rule(graph: ir.Graph, eqn: ir.Equation) -> Rule | None:
 def _elementwise(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -> Known:
     """What goes on through an elementwise operation, which may fill padding or make it zeros."""
     shape = graph.shape(eqn.outputs[0])
+
+    # Operands of fewer axes are numbers or vectors, which broadcast.
     whole = [x for x in operands if len(x.axes) == len(shape)]
     axes = [agreed(_of_size(each, n)) for each, n in zip(zip(*(x.axes for x in whole)), shape)]
     # exp of a masked score is 0, whatever filled it: what is summed after that is of no padding.
@@ -99,11 +102,13 @@ def _is_telling(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name in _COMPARES:
         return True
     numbers = [primitives.constant_scalar(graph, x) or 0.0 for x in eqn.inputs]
+    # A quotient by a large number is a scaling.
     return eqn.name != "div" and any(abs(number) >= _FILL for number in numbers)
 
 
 def _of_size(axes: Sequence[Axis], size: int) -> list[Axis]:
     """The axes of operands that are not repeated along that of the result."""
+    # An axis of size 1 is repeated, and says nothing of the entries.
     fitting = [axis for axis in axes if math.prod(part.size for part in axis) == size]
     return fitting or [(Part(size),)]
 
@@ -116,6 +121,7 @@ def _leaves_zeros(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name == "select_n":
         numbers = [primitives.constant_scalar(graph, case) for case in eqn.inputs[1:]]
         return 0.0 in numbers or not any(numbers)
+    # Times a mask: zeros where it is False.
     return eqn.name == "mul"
 
 
@@ -124,6 +130,7 @@ def _contraction(graph: ir.Graph, eqn: ir.Equation, operands: Sequence[Known]) -
     contraction = graph.contractions[eqn.index]
     shape = graph.shape(eqn.outputs[0])
     places: dict[int, list[Axis]] = {}
+    # Both operands have batch axes, which meet.
     for side, own in enumerate(operands[:2]):
         for axis, parts in enumerate(own.axes):
             place = contraction.place(side, axis)

@@ -59,6 +59,7 @@ class Positions(NamedTuple):
         theirs = [number for number, axis in enumerate(axes) if axis == (BATCH,)]
         if len(theirs) == 1:
             return theirs[0], (BATCH,)
+        # Without a mark anywhere the first axis is the samples', as of most models.
         is_known = any(mark is not None for axis in axes for mark in axis)
         return 0, axes[0] if is_known else None
 
@@ -83,6 +84,7 @@ class Positions(NamedTuple):
           bool, of a shape that is broadcast to the tensor's; None where all of them count.
         """
         known = self.known(model, var)
+        # A mask itself counts whole: it is what tells.
         return _entries(known, masks) if _is_placed(known) else None
 
 
@@ -108,6 +110,7 @@ def find_positions(
             graph.shape(var),
             numbers.get(place),
             is_plain=place in (*masks, *plain)
+            # Ids and truth values are no activations.
             or not jnp.issubdtype(graph.dtype(var), jnp.floating),
             tells=place in masks or graph.dtype(var) == jnp.bool_,
         )
@@ -126,6 +129,7 @@ def find_samples(model: Model) -> Positions:
     for var in graph.inputs:
         first, *others = nothing(graph.shape(var)).axes or ((),)
         samples = tuple(part._replace(mark=BATCH) for part in first)
+        # A scalar input has no axis at all.
         given[var] = Known((samples, *others) if samples else ())
     found: _Found = {}
     _follow(model.root, given, found)
@@ -146,8 +150,10 @@ def _entries(known: Known, masks: Sequence[jax.Array]) -> jax.Array:
     samples = next(k for k, part in enumerate(parts) if part.mark == BATCH)
     used, selections = {samples}, []
     for place, part in enumerate(parts):
+        # Positions that the model has filled are read, so they count.
         if part.mark is not None and part.mark != BATCH and not part.filled:
             used.add(place)
+            # The mask is [B, T]; where the samples come behind the positions it is turned.
             mask = masks[part.mark] if samples < place else masks[part.mark].T
             shape = [size if k in (samples, place) else 1 for k, size in enumerate(sizes)]
             selections.append(mask.reshape(shape))
@@ -213,6 +219,7 @@ def _through_body(
         nothing(graph.shape(var)) if atom is None else outside(atom)
         for var, atom in zip(body.arguments, body.operands, strict=True)
     ]
+    # A step sees a slice of what is scanned.
     feeding = [x.without_leading(eqn.name) if k in body.scanned else x for k, x in enumerate(read)]
     for number in range(_ROUNDS):  # what a step leaves in the carry, the next one reads
         if number == _ROUNDS - 1:  # it goes back and forth
@@ -230,6 +237,7 @@ def _through_body(
         return [results[k] for k in range(len(eqn.outputs))]
     steps = leading([read[k] for k in body.scanned], eqn.params["length"])
     carried = {*body.carries.values()}
+    # What is stacked gets the axis of the steps back.
     return [x if k in carried else x.with_leading(steps) for k, x in enumerate(results)]
 
 

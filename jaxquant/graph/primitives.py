@@ -61,6 +61,7 @@ def _adds_copies(graph: ir.Graph, eqn: ir.Equation) -> bool:
 
 def is_relu(eqn: ir.Equation) -> bool:
     """True for `max(x, 0)`."""
+    # A literal zero; a parameter of zeros may be trained.
     literals = [x for x in eqn.inputs if isinstance(x, ir.Literal)]
     return eqn.name == "max" and len(literals) == 1 and not literals[0].value.any()
 
@@ -70,6 +71,8 @@ def constant_scalar(graph: ir.Graph, atom: ir.Atom) -> float | None:
 
     NaN is none: it is the same as no value.
     """
+
+    # As the model has it: a constant of float64 may be rounded on its way.
     dtype = graph.dtype(atom)
     while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
         if eqn.name not in ("convert_element_type", "broadcast_in_dim", "copy"):
@@ -131,7 +134,6 @@ class Channels:
         if eqn.name == "transpose":
             permutation = list(eqn.params["permutation"])
             return Channels(self.sizes, tuple(permutation.index(a) for a in self.axes))
-        # Turning the channels around would need the multipliers turned around, too.
         if eqn.name == "rev":
             if any(a in eqn.params["dimensions"] for a in self.axes):
                 return None
@@ -143,6 +145,7 @@ class Channels:
 
     def spread(self, vector: jax.Array, rank: int) -> jax.Array:
         """Place [C] along the channel axes of a tensor with `rank` axes; size 1 elsewhere."""
+        # The vector is in the weight's order; the tensor may have the channels' axes in another.
         order = sorted(range(len(self.axes)), key=lambda k: self.axes[k])
         value = vector.reshape(self.sizes).transpose(order)
         shape = [1] * rank
@@ -179,6 +182,7 @@ class Channels:
 
         sizes, found = [], []
         for place, size in enumerate(self.sizes):
+            # A factor of 1 has no axis to be on.
             if size == 1:
                 continue
             for axis in axes.get(place, ()):

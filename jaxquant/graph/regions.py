@@ -105,6 +105,7 @@ class Region:
         """The leaves that weights are made of, those of the bodies inside too."""
         graph, read = self.graph, set[ir.Var]()
         for eqn in graph.equations:
+            # Static equations make weights, and read none.
             if eqn.outputs and graph.static[eqn.outputs[0]]:
                 continue
             if eqn.index in graph.contractions:
@@ -124,6 +125,7 @@ class Region:
 
         Those that no step reads in float are None, and no leaves: the weights that are integers.
         """
+        # In two dicts, since leaves have paths and inputs have places.
         given = dict(zip(self.arguments, values, strict=True))
         leaves = {var: given[var] for var in self.graph.leaves if given[var] is not None}
         return leaves, [given[var] for var in self.graph.inputs]
@@ -167,12 +169,15 @@ def _ends_of(eqn: ir.Equation, key: str, arguments: int, outputs: int) -> _Ends:
     elif eqn.name == "while":
         of_test, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         start = eqn.inputs[of_test + of_body :]
+        # The test reads the carry, and gives nothing but when to stop.
         if key == "cond_jaxpr":
             return _Ends((*eqn.inputs[:of_test], *start), scanned, carries, (None,) * outputs)
         operands = (*eqn.inputs[of_test : of_test + of_body], *start)
         carries = {of_body + k: k for k in range(outputs)}
     elif eqn.name == "cond":
+        # The first operand chooses the branch.
         operands = eqn.inputs[1:]
+    # Another equation with a body that takes what it reads.
     elif len(eqn.inputs) == arguments:
         operands = eqn.inputs
     if outputs != len(eqn.outputs):
@@ -188,6 +193,7 @@ def _bound(
     operands, scanned, carries, _ = ends
 
     constant = [  # what every step reads alike
+        # A carry is a parameter in the first step at most.
         None if k in carries or (key == "cond_jaxpr" and k >= eqn.params["cond_nconsts"]) else atom
         for k, atom in enumerate(operands)
     ]

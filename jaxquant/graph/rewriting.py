@@ -30,6 +30,7 @@ class Rewriting:
     def add(self, eqn: ir.Equation, **changes: Any) -> int:
         """An equation like one of the graph before, with other fields; its index."""
         index = len(self.equations)
+        # Its index is its place: who reads a graph counts on that.
         self.equations.append(dataclasses.replace(eqn, index=index, **changes))
         return index
 

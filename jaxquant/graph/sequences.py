@@ -47,6 +47,7 @@ def find_sequences(model: Model, places: tuple[int, ...]) -> Sequences:
     """
     groups = {place: frozenset({place}) for place in places}
     while True:  # where positions meet nothing is known behind, until they are one
+        # A group goes by its least number, so that all of it has one mark.
         marks = {place: min(group) for place, group in groups.items()}
         # Positions that meet (in a sum, say) are of one sequence, and are followed once more as
         # one.

@@ -25,6 +25,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> matching.Match | None:
     if total is None or total.name != "reduce_sum" or total.inputs[0] != numerator:
         return None
     members.add(total.index)
+    # A kernel goes along one axis, and others read the quotient alone.
     if len(total.params["axes"]) != 1 or not matching.is_private(
         graph, members, division.outputs[0]
     ):
@@ -41,4 +42,5 @@ def _varying(graph: ir.Graph, spread: ir.Atom, total: ir.Equation) -> frozenset[
     eqn = matching.producer(graph, spread)
     if eqn is None or eqn == total:
         return wide
+    # What spreads the sum may lay it along other axes than it has left.
     return wide & primitives.follow_axes(graph, eqn, _varying(graph, eqn.inputs[0], total))

@@ -106,6 +106,7 @@ class Site:
 def within(site: Site, region: Region) -> Site:
     """A site of a whole model as the model of a body that holds it has it."""
     depth = len(region.location)
+    # Both count from the body on.
     return dataclasses.replace(
         site, location=site.location[depth:], inside=site.inside[len(region.inside) :]
     )
@@ -115,4 +116,5 @@ def from_outside(site: Site) -> Site:
     """A site as a model shows it: of one inside control flow without the tensors of the body."""
     if not site.inside:
         return site
+    # Tensors of a body have numbers of its own, which would be others here.
     return dataclasses.replace(site, output=None, operands=(), weight=None)

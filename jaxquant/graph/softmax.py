@@ -21,6 +21,7 @@ def match(graph: ir.Graph, division: ir.Equation) -> tuple[ir.Var, tuple[int, ..
     if found is None:
         return None
     source, members = found.source, set(found.members)
+    # The mask's number may be -1e9: what int8 sees is the scores before it.
     source = _before_mask(graph, source, members)
     if not matching.is_private(graph, members, division.outputs[0]):
         return None
@@ -94,6 +95,7 @@ def _unmasked(
     stack = [shifted.inputs[1]]
     while stack:
         atom = stack.pop()
+        # Parameters may be subtracted as well: they cancel.
         if graph.is_static(atom) or atom in sources:
             continue
         eqn = matching.producer(graph, atom)
@@ -141,6 +143,7 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
             return source
         operands = eqn.inputs[1:] if eqn.name == "select_n" else eqn.inputs
         scores = [x for x in operands if not _is_mask(graph, x)]
+        # A choice always replaces; a sum does so only where what is added is a mask.
         chooses = eqn.name == "select_n"  # then one value, -1e9 or -inf, is a mask too
         beside = [x for x in operands if x not in scores]
         if not chooses and not any(_masks(graph, x, scores) for x in beside):
@@ -149,6 +152,7 @@ def _before_mask(graph: ir.Graph, source: ir.Var, members: set[int]) -> ir.Var:
         only_here = all(user.index in members for user in graph.consumers.get(source, ()))
         if len(scores) != 1 or not isinstance(scores[0], int) or not only_here:
             return source
+        # `mask - scores` turns them around, and is no mask of them.
         if source in graph.output_vars or (eqn.name == "sub" and scores[0] != eqn.inputs[0]):
             return source
         members.add(eqn.index)
@@ -172,6 +176,7 @@ def _masks(graph: ir.Graph, atom: ir.Atom, scores: Sequence[ir.Atom]) -> bool:
 def _channels(graph: ir.Graph, atom: ir.Atom) -> frozenset[int]:
     """The axes of a weight's channels in its product, behind what is added to it."""
     eqn = matching.producer(graph, atom)
+    # A bias before the mask does not hide the product.
     while eqn is not None and eqn.name in ("add", "sub"):
         others = [x for x in eqn.inputs if not graph.is_static(x)]
         eqn = matching.producer(graph, others[0]) if len(others) == 1 else None
@@ -187,6 +192,7 @@ def _has_infinity(graph: ir.Graph, atom: ir.Atom) -> bool:
     if isinstance(atom, ir.Literal):
         return bool(np.isinf(atom.value).any())
     values = [graph.constants[x] for x in graph.sources(atom) if x in graph.constants]
+    # Of a model that is saved without weights only shapes are known.
     known = [x for x in values if not isinstance(x, jax.ShapeDtypeStruct)]
     floats = [x for x in known if jnp.issubdtype(x.dtype, jnp.floating)]
     return any(bool(np.isinf(np.asarray(x, np.float32)).any()) for x in floats)
@@ -197,6 +203,7 @@ def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
     stack, steps = [atom], 0
     while stack:
         atom = stack.pop()
+        # What is no float is a truth value or an index: the origin of a mask.
         if graph.is_static(atom) or not jnp.issubdtype(graph.dtype(atom), jnp.floating):
             continue
         # From booleans and integers, through shapes and arithmetic: no activation comes in.

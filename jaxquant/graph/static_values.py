@@ -49,6 +49,7 @@ def static_values(
     sources = {**graph.constants, **leaves}
     found: dict[ir.Var, np.ndarray] = {}
     for eqn in graph.equations if equations is None else equations:
+        # Only what is static and gives one tensor.
         if not eqn.inputs or len(eqn.outputs) != 1 or not graph.static[eqn.outputs[0]]:
             continue
         # In NumPy, in float32 as XLA does it: small things that would cost a compilation each.
@@ -57,6 +58,7 @@ def static_values(
         operands = [_operand(atom, found, sources) for atom in eqn.inputs]
         if not all(x is not None and x.size <= _LARGEST for x in operands):
             continue
+        # Infinities and NaN come out as they do in XLA, which gives no warning.
         with np.errstate(all="ignore"):
             value = _apply(graph, eqn, operands)
         if value is not None:
@@ -72,6 +74,7 @@ def _operand(
     if atom in found:
         return found[atom]
     source = sources.get(atom)
+    # A parameter that is spread over processes is read nowhere here.
     if source is None or not getattr(source, "is_fully_addressable", True):
         return None
     return np.asarray(source, np.float32) if np.size(source) <= _LARGEST else None
@@ -82,9 +85,11 @@ def _apply(graph: ir.Graph, eqn: ir.Equation, operands: list[Any]) -> np.ndarray
         return np.asarray(_ELEMENTWISE[eqn.name](*operands), np.float32)
     x, params = operands[0], eqn.params
     if eqn.name == "broadcast_in_dim":
+        # Not spread: an axis of size 1 stands for all its copies.
         shape = np.ones(len(params["shape"]), int)
         shape[list(params["broadcast_dimensions"])] = x.shape
         return x.reshape(shape)
+    # One entry that stands for copies lacks the shape that the equation changes.
     if x.shape != graph.shape(eqn.inputs[0]):
         return None
     if eqn.name == "reshape" and params["dimensions"] is None:

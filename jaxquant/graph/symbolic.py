@@ -69,6 +69,7 @@ class _Restorer(Rewriting):
         (output,), shape = eqn.outputs, self.graph.shape(eqn.inputs[0])
         whole = not any(found.starts) and set(found.strides) <= {1} and found.limits == shape
         if whole and not found.dropped:
+            # A slice of everything is the tensor itself.
             self._same[output] = operand
             return
         squeeze = {"dimensions": found.dropped}
@@ -79,6 +80,7 @@ class _Restorer(Rewriting):
         if found.dropped:
             pairs = zip(found.starts, found.limits, found.strides, strict=True)
             # The axes that an index drops are sliced to size 1 first, then squeezed away.
+            # As many indices as steps reach: the last one counts.
             sizes = tuple((limit - start - 1) // stride + 1 for start, limit, stride in pairs)
             target = self.new(self.graph.avals[output].update(shape=sizes))
         strides = found.strides if set(found.strides) != {1} else None
@@ -94,6 +96,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
     """The slice that a gather is; None where it picks something else."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     indices = _known_indices(graph, eqn.inputs[1])
+    # A gather of parameters is a lookup, which stays one.
     if indices is None or numbers.operand_batching_dims or graph.is_static(eqn.inputs[0]):
         return None
     shape = graph.shape(eqn.inputs[0])
@@ -104,6 +107,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
     cuts: list[tuple[int, Any, int]] = []
     single: list[int] = []  # the axes with one index
     for axis, (size, taken) in enumerate(zip(shape, sizes, strict=True)):
+        # The whole axis, or another operation.
         if axis not in numbers.start_index_map:
             cuts.append((0, size, 1))
             if taken != size:
@@ -114,6 +118,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
             return None
         start, step, count, varying = cut
         if varying is None:
+            # One index along the axis, which the result may or may not keep.
             single += [] if axis in placed else [axis]
         elif taken != 1 or axis in placed:
             return None
@@ -125,6 +130,7 @@ def _as_slice(graph: ir.Graph, eqn: ir.Equation) -> _Slice | None:
         cuts.append((start, limit, step))
     # An axis of the result that nothing varies along has one element: it is a slice of one index.
     rest = [axis for axis in batch_axes if axis not in placed.values()]
+    # Of several axes with one index those are kept that give the result's order.
     for chosen in itertools.combinations(single, len(rest)):
         whole = placed | dict(zip(chosen, rest, strict=True))
         if [whole[axis] for axis in sorted(whole)] == list(range(rank)):

@@ -50,6 +50,7 @@ def _reads_table(graph: ir.Graph, eqn: ir.Equation) -> bool:
     table = eqn.inputs[0]
     if not isinstance(table, int) or not _may_be_table(graph, table):
         return False
+    # Rows of a sum of parameters are computed; of a parameter they are stored.
     if not {*graph.sources(table)} <= {*graph.leaves} or len(graph.sources(table)) != 1:
         return False
     is_rows = kinds.is_lookup(graph, eqn) if eqn.name == "gather" else False
@@ -82,6 +83,7 @@ def _lies_along(
     graph: ir.Graph, var: ir.Var, table: ir.Var, along: Mapping[ir.Var, frozenset[int]]
 ) -> bool:
     """Whether the rows of a table, as which `var` goes on, meet axes of inputs in all additions."""
+    # Rows that were moved to another axis are no rows of a table any more.
     if graph.shape(var)[-2:] != graph.shape(table)[-2:]:
         return False
     for eqn in graph.consumers[var]:
@@ -89,6 +91,8 @@ def _lies_along(
         others = [x for x in eqn.inputs if isinstance(x, int) and not graph.is_static(x)]
         if not others and not _lies_along(graph, eqn.outputs[0], table, along):
             return False
+
+        # The rows' axis is the last but one in whatever they are added to.
         rank = len(graph.shape(eqn.outputs[0]))
         if any(rank - 2 not in along.get(x, frozenset()) for x in others):
             return False
@@ -137,6 +141,7 @@ def _takes_rows(graph: ir.Graph, eqn: ir.Equation) -> bool:
     if eqn.name == "gather":
         every, numbers = tuple(range(len(after))), eqn.params["dimension_numbers"]
         is_slice = len(graph.shape(eqn.inputs[1])) == 1 and tuple(numbers.offset_dims) == every
+        # Other modes fill or clip, which a slice does not.
         if not (is_slice and eqn.params["mode"] == lax.GatherScatterMode.PROMISE_IN_BOUNDS):
             return False
     elif eqn.params.get("strides") not in (None, (1,) * len(before)):
@@ -157,6 +162,7 @@ def _adds(graph: ir.Graph, eqn: ir.Equation, var: ir.Var) -> bool:
         others = [x for x in eqn.inputs if x != var]
         if any(not graph.is_static(x) for x in others):
             return True
+        # Two parameters that are added first are one table, if the sum goes on so.
         return bool(others) and _is_added(graph, eqn.outputs[0])
     return eqn.name in _HANDED_ON and _is_added(graph, eqn.outputs[0])
 
@@ -228,6 +234,7 @@ class _Rewriter(Rewriting):
         self.add(eqn)
         operands = all(isinstance(x, ir.Literal) or self.static[x] for x in eqn.inputs)
         for var in eqn.outputs:
+            # JAX would compute it from the table in float, once; as an activation it is looked up.
             self.static[var] = operands and not is_rows
 
 
@@ -254,6 +261,7 @@ def _lookup_for(eqn: ir.Equation, shape: tuple[Any, ...]) -> Callable[..., jax.A
 
     def rows(table: jax.Array, *starts: jax.Array) -> jax.Array:
         length = table.shape[-2]
+        # Numbers from the first row on, as many as the slice has.
         numbers = lax.iota(jnp.int32, count) + first(length, starts)
         found = lax.gather(
             table if table.ndim == 2 else lax.reshape(table, (length, width)),

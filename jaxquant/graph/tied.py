@@ -41,6 +41,7 @@ def with_tied_tables(graph: ir.Graph, tables: Collection[ir.Var] = ()) -> ir.Gra
         return eqn
 
     replaced = {eqn.index: with_table(eqn) for eqn in turned}
+    # The transposes stay; nothing reads them any more, so they are not run.
     return dataclasses.replace(
         graph, equations=tuple(replaced.get(eqn.index, eqn) for eqn in graph.equations)
     )
@@ -70,6 +71,7 @@ def _transposed(graph: ir.Graph, atom: ir.Atom) -> ir.Var | None:
     if not isinstance(atom, int) or not graph.static[atom]:
         return None
     eqn = graph.producer.get(atom)
+    # A matrix turned over, not one whose axes stay.
     if eqn is None or eqn.name != "transpose" or tuple(eqn.params["permutation"]) != (1, 0):
         return None
     return eqn.input_vars[0]
@@ -79,6 +81,7 @@ def _on_table(eqn: ir.Equation, side: int, table: ir.Var) -> ir.Equation:
     """A dot with the transposed matrix at one side, as one with the matrix itself."""
     inputs = tuple(table if k == side else x for k, x in enumerate(eqn.inputs))
     numbers: Any = tuple(
+        # Turned over, an axis of the matrix is the other one.
         tuple(tuple(1 - a for a in axes) if k == side else tuple(axes) for k, axes in enumerate(of))
         for of in eqn.params["dimension_numbers"]
     )

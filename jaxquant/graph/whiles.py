@@ -42,6 +42,7 @@ def with_test_in_body(eqn: jaxprs.JaxprEqn) -> jaxprs.ClosedJaxpr | None:
             list(operands[of_test + of_body :]),
         )
 
+    # By shapes: a function of the same operands.
     shapes = [jax.ShapeDtypeStruct(jaxprs.shape_of(x), jaxprs.dtype_of(x)) for x in eqn.invars]
     return jax.make_jaxpr(run)(*shapes)
 
@@ -69,17 +70,20 @@ def tested_in_body(
         lanes, carry = both
         found = step(carry)
         if lanes.ndim:
+            # A lane that is done keeps what it has, as `jax.vmap` of a loop means it.
             found = [_chosen(lanes, *each) for each in zip(found, carry, strict=True)]
         return test(found), found
 
     def goes_on(both: tuple[jax.Array, list[Any]]) -> jax.Array:
         return jnp.any(both[0]) if both[0].ndim else both[0]
 
+    # The first test stands before the loop, which may run no step at all.
     return jax.lax.while_loop(goes_on, body, (test(start), start))[1]
 
 
 def _chosen(lanes: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """Each lane from one of two arrays."""
+    # The lanes are the first axes, whatever is behind them.
     return jnp.where(jnp.expand_dims(lanes, range(lanes.ndim, new.ndim)), new, old)
 
 
