@@ -25,6 +25,8 @@ class Activation(NamedTuple):
 
     def of(self, value: jax.Array, env: evaluate.Environment) -> jax.Array:
         """The function of a value, whose parameters `env` holds."""
+        # An environment of its own: only what the equations read is there, whatever else was
+        # computed.
         inner = evaluate.Environment(env.graph, {}, [None] * len(env.graph.inputs))
         for var in {v for eqn in self.equations for v in eqn.input_vars if env.graph.static[v]}:
             inner.write(var, env.wide(var))
@@ -43,6 +45,7 @@ class Activation(NamedTuple):
     def parameters(self, graph: ir.Graph) -> list[ir.Var] | None:
         """What it reads that does not depend on inputs; None where that varies along the tensor."""
         found = {v for eqn in self.equations for v in eqn.input_vars if graph.static[v]}
+        # Rows are drawn from all positions, so that a parameter has to be the same at each of them.
         return None if any(varying_axes(graph, var) for var in found) else sorted(found)
 
     def scalars(self, env: evaluate.Environment) -> dict[ir.Var, jax.Array] | None:
@@ -69,6 +72,8 @@ class RowFunction:
         graph, activation = self._graph, self._activation
         inner = evaluate.Environment(graph, {}, [None] * len(graph.inputs))
         for var, scalar in self._scalars.items():
+            # A parameter with axes has the value's rank, so that shapes stay as the equations
+            # expect.
             shape = value.shape if graph.shape(var) else ()
             inner.write(var, jnp.broadcast_to(jnp.asarray(scalar), shape))
         inner.write(activation.start, value)
@@ -105,6 +110,7 @@ def find_activation(graph: ir.Graph, start: ir.Var) -> Activation:
     """The identity where others read several functions of the output."""
     equations = activation_equations(graph, start)
     region = {start, *(eqn.outputs[0] for eqn in equations)}
+    # Of several ends none is the activation: their slopes differ.
     ends = [v for v in region if _is_read_outside(graph, v, region)]
     if len(ends) != 1 or ends == [start]:
         return Activation(start, (), start)

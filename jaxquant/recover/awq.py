@@ -108,6 +108,7 @@ def _find(program: Program) -> list[Scalable]:
             or len(contracted) != 1
         ):
             continue
+        # By the tensor and its axis: one of two axes may be that of channels for one reader only.
         by_tensor.setdefault((site.operands[0], contracted[0]), []).append(site)
     found = []
     for (var, axis), readers in by_tensor.items():
@@ -118,6 +119,7 @@ def _find(program: Program) -> list[Scalable]:
             if site.weight is not None
         ]
         multiplied = [place for place in own if place is not None]
+        # A reader that cannot take the scale back would read other numbers.
         if divided and len(multiplied) == len(readers):
             found.append(Scalable(tuple(readers), tuple(divided), tuple(multiplied)))
     return found
@@ -134,12 +136,14 @@ def _best_scale(
     readers = [_Reading(program, params, site, plan.group_size) for site in tensor.readers]
     seen = sums[tensor.readers[0].name][()]
     if not seen.counts.all():
+        # A site that no kept, or no held-out, position came to says nothing.
         return None
     kept, apart = (seen.products[part] / seen.counts[part] for part in (KEPT, APART))
     channels = graph.shape(tensor.readers[0].operands[0])[
         tensor.readers[0].input_axes.contracted[0]
     ]
     square = np.einsum("gkk->k", kept).reshape(channels, -1).mean(axis=1)
+    # A channel that is hardly ever other than zero would get an endless factor.
     size = np.sqrt(np.maximum(square, _SMALLEST**2 * square.max()))
     if not square.any():
         return None
@@ -151,12 +155,14 @@ def _best_scale(
     one = np.ones(channels)
     scales = [one, *(_centred(size**exponent) for exponent in EXPONENTS)]
     best = min(scales, key=lambda scale: error(kept, scale))
+    # Chosen on what was kept, accepted on what was held out.
     before, after = error(apart, one), error(apart, best)
     return (best, gain_db(before, after)) if after < before else None
 
 
 def _centred(scale: np.ndarray) -> np.ndarray:
     """As far above 1 as below, so that the dividing parameters stay of their size."""
+    # The product of both ends is one: scales are free but for a common factor.
     return np.asarray(scale / np.sqrt(scale.max() * scale.min()))
 
 
@@ -180,6 +186,7 @@ class _Reading:
         rows = np.repeat(scale, len(matrix.order) // len(scale))
         rows = rows[np.argsort(matrix.order)][None, :, None]
         flat = np.empty(self._weight.size)
+        # As it will be stored: rounded in units of its own groups, then scaled back.
         flat[matrix.elements] = self._weight * rows
         integers, steps = quantize_groups(flat.reshape(self._view.shape), self._layout, self._bits)
         rounded = matrix.integers(integers, self._bits) * matrix.step(steps) / rows

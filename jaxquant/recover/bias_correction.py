@@ -34,6 +34,7 @@ def correct_biases(task: Task, draft: Draft) -> Draft:
         sites[name] = {"bias": np.zeros_like(sites[name]["multiplier"]), **sites[name]}
     start = {**qparams, "sites": jax.device_put(sites)}
     with task.progress.stage("bias correction", len(task.examples), "batch") as stage:
+        # One batch after the other, so that one of them at a time is on the device.
         batches = stage.each(task.examples)
         shifts = (task.comparison(draft.program, x)(start, x, correct=True).shifts for x in batches)
         qparams = with_shifts(draft.program.whole_plan, start, shifts)
@@ -60,6 +61,8 @@ def with_shifts(plan: Plan, qparams: Any, batches: Iterable[Mapping[str, Shift]]
         arrays = sites[name]
         # Over all batches, so that each weighs by its samples.
         mean = Shift(*sums).mean().reshape(arrays["bias"].shape)
+
+        # In float64: sums of many batches, of which the last bits tell a small mean.
         bias = np.asarray(arrays["bias"], np.float64) + mean
         if name in dynamic:
             bias = bias.astype(np.float32)

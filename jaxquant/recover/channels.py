@@ -38,9 +38,11 @@ def watch(
       Tensor name -> layer -> what was seen; without the layers that no example came to.
     """
     # A tensor in a loop is looked at in the loop's own graph.
+    # All tensors of a graph in one evaluation of it.
     looks: dict[Model, dict[str, Look]] = {}
     for tensor in tensors:
         looks.setdefault(tensor.model, {})[tensor.name] = tensor.look
+    # As many rows of each example as make up all of them together.
     drawn = _draw(model, tensors, -(-ROWS // len(examples)))
     start = {tensor.name: tensor.start(drawn[tensor.name]) for tensor in tensors}
 
@@ -51,10 +53,12 @@ def watch(
 
     found: dict[str, dict[Layer, list[Seen]]] = {tensor.name: {} for tensor in tensors}
     for inputs in examples:
+        # Off the device at once: of all examples together it would not hold them.
         states = jax.device_get(run(params, inputs, start))
         for tensor in tensors:
             state = states[tensor.name]
             for layer in np.ndindex(tensor.model.scans):
+                # A layer that no step of this example came to has shown nothing.
                 if state.steps[layer]:
                     seen = jax.tree.map(lambda x, layer=layer: x[layer], state.seen)
                     found[tensor.name].setdefault(layer, []).append(seen)
@@ -99,6 +103,7 @@ def _draw(
         draws = [rng.permutation(product.positions) for product in tensor.readers]
         if is_repeated(tensor.model):  # a step has few of the positions of all
             draws = [np.resize(draw, count) for draw in draws]
+        # Ascending, so that rows are gathered in the order in which they lie.
         found[tensor.name][layer] = [np.sort(draw[:count]) for draw in draws]
     return found
 
@@ -132,6 +137,7 @@ def reach(peaks: np.ndarray) -> np.ndarray:
     # Hill's estimator is of the logarithms of the largest over the next one.
     logs = np.log(np.maximum(top[:known], least) / least)
     mean, square = logs.mean(axis=0), np.square(logs).mean(axis=0)
+    # So much rarer is the sample that is asked for than the last that was seen.
     rarer = known / (samples * _RARE)
     further = 1 + mean * _box_cox(rarer, _tail_index(mean, square, known))
     reached = np.maximum(least * further, top[0] * HEADROOM)
@@ -146,6 +152,7 @@ def _tail_index(mean: np.ndarray, square: np.ndarray, count: int) -> float:
       count: k.
     """
     tells = mean > 0
+    # A column of equal peaks has no spread to tell from.
     if not tells.any():
         return 0.0
     # The spread of exponential logarithms, those of a power law, is 2 k / (k + 1) in the mean

@@ -37,6 +37,7 @@ class Columns(NamedTuple):
     @staticmethod
     def of(array: np.ndarray) -> Columns:
         """Read what `measure_columns` gives; in float64, which holds the squares of any float32."""
+        # Squares of a unit would overflow in float32.
         signal, noise, *others, unit = np.asarray(array, np.float64)
         low, high, int8_low, int8_high, zeros = others
         square = unit**2
@@ -44,6 +45,7 @@ class Columns(NamedTuple):
 
     @property
     def sqnr_db(self) -> np.ndarray:
+        # 0 / 0 is NaN, which is what a column of zeros is to have.
         """[C]; NaN for a column that is all zero, which has no noise to compare."""
         signal, noise = (np.asarray(x, np.float64) for x in (self.signal, self.noise))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -70,6 +72,7 @@ def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
         return jnp.zeros((len(Columns._fields) + 1, 0), jnp.float32)
     y, y_hat = (x.astype(jnp.float32) for x in (reference, quantized))
     rows = tuple(range(y.ndim - 1))
+    # Where the float model overflows there is nothing to compare.
     counted = jnp.isfinite(y)
     unit = unit_of(y, y_hat, axis=rows)
     scaled, scaled_hat = (x * (1 / unit) for x in (y, y_hat))
@@ -80,6 +83,8 @@ def measure_columns(reference: jax.Array, quantized: jax.Array) -> jax.Array:
         for x in (y, y_hat)
         for function, bound in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
     ]
+
+    # One array of rows for all: a fetch each would take longer than they.
     return jnp.stack(
         [
             jnp.sum(jnp.where(counted, scaled, 0) ** 2, axis=rows),

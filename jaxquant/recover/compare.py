@@ -56,6 +56,7 @@ class Comparison:
         self._program = program
         self._params = params
         self._padding = padding
+        # Quickly compiled: it runs a few times, and most of its time would be XLA's.
         self._step = InPieces(self._compare, compilation.quick_compilation())
         self._known = static_values(program.graph, params)
         self._pair = Pair(program)
@@ -68,6 +69,7 @@ class Comparison:
     @property
     def with_error(self) -> Collection[str]:
         """The int8 sites that have an error of their own: not those that only move integers."""
+        # Bodies too, whose sites are in the report like others.
         return set().union(*(pair.with_error for pair in self._pair.walk()))
 
     @property
@@ -100,6 +102,7 @@ class Comparison:
           alone: go on behind every site with the float model's value, so that what is measured of a
             site is its own error.
         """
+        # Truth values and not options: one compiled program serves all four.
         found = self._step(self._params, self._known, qparams, inputs, correct, alone)
         seen, by_output, by_column = jax.device_get(found)
         by_site, shifts = seen
@@ -121,6 +124,7 @@ class Comparison:
         alone: jax.Array,
     ) -> tuple[Seen, list[jax.Array], list[jax.Array]]:
         """The fields of `Measured`, each an array: that is fewer small kernels to compile."""
+        # Inputs are flat, as graphs have them.
         graph, model, flat = self._program.graph, self._program.model, jax.tree.leaves(inputs)
         real = real_in(self._padding, model, inputs)
         reference = evaluate_float(graph, params, flat, known=known)

@@ -75,6 +75,7 @@ class Reader:
         """Equal for sites of one graph that read the same vectors."""
         site, weight = self.site, self.site.weight
         assert weight is not None
+        # A window of another size reads other patches of the same tensor.
         kernel = tuple(self.product.graph.shape(weight)[a] for a in site.weight_axes.window)
         return self.model, site.operands[0], site.input_axes, site.as_contraction.window, kernel
 
@@ -102,11 +103,13 @@ class Reader:
         # Neighbours in an image tell nearly the same: so many positions of a sample are enough.
         if positions > POSITIONS:
             drawn = np.random.default_rng(0).choice(positions, POSITIONS, replace=False)
+            # Ascending: neighbours in memory stay neighbours.
             index = np.sort(drawn)
         rows, is_real = self.product.inputs(x, 0, index), self.product.real(real, index)
         if is_real is None:
             is_real = jnp.ones(len(index), bool)
         else:
+            # Zeros add nothing to a sum of products, and need no other shape.
             rows = jnp.where(is_real[:, None, None], rows, 0)
         count = len(index)
         numbers = is_real.astype(jnp.int32)
@@ -125,6 +128,7 @@ class Reader:
 
 def _products(rows: jax.Array) -> jax.Array:
     """[G, K, K] of float32 [R, G, K]."""
+    # At the highest precision: bfloat16 passes would lose what feedback lives on.
     return jnp.einsum("rgk,rgl->gkl", rows, rows, precision="highest")
 
 
@@ -172,6 +176,8 @@ def sum_products(
         for name, sums in programs[shapes](inputs, before).items():
             _check_finite(name, sums, number)
             found[name] = _joined(found.get(name), sums)
+
+    # All programs have the same sites; their shapes alone differ.
     every = next(iter(programs.values()))
     return {
         name: {layer: Sums(*(array[layer] for array in found[first]))
@@ -182,6 +188,7 @@ def sum_products(
 
 def _joined(before: Sums | None, more: Sums) -> Sums:
     """The sums of one more batch with those before it."""
+    # float64 on the host: a sum over thousands of batches in float32 would stop to grow.
     products, counts = np.asarray(more.products, np.float64), np.asarray(more.counts, np.int64)
     if before is not None:
         products, counts = before.products + products, before.counts + counts
@@ -198,6 +205,7 @@ class _OfShape:
         self._params = source.params
         self._firsts: dict[Any, Reader] = {}
         for reader in readers:
+            # The first reader of a tensor sums for all who read it alike.
             self._firsts.setdefault(reader.shared, reader)
         self._looks: dict[Model, dict[str, Look]] = {}
         for reader in self._firsts.values():
@@ -240,6 +248,7 @@ def _shape(x: Any) -> tuple[tuple[int, ...], Any]:
 
 def _check_finite(name: str, sums: Sums, batch: int) -> None:
     """Raise ValueError where a batch gave NaN or infinity."""
+    # The diagonal tells of all: an infinite entry of x is infinite in its own square.
     diagonal = np.einsum("...kk->...k", np.asarray(sums.products))
     if not np.isfinite(diagonal).all():
         raise ValueError(

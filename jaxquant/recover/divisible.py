@@ -87,6 +87,8 @@ class Divisible:
         """Its layers, those together that are divided alike."""
         found: dict[Layer, list[Layer]] = {}
         for layer in np.ndindex(self.model.scans):
+            # What varies in all layers is divided in each as it likes; what they share, in all
+            # alike.
             own = tuple(n for n, shared in zip(layer, self.shared, strict=True) if not shared)
             found.setdefault(own, []).append(layer)
         return list(found.values())
@@ -108,12 +110,14 @@ class Divisible:
             np.stack(each).reshape(*scans, -1).astype(np.int32)
             for each in zip(*layers, strict=True)
         ]
+        # By shapes, without a sample: how large a look is depends on nothing else.
         like = jax.eval_shape(self._seen, shape, tuple(layers[0]))
         empty = jax.tree.map(lambda x: np.zeros((*scans, *x.shape), x.dtype), like)
         return State(empty, tuple(stacked), np.zeros(scans, np.int32))
 
     def _update(self, state: State, env: evaluate.Environment, real: Real) -> State:
         seen = self._seen(env.read(self.var).astype(jnp.float32), state.places, real)
+        # In a loop the rows are drawn from all steps, as they come.
         if is_repeated(self.model):
             seen = _with_step(state, seen)
         return State(seen, state.places, state.steps + 1)
@@ -129,6 +133,7 @@ class Divisible:
             rows.append(own if is_real is None else jnp.where(is_real[:, None, None], own, jnp.nan))
         if (counted := real(self.var)) is not None:
             x = jnp.where(counted, x, 0)
+        # Zero is on every grid, so that it counts as seen.
         rest = tuple(a for a in range(1, x.ndim) if a not in self.axes)
         samples = 1 if 0 in self.axes else x.shape[0]
         low, high = (f(x, axis=rest, initial=0).reshape(samples, -1) for f in (jnp.min, jnp.max))
@@ -188,6 +193,7 @@ def _in_graph(program: Program, alone: set[layout.WeightSlot], where: Where) -> 
         # Its factors go into the weights behind it: all its readers have to have such a weight, and
         # nothing may compare its integers or share their scale.
         sites = readers.get(var, [])
+        # A shared scale is one for both: dividing one tensor would divide the other.
         is_alone = families.count(binding.forms.family[var]) == 1
         stored = all(program.slots.get(site.name) in alone for site in sites)
         decided = any(e.index in binding.decisions for e in graph.consumers.get(var, ()))

@@ -83,11 +83,13 @@ def equalize(task: Task, draft: Draft) -> Draft:
         return draft
 
     name, everywhere = " and ".join(chosen), frozenset(s.name for s in plan.sites if not s.reason)
+    # Counted among all that could have been divided, whoever asked for it.
     anywhere = find_divisible(draft.program, dict.fromkeys(where, everywhere))
     total = sum(math.prod(tensor.model.scans) for tensor in anywhere)
     with task.progress.stage(name):
         found = find_divided(task, draft, where)
         note = f"{len(found)} of {total} tensors{behind}"
+        # Automatic, and of no use: the report says nothing of it.
         if not found:
             return draft if behind else draft.replaced(name, note)
 
@@ -133,6 +135,7 @@ def find_divided(task: Task, draft: Draft, where: Where) -> dict[str, Divided]:
         # A tensor that another site without the step reads keeps the milder search.
         both = all(product.site.name in equalized for product in tensor.readers)
         alphas = ALPHAS["equalization" if both else "smoothquant"]
+        # Layers that share a weight have one result, given once for each.
         for part, best in zip(trial.parts, choose(trial.tried, alphas), strict=False):
             factors = best.factors.reshape(tensor.sizes)
             found[part.named(tensor.name)] = best._replace(factors=factors)
@@ -158,6 +161,7 @@ def _divided(tensor: TensorPlan, divided: Divided) -> TensorPlan:
     """The plan of a tensor that is divided; one whose grid stays keeps its threshold."""
     grid, shape = divided.grid, divided.factors.shape
     threshold = tensor.threshold
+    # On a grid of its own the threshold is as far as that reaches.
     if grid != (tensor.scale, tensor.zero_point):
         threshold = grid.scale * max(128 + grid.zero_point, 127 - grid.zero_point)
     channels = tuple(axis for axis, size in enumerate(shape) if size > 1)

@@ -42,6 +42,7 @@ class ReadingSite:
         self._trial = trial
         assert product.site.weight is not None
         shape = product.graph.shape(product.site.weight)
+        # Numbers in place of factors: where each lies along the weight tells which channel it is.
         numbers = np.arange(np.prod(tensor.sizes), dtype=np.int64).reshape(tensor.sizes)
         laid = along_weight(product.site, shape, numbers)
         # [G, K], the input channel of each product
@@ -49,6 +50,7 @@ class ReadingSite:
 
     def largest(self, channels: int) -> np.ndarray:
         """[I], the largest |weight| behind each input channel."""
+        # Several products may read one channel: the largest of their weights counts.
         largest = np.zeros(channels)
         np.maximum.at(largest, self._channel, np.abs(self._trial.weight).max(axis=2))
         return largest
@@ -98,8 +100,7 @@ def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:
         tried too.
       alphas: the exponents to try.
     """
-    # What wins has to beat the tensor as it is by some margin: the rows are few, and a scale for
-    # each channel keeps the tensor out of the calls that know one scale.
+
     own = [each.own for each in tried]
     least = _WORTH * sum(each.error(grid, None) for each, grid in zip(tried, own, strict=True))
     readers = [reader for each in tried for reader in each.readers]
@@ -121,6 +122,7 @@ def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:
         most = np.maximum(ranges, wider)
         smallest = max(SMALLEST_SCALE / grid.scale for grid in grids)
         for alpha in alphas:
+            # What the paper balances: the channel's range and that of the weights behind it.
             factors = ranges**alpha / largest ** (1 - alpha)
             factors = factors * np.max(ranges / factors)  # no channel beyond the grid
             factors = np.clip(factors, smallest, most)
@@ -131,6 +133,7 @@ def choose(tried: Sequence[Tried], alphas: Sequence[float]) -> list[Divided]:
 
 
 def _input_grid(grid: Grid) -> IntegerRange:
+    # With zero at 0: the grid's ends are as far from it as the zero point leaves.
     return IntegerRange(grid.scale, -128.0 - grid.zero_point, 127.0 - grid.zero_point)
 
 
@@ -149,6 +152,7 @@ def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
     if not below.size:
         return [own]
     middle = float(np.median(below))
+    # One zero point for the widest ends, and one for the channel in the middle.
     ends = {(float(below.max()), 1 - float(below.min())), (middle, 1 - middle)}
     points = {make_grid(max(end), -end[0], end[1]).zero_point for end in ends} - {own.zero_point}
     there = _input_grid(own)
@@ -166,9 +170,12 @@ def candidate_grids(own: Grid, seen: Seen) -> list[Grid]:
 
 def _ranges(grid: IntegerRange, seen: Seen) -> np.ndarray:
     """[I], how much of a grid each channel may take up."""
+
+    # Infinite where the grid has no room on that side and the channel reaches there.
     shown = np.maximum(
         seen.high / (grid.step * grid.highest) if grid.highest > 0 else 0.0,
         seen.low / (grid.step * grid.lowest) if grid.lowest < 0 else 0.0,
     )
     ranges = np.minimum(reach(shown), 1.0)
+    # A channel with next to no range would get a factor that no weight can take.
     return np.maximum(ranges, _SMALLEST * np.median(ranges))

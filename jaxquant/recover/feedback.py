@@ -45,11 +45,13 @@ def mixing(covariance: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarr
       ([1, 0], [[1.0, 1.0], [0.0, 1.0]])
     """
     diagonal = np.einsum("...kk->...k", covariance)
+    # Stable, so that equal inputs give the same integers everywhere.
     order = np.argsort(-diagonal, axis=-1, kind="stable")
     rows = np.take_along_axis(covariance, order[..., :, None], axis=-2)
     ordered = np.take_along_axis(rows, order[..., None, :], axis=-1)
     mean = diagonal.mean(axis=-1)
     mean = np.where(mean > 0, mean, 1.0)  # of a group whose input is always zero
+    # A weight that the data hardly moves would otherwise be moved far for others' errors.
     ordered = ordered + damping * mean[..., None, None] * np.eye(diagonal.shape[-1])
     # R Rᵀ with R upper triangular: Cholesky's decomposition from the other end.
     upper = np.linalg.cholesky(ordered[..., ::-1, ::-1])[..., ::-1, ::-1]
@@ -85,6 +87,7 @@ def round_with_feedback(
 
 def _nearest_code(x: jax.Array, weight_dtype: str) -> tuple[jax.Array, jax.Array]:
     """The nearest values of a table, and their codes, int8."""
+    # Sorted values make the nearest one a count of the borders below.
     order = np.argsort(VALUES[weight_dtype], kind="stable")
     values = VALUES[weight_dtype][order]
     between = jnp.asarray((values[1:] + values[:-1]) / 2)
@@ -104,6 +107,7 @@ def _round(
     # rows of later blocks by one matrix product.
     size = min(BLOCK, length)
     blocks = -(-length // size)
+    # Blocks of one size each: what is added are rows of zeros with steps of 1, cut off again.
     spare = blocks * size - length
     weight = jnp.pad(weight, ((0, spare), (0, 0)))
     scale = jnp.pad(scale, ((0, spare), (0, 0)), constant_values=1)
@@ -112,6 +116,7 @@ def _round(
     def row(place: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Round one row of a block; errors of later rows are still zero."""
         moved, own, steps, weights, errors, integers = state
+        # What the errors of earlier rows of the block ask this one to take back.
         wanted = moved[place] + jnp.matmul(own[:, place], errors, precision="highest")
         rounded, codes = nearest(wanted / steps[place])
         errors = errors.at[place].set(weights[place] - rounded * steps[place])
@@ -132,6 +137,7 @@ def _round(
         errors = jax.lax.dynamic_update_slice_in_dim(errors, found[-2], start, axis=0)
         return errors, jax.lax.dynamic_update_slice_in_dim(integers, found[-1], start, axis=0)
 
+    # Errors start at zero, so that blocks that come later have no part in the first product.
     start = jnp.zeros(weight.shape, jnp.float32), jnp.zeros(weight.shape, jnp.int8)
     return jax.lax.fori_loop(0, blocks, block, start)[1][:length]
 
@@ -149,4 +155,5 @@ def output_error(covariance: jax.Array, error: jax.Array) -> jax.Array:
 
 def gain_db(before: float, after: float) -> float:
     """By how many dB an error fell."""
+    # Not below a millionth of a millionth: no error at all is no number of decibels.
     return 10 * math.log10(before / max(after, before * 1e-12))

@@ -41,9 +41,11 @@ def dividing(model: Model, var: ir.Var, axis: int, readers: Collection[int]) -> 
       None where it cannot be divided so.
     """
     graph = model.graph
+    # Whoever else reads it would read a divided tensor.
     read_by = {eqn.index for eqn in graph.consumers.get(var, ())}
     if var in graph.output_vars or not read_by <= set(readers):
         return None
+    # A loop's sites have no tensors here, and share weights over steps.
     sites = {site.equation: site for site in model.sites if not site.inside}
     return _divided(graph, sites, var, axis)
 
@@ -59,6 +61,7 @@ def place_of(graph: ir.Graph, atom: ir.Atom, axis: int) -> Place | None:
         if eqn is None or found is None:
             return None
         atom, axis = eqn.inputs[0], found
+    # A parameter with another reader, its penalty say, would be divided for that too.
     if not isinstance(atom, int) or not _is_alone(graph, atom):
         return None
     return Place(atom, axis) if graph.dtype(atom) == jnp.float32 else None
@@ -68,6 +71,8 @@ def _divided(
     graph: ir.Graph, sites: dict[int, Site], var: ir.Atom, axis: int
 ) -> list[Place] | None:
     """What is divided so that a tensor with one reader, or one whose readers are known, is."""
+
+    # A constant beside the channels is divided itself, where it is a parameter.
     if graph.is_static(var):
         place = place_of(graph, var, axis)
         return None if place is None else [place]
@@ -88,6 +93,7 @@ def _divided(
         return [place for part in parts if part for place in part]
     if eqn.name == "mul":
         tried = (_spread(graph, sites, x, var, axis) for x in eqn.inputs if x in inner)
+        # One factor is enough, the first that can be divided.
         return next((part for part in tried if part is not None), None)
     # ReLU(x / s) = ReLU(x) / s for s > 0; other activations do not let factors through.
     if eqn.name == "div" or primitives.is_relu(eqn):
@@ -103,6 +109,7 @@ def _spread(
 ) -> list[Place] | None:
     """The same of an operand of an elementwise equation, which has all its channels."""
     shape, wanted = graph.shape(atom), graph.shape(result)
+    # What is broadcast along the channels has one number for all of them.
     if len(shape) != len(wanted) or shape[axis] != wanted[axis]:
         return None
     return _divided(graph, sites, atom, axis)
@@ -121,6 +128,7 @@ def _divided_weight(graph: ir.Graph, site: Site, axis: int) -> list[Place] | Non
 def _is_alone(graph: ir.Graph, var: ir.Var) -> bool:
     """Whether a tensor has one reader, and that once."""
     readers = graph.consumers.get(var, ())
+    # x * x reads a tensor once as an equation, twice as a factor.
     return len(readers) == 1 and readers[0].inputs.count(var) == 1 and var not in graph.output_vars
 
 
@@ -140,6 +148,7 @@ def _before(graph: ir.Graph, eqn: ir.Equation, axis: int) -> int | None:
 
 def _unmoved(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
     """The axis of the same size with as many elements behind it, before a reshape."""
+    # The same place counted from the end is the same place, whatever is before it.
     behind = math.prod(after[axis + 1 :])
     found = [
         n

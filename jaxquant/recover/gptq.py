@@ -73,6 +73,7 @@ class Weight:
     def add(self, reader: Reader, layer: Layer) -> None:
         """One more site, or layer of it, that reads the weight."""
         self.readers.append((reader, layer))
+        # Seen before it is summed: what does not fit is told, and not tried.
         size = _bytes(reader)
         too_large = f"its covariances would take {size / 1e9:.1f} GB" if size > LARGEST_SUMS else ""
         self.reason = self.reason or reader.product.reason or too_large
@@ -84,6 +85,8 @@ class Weight:
             return Rounded(reason="a stored number stands in several places of it")
         if counts.sum() < FEWEST or not counts.all():
             return Rounded(reason=f"{counts.sum()} output positions are too few to round on")
+
+        # Scales stay what they are: only the integers change.
         integers, scale = (layout.get(self._params, x) for x in (self.path, self._slot.scale))
         step = matrix.step(np.asarray(as_floats(scale)))
         weight = matrix.matrix(self._weight).astype(np.float32)
@@ -112,6 +115,7 @@ class Weight:
             error = float(output_error(apart, weight - tried * step))
             if error < nearest:
                 after = rounded(products.sum(axis=0), damping)
+                # In place: the arrays are those that the model gets.
                 integers[...] = matrix.stored(after, bits)
                 return Rounded(gain_db(nearest, error))
         return Rounded(reason="rounding to nearest is no worse")
@@ -126,6 +130,7 @@ class Weight:
             # One reader that cannot say where its inputs meet the weight, and none of them counts.
             if (matrix := grouped_matrix(product, view, own)) is None:
                 break
+            # Each reader's vectors meet the same weight, so that their sums are one.
             sums = found[reader.site.name][layer]
             products = products + matrix.covariance(sums.products)
             counts = counts + sums.counts
@@ -144,8 +149,10 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     """
     program, plan = draft.program, draft.program.whole_plan
     source = draft.source or task.source
+    # On the host, since each layer's view is written to.
     qparams: Any = jax.tree.map(_on_host, dict(draft.qparams))
     whole = GraphLayer(program, program.binding, qparams, source.params)
+    # The float weights are folded graph by graph.
     weights = _find_weights(whole, plan.recovered_by("gptq"))
     outcomes = {key: Rounded(reason=weight.reason) for key, weight in weights.items()}
     # As many passes over the data as the covariances need memory; each runs the float model.
@@ -189,6 +196,7 @@ def _find_weights(whole: GraphLayer, asked: Collection[str]) -> dict[Key, Weight
         for site, view in zip(sites, views, strict=True):
             assert site.weight is not None
             varies = model.varies_by_layer(site.weight)
+            # Scans along which the weight varies, each layer by itself.
             own = tuple(n for n, is_own in zip(here.layer, varies, strict=True) if is_own)
             # A weight that layers share is rounded once, on what all of its readers see.
             key = here.program.slots[site.name].int8, own
@@ -214,6 +222,7 @@ def _in_passes(weights: Mapping[Key, Weight]) -> Iterator[list[Key]]:
     for keys in by_path.values():
         readers = [reader for key in keys for reader, _ in weights[key].readers]
         own = {reader.shared: _bytes(reader) for reader in readers}
+        # What is shared with a site of this pass is summed anyway.
         if some and sum({**summed, **own}.values()) > MEMORY:
             yield some
             some, summed = [], {}

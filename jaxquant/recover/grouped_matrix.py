@@ -40,6 +40,7 @@ class GroupedMatrix(NamedTuple):
 
     def integers(self, array: np.ndarray, weight_bits: int) -> np.ndarray:
         """int8 [G, K, N] of what is stored."""
+        # Back from the order of the groups to that of the weight.
         there = in_layout(array, self.layout, weight_bits)
         return self.matrix(there.reshape(self.layout.permuted).transpose(self.layout.inverse))
 
@@ -48,6 +49,7 @@ class GroupedMatrix(NamedTuple):
         layout = self.layout
         shape = [layout.permuted[axis] for axis in layout.inverse]
         flat = np.empty(integers.size, np.int8)
+        # Each number has one place, so that all are filled.
         flat[self.elements] = integers
         weight = flat.reshape(shape).transpose(layout.order).reshape(layout.shape)
         return stored(weight, layout, weight_bits)
@@ -75,6 +77,7 @@ def grouped_matrix(
     """
     graph = product.graph
     count = int(np.prod(view.shape))
+    # Numbers in place of weights: where each comes to lie tells the order.
     elements = _taken(graph, np.arange(count).reshape(view.shape), view, product)
     if elements.size != count:
         return None
@@ -91,8 +94,10 @@ def grouped_matrix(
         each.reshape(layout.permuted).transpose(layout.inverse).reshape(-1)
         for each in (rows, scales)
     )
+    # By the first column: along K all columns lie alike.
     order = flat_rows[elements[0, :, 0]]
     elements = elements[:, np.argsort(order)]
+    # One scale a group: that of the group's first row.
     return GroupedMatrix(layout, elements, flat_scales[elements[:, :: layout.size]], order)
 
 

@@ -46,6 +46,7 @@ class Learner:
         self._program = program
         self._divisors = divisors
         asked = program.whole_plan.recovered_by("adaround")
+        # Sites with both steps learn with the shift taken away.
         self._corrected = program.whole_plan.recovered_by("bias_correction")
         programs = list(programs_of(program))
         stored = {
@@ -78,6 +79,7 @@ class Learner:
             for each in stored[inner.model]
             if not reasons[each.site.name]
         }
+        # In NumPy, since each site's arrays change while the model runs.
         self._whole = GraphLayer(program, program.binding, _writable(qparams, self._sites), params)
         self._folded: dict[tuple[Model, Layer], Mapping[int, np.ndarray]] = {}
 
@@ -99,6 +101,7 @@ class Learner:
                 zero_point = here.binding.zero_points[site.operands[0]]
                 learnable = self._sites[site.name]
                 inputs = learnable.product.inputs(x, zero_point, learnable.places[here.layer])
+                # What reaches the site now: earlier sites are rounded as they learned to be.
                 found = wanted[site.name][here.layer]._replace(inputs=inputs)
                 self._learn(here, learnable, found, roundings)
             stage.step()
@@ -142,11 +145,13 @@ class Learner:
         before = product.matrix(np.asarray(int8, np.float64))
         zero_point = here.binding.zero_points[site.operands[0]]
         bias = np.asarray(arrays["bias"], np.float64)
+        # Without the zero point's part the bias is that of float inputs.
         bias = bias + zero_point * multiplier * _column_sums(before)
 
         # What is wanted is in the units of the problem: the int8 model's multiplier for its own.
         step = _input_scale(here, site) * scale
         ratio = product.matrix(weight)
+        # Clipped as integers are: a weight at the end has nowhere to go.
         down = np.clip(np.floor(ratio), -127, 127)
         problem = adaround.Problem(
             inputs=np.asarray(wanted.inputs),
@@ -163,6 +168,8 @@ class Learner:
 
         name = _named(site, here.layer)
         rounding = _rounding(name, problem, roundings)
+
+        # The integers are those of this layer's view, so the program reads them at once.
         after = down + rounding.up
         int8[...] = product.weight(after, here.program.graph.shape(site.weight)).astype(np.int8)
         bias = bias + adaround.shift(problem, rounding.up)
@@ -179,6 +186,7 @@ class Learner:
         weight = undivided(here.binding, site, self._weight(here, site), self._divisors)
         scale = np.asarray(scale, np.float64)
         ratio = weight / along_channels(scale, site.channel_axes, weight.shape)
+        # So near an integer the weight is one, and has nothing to decide.
         near = np.rint(ratio)  # the scale is float32: what it was made of is 127 but for that
         return np.where(np.abs(ratio - near) < _WHOLE, near, ratio), scale
 
@@ -186,6 +194,8 @@ class Learner:
         """The float weight of a site; those of one graph are there at a time."""
         place = here.program.model, here.layer
         if place not in self._folded:
+            # All weights of the graph at once: folding one by one would evaluate the graph each
+            # time.
             own = (x for x in self._sites.values() if x.model is here.program.model)
             weights = [x.product.site.weight for x in own if x.product.site.weight is not None]
             self._folded = {place: fold(here.program.graph, here.params, weights, [])[0]}
@@ -210,6 +220,7 @@ def _reasons(
     """
     sites = [(model, each) for model, some in stored.items() for each in some]
     # What two readers share would be learned twice, each for its own inputs.
+    # A slot that two sites have is one weight.
     uses = collections.Counter(program.slots.values())
     found = {}
     for model, int8_site in sites:

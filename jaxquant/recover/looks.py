@@ -75,8 +75,10 @@ def _evaluated(
     real: RealIn,
 ) -> tuple[evaluate.Environment, States]:
     graph, own = model.graph, looks.get(model, {})
+    # Only what a look reads is evaluated: the head of a network often is not.
     roots = [var for look in own.values() for var in look.reads]
     if model.body is not None:
+        # A body has to give its results to the loop in any case.
         roots += graph.output_vars
     seen: States = {}
     forms = dict(fast_convolutions(graph))
@@ -87,6 +89,7 @@ def _evaluated(
             some = {name: states[name] for name in names}
             forms[index] = _looping(looks, eqn, bodies, some, seen, real)
             roots += eqn.outputs
+    # Upstream of what is read, with loops in the forms that look inside.
     table = evaluate.float_table(ir.upstream(graph, roots), forms)
     env = evaluate.evaluate(graph, leaves, inputs, table)
     here = functools.partial(real, model)
@@ -111,6 +114,7 @@ def _looping(
             leaves, inputs = body.root.split(given.values)
             env, after = _evaluated(looks, body, leaves, inputs, before, real)
             results = [env.read(x) for x in body.graph.outputs]
+            # A layer has a state of its own, which the scan stacks.
             if is_layered:
                 return loops.Gives(results, after)
             return loops.Gives(results, None, {**before, **after})
@@ -148,6 +152,7 @@ def is_replaced(steps: jax.Array, rows: int, number: int = 0) -> jax.Array:
       rows: R.
       number: one of several draws of a step.
     """
+    # By the number of the step: the same rows in each run.
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), steps), number)
     part = 1 / (steps + 1).astype(jnp.float32)
     return jax.random.uniform(key, (rows,), jnp.float32) < part

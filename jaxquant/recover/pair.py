@@ -56,6 +56,7 @@ class Seen(NamedTuple):
         """What was seen here and in another step, of the sites that either shows."""
         both, shifts = {**other.powers, **self.powers}, {**other.shifts, **self.shifts}
         for name in self.powers.keys() & other.powers.keys():
+            # A part that did not see a site adds nothing to it.
             both[name] = add_powers(self.powers[name], other.powers[name])
         for name in self.shifts.keys() & other.shifts.keys():
             units = self.powers[name][..., 2], other.powers[name][..., 2]
@@ -110,6 +111,7 @@ class Pair:
     @property
     def with_error(self) -> set[str]:
         """The int8 sites of this graph that have an error of their own."""
+        # Sites that only move integers have no error of their own.
         produced = {v for i in self.ends for v in self.program.graph.equations[i].outputs}
         return {name for var, name in self.named.items() if var in produced}
 
@@ -168,6 +170,7 @@ class Pair:
           asked: what is done behind each site.
         """
         graph = self.program.graph
+        # The float body once for both: its values lead the int8 form.
         reference = both_forms.float_body(self.program, values)
         leaves, inputs = self.program.model.root.split(own)
         quantized, seen = self.run(reference, qparams, inputs, asked, leaves)
@@ -209,6 +212,7 @@ class _Beside:
             return lowering
 
         def correcting(state: Evaluation) -> evaluate.Values:
+            # Before its shift is taken away: what is reported is the site's own error.
             value = lowering(state)[epilogue.output]
             compared = compare_outputs(
                 epilogue, activation, self._reference, value, self._real(epilogue.output)
@@ -231,6 +235,7 @@ class _Beside:
         def looping(state: Evaluation) -> evaluate.Values:
             forms = [
                 both_forms.Form(body.program, functools.partial(body.step, asked=self._asked))
+                # The bodies are compared as the graph around them is, and so on inwards.
                 for body in self._pair.bodies[index]
             ]
             results, seen = both_forms.run(
@@ -263,6 +268,7 @@ class _Beside:
         # A site was measured before its shift was taken away: that is its own error.
         if name and name not in self.powers:
             self.powers[name] = powers(self._wanted(var), value)
+        # With `alone` a site reads what the float model would give it.
         in_float = self._reference.wide(var).astype(value.dtype)
         return jnp.where(self._asked.alone, in_float, value)
 
@@ -282,6 +288,7 @@ def _ends(program: Program) -> list[int]:
     last_ones = {last for last, members in wholes.items() if members & reading}
     inner = {index for last, members in wholes.items() for index in members - {last}}
     sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
+    # What runs in no lowering (absorbed, or never asked for) has no end.
     found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
     return sorted(found | program.bodies.keys())
 

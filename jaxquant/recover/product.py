@@ -72,6 +72,7 @@ class SiteProduct:
         if entries is None:
             return None
         whole = jnp.broadcast_to(entries, self._output)
+        # Any channel tells of its row: padding runs along positions.
         return self.outputs(whole, index).any(axis=1)
 
     def outputs(self, y: jax.Array, index: Index) -> jax.Array:
@@ -85,11 +86,14 @@ class SiteProduct:
             return self._patches(window, x, zero, index)
         own = self.site.input_axes
         rows = x.transpose((*own.free, *own.contracted)).reshape(self.positions, -1)[index]
+        # Without a window there is one group, and each row is contiguous.
         return (rows.astype(jnp.float32) - jnp.float32(zero))[:, None, :]
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """[G, K, C/G] from a weight."""
         ordered, own = weight.transpose(self._weight_order), self.site.weight_axes
+
+        # A kernel's outputs are in groups one after the other.
         if self._sums_last:
             groups = self.site.as_contraction.feature_groups
             rows = ordered.reshape(groups, weight.shape[own.free[0]] // groups, -1)
@@ -133,6 +137,7 @@ class SiteProduct:
         places = jnp.unravel_index(jnp.asarray(index), [self._output[a] for a in axes])
         at = dict(zip(axes, places, strict=True))
         samples = at[result.free[0][0]]
+        # Channels last, so that each tap gathers rows of them.
         x = x.transpose((*own.free, *own.window, *own.contracted))
         taps = []
         # One gather for each tap of the window, at the drawn positions alone.
@@ -146,6 +151,7 @@ class SiteProduct:
                 source, between = jnp.divmod(step, window.input_dilation[d])
                 inside &= (between == 0) & (source >= 0) & (source < x.shape[1 + d])
                 where.append(jnp.clip(source, 0, x.shape[1 + d] - 1))
+            # The zero point is taken away before what is outside becomes zero.
             rows = x[(samples, *where)].astype(jnp.float32) - jnp.float32(zero)
             taps.append(jnp.where(inside[:, None], rows, jnp.float32(0)))
         stacked = jnp.stack(taps, axis=-1)  # [R, input channels, taps]

@@ -16,6 +16,7 @@ def is_repeated(model: Model) -> bool:
     """True where a graph runs any number of times for one layer: in a loop or a choice."""
     if model.body is None or model.holder is None:
         return False
+    # A layer of a scan runs once, unless what holds the scan is repeated.
     return model.layers is None or is_repeated(model.holder)
 
 
@@ -26,6 +27,7 @@ def most_steps(model: Model) -> int | None:
     eqn, around = model.body.equation, most_steps(model.holder)
     if around is None or eqn.name == "while":
         return None
+    # A scan over layers runs once for each; another one so often as it is long.
     return around * (eqn.params["length"] if eqn.name == "scan" and model.layers is None else 1)
 
 
@@ -53,6 +55,7 @@ def unrolled(
             yield own.pop(0)[1], layer
         for body in bodies:
             layers = [layer] if body.layers is None else [(*layer, n) for n in range(body.layers)]
+            # Layers come in the order in which they run.
             if body.layers is not None and model.graph.equations[index].params["reverse"]:
                 layers.reverse()
             for each in layers:

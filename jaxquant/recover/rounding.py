@@ -81,10 +81,12 @@ def _joined(
     def program(inputs: Any) -> Program:
         return Program(bind(source.trace(inputs), plan), source.params, by_site=True)
 
+    # Batches that differ along other axes than the first cannot be joined.
     lengths = {np.shape(x)[:1] for inputs in examples for x in jax.tree.leaves(inputs)}
     if len(examples) > 1 and len(lengths) == 1 and lengths != {()}:
         inputs = jax.tree.map(lambda *xs: np.concatenate(xs), *examples)
         try:
+            # Its shape may be written in the model: then the first batch has to do.
             return inputs, program(inputs)
         except ValueError:  # the model takes this batch size alone
             pass
@@ -94,6 +96,7 @@ def _joined(
 def _without_new(qparams: Any, before: Mapping[str, Mapping[str, Any]]) -> Any:
     """The arrays without biases that were not there before and are zero; on the device."""
     sites = {
+        # A bias of zeros that nobody had would make another program of the model.
         name: {k: x for k, x in arrays.items() if k in before[name] or x.any()}
         for name, arrays in qparams["sites"].items()
     }

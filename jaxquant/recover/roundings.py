@@ -56,6 +56,7 @@ class Origin:
         """One phrase for each way in which a file, made with `other`, does not belong here."""
         found = []
         if self.model != other.model:
+            # Another version of jax may write another graph of the same function.
             by_jax = f", or jax {other.jax}, which it was made with, traces it otherwise"
             found.append("apply_fn computes something else" + by_jax * (self.jax != other.jax))
         names = [
@@ -107,8 +108,10 @@ class Roundings:
         self._records: dict[str, _Record] = {}
         if self._path is None:
             return
+        # Traced for the file alone: without one it is not needed.
         self._source = source()
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Told before hours of learning.
         atomic.check_writable(self._path)
         if self._path.exists():
             self._records = _read(self._path, self._source)
@@ -124,6 +127,7 @@ class Roundings:
             return None
         size = int(np.prod(shape))
         bits = np.unpackbits(record.packed)
+        # The last byte is filled up with zeros: others are no roundings.
         if len(record.packed) != -(-size // 8) or bits[size:].any():
             raise FileError(
                 f"recovery_file={str(self._path)!r}: site {name!r} has {len(record.packed)} bytes, "
@@ -152,6 +156,7 @@ def digest(*arrays: np.ndarray) -> bytes:
     """32 bytes that tell arrays apart."""
     found = hashlib.sha256()
     for array in arrays:
+        # Dtype and shape too: bytes alone are the same for many arrays.
         found.update(f"{array.dtype.str}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.digest()

@@ -27,6 +27,7 @@ class Powers(NamedTuple):
     @staticmethod
     def of(array: np.ndarray) -> Powers:
         """Read what `powers` gives; in float64, which holds the squares of any float32."""
+        # The unit's square may be beyond float32.
         signal, noise, unit = np.asarray(array, np.float64).tolist()
         return Powers(signal * unit**2, noise * unit**2)
 
@@ -76,6 +77,8 @@ class Shift(NamedTuple):
         """
         # In the compiled comparison these are JAX's arrays, over all batches NumPy's in float64.
         xp = self.weight.__array_namespace__()
+
+        # One value has no spread to judge its mean by.
         known = self.weight > 1
         count = xp.where(known, self.weight, 2)
         mean = xp.where(known, self.difference, 0) / count
@@ -124,6 +127,7 @@ def compare_outputs(
     bounds = clamp or NO_CLAMP
 
     def portable(wanted: jax.Array, value: jax.Array, *given: jax.Array) -> Sequence[jax.Array]:
+        # Clips are taken here, as in the native kernel, so that both see the same gain.
         gain = given[0] if given else jnp.clip(wanted, *bounds) - jnp.clip(value, *bounds)
         unit = unit_of(wanted, value)
         wanted, value, gain = (x * (1 / unit) for x in (wanted, value, gain))
@@ -155,6 +159,7 @@ def powers(reference: Any, quantized: Any) -> jax.Array:
         return scaled(*operands)
 
     def portable(reference: jax.Array, quantized: jax.Array) -> Sequence[jax.Array]:
+        # Of what the kernel gives only the powers are wanted.
         unread = [jnp.zeros(s.shape) for s in operations.difference_types(reference.shape[-1])[:2]]
         return *unread, scaled(reference, quantized)
 
@@ -176,6 +181,7 @@ def add_shifts(
 ) -> jax.Array:
     """The first three of a `Shift`, [..., 3, C], of two parts, in the larger of the two units."""
     larger = jnp.maximum(unit, its_unit)
+    # A difference is in units, its square in their squares, a weight in none.
     powers = 1, 2, 0
     return _in_unit(shift, powers, unit, larger) + _in_unit(other, powers, its_unit, larger)
 
@@ -216,6 +222,7 @@ def unit_of(*arrays: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Arra
     largest = functools.reduce(jnp.maximum, [jnp.max(x, axis=axis, initial=0) for x in finite])
     # The exponent is read off the bits, exactly: 254 at most, since infinity is left out.  The
     # inverse of 2**127, whose exponent is 254, would be subnormal.
+    # The sign is none, since these are magnitudes.
     biased = jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
     power = jax.lax.bitcast_convert_type(jnp.clip(biased, 1, 253) << 23, jnp.float32)
     ordinary = (largest == 0) | ((biased >= 127 - 40) & (biased < 127 + 40))

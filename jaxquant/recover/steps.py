@@ -81,6 +81,7 @@ def quantize_and_recover(
     """
     task = Task(source, examples, file, progress, data, padding)
     with progress.stage("quantizing weights"):
+        # Rounded to nearest first: each step repairs what is there.
         qparams = quantize_params(binding, source.params)
     # By site: the steps change single sites, so calls are not fused into sequences yet.
     draft = Draft(program_by_site(binding, source.params), qparams)

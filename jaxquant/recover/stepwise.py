@@ -53,6 +53,7 @@ class _Stepwise:
 
             def visited(state: Evaluation) -> evaluate.Values:
                 forget(state.env, now)
+                # A site that no call stands for is rounded in the call, and has nothing to show.
                 if name not in program.calls:
                     return lowering(state)
                 each = program.calls[name]
@@ -92,6 +93,7 @@ class _Stepwise:
         eqn = part.program.graph.equations[index]
 
         def lowering(state: Evaluation) -> evaluate.Values:
+            # Anew in each call: arrays of layers are views of the ones that change.
             layers = list(part.inside(index))
 
             def step(number: int, values: Sequence[Any]) -> Sequence[Any]:
@@ -117,6 +119,7 @@ def _forgetting(program: Program) -> Callable[[evaluate.Environment, int], None]
 
     def forget(env: evaluate.Environment, now: int) -> None:
         for var, index in last_reads.items():
+            # By then the last reader has run.
             if index < now and var not in dropped:
                 env.drop(var)
                 dropped.add(var)
@@ -134,6 +137,7 @@ def find_last_reads(program: Program) -> dict[ir.Var, int]:
         own = graph.equations[site.equation] if site else eqn
         stack = [*own.input_vars]
         if site and site.weight is not None:
+            # A weight that the program computes is read too.
             stack.append(site.weight)
         if eqn.index in binding.picks:
             stack += eqn.outputs
