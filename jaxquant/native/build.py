@@ -65,6 +65,7 @@ class _Loaded(NamedTuple):
 
 
 def _obtain(name: str | None) -> _Loaded:
+    # What a wheel carries is trusted as its Python code is, and needs no compiler.
     if (path := shipped.find(name)) is not None:
         return _loaded(path, path)
     try:
@@ -94,6 +95,7 @@ def _best(folder: Folder, using: Compiler, name: str | None) -> _Loaded:
     for wanted in instructions.runnable(present):
         if name not in (None, wanted.name):
             continue
+        # Where it runs is in the name, so that one folder serves machines of different sets.
         file = f"kernels-{wanted.name}-{_hash(using.command, wanted.flags, using.version)}.so"
         if (found := _cached(folder, file, present)) is not None:
             return _load(found)
@@ -124,6 +126,7 @@ def _best(folder: Folder, using: Compiler, name: str | None) -> _Loaded:
 def _cached(folder: Folder, file: str, present: processor.Processor) -> Sealed | None:
     """A library that was compiled, here or on another machine, and runs here."""
     found = folder.find(file)
+    # The same file may be another machine's, whose compiler was told more by `$CXX`.
     if found is not None and found.needs and not present.runs(found.needs):
         os.close(found.descriptor)
         return None
@@ -136,8 +139,6 @@ def _compiled(
     with folder.workshop() as workshop:
         output = workshop.path / "library.so"
         using.compile_kernels(wanted, output)
-        # Another process may have been faster meanwhile: then its library is the one of all, since
-        # XLA takes the functions of one library a process, and one that is replaced is another.
         if (found := folder.find(file)) is not None:
             return _load(found)
         made = workshop.sealed(output.name, needs)
@@ -189,10 +190,12 @@ def _loaded(path: pathlib.Path, file: pathlib.Path) -> _Loaded:
 
 def _file(found: Sealed) -> pathlib.Path:
     """The file that was checked, whatever has its name by now."""
+    # By the descriptor: the path may be another file's since it was checked.
     descriptor = pathlib.Path(f"/proc/self/fd/{found.descriptor}")
     return descriptor if descriptor.exists() else found.path
 
 
 def _hash(command: list[str], flags: Sequence[str] = (), version: str = "") -> str:
+    # What any of these changes has another name, and is compiled anew.
     texts = (*command, *flags, version, platform.machine(), jaxlib.version.__version__)
     return hashed([*sources.parts(), *map(os.fsencode, texts)], 20)

@@ -49,6 +49,7 @@ def cache_dir() -> pathlib.Path:
     Raises:
       BuildError: neither is known.
     """
+    # What the user names is taken as it is; only defaults are looked for.
     if given := os.environ.get(CACHE_VARIABLE):
         return pathlib.Path(_expanded(given)).absolute()
     # The XDG specification has relative paths ignored.
@@ -112,6 +113,7 @@ class Folder:
             # later.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except (OSError, RecursionError) as error:  # makedirs goes up a level a call
+            # Deep paths make `makedirs` recurse.
             raise BuildError(f"cannot write to {path}: {error}") from None
         if why := _not_ours(os.fstat(self._descriptor)):
             self.close()
@@ -135,6 +137,7 @@ class Folder:
 
     def find(self, name: str) -> Sealed | None:
         """A library that was stored; None where it or its seal is missing, damaged or not ours."""
+        # The seal comes last when a library is stored: without it the library may be half there.
         seal = self._note(name + _SEAL)
         if seal is None:
             return None
@@ -157,6 +160,7 @@ class Folder:
         A linker makes files as the umask says, which may let others write to them.
         """
         self._remove_leftovers()
+        # Whoever makes something cleans up first, so that the folder does not grow without end.
         remove_unused(self._descriptor, _SEAL)
         name = f"{_BUILDING}{secrets.token_hex(8)}"
         os.mkdir(name, 0o700, dir_fd=self._descriptor)
@@ -173,6 +177,7 @@ class Folder:
         """Remove what processes left that were ended while they made something."""
         for name in self.names():
             if name.startswith(_BUILDING):
+                # Two processes may clean at once.
                 with contextlib.suppress(FileNotFoundError):
                     found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
                     if time.time() - found.st_mtime > _BUILDING_SECONDS:
@@ -195,6 +200,7 @@ class Folder:
 
     def _open(self, name: str) -> int:
         """A descriptor of a file of ours."""
+        # Links are not followed, and a pipe does not wait: `_READ` says so.
         descriptor = os.open(name, _READ, dir_fd=self._descriptor)
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode) or _not_ours(found):
@@ -231,6 +237,7 @@ class Workshop:
         Raises:
           BuildError: it wrote nothing.
         """
+        # By the descriptor of the folder that nobody else can enter.
         try:
             descriptor = os.open(name, _READ, dir_fd=self._descriptor)
         except OSError as error:
@@ -253,6 +260,8 @@ class Workshop:
         compiles his own.
         """
         needs = " ".join(sorted(library.needs))
+
+        # On the disk before it has its name: after a crash a name without bytes would be sealed.
         os.fsync(library.descriptor)
         os.rename(library.path.name, name, src_dir_fd=self._descriptor, dst_dir_fd=self._cache)
         self.write(name + _SEAL, f"{_digest(library.descriptor, needs)}\n{needs}")
@@ -260,6 +269,7 @@ class Workshop:
 
     def write(self, name: str, text: str) -> None:
         """Put a file of text into the cache."""
+        # Exclusively: no file of another's is written to.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(name, flags, 0o600, dir_fd=self._descriptor)
         try:
@@ -314,5 +324,6 @@ def hashed(parts: Sequence[bytes], length: int) -> str:
     """So many hexadecimal digits that tell these parts, of any bytes, from others."""
     digest = hashlib.sha256()
     for part in parts:
+        # With their lengths, so that parts that are cut elsewhere hash otherwise.
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:length]

@@ -57,15 +57,18 @@ def _batched(static: Static) -> Callable[..., Any]:
             def one(index: jax.Array) -> Any:
                 return run(*(x[index] if m else x for x, m in zip(operands, mapped, strict=True)))
 
+            # One after the other: a kernel uses all cores for each.
             return jax.lax.map(one, jax.numpy.arange(size)), [True] * results
         folded = []
         for k, (x, m) in enumerate(zip(operands, mapped, strict=True)):
             if k in batched:
                 # A kernel has one batch: what is the same for all along the mapped axis is copied
                 # into it.
+                # What is shared along the mapped axis is there once for each sample of the batch.
                 x = x if m else jax.numpy.broadcast_to(x, (size, *x.shape))
                 x = x.reshape(size * x.shape[1], *x.shape[2:])
             folded.append(x)
+        # The batch comes apart again into the mapped axis and the samples.
         outs = [y.reshape(size, -1, *y.shape[1:]) for y in run(*folded)]
         return outs, [True] * results
 
@@ -83,6 +86,7 @@ def _partitioned(static: Static) -> Callable[..., Any]:
 
     # Each device computes the rows of its batch; whatever else is sharded is gathered first.
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        # The first operand has the batch, and decides where it lies.
         batch = _batch_axes(arguments[0].sharding)
         taken = tuple(
             _sharding(mesh, len(a.shape), batch if k in batched else None)
@@ -135,6 +139,7 @@ def _ffi_call(static: Static, *operands: jax.Array) -> Any:
     results = _outputs(static, operands)
     attributes: dict[str, Any] = {}
     for name, value in static.attributes:
+        # Handlers read int64 and no other integer.
         if isinstance(value, int):
             attributes[name] = np.int64(value)
         else:

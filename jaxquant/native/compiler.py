@@ -53,6 +53,7 @@ class Compiler(NamedTuple):
         Raises:
           BuildError: it does not know the set.
         """
+        # Asked of the compiler itself: `$CXX` may allow more than our flags do.
         command = [*self.compiling(wanted), "-dM", "-E", "-x", "c++", os.devnull]
         return processor.needed(_printed_by(command, self.seconds))
 
@@ -135,6 +136,7 @@ def _printed_by(command: list[str], seconds: float | None) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    # It may have ended meanwhile.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -25,6 +25,7 @@ def histogram(x: jax.Array, least_exponent: int) -> tuple[jax.Array, jax.Array]:
       RuntimeError: the kernels do not run here (`available()` says why).
     """
     library.require()
+    # One histogram is of one tensor: mapped ones are counted one after the other.
     counting = jax.ffi.ffi_call(library.HISTOGRAM, histogram_types(), vmap_method="sequential")
     counts, extremes = counting(x, least_exponent=np.int64(least_exponent))
     return counts, extremes

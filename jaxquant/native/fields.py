@@ -62,6 +62,7 @@ class ZeroPoints(NamedTuple):
 
     def operand(self) -> Any:
         """int32 [4]: a constant, or computed in the program where one of them varies."""
+        # One that varies is in the program, so that all four are.
         if any(isinstance(point, jax.Array) for point in self):
             return jnp.stack([jnp.asarray(point, jnp.int32) for point in self])
         return np.asarray(self, np.int32)

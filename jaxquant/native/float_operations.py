@@ -92,6 +92,7 @@ def attention(
         expected[1:3] = names[1:3]
     if names != expected:
         raise ValueError(f"operands of {', '.join(names)}; expected {', '.join(expected)}")
+    # One compiled call for each order of axes, kept for the process.
     run = _attention(axes, float(scale), float(fill))
     result: jax.Array = run(*jaxprs.match_varying([q, k, v, *beside]))
     return result
@@ -105,6 +106,7 @@ def _attention(axes: AttentionAxes, scale: float, fill: float) -> Callable[..., 
 
     @jax.custom_batching.custom_vmap
     def run(*operands: jax.Array) -> Any:
+        # An operand may lack the axis, or have size 1 there: the longest is what all have.
         sizes = [
             max(_size(x, order[at]) for x, order in zip(operands, given, strict=True))
             for at in range(len(axes.result) - 2)
@@ -115,6 +117,7 @@ def _attention(axes: AttentionAxes, scale: float, fill: float) -> Callable[..., 
             assert axis is not None, "a result has all axes"
             shape[axis] = size
         orders = {
+            # C++ has no None: -1 is an axis that is not there.
             name: np.asarray([-1 if axis is None else axis for axis in order], np.int64)
             for name, order in axes._asdict().items()
         }
@@ -125,6 +128,7 @@ def _attention(axes: AttentionAxes, scale: float, fill: float) -> Callable[..., 
 
     @run.def_vmap
     def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
+        # A mapped axis is a batch axis in front, for those that have it.
         names = [name for name, order in axes._asdict().items() if order and name != "result"]
         orders = {
             name: _with_batch(getattr(axes, name), is_mapped)
@@ -206,6 +210,7 @@ def layer_norm(
       ValueError: shapes or dtypes are not as said above.
     """
     library.require()
+    # XLA has no operand that is not there: an empty one stands for it.
     vectors = [jnp.zeros((0,), jnp.float32) if s is None else s for s in (scale, bias)]
     if any(each.shape not in ((0,), x.shape[-1:]) for each in vectors) or {
         each.dtype.name for each in (x, *vectors)
@@ -235,6 +240,7 @@ def quantize(
       ValueError: x is of another dtype, or has no axis, or its rows are not of whole channels.
     """
     _check_rows(x)
+    # Channels of [..., C, K / C] lie one after the other in a row.
     if x.shape[-1] % max(channels := jnp.size(inv_scale), 1):
         raise ValueError(f"rows of {x.shape[-1]} numbers are not of {channels} channels")
     grid = jnp.asarray(inv_scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
@@ -320,6 +326,7 @@ def _of_rows(
 ) -> Any:
     """The batching rule of a call whose first operand may have any number of leading axes."""
     # Rows are rows, mapped or not; a scale or a grid of their own needs a call of its own.
+    # Rows of a mapped tensor are rows like any others.
     if not any(mapped[1:]):
         return run(*operands), True
 

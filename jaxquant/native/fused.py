@@ -124,11 +124,13 @@ def make_call(
     _check_dtype("x", x, ("int8", "uint8"))
     _check_dtype("the packed weight", packed, ("int8",))
 
+    # `get`, since an epilogue says only what differs from the plainest one.
     multiplier, bias = channels
     out, residual = epilogue.get("out"), epilogue.get("residual")
     out_dtypes = []
     if epilogue.get("sums_out"):
         out_dtypes.append("int32")
+    # Something has to be given: without an int8 result the float one is.
     elif epilogue.get("float_out") or out is None:
         out_dtypes.append("float32")
     if out is not None:
@@ -141,6 +143,7 @@ def make_call(
     residual_zero_point: ZeroPoint = 0
     if residual is not None:
         _check_dtype("the residual", residual.value, ("int8", "uint8", "float32"))
+        # XLA would read beyond it: shapes are checked here, where messages can tell.
         if residual.value.shape != (x.shape[0], *out_shape):
             raise ValueError(
                 f"the residual is {residual.value.shape}, the output {(x.shape[0], *out_shape)}"
@@ -160,6 +163,7 @@ def make_call(
         batched = (*batched, len(operands))
         operands.append(residual.value)
 
+    # Bounds as floats: infinity is no clip.
     low, high = epilogue.get("activation", NO_CLAMP)
     low_after, high_after = epilogue.get("activation_after", NO_CLAMP)
     bounds = Clamps(float(low), float(high), float(low_after), float(high_after))
@@ -179,4 +183,5 @@ def _check_dtype(name: str, value: jax.Array, allowed: tuple[str, ...]) -> None:
 
 def _centred(zero_point: ZeroPoint, dtype: Any) -> ZeroPoint:
     """The zero point of the int8 value, of one that is given for the stored type."""
+    # uint8 holds the same integers plus 128.
     return zero_point - 128 if np.dtype(dtype) == np.uint8 else zero_point

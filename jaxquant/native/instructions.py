@@ -36,6 +36,7 @@ class InstructionSet(NamedTuple):
 
 def _x86(name: str, tune: str, *features: str) -> InstructionSet:
     """The flag of a feature is its name, but for some letters."""
+    # In `-m` flags underscores are hyphens, and AVX512VNNI is avx512vnni.
     flags = tuple(f"-m{feature.lower().replace('_', '-')}" for feature in features)
     tuned = (f"-mtune={tune}",) if tune else ()
     return InstructionSet(name, ("-march=x86-64", *flags, *tuned), frozenset(features))
@@ -82,10 +83,12 @@ def runnable(present: Processor) -> Sequence[InstructionSet]:
     Raises:
       BuildError: the variable names none, or none that this processor has.
     """
+    # A set without features runs on any processor of the architecture.
     found = [s for s in all_here() if not s.features or present.runs(s.features)]
     names = [s.name for s in found]
     if (most := os.environ.get(VARIABLE)) is None:
         return found
     if most not in names:
         raise BuildError(f"{VARIABLE} is {most!r}; what this processor has is {', '.join(names)}")
+    # From there on: what is asked for is the most, not the only one.
     return found[names.index(most) :]

@@ -79,6 +79,7 @@ def available() -> Availability:
     """
     if os.environ.get(DISABLE_VARIABLE) == "0":
         return Availability(False, f"{DISABLE_VARIABLE}=0 in the environment")
+    # A second thread would compile them again beside the first.
     with _LOADING:
         try:
             library = build.load()
@@ -86,6 +87,7 @@ def available() -> Availability:
             # A path or a compiler may have put bytes into it that cannot be printed.
             reason = str(error).encode("utf-8", "backslashreplace").decode()
             return Availability(False, reason)
+        # Registered for the whole process: XLA has one table of handlers.
         for name in HANDLERS:
             capsule = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
@@ -111,6 +113,7 @@ def int8_is_faster() -> Availability:
     is to be preferred.
     """
     ok, reason = available()
+    # Without vectors XLA's own sums are the faster ones.
     if ok and instruction_set() in _SLOWER_THAN_XLA:
         return Availability(
             False,

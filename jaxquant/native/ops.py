@@ -75,10 +75,12 @@ def conv_call(
             f"a kernel {(height, width, inputs, outputs)} of {groups} groups does not fit "
             f"x {x.shape}"
         )
+    # The kernels begin a sum with its first product.
     if not inputs:
         raise ValueError("a convolution of no input channels has nothing to sum")
     if any(pad < 0 for pads in padding for pad in pads):
         raise ValueError(f"padding {padding} is negative; slice x first")
+    # Packed in the call: then the program has it as a constant, or computes it.
     if not packed:
         kernel = pack_conv(kernel, groups, dilation)
     # The kernels compute with plain numbers: everything is a shape from here on.
@@ -140,6 +142,7 @@ def dot(
     # Rows are rows, however many axes they lie along.
     lead = x.shape[:-1]
     if (residual := epilogue.get("residual")) is not None:
+        # The residual has the result's rows, along whatever axes they lie.
         epilogue["residual"] = residual._replace(value=residual.value.reshape(-1, columns))
     rows = x.reshape(-1, x.shape[-1])
     of_rows = _with_epilogue(
@@ -162,6 +165,7 @@ def dot_sums(x: jax.Array, packed: jax.Array, columns: int) -> jax.Array:
     Raises:
       RuntimeError: the kernels do not run here (`available()` says why).
     """
+    # A multiplier has to be there, though sums leave before it.
     unused = jnp.ones((columns,), jnp.float32)
     result: jax.Array = _with_epilogue(
         library.DOT, x, packed, unused, None, (columns,), ("columns", columns), sums_out=True
@@ -207,6 +211,7 @@ def dot_by_groups(
     of_sets = (PACKED, MULTIPLIER) if bias is None else (PACKED, MULTIPLIER, BIAS)
     return make_call(
         library.GROUPS, x, packed, (multiplier, bias), (x.shape[1], columns),
+        # Weights are mapped with the products where each product has its own.
         behind=(ends,), batched=(X, *(of_sets if sets == x.shape[0] != 1 else ()), ENDS),
         **epilogue,
     ).run()  # fmt: skip
@@ -234,4 +239,5 @@ def _per_channel(name: str, value: Any, channels: int) -> jax.Array:
     value = jnp.asarray(value, jnp.float32)
     if value.shape not in ((), (channels,)):
         raise ValueError(f"the {name} is {value.shape}; expected ({channels},) or ()")
+    # One multiplier for all is spread here: the kernels read one for each channel.
     return jnp.broadcast_to(value, (channels,))

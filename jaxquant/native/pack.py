@@ -32,6 +32,7 @@ def pack_conv(kernel: jax.Array, groups: int = 1, dilation: Sequence[int] = (1, 
         raise ValueError(
             f"expected an int8 kernel [KH, KW, I, O], got {kernel.dtype}{kernel.shape}"
         )
+    # Dilated columns lie apart, so that each tap is a run of its own.
     row_runs = dilation[1] == 1  # the columns of a window are contiguous
     size = jax.ShapeDtypeStruct((_packed_size(kernel.shape, groups, row_runs),), jnp.int8)
     packing = jax.ffi.ffi_call(library.PACK, size, vmap_method="sequential")
@@ -45,9 +46,11 @@ def pack_dot(weight: jax.Array) -> jax.Array:
 
 def _packed_size(shape: tuple[int, ...], groups: int, row_runs: bool) -> int:
     height, width, inputs, outputs = shape
+    # A depthwise kernel goes by channels, since there is nothing to sum over them.
     if groups > 1 and inputs == 1 and outputs == groups:
         channels, taps = _up(groups, _LANES), _up(height * width, 4)
         return 4 * channels + channels * taps
+    # Runs of neighbours: a row of the window where its columns touch, else one tap.
     count, length = (height, width * inputs) if row_runs else (height * width, inputs)
     channels = groups * _up(outputs // groups, _BLOCK)
     return _up(4 * channels, 64) + channels * count * _up(length, 4)

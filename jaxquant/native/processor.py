@@ -71,6 +71,7 @@ def ask(library: ctypes.CDLL) -> Processor:
     library.jaxquant_processor.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     buffer = ctypes.create_string_buffer(_TEXT)
     library.jaxquant_processor(buffer, _TEXT)
+    # In text, which has no layout that both sides would have to agree on.
     return Processor(_features(buffer.value.decode()))
 
 
@@ -78,6 +79,7 @@ def _features(text: str) -> frozenset[str] | None:
     lines = {name: values for name, *values in map(str.split, text.splitlines())}
     if "arm" in lines:
         return frozenset(name for name, has in zip(_ARM, lines["arm"], strict=True) if has == "1")
+    # Neither x86 nor ARM: nothing is known of it.
     if "xcr0" not in lines:
         return None
     # What the processor has and the system does not save is not there for a program.
@@ -95,5 +97,6 @@ def _registers(feature: str) -> int:
 
 def needed(macros: str) -> frozenset[str]:
     """The features that a compiler may use which predefines these macros (`-dM -E`)."""
+    # The macros say what the compiler may use, whatever its flags are called.
     defined = {words[1] for line in macros.splitlines() if len(words := line.split()) > 1}
     return frozenset(name for name in _FEATURES if {f"__{name}__", f"__{name}"} & defined)

@@ -68,12 +68,14 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
     batched: list[int] = []
     taken: list[list[int | Link]] = []  # what every call takes: places among the operands, links
     for each in calls:
+        # uint8 tensors are what XLA hands in; between calls of a sequence nothing is converted.
         dtypes = {jnp.dtype(x.dtype).name for x in (each.operands[X], *each.operands[RESIDUAL:])}
         dtypes |= {dtype for _, dtype in each.static.outputs}
         if each.static.handler != library.CONV or "uint8" in dtypes:
             raise ValueError("a sequence is of convolutions, of int8 tensors and not uint8 ones")
         taken.append([])
         for place, value in enumerate(each.operands):
+            # What is linked is no operand of the whole.
             if isinstance(value, Link):
                 taken[-1].append(value)
                 continue
@@ -88,6 +90,7 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
         for index, each in enumerate(calls)
         for result in range(len(each.static.outputs))
     ]
+    # Asked for twice, a result is given once, and returned twice.
     wanted = list(dict.fromkeys(results))
     ordered = [*wanted, *(key for key in every if key not in wanted)]
     places = {key: len(operands) + place for place, key in enumerate(ordered)}
@@ -104,6 +107,7 @@ def sequence(calls: Sequence[Call], results: Sequence[tuple[int, int]]) -> tuple
         for name in ("geometry", "clamps"):
             records[name] += dict(each.static.attributes)[name]
 
+    # In the order of places: XLA's results come first behind the operands.
     outputs = tuple(calls[index].static.outputs[result] for index, result in wanted)
     attributes = tuple((name, tuple(numbers)) for name, numbers in records.items())
     given = call(Static(library.SEQUENCE, outputs, tuple(batched), attributes), operands)

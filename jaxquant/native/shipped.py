@@ -48,6 +48,7 @@ def find(name: str | None = None, folder: pathlib.Path | None = None) -> pathlib
     major, minor = made_of["interface"]
     here = sources.interface_version()
     # A wheel's libraries are of its own sources and of an XLA interface that this jaxlib has.
+    # A handler that knows a later interface than jaxlib would be refused by XLA.
     if made_of["sources"] != sources.digest() or major != here[0] or minor > here[1]:
         return None
     present = processor.ask(ctypes.CDLL(str(folder / PROCESSOR)))

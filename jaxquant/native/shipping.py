@@ -58,6 +58,7 @@ def compile_all(folder: pathlib.Path, platform_tag: str, command: Sequence[str] 
     if platform_tag not in TARGETS:
         raise BuildError(f"no wheel is made for {platform_tag!r}, but for {', '.join(TARGETS)}")
     machine, name = TARGETS[platform_tag]
+    # Somebody builds a wheel and looks on, so that nothing ends the compiler.
     using = compiler.Compiler([*command, "-target", name], version="", seconds=None)
     sets = instructions.of_machine(machine)
     for wanted in sets:

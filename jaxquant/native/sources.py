@@ -30,6 +30,7 @@ PROCESSOR_FLAGS = ("-std=c++17", "-O0", "-fPIC", "-shared", *WARNINGS)
 
 def parts() -> list[bytes]:
     """What a compiled library is made of, file after file, and the flags for all sets."""
+    # Sorted, since folders list their files in any order.
     files = sorted(path for path in FOLDER.iterdir() if path.suffix in (".h", ".cc"))
     texts = [part for path in files for part in (path.name.encode(), path.read_bytes())]
     return [*texts, *(flag.encode() for flag in FLAGS)]

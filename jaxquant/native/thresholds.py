@@ -51,5 +51,6 @@ def kl_thresholds(
         )
     arrays = [np.ascontiguousarray(x, np.float64) for x in (counts, limit, levels)]
     found = np.empty(counts.shape[0])
+    # ctypes lets go of the interpreter's lock while the function runs.
     build.load().jaxquant_kl_thresholds(*arrays, *counts.shape, *weighing, found)
     return found

@@ -24,6 +24,7 @@ _LIBRARIES = ("kernels-", "processor-")
 def mark_used(descriptor: int) -> None:
     """Note that a library is loaded, where that was not noted lately."""
     with contextlib.suppress(OSError):  # a file system that is read alone
+        # Once a day is enough, and a file system that is shared is written to no more than that.
         if abs(time.time() - os.fstat(descriptor).st_mtime) > _DAY:
             os.utime(descriptor)
 

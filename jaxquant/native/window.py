@@ -14,6 +14,7 @@ def output_size(
 ) -> tuple[int, ...]:
     """How many windows fit along each axis of an input."""
     return tuple(
+        # A window that is larger than its padded input fits nowhere.
         max(0, (size + sum(pads) - (count - 1) * step - 1) // stride + 1)
         for size, count, stride, pads, step in zip(
             sizes, taps, strides, padding, dilation, strict=True
