@@ -25,7 +25,9 @@ class Alive:
         """Look at one more batch."""
         if self._found:
             return
+        # PRNG keys are no data, and do not compare.
         leaves = [_here(x) for x in jax.tree.leaves(inputs) if not _is_key(x)]
+        # The first value of each input; one that is found to differ ends the search.
         known = self._known or [np.asarray(x[(0,) * x.ndim]) for x in leaves if x.size]
         self._known, self._values = known, self._values + sum(x.size for x in leaves)
         self._found = not all(
@@ -37,10 +39,12 @@ class Alive:
         """Take up a sweep that has seen `batches`, of which `examples` are left."""
         for inputs in examples:
             self.see(inputs)
+        # More batches than were kept passed before: somewhere among them values differed.
         self._found |= batches > len(examples)
 
     def check(self) -> None:
         """Raise ValueError where all that was seen is one value."""
+        # A handful of values may well be equal.
         if self._found or self._values < _FEW:
             return
         values = ", ".join(sorted({f"{value:g}" for value in map(float, self._known or [])}))

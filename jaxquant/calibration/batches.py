@@ -58,6 +58,7 @@ def stack_samples(samples: Sequence[Batch], where: str) -> Batch:
                 f"sample 0: {problem}. Make the samples alike (resize, crop or pad them), or let "
                 "ds yield batches and leave batch_size out."
             )
+    # Leaf by leaf: a sample is a pytree.
     return jax.tree.map(_stack, *samples)
 
 
@@ -86,6 +87,7 @@ class BatchChecker:
             a dtype, or in a number of axes.
         """
         where = f"batch {self.count}"
+        # With paths, since messages name the input.
         leaves = jax.tree_util.tree_leaves_with_path(batch)
         if not leaves:
             raise ValueError(f"{where} of ds holds no array: {batch!r}")
@@ -139,6 +141,7 @@ def _stack(*leaves: Array) -> Array:
 
 def _difference(tree: Any, expected: Any, *, sizes: bool) -> str | None:
     """Says where two trees of arrays differ: in structure, dtypes, ranks and, if asked, sizes."""
+    # The structure first: leaves of different trees do not correspond.
     structures: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(expected)
     if structures[0] != structures[1]:
         return f"{_spell_tree(tree)} instead of {_spell_tree(expected)}"

@@ -62,6 +62,7 @@ def capture(
     if of not in ("output", "input"):
         raise ValueError(f"of is 'output' or 'input', got {of!r}")
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+    # Differentiable: functions with a derivative rule of their own stay whole.
     model = Model(trace(apply_fn, params, inputs, differentiable=True))
     graph = model.graph
     found = [site for site in model.sites if site.kind in DOT_KINDS]
@@ -82,6 +83,7 @@ def _match(found: Sequence[Site], patterns: Sequence[str]) -> list[Site]:
             raise ValueError(f"sites: {pattern!r} matches no site{nearest(pattern, names)}")
         matched |= {site.name: site for site in hits}
     # A scan stacks what its steps show; other loops have no axis for their steps.
+    # In the order of evaluation, whatever the order of patterns.
     wanted = [s for s in found if s.name in matched and set(s.inside) <= {"scan"}]
     lost = [s for s in found if s.name in matched and not set(s.inside) <= {"scan"}]
     if lost:
@@ -113,6 +115,7 @@ def _evaluate(
             table[index] = _capturing_scan(captured, eqn, region, wanted, of)
         else:
             table[index] = _capturing(captured, site, eqn, of, table[index])
+    # The dict is filled as the equations run.
     return evaluate.evaluate(graph, leaves, inputs, table), captured
 
 

@@ -64,6 +64,7 @@ def portable_counts(x: jax.Array) -> list[jax.Array]:
     # Exact: a power of two, so that in a good batch 0 <= scaled < 2048.
     # The barrier keeps XLA from computing the scale anew for each value.
     scaled = jnp.abs(x) * lax.optimization_barrier(power_of_two(BIN_BITS - exponent))
+    # Whatever is beyond goes to one bin more, which is cut off: NaN and infinity too.
     bins = jnp.where(scaled < BINS, scaled, float(BINS)).astype(jnp.int32)
     counts = jnp.zeros(BINS + 1, jnp.uint32)
     counts = counts.at[bins].add(jnp.uint32(1), mode="promise_in_bounds")[:BINS]
@@ -94,6 +95,7 @@ def observe(
       >>> counts.nonzero()[0] * bin_width
       array([0. , 1.5, 3. ])
     """
+    # One batch of one tensor, as `fold` has it for many.
     return _of_batch(*_in_two_words(*_counted(x, count), jnp.uint32(x.size)), batch_index)
 
 
@@ -134,6 +136,7 @@ def count_all(
       [[1.0, 1.0]]
     """
     if real is None or all(each is None for each in real):
+        # Stacked, so that what follows is compiled for a number of tensors, not for their shapes.
         counts, extremes = (jnp.stack(each) for each in zip(*(_counted(x, count) for x in xs)))
         return _in_two_words(counts, extremes, jnp.asarray([x.size for x in xs], jnp.uint32))
     parts = [_real_counts(x, each, count) for x, each in zip(xs, real, strict=True)]
@@ -168,6 +171,8 @@ def fold(states: Histogram, seen: Counts, batch_index: ArrayLike) -> tuple[Histo
 def _compiled_fold() -> Callable[..., tuple[Histogram, jax.Array]]:
     def one(state: Histogram, *seen: jax.Array) -> tuple[Histogram, jax.Array]:
         merged = merge(state, _of_batch(*seen))
+        # Another buffer than the donated one, which the caller reads after the next batch was
+        # added.
         return merged, merged.first_bad + 0
 
     folding = jax.vmap(one, (0, 0, 0, 0, None))
@@ -196,6 +201,7 @@ def as_counts(states: Histogram) -> Counts:
       ([[1.0, 1.0]], [[3, 0]])
     """
     extremes = jnp.stack([states.min, states.max], axis=-1)
+    # Bad is bad in any step: what follows sees NaN and leaves the batch out.
     bad = (states.first_bad >= 0)[:, None]
     return Counts(
         jnp.stack([states.lo, states.hi], axis=1),
@@ -207,6 +213,7 @@ def as_counts(states: Histogram) -> Counts:
 def _counted(x: jax.Array, count: Counter) -> tuple[jax.Array, jax.Array]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"a histogram counts floating-point values; got {x.dtype}{list(x.shape)}")
+    # A word of counts holds fewer than 2**32, and indices of XLA fewer than 2**31.
     if x.size >= 2**31:
         raise ValueError(f"a batch must have fewer than 2**31 values; got shape {list(x.shape)}")
     counts, extremes = count(x.astype(jnp.float32))
@@ -233,6 +240,7 @@ def _real_counts(x: jax.Array, real: jax.Array | None, count: Counter) -> Counts
     good = (low > -jnp.inf) & (high < jnp.inf)
     exponent = exponent_above(abs_max_of(low, high, good))
     place = jnp.where(good, jnp.abs(top) * power_of_two(BIN_BITS - exponent), 0).astype(jnp.int32)
+    # Modulo 2**32 this takes away as many as were counted too much.
     counts = counts.at[place].add(number - jnp.uint32(x.size), mode="drop")
     empty = jnp.asarray([jnp.inf, -jnp.inf], jnp.float32)
     return _in_two_words(counts, jnp.where(number > 0, extremes, empty), number)

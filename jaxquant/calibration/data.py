@@ -79,6 +79,7 @@ def iterate(
     >>> [x.shape for (x,) in iterate(samples, batch_size=4, select="image")]
     [(4, 8, 8, 3), (1, 8, 8, 3)]
     """
+    # Checked now, and not when the first batch is asked for.
     _check_count("batch_size", batch_size)
     _check_count("batch_nums", batch_nums)
     check_select(select)
@@ -118,6 +119,7 @@ def num_batches(
     check_source(ds)
     if is_in_memory(ds):
         samples = num_samples(ds, select)
+        # In memory the number of samples is known without reading one.
         total = -(-samples // (batch_size or max(samples, 1)))
     else:
         items = num_items(ds)
@@ -154,6 +156,7 @@ def _batches(source: Any, batch_size: int | None, select: Select) -> Iterator[Ba
     if is_in_memory(source):
         for index, arguments in enumerate(slice_in_memory(source, batch_size, select)):
             yield to_arrays(arguments, f"batch {index}")
+    # What yields batches is taken as it comes.
     elif batch_size is None:
         for where, item in read_items(source, None):
             yield to_arrays(select_arguments(item, select, where), where)

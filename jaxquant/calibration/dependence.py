@@ -82,6 +82,7 @@ def _confirms(
 ) -> bool:
     """Whether the outputs of the first half of a batch change with its second half."""
     leaves = jax.tree.leaves(inputs)
+    # Of shapes alone nothing runs: what the graph shows decides.
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return mixing.sums
     changed = [_others(x) if _has(x, size) else x for x in leaves]
@@ -94,6 +95,7 @@ def _confirms(
     ]
 
     def run(params: Any, flat: Sequence[Any]) -> list[jax.Array]:
+        # An output where samples are mixed; others cannot tell.
         graph = doubled.graph
         env = evaluate_model(graph, params, flat, forms=forms(graph))
         return [
@@ -120,6 +122,7 @@ def _first_half(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> bool:
+    # Complex holds real and complex alike.
     a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return False  # calibration names what is not finite

@@ -23,10 +23,12 @@ def with_example(
     new for what it costs to compile.
     """
     if not examples:
+        # The first batch is what the report's errors are measured on.
         return (inputs,)
     shapes = {shapes_text(example) for example in examples}
     if shapes_text(inputs) in shapes:
         samples = sum(map(batch_length, (*examples, inputs)))
+        # Samples of a known shape cost memory alone.
         return (*examples, inputs) if samples <= _KEPT_SAMPLES else examples
     is_other = _sizes_of_a_sample(inputs) not in map(_sizes_of_a_sample, examples)
     return (*examples, inputs) if is_other and len(shapes) < _KEPT_SHAPES else examples

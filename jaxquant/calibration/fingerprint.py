@@ -63,6 +63,7 @@ def model_digest(graph: ir.Graph) -> str:
     """
     digest = hashlib.sha256()
     for var in (*graph.leaves, *graph.inputs):
+        # Names and shapes of what comes in; its values are digested apart.
         digest.update(f"{var} {graph.paths.get(var)} {_spell(graph.avals[var])}\n".encode())
     for var, value in graph.constants.items():
         digest.update(f"{var} {_spell(value)} {_digest(value)}\n".encode())
@@ -92,6 +93,7 @@ def batch_digest(inputs: tuple[Any, ...]) -> bytes:
 
 def _observer_digest(observer: Observer, aval: Any) -> str:
     state = jax.tree.map(ir.struct, observer.init())
+    # By what it computes: a function has no other identity from run to run.
     closed = jax.make_jaxpr(observer.update)(state, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     digest = hashlib.sha256(_ADDRESS.sub("", str(closed)).encode())
     for value in (*closed.consts, *jax.tree.leaves(observer.init())):
@@ -117,6 +119,7 @@ def _digest(leaf: Any) -> str:
 
 def _bytes(leaf: Any) -> memoryview:
     if hasattr(leaf, "dtype") and prng.is_key_dtype(leaf.dtype):
+        # Keys are bits like others, behind an interface of their own.
         leaf = jax.random.key_data(leaf)
     array = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
     return memoryview(array.view(np.uint8))

@@ -83,6 +83,7 @@ def merge(a: Histogram, b: Histogram) -> Histogram:
       >>> int(merge(a, b).exponent), int(merge(a, b).count_lo)
       (3, 3)
     """
+    # The larger range holds both; the other's bins are joined.
     exponent = jnp.maximum(a.exponent, b.exponent)
     lo, hi = _add64(_widened(a, exponent), _widened(b, exponent))
     count_lo, count_hi = _add64((a.count_lo, a.count_hi), (b.count_lo, b.count_hi))
@@ -115,6 +116,7 @@ def to_numpy(state: Histogram) -> tuple[np.ndarray, float]:
       (3, True)
     """
     lo, hi = np.asarray(state.lo), np.asarray(state.hi)
+    # Words as one number, which NumPy has.
     counts = (hi.astype(np.int64) << 32) + lo.astype(np.int64)
     return counts, 2.0 ** (int(state.exponent) - BIN_BITS)
 
@@ -136,6 +138,7 @@ def from_numpy(
     """
     total = int(counts.sum())
     return Histogram(
+        # Counts of a file are 64-bit: two words here.
         lo=jnp.asarray((counts & 0xFFFFFFFF).astype(np.uint32)),
         hi=jnp.asarray((counts >> 32).astype(np.uint32)),
         exponent=jnp.asarray(math.frexp(bin_width)[1] - 1 + BIN_BITS, jnp.int32),
@@ -155,6 +158,7 @@ def abs_max_of(low: jax.Array, high: jax.Array, good: jax.Array) -> jax.Array:
 
 def exponent_above(x: jax.Array) -> jax.Array:
     """The least e with x < 2**e, from the bits of a finite x >= 0; at least MIN_EXPONENT."""
+    # The exponent of the bits is that of the power of two below; one more is above.
     biased = lax.bitcast_convert_type(x, jnp.int32) >> 23
     return jnp.maximum(biased - 126, MIN_EXPONENT)
 
@@ -185,6 +189,7 @@ def _add64(
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of two unsigned 64-bit numbers, each (low word, high word)."""
     lo = a[0] + b[0]
+    # The low word wrapped if it came out smaller.
     carry = (lo < a[0]).astype(jnp.uint32)
     return lo, a[1] + b[1] + carry
 

@@ -71,6 +71,7 @@ def observe(
         graph,
         params,
         inputs,
+        # Upstream of what is observed alone: a head that is left in float need not run.
         equations=_needed(observed),
         known=known,
         forms={**watch.forms(graph), **inside.lowerings()},
@@ -103,6 +104,7 @@ class _Inside:
 
     def lowerings(self) -> dict[int, evaluate.Lowering[evaluate.Environment]]:
         """The lowerings of the loops and choices, which note what is seen inside."""
+        # States come in the order of names: the graph's own, then those of its bodies.
         found, place = {}, len(self._observed.tensors)
         for index, bodies in self._bodies.items():
             size = sum(_size(body) for body in bodies)
@@ -113,6 +115,7 @@ class _Inside:
 
     def seen(self, env: evaluate.Environment) -> Seen:
         """What was seen, once the graph is evaluated."""
+        # Read in the model's dtype, as the model's own readers have it.
         watch, tensors = self._watch, self._observed.tensors.values()
         values = [env.read(var) for var in tensors]
         real = [watch.real(self._observed.model, var) for var in tensors]
@@ -150,6 +153,7 @@ def _layer_by_layer(
     """Run a scan over stacked weights; the states of its tensors go through it with them."""
     (body,) = bodies
     width = len(body.names)
+    # States of one tensor in all layers lie one body's width apart.
     stacked = tuple(_stack(own[place::width]) for place in range(width)) if own else ()
 
     def step(given: loops.Given) -> loops.Gives:
@@ -173,6 +177,7 @@ def _all_steps(
 ) -> tuple[Sequence[Any], Seen]:
     """Run another loop, or a choice; what is seen in its steps is joined on the way."""
     sizes = [len(body.names) for body in bodies]
+    # Shapes have to be known before the first step: zeros for each tensor.
     empty = jax.tree.map(lambda x: jnp.stack([x] * sum(sizes)), histogram.init())
 
     def step_of(number: int) -> loops.Step:
@@ -180,6 +185,7 @@ def _all_steps(
 
         def step(given: loops.Given) -> loops.Gives:
             states, kept = given.kept
+            # A branch has the statistics of its own tensors, at its own place.
             results, seen = _step(bodies[number], given.values, kept[place], watch)
             if sizes[number]:
                 some = jax.tree.map(lambda x: x[place], states)
@@ -220,6 +226,7 @@ def _stack(states: Sequence[Any]) -> Any:
 
 
 def _concatenated(parts: Sequence[counting.Counts]) -> counting.Counts:
+    # A body may hold nothing that is observed but what is in loops inside.
     if not parts:
         counted, extremes = ((0, 2, histogram.BINS), jnp.uint32), ((0, 2), jnp.float32)
         shapes = counted, extremes, ((0, 2), jnp.uint32)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxquant.backends import operations
-from jaxquant.calibration.search import in_chunks, run_search, search, validated
+from jaxquant.calibration.search import in_chunks, search, validated
 from jaxquant.calibration.sums import (
     CLIPPING_WEIGHT,
     MARGIN,
@@ -104,32 +104,6 @@ def kl_threshold(
     return found.reshape(hist.shape) * hist.bin_width
 
 
-def kl_curve(
-    counts: ArrayLike,
-    bin_width: ArrayLike,
-    variant: str = "jaxquant",
-    *,
-    abs_max: ArrayLike | None = None,
-    levels: ArrayLike = SYMMETRIC_LEVELS,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The candidates of `kl_threshold` and their divergences, for plots and tests.
-
-    Args: as for `kl_threshold`.
-
-    Returns:
-      thresholds [..., C] and divergences [..., C] in nats, nan where a candidate does not compete.
-
-    Example:
-      >>> thresholds, divergences = kl_curve([10, 20, 40, 20, 10, 0, 0, 0], 0.5)
-      >>> thresholds.shape
-      (8,)
-    """
-    hist = validated(counts, bin_width, abs_max, levels)
-    candidates, divergences = run_search(KL_VARIANTS[_known(variant)].curve, hist)
-    shape = (*hist.shape, -1)
-    return candidates.reshape(shape) * hist.bin_width[..., None], divergences.reshape(shape)
-
-
 def _level_information(sums: Sums, below: Below) -> jax.Array:
     """[C] sum_k M_k log(M_k / Z_k) over the levels, of what is below their edges [C, K]."""
     mass = _between(below.counts, sums.total[0])
@@ -175,8 +149,10 @@ def _int8_curve(h: jax.Array, limit: jax.Array, levels: Levels) -> tuple[jax.Arr
 
 
 def _int8_choose(h: jax.Array, candidates: jax.Array, divergence: jax.Array) -> jax.Array:
+    # NaN is no candidate: infinitely far.
     divergence = jnp.where(jnp.isnan(divergence), jnp.inf, divergence)
     best = divergence <= jnp.min(divergence) + _TIE
+    # The largest of equals clips least.
     return jnp.max(jnp.where(best, candidates, 0.0))
 
 

@@ -65,14 +65,18 @@ def place_masks(
     """
     sources = [_source(maker, inputs) for _, maker in masks]
     numbers = _numbers(masks, sources)
+    # What an input is by itself, its own mask marks.
     own = {number: x.given for number, x in enumerate(sources) if x.given is not None}
     marked = {place: numbers[k] for k, place in own.items()}
     unclear: set[int] = set()
     for number, ((key, maker), shape) in enumerate(zip(masks, shapes, strict=True)):
         # Inputs that begin with the mask's sizes may have its positions, or others as many.
+        # An input that is a mask of its own is marked already.
         fitting = [k for k in _of_sizes(inputs, shape, key) if k not in own.values()]
         if not fitting and not (callable(maker) and number in own):
             raise ValueError(_says_none_fits(inputs, shape, key, maker))
+
+        # What the model does not read says nothing of itself.
         used = [k for k in fitting if model.graph.inputs[k] in model.graph.consumers]
         # Which of several have the same positions is seen in the model: they meet, or do not.
         if len(used) > 1:
@@ -83,6 +87,7 @@ def place_masks(
     names = [_spell(paths[place][0]) for place in sorted(unclear)]
     read = frozenset().union(*(source.read for source in sources))
     leaves = jax.tree.leaves(inputs)
+    # Of two axes: a length for each position, and no activation with channels.
     flat = tuple(place for place in sorted(read) if np.ndim(leaves[place]) == 2)
     return Placed(tuple(sorted(marked.items())), tuple(own.values()), flat, names)
 
@@ -122,8 +127,10 @@ def _source(maker: Maker, inputs: Sequence[Any]) -> _Source:
         given = find(inputs, maker, "mask")[0]
         return _Source(given, frozenset({given}))
     graph = trace(lambda _, *given: maker(*given), {}, inputs)
+    # Of pure functions of inputs, whose graph tells what is read.
     (atom,) = graph.outputs
     read = frozenset(k for k, var in enumerate(graph.inputs) if var in graph.needed(atom))
+    # A cast of a mask is the mask.
     while isinstance(atom, int) and (eqn := graph.producer.get(atom)) is not None:
         if eqn.name not in ("convert_element_type", "copy"):
             break

@@ -36,6 +36,7 @@ def merge(stats: Sequence[TensorStats]) -> TensorStats:
     width = max(s.bin_width for s in stats)
     counts = np.zeros_like(stats[0].counts)
     for s in stats:
+        # Powers of two: each bin of the wider histogram holds so many of this one's.
         ratio = min(int(width / s.bin_width), len(counts))
         folded = s.counts.reshape(-1, ratio).sum(axis=1, dtype=counts.dtype)
         counts[: len(folded)] += folded
@@ -99,6 +100,7 @@ class Observations:
         suffix = layer_suffix(layer)
 
         def chosen(found: Mapping[str, Any]) -> dict[str, Any]:
+            # By the end of the name: bodies inside have longer ones.
             return {k.removesuffix(suffix): v for k, v in found.items() if k.endswith(suffix)}
 
         return dataclasses.replace(self, tensors=chosen(self.tensors), states=chosen(self.states))

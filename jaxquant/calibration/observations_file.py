@@ -183,6 +183,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
 
 
 def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
+    # Types first: JSON holds anything, and a forged file may hold any of it.
     names = [_checked(name, str) for name in _checked(record["tensors"], list)]
     stats = _stats(tensors, names)
     done = _checked(record["done"], bool)
@@ -193,6 +194,7 @@ def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
         digests = tuple(row.tobytes() for row in table)
     elif not any(s.count for s in stats.values()):
         raise FileError("it is of a sweep that is done, and no tensor saw data")
+    # The structure of the inputs is that of every example.
     structure = jax.tree.structure(_template(record["inputs"]))
     examples = tuple(jax.tree.unflatten(structure, x) for x in _leaves(tensors, "examples"))
     # Counts that contradict each other are damage, however well each of them reads.
@@ -235,6 +237,7 @@ def _origin(data: Any) -> Origin:
 def _stats(tensors: dict[str, np.ndarray], names: list[str]) -> dict[str, TensorStats]:
     if not names or len(set(names)) != len(names):
         raise FileError("the names of the tensors are none, or not distinct")
+    # As many rows as names: what else the arrays hold is no tensor's.
     n = len(names)
     counts = _take(tensors, "counts", np.int64, (n, histogram.BINS))
     scalars = [_take(tensors, name, np.float64, (n,)).tolist() for name in _SCALARS]
@@ -242,6 +245,7 @@ def _stats(tensors: dict[str, np.ndarray], names: list[str]) -> dict[str, Tensor
     for name, row, width, low, high, largest in zip(names, counts, *scalars):
         count = int(row.sum())
         bounds = (low, high) if count else (math.inf, -math.inf)
+        # Powers of two have no other mantissa than a half.
         exponent = math.frexp(width)[1] if math.isfinite(width) else 0
         # The bounds, the bin width and the counts follow from each other in every real sweep.
         fits = (
@@ -261,6 +265,7 @@ def _stats(tensors: dict[str, np.ndarray], names: list[str]) -> dict[str, Tensor
 def _take(
     tensors: dict[str, np.ndarray], name: str, dtype: type, shape: tuple[int, ...]
 ) -> np.ndarray:
+    # Taken out, so that what is left at the end is what nobody knows.
     array = tensors.pop(name, None)
     if array is None or array.dtype != dtype or array.shape != shape:
         found = "missing" if array is None else f"{array.dtype}{list(array.shape)}"
@@ -270,6 +275,7 @@ def _take(
 
 def _leaves(tensors: dict[str, np.ndarray], root: str) -> list[list[np.ndarray]]:
     """Take ROOT/0/0, ROOT/0/1, ..., ROOT/1/0, ...: all that there are, without gaps."""
+    # Without gaps: what is behind one is left, and refused as unknown.
     found: list[list[np.ndarray]] = []
     while f"{root}/{len(found)}/0" in tensors:
         leaves: list[np.ndarray] = []
@@ -281,6 +287,7 @@ def _leaves(tensors: dict[str, np.ndarray], root: str) -> list[list[np.ndarray]]
 
 def _form(tree: Any) -> Any:
     """The structure of a pytree of arrays, for JSON."""
+    # Exactly these types: a subclass would come back as its base.
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
         return {"dict": {key: _form(value) for key, value in tree.items()}}
     if type(tree) in (tuple, list):
@@ -301,6 +308,7 @@ def _template(form: Any) -> Any:
         return None
     if form == "array":
         return 0
+    # One entry, whose key is the kind.
     ((kind, parts),) = _checked(form, dict).items()
     if kind == "dict":
         return {key: _template(value) for key, value in _checked(parts, dict).items()}

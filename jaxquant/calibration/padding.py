@@ -46,6 +46,7 @@ class Padding:
         """
         if mask is None:
             return None
+        # A mask without a key is that of all inputs of its sizes.
         pairs = list(mask.items()) if isinstance(mask, Mapping) else [(None, mask)]
         for key, maker in pairs:
             is_input = key is None or _is_key(key)
@@ -62,6 +63,7 @@ class Padding:
     @staticmethod
     def from_option(option: Any) -> Padding | None:
         """What `option` wrote, as JSON gives it back; None where it was a function."""
+        # A function is in no file: whoever reads one gives it again.
         if not option or any(_FUNCTION in pair for pair in option):
             return None
         return Padding(tuple((key, maker) for key, maker in option))
@@ -83,6 +85,7 @@ class Padding:
         found = []
         for _, maker in self.masks:
             mask = maker(*inputs) if callable(maker) else find(inputs, maker, "mask")[1]
+            # One axis more would be a mask of pairs, as attention's own.
             if np.ndim(mask) != 2:
                 raise ValueError(
                     f"{named(maker)} is of shape {list(np.shape(mask))}; a mask of padding is "
@@ -113,6 +116,7 @@ class Padding:
 
     def shapes(self, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
         """The shapes of the masks, [B, T] each."""
+        # By shapes: a function of the user's is not run for them.
         masks = jax.eval_shape(self.values, tuple(jax.tree.map(ir.struct, inputs)))
         return [mask.shape for mask in masks]
 
@@ -125,6 +129,7 @@ class Padding:
         """Raise ValueError where a mask holds anything but 0 and 1, or marks nothing."""
         for _, maker in self.masks:
             given = maker(*inputs) if callable(maker) else find(inputs, maker, "mask")[1]
+            # Once, on the host: what is looked at are values.
             mask = np.asarray(given)
             if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
                 strange = mask[(mask != 0) & (mask != 1)].flat[0]

@@ -34,6 +34,7 @@ def reduce_processes(observations: Observations) -> Observations:
             "an algo that keeps statistics of its own ('avg', an Observer with its own update) "
             "cannot be reduced across processes; calibrate with another one, or in one process"
         )
+    # A process that failed would leave the others waiting for its arrays.
     _meet("end its sweep")
     names = list(observations.tensors)
     _check_same(names)
@@ -55,6 +56,7 @@ def reduce_processes(observations: Observations) -> Observations:
 
 def _encode(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
     """Statistics as arrays without 64-bit integers, which JAX does not move by default."""
+    # 64-bit counts travel as two words.
     counts = np.stack([s.counts for s in stats]).astype(np.uint64)
     totals = np.array([s.count for s in stats], np.uint64)
     return {
@@ -81,6 +83,7 @@ def _decode(arrays: dict[str, np.ndarray]) -> list[TensorStats]:
 
 
 def _words(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    # JAX narrows 64-bit integers unless it is told not to.
     low, high = values & np.uint64(0xFFFFFFFF), values >> np.uint64(32)
     return {f"{name}_low": low.astype(np.uint32), f"{name}_high": high.astype(np.uint32)}
 
@@ -115,6 +118,7 @@ def check_alike(params: Mapping[str, str], complete: bool) -> None:
     if jax.process_count() == 1:
         return
     _meet("begin to calibrate")
+    # A complete file skips the sweep, so that all processes skip it or none.
     done = _gather({"done": np.array([complete], np.int32)})["done"][:, 0]
     if done.any() and not done.all():
         raise ValueError(
@@ -127,6 +131,7 @@ def check_alike(params: Mapping[str, str], complete: bool) -> None:
             f"the processes have different parameters: those of {_spell(others)} have other paths "
             "than those of process 0. Every process gives the same params"
         )
+    # A path and its value each.
     digests = [_digest(text) for text in params.values()]
     # Digests, not arrays: parameters may be large, and spread over the processes' devices.
     every = _gather({"digests": np.stack(digests)})["digests"]  # [processes, parameters, bytes]
@@ -147,6 +152,7 @@ def _differing(text: str) -> list[int]:
 
 
 def _digest(text: str) -> np.ndarray:
+    # One byte an int32: a gather of bytes is not what every backend has.
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.int32)
 
 
@@ -196,10 +202,12 @@ def _examples_of_first(examples: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any
     """Process 0's, in whose shapes and number the others' may differ."""
     from jax.experimental import multihost_utils
 
+    # Process 0's first example tells the structure; the others' may be of another shape.
     leaves, tree = jax.tree.flatten(examples[:1])
     count = _gather({"n": np.array([len(examples)], np.int32)})["n"][0, 0]
     found = []
     for number in range(int(count)):
+        # A process with fewer examples sends its first one's shapes, which are filled anyway.
         own = jax.tree.leaves(examples[number]) if number < len(examples) else leaves
         # A broadcast needs the same shapes everywhere: the others send zeros of process 0's.
         shapes = _gather({str(k): np.array(np.shape(x), np.int32) for k, x in enumerate(own)})

@@ -11,6 +11,8 @@ import pytest
 
 from jaxquant.calibration import kl
 from jaxquant.calibration import threshold as th
+from jaxquant.calibration.search import run_search, validated
+from jaxquant.calibration.sums import SYMMETRIC_LEVELS
 
 pytestmark = pytest.mark.optimized
 
@@ -24,6 +26,14 @@ settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=10)
 
 
 # --- references -----------------------------------------------------------------------------------
+
+
+def kl_curve(counts, variant="jaxquant", abs_max=None):
+    """The candidates of a search, in bins, and their divergences, NaN for what does not compete."""
+    hist = validated(counts, 1.0, abs_max, SYMMETRIC_LEVELS)
+    candidates, divergences = run_search(kl.KL_VARIANTS[variant].curve, hist)
+    shape = (*hist.shape, -1)
+    return candidates.reshape(shape), divergences.reshape(shape)
 
 
 def reference_paddle(hist: list[int], start: int, groups: int) -> tuple[float, dict[int, float]]:
@@ -170,7 +180,7 @@ def test_paddle_thresholds_are_the_oracles(oracles, version):
 
 
 def test_paddle_divergence_curve_is_the_oracles(oracles):
-    candidates, got = kl.kl_curve(stacked(oracles, "hist"), 1.0, "paddle-3.3")
+    candidates, got = kl_curve(stacked(oracles, "hist"), "paddle-3.3")
     np.testing.assert_array_equal(candidates[0], np.arange(1023, 2048) + 0.5)
     np.testing.assert_allclose(got, stacked(oracles, "paddle_3.3_divergence"), rtol=0, atol=1e-11)
 
@@ -195,7 +205,7 @@ def sparse_histograms(bins: int) -> st.SearchStrategy[list[int]]:
 def test_paddle_matches_reference(hist):
     for name, start, groups in [("3.3", 0.5, 127), ("1.6", 0.7, 255)]:
         want, curve = reference_paddle(hist, int(299 * start), groups)
-        candidates, got = kl.kl_curve(hist, 1.0, f"paddle-{name}")
+        candidates, got = kl_curve(hist, f"paddle-{name}")
         expected = [curve.get(int(i), math.nan) for i in candidates]
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
         chosen = float(kl.kl_threshold(hist, 1.0, f"paddle-{name}"))
@@ -223,7 +233,7 @@ def test_default_matches_reference(hist, fraction):
     errors = np.array([error for _, error in want])
     h = [min(hist[:2]), *hist[1:]]
     weighted = errors + [15 * clipped_squares(h, t) if t < limit else 0.0 for t in candidates]
-    got_candidates, got = kl.kl_curve(hist, 1.0, abs_max=limit)
+    got_candidates, got = kl_curve(hist, abs_max=limit)
     np.testing.assert_allclose(got_candidates, candidates)
     competes = ~np.isnan(got)
     np.testing.assert_allclose(got[competes], [d for d, _ in np.array(want)[competes]], atol=1e-9)
