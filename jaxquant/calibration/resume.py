@@ -44,11 +44,13 @@ def sweep_with_file(
     # Before the sweep, not after an hour of it.
     atomic.check_writable(path)
     digests: list[bytes] = []
+    # A file that is there is gone on with, whatever made it.
     if os.path.exists(path):
         saved = observations_file.read(path)
         seen = check_saved(path, saved, sweep, observer, DATA_OPTIONS)
         if saved.digests is None:
             return seen
+        # Read again, since a generator has no other way to come to the next batch.
         _skip(path, batches, saved.digests)
         sweep.restore(seen)
         digests += saved.digests
@@ -147,6 +149,8 @@ def _observe(
     due = 0.0
     try:
         for inputs in batches:
+            # Before the batch is added: an interrupt in between leaves a digest too many, which is
+            # cut off.
             digests[sweep.batches :] = [batch_digest(inputs)]
             sweep.add(inputs)
             if time.monotonic() >= due and _write(path, sweep, digests):
@@ -165,6 +169,7 @@ def _observe(
 
 def _write(path: str | os.PathLike[str], sweep: Sweep, digests: Sequence[bytes]) -> bool:
     """Write the state where it is whole and of finite activations."""
+    # What is not whole, or not finite, is no state to go on from.
     sound = sweep.is_sound()
     if sound:
         observations_file.write(path, sweep.observations(), tuple(digests[: sweep.batches]))
@@ -219,6 +224,7 @@ def _other_observations(
     if origin is None:
         raise AssertionError("a file without an origin")
     there = list(saved.observations.tensors)
+    # More tensors than are asked for are no fault: other options may want them.
     missing = [name for name in names if name not in there]
     problems = []
     if missing:

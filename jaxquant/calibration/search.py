@@ -77,6 +77,7 @@ def in_chunks(run, hist: Histograms):  # type: ignore[no-untyped-def]
     """What `run(counts, limit, levels)` gives for a few tensors at a time, each in a thread."""
     starts = range(0, max(len(hist.limit), 1), _CHUNK)
     chunks = [[x[start : start + _CHUNK] for x in hist[:3]] for start in starts]
+    # No more threads than cores: each search takes one of them whole.
     with futures.ThreadPoolExecutor(min(len(starts), _cores())) as pool:
         results = list(pool.map(lambda chunk: run(*chunk), chunks))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
@@ -124,6 +125,7 @@ def validated(
         raise ValueError(
             f"counts are numbers [..., N] with N >= 2 bins; got shape {h.shape} and dtype {h.dtype}"
         )
+    # float64 holds counts up to 2**53 exactly.
     h = h.astype(np.float64)
     _refuse("counts", h, ~np.isfinite(h), "must be finite")
     _refuse("counts", h, h < 0, "must not be negative")
@@ -138,6 +140,7 @@ def validated(
         largest = np.asarray(abs_max, np.float64)
         _refuse("abs_max", largest, ~(np.isfinite(largest) & (largest >= 0)), "must be >= 0")
         largest = _broadcast("abs_max", largest, shape)
+        # A hair of tolerance: abs_max is float32, and the edge is computed.
         too_small = largest < (bins - 1) * width * (1 - 1e-6)
         _refuse("abs_max", largest, too_small, "lies below the last bin in use")
         limit = np.minimum(bins, largest / width)

@@ -34,6 +34,7 @@ def select_arguments(item: Any, select: Select, where: str) -> tuple[Any, ...]:
         try:
             return _as_arguments(select(item))
         except Exception as error:
+            # The error is the user's own: where it came from is all that is added.
             error.add_note(f"Raised by select in {where} of ds, on {_outline(item)}.")
             raise
     if isinstance(select, str | int):
@@ -52,6 +53,7 @@ def check_select(select: Select) -> None:
     if select is None or callable(select):
         return
     keys = select if isinstance(select, Sequence) and not isinstance(select, str) else (select,)
+    # True is an int, and would silently be index 1.
     if not keys or not all(isinstance(k, str | int) and not isinstance(k, bool) for k in keys):
         raise TypeError(
             "select must be a key or index of the items of ds, a non-empty tuple of those, "
@@ -61,6 +63,7 @@ def check_select(select: Select) -> None:
 
 def _as_arguments(item: Any) -> tuple[Any, ...]:
     """The rule of `iterate`: the entries of a tuple or list are arguments, anything else is one."""
+    # A tuple with a model's inputs, most likely (image, label): `select` says otherwise.
     tree = _as_tree(item)
     return tuple(tree) if isinstance(tree, tuple | list) else (tree,)
 
@@ -78,6 +81,7 @@ def _entry(item: Any, key: Key, where: str) -> Any:
     elif isinstance(item, tuple | list):
         if isinstance(key, int) and -len(item) <= key < len(item):
             return item[key]
+        # Named tuples have names beside their places.
         if key in getattr(item, "_fields", ()):
             return getattr(item, str(key))
     raise ValueError(f"select={key!r} does not fit {where} of ds, which is {_outline(item)}")

@@ -20,6 +20,7 @@ def check_source(ds: Any) -> None:
 
     >>> check_source([1.0, 2.0])
     """
+    # Asked before it is called or read, so that nothing of it is consumed.
     is_usable = is_in_memory(ds) or _is_iterable(ds) or _is_random_access(ds) or callable(ds)
     if isinstance(ds, str | bytes) or not is_usable:
         is_path = isinstance(ds, str | os.PathLike)
@@ -39,6 +40,7 @@ def open_source(ds: Any) -> Any:
     >>> open_source(lambda: [1.0, 2.0])
     [1.0, 2.0]
     """
+    # An iterable that can be called too is read: calling it is for what is nothing else.
     if is_in_memory(ds) or _is_iterable(ds) or _is_random_access(ds):
         return ds
     try:
@@ -88,6 +90,7 @@ def slice_in_memory(
     """
     whole = _whole(source, select)
     total = _first_axis(whole)
+    # A data set of no samples is empty, and said so later.
     step = batch_size or max(total, 1)
     for index, start in enumerate(range(0, total, step)):
         part = jax.tree.map(lambda leaf, window=slice(start, start + step): leaf[window], whole)
@@ -107,6 +110,7 @@ def read_items(source: Any, batch_size: int | None) -> Iterator[tuple[str, Any]]
     """
     where = _place(0, batch_size)
     try:
+        # An index is asked for from 0 on, as the sources of tfds have it.
         items = source if _is_iterable(source) else _by_index(source)
         for index, item in enumerate(items, start=1):
             yield where, item
@@ -148,6 +152,7 @@ def empty_message(ds: Any) -> str:
 
 def _whole(source: Any, select: Select) -> Any:
     """The part of a dataset in memory that is sliced; a function selects from slices."""
+    # A function may want the labels too, so that they are sliced along.
     if callable(select):
         return dict(source) if isinstance(source, Mapping) else source
     return select_arguments(source, select, "the whole")
@@ -202,6 +207,7 @@ def _is_iterable(x: Any) -> bool:
 
 
 def _is_random_access(x: Any) -> bool:
+    # A class has `__getitem__` for its type parameters.
     return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, type)
 
 

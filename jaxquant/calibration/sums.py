@@ -71,6 +71,7 @@ def running(x: jax.Array) -> jax.Array:
     rows = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -bins % _ROW)]).reshape(
         *x.shape[:-1], -1, _ROW
     )
+    # Sums within rows, then those of whole rows before: two small products for one long chain.
     within = jnp.matmul(rows, jnp.triu(jnp.ones((_ROW, _ROW), x.dtype)), precision="highest")
     earlier = jnp.triu(jnp.ones((rows.shape[-2],) * 2, x.dtype), 1)
     before = jnp.matmul(within[..., -1], earlier, precision="highest")
@@ -80,6 +81,8 @@ def running(x: jax.Array) -> jax.Array:
 
 def running_sums(h: jax.Array) -> Sums:
     below, support = running(jnp.stack([h, (h > 0).astype(h.dtype)]))
+
+    # Trapezoids: F is linear within a bin, so that its integral is exact.
     at_edges = jnp.stack([below, support, running((below[:-1] + below[1:]) / 2)], axis=1)
     table = jnp.concatenate([h[:, None], at_edges[:-1]], axis=1)
     return Sums(table, at_edges[-1])
@@ -87,6 +90,7 @@ def running_sums(h: jax.Array) -> Sums:
 
 def look_up(sums: Sums, edges: jax.Array) -> Below:
     """F, Z and G at positions, of any shape."""
+    # The end of the last bin belongs to it, as the position 1 within.
     index = jnp.minimum(edges.astype(jnp.int32), sums.table.shape[0] - 1)
     part = edges - index.astype(edges.dtype)
     h, below, support, depth = jnp.moveaxis(sums.table[index], -1, 0)
@@ -109,6 +113,7 @@ def candidate_thresholds(h: jax.Array, limit: jax.Array) -> jax.Array:
 
 def level_edges(candidates: jax.Array, levels: Levels, bins: int) -> jax.Array:
     """[C] -> [C, K], the lower edges (k - 1/2) s of the levels 1 to L; then the end."""
+    # Half a step below each level, where rounding goes up to it.
     k = levels.numbers
     edges = candidates[:, None] * ((k - 0.5) / levels.steps)
     return jnp.where(k <= levels.steps, edges, float(bins))
@@ -122,8 +127,11 @@ def squared_errors(sums: Sums, candidates: jax.Array, below: Below, levels: Leve
     """
     j = jnp.arange(sums.h.shape[0], dtype=sums.h.dtype)
     first = jnp.sum(sums.h * (j + 0.5))
+
+    # Values are spread over a bin: their squares have a third beside those of its lower edge.
     second = jnp.sum(sums.h * (j * (j + 1) + 1 / 3))
     from_threshold = second - candidates * (2 * first - candidates * sums.total[0])
+    # Levels that this tensor does not have come from the array's common size.
     inner = levels.numbers <= levels.steps
     depth = jnp.sum(below.depth, axis=1, where=inner)
     return from_threshold - 2 * candidates / levels.steps * depth
@@ -177,12 +185,14 @@ def weighted_errors(
         below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
         errors = squared_errors(sums, candidates, below, levels)
         if beside is None:
+            # Without another measure the squares decide alone.
             return errors[None]
         wins = jnp.any(is_possible(errors + (weight - 1) * clipped, unclipped))
         other = lax.cond(wins, beside, lambda *_: jnp.full_like(errors, jnp.inf), sums, below)
         return jnp.stack([errors, other])
 
     def skip(unclipped: jax.Array, candidates: jax.Array, clipped: jax.Array) -> jax.Array:
+        # Both branches have the same shape, as `cond` wants it.
         shape = jax.eval_shape(costs, unclipped, candidates, clipped)
         return jnp.full(shape.shape, jnp.inf, shape.dtype)
 
@@ -190,6 +200,7 @@ def weighted_errors(
         candidates, clipped = inputs
         needed = jnp.any(is_possible(weight * clipped, unclipped))
         found = lax.cond(needed, costs, skip, unclipped, candidates, clipped)
+        # The first block that is evaluated is the last one, whose last candidate clips nothing.
         return jnp.where(jnp.isinf(unclipped), found[0, -1], unclipped), found
 
     # From the last block on, which tells what no clipping costs.  Others in which no candidate is
@@ -197,6 +208,8 @@ def weighted_errors(
     unclipped, found = lax.scan(block, jnp.asarray(jnp.inf, h.dtype), blocks, reverse=True)
     found = jnp.moveaxis(found, 1, 0).reshape(found.shape[1], -1)
     last, found = found[:, -1:], found[:, : candidates.shape[0]]
+
+    # The squares hold clipping once already.
     found = found.at[0].add((weight - 1) * clipped)
     found = jnp.where(is_possible(weight * clipped, unclipped), found, jnp.inf)
     return tuple(jnp.where(candidates < limit, found, last))

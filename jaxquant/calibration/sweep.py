@@ -123,6 +123,7 @@ class Sweep:
         return self._done.state
 
     def add(self, inputs: tuple[Any, ...]) -> None:
+        # Before anything is traced: an input on other processes has no values here.
         _check_addressable(inputs)
         self._alive.see(inputs)
         if not self._done.batches:
@@ -130,6 +131,7 @@ class Sweep:
         done = self._done
         if self._padding is not None:
             self._padding.check(inputs, done.batches)
+        # A shape that is new compiles, which is worth a line to whoever waits.
         is_new = shapes_text(jax.tree.map(ir.struct, inputs)) not in self._known
         with self._progress.stage("compiling") if is_new else contextlib.nullcontext():
             if is_new:
@@ -137,6 +139,7 @@ class Sweep:
             known = self._known_of(inputs)
             # The model's step is compiled for each shape; adding to the state is one program for
             # all.
+            # The state is donated to it, so that it takes no memory twice.
             seen, own = self._step(done.own, self._params, known, *inputs)
             state, bad = counting.fold(done.state, seen, np.int32(done.batches))
         self._done = _Done(
@@ -169,6 +172,7 @@ class Sweep:
         An interrupt at the wrong moment takes the state away: it is donated to the next one.
         """
         leaves = jax.tree.leaves((self._done.state, self._done.own))
+        # A donated array that an interrupt kept from being replaced is gone.
         if not self._done.batches or any(x.is_deleted() for x in leaves):
             return False
         return bool(np.all(np.asarray(self._done.state.first_bad) < 0))
@@ -210,6 +214,7 @@ class Sweep:
         self._origin = make_origin(
             model.graph, self._params, observed.any_tensor, self._observer, self._options
         )
+        # An observer of one's own begins with each tensor by itself.
         own = tuple(self._observer.init() for _ in self._names) if self._observer else ()
         self._done = _Done(stacked([histogram.init()] * len(self._names)), own)
         return self._origin, self._names
@@ -236,6 +241,7 @@ class Sweep:
 
     def restore(self, seen: Observations) -> None:
         """Go on, after `start`, from what `observations` gave, of the same tensors and observer."""
+        # Values that differed before need not differ again.
         self._alive.resume(seen.examples, seen.batches)
         stats = [seen.tensors[name] for name in self._names]
         state = [
@@ -251,6 +257,7 @@ class Sweep:
     def _known_of(self, inputs: tuple[Any, ...]) -> dict[ir.Var, np.ndarray]:
         """What the model computes of its parameters alone."""
         shapes = shapes_text(jax.tree.map(ir.struct, inputs))
+        # By shapes: parameters do not change in a sweep.
         if shapes not in self._known:
             self._known[shapes] = static_values(self._source.trace(inputs).graph, self._params)
         return self._known[shapes]
@@ -273,6 +280,7 @@ class Sweep:
         real = real_in(self._padding, observed.model, inputs)
         watch = Watch(self._count, self._observer, self._forms, real)
         seen = observe(observed, params, jax.tree.leaves(inputs), there, watch, known)
+        # Statistics are stacked in the order of the first batch.
         order = [observed.names.index(name) for name in self._names]
         if order == list(range(len(order))):
             return seen.counts, seen.own
@@ -280,6 +288,7 @@ class Sweep:
         return counts, tuple(seen.own[place] for place in order) if own else ()
 
     def _check_finite(self) -> None:
+        # Nothing was added yet.
         if self._bad is None:
             return
         for name, batch in zip(self._names, np.asarray(self._bad), strict=True):

@@ -94,6 +94,7 @@ def _mse_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
 
 def _least_error(h: jax.Array, limit: jax.Array, levels: Levels, weight: float) -> jax.Array:
     candidates = candidate_thresholds(h, limit)
+    # Zeros have no error at any threshold, so that they decide nothing.
     (errors,) = weighted_errors(without_zeros(h), candidates, limit, levels, weight)
     return _largest_of_least(errors, candidates)
 
@@ -110,6 +111,7 @@ def _percentile_search(
 ) -> jax.Array:
     below = running(h)
     target = percent * below[-1]
+    # The first bin in which the fraction is reached; within it values are spread evenly.
     j = jnp.argmax(below[1:] >= target)
     inside = (target - below[j]) / jnp.maximum(h[j], 1.0)
     return jnp.minimum(j.astype(h.dtype) + jnp.minimum(inside, 1.0), limit)
@@ -207,6 +209,7 @@ def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
     square = step**2 * jnp.sum(above * (2 * k - 1), axis=1) / total
     j = jnp.arange(h.shape[0], dtype=h.dtype)
     true_mean = jnp.sum(sums.h * (j + 0.5)) / total
+    # Of values spread over a bin, as in `squared_errors`.
     true_square = jnp.sum(sums.h * (j * (j + 1) + 1 / 3)) / total
     moved = jnp.abs(mean - true_mean) + jnp.abs(
         _deviation(mean, square) - _deviation(true_mean, true_square)
@@ -215,10 +218,12 @@ def _emd_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
 
 
 def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
+    # Rounding may bring a variance of nothing below zero.
     return jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
 
 
 def _ptf_search(h: jax.Array, limit: jax.Array, levels: Levels) -> jax.Array:
+    # The exact largest value over powers of two: shifts in place of factors.
     candidates = limit / 2.0 ** jnp.arange(4, dtype=h.dtype)
     sums = running_sums(without_zeros(h))
     below = look_up(sums, level_edges(candidates, levels, h.shape[0]))
