@@ -44,5 +44,6 @@ def as_floats(scale: jax.Array) -> jax.Array:
     """Scales as float32; E8M0, which is uint8, as powers of two from 2 ** -126 on."""
     if scale.dtype != jnp.uint8:
         return scale
+    # An exponent of 0 would be a subnormal float, which processors flush to zero.
     exponents = jnp.maximum(scale, jnp.uint8(1)).astype(jnp.int32)
     return jax.lax.bitcast_convert_type(exponents << 23, jnp.float32)

@@ -105,6 +105,7 @@ def quant_dynamic(
       >>> qapply.report().rows[0]["mode"]
       'int8 (dynamic)'
     """
+    # No thresholds are searched: the plan wants an algo all the same.
     config = QuantConfig(
         algo="abs_max",
         quantizable_op_type=quantizable_op_type,
@@ -219,6 +220,7 @@ def quant_weights(
       >>> qapply.report().rows[0]["mode"]
       'int4 weights'
     """
+    # Looked at first, since what is wrong then is said before anything is read.
     has_data = not _has_shapes(example)
     if recover and not has_data:
         raise ValueError(
@@ -267,6 +269,7 @@ def _inputs(
             iterate, example, batch_size=batch_size, batch_nums=batch_nums, select=select
         )
         total = num_batches(example, batch_size, batch_nums, select=select)
+        # A callable, or a container, is read again from its start.
         if not isinstance(example, Iterator):
             return _Given(next(read()), Data(read, total))
         # An iterator is read once: its first batch goes back in front of the others.
@@ -287,6 +290,7 @@ class _Once:
         self._batches: Iterator[tuple[Any, ...]] | None = batches
 
     def __call__(self) -> Iterator[tuple[Any, ...]]:
+        # The second call finds nothing, and says why.
         batches, self._batches = self._batches, None
         if batches is None:
             raise ValueError(
@@ -331,7 +335,12 @@ def _quantize(
             source, model, config = cut.source, cut.model, cut.resolved(config)
         binding = make_plan(model, None, config)
     recovered = quantize_and_recover(
-        source, binding, [inputs], data=given.data, padding=padding, progress=progress
+        source,
+        binding,
+        [inputs],
+        data=given.data,
+        padding=padding,
+        progress=progress,
     )
     program, qparams = recovered.program, recovered.qparams
     with progress.stage("comparing"):

@@ -87,6 +87,7 @@ def named(function: Callable[P, T]) -> Callable[P, T]:
         ...
     TypeError: quantize() has no argument 'allgo'; nearest: algo (of 2)
     """
+    # The public signature, with the settings spelled out.
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)

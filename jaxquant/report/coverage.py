@@ -28,10 +28,12 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
     dynamic = {each.site.name for each in program.binding.sites if each.dynamic and mode.integer}
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
 
+    # Of several readers in one way the first is told.
     def add(var: ir.Var, status: str, reason: str) -> None:
         name = names.get(var, f"tensor_{var}")
         rows.setdefault((var, status), {"name": name, "status": status, "reason": reason})
 
+    # What moves integers runs too, though no float of it is needed.
     live = {eqn.index for eqn in program.equations} | forms.moves
     live |= {site.site.equation for site in program.binding.sites}
     for site in sites:

@@ -40,6 +40,7 @@ def make_report(
     """
     plan = program.whole_plan
     rows = _rows(program, qparams, quality, by_site or {})
+    # What plans and programs hold is turned into plain values here, once.
     tensors = tensor_rows(program)
     summary = {
         "sites_int8": sum(row["status"] == INT8 for row in rows),
@@ -103,6 +104,7 @@ def _weight_scales(
     program: Program, qparams: Any, name: str
 ) -> tuple[float, float] | tuple[None, None]:
     """The least and the largest scale of a stored weight; None of a site without one."""
+    # A site without a stored weight has no scale to show.
     if name not in program.slots:
         return None, None
     scale = np.asarray(as_floats(layout.get(qparams["params"], program.slots[name].scale)))
@@ -147,6 +149,7 @@ def _thresholds(plan: Plan) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for tensor in plan.tensors:
         family = tensor.base_family
+        # Layers have thresholds of their own: the row shows from where to where.
         low, high = found.get(family, (tensor.threshold, tensor.threshold))
         found[family] = min(low, tensor.threshold), max(high, tensor.threshold)
     return found
@@ -160,6 +163,7 @@ def _float_sites_on_integers(program: Program) -> set[str]:
     for site in program.model.sites:
         if site.weight is None or site.name in quantized:
             continue
+        # A weight may be behind a transpose or a cast of what is stored.
         behind = {v for eqn in ir.upstream(graph, [site.weight]) for v in eqn.input_vars}
         if program.restored.keys() & {*behind, site.weight}:
             found.add(site.name)
@@ -170,6 +174,7 @@ def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays of a pytree; a PRNG key counts as its data."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        # A key has an extended dtype, whose size in bytes is its implementation's.
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             leaf = jax.random.key_data(leaf)
         struct = ir.struct(leaf)

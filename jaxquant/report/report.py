@@ -77,8 +77,10 @@ class Report:
         return tuple(Rule(**rule) for rule in self.summary.get("rules", ()))
 
     def __str__(self) -> str:
+        # No narrower than 80: names would lose more than the middle.
         width = max(shutil.get_terminal_size((_WIDTH, 24)).columns, _WIDTH)
         columns = [column for column in _COLUMNS if column[1] not in _IN_HTML_ALONE]
+        # Reasons go below their row, so that the table stays as narrow as its columns.
         head, rule, *lines = text_table(
             self._cells(columns), [key in _NUMBERS for _, key in columns], width
         ).splitlines()
@@ -96,6 +98,7 @@ class Report:
         dim = [row["status"] != INT8 for row in self.rows]
         is_told = any(row["rounding"] for row in self.rows)
         columns = [column for column in _COLUMNS if column[1] != "rounding" or is_told]
+        # Numbers are set to the right, as in the text.
         right = [key in _NUMBERS for _, key in columns]
         cells = self._cells(columns)
         return f"{html_table(cells, right, dim)}<pre>{html.escape(self._footer())}</pre>"
@@ -139,6 +142,7 @@ class Report:
         s = self.summary
         quantized = [row for row in self.rows if row["status"] == INT8]
         quantized.sort(key=lambda row: row["kind"] == LOOKUP_KIND)  # those that compute come first
+        # All sites run alike but for exceptions, so that one of them names the mode.
         label = next((row["mode"] for row in quantized), INT8)
         kinds = ", ".join(
             f"{kind} {count[INT8]}" + (f" (+{count[FLOAT]} float)" if count[FLOAT] else "")
@@ -221,6 +225,7 @@ def without_infinity(values: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON can hold of a row: numbers that are not finite become None."""
 
     def finite(value: Any) -> Any:
+        # JSON has neither infinity nor NaN.
         if isinstance(value, list):
             return [without_infinity(x) if isinstance(x, Mapping) else x for x in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value

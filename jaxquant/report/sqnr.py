@@ -73,6 +73,7 @@ def measure_quality(
     """
     measured = comparison(qparams, inputs)
     if uncorrected is not None:
+        # Biases for each site alone: corrected behind what the float model gives it.
         shifts = comparison(uncorrected, inputs, alone=True).shifts
         qparams = with_shifts(comparison.plan, uncorrected, [shifts])
     # Three runs in all, of one compiled step: what it does is chosen by its arguments.
@@ -114,6 +115,7 @@ def _outputs(comparison: Comparison, measured: Measured) -> Outputs | None:
             comparison.output_names, measured.outputs, measured.columns, strict=True
         )
     ]
+    # Powers add up over outputs; decibels do not.
     signal, noise = (sum(part) for part in zip(*measured.outputs, strict=True))
     return Outputs(decibel(signal, noise), rows)
 
@@ -121,6 +123,7 @@ def _outputs(comparison: Comparison, measured: Measured) -> Outputs | None:
 def _output_row(name: str, sqnr_db: float, columns: Columns) -> dict[str, Any]:
     kept = columns.sqnr_db
     row = {"name": name, "sqnr_db": sqnr_db, "worst_column": None, "worst_column_db": None}
+    # A column of zeros has no signal to compare.
     if not np.isnan(kept).all():
         worst = int(np.nanargmin(kept))
         row |= {"worst_column": worst, "worst_column_db": float(kept[worst])}
@@ -131,6 +134,7 @@ def decibel(signal: float, noise: float) -> float:
     """10 log10(signal / noise); infinite where there is no noise."""
     if noise == 0:
         return math.inf
+    # No signal, or an int8 model that overflowed.
     if signal == 0 or math.isinf(noise):
         return -math.inf
     return 10 * math.log10(signal / noise)

@@ -26,6 +26,7 @@ def text_table(
     if width is not None:
         cells = _fitted(cells, width)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # The last column may be long text: padding it would only widen the lines.
     if not right[-1]:
         widths[-1] = len(cells[0][-1])
     lines = [

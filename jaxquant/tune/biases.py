@@ -50,6 +50,7 @@ def without_correction(program: Program, params: Any, qparams: Mapping[str, Any]
 def _plain_biases(layer: GraphLayer) -> dict[str, np.ndarray]:
     """The biases without correction of the sites of a graph that have a corrected one."""
     graph, binding = layer.program.graph, layer.binding
+    # Each layer of a scan has biases of its own.
     corrected = [s for s in binding.sites if is_corrected_site(layer.program, s.site.name)]
     steps = [step for s in corrected for step in s.epilogue.steps]
     # From the float parameters anew: the correction cannot be told from the bias it is in.
@@ -61,6 +62,9 @@ def _plain_biases(layer: GraphLayer) -> dict[str, np.ndarray]:
         arrays = epilogue_arrays(int8_site, operands, scale, offset)
         bias = arrays.get("bias", np.zeros_like(arrays["multiplier"]))
         stored = layer.qparams["sites"][int8_site.site.name]
+
+        # A planned bias is a whole number of multipliers, and has to come out as the stored one
+        # does.
         if not int8_site.dynamic:
             bias = whole_steps(bias, np.asarray(stored["multiplier"]))
         found[int8_site.site.name] = bias
@@ -75,9 +79,11 @@ def _weight_terms(layer: GraphLayer, int8_site: Int8Site) -> tuple[np.ndarray, n
     weight, scale = jax.device_get(
         [layout.get(layer.qparams["params"], path) for path in (slot.int8, slot.scale)]
     )
+    # What is scaled in the call has no step of the plan: its unit is 1.
     known = [scales[binding.scales[v]] for v in int8_site.with_scales]
     step = np.prod(known)
     if site.as_contraction.choosing is not None:
+        # A ragged dot's zero point is in no bias: it is taken from the sums.
         return relative_scales(site, weight, scale)[0] * step, None
     unit = np.asarray(scale, np.float64) * step
     zero_point = 0 if int8_site.dynamic else binding.zero_points.get(site.operands[0], 0)

@@ -19,6 +19,7 @@ def changed_sites(before: Binding, after: Binding) -> tuple[str, ...]:
     differing = {
         name
         for name, (site, tensors) in new.items()
+        # A site that one of both lacks is one whose scan was cut otherwise.
         if name in old
         and (
             old[name].site.status != site.status

@@ -101,11 +101,15 @@ def control(
     an `Attempt` as a dict).  Of a site inside a scan over stacked weights each layer is tried by
     itself, where the scan can be cut there; else the site is, with all its layers.
     """
+    # Jitted once: a metric calls it batch by batch.
     model = functools.partial(jax.jit(source.apply_fn), source.given)
     with progress.stage("accuracy control"):
         with progress.stage("scoring the float model"):
             float_score = score(goal.metric, model)
         search = _Search(plan_of, build, goal, float_score, progress)
+
+        # Each step goes on from the best so far, so that their order is that of what they cost to
+        # run.
         if not search.holds:
             ranking, suspects = _rank(source, observations, search, progress)
             _try_thresholds(search, suspects)
@@ -150,6 +154,7 @@ class _Search:
         """False where the goal is held or time is up."""
         if self.holds:
             return False
+        # Once it was said, it stays said: a later look may come in time.
         self.out_of_time |= self.spent() >= self.limit
         return not self.out_of_time
 
@@ -164,6 +169,7 @@ class _Search:
             built = self._build(rules)
             found = self._score(built)
         kept = found > self.score if keep is None else keep(found)
+        # Against full int8, so that each step's sites can be read by themselves.
         sites = changed_sites(self.full.binding, built.binding)
         self.steps.append(Attempt(step, detail, found, found - self.score, kept, sites))
         if kept:
@@ -182,6 +188,7 @@ class _Search:
 
     def result(self) -> Built:
         if not self.holds:
+            # A warning, and the model: the best that was found may yet be good enough.
             warnings.warn(
                 f"the metric is {self.score:.6g}, below the target of {self.target:.6g} (float "
                 f"{self.float_score:.6g} less max_drop={self.goal.max_drop:g}), and "
@@ -204,6 +211,7 @@ class _Search:
 
     def _score(self, built: Built) -> float:
         with self._progress.stage("scoring"):
+            # Prepared, so that packing does not count in each call of the metric.
             qparams = built.qapply.prepare(built.qparams)
             return score(self.goal.metric, functools.partial(built.qapply, qparams))
 
@@ -220,6 +228,7 @@ def _rank(
     switch = Switch(
         source, built.qparams, plan, examples, single_layers=True, padding=observations.padding
     )
+    # The search names sites, the switch knows their layers.
     search.switchable = switch.switchable
     scores = Scores(switch, search.goal.metric)
     budget = search.goal.time_budget
@@ -239,8 +248,10 @@ def _rank(
     # How many of the first sites have to be float for the metric to hold, by trying.
     for count in _counts(len(ranking)):
         suspects = ranking[:count]
+        # All others int8: the suspects are those that suffice, not those that each cost something.
         if scores([name for name in switch.names if name not in suspects]) >= search.target:
             return ranking, suspects
+    # None suffices: whatever costs anything is tried.
     return ranking, [name for name in ranking if found.effect(name) > 0] or ranking[:1]
 
 
@@ -251,6 +262,7 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
         before = tuple(rule for rule in search.rules if rule.algo is None)
         rules = (*before, *(Rule(f"site:{name}", algo=algo) for name in suspects))
         thresholds = search.thresholds(search.plan_of(rules), suspects)
+        # Another algo may choose the same thresholds: nothing to score then.
         if thresholds in tried:
             continue
         if not search.may_go_on():
@@ -262,12 +274,14 @@ def _try_thresholds(search: _Search, suspects: Sequence[str]) -> None:
 def _try_recovery(search: _Search, suspects: Sequence[str]) -> None:
     for step in search.goal.recovery:
         there = by_layer(search.best.binding)
+        # Steps are of a site, so that its first layer tells of all.
         plans = {name: there[search.switchable[name].layer_names[0]].site for name in suspects}
         known = {
             name: site.recover
             for name, site in plans.items()
             if site.weight_path and not site.computes_weight
         }
+        # A step that is there has done what it can.
         lacking = [name for name, steps in known.items() if step not in steps]
         if not lacking or not search.may_go_on() or not _is_installed(step):
             continue
@@ -293,6 +307,8 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
         failed = count
     # The counts that were tried grow apart: between the last that failed and the one that holds the
     # fewest are searched by halves.
+
+    # How many sites the best model leaves in float.
     holding = sum(rule.dtype == "float" for rule in search.rules)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2

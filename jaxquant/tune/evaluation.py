@@ -116,6 +116,7 @@ class _Mixing(NamedTuple):
         """Evaluate a graph, the model's own or a body's."""
         graph = parts.program.graph
         in_float = evaluate.float_table(graph.equations, fast_convolutions(graph))
+        # Only the last equation of a part stands for it: between them nothing is chosen.
         inner = {eqn.index for part in parts.own for eqn in part.members[:-1]}
         table = {index: lowering for index, lowering in in_float.items() if index not in inner}
         seen: dict[str, Any] = dict(self.look(here)) if self.look is not None else {}
@@ -151,6 +152,7 @@ class _Mixing(NamedTuple):
                 return results(evaluate.run(inner, on_float, inner))
 
             def as_int8() -> Sequence[Any]:
+                # A copy of the values: what one form computes inside, the other must not find.
                 inner = env.fork()
                 quantized = QuantizedTensors(
                     inner, program.binding, qparams["tensors"], {}, varies=program.body.varies
@@ -160,6 +162,7 @@ class _Mixing(NamedTuple):
                 )
 
             def results(inner: evaluate.Environment) -> Sequence[Any]:
+                # Wide, as the next part would read it.
                 return [inner.wide(var) for var in part.end.outputs]
 
             choice = self.choose(here, part, as_float, as_int8)
@@ -175,6 +178,7 @@ class _Mixing(NamedTuple):
         """The lowering of a loop or choice with parts inside."""
 
         def alone(env: evaluate.Environment) -> evaluate.Values:
+            # Weights of a scan lie by layer, so that each step has its own.
             arrays = [arrays_of(body.program, here.qparams) for body in bodies]
 
             def step_of(number: int) -> loops.Step:

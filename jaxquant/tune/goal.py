@@ -47,12 +47,14 @@ def make_goal(metric: Metric | None, max_drop: float, time_budget: float | None)
     """
     if metric is not None:
         return Goal(metric, max_drop, time_budget)
+    # Defaults that nobody gave would pass; what was given means that a metric was forgotten.
     if max_drop != MAX_DROP or time_budget is not None:
         raise ValueError("max_drop and time_budget are of a metric: give metric= as well")
     return None
 
 
 def _check_amount(name: str, value: Any) -> None:
+    # True is a number to Python.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} is a finite number that is not negative, got {value!r}")

@@ -88,6 +88,7 @@ class BothForms(NamedTuple):
 def surroundings(graph: ir.Graph, binding: Binding, int8_site: Int8Site) -> Surroundings:
     """What surrounds an int8 site in a plan: where its operands come from and its result goes."""
     operands = tuple(dict.fromkeys(int8_site.site.operands))
+    # Movements are seen through: what is moved comes from where its values do.
     roots = [primitives.movement_root(graph, var) for var in operands]
     return Surroundings(
         tuple(root not in graph.inputs for root in roots),
@@ -115,6 +116,7 @@ def key(graph: ir.Graph, site: Site, around: Surroundings) -> tuple[Any, ...]:
     eqn = graph.equations[site.equation]
     operands = tuple((graph.shape(x), str(graph.dtype(x)), graph.is_static(x)) for x in eqn.inputs)
     params = tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
+    # What is stored is packed beforehand; what is computed is packed in each call.
     stored = not site.computes_weight
     return (eqn.name, params, operands, stored, around)
 
@@ -136,6 +138,7 @@ def one_site(
             values[weight] = params["weight"] if stored else _constant(graph, weight)
         operands = [x.value if isinstance(x, ir.Literal) else values[x] for x in eqn.inputs]
         (result,) = jaxprs.bind(eqn.primitive, operands, dict(eqn.params))
+        # Rounded behind, as the next site would have it.
         return _quantize(result) if around.is_quantized else result
 
     params = {"weight": _filled(graph, weight)} if weight is not None and stored else {}
@@ -169,6 +172,7 @@ def both_forms(model: OneSite) -> BothForms:
     def in_int8(params: Any, qparams: Any, inputs: Any, result: Any) -> jax.Array:
         return qapply(qparams, *inputs)
 
+    # The result of a call before is donated, so that no call waits for memory.
     compiled = functools.partial(jax.jit, keep_unused=True, donate_argnums=3)
     arguments = (model.params, qapply.prepare(qparams), model.inputs)
     result = jax.eval_shape(model.apply_fn, model.params, *model.inputs)
@@ -187,12 +191,14 @@ def quantized(model: OneSite) -> tuple[dict[str, Any], QuantizedApply]:
     names = observed_tensors(traced, config).names
     # No data: the ranges are those of the values that it will be timed on.
     stats = map(_stats, model.has_zero_point)
+    # One batch that nobody saw, of the values that it is timed on.
     observations = Observations(
         dict(zip(names, stats, strict=True)), batches=1, samples=1, examples=(model.inputs,)
     )
     binding = make_plan(traced, observations, config)
     qparams = quantize_params(binding, model.params)
     qapply = QuantizedApply(Code(model.apply_fn, model.params), binding.plan, None, model.inputs)
+    # Where the model has no kernel for the site, timing one would tell of another.
     return qparams, qapply if model.is_native else qapply.with_backend("xla")
 
 
@@ -203,6 +209,7 @@ def _stats(has_zero_point: bool) -> TensorStats:
 
 def _filled(graph: ir.Graph, var: ir.Var) -> jax.Array:
     values = np.random.default_rng(0).uniform(-1, 1, _PATTERN).astype(graph.dtype(var))
+    # Random, since a constant could be folded away; few of them, repeated.
     return jax.device_put(np.resize(values, graph.shape(var)))
 
 

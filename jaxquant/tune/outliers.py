@@ -69,6 +69,7 @@ def rules_for_outliers(
     """
     groups = _groups(site.name for site in binding.whole_plan.sites)
     names = _with_coarse_input(binding, observations, groups)
+    # Without a coarse input no sample is run: most models end here.
     if not names:
         return ()
     task = Task(source, observations.examples, None, progress, padding=observations.padding)
@@ -78,6 +79,8 @@ def rules_for_outliers(
         if not divisible:
             return ()
         draft = Draft(program, quantize_params(binding, source.params))
+
+        # Layers that are alike decide together, so their noise is summed.
         found: dict[Hashable, _AlikeDots] = {}
         for trial in tensor_trials(task, draft, divisible):
             products = trial.tensor.readers
@@ -107,6 +110,7 @@ def _groups(names: Iterable[str]) -> dict[str, Hashable]:
     groups: dict[str, Hashable] = {}
     for pattern, members in alike.items():
         numbers = [_NUMBER.findall(name) for name in members]
+        # Which of several numbers is the layer's: the one that differs most.
         different = [len(set(column)) for column in zip(*numbers, strict=True)]
         layer = different.index(max(different)) if different else 0
         for name, own in zip(members, numbers, strict=True):
@@ -141,6 +145,8 @@ def _is_coarse(tensor: TensorPlan, seen: TensorStats | None) -> bool:
     # Of each bin as much as belongs to the smallest values, until these make up their part of all.
     ordinary = np.clip(limit - (np.cumsum(counts) - counts), 0, counts)
     values = (np.arange(len(counts)) + 0.5) * seen.bin_width
+
+    # Against the steps of the plan's grid, by mean squares.
     return bool(ordinary @ values**2 < (_STEPS * tensor.scale) ** 2 * limit)
 
 
@@ -156,6 +162,7 @@ def _noise_of(trial: TensorTrial) -> Iterator[_Noise]:
     """The noise behind a tensor in each of its layers."""
     divided = choose(trial.tried, ALPHAS["equalization"])
     for number, tried in enumerate(trial.tried):
+        # Not divided at all, where no factors were found to gain.
         planned = by_channel = tried.noise(tried.own, None)
         if divided:
             by_channel = tried.noise(divided[number].grid, divided[number].factors)
@@ -176,6 +183,7 @@ class _AlikeDots(NamedTuple):
           config: see `rules_for_outliers`.
         """
         planned, by_channel, by_row = (sum(each) for each in zip(*self.noise, strict=True))
+        # Halved at least: less is not worth another form.
         is_divided = by_channel <= _GAIN * planned
         best = by_channel if is_divided else planned
         is_coarse = best > _FINE * len(self.noise)
@@ -187,6 +195,7 @@ class _AlikeDots(NamedTuple):
             if free and is_coarse and by_row <= _GAIN * best:
                 yield Rule(f"site:{name}", dynamic=True, reason=_reason("rows", planned, by_row))
             elif is_divided:
+                # What the user asked for stays, in its order.
                 others = [step for step in steps[name] if step not in (OUTLIERS, "equalization")]
                 reason = _reason("channels", planned, by_channel)
                 yield Rule(f"site:{name}", recover=("equalization", *others), reason=reason)
@@ -199,5 +208,6 @@ def _says_dynamic(site: Site, config: QuantConfig) -> bool:
 
 
 def _reason(what: str, planned: float, found: float) -> str:
+    # No noise at all has no number of decibels.
     gained = 10 * np.log10(planned / found) if found else np.inf
     return f"some {what} of its input are far larger than others: {gained:.1f} dB less noise"

@@ -83,6 +83,7 @@ def _own_parts(program: Program) -> tuple[Part, ...]:
 
     # Sites without an accumulator or a weight, as far as they compute: what moves has no error.
     quantized = {site.name for site in program.plan.sites if site.status == INT8}
+    # What accumulates is a part already.
     names = quantized - {part.name for part in parts}
     composites = program.model.composites.whole
     absorbed = {eqn.index for part in parts for eqn in part.members}
@@ -109,6 +110,8 @@ def _chain(graph: ir.Graph, site: Int8Site) -> tuple[ir.Equation, ...]:
     while True:
         eqn = graph.producer[var]
         found.append(eqn)
+        # From the end back to the site: an epilogue is a chain.
         if eqn.index == site.site.equation:
             return tuple(reversed(found))
+        # One operand alone is no constant.
         (var,) = {v for v in eqn.input_vars if not graph.static[v]}

@@ -69,6 +69,7 @@ class Scores:
         self._digest = digest
         self._known: dict[str, float] = {}
         if path is not None:
+            # Told before the first score is taken.
             atomic.check_writable(path)
             if os.path.exists(path):
                 self._known = _read(path, digest)
@@ -77,8 +78,10 @@ class Scores:
     def __call__(self, int8: Collection[str]) -> float:
         """The score where these sites are int8 and the others float."""
         key = _key(int8)
+        # By names, in any order: a mixture is a set.
         if key not in self._known:
             self._known[key] = score(self._metric, self._switch.model(int8))
+            # Each time: a score may take minutes, and a run may end at any moment.
             self._write()
         return self._known[key]
 
@@ -86,6 +89,7 @@ class Scores:
         key = _key(self._switch.names)
         if key not in self._known:
             return
+        # One score tells whether the metric is the same: the int8 model's, which is always there.
         here = score(self._metric, self._switch.model(self._switch.names))
         if here != self._known[key]:
             raise FileError(
@@ -108,6 +112,7 @@ class Scores:
 
 def models_digest(params: Any, qparams: Any, plan: Plan) -> str:
     """Tells two pairs of a float and an int8 model apart."""
+    # Packed weights are those of this machine alone.
     parts = {"params": params, "qparams": {k: v for k, v in qparams.items() if k != "packed"}}
     text = json.dumps([sorted(params_digests(parts).items()), plan.to_json()])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -42,6 +42,7 @@ class Sensitivity(NamedTuple):
           quality: site -> SQNR in dB; the least comes first among sites with the same effect, and
             among those that were not scored.
         """
+        # A site counts as scored by both views alone.
         scored = [name for name in quality if name in self.alone and name in self.left_float]
         others = [name for name in quality if name not in scored]
         by_effect = sorted(scored, key=lambda name: (-self.effect(name), quality[name]))
@@ -76,6 +77,7 @@ def measure(
             if deadline is not None and time.monotonic() > deadline:
                 complete = False
                 break
+            # In one view it is the only one, in the other the only one that is not.
             int8 = [name] if view == "alone" else [n for n in names if n != name]
             found[view][name] = scores(int8)
     return Sensitivity(reached, int8_score, found["alone"], found["left_float"], complete)
@@ -87,6 +89,7 @@ def curve(
     """(n, score with the n most sensitive sites in float), for n of 0, 1, 2, 4, ... and all."""
     counts = [0]
     while counts[-1] < len(ranking):
+        # Doubling: the curve is steep at its beginning, and each score costs.
         counts.append(min(max(2 * counts[-1], 1), len(ranking)))
     with progress.stage("trade-off", len(counts), "score") as stage:
         return [

@@ -55,6 +55,8 @@ def slower_in_int8(
             for s in sites
             if known[s.key] > 1
         )
+        # Sites that stay float leave their neighbours in other surroundings: timed anew where these
+        # differ.
         if not slower:
             return left
         left += slower
@@ -87,6 +89,7 @@ def _time(
     """The slowdown of each different site, by its key."""
     if not sites:
         return {}
+    # Layers that repeat are timed once.
     different = {each.key: each for each in sites}
     found = []
     with progress.stage("timing", len(different), "site") as stage:
@@ -123,6 +126,7 @@ def slowdown(timed: BothForms) -> float:
 def _seconds(
     program: Callable[..., jax.Array], arguments: Sequence[Any], result: jax.Array
 ) -> tuple[float, jax.Array]:
+    # Waited for, since JAX returns before the device is done.
     start = time.perf_counter()
     result = jax.block_until_ready(program(*arguments, result))
     return time.perf_counter() - start, result
@@ -134,5 +138,6 @@ def _of_the_first_process(values: Sequence[float]) -> list[float]:
         return list(values)
     from jax.experimental import multihost_utils
 
+    # float32 is enough for ratios.
     received = multihost_utils.broadcast_one_to_all(np.asarray(values, np.float32))
     return [float(value) for value in received]

@@ -95,10 +95,12 @@ class Switch:
             raise ValueError(f"no int8 site is named {', '.join(sorted(unknown))}")
         chosen: dict[str, np.ndarray] = {}
         for name, each in self.switchable.items():
+            # Layers of one site are chosen one by one, in one array.
             before = chosen.get(each.site, False)
             chosen[each.site] = before | each.choices(name in int8)
         rest = np.bool_(2 * len(set(int8)) > len(self.names))  # what is no site
         qparams = {**self._qparams, _CHOSEN: chosen}
+        # A correction is of one mixture: what another made up for is not there.
         if is_corrected(self._plan) and int8:
             run = functools.partial(self._shifts, self._params, qparams, rest)
             qparams = with_shifts(self._plan, qparams, map(run, self._examples))
@@ -131,9 +133,11 @@ def _is_int8(here: Here, part: Part, rest: Any) -> Any:
 
 def _pick(is_int8: Any, as_float: Value, as_int8: Value) -> Any:
     """One of the two, and the other is not computed."""
+    # By shapes: neither is run to know them.
     kinds = [(x.shape, x.dtype) for x in jax.eval_shape(lambda: list(map(jnp.asarray, as_int8())))]
 
     def widened() -> list[Any]:
+        # A branch may compute in wider floats: both have to agree.
         return [jnp.asarray(x).astype(dtype) for x, (_, dtype) in zip(as_float(), kinds)]
 
     return lax.cond(is_int8, lambda: list(map(jnp.asarray, as_int8())), lambda: widened())

@@ -61,11 +61,13 @@ def find_switchable(
     for place, name in enumerate(names):
         site = known[name]
         top, whole = site.location[0], Switchable(name, site.scans)
+        # A scan that cannot be cut has one program for all of its layers.
         if not (single_layers and site.scans) or why_not_cut(model, site):
             found.append(((top, 0, place), name, whole))
             continue
         backwards = model.graph.equations[top].params["reverse"]
         for number in range(site.scans[0]):
+            # In the order in which a Python loop would come to them.
             turn = -number if backwards else number
             one = whole._replace(number=number)
             found.append(((top, turn, place), of_layer(name, (number,)), one))
