@@ -64,7 +64,6 @@ def _batched(static: Static) -> Callable[..., Any]:
             if k in batched:
                 # A kernel has one batch: what is the same for all along the mapped axis is copied
                 # into it.
-                # What is shared along the mapped axis is there once for each sample of the batch.
                 x = x if m else jax.numpy.broadcast_to(x, (size, *x.shape))
                 x = x.reshape(size * x.shape[1], *x.shape[2:])
             folded.append(x)

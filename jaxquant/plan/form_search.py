@@ -249,7 +249,6 @@ class _Search:
             return False
         # All that is computed of the base on the way here has to stay within this site.
 
-        # Its members are computed in registers only if none of them is needed outside.
         region = {v for v, b in bases.items() if b == base} | {base}
         if any(graph.producer[v].index in self._normalising for v in region if v != base):
             return False

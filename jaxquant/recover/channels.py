@@ -38,7 +38,6 @@ def watch(
       Tensor name -> layer -> what was seen; without the layers that no example came to.
     """
     # A tensor in a loop is looked at in the loop's own graph.
-    # All tensors of a graph in one evaluation of it.
     looks: dict[Model, dict[str, Look]] = {}
     for tensor in tensors:
         looks.setdefault(tensor.model, {})[tensor.name] = tensor.look

@@ -45,8 +45,8 @@ class Columns(NamedTuple):
 
     @property
     def sqnr_db(self) -> np.ndarray:
-        # 0 / 0 is NaN, which is what a column of zeros is to have.
         """[C]; NaN for a column that is all zero, which has no noise to compare."""
+        # 0 / 0 is NaN, which is what a column of zeros is to have.
         signal, noise = (np.asarray(x, np.float64) for x in (self.signal, self.noise))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(signal > 0, 10 * np.log10(signal / noise), np.nan)

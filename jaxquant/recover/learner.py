@@ -220,7 +220,6 @@ def _reasons(
     """
     sites = [(model, each) for model, some in stored.items() for each in some]
     # What two readers share would be learned twice, each for its own inputs.
-    # A slot that two sites have is one weight.
     uses = collections.Counter(program.slots.values())
     found = {}
     for model, int8_site in sites:

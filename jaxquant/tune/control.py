@@ -308,7 +308,6 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
     # The counts that were tried grow apart: between the last that failed and the one that holds the
     # fewest are searched by halves.
 
-    # How many sites the best model leaves in float.
     holding = sum(rule.dtype == "float" for rule in search.rules)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2
