@@ -248,7 +248,6 @@ class _Search:
         if source is None or not self._is_computed(source):
             return False
         # All that is computed of the base on the way here has to stay within this site.
-
         region = {v for v, b in bases.items() if b == base} | {base}
         if any(graph.producer[v].index in self._normalising for v in region if v != base):
             return False

@@ -307,7 +307,6 @@ def _try_float(search: _Search, ranking: Sequence[str], suspects: Sequence[str])
         failed = count
     # The counts that were tried grow apart: between the last that failed and the one that holds the
     # fewest are searched by halves.
-
     holding = sum(rule.dtype == "float" for rule in search.rules)
     while search.holds and holding - failed > 1 and search.spent() < search.limit:
         count = (failed + holding) // 2
