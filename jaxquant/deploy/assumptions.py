@@ -107,6 +107,8 @@ def assumed_in(error: Exception, inputs: Any, example: Any) -> Assumption | None
     ]
     try:
         known = sizes.solve(wanted)
+
+        # Where the example breaks the comparison, the model was traced for its opposite.
         holding = comparison if comparison.holds(known) else comparison.opposite
         return Assumption(str(holding), _beyond(holding, known, inputs))
     except ValueError:
@@ -116,6 +118,7 @@ def assumed_in(error: Exception, inputs: Any, example: Any) -> Assumption | None
 def _beyond(comparison: SizeComparison, known: Mapping[str, int], inputs: Any) -> Any:
     """The inputs with one size so large, or so small, that the comparison does not hold."""
     for name, size in known.items():
+        # Doubled and halved: any size past the bound will do, the nearest is not asked for.
         larger = (size << k for k in range(1, _MOST_DOUBLINGS))
         smaller = (size >> k for k in range(1, size.bit_length()))
         for other in itertools.chain(larger, smaller):

@@ -40,6 +40,7 @@ def check_program(program: Program, qparams: Mapping[str, Any], inputs: tuple[An
         env = program.run(arrays, jax.tree.leaves(given))
         return [env.read(x) for x in graph.outputs]
 
+    # On shapes alone: a file that does not fit is refused before anything is computed.
     try:
         found = jax.eval_shape(run, jax.tree.map(ir.struct, qparams), *inputs)
     except Exception as error:  # a primitive raises what it likes about its operands
@@ -93,6 +94,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
     graph, plan = program.graph, program.plan
     float32 = np.dtype(np.float32)
     for body in (body for bodies in program.bodies.values() for body in bodies):
+        # A loop has the arrays of all its layers in one, layers first; what they share it has once.
         layers = () if body.model.layers is None else (body.model.layers,)
         for path, (shapes, dtype) in _wanted_by_sites(body):
             is_shared = path in body.body.shared

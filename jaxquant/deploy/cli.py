@@ -219,6 +219,8 @@ def _compare(options: argparse.Namespace) -> int:
     else:
         for part, entries in found.items():
             print(f"{part}: {len(entries)} differ")
+
+            # The first of them only: a model of other shapes differs in all its arrays.
             for name, text in list(entries.items())[:20]:
                 print(f"  {name}: {text}")
             if len(entries) > 20:
@@ -229,6 +231,8 @@ def _compare(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     to = _format(options)
     output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[to]
+
+    # Written over, the one copy of the model would be gone.
     if os.path.abspath(output) == os.path.abspath(options.path):
         raise ValueError(f"{output} is the model itself; give another OUTPUT")
     own = _own_settings(options, to)

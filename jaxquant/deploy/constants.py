@@ -28,6 +28,8 @@ def is_foldable(graph: ir.Graph, var: ir.Var) -> bool:
 
 def fold(graph: ir.Graph, var: ir.Var) -> np.ndarray:
     """The value of such a tensor."""
+
+    # By the library's own evaluation, so that the file holds what the model computes with.
     table = evaluate.float_table(ir.upstream(graph, [var]))
     env = evaluate.evaluate(graph, {}, [None] * len(graph.inputs), table)
     return np.asarray(jax.device_get(env.read(var)))

@@ -60,8 +60,11 @@ def _array_difference(a: np.ndarray | None, b: np.ndarray | None) -> str:
         return f"{'absent' if a is None else 'there'} | {'absent' if b is None else 'there'}"
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return f"{a.dtype}{list(a.shape)} | {b.dtype}{list(b.shape)}"
+
+    # By bytes, so that NaN equals NaN, and -0 is not 0.
     if a.tobytes() == b.tobytes():
         return ""
     differing = np.count_nonzero(a != b)
+    # In float64: the difference of two int8 numbers does not fit in int8.
     largest = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
     return f"{differing} of {a.size} elements, by {largest:.4g} at most"

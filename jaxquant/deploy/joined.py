@@ -54,10 +54,13 @@ class Joined:
         graph, forms, binding = self._graph, self._binding.forms, self._binding
         members = [graph.equations[index] for index in operator.members]
         inner = {v for eqn in members[:-1] for v in eqn.outputs}
+        # A site writes its epilogue itself, so no operator may end inside one.
         ends = {each.epilogue.output for each in binding.sites}
         # What moves integers or decides by them has its own place in the network.
         special = forms.moves | binding.picks | binding.decisions
         if inner & (forms.int8 | ends) or special.intersection(operator.members):
             return False
+
+        # An operator reads its operands in one form: all dequantized, or none.
         readers = [eqn for eqn in members if {*eqn.input_vars} & forms.int8]
         return len({eqn.index in forms.reads_int8 for eqn in readers}) <= 1

@@ -80,6 +80,7 @@ class Builder(Graph):
         physical = [value.shape[axis] for axis in order]
         array, grid = self.array(value.name), self.grid(value)
         moved = [axis for axis in value.order if value.shape[axis] != 1]
+        # With a scale for each channel the grid's axis would move as well.
         if array is not None and (grid is None or grid.scale.size == 1):
             name = self.constant(array.transpose(permutation), "constant", grid)
         elif moved == [axis for axis in order if value.shape[axis] != 1]:
@@ -133,8 +134,10 @@ class Builder(Graph):
 
     def apart(self, value: Value, others: Collection[str]) -> str:
         """The value as a tensor that an operator makes and that is none of `others`."""
+        # Inputs and constants are no results: a runtime wants outputs that an operator writes.
         made = {name for operator in self.operators for name in operator.outputs}
         if value.name in made and value.name not in others:
             return value.name
+        # A reshape to the same sizes is a copy that every runtime has.
         sizes = self.ints([-1 if isinstance(size, str) else size for size in value.physical])
         return self.alike("RESHAPE", value, [sizes], value.physical)

@@ -47,6 +47,7 @@ def follow(model: Lowered, start: Var) -> Chain | None:
         var = chain.end
         # Here it is quantized: that is where the chain ends.
         if str(var) in entries:
+            # Divided by numbers for each channel, integers are on no grid that a kernel writes.
             is_divided = model.scales.is_divided(entries[str(var)])
             return None if is_divided or model.uses.is_read_in_float(var) else chain
         reader = model.uses.only_reader(var)
@@ -77,6 +78,7 @@ def _longer(chain: Chain, reader: Node) -> Chain | None:
         is_divisor = reader.op == "div"
         if split is not None and not (is_divisor and isinstance(reader.inputs[0], Scalar)):
             number = float(split[1].array())
+            # Kernels multiply by a quotient of scales, which is positive.
             if number > 0:
                 factor = chain.factor / number if is_divisor else chain.factor * number
                 return dataclasses.replace(chain, factor=factor)

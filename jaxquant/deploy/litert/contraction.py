@@ -73,6 +73,7 @@ def conv(
     own, found = given.operands[0], given.result
     if len(form.window) > 2:
         raise NotCovered("a convolution along more than two axes")
+    # Channels last, as the runtime's kernels read their input.
     x = builder.ordered(x, (*own.free, *own.window, *own.contracted))
     order = (*found.free[0], *found.window, *found.free[1])
     # A convolution along one axis is one along two, the other of size 1.
@@ -105,6 +106,7 @@ def over_windows(
       physical: the sizes of the result, four.
       filters: of each channel, where channels are convolved by themselves; None elsewhere.
     """
+    # Of int8 the runtime pads with the zero point, which stands for 0.
     taken, padding = padded_for(builder, window, 0.0)
     settings: dict[str, Any] = {
         "Padding": padding,
@@ -131,6 +133,7 @@ def _transposed(
     result: Result,
 ) -> str:
     """A transposed convolution: all that its windows reach, and then what is kept of that."""
+    # The operator is told the sizes of its result as numbers.
     if any(isinstance(size, str) for size in (*physical[1:], *x.physical[1:])):
         raise NotCovered("a transposed convolution of a size that varies (give `shapes`)")
     if any(d != 1 for d in form.dilation) or len(form.window) != 2:
@@ -172,6 +175,7 @@ def dense(
 ) -> Value:
     """A dot without batch axes: `x`, the operand at `side`, with a weight [N, K] and a bias [N]."""
     own, channels = given.operands[side], given.operands[1 - side].free
+    # Rows keep their axes (KeepNumDims), so that no reshape has to join sizes that vary.
     x = builder.ordered(x, (*own.free, *own.contracted))
     rows = [x.shape[axis] for axis in own.free]
     width = math.prod(int(x.shape[axis]) for axis in own.contracted)
@@ -207,6 +211,7 @@ def dot(
         is_turned = side == 1 and value.order == orders[0]
         value = builder.ordered(value, orders[0] if side == 0 or is_turned else orders[1])
         batch = [value.shape[axis] for axis in own.batch]
+        # The kernel knows batch axes and a matrix: all other axes of a kind become one.
         free, contracted = (
             _joined([value.shape[axis] for axis in axes]) for axes in (own.free, own.contracted)
         )

@@ -90,6 +90,7 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
         return apply(builder, _DIRECT[node.op], values)
     if node.op in _COMPARISONS:
         return apply(builder, _COMPARISONS[node.op], values, "bool")
+    # These operators know truth values alone; JAX's go by bits of whole numbers too.
     if node.op in _LOGICAL and dtypes[0] == "bool":
         return apply(builder, _LOGICAL[node.op], values)
     on = f" on {dtypes[0]}" if dtypes else ""
@@ -122,6 +123,7 @@ def cast(builder: Builder, value: Value, dtype: str) -> Value:
 
 def _integer_pow(builder: Builder, node: Node, x: list[Value]) -> Value:
     exponent = int(node.params["y"])
+    # A product is cheaper than a power, and is rounded once.
     if exponent == 2:
         return apply(builder, "MUL", [x[0], x[0]])
     return apply(builder, "POW", [x[0], scalar(builder, exponent, builder.dtype(x[0]))])
@@ -148,6 +150,7 @@ def _round(builder: Builder, node: Node, x: list[Value]) -> Value:
 def _where(builder: Builder, node: Node, x: list[Value]) -> Value:
     if len(x) != 3 or builder.dtype(x[0]) != "bool":
         raise NotCovered("a choice between other than two cases")
+    # JAX has the case for False first.
     return apply(builder, "SELECT_V2", [x[0], x[2], x[1]])
 
 
@@ -163,6 +166,7 @@ def _gelu(builder: Builder, node: Node, x: list[Value]) -> Value:
 
 def _softmax(builder: Builder, node: Node, x: list[Value]) -> Value:
     value, axis = x[0], node.params["axis"]
+    # The operator sums along the last axis in memory.
     order = (*(a for a in value.order if a != axis), axis)
     return apply(
         builder, "SOFTMAX", [builder.ordered(value, order)], options="SoftmaxOptions", Beta=1.0

@@ -92,6 +92,8 @@ class Emitter(BaseEmitter[Builder]):
         """The float (or whole-number) value of a tensor."""
         if isinstance(atom, Scalar):
             return self.builder.named(atom.array().astype(elementwise.litert_dtype(atom.dtype)))
+
+        # What the model rounds on a grid is read as rounded wherever it is read in float.
         if atom in self.network.rounded or (atom in self._int8 and atom not in self._floats):
             return self.dequantized(atom)
         if atom in self._weights and atom not in self._floats:
@@ -112,6 +114,8 @@ class Emitter(BaseEmitter[Builder]):
         value, entry = self._operand(self.int8(var)), self.network.scales[str(var)]
         if not self.model.scales.is_divided(entry):
             return value
+
+        # The weights of the sites that read it hold the divisors; all others get them back.
         return elementwise.apply(self.builder, "MUL", [value, self._divisors(entry, value.rank)])
 
     def operand(self, var: Var) -> Value:
@@ -137,6 +141,7 @@ class Emitter(BaseEmitter[Builder]):
                 return self._int8[var]
             # Quantized where it is first read in int8, once for all that read it.
             value = self.full(self._floats.get(var) or self.value(var), var)
+            # Channels are divided by their own numbers first, so that one scale serves them all.
             if self.model.scales.is_divided(entry):
                 divisors = self._divisors(entry, value.rank, inverse=True)
                 value = elementwise.apply(self.builder, "MUL", [value, divisors])
@@ -189,6 +194,7 @@ class Emitter(BaseEmitter[Builder]):
                 value = on_integers.emit(self.builder, node, values, result)
                 self._set(node.outputs[0], self.behind(value, chain, result), chain)
                 return
+        # As `qapply` reads them: rounded where the operation reads the int8 form.
         values = [
             self.dequantized(x)
             if node.reads_int8 and isinstance(x, int) and str(x) in self.network.scales
@@ -221,12 +227,14 @@ class Emitter(BaseEmitter[Builder]):
         if node.op in indexing.TABLE:
             (table,) = self._copied(node, values[:1], (0,))
             return indexing.TABLE[node.op](self.builder, node, [table, *values[1:]], shape)
+        # These change the axes alone; the copies wait for somebody who needs them.
         if node.op in moving.TABLE:
             if node.op not in LAZY:
                 values = self._copied(node, values)
             return moving.TABLE[node.op](self.builder, node, values, shape)
         if node.op in reduction.OPERATIONS:
             return reduction.emit(self.builder, node, self._copied(node, values)[0], shape)
+        # A number is carried along with a value that has a factor, and may cancel it.
         if (value := scaled(node, values)) is not None:
             return value
         if node.op == "softmax":  # which sums along an axis
@@ -241,6 +249,7 @@ class Emitter(BaseEmitter[Builder]):
             raise NotCovered("a ragged dot, whose rows choose their weight")
         if given.window is not None:
             return self._convolve(node, given)
+        # A constant operand is the weight of a dense layer, from either side.
         for side in (0, 1):
             weight = self._matrix(node.inputs[1 - side], given, 1 - side)
             if weight is not None:
@@ -259,12 +268,15 @@ class Emitter(BaseEmitter[Builder]):
             return None
         if atom in self._weights and set(own.contracted) == set(self._weights[atom].summed):
             weight = self._weights[atom]
+            # Its columns lie in the order of its own axes; the matrix has to have them in the
+            # dot's.
             order = [own.contracted.index(axis) for axis in weight.summed]
             if order == sorted(order):
                 return stored.matrix(self.builder, weight, tuple(own.free))
         # A parameter that stays float, or one that the model computes of constants.
         value = self.value(atom)
         array, shape = self.builder.array(value.name), self.shape(atom)
+        # A value holds no copies of axes that it is broadcast along; the stored matrix has to.
         sizes = [size for size in shape if isinstance(size, int)]
         if array is None or value.order != straight(value.rank) or len(sizes) < len(shape):
             return None
@@ -285,6 +297,7 @@ class Emitter(BaseEmitter[Builder]):
             value = self.value(kernel)
             array = builder.array(value.name)
             if array is None or value.order != straight(value.rank):
+                # The runtime's layout is made here, so the kernel has to be known here.
                 raise NotCovered("a convolution whose kernel the model computes")
             form = conv_form(given, array.shape)
             name = builder.constant(contraction.kernel(form, array)[0], "kernel")

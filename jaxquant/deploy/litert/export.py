@@ -64,6 +64,7 @@ def export_litert(
       >>> jaxquant.export_litert(f"{folder.name}/model.tflite", qparams, qapply)
       >>> folder.cleanup()
     """
+    # Before any work: what is not installed is told at once.
     flatbuffer.import_tflite()
     with Progress("export_litert", progress) as shown:
         with shown.stage("tracing"):
@@ -94,6 +95,7 @@ def _file(emitter: Emitter, channels_last: bool) -> bytes:
         if isinstance(atom, int):
             value = emitter.full(value, atom)
         value = builder.ordered(value, _order(value.rank, channels_last))
+        # A signature names its tensors: two outputs cannot be one, and none can be an input.
         outputs[name] = builder.apart(value, {*inputs.values(), *outputs.values()})
         sizes[name] = list(value.physical)
     # A size that varies is -1 in the file; its name and relations are in the metadata.

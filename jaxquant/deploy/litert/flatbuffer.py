@@ -59,6 +59,7 @@ class _Writer:
     def tables(self, offsets: Sequence[Offset]) -> Offset:
         """A vector of tables."""
         self.builder.StartVector(4, len(offsets), 4)
+        # A FlatBuffer grows towards its start: the last is written first.
         for offset in reversed(offsets):
             self.builder.PrependUOffsetTRelative(offset)
         return int(self.builder.EndVector())
@@ -84,8 +85,11 @@ def serialize(
         raise ValueError("the model is larger than the 2 GiB of one .tflite file")
     # Tables refer to what lies behind them, so the file is written from its leaves up.
     writer = _Writer()
+
+    # Operators refer to tensors by their place and not by name.
     places = {name: place for place, name in enumerate(graph.tensors)}
     data = [np.zeros(0, np.uint8)]  # the first buffer is that of tensors without any
+    # Filled while operators are written, who share one entry for each operator and version.
     codes: dict[tuple[str, int], int] = {}
     tensors = [_tensor(writer, name, each, data) for name, each in graph.tensors.items()]
     operators = [_operator(writer, each, places, codes) for each in graph.operators]
@@ -183,6 +187,7 @@ def _operator(
 
 def _code(writer: _Writer, op: str, version: int) -> Offset:
     code = writer.number("BuiltinOperator", op)
+    # Old readers know this byte alone; new ones take the larger of the two.
     old = min(code, _PLACEHOLDER)
     fields = {"DeprecatedBuiltinCode": old, "BuiltinCode": code, "Version": version}
     return writer.table("OperatorCode", fields)

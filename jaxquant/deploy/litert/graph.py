@@ -130,6 +130,8 @@ class Graph:
     ) -> list[str]:
         """Add an operator with several outputs, which are alike but for their shapes."""
         names = [self.tensor(Tensor(tuple(shape), dtype, grid), op.lower()) for shape in shapes]
+
+        # Kernels are chosen by an operator's version; one int8 operand or result asks for int8's.
         is_int8 = any(self.tensors[name].dtype == "int8" for name in (*inputs, *names))
         version = _INT8_VERSIONS.get(op, 2) if is_int8 else _VERSIONS.get(op, 1)
         self.operators.append(Operator(op, tuple(inputs), names, options, settings, version))
@@ -138,6 +140,7 @@ class Graph:
     def constant(self, array: Any, hint: str = "constant", grid: Grid | None = None) -> str:
         """A constant; equal ones are in the file once."""
         array = np.asarray(array)
+        # Equal integers on another grid are another constant.
         worth = None if grid is None else (grid.scale.tobytes(), grid.zero_point, grid.axis)
         key = (array.dtype.str, array.shape, array.tobytes(), worth)
         if key not in self._constants:

@@ -21,6 +21,7 @@ Emit = Callable[[Builder, Node, list[Value], Shape], Value]
 
 def _transpose(builder: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
     permutation = list(node.params["permutation"])
+    # Nothing is moved: the axes are called otherwise, and the order in memory stays.
     order = tuple(permutation.index(axis) for axis in x[0].order)
     sizes = tuple(x[0].shape[axis] for axis in permutation)
     return dataclasses.replace(x[0], shape=sizes, order=order)
@@ -152,6 +153,7 @@ def padded(
 
 
 def _concatenate(builder: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
+    # In the first one's order in memory, so that it at least need not move.
     leader = x[0]
     values = [builder.ordered(value, leader.order) for value in x]
     physical = [shape[a] for a in leader.order]
@@ -189,6 +191,7 @@ def _iota(builder: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
         raise NotCovered("counting along an axis whose size varies")
     sizes = [1] * len(shape)
     sizes[axis] = size
+    # Of size 1 along all other axes: whoever needs the copies makes them.
     return builder.named(np.arange(size, dtype=dtype).reshape(sizes), "iota")
 
 

@@ -34,6 +34,7 @@ def fused(grid: Grid, chain: Chain) -> Result:
 
     An activation fits where it leaves the same integers; where none does, `bounded` clips them.
     """
+    # Compared as integers: bounds that fall on the same ones clip alike.
     wanted = grid.integer(chain.low), grid.integer(chain.high)
     for name, bounds in _ACTIVATIONS.items():
         if (grid.integer(bounds[0]), grid.integer(bounds[1])) == wanted:

@@ -58,6 +58,7 @@ def along(
     grid: Grid | None = None,
 ) -> Value:
     """A reduction along logical axes, which the result does not have."""
+    # Axes are named as they lie in memory, so no transpose is needed.
     order = _remaining(value, axes)
     places = builder.ints(sorted(value.axis(axis) for axis in axes), "axes")
     physical = [shape[axis] for axis in order]
@@ -152,6 +153,7 @@ def window_of(builder: Builder, node: Node, value: Value) -> Window:
 def max_pool(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) -> Value:
     """Maximum pooling, of floats or of int8; what is padded is never the largest."""
     window = window_of(builder, node, builder.plain(value))
+    # The kernel has no dilation.
     if window.dilation != (1, 1):
         raise NotCovered("the maximum of a dilated window")
     wide, padding = padded_for(builder, window, -np.inf)
@@ -190,6 +192,7 @@ def padded_for(
     """
     value = window.value
     physical = four(list(value.physical))
+    # The caller gives the factor on to the result.
     value = Value(
         builder.reshape(dataclasses.replace(value, factor=1.0), physical),
         tuple(physical),
@@ -215,6 +218,7 @@ def padding_name(window: Window, sizes: Sequence[Size]) -> str:
         return ""
     same = []
     for axis, size in enumerate(map(int, sizes)):
+        # TensorFlow's rule: what the last window lacks, half before and the odd one behind.
         stride, reach = window.strides[axis], (window.sizes[axis] - 1) * window.dilation[axis] + 1
         total = max((-(-size // stride) - 1) * stride + reach - size, 0)
         same.append((total // 2, total - total // 2))

@@ -168,6 +168,7 @@ def _sum(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
     ratio, bias = _epilogue(emitter, site)
     shape = emitter.shape(node.outputs[0])
     if chain is not None and node.op == "reduce_sum" and bias is None:
+        # Axes whose size varies have no count, and so no mean that is known here.
         axes = tuple(node.params["axes"])
         sizes = [emitter.shape(site.operands[0])[axis] for axis in axes]
         count = math.prod(size for size in sizes if isinstance(size, int))
@@ -212,6 +213,8 @@ def _average(emitter: Emitter, site: Int8Node, chain: Chain) -> Value:
 def _epilogue(emitter: Emitter, site: Int8Node) -> tuple[float, float | None]:
     """What a site without a weight multiplies the product of its operands by, and adds."""
     arrays = emitter.model.sites[site.name]
+
+    # The multiplier is of the integers; the kernel multiplies what they are worth.
     worth = math.prod(emitter.model.scales.scale(entry) for entry in emitter.model.entries(site))
     ratio, bias = np.asarray(arrays["multiplier"]) / worth, arrays.get("bias")
     if ratio.size != 1 or (bias is not None and bias.size != 1):
@@ -226,6 +229,8 @@ def _finished(
     """A float result with what it is multiplied by and what is added."""
     value = _rearranged(emitter, site, value)
     factor = value.factor * ratio
+
+    # Off by rounding alone, a factor of one is no operation.
     value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
     if bias is None:
         return value

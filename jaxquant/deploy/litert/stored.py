@@ -77,6 +77,7 @@ def look_up(builder: Builder, table: Stored, indices: Value) -> Value:
 
 def _of_channels(stored: Stored, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The integers [K, N] and the scales [N]."""
+    # The runtime has int8 weights with a scale for each channel alone.
     integers, scale = stored.matrix(channels)
     if stored.bits != 8 or len(scale) != 1:
         raise _groups(stored)

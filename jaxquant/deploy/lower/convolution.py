@@ -55,6 +55,7 @@ class ConvForm:
     def kernel(self, array: np.ndarray, order: Sequence[int]) -> np.ndarray:
         """The JAX kernel with its axes in this order, run backwards where it has to be."""
         flipped = self.spatial if self.is_transposed else ()
+        # XLA's convolution of a dilated input does not flip; a runtime's transposed one does.
         return np.flip(array.transpose(order), tuple(order.index(axis) for axis in flipped))
 
 

@@ -31,6 +31,7 @@ def aligned(builder: Turning, values: Sequence[Value]) -> tuple[list[str], Value
     names = []
     shape: list[Size] = [1] * rank
     for value in values:
+        # Scalars broadcast in any order of axes.
         if value.rank == 0:
             names.append(builder.plain(value).name)
             continue
@@ -42,10 +43,12 @@ def aligned(builder: Turning, values: Sequence[Value]) -> tuple[list[str], Value
 def scaled(node: Node, values: Sequence[Value]) -> Value | None:
     """A multiplication or division of a value with a factor by a number: another factor."""
     split = with_scalar(node, node.op) if node.op in ("mul", "div") else None
+    # A number divided by the value is no multiple of it.
     if split is None or (node.op == "div" and not isinstance(node.inputs[0], int)):
         return None
     value = values[0] if isinstance(node.inputs[0], int) else values[1]
     number = float(split[1].array())
+    # A value without a factor is multiplied by an operator; zero would lose what the value was.
     if value.factor == 1.0 or number == 0:
         return None
     factor = value.factor * number if node.op == "mul" else value.factor / number

@@ -79,6 +79,7 @@ class BaseEmitter(Generic[B]):
         try:
             yield
         except NotCovered as error:
+            # The user's own line is what helps: the exporter's frames are left away.
             raise ValueError(f"{self.function} does not cover {error} ({where})") from None
         finally:
             self.builder.scope = outer

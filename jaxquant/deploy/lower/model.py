@@ -63,6 +63,7 @@ def lower(
       TypeError: `qapply` is another function.
     """
     plain = tree.plain(qparams, qapply)
+    # In XLA's form: what other backends pack or transpose, no file has.
     by_xla = qapply.with_backend("xla")
 
     def as_network(inputs: tuple[Any, ...]) -> tuple[Binding, Network, dict[str, np.ndarray]]:

@@ -57,6 +57,7 @@ class Stored:
 
     def matrix(self, channels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The integers [K, N] and scales [G, N], the weight's axes `channels` as N."""
+        # What is summed over is one axis of the stored array already; channels are apart.
         layout = self.layout
         kept = [axis for axis in range(len(layout.permuted)) if axis not in self._flattened]
         order = [1 + kept.index(self.axes[axis]) for axis in channels]
@@ -70,6 +71,7 @@ class Stored:
 
 def read(integers: np.ndarray, scale: np.ndarray, layout: GroupLayout, bits: int) -> Stored:
     """A weight of the arrays that `qparams` has for it, in its own axes."""
+    # Packed nibbles lie in the order of groups; int8 lies as the weight does.
     if bits == 4:
         integers = unpack(integers, layout.axis, layout.shape[layout.axis])
     else:

@@ -28,6 +28,7 @@ class Uses:
         self._results = {x for x in network.outputs if isinstance(x, int)}
         for node in network.walk():
             bodies = node.bodies if isinstance(node, Node) else ()
+            # What a body gives is read by whoever repeats it, in float.
             self._results |= {x for body in bodies for x in body.outputs if isinstance(x, int)}
             ends = (node.output,) if isinstance(node, Int8Node) else node.outputs
             self._makers.update(dict.fromkeys(ends, node))
@@ -82,6 +83,8 @@ class Uses:
 
     def is_read_in_float(self, var: Var) -> bool:
         """True where somebody reads the float of a tensor that others read in int8."""
+
+        # It is rounded for everybody, so the int8 form says all there is.
         if var in self.network.rounded:
             return False
         return var in self._results or any(
@@ -98,6 +101,8 @@ class Uses:
         reader = self.only_reader(var)
         if reader is None or with_scalar(reader, "min") is None:
             return None
+
+        # Of integers a clip is an operation of its own, and so is one that int8 is read of.
         if str(var) in self.network.scales or self.network.tensors[var].dtype not in _FLOATS:
             return None
         return split

@@ -68,6 +68,7 @@ def kept_order(value: Value, shape: Sequence[Size]) -> tuple[int, ...] | None:
         return None
     target = dict(zip(before, after, strict=True))
     moved = [target[axis] for axis in value.order if axis in target]
+    # In order as they are, the axes of size 1 may stand where the model has them.
     if moved == sorted(moved):
         return straight(len(shape))
     return tuple(moved + [axis for axis, size in enumerate(shape) if size == 1])

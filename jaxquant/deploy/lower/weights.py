@@ -117,9 +117,11 @@ def make_weight(
     multiplier = multiplier.astype(np.float64)
     worth = np.abs(multiplier)
     steps = worth if bias is None else np.maximum(worth, np.abs(bias) / LARGEST_BIAS)
+    # Below it the step, or the scale that gives it, would be subnormal, and runtimes may flush it.
     least = 2.0**-126 * max(input_scale, 1.0)
     steps = np.maximum(np.where(steps > 0, steps, input_scale), least).astype(np.float32)
     ratio = np.sign(multiplier) * worth / steps.astype(np.float64)
+    # So near to one it is float32's rounding: integers that are left alone stay exact.
     exact = np.abs(np.abs(ratio) - 1) < 1e-5
     ratio = np.where(exact, np.sign(ratio), ratio).reshape(along)
     folded = np.clip(np.rint(int8 * ratio), -127, 127).astype(np.int8)
@@ -130,6 +132,7 @@ def make_weight(
 def _factor(wanted: np.ndarray, other: np.float32) -> np.ndarray:
     """float32 [C] that gives `wanted` when multiplied by `other` in float32, or the next to it."""
     nearest = (wanted.astype(np.float64) / other).astype(np.float32)
+    # The product is rounded too: of three neighbours one mostly gives it to the bit.
     below, above = (np.nextafter(nearest, np.float32(bound)) for bound in (0, np.inf))
     choices = [nearest, below, above]
     return np.select([choice * other == wanted for choice in choices], choices, nearest)

@@ -28,6 +28,8 @@ class Builder(Nodes):
         pairs = zip(before, after, strict=False)
         sizes = [0 if isinstance(new, str) and new == old else new for old, new in pairs]
         sizes += after[len(sizes) :]
+
+        # Reshape's 0 keeps a size; a size that is 0 would be taken for that.
         if 0 in (*before, *after) or sum(isinstance(size, str) for size in sizes) > 1:
             return self.node("Reshape", [name, self.shape(after)])
         numbers = [-1 if isinstance(size, str) else size for size in sizes]
@@ -74,6 +76,7 @@ class Builder(Nodes):
         value = self.plain(value)
         if value.shape == tuple(shape):
             return value
+        # Not left to be inferred: Expand takes sizes alone.
         wanted = self.shape([shape[axis] for axis in value.order], may_infer=False)
         name = self.node("Expand", [value.name, wanted])
         return dataclasses.replace(value, name=name, shape=tuple(shape))

@@ -27,6 +27,7 @@ def flipped_kernel(builder: Builder, form: ConvForm, kernel: Value) -> str:
     flipped = tuple(range(2, 2 + count))
     if kernel.name in builder.arrays:
         return builder.constant(np.flip(builder.arrays[kernel.name], flipped))
+    # A kernel that is computed is run backwards by a slice with steps of -1.
     bounds = ([-1] * count, [-(2**31)] * count, flipped, [-1] * count)
     return builder.node("Slice", [kernel.name, *map(builder.ints, bounds)])
 
@@ -132,6 +133,7 @@ def dot(
     """A dot of two tensors: batch axes, free axes of the first, free axes of the second."""
     names, joined = [], list[Size]()
     for side, (value, own) in enumerate(zip(values, contraction.operands, strict=True)):
+        # MatMul sums the last axis of the first with the last but one of the second.
         rest = (*own.free, *own.contracted) if side == 0 else (*own.contracted, *own.free)
         value = builder.ordered(value, (*own.batch, *rest))
         batch = [value.shape[axis] for axis in own.batch]

@@ -63,6 +63,8 @@ def _while(emitter: Emitter, node: Node, values: list[Value]) -> list[str]:
     ):
         for var, value in zip(each.inputs, consts, strict=False):
             emitter.set_input(var, value)
+
+    # A Loop asks before the first round too, so the test is written once before it.
     first = _inlined(emitter, condition, condition.inputs[n_condition:], carried)
     varying = body.inputs[n_body:]
     # A body says itself, in its first output, whether there is another round.
@@ -84,6 +86,7 @@ def _cond(emitter: Emitter, node: Node, values: list[Value]) -> list[str]:
 def _choice(emitter: Emitter, index: str, bodies: Sequence[Body], number: int) -> list[str]:
     builder, count = emitter.builder, len(bodies[0].outputs)
     if len(bodies) == 1:
+        # The last of the choices needs no test: it stands where the others were refused.
         with builder.subgraph() as nodes:
             names = [_output(emitter, bodies[0], atom).name for atom in bodies[0].outputs]
         builder.nodes += nodes

@@ -82,6 +82,7 @@ def emit(builder: Builder, node: Node, values: Sequence[Value], dtypes: Sequence
         raise NotCovered(f"the operation {node.op!r} on {dtypes[0]}")
     if dtypes[0] == "bool" and node.op in _ORDER:
         values = [cast(builder, value, "int32") for value in values]
+    # On truth values Max and Min are no operators, but `or` and `and` are the same.
     operators = {**_DIRECT, **_OF_TRUTH_VALUES} if dtypes[0] == "bool" else _DIRECT
     return apply(builder, operators[node.op], values)
 
@@ -113,6 +114,7 @@ def onnx_dtype(dtype: str) -> str:
 
 def _integer_pow(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) -> Value:
     exponent = int(node.params["y"])
+    # A product is cheaper than a power, and is rounded once.
     if exponent == 2:
         return apply(builder, "Mul", [x[0], x[0]])
     return apply(builder, "Pow", [x[0], scalar(builder, exponent, dtypes[0])])
@@ -202,6 +204,7 @@ def _where(builder: Builder, node: Node, x: list[Value], dtypes: Sequence[str]) 
         return apply(
             builder, "Or", [chosen, apply(builder, "And", [apply(builder, "Not", [x[0]]), x[1]])]
         )
+    # JAX has the case for False first.
     return apply(builder, "Where", [x[0], x[2], x[1]])
 
 

@@ -61,6 +61,9 @@ class Emitter(BaseEmitter[Builder]):
         self._lows: dict[Var, tuple[Value, Value]] = {}
         self._layouts: dict[Var, Sequence[int]] = {}
         self.tables, self._unsigned = self._find_tables()
+
+        # Laid out for the convolution once, before it is quantized; others that read it turn it
+        # back.
         for node in self.network.walk():
             given = node.node.contraction if isinstance(node, Int8Node) else None
             if not isinstance(node, Int8Node) or node.dynamic:
@@ -136,6 +139,7 @@ class Emitter(BaseEmitter[Builder]):
         """The int8 form of a tensor."""
         if var not in self._int8:
             if str(var) in self.network.entries:
+                # With all its copies: what reads int8 reads it as the model's shape says.
                 value = self.full(self._floats.get(var) or self.value(var), var)
                 if var in self._layouts:  # the order that the convolution behind it reads
                     value = self.builder.ordered(value, self._layouts[var])
@@ -151,6 +155,7 @@ class Emitter(BaseEmitter[Builder]):
         with self._at(node.scope, self.model.uses.place(node)):
             if node.op == "gather":  # int8 has no NaN: qapply fills with what stands for zero
                 node = dataclasses.replace(node, params={**node.params, "fill_value": 0.0})
+            # Dequantized, moved, quantized: on one grid that is exact, and runtimes run it in int8.
             values = [
                 self.dequantized(x) if isinstance(x, int) and str(x) in self.network.scales
                 else self.value(x)

@@ -153,6 +153,7 @@ def _model(emitter: Emitter, channels_first: bool) -> Any:
         # By an Identity, so that an output has the name that was asked for, and two may be one
         # tensor.
         output = builder.unique(name)
+        # A name counts as read here, or its array would be left out of the file.
         builder.read.add(value.name)
         builder.nodes.append(
             onnx.helper.make_node("Identity", [value.name], [output], name=f"{name}/Identity")

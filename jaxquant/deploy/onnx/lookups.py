@@ -78,6 +78,7 @@ def _rows(
 def _packed(integers: np.ndarray) -> np.ndarray:
     """Two integers of four bits a byte, each with 8 added: uint8 [V, K / 2], rounded up."""
     digits = (integers + 8).astype(np.uint8)
+    # An odd row gets a digit behind it that nobody reads.
     digits = np.pad(digits, ((0, 0), (0, digits.shape[1] % 2)))
     packed: np.ndarray = digits[:, ::2] | (digits[:, 1::2] << 4)
     return packed
@@ -87,6 +88,7 @@ def _unpacked(builder: Builder, rows: Value, width: int) -> Value:
     """The integers of packed rows in float, by a table of what every byte holds."""
     byte = np.arange(256)
     pairs = np.stack([byte & 15, byte >> 4], axis=-1).astype(np.float32) - 8
+    # The pairs are behind the last axis, so that the rows have to be in order.
     rows = builder.ordered(rows, tuple(range(rows.rank)))
     index = builder.node("Cast", [rows.name], to=elementwise.ONNX_TYPES["int32"])
     name = builder.node("Gather", [builder.constant(pairs, "pairs"), index], axis=0)

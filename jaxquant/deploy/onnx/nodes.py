@@ -93,6 +93,7 @@ class Nodes:
     def constant(self, array: Any, hint: str = "constant", is_shared: bool = True) -> str:
         """An initialiser; equal arrays share one, unless this one is not to be shared."""
         array = np.asarray(array)
+        # By content, so that the same number in many places is in the file once.
         key = (array.dtype.str, array.shape, array.tobytes())
         if is_shared and key in self._constants:
             return self._constants[key]
@@ -112,6 +113,7 @@ class Nodes:
         """
         for axis, size in enumerate(sizes):
             found = _MULTIPLE.fullmatch(size) if isinstance(size, str) else None
+            # The first input that has a size tells it.
             if found is not None:
                 self._sizes.setdefault(found[2], (name, axis, int(found[1] or 1)))
 

@@ -23,7 +23,9 @@ def _gelu(builder: Builder, node: Node, x: Sequence[Value]) -> Value:
 
 def _layer_norm(builder: Builder, node: Node, x: Sequence[Value]) -> Value:
     axis, vectors = node.params["axis"], list(x[1:])
+    # It normalizes the last axes in memory.
     value = builder.ordered(x[0], (*(a for a in x[0].order if a != axis), axis))
+    # The operator asks for a scale.
     ones = builder.constant(np.ones(int(value.shape[axis]), np.float32), "ones")
     scale = builder.plain(vectors.pop(0)).name if node.params["has_scale"] else ones
     names = [value.name, scale, *(builder.plain(vector).name for vector in vectors)]
