@@ -39,6 +39,7 @@ def plain(value: Any) -> Any:
         return str(np.dtype(value))
     if jax.export.is_symbolic_dim(value):
         return str(value)
+    # Dimension numbers are classes of their own, known by what they have.
     if hasattr(value, "lhs_spec") or hasattr(value, "offset_dims"):
         return {k: plain(v) for k, v in vars(value).items() if not k.startswith("_")}
     return f"<{type(value).__name__}>"

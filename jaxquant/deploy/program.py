@@ -138,9 +138,11 @@ def export_program(
     structs, own = jax.tree.map(ir.struct, qparams), jax.tree.structure(qapply.inputs)
 
     def plain_qapply(qparams: Mapping[str, Any], *plain_inputs: Any) -> Any:
+        # By leaves: the containers are another's, the order of the leaves is the same.
         given = jax.tree.unflatten(own, jax.tree.leaves(plain_inputs))
         return with_lists(plain_tree(qapply(qparams, *given)))
 
+    # The name is that of the function in the file.
     plain_qapply.__name__ = qapply.__name__
 
     def trace(inputs: tuple[Any, ...]) -> export.Exported:

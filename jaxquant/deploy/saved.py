@@ -128,6 +128,7 @@ def make_stored(
     paths = layout.leaf_paths(graph, qapply.source.params)
     example = qapply.inputs
     assert example is not None, "symbolic_inputs refuses that"
+    # First with all constants: what is read is known once the model is bound.
     whole = StoredGraph(*store(graph, inputs, example, paths, set(graph.constants)))
     # An array that only int8 weights were made of is not read any more, and not kept.
     running = _example_program(whole, qapply.plan)
@@ -209,6 +210,7 @@ def _load(
         contents = packing.unpack(packed[name], name, strict_json.MAX_BYTES)
         return parse_json(contents, name.removesuffix(".json"))
 
+    # Each part is checked by itself, then whether they fit each other.
     plan = _plan(part("plan.json"))
     report = _report(part("report.json"))
     qparams = tree.unflatten(arrays)
@@ -218,6 +220,8 @@ def _load(
         raise FileError(f"the arrays do not fit the plan: {error}") from None
     stored = _graph(part("graph.json"), constants, plan, qparams, made_with)
     qapply = QuantizedApply(stored, plan, report, stored.example)
+
+    # On the device at last, when nothing is refused any more.
     return jax.tree.map(jnp.asarray, qparams), qapply
 
 

@@ -35,6 +35,8 @@ def input_specs(example: tuple[Any, ...], shapes: Any, constraints: Sequence[str
         shapes = tuple(shapes)
     leaves, structure = jax.tree.flatten(example)
     texts = _texts(shapes, example)
+
+    # JAX compares a number with the size of the example, so the example gets that size.
     likes = [_like(text, ir.struct(leaf)) for text, leaf in zip(texts, leaves, strict=True)]
     return export.symbolic_args_specs(
         jax.tree.unflatten(structure, likes), shapes, constraints=tuple(constraints)

@@ -58,6 +58,7 @@ def export_stablehlo(
     with Progress("export_stablehlo", progress) as shown:
         with shown.stage("lowering"):
             plain = tree.plain(qparams, qapply)
+            # Native kernels are calls that no other machine has.
             by_xla = qapply.with_backend("xla")
             exported = program.export_program(plain, by_xla, shapes, constraints, names)
         with shown.stage("saving"):

@@ -43,6 +43,8 @@ def _sort(
         _, found = builder.split_node("TopK", [key, size], 2, axis=along, largest=0)
         if permutation:
             found = builder.node("GatherElements", [permutation, found], axis=along)
+
+        # What is known of the order so far is applied to each operand alike.
         permutation = found
     return [
         Value(builder.node("GatherElements", [name, permutation], axis=along), shape, order)

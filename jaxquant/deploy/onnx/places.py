@@ -108,9 +108,11 @@ def find_places(
         last = whole.subtract(
             builder, whole.of_size(builder, shape[number]), whole.of_size(builder, window)
         )
+        # A dropped window is still read or written somewhere: what is clipped is masked afterwards.
         if mode == "FILL_OR_DROP":
             here = whole.within(builder, start, last)
             inside = here if inside is None else whole.both(builder, inside, here)
+        # Its caller promises that indices are inside.
         if number in read:
             moved[number] = start if "PROMISE" in mode else whole.clipped(builder, start, last)
     # The coordinate along each partial axis: where the window starts, and how far in it one is.
@@ -127,6 +129,8 @@ def find_places(
                 builder, part, _counted_along(builder, position, axis.window, len(sizes))
             )
         parts.append(part)
+
+    # Known to be inside, all of them: no mask is needed.
     if isinstance(inside, np.ndarray) and inside.all():
         inside = None
     return Places(whole.stacked(builder, parts, sizes), sizes, inside)
@@ -143,6 +147,7 @@ def columns(builder: Builder, indices: Value) -> list[Whole]:
     number, count = whole_numbers(builder, indices), indices.shape[-1]
     if not isinstance(count, int):
         raise NotCovered("indices along a number of axes that varies")
+    # Indices that are known become constants, and need no node.
     if isinstance(number, np.ndarray):
         return [number[..., k] for k in range(count)]
     axis = indices.rank - 1

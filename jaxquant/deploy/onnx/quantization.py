@@ -59,6 +59,7 @@ class Quantizer:
 
     def dequantize(self, value: Value, entry: str) -> Value:
         """The float of an int8 value; one node, however many read it."""
+        # By the tensor of the graph: a transposed value is another one.
         if value.name not in self._dequantized:
             name = self.builder.node(
                 "DequantizeLinear", [value.name, *self._grid(entry)], "dequantize"
@@ -89,6 +90,7 @@ class Quantizer:
 
         With `is_table` rows of its transpose are looked up too.
         """
+        # Each channel's scale is multiplied in now, since no integers are stored.
         if form is WeightForm.FLOAT:
             along = [1] * weight.int8.ndim
             along[weight.axis] = weight.scale.size

@@ -85,7 +85,9 @@ def _cumulative(builder: Builder, node: Node, value: Value) -> Value:
         raise NotCovered(f"the operation {node.op!r} along an axis whose size varies")
     name, reverse, reach = value.name, bool(node.params.get("reverse")), 1
     fill = builder.constant(np.float32(neutral), "neutral")
+    # So many rounds, the logarithm of the size, instead of one for each element.
     while reach < size:
+        # ONNX's pads are those before of all axes, then those behind.
         pads = [0] * (2 * value.rank)
         pads[at + (value.rank if reverse else 0)] = reach
         moved = builder.node("Pad", [name, builder.ints(pads), fill], mode="constant")
@@ -116,6 +118,7 @@ def _reduce(
 
 
 def _along(builder: Builder, op: str, name: str, axes: list[int]) -> str:
+    # Of newer operators the axes are an input.
     if builder.opset >= _AXES_AS_INPUT[op]:
         return builder.node(op, [name, builder.ints(axes)], keepdims=0)
     return builder.node(op, [name], axes=axes, keepdims=0)
@@ -131,6 +134,7 @@ def _index(
     builder: Builder, node: Node, value: Value, shape: tuple[Size, ...], given: str
 ) -> Value:
     value = builder.plain(value)
+    # Runtimes find no largest of these types.
     if given in _WIDER:
         value = elementwise.cast(builder, value, _WIDER[given])
     (axis,) = node.params["axes"]
@@ -161,12 +165,15 @@ def _window(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...])
         "strides": [strides[axis] for axis in axes],
         "pads": [padding[axis][0] for axis in axes] + [padding[axis][1] for axis in axes],
     }
+
+    # Written only where they are: older opsets have no such attribute.
     if any(dilation[axis] != 1 for axis in axes):
         attributes["dilations"] = [dilation[axis] for axis in axes]
     if node.op == "reduce_window_sum":
         return _window_sum(builder, value, attributes, shape)
     value = builder.plain(value)
     name = value.name
+    # ONNX has no pool of the smallest.
     if node.op == "reduce_window_min":
         name = builder.node("Neg", [name])
     name = builder.node("MaxPool", [name], **attributes)
@@ -180,6 +187,7 @@ def _window_sum(
 ) -> Value:
     if "dilations" in attributes and builder.opset < 19:
         raise NotCovered("the sum of a dilated window before opset 19")
+    # Padding is counted, as the zeros that a sum meets.
     name = builder.node("AveragePool", [value.name], count_include_pad=1, **attributes)
     factor = value.factor * math.prod(attributes["kernel_shape"])
     return Value(name, shape, value.order, factor)

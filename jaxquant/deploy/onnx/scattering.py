@@ -28,6 +28,7 @@ def _dynamic_update_slice(
 ) -> list[Value]:
     operand, update = x[0], x[1]
     axes = [axis for axis, size in enumerate(update.shape) if size != operand.shape[axis]]
+    # An update of all of it leaves nothing of what was there.
     if not axes:
         return [update]
     partial = [Axis(axis, update.shape[axis], True) for axis in axes]
@@ -39,6 +40,7 @@ def _dynamic_update_slice(
         )
         for axis in axes
     ]
+    # JAX moves an update that would reach beyond the end.
     places = find_places(builder, partial, operand.shape, (), starts, "CLIP")
     return [_place(builder, operand, update, [axis.axis for axis in partial], places, "none")]
 
@@ -73,6 +75,7 @@ def _scatter(
     batched = dict(zip(batching, numbers["scatter_indices_batching_dims"], strict=True))
     kept = [a for a in range(operand.rank) if a not in inserted and a not in batching]
     place = dict(zip(kept, window_axes, strict=True))
+    # Axes that the updates do not have are windows of one element.
     sizes = [updates.shape[place[a]] if a in place else 1 for a in range(operand.rank)]
     partial = partial_axes(operand.shape, sizes, kept, map_, batched)
     batch = indices.shape[:-1]
@@ -141,6 +144,7 @@ def _beyond(builder: Builder, places: Places, size: Size, count: int, batch: int
     mask = builder.node("Reshape", [inside, builder.shape([*places.sizes[:batch], *ones])])
     away = whole.name_of(builder, whole.of_size(builder, size))
     if count > 1:
+        # Zeros behind the first: a place that exists along the other axes.
         away = builder.node("Concat", [away, builder.ints([0] * (count - 1))], axis=0)
     return builder.node("Where", [mask, whole.name_of(builder, places.coordinates), away])
 

@@ -21,6 +21,7 @@ def _transpose(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, 
     permutation = list(node.params["permutation"])
     order = tuple(permutation.index(axis) for axis in x[0].order)
     sizes = tuple(x[0].shape[axis] for axis in permutation)
+    # Nothing is moved: the axes are called otherwise, and the order in memory stays.
     return dataclasses.replace(x[0], shape=sizes, order=order)
 
 
@@ -58,6 +59,7 @@ def _slice(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]
     cuts = []
     for axis, size in enumerate(x[0].shape):
         whole = (starts[axis], limits[axis], strides[axis]) == (0, size, 1)
+        # A size that varies is its own limit where all is taken.
         if not whole and not (isinstance(size, str) and starts[axis] == 0 and limits[axis] == size):
             cuts.append((axis, starts[axis], limits[axis], strides[axis]))
         elif strides[axis] != 1:
@@ -92,6 +94,7 @@ def _numbers(builder: Builder, numbers: Sequence[Size]) -> str:
 
 
 def _rev(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
+    # From the last to before the first, so far that no size reaches it.
     cuts = [(axis, -1, -(2**31), -1) for axis in node.params["dimensions"]]
     return sliced(builder, x[0], cuts, shape)
 
@@ -104,6 +107,7 @@ def _pad(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) 
     for axis, (_, _, between) in enumerate(config):
         if between:
             value = _spread(builder, value, axis, between, fill.name)
+    # Spreading left a gap behind the last element too.
     ends = [(before, after - between) for before, after, between in config]
     if any(low > 0 or high > 0 for low, high in ends):
         pads = {axis: (max(low, 0), max(high, 0)) for axis, (low, high) in enumerate(ends)}
@@ -138,6 +142,7 @@ def _padded(
 
 def _concatenate(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]) -> Value:
     leader = x[0]
+    # In the first one's order in memory, so that it at least need not move.
     names = [builder.ordered(value, leader.order).name for value in x]
     name = builder.node("Concat", names, axis=leader.axis(node.params["dimension"]))
     return Value(name, shape, leader.order)
@@ -154,6 +159,7 @@ def _stack(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...]
     """A new axis, physically where it is logically if the operands' axes are in order."""
     leader, new = x[0], node.params["axis"]
     order = tuple(axis + (axis >= new) for axis in leader.order)
+    # In any other order it comes last, where no axis of the others has to move.
     at = new if leader.order == straight(leader.rank) else len(order)
     names = [
         builder.node("Unsqueeze", [builder.ordered(value, leader.order).name, builder.ints([at])])
@@ -168,6 +174,7 @@ def _iota(builder: Builder, node: Node, x: list[Value], shape: tuple[Size, ...])
     sizes[axis] = shape[axis]
     number = whole_numbers.counted(builder, shape[axis])
     number = whole_numbers.reshaped(builder, number, sizes)
+    # Of size 1 along all other axes: whoever needs the copies makes them.
     value = Value(whole_numbers.name_of(builder, number), tuple(sizes), straight(len(shape)))
     return cast(builder, value, onnx_dtype(str(node.params["dtype"])))
 

@@ -29,6 +29,7 @@ def emit_site(emitter: Emitter, site: Int8Node) -> Value:
         values = operands * 2 if len(operands) == 1 else operands
         value = contraction.dot(emitter.builder, node.contraction, values, shape)
     elif node.op in reduction.OPERATIONS:
+        # Runtimes pool integers where the operand is dequantized right before it.
         value = reduction.emit(emitter.builder, node, operands[0], shape, is_int8=True)
     else:
         raise NotCovered(f"the operation {node.op!r} in int8")
@@ -46,6 +47,7 @@ def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
         return _finish(emitter, site, dynamic.conv(emitter, site), multiplier, bias)
     value = dynamic.dot(emitter, site)
     is_weighted = bool(site.weight) or site.computed_weight is not None
+    # This dot has its multiplier and bias in it already.
     if is_weighted and given is not None and not given.has_batch:
         return _moved(emitter, site, value)
     arrays = emitter.model.sites[site.name]
@@ -66,6 +68,7 @@ def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
         order = contraction.kernel_order(form)
         stored, channel_axis = form.kernel(int8, order), order.index(form.outputs)
         weight = make_weight(stored, channel_axis, multiplier, bias, input_scale)
+        # ONNX Runtime has an int8 Conv only where its result is quantized again.
         is_dot = emitter.quantizer.target.is_onnxruntime and form.is_pointwise
         if is_dot and not emitter.model.uses.is_quantized(site.output):
             return _moved(
@@ -78,6 +81,7 @@ def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
         return _moved(emitter, site, value)
     side, own = 1 - site.weight_position, given.operands[site.weight_position]
     if given.has_batch:
+        # Batch axes leave no axis for scales: the integers are multiplied as they are.
         one = np.ones((), np.float32)
         unscaled = Weight(int8, one, one, None, 0)
         name = emitter.quantizer.weight(unscaled, emitter.quantizer.target.dot_weight())
@@ -147,6 +151,7 @@ def _finish(
 ) -> Value:
     """Rearrange, then multiply and add what no weight takes: [C] or [] each."""
     value = _moved(emitter, site, value)
+    # One number for all channels goes along with the value, into whatever multiplies next.
     if np.ptp(ratio) == 0:
         factor = value.factor * float(ratio.flat[0])
         value = dataclasses.replace(value, factor=1.0 if abs(factor - 1) < 1e-6 else factor)
@@ -167,6 +172,8 @@ def _along(emitter: Emitter, site: Int8Node, vector: np.ndarray, rank: int) -> V
     if vector.ndim == 0:
         return Value(emitter.builder.constant(vector), (), ())
     axes = site.channel_axes
+
+    # In the order of the result's axes, in which the vector is reshaped.
     order = sorted(range(len(axes)), key=lambda k: axes[k])
     shape: list[Size] = [1] * rank
     for k in order:

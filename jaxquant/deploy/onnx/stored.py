@@ -47,6 +47,7 @@ def dequantized(builder: Builder, stored: Stored, order: Sequence[int]) -> Value
             builder, whole, scale[0] if wide else scale.reshape(()), stored.bits, axis
         )
         return Value(name, shape, order)
+    # Several axes of scales, or groups: as a matrix it has blocks along one axis.
     name = _matrix(builder, integers, scale, stored)
     sizes = [shape[axis] for axis in (*stored.summed, *channels)]
     name = builder.node("Reshape", [name, builder.ints(sizes)])
@@ -82,6 +83,7 @@ def dot(
     """
     own, weight = given.operands[side], given.operands[1 - side]
     pairs = dict(zip(weight.contracted, own.contracted, strict=True))
+    # Rows of the matrix lie in the order in which the groups go.
     x = builder.ordered(x, (*own.free, *(pairs[axis] for axis in stored.summed)))
     integers, scale = stored.matrix(weight.free)
     rows = [x.shape[axis] for axis in own.free]
@@ -148,6 +150,7 @@ def _packed(
     if len(scale) == 1:
         size = _CHANNEL_BLOCK
         scale = np.repeat(scale, -(-rows // size), axis=0)
+    # The operator's blocks are of a power of two, and no smaller.
     if size < 16 or size & (size - 1):
         return None
     blocks, zero = len(scale), 1 << (bits - 1)

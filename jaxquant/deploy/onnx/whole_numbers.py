@@ -38,6 +38,7 @@ def of_size(builder: Nodes, size: Size) -> Whole:
 def shape(builder: Nodes, sizes: Sequence[Size], may_infer: bool = True) -> str:
     """A shape as a tensor; with `may_infer`, one size that varies is left to Reshape as -1."""
     varying = [size for size in sizes if isinstance(size, str)]
+    # A 0 would be read as a size that is kept.
     if len(varying) <= 1 and (may_infer or not varying) and 0 not in sizes:
         return builder.ints([-1 if isinstance(size, str) else size for size in sizes])
     return builder.node(
@@ -110,6 +111,7 @@ def clipped(builder: Nodes, number: Whole, last: Whole) -> Whole:
 
 def reshaped(builder: Nodes, number: Whole, sizes: Sequence[Size]) -> Whole:
     if isinstance(number, np.ndarray):
+        # At most one of the sizes is not known, which NumPy infers.
         return number.reshape([-1 if isinstance(size, str) else size for size in sizes])
     return builder.node("Reshape", [number, shape(builder, sizes)])
 
@@ -119,6 +121,7 @@ def counted(builder: Nodes, size: Size) -> Whole:
     number = of_size(builder, size)
     if isinstance(number, np.ndarray):
         return np.arange(int(number[0]))
+    # Range takes numbers without axes.
     limit = builder.node("Reshape", [number, builder.constant(np.zeros(0, np.int64), "scalar")])
     start, step = (builder.constant(np.int64(k), "whole") for k in (0, 1))
     return builder.node("Range", [start, limit, step])

@@ -62,6 +62,7 @@ def primitive(name: str) -> jaxprs.Primitive:
 
 @functools.cache
 def _table() -> Mapping[str, jaxprs.Primitive]:
+    # Names of primitives are no public list; JAX exports most of their objects.
     found = {
         value.name: value
         for module in (lax, known)

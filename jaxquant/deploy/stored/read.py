@@ -42,6 +42,7 @@ class StoredGraph:
         self.form, self.arrays = form, arrays
         self._input_tree = decode_tree(form.input_tree)
         self._output_tree = decode_tree(form.output_tree)
+        # Parameters and constants have no size that varies.
         self._leaves = tuple(_struct(leaf.tensor, {}) for leaf in form.leaves)
         self._constants = tuple(_constant(c, arrays) for c in form.constants)
         inner = [constant for body in form.bodies for constant in body.constants]
@@ -82,7 +83,9 @@ class StoredGraph:
         known = self._sizes(structs)
         builder = replay.Replay(self.form, self._closed_over, known)
         flat = jax.tree.leaves(structs)
+        # Abstractly: shapes and dtypes are found, nothing is computed.
         jax.eval_shape(builder.run, self._leaves, self._constants, flat)
+
         # Numbers go to leaves, constants, inputs and results in turn, as they were written.
         count = len(self._leaves)
         constants = range(count, count + len(self._constants))
