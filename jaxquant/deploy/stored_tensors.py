@@ -57,6 +57,7 @@ class StoredTensors(Tensors):
           var: the weight, or what follows from it.
         """
         varies = self.binding.model.varies_by_layer(var)
+        # Along the scans that hand it out: what all layers share has no axis for them.
         index = tuple(k for k, own in zip(self.binding.layer, varies, strict=True) if own)
         return self.found.slice_of(tensor_names.join(("params", *path)), index)
 

@@ -68,6 +68,7 @@ class Tensors:
     def unstack(self, atom: ir.Atom) -> tuple[int, ...]:
         """The numbers of the entries of a tensor along its first axis, which is added once."""
         assert isinstance(atom, int), "what a scan goes along is no scalar"
+        # Once for all steps: each reads its own entry.
         if atom not in self._unstacked:
             tensor = self.found.tensors[self.number(atom)]
             length = int(tensor.shape[0])

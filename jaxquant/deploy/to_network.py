@@ -104,6 +104,7 @@ class _Translator(SiteNodes):
         ):
             tensors |= {str(self.number(var)): name + suffix for var, name in names.items()}
         self.found.rounded.update(map(self.number, forms.rounded))
+
         for index in sorted(forms.moves):
             eqn = graph.equations[index]
             self.need_static(eqn.inputs)
@@ -123,6 +124,8 @@ class _Translator(SiteNodes):
                 self.nodes.append(self.int8_node(by_index[eqn.index]))
             elif eqn.index in self.program.bodies:
                 self._loop(eqn)
+
+            # What is static is added when something reads it.
             elif not (eqn.outputs and graph.static[eqn.outputs[0]]):
                 picks = eqn.index in binding.picks
                 if not picks:
@@ -183,6 +186,7 @@ class _Translator(SiteNodes):
         inner, graph = self._inside(region, self.program, self.binding, []), region.graph
         for var in graph.constants:
             inner.fold(var)
+        # In the graph's own order: nothing in a body is put off.
         inner.add_in_float()
         arguments = tuple(inner.number(var) for var in region.arguments)
         return Body(region.key, arguments, tuple(inner.nodes), inner.outputs())
@@ -218,6 +222,7 @@ class _Translator(SiteNodes):
             self._unroll(eqn, programs[0], bound[0].layers)
             return
 
+        # Bodies with int8 sites are bound, in the order of the regions.
         inner = iter(zip(programs, bound, strict=True))
         bodies, unread = [], set[int]()
         for region in self.region.bodies(eqn):

@@ -30,8 +30,10 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
+            # A file that is there keeps its permissions.
             if file_path.exists():
                 os.fchmod(file.fileno(), file_path.stat().st_mode & 0o777)
+            # On the disk before the rename is, or a crash might leave an empty file under the name.
             os.fsync(file.fileno())
         os.replace(temporary, file_path)
     except BaseException:

@@ -89,6 +89,7 @@ def chunks(
         array = arrays[name]
         header[name] = _entry(array.dtype, array.shape, offset)
         offset += array.nbytes
+    # Last of all, so that everything before it can be summed up while it is written.
     header[SEAL] = _entry(np.dtype("u1"), (hashlib.sha256().digest_size,), offset)
     text = strict_json.dump_json(header, f"header of {len(names)} tensors")
     text += b" " * (-len(text) % 8)
@@ -130,6 +131,7 @@ def read(
 
 def _plain(name: str, array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
+    # Files are little-endian; truth values and 8-bit floats have no byte order.
     little = array.dtype.newbyteorder("<") if array.dtype.kind in "iufc" else array.dtype
     if little not in _CODES:
         raise ValueError(f"{name!r} has dtype {array.dtype}, which a safetensors file cannot hold")
@@ -183,6 +185,8 @@ def _metadata(header: dict[str, Any], form: Format) -> dict[str, str]:
     is_text = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not is_text or metadata.get("format") != form.name:
         raise FileError(f"not {form.what}")
+
+    # Older and newer versions say different things under the same names.
     version = metadata.get("format_version", "")
     if version != form.version:
         raise FileError(
@@ -198,6 +202,7 @@ def _places(header: dict[str, Any], size: int) -> dict[str, Place]:
     """Tensor -> dtype, shape, start and end in the data; they fill the data without gaps."""
     places: dict[str, Place] = {}
     position = 0
+    # Names are checked before they are shown or looked up.
     for name in header:
         split(name)
     for name, entry in header.items():
@@ -277,6 +282,7 @@ def _check_seal(
 def _array(name: str, data: bytes, place: Place) -> np.ndarray:
     dtype, shape, start, end = place
     raw = np.frombuffer(data, np.uint8, end - start, start)
+    # NumPy would take any byte for true, and compute with the byte.
     if dtype.kind == "b" and (raw > 1).any():
         raise FileError(f"tensor {name!r}: a truth value is neither 0 nor 1")
     return raw.view(dtype).reshape(shape)

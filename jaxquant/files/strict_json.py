@@ -65,13 +65,16 @@ def _measure(text: bytes) -> str:
     if len(text) > MAX_BYTES:
         return f"it has {len(text)} bytes of JSON; at most {MAX_BYTES} are read"
     # Without escaped characters every quotation mark opens or closes a string.
+    # Escaped backslashes first: behind one of them a quotation mark is a plain one.
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     characters = np.frombuffer(plain, np.uint8)
+    # Odd after an opening mark, even after a closing one; eight bits keep the parity.
     in_string = np.cumsum(characters == ord('"'), dtype=np.uint8) & 1
     outside = characters[in_string == 0]
     opens = (outside == ord("[")) | (outside == ord("{"))
     closes = (outside == ord("]")) | (outside == ord("}"))
     values = np.count_nonzero(opens) + np.count_nonzero(outside == ord(","))
+    # Commas and brackets outside of strings are as many as there are values, or more.
     if values > MAX_VALUES:
         return f"it has {values} values; at most {MAX_VALUES} are read"
     depth = np.cumsum(opens.view(np.int8) - closes.view(np.int8), dtype=np.int32)

@@ -25,6 +25,7 @@ def join(parts: tuple[str, ...]) -> str:
     for part in parts:
         if part in _FORBIDDEN or not part.isprintable():
             raise ValueError(f"a parameter under the key {part!r} cannot be saved; rename it")
+    # As JSON pointers do; "~" first, or the escapes would be escaped.
     name = "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts)
     if _is_too_large(name):
         raise ValueError(
@@ -45,6 +46,7 @@ def split(name: str) -> tuple[str, ...]:
     parts = name.split("/")
     if any(part in _FORBIDDEN for part in parts) or not name.isprintable() or _ESCAPE.search(name):
         raise FileError(f"the tensor name {name[:100]!r} is not valid")
+    # In the reverse order of `join`.
     return tuple(part.replace("~1", "/").replace("~0", "~") for part in parts)
 
 

@@ -68,6 +68,8 @@ class Replay:
         Raises:
           ValueError: the form is damaged; the message says which equation.
         """
+        # Static is what depends on no input: parameters and constants are, and what follows of
+        # both.
         for given, static in ((leaves, True), (constants, True), (inputs, False)):
             for value in given:
                 self._new(value, static)
@@ -123,6 +125,7 @@ class Replay:
             dtype = values.decode(equation.params["new_dtype"], self._known, self._no_body)
             return numbers[0].astype(dtype)
         # Only arithmetic on sizes: anything else that is constant was folded when it was saved.
+        # Python's numbers do not wrap around, and sizes do not come near it.
         integers = all(number.dtype.kind == "i" for number in numbers)
         if equation.op in _FOLDED and integers:
             result = _FOLDED[equation.op](*(number.item() for number in numbers))
@@ -147,6 +150,7 @@ class Replay:
         return self._values[atom]
 
     def _bind(self, equation: Equation, operands: Sequence[Any], params: Any) -> list[Any]:
+        # Counted before it is bound, so that a file is refused before its work is done.
         self._count(1)
         results = jaxprs.bind(primitives.primitive(equation.op), operands, dict(params))
         return _checked_results(equation, results)
@@ -169,6 +173,7 @@ class Replay:
         if equation.op == "cond":
             for branch in params["branches"][1:]:
                 _check_outputs(branch.out_avals, params["branches"][0].out_avals)
+        # Names of parameters differ between releases of JAX; a file has one of them.
         return jaxprs.own_params(equation.op, params)
 
     def _jaxpr(
@@ -188,6 +193,7 @@ class Replay:
             run = functools.partial(self._run_body, body, number, depth + 1)
             self._bodies[known] = jax.make_jaxpr(run)(*given)
         closed = self._bodies[known]
+        # A scatter holds its body without constants.
         return closed.jaxpr if key == "update_jaxpr" else closed
 
     def _count(self, steps: int) -> None:
@@ -208,6 +214,7 @@ class Replay:
         for equation in body.equations:
             _check_bodies(equation, number)
             operands = [read(x) for x in equation.inputs]
+            # Traced operands have no value; whatever else is read is a number.
             numbers = [None if isinstance(x, jax.core.Tracer) else x for x in operands]
             if (folded := self._folded(equation, numbers, sizes)) is not None:
                 sizes.add(len(found))
@@ -232,6 +239,7 @@ class Replay:
         def called(*xs: Any) -> Any:
             return jaxprs.jaxpr_as_fun(closed)(*xs)
 
+        # A call's name is part of where an operation is.
         called.__name__ = called.__qualname__ = str(name)
         return _checked_results(equation, list(jax.jit(called)(*operands)))
 
@@ -251,6 +259,7 @@ def _checked_results(equation: Equation, results: list[Any]) -> list[Any]:
         raise ValueError(f"it gives {len(results)} results, not {equation.outputs}")
     for result in results:
         shape = jax.typeof(result).shape
+        # Sizes that vary are bounded where they become numbers.
         known = math.prod(size for size in shape if isinstance(size, int))
         if known > MAX_ELEMENTS or any(isinstance(d, int) and d < 0 for d in shape):
             raise ValueError(f"it gives a tensor of the shape {shape}")
@@ -262,6 +271,7 @@ def _fed(equation: Equation, key: str, avals: Sequence[Any]) -> Sequence[Any]:
     op, given = equation.op, equation.params
     if op == primitives.CALL:
         return avals
+    # A step sees one entry of what the scan goes along.
     if op == "scan":
         kept = _count(given, "num_consts") + _count(given, "num_carry")
         rows = [a.update(shape=a.shape[1:]) for a in avals[kept:]]
@@ -273,6 +283,7 @@ def _fed(equation: Equation, key: str, avals: Sequence[Any]) -> Sequence[Any]:
     if op == "cond":
         return avals[1:]
     if op.startswith("scatter") and key == "update_jaxpr":
+        # Two numbers: what is there, and what comes to it.
         return [avals[0].update(shape=())] * 2
     raise ValueError(f"{op} with a body")
 
@@ -305,6 +316,7 @@ def _check_loop(body: Any, carry: Sequence[Any], count: int) -> None:
 
 
 def _check_outputs(found: Sequence[Any], wanted: Sequence[Any]) -> None:
+    # Dtypes too: JAX compares them in its own traces, and trusts a file's.
     pairs = [[(a.shape, a.dtype) for a in avals] for avals in (found, wanted)]
     if pairs[0] != pairs[1]:
         raise ValueError("a body of control flow gives something else than is read")

@@ -78,6 +78,8 @@ def solve(wanted: Sequence[tuple[str | int, Size]]) -> dict[str, Size]:
             for name in names(text) - set(found):
                 found[name] = _solve_linear(text, name, value, found)
         open_ = [pair for pair in open_ if pair not in solvable]
+
+    # Whatever was not needed to find them has to agree.
     for size, value in wanted:
         given = evaluate(size, found) if isinstance(size, str) else size
         if given != value:
@@ -86,6 +88,7 @@ def solve(wanted: Sequence[tuple[str | int, Size]]) -> dict[str, Size]:
 
 
 def _solve_linear(text: str, name: str, value: Size, known: Mapping[str, Size]) -> Size:
+    # Three points tell whether it is linear; the slope of a size that varies may itself vary.
     at = [evaluate(text, {**known, name: k}) for k in range(3)]
     slope = at[1] - at[0]
     is_linear = isinstance(slope, int) and slope and at[2] - at[1] == slope
@@ -98,6 +101,7 @@ def _solve_linear(text: str, name: str, value: Size, known: Mapping[str, Size]) 
 def _parse(text: str) -> tuple[Any, ...]:
     if len(text) > _MAX_CHARACTERS:
         raise ValueError(f"a size of {len(text)} characters")
+    # Characters that are no token stay in the list, where no rule of the grammar takes them.
     tokens = [match.group().strip() for match in _TOKEN.finditer(text) if match.group().strip()]
     parser = _Parser(tokens, text)
     tree = parser.sum(0)
@@ -144,11 +148,13 @@ class _Parser:
         exponent = self._atom(depth)
         if exponent[0] != "number" or not 0 < exponent[1] <= _MAX_EXPONENT:
             raise self._error()
+        # A power of a power would be as large as anyone likes.
         return ("^", base, exponent)
 
     def _atom(self, depth: int) -> tuple[Any, ...]:
         token = self._tokens[self._place] if self._place < len(self._tokens) else ""
         self._place += 1
+        # Measured before it is converted: a text may hold digits without end.
         if token.isdecimal() and len(token) <= 13 and int(token) <= _MAX_NUMBER:
             return ("number", int(token))
         if token == "(":
@@ -204,5 +210,6 @@ def _value(tree: tuple[Any, ...], sizes: Mapping[str, Size], text: str) -> Size:
 def _extreme(operation: str, left: Size, right: Size) -> Size:
     if isinstance(left, int) and isinstance(right, int):
         return max(left, right) if operation == "max" else min(left, right)
+    # Symbolic sizes have no maximum in Python; jax.export makes one from its text.
     scope = next(x.scope for x in (left, right) if jax.export.is_symbolic_dim(x))
     return export.symbolic_shape(f"{operation}({left}, {right})", scope=scope)[0]

@@ -42,6 +42,7 @@ def _encode(tree: Any, depth: int) -> Any:
         return {kind.__name__: parts}
     if kind is type(None):
         return None
+    # A key of another type would come back as another one from JSON.
     if kind is dict and all(type(key) in (str, int, bool) for key in auxiliary):
         return {"dict": [list(pair) for pair in zip(auxiliary, parts, strict=True)]}
     # Classes that JAX was told of are stored by name, of those that are known to be safe.
@@ -53,6 +54,7 @@ def _template(data: Any, depth: int) -> Any:
     if data is None:
         return None
     if data == "leaf":
+        # Any leaf will do: the structure alone is kept.
         return 0
     if depth >= _MAX_DEPTH or not isinstance(data, dict) or len(data) != 1:
         raise ValueError("the structure of inputs or outputs is damaged")

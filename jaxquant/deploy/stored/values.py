@@ -65,6 +65,7 @@ def decode_dtype(text: str) -> Any:
     except TypeError as error:
         raise ValueError(f"{text[:40]!r} is no dtype") from error
     is_number = dtype.kind in "biufc" or dtype in _EXTENDED
+    # Aliases and other byte orders have names that read back as another text.
     if str(dtype) != text or not is_number or not dtype.isnative:
         raise ValueError(f"{text[:40]!r} is no dtype of numbers")
     return dtype
@@ -141,6 +142,7 @@ def encode(value: Any, body: Callable[[Any], int]) -> Any:
     # JSON has no infinity; as a text it reads back the same.
     if type(value) is float:
         return value if math.isfinite(value) else {"float": str(value)}
+
     if isinstance(value, (jaxprs.Jaxpr, jaxprs.ClosedJaxpr)):
         return {"body": body(value)}
     if type(value).__name__ in _RECORDS:
@@ -180,6 +182,8 @@ def _decode(data: Any, known: Mapping[str, Any], body: Callable[[int], Any], dep
         raise ValueError("a parameter is too deep")
     if data is None or type(data) in (bool, str, float):
         return data
+
+    # Larger ones are no parameter of any primitive, and Python's have no end.
     if type(data) is int:
         if abs(data) > _MAX_SIZE:
             raise ValueError(f"the number {data} is too large")
@@ -191,6 +195,7 @@ def _decode(data: Any, known: Mapping[str, Any], body: Callable[[int], Any], dep
     # Whatever is no number, text or list says by a key what it is.
     ((kind, content),) = data.items()
     if kind == "scalar":
+        # A number without axes, as primitives have it among their parameters.
         return decode_scalar(content)[()]
     if kind == "float":
         return _decode_float(content)

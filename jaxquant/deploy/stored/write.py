@@ -107,6 +107,7 @@ class _Writer:
         if not is_needed:
             return Constant(path, tensor, "")
         name = f"{CONSTANTS}/{len(self._arrays)}"
+        # Keys have a dtype that files do not know; the numbers behind them do.
         data = jax.random.key_data(value) if prng.is_key_dtype(value.dtype) else value
         self._arrays[name] = np.asarray(jax.device_get(data))
         return Constant(path, tensor, name)
@@ -115,6 +116,7 @@ class _Writer:
         self, op: str, params: Mapping[str, Any], scope: str
     ) -> tuple[str, dict[str, Any]]:
         """The name and the parameters of an operation as they are stored."""
+        # A placement is the machine's; what remains of it hands its operand on.
         if op in PLACEMENTS:
             return "copy", {}
         if not primitives.is_known(op):
