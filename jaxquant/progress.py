@@ -63,6 +63,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._shown:
             # A bar's own clock stands while XLA compiles: nothing calls it then.
+            # A daemon: a call that hangs must not keep the process.
             self._clock = threading.Thread(target=self._keep_time, name="jaxquant", daemon=True)
             self._clock.start()
         return self
@@ -76,6 +77,8 @@ class Progress:
         if self._clock is None:
             return
         self._ended.set()
+
+        # Joined before the bar is closed, or the thread might draw it again.
         self._clock.join()
         self._open.clear()  # an interrupt may have come while one was being opened
         self._close_bar()
@@ -95,12 +98,14 @@ class Progress:
     def _begin(self, stage: Stage) -> None:
         if not self._shown:
             return
+        # The clock's thread reads what is changed here.
         with self._lock:
             self._open.append(stage)
             path = self._path
             if len(path) <= _TOLD:
                 self._seconds.setdefault(path, 0.0)
                 self._say(": ".join(path))
+            # Only the outermost stage has a bar: tqdm's nested ones jump on many screens.
             if len(path) == 1 and self._tqdm is not None:
                 self._bar = _draw(self._tqdm, stage, leave=not _is_logged())
             self._note_inner(refresh=len(path) > 1)
@@ -110,6 +115,7 @@ class Progress:
             return
         with self._lock:
             if self._path in self._seconds:
+                # Added up: a stage of the same name may be opened many times.
                 self._seconds[self._path] += time.monotonic() - stage.started
             if stage in self._open:
                 self._open.remove(stage)
@@ -121,6 +127,7 @@ class Progress:
     def _count(self, stage: Stage) -> None:
         with self._lock:
             stage.done += 1
+            # Inner stages count for themselves and are told beside the bar.
             if self._bar is not None and self._open[:1] == [stage]:
                 self._bar.update()
             self._note_inner(refresh=False)
@@ -155,6 +162,7 @@ class Progress:
     def _keep_time(self) -> None:
         """Move the clock of the bar; without one, break a long silence."""
         while not self._ended.wait(TICK):
+            # With the lock, since a stage may end meanwhile.
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()

@@ -94,6 +94,7 @@ def options_of(
         "skip_first_last": config.skip_first_last,
         "batch_size": None if batch_size is None else int(batch_size),
         "batch_nums": None if batch_nums is None else int(batch_nums),
+        # A function has no text that would be the same tomorrow.
         "select": "a function" if callable(select) else repr(select),
         "mask": None if padding is None else padding.option,
     }
@@ -110,10 +111,12 @@ def calibrate(
     padding: Padding | None = None,
 ) -> Observations:
     """Observe the float model on the batches, or go on from a calibration file."""
+    # The first call builds or loads them, which takes seconds once in a process.
     if not operations.are_loaded():
         with progress.stage("loading the kernels"):
             operations.load()
     sweep = _sweep(source, config, options, allow_batch_dependence, progress, padding)
+    # Each process would go on with other numbers than the rest, and wait for them for ever.
     if jax.process_count() > 1:
         check_alike(params_digests(source.params), is_complete(calibration_file))
     with progress.stage("calibrating", batches.total, "batch") as stage:
@@ -131,6 +134,8 @@ def load(
     progress: Progress,
 ) -> Observations:
     """What a complete calibration file holds, which must be of this model."""
+
+    # Batch dependence was looked at when they were observed.
     sweep = _sweep(source, config, options_of(config), True, progress)
     with progress.stage("reading the observations"):
         return load_checked(path, sweep, config.own_observer)
@@ -240,6 +245,8 @@ class _Traced:
         asked = self.config.with_rules(more)
         first, *others = self.observations.examples
         found = cut_scans(self.source, self.model, asked, first, others)
+
+        # Observations are by names of sites, and a cut scan has new ones.
         if found is None:
             return _Cut(self.source, self.model, asked, self.observations)
         observations = found.renamed(self.observations)
@@ -255,6 +262,7 @@ class _Cut:
     config: QuantConfig
     observations: Observations
 
+    # Planned when it is asked for: what is cut again for more rules is never planned.
     @functools.cached_property
     def binding(self) -> Binding:
         """What becomes int8."""
@@ -273,6 +281,8 @@ def _build(cut: _Cut, file: str | os.PathLike[str] | None, progress: Progress) -
         source, binding, examples, file=file, padding=padding, progress=progress
     )
     program, qparams = recovered.program, recovered.qparams
+
+    # On the first batch: the report is to be a matter of seconds.
     with progress.stage("comparing"):
         quality = measure_quality(recovered.comparison, qparams, examples[0], recovered.uncorrected)
         report = make_report(program, source.params, qparams, quality, recovered.notes)

@@ -30,10 +30,12 @@ def cause(row: Mapping[str, Any]) -> str:
       row: of an `Analysis`: weight_db, input_db, clipped_noise.
     """
     weights, inputs = row["weight_db"], row["input_db"]
+    # Whichever fits its grid worse has most of the noise: both enter the product alike.
     if weights is not None and (inputs is None or weights < inputs):
         return WEIGHTS if weights < COARSE_DB else ROUNDING
     if inputs is None:
         return ROUNDING
+    # Noise of values beyond the grid is of the threshold, the rest is of the step.
     if row["clipped_noise"] > 0.5:
         return CLIPPING
     return OUTLIERS if inputs < COARSE_DB else ROUNDING

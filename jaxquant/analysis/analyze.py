@@ -103,6 +103,7 @@ def analyze(
             f"jaxquant.quant_post returned them; got a {type(qapply).__name__} as qapply{swapped}"
         )
     with Progress("analyze", progress) as shown:
+        # Before the data are read, which may take minutes.
         qapply.check(qparams)
         batches = iterate(ds, batch_size=batch_size, batch_nums=batch_nums, select=select)
         total = num_batches(ds, batch_size, batch_nums, select=select)
@@ -143,6 +144,7 @@ def _analyze(
     ranking = sorted(quality, key=lambda name: quality[name])
     if metric is not None:
         switch = Switch(source, qparams, plan, examples, padding=padding)
+        # Hashing all parameters takes a moment that only a file is worth.
         digest = models_digest(params, qparams, plan) if file is not None else ""
         scores = Scores(switch, metric, file, digest)
         found = sensitivity.measure(scores, switch.names, progress=progress)
@@ -189,6 +191,8 @@ def _rows(
     """One row a site, in network order; of several layers that of the worst one."""
     layers: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, None] = {}
+
+    # A site that no step came to was not measured, and has no row.
     for place, (program, part, layer) in enumerate(_along(parts, ())):
         if of_layer(part.name, layer) not in surveyed.own:
             continue
@@ -208,6 +212,7 @@ def _rows(
 def _along(parts: Parts, layer: tuple[int, ...]) -> Iterator[tuple[Program, Part, tuple[int, ...]]]:
     """The sites in the order in which they run, those inside scans again for each layer."""
     ends: dict[int, Part | tuple[Parts, ...]] = {
+        # By the last equation, so that a site and a loop stand in the order of a run.
         **{p.end.index: p for p in parts.own},
         **parts.bodies,
     }
@@ -251,6 +256,7 @@ def _row(
         "dead_channels": ends.dead if ends else None,
         "lost_channels": ends.lost if ends else None,
     }
+    # What a dynamic site reads has no grid to clip it.
     scales = program.binding.scales
     names = [of_layer(scales[v], layer) for v in part.operands if v in scales]
     return row | _input_row(dict.fromkeys(names), surveyed.tensors, tensors)

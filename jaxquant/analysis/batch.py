@@ -80,6 +80,7 @@ def measure(
     accumulating = functools.partial(_measure_accumulated, real)
     quantized, accumulated = evaluate_parts(parts, params, qparams, flat, accumulating, reference)
     outputs = [
+        # Only floats have an error; integers of the int8 model are those of the float model.
         measures.moments(
             without_padding(reference.read(x), real(model, x)), jnp.asarray(quantized.read(x))
         )
@@ -108,6 +109,7 @@ def _measure_alone(
 ) -> Outcome:
     """The own error of a part, its inputs those of the float model; the float values go on."""
     wanted = as_float()
+    # Its float values go on, so that the next site's inputs are those of the float model.
     if not part.name or not _is_float(wanted[0]):
         return Outcome(wanted)
     got, ends = as_int8()[0], None
@@ -155,6 +157,7 @@ def _ends(
     real: jax.Array | None,
 ) -> Ends:
     activation = find_activation(reference.graph, epilogue.output)
+    # Behind the activation: a channel that a ReLU makes zero everywhere is dead to all readers.
     pair = (reference.wide(activation.end), activation.of(value, reference))
     reduce = epilogue.channels.reduce
     return Ends(
@@ -197,6 +200,7 @@ def _clipping(
     outside = _filled((place > 127.5) | (place < -128.5), real, False)
     count = x.size if real is None else jnp.sum(jnp.broadcast_to(real, x.shape))
     moments = measures.moments(without_padding(x, real), rounded)
+    # Squared in the moments' unit, as the noise that it is a part of.
     off = (x - rounded) * (1 / moments.unit)
     return Clipping(
         moments=moments,

@@ -48,6 +48,8 @@ class Flow:
         """
         found: dict[str, None] = {}
         stack: list[tuple[Flow, ir.Var]] = [(self, var) for var in start]
+
+        # A tensor that many read is gone through once.
         seen = set(stack)
         while stack:
             flow, var = stack.pop()
@@ -104,6 +106,7 @@ def _flow_of(
         if not is_elsewhere(binding.model, site)
     }
     sites = {name: site for name, site in sites.items() if name in shown}
+    # What follows a site reads what its epilogue gives, which is behind BatchNorms and clips.
     outputs = {ends.get(site.name, site.output): name for name, site in sites.items()}
     names = {var: name for var, name in outputs.items() if var is not None}
     flow = Flow(binding.graph, names, operands)

@@ -33,6 +33,7 @@ def warn_if_larger(params: Any, qparams: Mapping[str, Any]) -> None:
     # Scales and rounding up to whole bytes always cost a little; that is not worth a word.
     if sum(after.values()) < sum(before.values()) + _WORTH:
         return
+    # By what they grew, the largest first.
     grown = sorted(before, key=lambda name: before[name] - after[name])[:_NAMED]
     shown = "; ".join(
         f"{name} ({before[name]:,} bytes) as {_spell(_stored(qparams, tuple(name.split('/'))))}"

@@ -40,7 +40,9 @@ class Moments(NamedTuple):
 
     def in_unit(self, unit: jax.Array) -> Moments:
         """The same in another unit, not below its own; one of 0 is of nothing seen."""
+        # Nothing seen has a unit of 0, and 0 times anything is what it adds.
         ratio = self.unit / jnp.where(unit > 0, unit, 1)
+        # Infinite noise stays: times a ratio of 0 it would be NaN.
         powers = (jnp.where(jnp.isinf(x), x, x * ratio**2) for x in self[:4])
         signal, noise, power, product = powers
         return Moments(signal, noise, power, product, self.decibels, self.samples, unit)
@@ -81,6 +83,7 @@ class Moments(NamedTuple):
         """Σ y ŷ / √(Σ y² Σ ŷ²); 1 where both are all zero."""
         if self.signal == 0 and self.power == 0:
             return 1.0
+        # Two roots and not one: the product of two sums of squares may overflow.
         norm = math.sqrt(float(self.signal)) * math.sqrt(float(self.power))
         return float(self.cross) / norm if norm > 0 and math.isfinite(norm) else 0.0
 
@@ -132,6 +135,7 @@ class Clipping(NamedTuple):
         """The clipping of two tensors together, arrays of JAX."""
         moments = self.moments.plus(other.moments)
         noises = [
+            # As the moments: what is seen of nothing has a unit of 0.
             x.clipped_noise * (x.moments.unit / jnp.where(moments.unit > 0, moments.unit, 1)) ** 2
             for x in (self, other)
         ]
@@ -176,6 +180,7 @@ def moments(y: jax.Array, other: jax.Array) -> Moments:
     unit = unit_of(y, other)
     y, other = y * (1 / unit), other * (1 / unit)
     counted = jnp.isfinite(y)
+    # A value that int8 lost is worse than any noise, and is no number that could be summed.
     lost = jnp.any(counted & ~jnp.isfinite(other))
     y = jnp.where(counted, y, 0)
     other = jnp.where(counted & jnp.isfinite(other), other, 0)
@@ -185,6 +190,7 @@ def moments(y: jax.Array, other: jax.Array) -> Moments:
     off = rows - other.reshape(rows.shape)
     signals, noises = jnp.sum(rows**2, axis=1), jnp.sum(off**2, axis=1)
     used = signals > 0
+    # Noise of 0 is no ratio; the clip below makes it the best that a sample counts for.
     ratio = jnp.where(used, signals, 1) / jnp.maximum(noises, jnp.finfo(jnp.float32).tiny)
     decibels = jnp.clip(10 * jnp.log10(ratio), _LEAST_DB, _MOST_DB)
     return Moments(

@@ -30,6 +30,7 @@ def next_steps(report: Report, analysis: Analysis | None) -> list[str]:
             f"The outputs have an SQNR of {db:.1f} dB, which is little: jaxquant.analyze tells "
             "which sites it is lost at."
         )
+    # Named by kind, since one setting is the remedy for all of them.
     by_kind = sorted({r["kind"] for r in report.rows if "quantizable_op_type" in r["reason"]})
     if by_kind:
         found.append(

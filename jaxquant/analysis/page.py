@@ -103,6 +103,7 @@ def report_html(
       ...     "SQNR of every site" in page.read_text()
       True
     """
+    # Before the pictures are drawn, which takes a while.
     atomic.check_writable(path)
     report = qapply.report()
     if report is None:
@@ -176,6 +177,8 @@ def _table(report: Report, analysis: Analysis | None) -> str:
     columns = [(title, key, rows) for title, key in _REPORT_COLUMNS if key not in told_better]
     if analysis is not None:
         more = (*_ANALYSIS_COLUMNS, *(_SCORE_COLUMNS if analysis.has_scores else ()))
+
+        # Before the last column, the reason, whose text is as wide as it likes.
         columns[-1:-1] = [(title, key, found) for title, key in more]
     head = "".join(
         f'<th class="{"text" if key in _TEXTS else "number"}" aria-sort="none">'
@@ -212,6 +215,7 @@ def _cell(value: Any, key: str) -> str:
         escaped = html.escape(value)
         return f'<td title="{escaped}" data-value="{escaped}">{escaped}</td>'
     text = str(value) if isinstance(value, int) else _number(value, key)
+    # JavaScript sorts numbers; infinity is none that a page can hold.
     order = value if math.isfinite(value) else math.copysign(1e300, value)
     return f'<td class="number" data-value="{order!r}">{text}</td>'
 

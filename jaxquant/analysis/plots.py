@@ -47,6 +47,7 @@ def histogram(analysis: Analysis, tensor: str) -> Any:
     counts, edges = _coarse(seen)
     axes.stairs(counts, edges, fill=True, color=_GREY, alpha=0.5)
     axes.set_yscale("log")
+    # A tensor of zeros has an axis all the same.
     axes.set_xlim(0, max(seen.stats.abs_max, seen.threshold) * 1.03 or 1)
     axes.axvline(seen.threshold, color=_BAD, label=f"in use: {seen.threshold:.4g}")
     colors = _colormap(len(METHODS))
@@ -179,6 +180,7 @@ def _coarse(tensor: TensorAnalysis) -> tuple[np.ndarray, np.ndarray]:
     """At most 256 bins up to the largest value, which a picture can show."""
     used = int(np.ceil(tensor.stats.abs_max / tensor.stats.bin_width)) or 1
     width = max(1, -(-used // 256))
+    # One bin more: the largest value may lie on an edge.
     bins = -(-min(used + 1, len(tensor.stats.counts)) // width)
     counts = np.zeros(bins * width, np.float64)
     kept = min(len(counts), len(tensor.stats.counts))
@@ -213,6 +215,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
         raise ImportError(
             f"pictures are drawn by matplotlib, which is not installed: {how_to_install('plot')}"
         ) from error
+    # Not by pyplot, which keeps every figure until it is closed.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

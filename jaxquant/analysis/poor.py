@@ -78,6 +78,8 @@ def warn_if_poor(
     output = report.summary["output_sqnr_db"]
     if output is None:
         return
+
+    # Good outputs may still hide a column.
     if output >= POOR_SQNR:
         _warn_of_lost_columns(report)
         return
@@ -107,6 +109,8 @@ def falls(binding: Binding, sqnr: Mapping[str, float], output: float) -> list[Fa
     feeding = {name: p.feeding(read) for p in flow.walk() for name, read in p.inputs.items()}
     feeding[OUTPUTS] = flow.feeding([x for x in flow.graph.outputs if isinstance(x, int)])
     after = {**sqnr, OUTPUTS: output}
+
+    # What a site reads is as good as the worst of the sites that feed it.
     found = [
         Fall(name, min((sqnr[each] for each in names), default=math.inf), after[name], names)
         for name, names in feeding.items()
@@ -130,6 +134,8 @@ def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> 
     """What may help: at the sites that are bad by themselves, else before the largest fall."""
     rows = {row["name"]: row for row in report.rows}
     tiny = [name for name in rows if _is_below_float32(rows[name])]
+
+    # Nothing else helps where the scales are flushed to zero.
     if tiny:
         return (
             f"one step of the sums of {', '.join(tiny[:_NAMED])} is worth less than "
@@ -141,6 +147,7 @@ def _advice(shown: Sequence[Fall], own: Mapping[str, float], report: Report) -> 
     bad = [fall.name for fall in shown if own.get(fall.name, math.inf) < GOOD_DB]
     start = "" if bad else "the error of what it reads is small and grows there: "
     if not bad:
+        # Sites in float cannot be the cause, and skipping them changes nothing.
         before = [name for name in shown[0].feeding if sites[name]["status"] == INT8]
         bad = before or [shown[0].name]
     return start + MODES[report.summary["mode"]].advice.format(skip=tuple(bad))
@@ -150,4 +157,5 @@ def _is_below_float32(row: Mapping[str, Any]) -> bool:
     """True for a site whose multipliers are taken for zero."""
     if not row["threshold"] or not row["weight_scale_max"]:
         return False
+    # 127 levels, as the largest step of a symmetric grid has it.
     return bool(row["threshold"] / 127 * row["weight_scale_max"] < SMALLEST_SCALE)

@@ -77,6 +77,7 @@ def survey(
         NaN or infinity.
     """
 
+    # Arrays are arguments and not constants: they would be compiled into the program.
     @jax.jit
     def step(
         params: Any, qparams: Any, plain: Any, *inputs: Any
@@ -95,12 +96,16 @@ def survey(
     for index, inputs in enumerate(batches):
         if padding is not None:
             padding.check(inputs, index)
+        # The first batch alone says what there is; shapes may change, the model does not.
         if known is None:
             with progress.stage("tracing"):
                 known = _known_of(source, plan, qparams, inputs)
+                # One state at least: nothing cannot be stacked.
                 stats = stacked([histogram.init()] * max(len(known.names), 1))
         with progress.stage("compiling") if index == 0 else contextlib.nullcontext():
             found, seen = step(params, qparams, known.plain, *inputs)
+
+            # Summed on the host in float64: of many batches float32 would lose the last ones.
             found = _by_layer(jax.device_get(found), known.scans)
             if seen is not None:
                 stats, first_bad = counting.fold(stats, seen, np.int32(index))

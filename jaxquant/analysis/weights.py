@@ -70,6 +70,7 @@ def _ranges(layer: GraphLayer, int8_site: Int8Site, weight: np.ndarray) -> Weigh
     got = stored * np.float64(scale).reshape(spread if np.ndim(scale) else ())
     if not (int8_site.dynamic or site.is_lookup):
         got = got / _divisors(layer, site, weight.shape)
+    # A lookup has rows in place of inputs.
     inputs = others if site.is_lookup else site.weight_axes.contracted
     return WeightRanges(
         outputs=np.abs(weight).max(axis=others, initial=0.0).reshape(-1),
@@ -85,6 +86,7 @@ def _mean_db(weight: np.ndarray, got: np.ndarray, axes: tuple[int, ...]) -> floa
     used = signal > 0
     if not used.any():
         return math.inf
+    # A slice that is exact has no noise; the clip below takes care of it.
     ratio = signal[used] / np.maximum(noise[used], np.finfo(np.float64).tiny)
     return float(np.clip(10 * np.log10(ratio), -20, 100).mean())
 
@@ -98,6 +100,8 @@ def _divisors(layer: GraphLayer, site: Site, shape: tuple[int, ...]) -> np.ndarr
         return np.ones(())
     rank = len(binding.graph.shape(site.operands[0]))
     factors = np.asarray(layer.qparams["tensors"][name]["scale"], np.float64) / tensor.scale
+
+    # As the input has them: shorter factors are of its last axes.
     factors = factors.reshape((1,) * (rank - factors.ndim) + factors.shape)
     assert set(tensor.channels) <= set(input_axes(site))
     return along_weight(site, shape, factors)

@@ -67,9 +67,12 @@ def choose(
       outputs: shape and dtype of the results.
       operands: arrays.
     """
+
+    # Inside `at` there is nothing to wait for, and no primitive to lower.
     if (place := _known.get()) is not None:
         return list(forms[pick(place)](*operands))
     shapes = tuple((tuple(s.shape), s.dtype) for s in outputs)
+    # What `shard_map` asks of operands of one primitive.
     operands = match_varying(operands)
     return list(_choice.bind(*operands, pick=pick, forms=tuple(forms), shapes=shapes))
 
@@ -114,6 +117,7 @@ def _place(ctx: Any, platform: str) -> Place:
 
 def _choice_avals(*avals: Any, shapes: Any, **_: Any) -> list[Any]:
     """The outputs vary, inside `shard_map`, where the operands do: those vary alike."""
+    # `match_varying` has made them alike, so any one will do.
     like = avals[0]
     return [
         like.update(
@@ -152,6 +156,7 @@ def _choice_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, forms: Any, **_: Any
 ) -> tuple[list[Any], list[Any]]:
     """The derivative is that of the last form, which JAX can differentiate if any."""
+    # Symbolic zeros are nothing that `jax.jvp` takes.
     given = [ad.instantiate_zeros(t) for t in tangents]
     given = [_float0(x) if x.dtype == jax.dtypes.float0 else x for x in given]
     outs, derivatives = jax.jvp(lambda *xs: list(forms[-1](*xs)), tuple(primals), tuple(given))
@@ -168,6 +173,8 @@ def _float0(zeros: Any) -> np.ndarray:
 
 def _choice_now(*operands: Any, **params: Any) -> Any:
     """The form is chosen when it is compiled, under `jax.disable_jit` too."""
+
+    # A primitive has no Python to run: without a compiler nothing would choose.
     with jax.disable_jit(False):
         return jax.jit(lambda *xs: _choice.bind(*xs, **params))(*operands)
 

@@ -32,6 +32,7 @@ def quick_compilation() -> dict[str, Any]:
     On CPU; it runs as fast, where what takes long are convolutions and dots.  Empty elsewhere, and
     without an option that this XLA does not have.
     """
+    # These are options of XLA's CPU compiler.
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
@@ -40,6 +41,7 @@ def quick_compilation() -> dict[str, Any]:
 
 def has_option(name: str, value: Any) -> bool:
     """Whether this XLA has a compiler option; they come and go."""
+    # XLA has no list of its options: it refuses what it does not know.
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except (RuntimeError, ValueError):

@@ -22,6 +22,7 @@ def container_name(kind: type, auxiliary: Any) -> tuple[str, str]:
             "jax.export.register_pytree_node_serialization"
         )
     name, serialize = _export.serialization_registry[kind]
+    # Base64, since JSON holds text alone.
     return name, base64.b64encode(bytes(serialize(auxiliary))).decode()
 
 

@@ -73,6 +73,7 @@ def looked_up(name: str, params: Mapping[str, Any]) -> frozenset[int]:
     """
     found: set[int] = set()
     for key, body, _ in sub_bodies(dict(params)):
+        # The body's arguments begin with that operand of the equation.
         first = 0
         if name == "cond":
             first = 1
@@ -87,6 +88,7 @@ def _looked_up_in(body: Jaxpr) -> frozenset[int]:
     tables: set[Any] = set()
     for eqn in body.eqns:
         matrix = eqn.invars[0] if eqn.primitive.name == "gather" else None
+        # Rows are looked up where a slice is one entry of the first axis and all of the others.
         if matrix is not None and tuple(eqn.params["slice_sizes"]) == (1, *shape_of(matrix)[1:]):
             tables.add(matrix)
         inside = [eqn.invars[place] for place in looked_up(eqn.primitive.name, eqn.params)]
@@ -130,6 +132,7 @@ def own_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _scan_has_trees() -> bool:
+    # Found by trying: what decides is the record, not the version.
     def scan(xs: jax.Array) -> Any:
         return jax.lax.scan(lambda carry, x: (carry, x), 0, xs)
 

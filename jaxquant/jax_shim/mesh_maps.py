@@ -57,6 +57,7 @@ class MeshMap:
 
 def mesh_map(params: Mapping[str, Any]) -> MeshMap:
     """What the parameters of a `shard_map` say."""
+    # Outer maps have their own axes: what this one adds is what it splits over.
     manual = params.get("newly_manual_axes", params.get("manual_axes"))
     mesh = params["mesh"]
     own = mesh.axis_names if manual is None else manual
@@ -82,6 +83,8 @@ def names_axes(eqn: jaxprs.JaxprEqn) -> bool:
 def mapped_axes(x: Any) -> frozenset[str]:
     """The names of the axes of `jax.vmap` along which a traced value differs."""
     found = set()
+
+    # Maps in each other are tracers in each other.
     while isinstance(x, BatchTracer):
         if x.batch_dim is not None:
             found.add(x._trace.axis_data.name)

@@ -21,6 +21,7 @@ def missing_processes(name: str, seconds: float) -> list[int]:
     client.key_value_set(f"{name}/{jax.process_index()}", "here")
     end, missing = time.monotonic() + seconds, []
     for index in range(jax.process_count()):
+        # The processes that are here tell it at once; the time left is for the last one.
         left = max(1, int(1000 * (end - time.monotonic())))
         try:
             client.blocking_key_value_get(f"{name}/{index}", left)

@@ -12,6 +12,7 @@ def constraints(inputs: Any) -> tuple[str, ...]:
     """What is assumed of the symbolic sizes in a tree of shapes: "s <= 512", sorted."""
     sizes = [size for leaf in jax.tree.leaves(inputs) for size in leaf.shape]
     scopes = {id(s.scope): s.scope for s in sizes if jax.export.is_symbolic_dim(s)}
+    # `jax.export` has no public way to ask for them.
     found = {c.debug_str for scope in scopes.values() for c in scope._explicit_constraints}
     return tuple(sorted(found))
 
