@@ -171,6 +171,8 @@ def quantize(
     qparams, qapply = built.qparams, built.qapply
     if found:
         qapply = qapply.with_summary({"rules": [rule_data(rule) for rule in found]})
+
+    # Of the model that is returned, when nothing changes it any more.
     warn_if_poor(built.source, qapply.plan, qapply.report(), observations.examples[0])
     warn_if_larger(built.source.params, qparams)
     return qparams, qapply

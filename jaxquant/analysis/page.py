@@ -251,6 +251,7 @@ def _pictures(analysis: Analysis, progress: Progress) -> str:
             parts.append(
                 _Picture(plots.weight_ranges, (analysis, name), f"weight_ranges of {name}")
             )
+    # Counted before they are drawn, for the bar to know how many there are.
     total = sum(isinstance(part, _Picture) for part in parts)
     with progress.stage("drawing", total, "picture") as stage:
         return "\n".join(_drawn(part, stage) for part in parts)

@@ -95,6 +95,7 @@ def weight_ranges(analysis: Analysis, site: str) -> Any:
     ranges = analysis.weights[site]
     figure, axes = _figure(8, 2.6)
     axes.bar(np.arange(len(ranges)), ranges, color=_INT8, width=1.0)
+    # The median, since one long channel would pull a mean up with it.
     axes.axhline(float(np.median(ranges)), color=_FLOAT, linestyle="--", label="median")
     axes.set_xlabel("output channel")
     axes.set_ylabel("largest |w|")

@@ -122,6 +122,7 @@ def fully_padded(
         spatial, window.padding, window.input_dilation, strict=True
     ):
         config[axis] = (low, high, dilation - 1)
+    # What is left has nothing to pad, so a kernel that pads with 0 may run it.
     left = dataclasses.replace(
         window, padding=((0, 0),) * len(spatial), input_dilation=(1,) * len(spatial)
     )

@@ -224,6 +224,7 @@ def _as_one_group(kernel: jax.Array, contraction: Contraction) -> tuple[jax.Arra
 
 def _convolution(x: jax.Array, kernel: jax.Array, contraction: Contraction) -> jax.Array:
     """The int32 sums of a convolution that is padded and dilated with zeros."""
+    # The axes by their roles, which XLA's dimension numbers spell in another order.
     own, of_kernel, result = contraction.axes
     samples, channels = result.free
     window = window_of(contraction)

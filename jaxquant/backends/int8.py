@@ -197,10 +197,12 @@ def turned(q: jax.Array, contraction: Contraction) -> jax.Array:
     *others, last = range(len(rows))
 
     def held(q: jax.Array) -> list[jax.Array]:
+        # Heads and their width as one axis: the layout is one of a matrix.
         flat = q.reshape(*rows, math.prod(q.shape[len(rows) :]))
         return [layouts.held_in(flat, (*others, len(rows), last)).reshape(q.shape)]
 
     def pick(place: choices.Place) -> int:
+        # An exported program cannot hold a layout.
         return int(place.platform != "tpu" or place.is_export)
 
     output = jax.ShapeDtypeStruct(q.shape, q.dtype)

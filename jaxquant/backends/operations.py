@@ -132,6 +132,7 @@ def quantize_rows(
     def natively(x: jax.Array) -> Sequence[jax.Array]:
         return native.quantize_rows(x, is_asymmetric=is_asymmetric, smallest_scale=smallest_scale)
 
+    # A row is int8, with a scale and a zero point of its own.
     outputs = [
         jax.ShapeDtypeStruct(x.shape, jnp.int8),
         jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32),

@@ -73,6 +73,7 @@ def pack_product(table: Table, product: Product, integers: jax.Array) -> jax.Arr
 def run(table: Table, call: Call, operands: Operands) -> Sequence[jax.Array]:
     """The results of a call, by the backend that the table has for it where it will run."""
     is_packed = "packed" in operands
+    # Forms take arrays alone, by their order.
     names = tuple(operands)
 
     def form(backend: Backend) -> choices.Form:

@@ -25,6 +25,7 @@ def given_before(added: jax.Array) -> jax.Array:
     if not _is_large(added):
         return added
 
+    # Past a barrier XLA cannot move the addition to where the residual is made.
     def barred(added: jax.Array) -> list[jax.Array]:
         return [lax.optimization_barrier(added)]
 

@@ -178,6 +178,7 @@ def find(inputs: Sequence[Any], key: Key, argument: str) -> tuple[int, Any]:
       ValueError: there is none, or several.
     """
     paths = jax.tree_util.tree_flatten_with_path(tuple(inputs))[0]
+    # A key is the last part of a path, or all of it: inputs may be dicts in tuples.
     found = [
         (number, leaf)
         for number, (path, leaf) in enumerate(paths)

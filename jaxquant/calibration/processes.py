@@ -69,6 +69,7 @@ def _encode(stats: Sequence[TensorStats]) -> dict[str, np.ndarray]:
 
 def _decode(arrays: dict[str, np.ndarray]) -> list[TensorStats]:
     counts, totals = _whole(arrays, "counts"), _whole(arrays, "total")
+    # Counts travel as halves that fit in 32 bits; here they are whole again.
     return [
         TensorStats(
             counts=counts[k],

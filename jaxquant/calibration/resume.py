@@ -185,6 +185,8 @@ def _skip(
         f"pass a callable instead of a generator that was read); or delete {os.fspath(path)} to "
         "begin anew."
     )
+
+    # Each batch is read again: a data set can be told by its batches alone.
     for index, known in enumerate(digests):
         inputs = next(batches, None)
         if inputs is None:
@@ -203,6 +205,7 @@ def _other_model(saved: Origin, here: Origin, there: str = "in the file") -> lis
     changed = [
         f"params[{name!r}] is {_spell_leaf(here.params, name)}, {there} "
         f"{_spell_leaf(saved.params, name)}"
+        # Values are digests: that they differ is known, and not how.
         + (", with other values" if _same_shape(saved.params, here.params, name) else "")
         for name in {**saved.params, **here.params}
         if saved.params.get(name) != here.params.get(name)

@@ -180,6 +180,7 @@ class Sweep:
     def observations(self) -> Observations:
         """What has been seen so far."""
         done = self._done
+        # To the host once, and then by tensor.
         state, own = jax.tree.map(np.asarray, (done.state, done.own))
         return Observations(
             tensors={
@@ -231,6 +232,8 @@ class Sweep:
                     f"inputs of {shapes_text(jax.tree.map(ir.struct, self._done.examples[0]))}"
                 )
             raise
+
+        # Once, when there is one too many, and not for each further one.
         if len(self._known) == _MANY_SHAPES:
             warnings.warn(
                 f"ds has had batches of more than {_MANY_SHAPES} shapes, and the model is compiled "

@@ -133,6 +133,7 @@ def _is_placed(scope: str) -> bool:
 def _lookup(region: Region, eqn: ir.Equation) -> Site:
     graph, table = region.graph, eqn.input_vars[0]
     path = tracing.path_of(graph, table)
+    # A lookup has no input that could be quantized: its operand is the table.
     return Site(
         name="",
         kind=kinds.LOOKUP_KIND,

@@ -54,6 +54,7 @@ def _behind(graph: ir.Graph, last: ir.Equation) -> Iterator[ir.Equation]:
         yield eqn
         for var in eqn.input_vars:
             before = graph.producer.get(var)
+            # Static values are the numbers of the formula, not what it is computed of.
             if before is None or before.index in seen or graph.static[var]:
                 continue
             if primitives.is_elementwise(before) and len(before.outputs) == 1:

@@ -243,6 +243,8 @@ class _Search:
             not isinstance(atom, int)
         ):
             return None
+
+        # What spreads a vector adds axes of size 1, in as many steps as the model likes.
         while graph.shape(atom) != (size,):
             eqn = graph.producer.get(atom)
             if eqn is None or eqn.name not in ("broadcast_in_dim", "reshape"):

@@ -164,6 +164,7 @@ def _join(graph: ir.Graph, pieces: Sequence[_Piece], numbers: Mapping[int, int])
     Where the links of a chain are alike each time but not how they hang together, nothing of the
     whole would be shared, and it stays in its links.
     """
+    # Chains that occur often are what is worth joining: they compile once.
     chains = [pieces[part] for part in _chains([(p.key, len(p.equations)) for p in pieces])]
     joined = [[eqn for piece in chain for eqn in piece.equations] for chain in chains]
     links = [tuple(piece.key for piece in chain) for chain in chains]
@@ -172,6 +173,7 @@ def _join(graph: ir.Graph, pieces: Sequence[_Piece], numbers: Mapping[int, int])
         wholes.setdefault(keys, set()).add(whole.key)
     groups: list[_Equations] = []
     for keys, chain, equations in zip(links, chains, joined, strict=True):
+        # Only where the joined ones are one program, as their parts were: else more is compiled.
         is_alike = len(wholes[keys]) == 1
         groups += [equations] if is_alike else [piece.equations for piece in chain]
     return _pieces(graph, groups, numbers)

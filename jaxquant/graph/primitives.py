@@ -112,6 +112,7 @@ def follow_axes(graph: ir.Graph, eqn: ir.Equation, axes: frozenset[int]) -> froz
         return frozenset(a - sum(r < a for r in removed) for a in axes if a not in removed)
     if eqn.name == "stack":
         return frozenset(axis + (axis >= eqn.params["axis"]) for axis in axes)
+    # Anything else that is asked about keeps the axes where they are.
     return axes
 
 
@@ -134,6 +135,7 @@ class Channels:
         if eqn.name == "transpose":
             permutation = list(eqn.params["permutation"])
             return Channels(self.sizes, tuple(permutation.index(a) for a in self.axes))
+        # Turned around, a channel would have the scale of another one.
         if eqn.name == "rev":
             if any(a in eqn.params["dimensions"] for a in self.axes):
                 return None

@@ -16,6 +16,8 @@ def hint_of(error: Exception, params: Any) -> str | None:
     """What to do about an error that Flax raised inside `apply_fn`, or None if it is not known."""
     if type(error).__module__.partition(".")[0] != "flax":
         return None
+
+    # By name: Flax need not be installed for a model to be quantized.
     name = type(error).__name__
     text = str(error).split("\n")[0][:300]
     if name == "InvalidRngError":
@@ -24,6 +26,7 @@ def hint_of(error: Exception, params: Any) -> str | None:
             "pass a deterministic function, e.g. "
             "`lambda p, x: model.apply(p, x, train=False)` or `deterministic=True`"
         )
+    # Statistics alone say training mode; any other collection is state.
     if name == "ModifyScopeVariableError" and f'collection "{_STATISTICS}"' not in text:
         return (
             f"apply_fn updates variables while it runs ({text}). A cache or another state goes in "

@@ -248,6 +248,7 @@ class _Builder:
         """The results of one equation of the graph, static if all that it reads is."""
         static = all(isinstance(x, ir.Literal) or self.static[x] for x in operands)
         outputs = tuple(self.new(var.aval, static=static) for var in eqn.outvars)
+        # Flax writes modules into the scope; sites are named without their classes.
         plain_scope, modules = flax_tags.split_scope(here.scope)
         self.equations.append(
             ir.Equation(

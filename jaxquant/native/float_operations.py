@@ -259,6 +259,7 @@ def _quantize() -> Callable[..., Any]:
         return tuple(jax.ffi.ffi_call(library.QUANTIZE, (q, marks))(x, inv_scale, zero_point))
 
     @run.def_vmap
+    # Mapped, it has one axis of rows more, and no loop around the kernel.
     def over_axis(size: int, mapped: Sequence[bool], *operands: jax.Array) -> Any:
         results, _ = _of_rows(run, size, mapped, operands)
         return results, (True, True)

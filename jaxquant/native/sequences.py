@@ -123,6 +123,7 @@ def _places(each: Call, takes: Sequence[int], gives: Sequence[int]) -> Places:
       gives: the places of its results.
     """
     residual = takes[RESIDUAL] if len(takes) > RESIDUAL else NONE
+    # A residual is float or int8, and the kernel has a place for each of them.
     is_float = residual != NONE and each.operands[RESIDUAL].dtype == jnp.float32
     by_dtype = {dtype: at for (_, dtype), at in zip(each.static.outputs, gives, strict=True)}
     return Places(

@@ -111,6 +111,7 @@ def _check_layers(model: Model, site: Site, rule: Rule) -> None:
     end = "algo and symmetric may be set for one layer"
     if why := why_not_cut(model, site):
         raise ValueError(f"{start}{why}. Set it for the whole site; {end}")
+    # Any two layers of an inner scan run one program, whatever the outer layer.
     for number in range(site.scans[0]):
         inner = np.ndindex(site.scans[1:])
         if len({matches_layer(site, rule.pattern, (number, *layer)) for layer in inner}) > 1:

@@ -173,6 +173,8 @@ def _read(path: Path, source: Origin) -> dict[str, _Record]:
             f"recovery_file={str(path)!r} is damaged, or is none of this release: {error}. Delete "
             "it or give another path"
         ) from None
+
+    # Damaged and of another model are two errors, with two remedies.
     if differences := source.differences(saved):
         raise FileError(
             f"recovery_file={str(path)!r} is of another quantization: {'; '.join(differences)}. "

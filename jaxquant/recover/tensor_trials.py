@@ -92,12 +92,14 @@ def _tried(
     readers = []
     for product, rows in zip(tensor.readers, seen.rows, strict=True):
         assert product.site.weight is not None
+        # In float64, as the weights that are stored are made.
         weight = product.matrix(np.asarray(weights[product.site.weight]).astype(np.float64))
         trial = Trial(
             inputs=rows,
             weight=weight,
             gains=_gains(part, product.site, planned, len(weight)),
             per_channel=plan.weight_quantize_type == "channel_wise_abs_max",
+            # A corrected bias takes the mean of the error away, so that the spread alone counts.
             centred=product.site.name in corrected,
         )
         readers.append(ReadingSite(tensor, product, trial))

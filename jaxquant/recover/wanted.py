@@ -111,11 +111,13 @@ class Learnable:
     def _update(self, state: _State, env: evaluate.Environment, real: Real) -> _State:
         y = env.read(self.product.output).astype(jnp.float32)
         rows = self.product.outputs(y, state.places)
+        # With grids the inputs are kept as well: trials round weights against them.
         scalars, inputs, step = self.activation.scalars(env), None, state.step
         if state.grid is not None:
             assert state.wanted is not None
             x = int8.quantize(env.wide(self._operand), *state.grid)
             inputs = self.product.inputs(x, state.grid.zero_point, state.places)
+            # Samples are replaced by a draw: each place keeps the step that it holds.
             is_new = is_replaced(state.steps, len(rows))
             rows = jnp.where(is_new[:, None], rows, state.wanted.rows)
             inputs = jnp.where(is_new[:, None, None], inputs, state.wanted.inputs)

@@ -55,6 +55,7 @@ def quantize_operands(
     shapes = [env.graph.shape(atom) for atom in eqn.inputs]
     found = []
     for position, atom in enumerate(eqn.inputs[:2]):
+        # A weight has its scale already.
         if atom == site.weight:
             continue
         x = env.wide(atom).astype(jnp.float32)

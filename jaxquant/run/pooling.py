@@ -78,6 +78,7 @@ def max_pool(x: jax.Array, eqn: ir.Equation) -> jax.Array:
     if not _runs_as_slices(x, eqn.params):
         (result,) = as_it_is(x)
         return result
+    # Only a TPU gains by slices, and where it runs is known when it is lowered.
     (output,) = jax.eval_shape(as_it_is, x)
     (result,) = choices.choose(_on_tpu, (by_slices, as_it_is), [output], [x])
     return result

@@ -85,6 +85,7 @@ def _of_floats(graph: ir.Graph, bound: Int8Site, weights: StoredWeights) -> Stor
     if (matrix := stored_matrix(site, groups.permuted, view.movements)) is None:
         return None
     eqn, (bits, dtype) = graph.equations[site.equation], weights.format(site)
+    # By the dtype of the rows: they are read as they are, and one call takes one dtype.
     product = dataclasses.replace(
         _product(matrix, graph.dtype(eqn.inputs[1 - site.weight_position])),
         weight_bits=bits,

@@ -142,6 +142,8 @@ class _Search:
         self.switchable: Mapping[str, Switchable] = {}
         self.out_of_time = False
         self.rules: Rules = ()
+
+        # Full int8 first: mostly it holds, and then nothing else is tried.
         with progress.stage("full int8"):
             self.best = self.full = build(self.rules)
             self.score = self.full_score = self._score(self.best)

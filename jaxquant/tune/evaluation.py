@@ -213,6 +213,7 @@ class _Mixing(NamedTuple):
             reference = both_forms.float_body(body.program, values)
             wanted = [jnp.asarray(reference.read(x)) for x in body.program.graph.outputs]
             results, seen = self._step(body, own, qparams, reference)
+            # Integers of the float model go on: what int8 decides would lead the steps apart.
             led = [
                 got if jnp.issubdtype(want.dtype, jnp.floating) else want
                 for got, want in zip(results, wanted, strict=True)

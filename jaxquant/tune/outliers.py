@@ -133,6 +133,7 @@ def _with_coarse_input(
         for site in plan.sites
         if site.kind == "mul" and not site.reason and OUTLIERS in site.recover
     ]
+    # Layers that are alike are decided together: a coarse input of one has all of them looked at.
     found = {groups[site.name] for site in sites if coarse.intersection(site.inputs)}
     return frozenset(site.name for site in sites if groups[site.name] in found)
 

@@ -31,6 +31,7 @@ def score(metric: Metric, model: Model) -> float:
       ValueError: it is not finite.
     """
     found = metric(model)
+    # Metrics return numbers of any library, and arrays of one element.
     value = np.asarray(found)
     if value.size != 1 or not np.issubdtype(value.dtype, np.number):
         raise TypeError(

@@ -119,6 +119,7 @@ def _shifts(
             return Outcome(values)
         own = functools.partial(real, here.program.model)
         shift, corrected = shift_at(part, here.in_float, values[0], own)
+        # Zeros where the site is float: sums over batches are then of nothing.
         values = [jnp.where(on, corrected, values[0])]
         return Outcome(values, Shift(*(jnp.where(on, sums, 0) for sums in shift)))
 
