@@ -268,6 +268,8 @@ def _input_row(
     tensors: Mapping[str, TensorAnalysis],
 ) -> dict[str, Any]:
     """The input of a site that fits its grid least; None in a mode without grids."""
+
+    # A mode without grids rounds weights alone, or finds its scales in the call.
     if not names:
         keys = ("input", "threshold", "clipped", "clipped_noise", "input_db", "low", "high")
         return dict.fromkeys((*keys, "low_spread", "high_spread"))

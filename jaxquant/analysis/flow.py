@@ -70,6 +70,7 @@ class Flow:
         eqn = self.graph.producer.get(var)
         if eqn is None:
             return
+        # Of any other equation everything it reads counts, whatever it does with it.
         if eqn.index not in self.bodies:
             yield from ((self, v) for v in eqn.input_vars)
             return

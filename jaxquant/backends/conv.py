@@ -241,5 +241,6 @@ def _convolution(x: jax.Array, kernel: jax.Array, contraction: Contraction) -> j
             (*samples, *channels, *result.window),
         ),
         feature_group_count=window.feature_groups,
+        # Sums of int8 products would overflow in the operands' own dtype.
         preferred_element_type=jnp.int32,
     )

@@ -244,6 +244,7 @@ def _convolution(call: Call, operands: Any) -> native.Call:
     packed, options = operands.get("packed"), _options(call, operands)
     x = layout.x(x)
     if (residual := options["residual"]) is not None:
+        # A residual stands behind the movements; the call adds it before them.
         before = _before(call.movements, _result_shape(call, layout, x.shape), residual.value)
         options["residual"] = residual._replace(value=layout.like_result(before))
     return native.conv_call(

@@ -142,6 +142,7 @@ def _attention(operation: FloatOperation) -> _Form:
     The sums are then spread over the places of a value as the result is; and what is summed is
     rounded as what is multiplied is.
     """
+    # The parameters say what the model does to its scores, in the order in which it does.
     params = operation.params
     axes = _Letters(params["layout"])
     first, second = params["precisions"]
@@ -161,6 +162,7 @@ def _attention(operation: FloatOperation) -> _Form:
         # Less the largest, so that no exponential overflows.
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         mixing = f"{axes.scores},{axes.value}->{axes.result}"
+        # The ones sum the weights in the product's own order: the same rounding above and below.
         mixed = jnp.einsum(mixing, weights, v, precision=second)
         result = mixed / jnp.einsum(mixing, weights, jnp.ones_like(v), precision=second)
         return result.astype(operation.dtype)

@@ -138,6 +138,7 @@ def write(
         raise AssertionError("observations without an origin")
     stats = list(seen.tensors.values())
     tensors: dict[str, np.ndarray] = {
+        # Safetensors readers know int64; counts stay far below its end.
         "counts": np.stack([each.counts for each in stats]).astype(np.int64)
     }
     for name in _SCALARS:
@@ -151,6 +152,7 @@ def write(
         for place, leaf in enumerate(jax.tree.leaves(seen.states[name])):
             tensors[f"states/{number}/{place}"] = np.asarray(leaf)
     if digests is not None:
+        # In a fixed number of bytes each, so that they are one array.
         tensors["batches"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
     record = {

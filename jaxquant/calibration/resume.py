@@ -133,6 +133,7 @@ def check_saved(
     ]
     if other:
         raise _refusal(path, "other options", other)
+    # Last: own observers have states that only their code can read.
     try:
         return saved.with_observer(observer)
     except FileError as error:

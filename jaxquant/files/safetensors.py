@@ -207,12 +207,14 @@ def _places(header: dict[str, Any], size: int) -> dict[str, Place]:
         split(name)
     for name, entry in header.items():
         dtype, shape, start, end = _place(name, entry)
+        # Without gaps and in order: nothing can hide between two tensors.
         if start != position:
             raise FileError(f"tensor {name!r} starts at {start}, not at {position}")
         position = end
         places[name] = (dtype, shape, start, end)
     if next(reversed(places), None) != SEAL or places[SEAL][:2] != (DTYPES["U8"], (32,)):
         raise FileError(f"the header is damaged: it does not end with {SEAL!r}")
+    # Too short is an interrupted copy, too long a file that something was appended to.
     if position > size:
         raise FileError(f"cut short: the tensors take {position} bytes, {size} are there")
     if position < size:

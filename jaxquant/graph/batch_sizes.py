@@ -45,6 +45,7 @@ def trace_with_batch_sizes(
     suspects = [site for site in model.sites if _may_follow(graph, site)]
     found: set[ir.Var] = set()
     for other in _traces(source, inputs, others) if suspects else ():
+        # Sites are the same ones by name: the graphs of two traces have numbers of their own.
         there = {site.name: site for site in other.sites}
         found |= {
             site.weight

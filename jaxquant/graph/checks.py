@@ -96,6 +96,7 @@ def check_params(params: Any) -> None:
                 f"params[{name!r}] is {type(leaf).__name__}, not an array; "
                 + (_advice(params) or _advice(leaf) or _NO_MODULE)
             )
+        # A tracer is an array to Python, but holds no value.
         if isinstance(leaf, jax.core.Tracer):
             raise TypeError(
                 f"params[{name!r}] is being traced: calibration and quantization run outside jit "

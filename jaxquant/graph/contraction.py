@@ -278,6 +278,7 @@ def _ragged(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction | No
 
 def _conv(params: Mapping[str, Any], ranks: Sequence[int]) -> Contraction:
     # JAX's specs list, for each operand, batch (or output) axis, feature axis, spatial axes.
+    # XLA names axes by lists: samples and channels first, whatever their order in memory.
     spec = params["dimension_numbers"]
     samples, channels, *positions = spec.lhs_spec
     outputs, inputs, *taps = spec.rhs_spec

@@ -130,6 +130,7 @@ def _in_order_of_need(graph: ir.Graph) -> list[ir.Equation]:
     for eqn in graph.equations:
         below = max((depth.get(var, 0) for var in eqn.input_vars), default=0)
         depth.update((var, below + 1) for var in eqn.outputs)
+    # What is shallow is needed first and ends soon; what is deep can wait.
     outputs = sorted(graph.output_vars, key=lambda var: (depth.get(var, 0), var))
     ordered: dict[int, ir.Equation] = {}
     # Depth first, without recursion; a second visit to a tensor says that all it needs is there.
@@ -236,6 +237,7 @@ def _piece(
     made = [var for eqn in group for var in eqn.outputs]
     inside = set(made)
     read = dict.fromkeys(var for eqn in group for var in eqn.input_vars if var not in inside)
+    # What a later piece reads has to leave this one.
     gives = [var for var in made if last.get(var, -1) > number]
     # What the piece computes, in names of its own: places among what it reads and makes.
     local = {var: place for place, var in enumerate((*read, *made))}

@@ -115,6 +115,8 @@ def _along_inputs(graph: ir.Graph) -> dict[ir.Var, frozenset[int]]:
             for k, size in enumerate(shape)
         ]
         known[var] = Known(tuple(axes))
+
+    # Static tensors are no part of it: their axes are none of an input's.
     for eqn in graph.equations:
         operands = [
             known[x]

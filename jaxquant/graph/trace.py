@@ -92,6 +92,7 @@ def trace_body(
     leaves: list[ir.Var] = []
     for var, operand in zip(jaxpr.invars, operands, strict=True):
         is_static = isinstance(operand, int) and outer.static[operand]
+        # What comes of parameters is one inside too, so that its sites have paths.
         if is_static and outer.sources(operand):
             leaves.append(builder.source(var.aval, path_of(outer, operand)))
             invars.append(leaves[-1])

@@ -204,6 +204,7 @@ def interpret(
     }
 
     def read(atom: Any) -> Any:
+        # A literal has its dtype apart: 1 is an int in Python and may be a bfloat16 here.
         if isinstance(atom, Literal):
             return np.asarray(atom.val, dtype=dtype_of(atom))
         return env[atom]

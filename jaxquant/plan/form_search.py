@@ -244,6 +244,7 @@ class _Search:
         if operand in self._int8 or graph.shape(operand) != graph.shape(eqn.outputs[0]):
             return False
         base = bases.get(operand, operand)
+        # What is read as it comes has no computation that could be fused.
         source = graph.producer.get(base)
         if source is None or not self._is_computed(source):
             return False

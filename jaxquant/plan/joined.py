@@ -100,6 +100,7 @@ def readers_of_joined(binding: Binding) -> set[str]:
             if eqn.index in joined:
                 return True
             if var in bases and bases[var] != var:
+                # A composite, a GELU say, is stepped over whole, to what it is a function of.
                 var = bases[var]
             elif eqn.name in _KEEPING or primitives.is_movement(graph, eqn):
                 var = eqn.input_vars[0]

@@ -71,6 +71,7 @@ class _Demand:
             else:
                 live.add(eqn.index)
                 self._float(var, eqn)
+        # In the order of the graph, which is one in which they can run.
         equations = [eqn for eqn in self._graph.equations if eqn.index in live]
         return Live(equations, sorted(sources), sorted(restored))
 

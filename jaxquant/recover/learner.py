@@ -226,6 +226,7 @@ def _reasons(
         site = int8_site.site
         product = SiteProduct(model.graph, site)
         assert site.weight is not None
+        # The first reason is told: the user's own choice before what the site is like.
         reason = product.reason
         if site.name not in asked:
             reason = "not asked for"

@@ -121,6 +121,7 @@ def _looping(
 
         return step
 
+    # Layers hand nothing on: each sees its own state, cut from the stack as its weights are.
     def lowering(env: evaluate.Environment) -> evaluate.Values:
         operands = [env.read(x) for x in eqn.inputs]
         steps = [step_of(body) for body in bodies]

@@ -95,7 +95,9 @@ class Pair:
             for s in program.binding.sites
             if s.site.name in program.slots and program.mode.integer and not s.site.is_lookup
         }
+
         self.ends = _ends(program)
+        # The same by tensor, for the walk that meets tensors and not sites.
         self.named = {var: name for name, var in self.tensors.items() if var is not None}
         self.bodies = {
             index: tuple(Pair(body) for body in bodies) for index, bodies in program.bodies.items()

@@ -204,6 +204,7 @@ def _decode(
             raise FileError(f"{name!r} is {tensors[name].dtype}{list(tensors[name].shape)}")
     if any(tensors[name].dtype != np.uint8 or tensors[name].ndim != 1 for name in bits):
         raise FileError("the roundings are no bytes")
+    # Names go by number in the file: they may hold what no name of a tensor may.
     rows = zip(tensors["digests"], bits, tensors["errors"].tolist(), strict=True)
     records = [_Record(known.tobytes(), tensors[name], tuple(both)) for known, name, both in rows]
     return source, dict(zip(names, records, strict=True))

@@ -148,6 +148,7 @@ def find_wanted(
         state = states[each.product.site.name]
         layers = found[each.product.site.name] = {}
         for layer in np.ndindex(each.model.scans):
+            # A layer that no step came to has nothing to learn from.
             if not np.asarray(state.steps)[layer]:
                 continue
             wanted = jax.tree.map(lambda x, layer=layer: x[layer], state.wanted)

@@ -74,6 +74,7 @@ def _rows(
         low, high = thresholds.get(site.inputs[0] if site.inputs else "", (None, None))
         least, largest = _weight_scales(program, qparams, site.name)
         reason = site.reason
+        # It computes in float, on integers that it did not ask for.
         if site.name in rounded:
             reason += "; its weight is stored as the integers of another site"
         rows.append(

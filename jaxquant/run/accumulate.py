@@ -188,6 +188,7 @@ def on_dequantized_weight(
         return {int8_site.epilogue.output: value}
 
     def by_matrix(state: Evaluation) -> evaluate.Values:
+        # The first of the siblings that is reached multiplies for all of them.
         if site.name not in state.sums:
             arrays = [
                 array

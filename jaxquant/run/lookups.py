@@ -34,6 +34,7 @@ def look_up(eqn: ir.Equation, indices: jax.Array, table: StoredWeight) -> jax.Ar
       table: the stored table.
     """
 
+    # As the model gathers: what it says of its indices holds for the stored rows too.
     def rows(array: jax.Array) -> jax.Array:
         return jax.lax.gather(
             array,

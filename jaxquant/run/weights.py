@@ -71,6 +71,7 @@ class StoredWeights:
 
         def floats(integers: jax.Array, scale: jax.Array) -> jax.Array:
             if self._integer:
+                # The scales are of channels, in the layout in which the weight is stored.
                 spread = [n if d in view.channels else 1 for d, n in enumerate(view.shape)]
                 unit = scale.reshape(spread) if scale.ndim else scale
                 value = integers.astype(jnp.float32) * unit

@@ -136,6 +136,7 @@ def _read(path: str | os.PathLike[str], digest: str) -> dict[str, float]:
         raise FileError(f"{where} is not a file of sensitivities, or is damaged: {error}") from None
     if not is_ours:
         raise FileError(f"{where} is not a file of sensitivities that this release reads")
+    # By a digest of both models: the scores of others look just the same.
     if models != digest:
         raise FileError(
             f"{where} is of another model, other parameters or another quantization. Give another "

@@ -59,6 +59,7 @@ class Switch:
         program = program_by_site(bind(source.trace(examples[0]), plan), params)
         self.switchable = find_switchable(program.model, find_parts(program).names, single_layers)
         self._params = params
+        # Biases are corrected for what is int8 before them, which differs by mixture.
         self._qparams = without_correction(program, params, qparams)
         self._plan = plan
         self._examples = examples
