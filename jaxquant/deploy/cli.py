@@ -118,6 +118,8 @@ def _add_convert(commands: Any) -> None:
         metavar="TEXT",
         help="what holds for the sizes with names: 's <= 512'",
     )
+
+    # They have no default: what is given is told from what is not, and refused of another format.
     _add_format_options(convert)
     convert.add_argument("--json", action="store_true", help="print JSON")
 
@@ -283,6 +285,7 @@ def _format(options: argparse.Namespace) -> str:
     """The format that a model is converted to, as asked for or by the suffix of the file."""
     suffix = os.path.splitext(options.output or "")[1]
     by_suffix = next((name for name, own in _SUFFIXES.items() if suffix == own), None)
+    # Either may be the slip, and a file of the wrong format would be found late.
     if None not in (options.to, by_suffix) and options.to != by_suffix:
         raise ValueError(
             f"{options.output} has the suffix of {by_suffix}, and --to {options.to} is another "

@@ -33,6 +33,7 @@ class Joined:
         self._graph = graph
         self._binding = binding
         running = {eqn.index for eqn in equations}
+        # The last equation is where the operator runs: all that it reads is there then.
         self.by_last: Mapping[int, Operator] = {
             last: operator
             for last, operator in find_operators(graph, kinds).items()

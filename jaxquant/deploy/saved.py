@@ -102,6 +102,7 @@ def save_quantized_model(
                 "report.json": _plain_report(qapply.report()),
                 "graph.json": dataclasses.asdict(stored.form),
             }
+            # Constants are arrays of the file too, apart from the JSON: it holds no array.
             tensors = {**tree.flatten(plain), **stored.arrays}
             for name, value in parts.items():
                 tensors[f"{_PARTS}/{name}"] = packing.pack(dump_json(value, name))
@@ -266,6 +267,7 @@ def _plan(data: dict[str, Any]) -> Plan:
             raise FileError(f"the plan has {site.weight_dtype!r} for a weight of {site.name!r}")
         if site.dynamic and site.kind not in kinds.DOT_KINDS:
             raise FileError(f"the plan scales what a {site.kind}, {site.name!r}, reads in the call")
+    # A scale of zero, or NaN, fails this comparison as well.
     for tensor in plan.tensors:
         if not (-128 <= tensor.zero_point <= 127 and tensor.scale > 0):
             raise FileError(f"the plan's grid of tensor {tensor.name!r} is none of int8")

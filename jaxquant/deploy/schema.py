@@ -39,6 +39,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return _dataclass(kind, data, where)
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, data, where)
+    # All tuples here have members of one type, as long as the file says.
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{where} is {_short(data)}, not a list")
@@ -50,6 +51,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     # JSON writes 1.0 as 1 at times; nothing else is converted.
     if kind is float and type(data) is int and abs(data) < 2**53:
         return float(data)
+    # By identity: True is an int to isinstance, and would pass for one.
     if type(data) is not (type(None) if kind is None else kind):
         raise ValueError(f"{where} is {_short(data)}, not {getattr(kind, '__name__', kind)}")
     return data

@@ -34,6 +34,7 @@ class SiteNodes(StoredTensors, abc.ABC):
         view = self.program.weights.view(site)
         groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
         weight = self.dequantize(self.program.slots[site.name], groups, view.var)
+        # A weight that is copied along an axis is stored without the copies.
         if view.shape != graph.shape(view.var):
             axes, number = tuple(range(len(view.shape))), self.new(graph, view.var)
             params = {"broadcast_dimensions": axes, "shape": graph.shape(view.var)}

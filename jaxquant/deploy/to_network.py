@@ -142,6 +142,7 @@ class _Translator(SiteNodes):
         bodies: tuple[Body, ...] | None = None,
     ) -> Node:
         """An equation as it is; its bodies, but for those that are given, are in float."""
+        # As data that no JAX is needed for: exporters read names, numbers and lists.
         params = jaxprs.portable_params(eqn.name, eqn.params)
         return Node(
             op=eqn.name,

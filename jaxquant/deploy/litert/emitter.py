@@ -64,6 +64,7 @@ class Emitter(BaseEmitter[Builder]):
         for node in nodes:
             if isinstance(node, Int8Node):
                 with self._at(node.name, f"site {node.name!r}"):
+                    # First what follows: whether a site can be int8 depends on who reads it.
                     chain = follow(self.model, node.output)
                     value = self._emit_site(self, node, chain)
                     self._set(node.output, value, chain)
@@ -301,6 +302,7 @@ class Emitter(BaseEmitter[Builder]):
                 raise NotCovered("a convolution whose kernel the model computes")
             form = conv_form(given, array.shape)
             name = builder.constant(contraction.kernel(form, array)[0], "kernel")
+        # Kernels read a bias always.
         bias = contraction.no_bias(builder, form.channels[0], None)
         return contraction.conv(
             builder, given, form, x, [name, bias], self.shape(node.outputs[0]), Result()

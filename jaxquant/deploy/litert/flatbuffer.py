@@ -126,6 +126,7 @@ def _tensor(writer: _Writer, name: str, tensor: Tensor, data: list[np.ndarray]) 
     fields: dict[str, Any] = {
         "Name": writer.text(name),
         "Type": writer.number("TensorType", tensor.dtype.upper()),
+        # 1 for what varies: the interpreter has to begin with some size.
         "Shape": writer.array([d if isinstance(d, int) else 1 for d in tensor.shape], "int32"),
         "HasRank": True,
     }
@@ -133,6 +134,7 @@ def _tensor(writer: _Writer, name: str, tensor: Tensor, data: list[np.ndarray]) 
     if any(isinstance(size, str) for size in tensor.shape):
         sizes = [d if isinstance(d, int) else -1 for d in tensor.shape]
         fields["ShapeSignature"] = writer.array(sizes, "int32")
+    # A grid for each channel has as many zero points as scales.
     if tensor.grid is not None:
         grid = {
             "Scale": writer.array(tensor.grid.scale, "float32"),
@@ -144,6 +146,7 @@ def _tensor(writer: _Writer, name: str, tensor: Tensor, data: list[np.ndarray]) 
         fields["Quantization"] = writer.table("QuantizationParameters", grid)
     if tensor.array is not None:
         fields["Buffer"] = len(data)
+        # By bytes: a buffer has no dtype of its own.
         data.append(np.ascontiguousarray(tensor.array).reshape(-1).view(np.uint8))
     return writer.table("Tensor", fields)
 

@@ -105,6 +105,7 @@ def _pad(builder: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
         raise NotCovered("padding that depends on a size that varies")
     if fill is None:
         raise NotCovered("padding with a number that the model computes")
+    # Spread first: padding counts in what is spread.
     for axis, (_, _, between) in enumerate(config):
         if between:
             value = _spread(builder, value, axis, between, float(fill))

@@ -34,6 +34,7 @@ def emit(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) ->
         return max_pool(builder, node, value, shape)
     if node.op == "reduce_window_sum":
         return _window_sum(builder, node, value, shape)
+    # A negative factor would make the least the largest, so it is multiplied in first.
     value = builder.plain(value)
     if node.op in _INDICES:
         return _index(builder, node, value, shape)

@@ -48,6 +48,7 @@ def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
     assert given is not None, "an operation that is scaled in the call is a convolution or dot"
     operands = [emitter.full(emitter.value(var), var) for var in site.operands]
     if not (site.weight or site.computed_weight is not None):
+        # One operand is a product of a tensor with itself.
         values = operands * 2 if len(operands) == 1 else operands
         arrays = emitter.model.sites[site.name]
         multiplier, bias = np.asarray(arrays["multiplier"]), arrays.get("bias")
@@ -92,6 +93,7 @@ def _weighted(emitter: Emitter, site: Int8Node, chain: Chain | None) -> Value:
         else emitter.int8_operand(site.operands[0])
     )
     read = _float_parts(emitter, site, weight) if chain is None else _int8_parts(emitter, weight)
+    # With a chain the sums are rounded onto its grid; without one they are float.
     if form is not None:
         value = contraction.conv(builder, given, form, x, read, shape, result)
     else:
@@ -111,6 +113,7 @@ def _parts(emitter: Emitter, site: Int8Node, given: Contraction, input_scale: fl
         return _Parts(make_weight(stored, axis, multiplier, bias, input_scale), form)
     own = given.operands[site.weight_position]
     width = math.prod(int8.shape[axis] for axis in own.contracted)
+    # Channels first: the runtime's dense layer reads a row for each of them.
     matrix = int8.transpose((*own.free, *own.contracted)).reshape(-1, width)
     return _Parts(make_weight(matrix, 0, multiplier, bias, input_scale), None)
 
@@ -206,6 +209,7 @@ def _average(emitter: Emitter, site: Int8Node, chain: Chain) -> Value:
     order = window.value.order
     physical = reduction.four([shape[axis] for axis in order])
     read = _int8_parts(emitter, weight)
+    # One filter for each channel, and each of ones: a sum over the window.
     name = contraction.over_windows(builder, window, read, physical, result, filters=1)
     return _moved(emitter, site, reduction.narrowed(builder, name, shape, order), chain, result)
 

@@ -70,6 +70,8 @@ def look_up(builder: Builder, table: Stored, indices: Value) -> Value:
         name = builder.op("GATHER", names, shape, dtype, None, "GatherOptions", Axis=0)
         return Value(name, shape, straight(len(shape)))
 
+    # Integers first, then times the scale of the row: a table in float would be four times as
+    # large.
     return elementwise.apply(
         builder, "MUL", [elementwise.cast(builder, rows(integers), "float32"), rows(scale)]
     )

@@ -89,6 +89,8 @@ def weighted_dot(
     free = own.free
     x = builder.ordered(x, (*free, *own.contracted))
     sizes = [x.shape[axis] for axis in free]
+
+    # Joined, they are the rows of the stored matrix, in the order that both sides have.
     if len(own.contracted) != 1:
         width = math.prod(int(x.shape[axis]) for axis in own.contracted)
         name = builder.reshape(x.name, x.physical, [*sizes, width])

@@ -137,6 +137,8 @@ def _graph(
     """
     builder = emitter.builder
     infos, values = list(counter), []
+
+    # Inputs of a body have names that nothing outside has: ONNX has one scope for both.
     for var in varying:
         shape = emitter.shape(var)
         values.append(Value(builder.unique("carried"), shape, straight(len(shape))))

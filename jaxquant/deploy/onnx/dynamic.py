@@ -85,11 +85,13 @@ def conv(emitter: Emitter, site: Int8Node) -> Value:
     scale = _by_channel(emitter, grid.scale, form.feature_groups, outputs, x.rank)
 
     steps = _integers(emitter, x.name, grid._replace(inverse=inverse))
+    # ONNX has no such operator of integers; in float32 sums of them are exact up to 2^24.
     if form.is_transposed:
         kernel = builder.constant(stored.astype(np.float32), "weight")
         x = dataclasses.replace(x, name=steps)
         sums = contraction.conv(builder, given, form, x, [kernel], shape)
     else:
+        # uint8, 128 more: runtimes multiply that by every form of a weight.
         steps = builder.node("Add", [steps, builder.constant(np.float32(128))])
         steps = builder.node("Cast", [steps], to=elementwise.ONNX_TYPES["uint8"])
         integers, zero_point = emitter.quantizer.integers(
@@ -98,6 +100,8 @@ def conv(emitter: Emitter, site: Int8Node) -> Value:
         others = [integers, builder.constant(np.uint8(128), "zero_point"), zero_point]
         x = dataclasses.replace(x, name=steps)
         sums = contraction.conv(builder, given, form, x, others, shape, is_integer=True)
+
+        # The sums are int32; what follows is float.
         name = builder.node("Cast", [sums.name], to=elementwise.ONNX_TYPES["float32"])
         sums = dataclasses.replace(sums, name=name)
     return dataclasses.replace(sums, name=builder.node("Mul", [sums.name, scale]))
@@ -198,6 +202,7 @@ def _grid(emitter: Emitter, name: str, axes: Sequence[int], is_asymmetric: bool)
         return _Grid(
             inverse, builder.node("Mul", [largest, builder.constant(np.float32(1 / LARGEST))])
         )
+    # Zero is on the grid, so that padding and ReLU stay what they are.
     zero, half = builder.constant(np.float32(0)), builder.constant(np.float32(0.5))
     low = builder.node("Min", [_reduced(emitter, "ReduceMin", name, axes), zero])
     high = builder.node("Max", [_reduced(emitter, "ReduceMax", name, axes), zero])
@@ -207,6 +212,8 @@ def _grid(emitter: Emitter, name: str, axes: Sequence[int], is_asymmetric: bool)
     )
     step = builder.node("Mul", [width, builder.constant(np.float32(2 / 255))])
     scale = builder.node("Max", [step, builder.constant(np.float32(SMALLEST_SCALE))])
+
+    # The inverse is divided once for each row, and multiplied once for each value.
     inverse = builder.node("Div", [builder.constant(np.float32(1)), scale])
     least = builder.node("Round", [builder.node("Mul", [low, inverse])])
     zero_point = builder.node("Sub", [builder.constant(np.float32(-128)), least])

@@ -115,6 +115,8 @@ class Emitter(BaseEmitter[Builder]):
             weight = self._weights[atom]
             order = straight(len(weight.shape))
             self._floats[atom] = stored.dequantized(self.builder, weight, order)
+
+        # Parameters and constants become initialisers when they are first read.
         if atom not in self._floats:
             key = str(atom)
             name = self.network.leaves.get(key) or self.network.constants.get(key)

@@ -95,6 +95,7 @@ def export_onnx(
     """
     if opset is not None and opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: {OPSETS[0]} to {OPSETS[-1]} are covered")
+    # Whatever is asked for is checked before the model is traced.
     target = Target(runtime, processors)
     # Operators of the model's own kinds where the opset may have them; the rest is composed.
     newest = OPSETS[-1] if opset is None else opset
@@ -108,6 +109,8 @@ def export_onnx(
             model = _model(
                 Emitter(lowered, quantizer, emit_site, control_flow.TABLE), channels_first
             )
+
+        # The same model gives the same bytes: protobuf's maps have no order of their own.
         with shown.stage("saving"):
             atomic.write_file(path, [model.SerializeToString(deterministic=True)])
 

@@ -109,6 +109,8 @@ def _dynamic_slice(
         )
         starts.append(start)
         ends.append(whole.add(builder, start, window))
+
+    # All axes in one operator, by their order in memory.
     along = builder.ints([value.axis(axis) for axis in axes])
     name = builder.node(
         "Slice", [value.name, _joined(builder, starts), _joined(builder, ends), along]

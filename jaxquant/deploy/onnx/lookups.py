@@ -41,10 +41,12 @@ def look_up(
         rows = _rows(builder, node, clipped, _packed(table.integers), indices, shape)
         values = _unpacked(builder, rows, width)
     else:
+        # A tied head reads the same array, which is in the file once.
         offset = 128 if is_unsigned else 0
         shifted = table.integers.astype(np.int16) + offset
         integers = shifted.astype(np.uint8 if is_unsigned else np.int8)
         rows = _rows(builder, node, clipped, integers, indices, shape)
+        # With a scale of 1: the scales of rows come behind.
         inputs = [rows.name, builder.constant(np.float32(1), "one")]
         inputs += [builder.constant(np.uint8(offset), "zero_point")] if is_unsigned else []
         values = dataclasses.replace(rows, name=builder.node("DequantizeLinear", inputs, "rows"))

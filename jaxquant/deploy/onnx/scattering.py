@@ -115,6 +115,8 @@ def _place(
       reduction: what becomes of what was there, by ONNX's name.
       batch: how many axes the batch of indices has.
     """
+
+    # ScatterND takes coordinates along the first axes, and whole slices of the rest.
     order = (*axes, *(a for a in range(operand.rank) if a not in axes))
     data = builder.ordered(operand, order)
     name, coordinates = data.name, places.coordinates
@@ -130,6 +132,7 @@ def _place(
     name = builder.node(
         "ScatterND", [name, whole.name_of(builder, coordinates), updates.name], **attributes
     )
+    # What was dropped went to the place behind the end, which goes now.
     if places.inside is not None:
         limit = whole.name_of(builder, whole.of_size(builder, data.shape[axes[0]]))
         name = builder.node("Slice", [name, builder.ints([0]), limit, builder.ints([0])])

@@ -228,6 +228,7 @@ def _unstack(
     shapes: Sequence[tuple[Size, ...]],
     dtypes: Sequence[str],
 ) -> list[Value]:
+    # The axis is gone from the result: those behind it have numbers one less.
     value, axis = builder.plain(x[0]), node.params["axis"]
     order = tuple(a - (a > axis) for a in value.order if a != axis)
     along = value.axis(axis)

@@ -130,6 +130,8 @@ def _integer_dot(
     integers, zero_point = emitter.quantizer.integers(
         matrix, (), emitter.quantizer.target.dot_weight()
     )
+
+    # As MatMulInteger takes both: integers with their zero points, and no scale.
     inputs = [name, integers, builder.constant(emitter.quantizer.zero(entry)), zero_point]
     name = builder.node("MatMulInteger", inputs)
     name = builder.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])

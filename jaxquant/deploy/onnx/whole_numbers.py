@@ -57,6 +57,7 @@ def _evaluate(builder: Nodes, tree: ast.expr, text: str) -> Whole:
     if isinstance(tree, ast.BinOp):
         left, right = (_evaluate(builder, side, text) for side in (tree.left, tree.right))
         if isinstance(tree.op, ast.Pow) and isinstance(right, np.ndarray):
+            # A power of sizes that vary is a product of them: exponents are numbers.
             power: Whole = np.array([1])
             for _ in range(int(right[0])):
                 power = multiply(builder, power, left)
@@ -129,6 +130,7 @@ def counted(builder: Nodes, size: Size) -> Whole:
 
 def stacked(builder: Nodes, parts: Sequence[Whole], sizes: Sequence[Size]) -> Whole:
     """[*sizes, parts]: each part, which broadcasts against `sizes`, a column of the last axis."""
+    # Known parts stay known: places that do not depend on inputs become constants.
     if all(isinstance(part, np.ndarray) for part in parts) and not any(
         isinstance(size, str) for size in sizes
     ):

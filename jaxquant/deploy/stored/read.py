@@ -113,6 +113,7 @@ class StoredGraph:
                 f"the model takes inputs of the structure {self._input_tree}, got "
                 f"{jax.tree.structure(structs)}"
             )
+        # Each size as the file spells it, with the size that is given for it.
         wanted: list[tuple[str | int, Any]] = []
         flat = jax.tree.leaves(structs)
         for tensor, struct in zip(self.form.inputs, flat, strict=True):
@@ -121,6 +122,8 @@ class StoredGraph:
             ):
                 raise self._mismatch(flat, "an input is of another dtype or rank")
             wanted += zip(tensor.shape, struct.shape, strict=True)
+
+        # Names are solved for all inputs together: a batch is one size wherever it stands.
         try:
             known = sizes.solve(wanted)
             self._check_constraints(known)

@@ -193,6 +193,7 @@ def _value(tree: tuple[Any, ...], sizes: Mapping[str, Size], text: str) -> Size:
         if operands[0] not in sizes:
             raise ValueError(f"the size {operands[0]!r} of {text[:60]!r} is not known")
         return sizes[operands[0]]
+    # All other operations have two operands.
     left, right = (_value(operand, sizes, text) for operand in operands)
     if operation == "+":
         return left + right
