@@ -143,17 +143,19 @@ class Analysis:
         return [[title for title, _ in columns], *lines]
 
     def _footer(self) -> str:
-        s = self.summary
+        summary = self.summary
         lines = []
         if len(self.rows) > _SHOWN:
             lines.append(f"The worst {_SHOWN} of {len(self.rows)} sites; .rows has all.")
-        if s["output_sqnr_db"] is not None:
+        if summary["output_sqnr_db"] is not None:
             lines.append(
-                f"Outputs: {s['output_sqnr_db']:.1f} dB SQNR, {s['output_db']:.1f} dB for an "
-                f"ordinary sample, over {s['batches']} batches."
+                f"Outputs: {summary['output_sqnr_db']:.1f} dB SQNR, {summary['output_db']:.1f} dB "
+                f"for an ordinary sample, over {summary['batches']} batches."
             )
         if self.has_scores:
-            lines.append(f"Metric: float {s['float_score']:.6g}, int8 {s['int8_score']:.6g}.")
+            lines.append(
+                f"Metric: float {summary['float_score']:.6g}, int8 {summary['int8_score']:.6g}."
+            )
         if any(row["by_layer"] for row in self.worst[:_SHOWN]):
             lines.append('Of a site with layers the worst one is shown; "by_layer" has all.')
         lines += self.advice() or ["No site stands out."]

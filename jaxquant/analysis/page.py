@@ -138,22 +138,25 @@ def _page(report: Report, analysis: Analysis | None, title: str, pictures: str) 
 
 
 def _cards(report: Report, analysis: Analysis | None) -> str:
-    s = report.summary
+    summary = report.summary
     cards = [
-        ("sites in int8", f"{s['sites_int8']} of {s['sites_int8'] + s['sites_float']}"),
-        ("size", f"{_bytes(s['bytes_before'])} → {_bytes(s['bytes_after'])}"),
-        ("smaller", f"{s['bytes_before'] / max(s['bytes_after'], 1):.2f} ×"),
+        (
+            "sites in int8",
+            f"{summary['sites_int8']} of {summary['sites_int8'] + summary['sites_float']}",
+        ),
+        ("size", f"{_bytes(summary['bytes_before'])} → {_bytes(summary['bytes_after'])}"),
+        ("smaller", f"{summary['bytes_before'] / max(summary['bytes_after'], 1):.2f} ×"),
     ]
-    if s["output_sqnr_db"] is not None:
-        cards.append(("SQNR of the outputs", f"{s['output_sqnr_db']:.1f} dB"))
+    if summary["output_sqnr_db"] is not None:
+        cards.append(("SQNR of the outputs", f"{summary['output_sqnr_db']:.1f} dB"))
     # Accuracy control has measured the model that is returned; the analysis one without it.
-    scores: Mapping[str, Any] = s.get("control") or {}
+    scores: Mapping[str, Any] = summary.get("control") or {}
     if analysis is not None and analysis.has_scores and not scores:
         scores = analysis.summary
     if scores:
         now = scores.get("score", scores["int8_score"])
         cards.append(("metric, float → int8", f"{scores['float_score']:.4g} → {now:.4g}"))
-    cards.append(("thresholds", str(s["algo"])))
+    cards.append(("thresholds", str(summary["algo"])))
     body = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
         for name, value in cards

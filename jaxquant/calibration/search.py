@@ -100,8 +100,8 @@ def _map_tensors(function, most, counts, limit, levels, *args):  # type: ignore[
     """[T, N] and [T] to whatever `function` gives, stacked; a tensor at a time to bound memory."""
 
     def one(tensor):  # type: ignore[no-untyped-def]
-        h, limit, steps = tensor
-        return function(h, limit, Levels(steps, most), *args)
+        own, limit, steps = tensor
+        return function(own, limit, Levels(steps, most), *args)
 
     return lax.map(one, (counts, limit, levels))
 
@@ -120,21 +120,22 @@ def _float64_on_host() -> Iterator[None]:
 def validated(
     counts: ArrayLike, bin_width: ArrayLike, abs_max: ArrayLike | None, levels: ArrayLike
 ) -> Histograms:
-    h = np.asarray(counts)
-    if h.ndim < 1 or h.shape[-1] < 2 or h.dtype.kind not in "iuf":
+    given = np.asarray(counts)
+    if given.ndim < 1 or given.shape[-1] < 2 or given.dtype.kind not in "iuf":
         raise ValueError(
-            f"counts are numbers [..., N] with N >= 2 bins; got shape {h.shape} and dtype {h.dtype}"
+            "counts are numbers [..., N] with N >= 2 bins; got shape "
+            f"{given.shape} and dtype {given.dtype}"
         )
     # float64 holds counts up to 2**53 exactly.
-    h = h.astype(np.float64)
-    _refuse("counts", h, ~np.isfinite(h), "must be finite")
-    _refuse("counts", h, h < 0, "must not be negative")
+    given = given.astype(np.float64)
+    _refuse("counts", given, ~np.isfinite(given), "must be finite")
+    _refuse("counts", given, given < 0, "must not be negative")
     width = np.asarray(bin_width, np.float64)
     _refuse("bin_width", width, ~(np.isfinite(width) & (width > 0)), "must be positive and finite")
-    shape = h.shape[:-1]
+    shape = given.shape[:-1]
     width = _broadcast("bin_width", width, shape)
     # Bins above the last one in use hold no candidate: the search is as long as the data.
-    bins = np.where(h > 0, np.arange(1, h.shape[-1] + 1), 0).max(axis=-1)  # up to the last in use
+    bins = np.where(given > 0, np.arange(1, given.shape[-1] + 1), 0).max(axis=-1)
     limit = np.where(bins > 1, bins, 0).astype(np.float64)
     if abs_max is not None:
         largest = np.asarray(abs_max, np.float64)
@@ -148,8 +149,8 @@ def validated(
     known = (steps >= SYMMETRIC_LEVELS) & (steps <= MOST_LEVELS) & (steps == np.rint(steps))
     _refuse("levels", steps, ~known, f"are whole, {SYMMETRIC_LEVELS} to {MOST_LEVELS}")
     steps = _broadcast("levels", steps, shape)
-    h = h.reshape(-1, h.shape[-1])
-    return Histograms(h, limit.reshape(-1), steps.reshape(-1), width, shape)
+    given = given.reshape(-1, given.shape[-1])
+    return Histograms(given, limit.reshape(-1), steps.reshape(-1), width, shape)
 
 
 def _refuse(name: str, values: np.ndarray, bad: np.ndarray, rule: str) -> None:

@@ -68,13 +68,13 @@ def trace(
     n_inputs = len(jax.tree.leaves(input_structs))
     builder = _Builder(differentiable)
     invars = [builder.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths)]
-    inputs_ = [builder.new(var.aval, static=False) for var in closed.jaxpr.invars[len(paths) :]]
-    if len(inputs_) != n_inputs:
+    given = [builder.new(var.aval, static=False) for var in closed.jaxpr.invars[len(paths) :]]
+    if len(given) != n_inputs:
         raise AssertionError("the trace has another number of inputs than the arguments")
-    outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *inputs_], _Place())
+    outputs = builder.inline(closed.jaxpr, closed.consts, [*invars, *given], _Place())
     builder.classes = flax_tags.nnx_classes(apply_fn, params)
     # Forms that JAX writes in roundabout ways are brought back before anything looks for sites.
-    graph = builder.graph(invars, inputs_, outputs, jax.tree.structure(out_shape))
+    graph = builder.graph(invars, given, outputs, jax.tree.structure(out_shape))
     return with_tied_tables(with_looked_up_rows(symbolic.restore_slices(graph)))
 
 

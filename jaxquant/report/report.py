@@ -139,47 +139,47 @@ class Report:
         return [f"({columns} Kinds: {meanings}.)" if meanings else f"({columns})"]
 
     def _footer(self) -> str:
-        s = self.summary
+        summary = self.summary
         quantized = [row for row in self.rows if row["status"] == INT8]
         quantized.sort(key=lambda row: row["kind"] == LOOKUP_KIND)  # those that compute come first
         # All sites run alike but for exceptions, so that one of them names the mode.
         label = next((row["mode"] for row in quantized), INT8)
         kinds = ", ".join(
             f"{kind} {count[INT8]}" + (f" (+{count[FLOAT]} float)" if count[FLOAT] else "")
-            for kind, count in s["kinds"].items()
+            for kind, count in summary["kinds"].items()
         )
-        lines = [f"{s['sites_int8']} sites {label}, {s['sites_float']} float: {kinds}."]
+        lines = [f"{summary['sites_int8']} sites {label}, {summary['sites_float']} float: {kinds}."]
 
         # Tensors that stay float among int8 sites cost time, so each is named with its reason.
         floats = [tensor for tensor in self.tensors if tensor["status"] == FLOAT]
-        if not MODES[s["mode"]].integer:
+        if not MODES[summary["mode"]].integer:
             floats = []  # they all are
         else:
             lines.append(
-                f"Tensors between them: {s['tensors_int8']} int8, {s['tensors_float']} float"
-                + (":" if s["tensors_float"] else ".")
+                f"Tensors between them: {summary['tensors_int8']} int8, "
+                f"{summary['tensors_float']} float" + (":" if summary["tensors_float"] else ".")
             )
         lines += [f"  {each['name']}: {each['reason']}" for each in floats[:_SHOWN_TENSORS]]
         if len(floats) > _SHOWN_TENSORS:
             lines.append(f"  and {len(floats) - _SHOWN_TENSORS} more, see .tensors")
-        if s["output_sqnr_db"] is not None:
-            lines.append(f"Outputs on the first batch: {s['output_sqnr_db']:.1f} dB SQNR.")
+        if summary["output_sqnr_db"] is not None:
+            lines.append(f"Outputs on the first batch: {summary['output_sqnr_db']:.1f} dB SQNR.")
             lines += output_lines(self.outputs)
         lines.append(
-            f"Parameters: {s['bytes_before']:,} bytes before, {s['bytes_after']:,} after "
-            f"({s['bytes_before'] / max(s['bytes_after'], 1):.2f} times fewer). "
-            f"algo={s['algo']}, weights {s['weight_quantize_type']}"
-            + (f", in groups of {s['group_size']}." if s["group_size"] else ".")
+            f"Parameters: {summary['bytes_before']:,} bytes before, {summary['bytes_after']:,} "
+            f"after ({summary['bytes_before'] / max(summary['bytes_after'], 1):.2f} times fewer). "
+            f"algo={summary['algo']}, weights {summary['weight_quantize_type']}"
+            + (f", in groups of {summary['group_size']}." if summary["group_size"] else ".")
         )
-        if s.get("read_dequantized"):
-            names = ", ".join(s["read_dequantized"][:_SHOWN_TENSORS])
+        if summary.get("read_dequantized"):
+            names = ", ".join(summary["read_dequantized"][:_SHOWN_TENSORS])
             lines.append(f"Stored once, as integers, though read in float too: {names}.")
-        if s["recovery"]:
-            did = "; ".join(f"{step}: {note}" for step, note in s["recovery"].items())
+        if summary["recovery"]:
+            did = "; ".join(f"{step}: {note}" for step, note in summary["recovery"].items())
             lines.append(f"Recovery: {did}.")
-        lines += control_lines(s["control"]) if "control" in s else []
-        if "backend" in s and MODES[s["mode"]].integer:
-            lines.append(f"On CPU the int8 convolutions and dots are run by: {s['backend']}.")
+        lines += control_lines(summary["control"]) if "control" in summary else []
+        if "backend" in summary and MODES[summary["mode"]].integer:
+            lines.append(f"On CPU the int8 convolutions and dots are run by: {summary['backend']}.")
         return "\n".join(lines)
 
 

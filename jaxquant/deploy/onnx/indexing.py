@@ -27,12 +27,12 @@ def _gather(
         list(numbers["collapsed_slice_dims"]),
         list(numbers["operand_batching_dims"]),
     )
-    map_, offsets = list(numbers["start_index_map"]), sorted(numbers["offset_dims"])
+    placed, offsets = list(numbers["start_index_map"]), sorted(numbers["offset_dims"])
     batched = dict(zip(batching, numbers["start_indices_batching_dims"], strict=True))
     kept = [a for a in range(operand.rank) if a not in collapsed and a not in batching]
-    partial = partial_axes(operand.shape, sizes, kept, map_, batched)
+    partial = partial_axes(operand.shape, sizes, kept, placed, batched)
     batch = indices.shape[:-1]
-    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(builder, indices), strict=True)]
+    starts = [(a, sizes[a], c) for a, c in zip(placed, columns(builder, indices), strict=True)]
     mode = str(node.params["mode"])
     places = find_places(builder, partial, operand.shape, batch, starts, mode)
     axes = [axis.axis for axis in partial]

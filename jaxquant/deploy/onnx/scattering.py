@@ -70,16 +70,16 @@ def _scatter(
         list(numbers["inserted_window_dims"]),
         list(numbers["operand_batching_dims"]),
     )
-    map_ = list(numbers["scatter_dims_to_operand_dims"])
+    placed = list(numbers["scatter_dims_to_operand_dims"])
     window_axes = sorted(numbers["update_window_dims"])
     batched = dict(zip(batching, numbers["scatter_indices_batching_dims"], strict=True))
     kept = [a for a in range(operand.rank) if a not in inserted and a not in batching]
     place = dict(zip(kept, window_axes, strict=True))
     # Axes that the updates do not have are windows of one element.
     sizes = [updates.shape[place[a]] if a in place else 1 for a in range(operand.rank)]
-    partial = partial_axes(operand.shape, sizes, kept, map_, batched)
+    partial = partial_axes(operand.shape, sizes, kept, placed, batched)
     batch = indices.shape[:-1]
-    starts = [(a, sizes[a], c) for a, c in zip(map_, columns(builder, indices), strict=True)]
+    starts = [(a, sizes[a], c) for a, c in zip(placed, columns(builder, indices), strict=True)]
     places = find_places(builder, partial, operand.shape, batch, starts, str(node.params["mode"]))
     axes = [axis.axis for axis in partial]
     whole_axes = [a for a in range(operand.rank) if a not in axes]

@@ -89,7 +89,7 @@ class StoredGraph:
         # Numbers go to leaves, constants, inputs and results in turn, as they were written.
         count = len(self._leaves)
         constants = range(count, count + len(self._constants))
-        inputs_ = range(constants.stop, constants.stop + len(flat))
+        given = range(constants.stop, constants.stop + len(flat))
         paths = ["/".join(leaf.path) for leaf in self.form.leaves]
         paths += [constant.path for constant in self.form.constants]
         if len(builder.outputs) != self._output_tree.num_leaves:
@@ -98,7 +98,7 @@ class StoredGraph:
             avals=tuple(builder.avals),
             equations=tuple(builder.equations),
             leaves=self._order,
-            inputs=tuple(inputs_),
+            inputs=tuple(given),
             constants=dict(zip(constants, self._constants, strict=True)),
             outputs=tuple(builder.outputs),
             paths=dict(enumerate(paths)),

@@ -68,16 +68,18 @@ def solve(wanted: Sequence[tuple[str | int, Size]]) -> dict[str, Size]:
       {'b': 4, 'h': 5}
     """
     found: dict[str, Size] = {}
-    open_ = [(text, value) for text, value in wanted if isinstance(text, str)]
-    while open_:
+    unsolved = [(text, value) for text, value in wanted if isinstance(text, str)]
+    while unsolved:
         # An expression with one unknown gives it; those with more wait for the others.
-        solvable = [(t, v) for t, v in open_ if len(names(t) - set(found)) <= 1]
+        solvable = [(t, v) for t, v in unsolved if len(names(t) - set(found)) <= 1]
         if not solvable:
-            raise ValueError(f"the sizes in {', '.join(t for t, _ in open_)} cannot be told apart")
+            raise ValueError(
+                f"the sizes in {', '.join(t for t, _ in unsolved)} cannot be told apart"
+            )
         for text, value in solvable:
             for name in names(text) - set(found):
                 found[name] = _solve_linear(text, name, value, found)
-        open_ = [pair for pair in open_ if pair not in solvable]
+        unsolved = [pair for pair in unsolved if pair not in solvable]
 
     # Whatever was not needed to find them has to agree.
     for size, value in wanted:
