@@ -38,7 +38,7 @@ class WeightRanges(NamedTuple):
 def weight_ranges(program: Program, params: Any, qparams: Any) -> dict[str, WeightRanges]:
     """Site -> ranges, for the sites with an int8 weight that is stored.
 
-    Of a site inside a scan over stacked weights those of each layer, "NAME[3]".
+    A site inside a scan over stacked weights has those of each layer, by the name "NAME[3]".
     """
     if not program.mode.integer:
         return {}

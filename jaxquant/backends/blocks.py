@@ -3,7 +3,7 @@
 XLA's product on CPU reads its operands from memory.  A weight that is dequantized whole is written
 to memory as floats first, and read again: five times the traffic of the float model, and its memory
 besides.  A block of a few rows stays in the core's cache, so that one pass over the integers is all
-that memory sees.  Of many rows of x that is little beside the products, which are faster whole.
+that memory sees.  Where x has many rows that is little beside the products, which are faster whole.
 Other devices read the integers within their product, or are not short of bandwidth for it; several
 devices keep a sharded weight where it is.
 """
@@ -134,7 +134,7 @@ def _along_outputs(
 ) -> jax.Array:
     """[M, N] from a weight [N, K]: blocks of its rows give blocks of the columns.
 
-    Of many rows of x all columns are one block.
+    Where x has many rows, all columns are one block.
     """
     (columns,), size, bits = product.columns, product.group_size, product.weight_bits
     # An odd group size would put the two codes of a byte under two scales.

@@ -34,9 +34,9 @@ _CODES = {name: tuple(map(float, values)) for name, values in VALUES.items()}
 class Native:
     """Runs convolutions of one and two axes, and dots with a weight, ragged or not.
 
-    Of products with a stored matrix it runs those of few rows, which read the integers as they lie,
-    those of many float rows with a matrix [K, N], and those of many int8 rows, which pack them; of
-    operations of floats attention, GELU and layer normalization.
+    It runs products with a stored matrix where they have few rows, which read the integers as they
+    lie, many float rows and a matrix [K, N], or many int8 rows, which pack them.  From among the
+    operations of floats it has attention, GELU and layer normalization.
 
     Args:
       packs_all: False to leave to XLA what takes the kernels longer because they have to pack its

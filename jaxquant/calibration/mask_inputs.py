@@ -93,7 +93,7 @@ def place_masks(
 
 
 def _numbers(masks: Sequence[tuple[Key | None, Maker]], sources: Sequence[_Source]) -> list[int]:
-    """Of each mask the number of the first that is the same.
+    """For each mask, the number of the first one that is the same.
 
     Positions of two masks that meet are taken for those of neither: inputs for which a user names
     one mask twice, as a text's words and their kinds, have to be known as of one.

@@ -44,8 +44,8 @@ class Observed:
     def names(self) -> tuple[str, ...]:
         """The names of the statistics: those of the own tensors, then those of the bodies.
 
-        Of a tensor in a scan over stacked weights there is one for each layer, "NAME[3]".  All
-        tensors of a layer come before those of the next one.
+        A tensor in a scan over stacked weights has one for each layer, "NAME[3]".  All tensors of a
+        layer come before those of the next one.
         """
         return tuple(f"{name}{layer_suffix(layer)}" for name, layer in self._numbered())
 

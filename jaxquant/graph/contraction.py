@@ -169,7 +169,7 @@ class Contraction:
     def spread_shape(self, side: int, sizes: Sequence[int]) -> tuple[int, ...]:
         """The shape in which an array [*batch, *free] of an operand of a dot meets the result.
 
-        Of a ragged dot too, whose chosen axes the result does not have.
+        A ragged dot has one too, without the chosen axes, which are not in the result.
 
         Example:
           >>> dot((((1,), (0,)), ((), ())), (2, 2)).spread_shape(1, (5,))

@@ -15,8 +15,8 @@ _SEGMENT = re.compile(r"(.*)\[(\d+)(?::\d+)?\]")
 def layer_of(graph: ir.Graph, eqn: ir.Equation, classes: Mapping[str, str]) -> str:
     """How a message names the layer of an operation without a weight, "BatchNorm 'bn1'".
 
-    By its scope; without one by the first parameter that is applied to what it gives (the scale of
-    a normalization), or by the last one before it.
+    It is named by its scope; without one by the first parameter that is applied to what it gives
+    (the scale of a normalization), or by the last one before it.
     """
     # linen's scopes are the module paths.
     if eqn.scope:

@@ -51,7 +51,7 @@ def find_operators(
 ) -> dict[int, Operator]:
     """The operations of these kinds by the index of their last equation.
 
-    Of operations inside each other, a normalization without its scale, the largest counts.
+    Where one is inside another, as a normalization without its scale, the larger one counts.
 
     Args:
       graph: the traced model.

@@ -98,7 +98,7 @@ class Site:
     def channel_axes(self) -> tuple[int, ...]:
         """The axes of the weight that run along output channels, ascending: not summed over.
 
-        Of an embedding, whose rows are not summed over either, the one that numbers the rows.
+        An embedding sums over nothing: its axis is the one that numbers the rows.
         """
         return (0,) if self.contraction is None else self.weight_axes.kept
 

@@ -108,9 +108,9 @@ def instruction_set() -> str:
 def int8_is_faster() -> Availability:
     """Whether the kernels run here and do int8 convolutions and dots faster than XLA.
 
-    By measurement of whole networks and single layers, for the sets of instructions that could be
-    had (docs/native_kernels.md); nothing is timed here.  The reason says which kernels, or why XLA
-    is to be preferred.
+    The answers were measured on whole networks and single layers, for the sets of instructions that
+    could be had (docs/native_kernels.md); nothing is timed here.  The reason says which kernels, or
+    why XLA is to be preferred.
     """
     ok, reason = available()
     # Without vectors XLA's own sums are the faster ones.

@@ -146,8 +146,8 @@ def fused_end(graph: ir.Graph, site: Site) -> ir.Var:
 def fingerprint(graph: ir.Graph, site: Site, epilogue: Epilogue) -> str:
     """How the site's weight and the operands of its epilogue are computed from the parameters.
 
-    With the shape of the weight that is stored: one that follows the input in another way than by
-    the batch is of another graph.
+    The shape of the stored weight is a part of it: a weight that follows the input in another way
+    than by the batch is of another graph.
     """
     # By the shape too: a weight that grows with the image is computed alike, but is another one.
     shape = "none" if site.stored_weight is None else str(stored_shape(graph, site))

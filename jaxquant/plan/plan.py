@@ -27,8 +27,8 @@ class TensorPlan:
     weights behind it know, who carry the rest (`jaxquant.weights.quantize`).  A `symmetric`
     one has zero point 0 because that was asked for.
 
-    Of a tensor inside a scan over stacked weights there is one for each layer: `layer` are its
-    numbers, those of the outermost scan first, which the name ends in: "blocks/mlp/input[3]".
+    A tensor inside a scan over stacked weights has one for each layer: `layer` are its numbers,
+    those of the outermost scan first, and the name ends in them: "blocks/mlp/input[3]".
     """
 
     name: str

@@ -40,8 +40,8 @@ class Asked(NamedTuple):
 class Seen(NamedTuple):
     """What was seen of sites, by their names.
 
-    With a leading axis for each scan over stacked weights around a site; in other loops summed over
-    the steps, with a unit of 0 where there was no step.
+    The arrays have a leading axis for each scan over stacked weights around a site; in other loops
+    they are summed over the steps, with a unit of 0 where there was no step.
 
     Attributes:
       powers: what `jaxquant.recover.shift.powers` gives, [3].

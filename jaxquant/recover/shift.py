@@ -35,7 +35,8 @@ class Powers(NamedTuple):
 class Shift(NamedTuple):
     """How far a site's channels are off, [C] each, of JAX or of NumPy.
 
-    Of a site inside a scan over stacked weights [L, C], with a layer for each step, and `unit` [L].
+    A site inside a scan over stacked weights has them as [L, C], a layer for each step, and `unit`
+    as [L].
 
     With f the activation behind the site and w = (f(y) - f(ŷ)) / (y - ŷ) its slope between the two
     values (1 for no activation; 0 where a ReLU has them both): Σ w (y - ŷ), Σ w (y - ŷ)² and Σ w.
@@ -213,7 +214,7 @@ def shift_of(
 def unit_of(*arrays: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
     """A power of two in which the squares of all that is finite in some tensors are floats.
 
-    Of each index beside `axis`; for None one of all.
+    There is one for each index beside `axis`; for None one for all.
 
     1 where the largest magnitude is within [2**-40, 2**40] anyway, so that ordinary tensors are
     measured as they are; else the largest power of two not above it whose inverse is a float too.

@@ -52,9 +52,9 @@ class Trial:
     def noise(self, grid: IntegerRange, factors: np.ndarray | None = None) -> float:
         """How much of a row of outputs is noise, in the mean over the rows, as a power.
 
-        Of a row's Σ (y - ŷ)² over its Σ y² and that of the middle row: so large rows do not hide
-        what the others lose, which matters where rows are normalized behind the site, and rows of
-        next to nothing do not count.  Arguments as of `error`.
+        It is a row's Σ (y - ŷ)² over the sum of its Σ y² and that of the middle row: so large rows
+        do not hide what the others lose, which matters where rows are normalized behind the site,
+        and rows of next to nothing do not count.  The arguments are those of `error`.
         """
         return self._noise(self._off(*self._quantized(grid, factors)))
 

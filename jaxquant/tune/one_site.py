@@ -1,9 +1,10 @@
 """One convolution or dot as a model of its own, in float and in int8.
 
-With what int8 spares its neighbours: in a model, the operation before a site writes integers where
-the site reads such, and what a site gives is mostly quantized behind it.  Without these two, forms
-that make a network faster by XLA on CPU look slower than float.  (A native kernel quantizes its
-result itself in a model; here XLA does so behind it, which is in float's favour.)
+The model holds what int8 spares the neighbours too: in a whole model, the operation before a site
+writes integers where the site reads such, and what a site gives is mostly quantized behind it.
+Without these two, forms that make a network faster by XLA on CPU look slower than float.  (A native
+kernel quantizes its result itself in a model; here XLA does so behind it, which is in float's
+favour.)
 """
 
 from __future__ import annotations

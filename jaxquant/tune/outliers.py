@@ -58,7 +58,8 @@ def rules_for_outliers(
 ) -> Rules:
     """A rule for each dot that gains by a scale a channel or a scale a row.
 
-    Of the dots with the step "outliers" and a stored weight whose input nothing else reads in int8.
+    It is asked of dots with the step "outliers" and a stored weight whose input nothing else reads
+    in int8.
 
     Args:
       source: the float model.
