@@ -46,6 +46,7 @@ def dot(product: Product, x: jax.Array, integers: jax.Array, scale: jax.Array) -
 
     def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
         numbers = (((1,), (axis,)), ((), ()))
+        # Products of bfloat16 are summed in float32: the sums of many terms need its digits.
         return lax.dot_general(
             x,
             weight.astype(x.dtype),
@@ -151,6 +152,7 @@ def _along_outputs(
         part, scales = (
             lax.dynamic_slice_in_dim(array, start, count, axis=0) for array in (integers, scale)
         )
+        # Codes in pairs stay apart: even and odd rows are two products, and no nibble is moved.
         if is_apart:
             low, high = dequantize_halves(part, scales, size, product.weight_dtype)
             return dot(even, low) + dot(odd, high)

@@ -123,6 +123,7 @@ def on_tpu(
     (samples, channels), places = result.free, result.window
     is_few = sums.shape[channels[0]] < _TPU_LANES
     batch = sums.shape[samples[0]]
+    # So few channels would leave lanes empty; samples fill sublanes where they come in eights.
     if is_few and isinstance(batch, int) and batch % _TPU_SUBLANES == 0:
         return layouts.held_in(sums, (*places, *samples, *channels))
     return sums

@@ -27,6 +27,7 @@ def with_enough_channels(x: jax.Array, kernel: jax.Array, window: Window) -> jax
     """Few input channels are filled up with zeros."""
     inputs, outputs = kernel.shape[-2:]
     is_few = inputs < _FEW_CHANNELS or (inputs == _FEW_CHANNELS and outputs <= _FEW_CHANNELS)
+    # Groups have channels of their own, which zeros would mix.
     if window.feature_groups == 1 and is_few:
         x, kernel = (
             _filled_up(value, axis, _PADDED_CHANNELS) for value, axis in ((x, -1), (kernel, -2))

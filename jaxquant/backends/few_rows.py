@@ -44,6 +44,7 @@ class FewRows(Xla):
                 dict(zip(names, arrays, strict=True)),
                 (matrices.summed, matrices.columns),
             )
+            # As it lies: a transpose would move the whole matrix.
             weight = given["weight"].reshape(shape[::-1] if sums_last else shape)
             rows = matrices.x(given["x"])[0]
             (sums,) = native.dot_stored(

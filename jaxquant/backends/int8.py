@@ -150,6 +150,7 @@ def _by_matrix(x: jax.Array, w: jax.Array, contraction: Contraction, holds: bool
     x = x.transpose((*own.free, *own.contracted)).reshape(*rows, summed)
     w = w.transpose((*other.contracted, *other.free)).reshape(summed, math.prod(columns))
     product = make_dot((((x.ndim - 1,), (0,)), ((), ())), (x.ndim, 2))
+    # With one axis of columns there are no heads whose order matters.
     sums = dot((x, w), product) if len(columns) == 1 else _of_heads(x, w, product, holds)
     return sums.reshape(*rows, *columns)
 
@@ -221,6 +222,7 @@ def is_turned(contraction: Contraction, shape: Sequence[int]) -> bool:
     if contraction.window is not None or contraction.choosing is not None or contraction.has_batch:
         return False
     rows = len(own.free)
+    # The last axis of rows becomes the lanes, so it has to fill whole registers.
     return (
         rows > 1
         and len(other.free) > 1

@@ -68,6 +68,7 @@ class Native:
             if _is_one(call):
                 return native.pack_dot(matrices[0, 0])
             return jax.vmap(jax.vmap(native.pack_dot))(matrices)
+        # In the layout in which the call will read, whatever the model's own is.
         layout = ChannelsLast(call.contraction)
         window = layout.window
         return native.pack_conv(layout.kernel(weight), window.feature_groups, window.dilation)
@@ -179,6 +180,7 @@ def _one_product(
     """The results [P, M, N] of a call that is one product."""
     if options["residual"] is not None:
         residual = options["residual"]
+        # The leading axes are those of a batch of products, and this is one of them.
         options["residual"] = residual._replace(value=residual.value[0])
     multiplier, bias = (
         None if name not in operands else matrices.of_channels(operands[name]).reshape(-1)

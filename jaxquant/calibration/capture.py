@@ -130,6 +130,7 @@ def _capturing(
 
     def capturing(env: evaluate.Environment) -> evaluate.Values:
         values = lowering(env)
+        # The operand that is no weight.
         activation = eqn.inputs[1 - site.weight_position]
         captured[site.name] = values[eqn.outputs[0]] if of == "output" else env.read(activation)
         return values

@@ -96,6 +96,7 @@ class _Inside:
         self._watch = watch
         self._own = own
         self._seen: dict[int, Seen] = {}
+        # A loop without observed tensors runs as it is.
         self._bodies = {
             index: bodies
             for index, bodies in observed.bodies.items()

@@ -57,6 +57,7 @@ class Saved:
             return self.observations
         state = observer.init()
         structure, size = jax.tree.structure(state), len(jax.tree.leaves(state))
+        # By numbers of leaves: the file has no structure, and the observer is trusted for it.
         if any(len(leaves) != size for leaves in self.leaves.values()):
             raise FileError("its own statistics are not of this observer")
         states = {k: jax.tree.unflatten(structure, v) for k, v in self.leaves.items()}
@@ -180,6 +181,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
         return _decode(tensors, record)
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
+    # Whatever a forged record makes of Python's own functions.
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise FileError(f"{os.fspath(path)}: the record is damaged: {error!r}") from None
 
@@ -226,6 +228,7 @@ def _decode(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> Saved:
 def _origin(data: Any) -> Origin:
     origin = Origin(**_checked(data, dict))
     for text in (
+        # All that is compared later as a text has to be one.
         origin.model,
         origin.observer,
         origin.jax,

@@ -162,6 +162,7 @@ def check_thresholds(found: Sequence[float] | np.ndarray, tensors: Sequence[str]
     if len(values) != len(tensors):
         raise ValueError(f"the observer gave {len(values)} thresholds for {len(tensors)} tensors")
     for name, value in zip(tensors, values, strict=True):
+        # NaN fails this too.
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(f"the observer gave the threshold {value} for tensor {name!r}")
     return [float(value) for value in values]

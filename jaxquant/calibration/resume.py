@@ -68,6 +68,7 @@ def load_checked(
     saved = observations_file.read(path)
     seen = check_saved(path, saved, sweep, observer, ())
     try:
+        # Of another model first: that it is not done would be no help then.
         observations_file.check_done(saved)
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
@@ -90,6 +91,7 @@ def check_observed(observations: Observations, sweep: Sweep) -> None:
 
     `sweep` is started.  Observations that were put together by hand have no origin to compare.
     """
+    # Observations that a user put together have no origin to compare.
     if observations.origin is None:
         return
     here, _ = sweep.start(observations.examples[0])

@@ -140,6 +140,7 @@ def empty_message(ds: Any) -> str:
     'ds is empty: it gave no batch (ds is a list).'
     """
     text = f"ds is empty: it gave no batch (ds is {_name(ds)})."
+    # By far the likeliest cause, and nothing to be seen in the data.
     if isinstance(ds, Iterator):
         text += (
             " A generator or another iterator can be read only once: if it has been read already, "

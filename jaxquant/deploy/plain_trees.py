@@ -25,6 +25,7 @@ def plain_tree(tree: Any) -> Any:
             return node
         if isinstance(node, Mapping):
             return {key: plain_tree(value) for key, value in node.items()}
+        # A variable holds one array; what holds more is a container of its own.
         leaves = jax.tree.leaves(node)
         return leaves[0] if len(leaves) == 1 else node
 
@@ -45,6 +46,7 @@ def with_lists(tree: Any) -> Any:
             return node
         children = {key: with_lists(value) for key, value in node.items()}
         numbers = range(len(children))
+        # True and 1 are one key to a dict; types tell them apart.
         is_list = all(type(key) is int for key in children) and set(children) == {*numbers}
         return [children[number] for number in numbers] if children and is_list else children
 

@@ -188,6 +188,7 @@ def _is_symbolic_trouble(error: Exception) -> bool:
     JAX tells of most by their class; a size that it could not decide on stands in others as a
     minimum or maximum: "incompatible shapes (s, 8), (min(16, s), 8)".
     """
+    # By name: not every JAX has all of these classes.
     names = ("InconclusiveDimensionOperation", "ConcretizationTypeError", "NonConcreteBooleanIndex")
     text = str(error)
     return (
@@ -240,6 +241,7 @@ def serialize(exported: export.Exported) -> bytes:
       ValueError: its inputs or outputs are in a container that jax.export does not know.
     """
     try:
+        # Derivatives would double the file, and need another program for each argument.
         return bytes(exported.serialize(vjp_order=0))
     except (TypeError, ValueError) as error:
         raise ValueError(

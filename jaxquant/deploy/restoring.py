@@ -24,6 +24,7 @@ def undoing(program: Program, restored: Restored) -> ir.Graph:
     view = program.weights.stored_view(restored)
     shape = (*restored.stacked, *view.shape)
 
+    # Traced for its equations alone, which the network takes one by one.
     def undone(_: tuple[()], value: jax.Array) -> jax.Array:
         return restored.apply(value.astype(restored.stored_in.dtype(view.var)))
 

@@ -187,6 +187,7 @@ def load_quantized_model(
         raise FileError(f"{os.fspath(path)}: its SHA-256 is {digest}, not {sha256}")
     try:
         return _load(tensors, metadata.get("jax", ""))
+    # With the path, which the reader of a message looks for first.
     except FileError as error:
         raise FileError(f"{os.fspath(path)}: {error}") from None
 

@@ -88,6 +88,7 @@ class SiteNodes(StoredTensors, abc.ABC):
         eqn, slot = self.graph.equations[site.equation], self.program.slots[site.name]
         view = self.program.weights.view(site)
         groups = group_layout(view.shape, view.channels, self.program.plan.group_size)
+        # The table itself is not asked for: it stays as it is stored.
         self.need_static(eqn.inputs[1:])
         node = self.node(eqn)
         stored = self.take_stored(slot, site.weight)

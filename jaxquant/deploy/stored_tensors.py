@@ -73,6 +73,8 @@ class StoredTensors(Tensors):
                 "quantize with integers, weight_bits=8 or 4, to export (files of "
                 "jaxquant.save_quantized_model and StableHLO have them)"
             )
+
+        # Without a shape: packed codes and groups have another than the tensor.
         integers, scale = (self.found.new(Tensor((), dtype)) for dtype in ("int8", "float32"))
         for number, path in ((integers, slot.int8), (scale, slot.scale)):
             self.found.leaves[str(number)] = self.stored_name(path, var)

@@ -255,6 +255,7 @@ class _Translator(SiteNodes):
         """
         region = self.region
         read = float_leaves(self.binding)
+        # A slice of stacked weights that is read in float comes by the scan, step by step.
         return {
             k
             for k, var in enumerate(region.arguments)

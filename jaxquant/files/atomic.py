@@ -50,6 +50,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
       ValueError: `path` is a folder, a link or another thing that is not a plain file.
     """
     file_path = Path(path)
+    # A rename would put a file in the place of the link, and leave what it points to.
     if file_path.is_symlink():
         raise ValueError(f"{file_path} is a link; give the path of the file itself")
     if file_path.exists() and not file_path.is_file():

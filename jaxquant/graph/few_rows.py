@@ -18,7 +18,9 @@ def match(graph: ir.Graph, lookup: ir.Equation) -> matching.Match | None:
     table, numbers = lookup.inputs
     if isinstance(table, ir.Literal) or isinstance(numbers, ir.Literal):
         return None
+    # More rows than these are cheaper to gather.
     if graph.shape(table)[0] > _MOST_ROWS:
         return None
+    # By the mode a number out of range gives NaN, or the nearest row.
     fills = "FILL" in str(lookup.params["mode"])
     return matching.Match((numbers, table), frozenset({lookup.index}), {"fills": fills})

@@ -26,9 +26,11 @@ def find_sites(root: Region) -> tuple[Site, ...]:
         _lookup(region, eqn)
         for region in root.walk()
         for eqn in region.graph.equations
+        # A static lookup is a constant.
         if kinds.is_lookup(region.graph, eqn) and not region.graph.static[eqn.outputs[0]]
     ]
     found = (*sites, *name_lookups(lookups, sites))
+    # By the place: a lookup and a site of other kinds are found apart.
     return tuple(sorted(found, key=lambda site: site.location))
 
 

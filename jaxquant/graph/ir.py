@@ -228,6 +228,7 @@ def upstream(graph: Graph, roots: Sequence[Var]) -> Iterator[Equation]:
         if eqn is not None and eqn.index not in needed:
             needed.add(eqn.index)
             stack.extend(eqn.input_vars)
+    # Indices go in evaluation order, whatever the way they were found.
     for index in sorted(needed):
         yield graph.equations[index]
 

@@ -220,6 +220,7 @@ class _Search:
         difference = self._step(atom, "sub")
         if difference is None:
             return False
+        # The mean of squares less the square of the mean, of one tensor along one axis.
         squares, square = difference.inputs
         mean = self._square(square)
         found = None if mean is None else self._mean(mean)

@@ -57,6 +57,7 @@ def run(
         return _scan(eqn, operands, steps[0], sliced, kept)
     if eqn.name == "while":
         return _while(eqn, operands, steps[0], kept)
+    # Branches have no steps: what is kept goes through whichever is chosen.
     index, *values = operands
     branches = [_branch(step) for step in steps]
     results, kept = jax.lax.switch(index, branches, values, kept)

@@ -207,6 +207,7 @@ def is_number(aval: Any) -> bool:
     if not hasattr(aval, "shape") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
         return False
     kind = np.dtype(aval.dtype).kind
+    # Larger tensors are data; a count or a position is a few numbers.
     return (
         kind in "iub"
         and all(isinstance(n, int) for n in aval.shape)

@@ -102,6 +102,7 @@ def _evaluation(piece: _Piece) -> Callable[..., list[Any]]:
         values = dict(zip(piece.reads, operands, strict=True))
         for eqn in piece.equations:
             given = [x.value if isinstance(x, ir.Literal) else values[x] for x in eqn.inputs]
+            # By the primitive itself: nothing is traced again.
             results = jaxprs.bind(eqn.primitive, given, dict(eqn.params))
             values.update(zip(eqn.outputs, results, strict=True))
         return [values[var] for var in piece.gives]
@@ -116,6 +117,7 @@ def _cut(graph: ir.Graph) -> list[_Piece]:
         if not groups or _starts_piece(graph, eqn):
             groups.append([])
         groups[-1].append(eqn)
+    # Alike across groups: a block of a network is met once for each layer.
     numbers = number_alike(eqn for group in groups for eqn in group)
     return _join(graph, _pieces(graph, groups, numbers), numbers)
 

@@ -92,6 +92,7 @@ class Region:
 
     def bodies(self, eqn: ir.Equation) -> tuple[Region, ...]:
         """The bodies that an equation of this region holds; () where it holds none."""
+        # Bound once: the bodies' tensors are known by the graph that they are in.
         if eqn.index not in self._bodies:
             found = enumerate(jaxprs.sub_bodies(dict(eqn.params)))
             self._bodies[eqn.index] = tuple(

@@ -130,6 +130,7 @@ def _varying_axes(graph: ir.Graph, atom: ir.Atom, sources: set[ir.Var]) -> froze
     if eqn is None or graph.is_static(atom):
         return copies.varying_axes(graph, atom)
     of_operands = (_varying_axes(graph, x, sources) for x in eqn.inputs)
+    # A maximum over an axis no longer differs along it: movements say where axes go.
     return frozenset().union(*(primitives.follow_axes(graph, eqn, axes) for axes in of_operands))
 
 

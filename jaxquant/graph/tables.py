@@ -73,6 +73,7 @@ def _whole_tables(graph: ir.Graph) -> frozenset[ir.Var]:
     candidates = [
         var for var in graph.leaves if _may_be_table(graph, var) and _is_added(graph, var)
     ]
+    # Where axes go is followed through the whole graph, which most models are spared.
     if not candidates:
         return frozenset()
     along = _along_inputs(graph)
@@ -196,6 +197,7 @@ class _Rewriter(Rewriting):
         aval, shape = self.graph.avals[table], self.graph.shape(table)
         rows = self.new(aval)
         params = {"start_indices": (0,) * len(shape), "limit_indices": shape, "strides": None}
+        # A slice of everything: the reader reads what a lookup of all rows gives.
         whole = dataclasses.replace(
             reader, primitive=lax.slice_p, inputs=(table,), outputs=(rows,), params=params
         )

@@ -107,6 +107,7 @@ def _unless_one_cpu(place: Place) -> int:
 
 def _place(ctx: Any, platform: str) -> Place:
     module, devices = ctx.module_context, ctx.module_context.axis_context
+    # No assignment means the default device, which is one.
     is_one_device = hasattr(devices, "device_assignment") and (
         devices.device_assignment is None or len(devices.device_assignment) == 1
     )

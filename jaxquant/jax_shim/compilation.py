@@ -15,6 +15,7 @@ def without_source_locations() -> Iterator[None]:
     """Programs that are lowered inside do not name the source files that they came from."""
     name = "jax_traceback_in_locations_limit"
     known = getattr(jax.config, name, None)
+    # An option of JAX's own, which may go in another release.
     if known is None:
         yield
         return

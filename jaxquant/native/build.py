@@ -78,6 +78,7 @@ def _obtain(name: str | None) -> _Loaded:
 def _remembering_timeouts(folder: Folder, command: list[str], name: str | None) -> _Loaded:
     """A compiler that hangs is not waited for in every process."""
     note = f"timeout-{_hash(command)}"
+    # In a file: the next process would wait for the same compiler as long.
     if (reason := folder.failure(note)) is not None:
         raise BuildError(reason)
     try:

@@ -213,6 +213,7 @@ class Folder:
             descriptor = self._open(name)
         except OSError:
             return None
+        # Opened first: name and contents are then of one file, whoever replaces it.
         try:
             text = os.read(descriptor, _MOST_TEXT).decode("utf-8", "replace")
             return _Note(text, os.fstat(descriptor).st_mtime)

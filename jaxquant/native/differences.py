@@ -48,6 +48,7 @@ def differences(
     if not y.ndim or any(x.shape != y.shape or x.dtype != jnp.float32 for x in operands):
         given = ", ".join(f"{x.dtype} {x.shape}" for x in operands)
         raise ValueError(f"the tensors are {given}; expected float32 of one shape")
+    # Sequential: the sums of one call are of one pair of tensors.
     comparing = jax.ffi.ffi_call(
         library.DIFFERENCES, difference_types(y.shape[-1]), vmap_method="sequential"
     )

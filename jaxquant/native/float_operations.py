@@ -171,6 +171,7 @@ def gelu(x: jax.Array, *, approximate: bool, out: Requantize | None = None) -> j
         raise ValueError(f"x is {x.dtype}; expected float32")
     grid = []
     if out is not None:
+        # A grid makes the result int8 in the same pass, so floats never leave the registers.
         grid = [jnp.asarray(out.inv_scale, jnp.float32), jnp.asarray(out.zero_point, jnp.int32)]
     result: jax.Array = _gelu(bool(approximate))(x, *grid)
     return result

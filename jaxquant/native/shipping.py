@@ -78,6 +78,7 @@ def _for_zig(wanted: instructions.InstructionSet) -> instructions.InstructionSet
     """
     flags = []
     for flag in wanted.flags:
+        # Zig has clang's compiler and its own names for processors.
         if flag.startswith("-march=arm"):
             version, *features = flag.removeprefix("-march=arm").split("+")
             version = version.replace("-", "").replace(".", "_")

@@ -185,6 +185,7 @@ def _weightless(graph: ir.Graph, site: Site) -> str:
     """Why a site has no weight that can be stored as integers; "" where it has one."""
     if site.weight is None:
         return _picked(graph, site) or "its weight depends on the inputs"
+    # Another batch would need another weight, and one is stored.
     if site.weight in graph.sized_by_batch:
         return "its weight is made to the size of the batch"
     if not graph.sources(site.weight):

@@ -117,6 +117,7 @@ def _add_undone(
     while True:
         found.setdefault(var, restored)
         eqn = graph.producer.get(var)
+        # Up to the parameter, or to what loses values on the way.
         if eqn is None or not _can_be_undone(graph, eqn):
             break
         restored = dataclasses.replace(restored, undone=(*restored.undone, eqn))

@@ -139,6 +139,7 @@ def cut_scans(
     Raises:
       ValueError: a pattern matches nothing, or a scan cannot be cut.
     """
+    # Before the cut: patterns are of the model as the user has it.
     check_skip(model.sites, config.skip)
     check_rules(model.sites, config.rules, config.kinds)
     cuts = find_cuts(model, model.sites, config.all_rules)

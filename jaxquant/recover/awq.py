@@ -177,6 +177,7 @@ class _Reading:
         matrix = grouped_matrix(SiteProduct(graph, site), self._view, self._layout)
         assert matrix is not None, "what is a parameter, rearranged, is stored as it is"
         self._matrix: GroupedMatrix = matrix
+        # Folded: what is scaled is the parameter, before the model's own rearrangements.
         values, _ = fold(graph, params, [self._view.var], [])
         self._weight = matrix.matrix(values[self._view.var]).astype(np.float64)
 

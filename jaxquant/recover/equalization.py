@@ -153,6 +153,7 @@ def _divisors(divisible: Sequence[Divisible], found: Mapping[str, Divided]) -> D
         if found.keys().isdisjoint(names):
             continue
         for name in names:
+            # All layers run one program, which divides: by one where nothing was found.
             divisors[name] = found[name].factors if name in found else np.ones(tensor.sizes)
     return divisors
 

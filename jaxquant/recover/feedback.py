@@ -82,6 +82,7 @@ def round_with_feedback(
 
     else:
         nearest = functools.partial(_nearest_code, weight_dtype=weight_dtype)
+    # Groups of a convolution have matrices of their own.
     return jax.vmap(functools.partial(_round, nearest=nearest))(weight, scale, mix)
 
 

@@ -46,6 +46,8 @@ def learn_roundings(task: Task, draft: Draft) -> Draft:
     source, plan, examples = task.source, draft.program.whole_plan, task.alike
     with task.progress.stage("tracing"):
         inputs, program = _joined(source, plan, examples)
+
+    # Made when a file is read or written: hashing the parameters takes a while.
     roundings = Roundings(task.file, lambda: make_source(program.graph, source.params, examples))
     learner = Learner(program, source.params, draft.qparams, draft.divisors)
     with task.progress.stage("adaround", len(learner.outcomes), "site") as stage:

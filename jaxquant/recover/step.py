@@ -77,6 +77,7 @@ class Task:
         """
         own = tuple(program.graph.shape(var) for var in program.graph.inputs)
         shapes = own if inputs is None else _shapes(inputs)
+        # By shapes: each of them is another compilation, which takes most of the time.
         if (program, shapes) not in self._compared:
             params, here = self.source.params, program
             if inputs is not None and shapes != own:

@@ -64,6 +64,8 @@ class Trial:
             reduced(self.inputs, axis=(1, 2), keepdims=True, initial=0.0)
             for reduced in (np.min, np.max)
         )
+
+        # A row of zeros has a step all the same; any will do.
         steps = np.where(high > low, high - low, 255.0) / 255.0
         zero_points = -128 - np.rint(low / steps)
         integers = np.clip(np.rint(self.inputs / steps) + zero_points, -128, 127) - zero_points

@@ -162,5 +162,6 @@ def _by_channel(scale: jax.Array, channels: int, axes: Sequence[int], rank: int)
         each = (samples, groups, channels // groups)
         scale = jnp.broadcast_to(scale[:, :, None], each).reshape(samples, channels)
     shape = [1] * rank
+    # Where samples come behind the channels, the matrix is turned.
     shape[axes[0]], shape[axes[1]] = samples, math.prod(scale.shape[1:])
     return (scale if axes[0] < axes[1] else scale.T).reshape(shape)

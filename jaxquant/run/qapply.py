@@ -121,10 +121,12 @@ class QuantizedApply(NotPickled):
         check_qparams(qparams, self.plan)
         if not inputs:
             return Agreement(None, 0)
+        # Cheap things first: kinds and ranges are looked at without the device.
         self._check_kinds(inputs)
         strange = find_strange(self._ranges or (), inputs)
         if strange:
             raise ValueError(_strange(strange))
+        # The default device is the one that will serve.
         if device is None and jax.default_backend() != "cpu":
             device = jax.devices()[0]
         return Agreement(None, 0) if device is None else self._compare(qparams, inputs, device)

@@ -153,6 +153,7 @@ class Sequenced:
     def __init__(self, graph: ir.Graph, members: Members, calls: Mapping[int, SiteCall]):
         self.members = members
         self.calls = [calls[last] for last in members.chains]
+        # What the next call alone reads stays inside the sequence, and has no array of its own.
         self.results = [
             (position, k)
             for position, each in enumerate(self.calls)
@@ -185,6 +186,7 @@ class Sequenced:
                 inside.add(each.chain.site.site.equation)
             if links.get("residual") == position:
                 inside.update(each.chain.members)
+        # Read outside in any form, or a result of the model.
         return output in graph.output_vars or not readers <= inside
 
     def _links(self, position: int) -> dict[str, tuple[int, int]]:

@@ -68,6 +68,7 @@ def _steps_of(reader: SiteCall) -> Steps | None:
     if window is None or call.weight_position != 1:
         return None
     own, kernel = call.contraction.operands
+    # A larger window reads the positions in between.
     is_pointwise = all(call.weight_shape[axis] == 1 for axis in kernel.window)
     is_plain = {*window.input_dilation} <= {1} and not any(map(any, window.padding))
     if not is_pointwise or not is_plain or window.batch_groups > 1:

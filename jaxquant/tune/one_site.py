@@ -106,6 +106,7 @@ def _becomes_int8(graph: ir.Graph, binding: Binding, var: ir.Var) -> bool:
         if current in binding.forms.int8:
             return True
         for eqn in graph.consumers.get(current, ()):
+            # Elementwise operations and movements are fused behind a site.
             if primitives.is_elementwise(eqn) or primitives.is_movement(graph, eqn):
                 stack.extend(v for v in eqn.outputs if v not in seen)
                 seen.update(eqn.outputs)

@@ -108,6 +108,7 @@ class Scores:
             "models": self._digest,
             "scores": self._known,
         }
+        # Whole after each score: an interrupt may come at any.
         atomic.write_file(self._path, [json.dumps(content, indent=1).encode()])
 
 

@@ -33,9 +33,11 @@ def encode(groups: np.ndarray, weight_dtype: str) -> tuple[np.ndarray, np.ndarra
         exponents = _exponents(largest)
         scaled = groups / np.exp2(exponents.astype(np.float64) - BIAS)[..., None]
         return _nearest_float(scaled), exponents
+    # A group of zeros has any scale: its codes are those of zero.
     scale = np.where(largest > 0, np.maximum(largest, SMALLEST_SCALE), 1.0)
     values = VALUES[weight_dtype].astype(np.float64)
     between = (values[1:] + values[:-1]) / 2
+    # Bounds in the middle between values: the nearest code, by one search.
     return np.searchsorted(between, groups / scale[..., None]).astype(np.uint8), scale
 
 

@@ -85,6 +85,8 @@ def relative_scales(
     kept, chosen = site.channel_axes, site.weight_axes.chosen
     used = channels_in_use(weight, kept)
     shape = [weight.shape[axis] for axis in kept]
+
+    # A channel of zeros has any scale, which must not be the largest of all.
     each = np.where(used, np.broadcast_to(scale, used.shape), 0.0).reshape(shape)
     largest = each.max(axis=tuple(kept.index(axis) for axis in chosen), keepdims=True)
     relative = each / np.where(largest > 0, largest, 1.0)

@@ -25,6 +25,7 @@ def stack_layers(
         if path in shared:
             layout.put(found, path, example)
             continue
+        # A layer without an array has zeros: one program reads it in all layers.
         there = [each.get(path, np.zeros_like(example)) for each in flat]
         layout.put(found, path, np.stack(there))
     return found

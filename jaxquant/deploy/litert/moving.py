@@ -62,6 +62,7 @@ def _slice(builder: Builder, node: Node, x: list[Value], shape: Shape) -> Value:
     cuts = {}
     for axis, size in enumerate(x[0].shape):
         if (starts[axis], limits[axis], strides[axis]) != (0, size, 1):
+            # Open at the end where all is taken: the size may be one that varies.
             end = None if limits[axis] == size else limits[axis]
             cuts[axis] = (starts[axis], end, strides[axis])
     return sliced(builder, x[0], cuts, shape)
@@ -143,6 +144,7 @@ def padded(
     """Pad logical axes with a number (before, after); int8 with the integer that stands for it."""
     table = builder.ints([pads.get(axis, (0, 0)) for axis in value.order], "pads")
     physical, grid = [shape[axis] for axis in value.order], builder.grid(value)
+    # Without a number of its own the runtime pads with the zero point.
     if fill == 0:
         name = builder.alike("PAD", value, [table], physical, "PadOptions")
     else:
@@ -217,6 +219,7 @@ def split(builder: Builder, node: Node, x: list[Value], shapes: Sequence[Shape])
     axis, start, found = node.params["axis"], 0, []
     if any(isinstance(size, str) for size in node.params["sizes"]):
         raise NotCovered("a split into sizes that vary")
+    # The runtime's split wants equal parts; slices take any.
     for size, shape in zip(node.params["sizes"], shapes, strict=True):
         found.append(sliced(builder, x[0], {axis: (start, start + size, 1)}, shape))
         start += size

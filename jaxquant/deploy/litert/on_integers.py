@@ -67,6 +67,7 @@ def clipped(builder: Builder, node: Node, values: Sequence[Value]) -> Value:
     number = float(split[1].array())
     grid = builder.grid(value)
     assert grid is not None, "a move reads int8"
+    # A bound on the same grid is compared as an integer.
     constant = builder.constant(np.int8(grid.integer(number)), "bound", grid)
     op = "MAXIMUM" if node.op == "max" else "MINIMUM"
     return dataclasses.replace(value, name=builder.alike(op, value, [constant], value.physical))

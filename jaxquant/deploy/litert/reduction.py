@@ -80,6 +80,7 @@ def _index(builder: Builder, node: Node, value: Value, shape: tuple[Size, ...]) 
     names = [value.name, builder.constant(np.int32(value.axis(axis)), "axis")]
     op, physical = _INDICES[node.op], [shape[a] for a in order]
     options = "ArgMaxOptions" if node.op == "argmax" else "ArgMinOptions"
+    # int32 here, as all of the runtime's integers that tell places.
     name = builder.op(op, names, physical, "int32", None, options, OutputType="int32")
     dtype = elementwise.litert_dtype(str(node.params["index_dtype"]))
     return elementwise.cast(builder, Value(name, shape, order), dtype)

@@ -92,6 +92,7 @@ class BaseEmitter(Generic[B]):
         elif node.op == "transpose" and node.inputs[0] in self._weights:
             weight = self._weights[node.inputs[0]].transposed(node.params["permutation"])
         if weight is not None:
+            # Nothing is written yet: how, its first reader tells.
             self._weights[node.outputs[0]] = weight
         return weight is not None
 

@@ -72,6 +72,7 @@ def _rows(
         node, op="gather", params={**params, "slice_sizes": (1, array.shape[1])}
     )
     table = Value(builder.constant(array, "table"), array.shape, (0, 1))
+    # As any gather of rows, with what the model says of indices out of range.
     emit = indexing.TABLE["gather"]
     (rows,) = emit(builder, gather, [table, indices], [sizes], [str(array.dtype), "int32"])
     return rows

@@ -21,6 +21,7 @@ def import_onnx() -> Any:
     """The `onnx` package; raises ImportError that names the extra."""
     try:
         onnx = importlib.import_module("onnx")
+        # Each by itself: `import onnx` alone brings none of them.
         importlib.import_module("onnx.helper"), importlib.import_module("onnx.numpy_helper")
         importlib.import_module("onnx.checker")
     except ImportError as error:
@@ -64,6 +65,7 @@ class Nodes:
         ends = [f":{k}" if outputs > 1 else ":out" for k in range(outputs)]
         names = [self.unique(name + end) for end in ends]
         self.read.update(inputs)
+        # A model names the sets of operators that it uses.
         self.domains |= {attributes["domain"]} if "domain" in attributes else set()
         make = self.onnx.helper.make_node
         self.nodes.append(make(op, list(inputs), names, name=name, **attributes))

@@ -136,6 +136,7 @@ class Quantizer:
         if int32 is None:
             return None
         inputs = [
+            # Runtimes recognize a bias by its scale: that of the input times that of the weight.
             self.builder.constant(int32, "bias_int32"),
             self.builder.constant(weight.steps, "bias_scale"),
             self.builder.constant(np.zeros(int32.shape, np.int32), "bias_zero_point"),

@@ -77,6 +77,7 @@ def sliced(
     if not cuts:
         return value
     value = builder.plain(value)
+    # By axis: those that are whole need no bounds, which might vary.
     axes = builder.ints([value.axis(axis) for axis, *_ in cuts])
     starts, ends, steps = (_numbers(builder, [cut[k] for cut in cuts]) for k in (1, 2, 3))
     name = builder.node("Slice", [value.name, starts, ends, axes, steps])

@@ -303,6 +303,7 @@ def _check_bodies(equation: Equation, number: int) -> None:
         if isinstance(item, list):
             stack += item
         elif isinstance(item, dict):
+            # By number, and those before alone: so no chain of bodies comes back to one.
             inner = item.get("body")
             if type(inner) is int and inner >= number:
                 raise ValueError("a body reads itself")

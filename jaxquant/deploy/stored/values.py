@@ -81,6 +81,7 @@ _EXTENDED = frozenset(
 def encode_scalar(value: Any) -> list[Any]:
     """A number of NumPy as [number, dtype]."""
     array = np.asarray(value)
+    # Python's numbers: JSON knows none of NumPy's.
     if array.dtype.kind in "biu":
         return [array.item(), str(array.dtype)]
     if array.dtype.kind == "c":
