@@ -167,6 +167,8 @@ def warn_of_counted(padding: Padding, observed: Observed, inputs: Sequence[Any])
                 counted[name] = f"where its positions are is not known behind {behind!r}"
             elif positions.is_filled(each.model, var):
                 counted[name] = "the model adds or writes values of its own there by the mask"
+
+    # Found to the end before it is told: one warning is read, a hundred are not.
     if counted:
         (name, reason), more = next(iter(counted.items())), len(counted) - 1
         others = f" and {more} more tensors" if more else ""

@@ -118,6 +118,7 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
             if int8_site.asymmetric:
                 yield ("sites", site.name, "weight_sum"), (((channels,),), np.dtype(np.int32))
             continue
+        # Weights that are read in float are stored by groups, in an order of their own.
         groups = group_layout(shape, view.channels, plan.group_size)
         # Codes of four bits: two of them a byte along the summed axis, one scale a group.
         by_group, pairs = list(groups.shape), list(groups.shape)

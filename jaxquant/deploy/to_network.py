@@ -109,6 +109,7 @@ class _Translator(SiteNodes):
             eqn = graph.equations[index]
             self.need_static(eqn.inputs)
             self.found.moves.append(self.node(eqn))
+        # Operators of several equations are found in what runs, which is less than the graph.
         joined = self._joined(self.program.equations, binding)
         # By what stands for an equation: an operator of several, an int8 site, a loop, or itself.
         for eqn in self.program.equations:
@@ -274,6 +275,7 @@ class _Translator(SiteNodes):
         """The steps of a scan one after the other, each with the arrays of its layer."""
         region = program.model.root
         fixed, carried = jaxprs.scan_counts(eqn.params)
+        # Parameters are read by each step from where they are; the scan hands on all else.
         given = [
             None if var in region.graph.leaves else x
             for var, x in zip(region.arguments, eqn.inputs, strict=True)
@@ -297,6 +299,7 @@ class _Translator(SiteNodes):
             inner.add_equations()
             carry, stacks[step] = list(inner.outputs()[:carried]), inner.outputs()[carried:]
 
+        # The last carry is the scan's result, whichever step was last.
         for var, atom in zip(eqn.outputs, carry, strict=False):
             assert atom is not None, "a carry is computed"
             self.alias(var, atom)

@@ -68,6 +68,7 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
         layout, keys, batch = parts
         for move in reversed(moves):
             layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
+        # Queries, keys and values, by what they are and not by the sides that einsum chose.
         read = (
             scores.product.inputs[1 - keys],
             scores.product.inputs[keys],

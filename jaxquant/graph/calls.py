@@ -100,6 +100,7 @@ def _difference(signature: inspect.Signature, inputs: Sequence[Any]) -> str:
             f"{said}, by their places: "
             f"`lambda {', '.join([*placed, *by_name])}: apply_fn({handed})`"
         )
+    # What Flax's users write first: a bound method that takes the inputs alone.
     if taken < 1:
         return f"{said}: it is a function of both, as in `lambda p, x: model.apply(p, x)`"
     if len(inputs) > taken and not any(p.kind is p.VAR_POSITIONAL for p in parameters):

@@ -91,6 +91,7 @@ def check_params(params: Any) -> None:
         )
     for path, leaf in leaves:
         name = path_name(path)
+        # Modules and functions among the parameters are the likeliest mistake.
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise TypeError(
                 f"params[{name!r}] is {type(leaf).__name__}, not an array; "

@@ -129,6 +129,8 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         model, static if mode.tensor_scales else (), plan.kinds, barred, plan.target == LITERT
     )
     names = model.names
+
+    # The graph decides about tensors, the plan about numbers: both name the same ones, or differ.
     entries = {var: names[var] for var in forms.entries}
     if set(entries.values()) != {tensor.name for tensor in plan.tensors}:
         raise _other_graph(set(entries.values()) ^ {tensor.name for tensor in plan.tensors})
@@ -142,6 +144,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         elif behaviour in by_behaviour:
             by_behaviour[behaviour].add(site.equation)
 
+    # An int8 tensor that is handed on has the scale of the one that it began as.
     scales = {var: names[entry] for var, entry in forms.heads.items()}
     zero_points, per_channel = on_grids(scales, plan.tensors)
     return Binding(

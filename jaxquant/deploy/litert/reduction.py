@@ -134,6 +134,7 @@ def window_of(builder: Builder, node: Node, value: Value) -> Window:
     rows = zip(params["window_dimensions"], params["window_strides"], padding, strict=True)
     # Axes that a window does not touch; the first and the last of them are batch and channels.
     still = [axis for axis, setting in enumerate(rows) if setting == (1, 1, (0, 0))]
+    # A pool has one or two axes of windows, and batch and channels beside them.
     if value.rank not in (3, 4) or len(still) < 2:
         raise NotCovered(f"windows along {value.rank - len(still)} of {value.rank} axes")
     batch, channels = still[0], still[-1]

@@ -35,6 +35,8 @@ def _gather(
     starts = [(a, sizes[a], c) for a, c in zip(placed, columns(builder, indices), strict=True)]
     mode = str(node.params["mode"])
     places = find_places(builder, partial, operand.shape, batch, starts, mode)
+
+    # Places come first where there are several; the other axes stay in their order in memory.
     axes = [axis.axis for axis in partial]
     windows = [a for a in axes if a in kept]
     rest = [a for a in operand.order if a not in axes]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxquant.deploy.lower.convolution import ConvForm, conv_form
 from jaxquant.deploy.lower.errors import NotCovered
 from jaxquant.deploy.lower.values import Size, Value, straight
-from jaxquant.deploy.lower.weights import Weight, make_weight, site_arrays
+from jaxquant.deploy.lower.weights import SiteArrays, Weight, make_weight, site_arrays
 from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import contraction, dynamic, elementwise, reduction
 from jaxquant.deploy.onnx.emitter import Emitter
@@ -56,42 +56,76 @@ def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
 
 def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
-    shape, given = emitter.shape(site.node.outputs[0]), site.node.contraction
+    given = site.node.contraction
     assert given is not None, "an operation with a weight is a convolution or dot"
     if given.choosing is not None:
         raise NotCovered("an int8 ragged dot, whose rows choose their weight")
-    (entry,) = emitter.model.entries(site)[:1]
-    int8, multiplier, bias = site_arrays(emitter.model, site)
-    input_scale = emitter.model.scales.scale(entry)
+    arrays = site_arrays(emitter.model, site)
+    input_scale = emitter.model.scales.scale(emitter.model.entries(site)[0])
     if given.window is not None:
-        form = conv_form(given, int8.shape)
-        order = contraction.kernel_order(form)
-        stored, channel_axis = form.kernel(int8, order), order.index(form.outputs)
-        weight = make_weight(stored, channel_axis, multiplier, bias, input_scale)
-        # ONNX Runtime has an int8 Conv only where its result is quantized again.
-        is_dot = emitter.quantizer.target.is_onnxruntime and form.is_pointwise
-        if is_dot and not emitter.model.uses.is_quantized(site.output):
-            return _moved(
-                emitter, site, _integer_dot(emitter, site, given, form, weight, entry, shape)
-            )
-        weight_form = emitter.quantizer.target.conv_weight(form)
-        names = (emitter.quantizer.weight(weight, weight_form), emitter.quantizer.bias(weight))
-        read = [name for name in names if name]
-        value = contraction.conv(emitter.builder, given, form, x, read, shape)
-        return _moved(emitter, site, value)
-    side, own = 1 - site.weight_position, given.operands[site.weight_position]
+        return _convolution(emitter, site, given, x, arrays, input_scale)
     if given.has_batch:
-        # Batch axes leave no axis for scales: the integers are multiplied as they are.
-        one = np.ones((), np.float32)
-        unscaled = Weight(int8, one, one, None, 0)
-        name = emitter.quantizer.weight(unscaled, emitter.quantizer.target.dot_weight())
-        kernel = Value(name, int8.shape, straight(int8.ndim))
-        values = [x, kernel] if side == 0 else [kernel, x]
-        value = contraction.dot(emitter.builder, given, values, shape)
-        return _finish(emitter, site, value, multiplier / input_scale, bias)
+        return _batched_dot(emitter, site, given, x, arrays, input_scale)
+    return _dense(emitter, site, given, x, arrays, input_scale)
+
+
+def _convolution(
+    emitter: Emitter,
+    site: Int8Node,
+    given: Contraction,
+    x: Value,
+    arrays: SiteArrays,
+    input_scale: float,
+) -> Value:
+    shape = emitter.shape(site.node.outputs[0])
+    form = conv_form(given, arrays.int8.shape)
+    order = contraction.kernel_order(form)
+    stored, channel_axis = form.kernel(arrays.int8, order), order.index(form.outputs)
+    weight = make_weight(stored, channel_axis, arrays.multiplier, arrays.bias, input_scale)
+    # ONNX Runtime has an int8 Conv only where its result is quantized again.
+    is_dot = emitter.quantizer.target.is_onnxruntime and form.is_pointwise
+    if is_dot and not emitter.model.uses.is_quantized(site.output):
+        return _moved(emitter, site, _integer_dot(emitter, site, given, form, weight, shape))
+    weight_form = emitter.quantizer.target.conv_weight(form)
+    names = (emitter.quantizer.weight(weight, weight_form), emitter.quantizer.bias(weight))
+    read = [name for name in names if name]
+    value = contraction.conv(emitter.builder, given, form, x, read, shape)
+    return _moved(emitter, site, value)
+
+
+def _batched_dot(
+    emitter: Emitter,
+    site: Int8Node,
+    given: Contraction,
+    x: Value,
+    arrays: SiteArrays,
+    input_scale: float,
+) -> Value:
+    """A dot with batch axes, which leave no axis for scales: they follow the product."""
+    one = np.ones((), np.float32)
+    unscaled = Weight(arrays.int8, one, one, None, 0)
+    name = emitter.quantizer.weight(unscaled, emitter.quantizer.target.dot_weight())
+    kernel = Value(name, arrays.int8.shape, straight(arrays.int8.ndim))
+    values = [x, kernel] if site.weight_position == 1 else [kernel, x]
+    value = contraction.dot(emitter.builder, given, values, emitter.shape(site.node.outputs[0]))
+    return _finish(emitter, site, value, arrays.multiplier / input_scale, arrays.bias)
+
+
+def _dense(
+    emitter: Emitter,
+    site: Int8Node,
+    given: Contraction,
+    x: Value,
+    arrays: SiteArrays,
+    input_scale: float,
+) -> Value:
+    """A dot without batch axes, whose weight is a matrix."""
+    side, own = 1 - site.weight_position, given.operands[site.weight_position]
+    int8, shape = arrays.int8, emitter.shape(site.node.outputs[0])
     width = math.prod(int8.shape[axis] for axis in own.contracted)
     matrix = int8.transpose((*own.contracted, *own.free)).reshape(width, -1)
-    weight = make_weight(matrix, 1, multiplier, bias, input_scale)
+    weight = make_weight(matrix, 1, arrays.multiplier, arrays.bias, input_scale)
+
     # Behind a MatMul runtimes add the bias in float32; its steps are for a Gemm, in integers.
     is_gemm = len(given.operands[side].free) == 1
     bias_name = emitter.quantizer.bias(weight) if is_gemm else emitter.quantizer.float_bias(weight)
@@ -108,7 +142,6 @@ def _integer_dot(
     given: Contraction,
     form: ConvForm,
     weight: Weight,
-    entry: str,
     shape: tuple[Size, ...],
 ) -> Value:
     """A 1x1 convolution to int32, and its epilogue in float32: what qapply computes, step by step.
@@ -132,7 +165,8 @@ def _integer_dot(
     )
 
     # As MatMulInteger takes both: integers with their zero points, and no scale.
-    inputs = [name, integers, builder.constant(emitter.quantizer.zero(entry)), zero_point]
+    zero = builder.constant(emitter.quantizer.zero(emitter.model.entries(site)[0]))
+    inputs = [name, integers, zero, zero_point]
     name = builder.node("MatMulInteger", inputs)
     name = builder.node("Cast", [name], to=elementwise.ONNX_TYPES["float32"])
     name = builder.node("Mul", [name, builder.constant(weight.steps, "steps")])

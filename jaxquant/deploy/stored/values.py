@@ -110,6 +110,7 @@ def decode_scalar(data: Any) -> np.ndarray:
     # True is a 1 to Python, and would pass for a number.
     if dtype.kind == "b" or isinstance(value, bool):
         raise ValueError(f"{str(value)[:40]!r} is no {dtype}")
+    # Out of range NumPy would wrap around, or raise what nobody expects.
     if jnp.issubdtype(dtype, jnp.integer):
         bounds = jnp.iinfo(dtype)
         if not (isinstance(value, int) and bounds.min <= value <= bounds.max):
@@ -144,6 +145,7 @@ def encode(value: Any, body: Callable[[Any], int]) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else {"float": str(value)}
 
+    # What follows is known by its class, and named in the file by its key.
     if isinstance(value, (jaxprs.Jaxpr, jaxprs.ClosedJaxpr)):
         return {"body": body(value)}
     if type(value).__name__ in _RECORDS:

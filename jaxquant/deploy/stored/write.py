@@ -80,6 +80,7 @@ class _Writer:
             )
             for var in eqn.outputs:
                 number[var] = len(number)
+        # Behind the equations, which leave their bodies in `self._bodies` as they are encoded.
         form = StoredForm(
             leaves=tuple(Leaf(paths[v], _tensor(graph.avals[v])) for v in graph.leaves),
             constants=tuple(
@@ -140,6 +141,7 @@ class _Writer:
         def atom(x: Any) -> Atom:
             if isinstance(x, jaxprs.Literal):
                 return _scalar(np.asarray(x.val, dtype=jaxprs.dtype_of(x)))
+            # Numbers are the body's own, so that it reads the same wherever it is run.
             return number[x]
 
         equations = []
