@@ -28,8 +28,6 @@ Marked: TypeAlias = tuple[tuple[int, int], ...]
 # Gives which entries of a tensor of a model, or of one of its bodies, belong to no padding, bool of
 # a shape that is broadcast to the tensor's; None where all of them count.
 RealIn: TypeAlias = Callable[[Model, ir.Atom], jax.Array | None]
-# What runs along an axis: the marks of its parts.
-Marks: TypeAlias = tuple[int | None, ...]
 _ROUNDS = 8  # of a loop's body, until its carry stays as it is
 _Found: TypeAlias = dict[tuple[int, ...], dict[ir.Var, Known]]
 
@@ -48,20 +46,6 @@ class Positions(NamedTuple):
         found = self.by_region.get(model.root.location, {})
         nowhere = nothing(model.graph.shape(var))
         return found.get(var, nowhere) if isinstance(var, int) else nowhere
-
-    def sample_axis(self, model: Model, atom: ir.Atom) -> tuple[int, Marks | None]:
-        """The axis of a tensor that the samples lie along, and what does, the slowest first.
-
-        The first axis where no single one is theirs: with the positions in it, say, where it is of
-        rows.  None where it is not known what runs along any.
-        """
-        axes = [tuple(part.mark for part in axis) for axis in self.known(model, atom).axes]
-        theirs = [number for number, axis in enumerate(axes) if axis == (BATCH,)]
-        if len(theirs) == 1:
-            return theirs[0], (BATCH,)
-        # Without a mark anywhere the first axis is the samples', as of most models.
-        is_known = any(mark is not None for axis in axes for mark in axis)
-        return 0, axes[0] if is_known else None
 
     def lost(self, model: Model, var: ir.Var) -> str:
         """The primitive behind which a tensor's positions are not known; "" where they are."""

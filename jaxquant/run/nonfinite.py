@@ -7,18 +7,13 @@ and what comes of them in float, and what a logarithm, a quotient or the like gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.graph import ir, primitives
-from jaxquant.graph.model import Model
-from jaxquant.graph.positions import Marks, find_samples
+from jaxquant.graph.rows import Rows, axis_of, is_whole, sizes_around
 from jaxquant.jax_shim import jaxprs
-from jaxquant.plan.binding import Binding
 
 # Of finite operands these may give others.
 _MAKE_THEM = """
@@ -29,44 +24,9 @@ _MAKES_THEM = frozenset(_MAKE_THEM.split())
 _MANY = 2**16  # values of which the plain sum is worth a second branch to compile
 
 
-def find_origins(graph: ir.Graph, binding: Binding) -> dict[ir.Var, frozenset[ir.Var]]:
-    """The tensors that may hold NaN or infinity though the parameters hold none, and from where.
-
-    Those with an int8 form that is handed over, and what an int8 site gives, do not; but for a site
-    that scales its operands in the call, whose scales are not finite where those are not.
-
-    What is computed element by element of tensors of its own shape has them only where those have
-    them, so a mark of its origins serves it too.  Whatever else is its own origin: a reduction
-    takes a NaN to other samples, a quotient makes a new one.
-
-    Returns:
-      Tensor -> its origins: itself, the model's inputs, or tensors that are quantized.
-    """
-    entries = binding.names.keys()
-    # An embedding gives NaN for an index out of range, as it does in float.
-    sums = [each for each in binding.sites if not (each.dynamic or each.site.is_lookup)]
-    static = {each.epilogue.output for each in sums}
-    safe = static | (binding.forms.int8 - entries)
-    found = {var: frozenset({var}) for var in graph.inputs if _is_float(graph, var)}
-    for eqn in graph.equations:
-        makes_them = _makes_them(graph, eqn)
-        unsafe = [var for var in eqn.input_vars if var in found]
-        if not unsafe and not makes_them:
-            continue
-        for var in eqn.outputs:
-            if var in safe or graph.static[var] or not _is_float(graph, var):
-                continue
-            is_alike = all(graph.shape(x) == graph.shape(var) for x in unsafe)
-            if makes_them or not primitives.is_elementwise(eqn) or not is_alike:
-                found[var] = frozenset({var})
-            else:  # what is quantized has been marked, or needed no mark
-                found[var] = frozenset().union(*({x} if x in entries else found[x] for x in unsafe))
-    return found
-
-
-def _makes_them(graph: ir.Graph, eqn: ir.Equation) -> bool:
-    """True where finite operands may give NaN or infinity."""
-    if eqn.name == "convert_element_type" and _is_float(graph, eqn.outputs[0]):
+def makes_them(graph: ir.Graph, eqn: ir.Equation) -> bool:
+    """True where finite operands of an equation may give NaN or infinity."""
+    if eqn.name == "convert_element_type" and may_hold_them(graph, eqn.outputs[0]):
         given = graph.dtype(eqn.inputs[0])
         is_narrowed = jnp.issubdtype(given, jnp.floating) and (
             jnp.finfo(graph.dtype(eqn.outputs[0])).max < jnp.finfo(given).max
@@ -81,15 +41,12 @@ def _makes_them(graph: ir.Graph, eqn: ir.Equation) -> bool:
 def mark(value: jax.Array, is_stored: bool) -> jax.Array:
     """[N] for `value` [N, ..., C]: NaN where one of its entries is NaN or infinite, else 0.
 
-    [1] for a vector, which is one sample.
-
     Args:
       value: floats.
       is_stored: the value is in memory, as a model's input is, and not computed on the way to its
         rounding, with which a sum is fused.
     """
     value = value.astype(jnp.float32)
-    value = value if value.ndim > 1 else value.reshape(1, -1)
     axes = tuple(range(1, value.ndim))
 
     def scaled(value: jax.Array) -> jax.Array:
@@ -108,65 +65,36 @@ def mark(value: jax.Array, is_stored: bool) -> jax.Array:
     return lax.platform_dependent(value, cpu=on_cpu, default=scaled) * jnp.float32(0)
 
 
-class Entries(NamedTuple):
-    """What the entries of a tensor along one of its axes are of.
+def entries_first(value: jax.Array, rows: Rows | None) -> jax.Array:
+    """A tensor as `mark` takes it, to tell the entries apart along the axis of its rows."""
+    if rows is None:
+        return value.reshape(1, -1)
+    return value[:, None] if value.ndim == 1 else jnp.moveaxis(value, axis_of(rows), 0)
 
-    Attributes:
-      axis: it; that of the samples where it is known.
-      marks: what runs along it; None where it is not known.
+
+def marked_rows(marks: jax.Array, rows: Rows | None) -> jax.Array:
+    """Which rows are marked, bool [N], by the marks of the entries along their axis.
+
+    bool [] where the whole tensor is one row.
     """
-
-    axis: int
-    marks: Marks | None
-
-
-class Mark(NamedTuple):
-    """What `mark` gives of a tensor along an axis, [N], and what its N entries are of."""
-
-    value: jax.Array
-    marks: Marks | None
-
-    def is_of(self, entries: Entries, output: jax.Array) -> bool:
-        """Whether its entries are those of an output."""
-        is_known = self.marks is not None and entries.marks is not None
-        if output.ndim == 0 or (is_known and self.marks != entries.marks):
-            return False
-        return bool(self.value.shape[0] == output.shape[entries.axis])
+    bad = jnp.isnan(marks)
+    if rows is None:
+        return bad.any()
+    return bad if is_whole(rows) else bad.reshape(sizes_around(rows)).any(axis=(0, 2))
 
 
-def entries_in(model: Model) -> Callable[[ir.Atom], Entries]:
-    """What the entries are of tensors of a model, or of one of its bodies."""
-    found = find_samples(model.whole)
-    return lambda atom: Entries(*found.sample_axis(model, atom))
+def each_entry(marked: jax.Array, rows: Rows) -> jax.Array:
+    """Which entries along the axis of some rows, [N], belong to those that are marked."""
+    if is_whole(rows):
+        return marked
+    return jnp.broadcast_to(marked[None, :, None], sizes_around(rows)).reshape(-1)
 
 
-def with_marks(
-    outputs: Sequence[jax.Array], entries: Sequence[Entries], marks: Sequence[Mark]
-) -> list[jax.Array]:
-    """The outputs, with NaN in the samples that are marked.
-
-    A mark of other entries than an output's holds for all of it: positions may be as many as there
-    are samples, and are none.
-    """
-    alike: dict[tuple[Any, Marks | None], jax.Array] = {}
-    for value, of in marks:
-        key = value.shape[0], of
-        alike[key] = alike[key] + value if key in alike else value
-
-    def marked(output: jax.Array, own: Entries) -> jax.Array:
-        if not jnp.issubdtype(output.dtype, jnp.floating):
-            return output
-        for (_, of), value in alike.items():
-            if Mark(value, of).is_of(own, output):
-                behind = range(1, output.ndim - own.axis)
-                bad = jnp.expand_dims(jnp.isnan(value), behind)
-            else:
-                bad = jnp.isnan(value.sum())
-            output = jnp.where(bad, jnp.asarray(jnp.nan, output.dtype), output)
-        return output
-
-    return [marked(*each) for each in zip(outputs, entries, strict=True)]
+def spread(marked: jax.Array, rows: Rows) -> jax.Array:
+    """Which rows are marked, [N], in a shape that is broadcast to their tensor's."""
+    return jnp.expand_dims(each_entry(marked, rows), range(1, len(rows) - axis_of(rows)))
 
 
-def _is_float(graph: ir.Graph, var: ir.Var) -> bool:
-    return bool(jax.dtypes.issubdtype(graph.dtype(var), jnp.floating))
+def may_hold_them(graph: ir.Graph, var: ir.Var) -> bool:
+    """Whether the dtype of a tensor has NaN."""
+    return bool(jax.dtypes.issubdtype(graph.dtype(var), jnp.inexact))

@@ -19,9 +19,10 @@ from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations, read_in_float
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
-from jaxquant.run import accumulate, float_operations, loops, lowerings, nonfinite
+from jaxquant.run import accumulate, float_operations, loops, lowerings, shown
 from jaxquant.run.calls import SiteCall, goes_on
 from jaxquant.run.fusion import find_chains
+from jaxquant.run.hidden import find_hidden
 from jaxquant.run.lookups import looked_up
 from jaxquant.run.loops import Inside
 from jaxquant.run.lowerings import Evaluation, Hook, Lowering
@@ -89,7 +90,6 @@ class Program:
 
         # Pools before calls: a call rounds on the grid of a pool behind it.
         self.early = find_early_pools(graph, self.binding, self.equations)
-        self._origins = nonfinite.find_origins(graph, self.binding)
         self._backends = table
         self._by_site = by_site
 
@@ -107,6 +107,8 @@ class Program:
         calls = calls if by_site else thinned(graph, calls)
         self.calls = {each.chain.site.site.name: each for each in calls.values()}
         self.sequences = [Sequenced(graph, m, calls) for m in self._find_sequences(calls)]
+        absorbed = {index for each in calls.values() for index in each.chain.members}
+        self._hidden = find_hidden(binding, self.equations, self.early, absorbed)
         self.lowerings = self._table(calls)
 
     def run(
@@ -144,8 +146,7 @@ class Program:
         state = self._run(qparams, inputs, leaves)
         # As arrays: an output may be an input, or a number that is written in the model.
         values = [jnp.asarray(state.env.read(x)) for x in self.graph.outputs]
-        entries = map(nonfinite.entries_in(self.model), self.graph.outputs)
-        return nonfinite.with_marks(values, [*entries], state.quantized.marks)
+        return shown.on_outputs(self._hidden, state, values)
 
     def _leaves(self, qparams: Mapping[str, Any]) -> dict[ir.Var, Any]:
         return {var: layout.get(qparams["params"], path) for var, path in self.float_paths.items()}
@@ -162,7 +163,7 @@ class Program:
             self.binding,
             qparams["tensors"],
             self.early,
-            self._origins,
+            self._hidden,
             self.body.varies,
             natively=bool(platforms.kernels(self._backends)),
         )
@@ -286,6 +287,10 @@ class Program:
         for index, bodies in self.bodies.items():
             table[index] = loops.lowering(self.graph.equations[index], bodies)
         table |= {last: self._calling(call) for last, call in calls.items()}
+        table |= {
+            index: shown.on_operands(self._hidden, self.graph.equations[index], table[index])
+            for index in self._hidden.shown.keys() & table.keys()
+        }
 
         # What a call, a sequence or an operation stands for has no entry of its own.
         inside = {index for call in calls.values() for index in call.chain.members} - calls.keys()
@@ -296,7 +301,10 @@ class Program:
             rounded = {producer[v].index for v in self.binding.forms.rounded if v in producer}
             as_they_are = in_float.keys() - inside - changed - rounded
             found = float_operations.find(
-                self.binding, self._backends, as_they_are, lambda var: var not in self._origins
+                self.binding,
+                self._backends,
+                as_they_are,
+                lambda var: var not in self._hidden.origins,
             )
             for last, (operator, lowering) in found.items():
                 table[last] = lowering

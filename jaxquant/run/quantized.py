@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,9 +11,11 @@ import jax.numpy as jnp
 
 from jaxquant.backends import int8, operations
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.rows import axis_of
 from jaxquant.jax_shim import jaxprs
 from jaxquant.plan.binding import Binding
 from jaxquant.run import nonfinite, pooling
+from jaxquant.run.hidden import Hidden
 
 
 class QuantizedTensors:
@@ -24,7 +25,8 @@ class QuantizedTensors:
     equation that reads through it does not need the float tensor.
 
     Attributes:
-      marks: what `jaxquant.run.nonfinite` marked, of the tensors with origins that were quantized.
+      marks: which rows hold NaN or infinity, bool [N], of the tensors with origins that were
+        quantized; of one that is marked as a whole, bool [].
       stored: the floats that are in memory, as the model's inputs are, and not computed on the way
         to where they are read: what a kernel gives is one.
     """
@@ -35,7 +37,7 @@ class QuantizedTensors:
         binding: Binding,
         tensors: Mapping[str, Any],
         early: Mapping[ir.Var, ir.Equation],
-        origins: Mapping[ir.Var, frozenset[ir.Var]] = MappingProxyType({}),
+        hidden: Hidden | None = None,
         varies: bool = False,
         natively: bool = False,
     ) -> None:
@@ -44,12 +46,11 @@ class QuantizedTensors:
         self._binding = binding
         self._tensors = tensors
         self._early = early
-        self._origins = origins
+        self._hidden = hidden
         self._varies = varies
         self._natively = natively
         self._marked: set[ir.Var] = set()
-        self.marks: list[nonfinite.Mark] = []
-        self._entries = nonfinite.entries_in(binding.model)
+        self.marks: dict[ir.Var, jax.Array] = {}
         self.stored = set(self.graph.inputs)
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
@@ -118,22 +119,23 @@ class QuantizedTensors:
     def _quantize_float(self, var: ir.Var, grid: ir.Var) -> jax.Array:
         """A float on the grid of a tensor; its NaN and infinities are marked."""
         value: jax.Array = self._env.wide(var)
-        origins = self._origins.get(var, frozenset())
+        origins = self._hidden.origins.get(var) if self._hidden is not None else None
         # A tensor whose sources are marked already has its NaN in the outputs.
-        is_marked = origins <= self._marked
-        if origins:
+        is_marked = origins is None or origins <= self._marked
+        if origins is not None:
             self._marked.add(var)
-        if is_marked:
+        if is_marked or self._hidden is None:
             return self._quantize(value, grid)
-        entries = self._entries(var)
-        if entries.axis == 0 and self._is_read_by_a_kernel(value, var, grid):
-            q, mark = self._quantize_and_mark(value, grid)
+        rows = self._hidden.rows[var]
+        are_first = rows is None or (axis_of(rows) == 0 and value.ndim > 1)
+        if are_first and self._is_read_by_a_kernel(value, var, grid):
+            q, mark = self._quantize_and_mark(value, grid, 1 if rows is None else value.shape[0])
         else:
             q = self._quantize(value, grid)
-            # A mark is a number for each sample, so samples come first wherever the model has them.
-            samples_first = jnp.moveaxis(value, entries.axis, 0)
-            mark = nonfinite.mark(samples_first, var in self.stored)
-        self.marks.append(nonfinite.Mark(mark, entries.marks))
+            # A mark is a number for each entry along the first axis: the rows come first.
+            entries = nonfinite.entries_first(value, rows)
+            mark = nonfinite.mark(entries, var in self.stored)
+        self.marks[var] = nonfinite.marked_rows(mark, rows)
         return q
 
     def _is_read_by_a_kernel(self, value: jax.Array, var: ir.Var, grid: ir.Var) -> bool:
@@ -143,16 +145,16 @@ class QuantizedTensors:
         is_plain = value.dtype == jnp.float32 and by_last_axis
         return self._natively and var in self.stored and is_plain
 
-    def _quantize_and_mark(self, value: jax.Array, grid: ir.Var) -> tuple[jax.Array, jax.Array]:
-        """A float on the grid of a tensor, and its mark, in one pass over it."""
+    def _quantize_and_mark(
+        self, value: jax.Array, grid: ir.Var, entries: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """A float on the grid of a tensor, and its mark, in one pass over so many entries."""
 
         def portable(x: jax.Array, *grid: jax.Array) -> Sequence[jax.Array]:
             q = int8.quantize(x.reshape(value.shape), *grid).reshape(x.shape)
             return q, nonfinite.mark(x, is_stored=True)
 
-        samples = value.shape[0] if value.ndim > 1 else 1
-        # Rows are samples, since the kernel marks by the row.
-        rows = value.reshape(samples, math.prod(value.shape) // max(samples, 1))
+        rows = value.reshape(entries, math.prod(value.shape) // max(entries, 1))
         zero_point = jnp.asarray(self.zero_point(grid), jnp.int32)
         q, mark = operations.quantize(portable, rows, self.inv_scale(grid), zero_point)
         return q.reshape(value.shape), mark
