@@ -70,6 +70,28 @@ def test_full_quantization():
     np.testing.assert_array_equal(np.isnan(got)[:, 0], [False, True, False])
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_scalar_of_a_model_that_is_int8_throughout(in_loop):
+    """As a schedule's step or a temperature: it is of all samples."""
+    times = jnp.array([0.5, 1.0, 2.0])
+
+    def apply_fn(p, x, time):
+        def step(x, t):
+            return (x @ p["w"]) * jnp.exp(-t * time), None
+
+        return (lax.scan(step, x, times)[0] if in_loop else step(x, time)[0]) @ p["v"]
+
+    one = jnp.float32(1)
+    data = [(ROWS, one)]
+    options = {"is_full_quantize": True, "recover": (), "progress": False}
+    qparams, qapply = jaxquant.quant_post(PARAMS, apply_fn, data, **options)
+    for call in (qapply.with_backend("xla"), qapply):
+        assert np.isfinite(call(qparams, ROWS, one)).all()
+        assert np.isnan(call(qparams, ROWS, one * jnp.nan)).all()
+        bad = call(qparams, ROWS.at[1, 0].set(jnp.nan), one)
+        np.testing.assert_array_equal(np.isnan(bad)[:, 0], [False, True, False])
+
+
 def test_what_the_model_makes_itself():
     def apply_fn(p, x):
         return jnp.log(x) @ p["v"]
