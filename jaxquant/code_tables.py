@@ -41,7 +41,7 @@ def look_up(codes: jax.Array, weight_dtype: str) -> jax.Array:
 
 
 def as_floats(scale: jax.Array) -> jax.Array:
-    """Scales as float32; E8M0, which is uint8, as powers of two from 2 ** -126 on."""
+    """Scales as floats; E8M0, which is uint8, as powers of two from 2 ** -126 on: float32."""
     if scale.dtype != jnp.uint8:
         return scale
     # An exponent of 0 would be a subnormal float, which processors flush to zero.

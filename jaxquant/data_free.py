@@ -154,7 +154,8 @@ def quant_weights(
     / 7 or less, down to half of that, where clipping the largest leaves a smaller squared error.
     With a `group_size` that many neighbours share a scale: along the axes of the weight that are
     summed over, flattened, so that the last group of a channel holds what is left and no size has
-    to divide.  Four bits want groups: 128 or fewer.
+    to divide.  Four bits want groups: 128 or fewer.  Scales of groups are bfloat16, which makes 4.5
+    bits of four with groups of 32, and their integers are those next to what the scales are then.
 
     Given data, weights are not rounded to the nearest integer, but so that the errors of one are
     made up for by others on what the float model gives each site (GPTQ; Frantar et al., 2022).

@@ -124,8 +124,8 @@ class Product:
         y = sum(x * q)            int32, of int8 rows
 
     The operands are x, and for each matrix in turn the integers, int8, or uint8 of two that are
-    neighbours along K, the first in the low half, and of float rows the scales, float32,
-    [groups, N] or [N, groups].  The results are those of each matrix.
+    neighbours along K, the first in the low half, and of float rows the scales [groups, N] or
+    [N, groups], float32 or bfloat16.  The results are those of each matrix.
 
     Attributes:
       rows: M; of an exported program it may vary, and be no number.

@@ -21,7 +21,7 @@ def dequantize_groups(
 
     Args:
       integers: int8, or uint8 that holds two 4-bit integers each.
-      scale: float32.
+      scale: float32 or bfloat16.
       axis: where the groups are.
       length: K.
       size: the group size.
@@ -35,7 +35,9 @@ def dequantize_groups(
         integers = _unpack(integers, axis)
     # An odd K has half a byte too many, and the last group may be shorter than the others.
     value = jax.lax.slice_in_dim(integers, 0, length, axis=axis).astype(jnp.float32)
-    return value * jax.lax.slice_in_dim(_repeat(scale, axis, size), 0, length, axis=axis)
+    # Floats before they are spread: exact, and few.
+    spread = _repeat(scale.astype(jnp.float32), axis, size)
+    return value * jax.lax.slice_in_dim(spread, 0, length, axis=axis)
 
 
 def dequantize_halves(
@@ -48,7 +50,7 @@ def dequantize_halves(
 
     Args:
       packed: uint8 [N, K / 2].
-      scale: float32 [N, groups].
+      scale: float32 or bfloat16 [N, groups].
       size: the group size, even where there are several.
       weight_dtype: what four bits are; see `jaxquant.code_tables`.
 
@@ -57,6 +59,7 @@ def dequantize_halves(
     """
     # Arithmetic shifts of signed bytes carry the sign of either half along.
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    scale = scale.astype(jnp.float32)
     if scale.shape[1] > 1:
         # Of two neighbours in a byte each half has one, so a group is half as long in each.
         scale = jax.lax.slice_in_dim(_repeat(scale, 1, size // 2), 0, packed.shape[1], axis=1)

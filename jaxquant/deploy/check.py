@@ -17,8 +17,11 @@ from jaxquant.plan.groups import group_layout
 from jaxquant.plan.modes import MODES
 from jaxquant.run.program import Program
 
-# The shapes that an array may have, () for what the epilogue allows; and its dtype.
-_Struct = tuple[tuple[tuple[int, ...], ...], Any]
+# The shapes that an array may have, () for what the epilogue allows; and the dtypes.
+_Struct = tuple[tuple[tuple[int, ...], ...], tuple[Any, ...]]
+_FLOAT32, _INT32, _INT8, _UINT8 = (
+    (np.dtype(each),) for each in (np.float32, np.int32, np.int8, np.uint8)
+)
 
 
 def check_program(program: Program, qparams: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
@@ -66,44 +69,44 @@ def check_arrays(program: Program, qparams: Mapping[str, Any]) -> None:
     # A bias is there or not by what the parameters hold, which a program does not know.
     optional = {path for path in found if path[0] == "sites" and path[2:] == ("bias",)}
     for path in optional & {(*site[:2], "bias") for site in wanted}:
-        wanted[path] = ((), np.dtype(np.float32))
+        wanted[path] = ((), _FLOAT32)
     for path in {**wanted, **found}:
         name = tensor_names.join(path)
         if path not in found:
             raise ValueError(f"the array {name!r} is missing")
         if path not in wanted:
             raise ValueError(f"the array {name!r} is not one of this model")
-        shapes, dtype = wanted[path]
+        shapes, dtypes = wanted[path]
         leaf = found[path]
-        if leaf.dtype != dtype or (shapes and tuple(leaf.shape) not in shapes):
+        if leaf.dtype not in dtypes or (shapes and tuple(leaf.shape) not in shapes):
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(
-                f"the array {name!r} is {leaf.dtype}{list(leaf.shape)}, not {dtype}{expected}"
+                f"the array {name!r} is {leaf.dtype}{list(leaf.shape)}, not "
+                f"{' or '.join(map(str, dtypes))}{expected}"
             )
 
 
 def _wanted(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
     graph = program.graph
     for var, path in program.float_paths.items():
-        yield ("params", *path), ((tuple(graph.shape(var)),), graph.dtype(var))
+        yield ("params", *path), ((tuple(graph.shape(var)),), (graph.dtype(var),))
     yield from _wanted_by_sites(program)
 
 
 def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struct]]:
     """What the sites of a program and of its loops read, those inside by layers."""
     graph, plan = program.graph, program.plan
-    float32 = np.dtype(np.float32)
     for body in (body for bodies in program.bodies.values() for body in bodies):
         # A loop has the arrays of all its layers in one, layers first; what they share it has once.
         layers = () if body.model.layers is None else (body.model.layers,)
-        for path, (shapes, dtype) in _wanted_by_sites(body):
+        for path, (shapes, dtypes) in _wanted_by_sites(body):
             is_shared = path in body.body.shared
-            yield path, (tuple((*(() if is_shared else layers), *s) for s in shapes), dtype)
+            yield path, (tuple((*(() if is_shared else layers), *s) for s in shapes), dtypes)
     integer = MODES[plan.mode].integer
     for int8_site in program.binding.sites:
         site = int8_site.site
         if integer and not site.is_lookup:
-            yield ("sites", site.name, "multiplier"), ((), float32)
+            yield ("sites", site.name, "multiplier"), ((), _FLOAT32)
         if site.name not in program.slots:
             continue
         slot = program.slots[site.name]
@@ -111,12 +114,12 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
         shape = tuple(view.shape)
         if integer:
             channels = math.prod(shape[axis] for axis in view.channels)
-            yield ("params", *slot.int8), ((shape,), np.dtype(np.int8))
-            yield ("params", *slot.scale), (((channels,), ()), float32)
+            yield ("params", *slot.int8), ((shape,), _INT8)
+            yield ("params", *slot.scale), (((channels,), ()), _FLOAT32)
             if site.contraction is not None and site.contraction.choosing is not None:
-                yield ("sites", site.name, "relative_scale"), (((channels,),), float32)
+                yield ("sites", site.name, "relative_scale"), (((channels,),), _FLOAT32)
             if int8_site.asymmetric:
-                yield ("sites", site.name, "weight_sum"), (((channels,),), np.dtype(np.int32))
+                yield ("sites", site.name, "weight_sum"), (((channels,),), _INT32)
             continue
         # Weights that are read in float are stored by groups, in an order of their own.
         groups = group_layout(shape, view.channels, plan.group_size)
@@ -124,12 +127,13 @@ def _wanted_by_sites(program: Program) -> Iterator[tuple[tuple[str, ...], _Struc
         by_group, pairs = list(groups.shape), list(groups.shape)
         by_group[groups.axis] = groups.groups
         pairs[groups.axis] = -(-pairs[groups.axis] // 2)
-        stored = (shape, np.int8) if slot.weight_bits == 8 else (tuple(pairs), np.uint8)
-        yield ("params", *slot.int8), ((stored[0],), np.dtype(stored[1]))
-        unit = np.dtype(np.uint8) if slot.weight_dtype == MXFP4 else float32
-        yield ("params", *slot.scale), ((tuple(by_group),), unit)
+        stored = (shape, _INT8) if slot.weight_bits == 8 else (tuple(pairs), _UINT8)
+        yield ("params", *slot.int8), ((stored[0],), stored[1])
+        # Programs compute with scales of either dtype, and so they are loaded.
+        units = _UINT8 if slot.weight_dtype == MXFP4 else (groups.scale_dtype, *_FLOAT32)
+        yield ("params", *slot.scale), ((tuple(by_group),), units)
     for tensor in plan.tensors:
         for name in ("scale", "inv_scale"):
-            yield ("tensors", tensor.name, name), ((), float32)
+            yield ("tensors", tensor.name, name), ((), _FLOAT32)
         if program.model.scans:
-            yield ("tensors", tensor.name, "zero_point"), (((),), np.dtype(np.int32))
+            yield ("tensors", tensor.name, "zero_point"), (((),), _INT32)

@@ -11,6 +11,7 @@ from jaxquant.native import library
 from jaxquant.native.call import Static, call
 
 GROUP_STEP = 32  # of which a group is a multiple where there are several
+SCALES = ("float32", "bfloat16")  # what scales may be
 
 
 def dot_stored(
@@ -34,8 +35,9 @@ def dot_stored(
       x: float32, bfloat16 or int8 [M, K].
       matrices: the integers and the scales of each.  Integers: int8 [K, N], or packed uint8
         [ceil(K / 2), N], two of 4 bits a byte, neighbours along K, the first in the low half; with
-        `sums_last` [N, K] and [N, ceil(K / 2)]; of one dtype.  Scales: float32 [groups, N], with
-        `sums_last` [N, groups]; None of int8 rows, whose integers are of 8 bits.
+        `sums_last` [N, K] and [N, ceil(K / 2)]; of one dtype.  Scales: float32 or bfloat16, all
+        alike, [groups, N], with `sums_last` [N, groups]; None of int8 rows, whose integers are of 8
+        bits.
       sums_last: whether K is the last axis of the matrices.
       group_size: how many neighbours along K share a scale: a multiple of `GROUP_STEP`, or K.
       codes: what the 16 packed integers 0 to 15 stand for; empty for integers with a sign.
@@ -48,9 +50,12 @@ def dot_stored(
       ValueError: shapes or dtypes are not as said above.
     """
     library.require()
-    dtypes = {integers.dtype.name for integers, _ in matrices}
-    if len(dtypes) != 1:
-        raise ValueError(f"matrices of {' and '.join(sorted(dtypes)) or 'no dtype'}; expected one")
+    of_integers = {integers.dtype.name for integers, _ in matrices}
+    of_scales = {scale.dtype.name for _, scale in matrices if scale is not None}
+    for what, dtypes in (("matrices", of_integers), ("scales", of_scales)):
+        if len(dtypes) > 1 or not of_integers:
+            found = " and ".join(sorted(dtypes)) or "no dtype"
+            raise ValueError(f"{what} of {found}; expected one")
     for integers, scale in matrices:
         _check(x, integers, scale, sums_last, group_size)
     columns = [integers.shape[0 if sums_last else 1] for integers, _ in matrices]
@@ -78,6 +83,8 @@ def _check(
             f"{x.dtype} rows and {integers.dtype} weights {'without' if scale is None else 'with'} "
             f"scales; expected {' or '.join(rows)} and {' or '.join(weights)}"
         )
+    if scale is not None and scale.dtype.name not in SCALES:
+        raise ValueError(f"scales of {scale.dtype}; expected {' or '.join(SCALES)}")
     length = x.shape[-1]
     if not length:
         raise ValueError("a dot over an axis of size 0 has nothing to sum")

@@ -3,6 +3,9 @@
 The axes of a weight that are summed over are flattened, in the weight's axis order, to one axis of
 size K; every `group_size` neighbours along it share a scale, and the last group holds what is left.
 So a scale belongs to one output channel, and no weight is padded.
+
+Scales of groups are bfloat16: beside 32 weights of 4 bits a float32 would be a whole bit of each.
+Those of whole channels are few, and float32.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -25,6 +29,7 @@ class GroupLayout:
       shape: `permuted` with the summed axes flattened to one, of size K.
       axis: where K is in `shape`.
       size: the group size; K for one scale per channel.
+      scale_dtype: of the scales: bfloat16 where a group size was asked for, else float32.
     """
 
     order: tuple[int, ...]
@@ -32,6 +37,7 @@ class GroupLayout:
     shape: tuple[int, ...]
     axis: int
     size: int
+    scale_dtype: np.dtype
 
     @property
     def groups(self) -> int:
@@ -82,4 +88,5 @@ def group_layout(
     flat = (*permuted[:first], length, *permuted[first + len(summed) :])
     # At most the whole, so that a short channel is one group.
     size = max(1, min(group_size or length, length))
-    return GroupLayout(order, permuted, flat, first, size)
+    scale_dtype = np.dtype(np.float32 if group_size is None else jnp.bfloat16)
+    return GroupLayout(order, permuted, flat, first, size, scale_dtype)

@@ -7,11 +7,11 @@
                that is read in float too is read from there (`jaxquant.plan.restore`), and keeps its
                array beside them as "float" only where it does not follow from them.  A leaf
                that is no longer read is left out.  Where the weights alone are quantized, "scale"
-               is [..., G, ...], see `jaxquant.plan.groups`, and 4-bit integers are "int4", two in
-               each uint8; likewise codes, "nf4" and "mxfp4", see `jaxquant.code_tables`,
-               of which the latter have uint8 exponents for scales.
-               A weight behind a tensor that is divided by channel is
-               the parameter times what it is divided by.
+               is [..., G, ...], bfloat16 where groups have a size, see `jaxquant.plan.groups`, and
+               4-bit integers are "int4", two in each uint8; likewise codes, "nf4" and "mxfp4",
+               see `jaxquant.code_tables`, of which the latter have uint8 exponents for scales.
+               A weight behind a tensor that is divided by channel is the parameter times what it
+               is divided by.
     "sites":   site -> {"multiplier": [C] or [], "bias": likewise}: float32, of the epilogue.  The
                bias takes away what the zero point of the input adds to every sum.  Where the
                weight is stored, the input's scale planned and int32 holds it, it is a whole number

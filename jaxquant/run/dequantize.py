@@ -12,7 +12,7 @@ from jaxquant.plan.groups import GroupLayout
 
 
 class StoredWeight(NamedTuple):
-    """What `jaxquant.weights.groups.quantize_groups` returned, the scales as float32, and took."""
+    """What `jaxquant.weights.groups.quantize_groups` returned, the scales as floats, and took."""
 
     integers: jax.Array
     scale: jax.Array

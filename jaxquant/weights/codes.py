@@ -8,23 +8,27 @@ from __future__ import annotations
 import numpy as np
 
 from jaxquant.code_tables import BIAS, MXFP4, VALUES
-from jaxquant.plan.grid import SMALLEST_SCALE
+from jaxquant.weights.scales import rounded_scale
 
 _LARGEST_EXPONENT = 2  # of the elements of MXFP4
 
 
-def encode(groups: np.ndarray, weight_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    groups: np.ndarray, weight_dtype: str, scale_dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes for groups of weights, and the groups' scales.
 
     Args:
       groups: float64 [..., size].
       weight_dtype: "nf4" or "mxfp4".
+      scale_dtype: of the scales of "nf4".
 
     Returns:
-      uint8 [..., size], codes 0 to 15; and [...], float64, of "mxfp4" uint8 exponents.
+      uint8 [..., size], codes 0 to 15; and the scales [...], of "mxfp4" uint8 exponents.
 
     Example:
-      >>> codes, exponents = encode(np.array([[3.0, -0.4, 5.0, 7.9]]), "mxfp4")
+      >>> groups = np.array([[3.0, -0.4, 5.0, 7.9]])
+      >>> codes, exponents = encode(groups, "mxfp4", np.dtype(np.float32))
       >>> codes.tolist(), exponents.tolist()
       ([[5, 9, 6, 7]], [127])
     """
@@ -34,11 +38,12 @@ def encode(groups: np.ndarray, weight_dtype: str) -> tuple[np.ndarray, np.ndarra
         scaled = groups / np.exp2(exponents.astype(np.float64) - BIAS)[..., None]
         return _nearest_float(scaled), exponents
     # A group of zeros has any scale: its codes are those of zero.
-    scale = np.where(largest > 0, np.maximum(largest, SMALLEST_SCALE), 1.0)
+    scale = np.where(largest > 0, rounded_scale(largest, scale_dtype), 1.0)
     values = VALUES[weight_dtype].astype(np.float64)
     between = (values[1:] + values[:-1]) / 2
     # Bounds in the middle between values: the nearest code, by one search.
-    return np.searchsorted(between, groups / scale[..., None]).astype(np.uint8), scale
+    codes = np.searchsorted(between, groups / scale[..., None]).astype(np.uint8)
+    return codes, scale.astype(scale_dtype)
 
 
 def _exponents(largest: np.ndarray) -> np.ndarray:

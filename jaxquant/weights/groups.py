@@ -4,8 +4,8 @@ Symmetric: [-127, 127] or [-7, 7], scale = a threshold of the group over 127 or 
 even.  In 8 bits the threshold is the largest |w| of the group; in 4 bits, where a step is large, it
 is that or down to half of it, whichever leaves the least squared error: the largest weight is
 clipped where the steps of all the others are worth more.  A group that is all zero has scale 1, and
-no scale is below the least float32 that programs compute with.  Two 4-bit integers share a byte:
-JAX keeps `jnp.int4` in a byte each on CPU and in files.
+no scale is below the least float32 that programs compute with; see `jaxquant.weights.scales`.
+Two 4-bit integers share a byte: JAX keeps `jnp.int4` in a byte each on CPU and in files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxquant.code_tables import INT
-from jaxquant.plan.grid import SMALLEST_SCALE
 from jaxquant.plan.groups import GroupLayout
 from jaxquant.weights.codes import encode
+from jaxquant.weights.scales import rounded_scale
 
 LARGEST: Mapping[int, int] = {8: 127, 4: 7}  # bits -> the largest integer
 CLIPPED = tuple(n / 20 for n in range(19, 9, -1))  # of the largest |w|: thresholds that are tried
@@ -37,8 +37,8 @@ def quantize_groups(
 
     Returns:
       The integers: int8 in the weight's own shape, or packed as `pack` does, uint8 [..., K/2, ...]
-      in `layout.shape` otherwise; and their float64 scales [..., G, ...], likewise.  Of "mxfp4"
-      uint8 exponents are the scales.
+      in `layout.shape` otherwise; and their scales [..., G, ...], likewise, of the layout's dtype.
+      Of "mxfp4" uint8 exponents are the scales.
 
     Example:
       >>> from jaxquant.plan.groups import group_layout
@@ -55,7 +55,7 @@ def quantize_groups(
     padded[..., :length] = rows
     padded = padded.reshape(*rows.shape[:-1], groups, size)
     if weight_dtype != INT:
-        integers, scale = encode(padded, weight_dtype)
+        integers, scale = encode(padded, weight_dtype, layout.scale_dtype)
         integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
         packed = pack(np.moveaxis(integers, -1, layout.axis), layout.axis)
         return packed, np.moveaxis(scale, -1, layout.axis)
@@ -63,13 +63,12 @@ def quantize_groups(
     # Of 8 bits the largest weight is kept; of 4 a smaller threshold has less error on the whole.
     threshold = np.abs(padded).max(axis=-1, initial=0.0)
     if weight_bits == 4:
-        threshold = _least_error(padded, threshold, largest)
-    scale = np.where(threshold > 0, np.maximum(threshold / largest, SMALLEST_SCALE), 1.0)
+        threshold = _least_error(padded, threshold, largest, layout.scale_dtype)
+    scale = np.where(threshold > 0, rounded_scale(threshold / largest, layout.scale_dtype), 1.0)
     integers = _rounded(padded, scale, largest).astype(np.int8)
     integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
-    return stored(np.moveaxis(integers, -1, layout.axis), layout, weight_bits), np.moveaxis(
-        scale, -1, layout.axis
-    )
+    scale = np.moveaxis(scale, -1, layout.axis).astype(layout.scale_dtype)
+    return stored(np.moveaxis(integers, -1, layout.axis), layout, weight_bits), scale
 
 
 def stored(integers: np.ndarray, layout: GroupLayout, weight_bits: int) -> np.ndarray:
@@ -91,13 +90,16 @@ def _rounded(groups: np.ndarray, scale: np.ndarray, largest: int) -> np.ndarray:
     return np.clip(np.rint(groups / scale[..., None]), -largest, largest)
 
 
-def _least_error(groups: np.ndarray, threshold: np.ndarray, largest: int) -> np.ndarray:
+def _least_error(
+    groups: np.ndarray, threshold: np.ndarray, largest: int, scale_dtype: np.dtype
+) -> np.ndarray:
     """The thresholds [...] with the least squared error of groups [..., size].
 
     Args:
       groups: the weights.
       threshold: [...], the largest |w| of each group.
       largest: integer.
+      scale_dtype: what scales are rounded to.
     """
     flat, found = groups.reshape(-1, groups.shape[-1]), threshold.reshape(-1).copy()
     count = max(1, _BLOCK // max(flat.shape[-1], 1))
@@ -105,7 +107,7 @@ def _least_error(groups: np.ndarray, threshold: np.ndarray, largest: int) -> np.
         some, own = flat[first : first + count], found[first : first + count]
         most, least = own.copy(), np.full(own.shape, np.inf)
         for part in (1.0, *CLIPPED):
-            scale = np.maximum(most * part / largest, SMALLEST_SCALE)
+            scale = rounded_scale(most * part / largest, scale_dtype)
             off = _rounded(some, scale, largest) * scale[..., None] - some
             error = np.einsum("gk,gk->g", off, off)
             is_less = error < least

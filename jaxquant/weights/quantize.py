@@ -91,7 +91,8 @@ def _quantize_graph(binding: Binding, params: Any, whole: Whole) -> dict[str, An
         else:
             qparams["sites"][site.name] = quantizer.weightless(int8_site)
         if stored is not None:
-            _put(qparams, slots[site.name], *stored)
+            integers, scale = stored
+            _put(qparams, slots[site.name], integers, scale.astype(np.float32))
     for tensor in plan.tensors:
         qparams["tensors"][tensor.name] = _tensor_arrays(binding, tensor, whole.divisors)
     return qparams
@@ -113,8 +114,7 @@ def _put(
 ) -> None:
     """Set a stored weight."""
     layout.put(qparams["params"], slot.int8, integers)
-    is_exponent = scale.dtype == np.uint8
-    layout.put(qparams["params"], slot.scale, scale if is_exponent else scale.astype(np.float32))
+    layout.put(qparams["params"], slot.scale, scale)
 
 
 def _broadcasting(factors: np.ndarray) -> np.ndarray:

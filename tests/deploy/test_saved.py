@@ -146,6 +146,23 @@ def test_bfloat16_and_other_leaves_come_back(tmp_path):
     assert same_bits(apply(loaded, x), qapply(qparams, x))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_scales_of_groups_are_loaded_as_they_are(dtype, tmp_path):
+    """bfloat16, as they are made; or the same numbers as float32, with the same bits."""
+    params, x = {"w": images(0, (96, 8)), "table": images(1, (7, 96))}, np.array([[4, 0], [1, 2]])
+    qparams, qapply = jaxquant.quant_weights(
+        params, lambda p, i: p["table"][i] @ p["w"], x, weight_bits=4, group_size=32, progress=False
+    )
+    expected = qapply(qparams, x)
+    for name in params:
+        scale = qparams["params"][name]["scale"]
+        assert scale.dtype == jnp.bfloat16
+        qparams["params"][name]["scale"] = scale.astype(dtype)
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(loaded, qparams)
+    assert same_bits(apply(loaded, x), expected)
+
+
 def test_where_arrays_lie_on_devices_is_not_saved(tmp_path):
     """A model with sharding constraints is saved and exported as the same without them."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

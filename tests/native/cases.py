@@ -161,14 +161,16 @@ def with_variants(run: Callable[[], jax.Array]) -> dict[str, jax.Array]:
     return results
 
 
-def stored(bits: int, length: int, columns: int, group_size: int, sums_last: bool):
+def stored(
+    bits: int, length: int, columns: int, group_size: int, sums_last: bool, scales=jnp.float32
+):
     """Integers and scales of a matrix, and the float64 matrix [K, N] that they stand for."""
     largest = 127 if bits == 8 else 7
     integers = np.random.default_rng(1).integers(
         -largest, largest, (length, columns), np.int8, endpoint=True
     )
     groups = -(-length // group_size)
-    scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(np.float32)
+    scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(scales)
     scale[:, :: max(columns // 2, 1)] = 0  # channels of zeros
     weight = integers * np.repeat(scale.astype(np.float64), group_size, axis=0)[:length]
     kept = integers if bits == 8 else pack(integers, 0)

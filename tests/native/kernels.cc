@@ -155,14 +155,27 @@ void check_groups(Random& random, int64_t products, int64_t rows, bool own) {
   check(found == expected.integers, "groups of " + std::to_string(rows) + " rows");
 }
 
-// Rows times stored integers: floats within the rounding of so many sums, and int32.
-template <class V>
+// Numbers as the scales of a stored matrix: floats, or the upper halves of some.
+template <class S>
+Array<S> scales_of(const Array<float>& values) {
+  Array<S> found(values.size());
+  for (int64_t i = 0; i < int64_t(values.size()); ++i) {
+    uint32_t word;
+    std::memcpy(&word, &values[i], sizeof(word));
+    if constexpr (std::is_same_v<S, float>) found[i] = values[i];
+    else found[i] = uint16_t(word >> 16);
+  }
+  return found;
+}
+
+// Rows times stored integers: floats within the rounding of so many sums, and int32.  S: of scales.
+template <class V, class S>
 void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns, int64_t size,
                   bool sums_first, bool packed) {
-  Stored s{rows, length, columns, size, sums_first, packed, nullptr, nullptr, nullptr, nullptr};
+  Stored<S> s{rows, length, columns, size, sums_first, packed, nullptr, nullptr, nullptr, nullptr};
   const Array<int8_t> weights = random.bytes(s.bytes() * columns);
   const Array<int8_t> x = random.bytes(rows * length);
-  const Array<float> scale = random.reals(s.groups() * columns, 0.1f, 1.0f);
+  const auto scale = scales_of<S>(random.reals(s.groups() * columns, 0.1f, 1.0f));
   s.weights = weights.data(), s.scale = scale.data();
   const Array<float> values = random.reals(16, -2.0f, 2.0f);
   if (packed && columns % 2) s.codes = values.data();
@@ -170,11 +183,12 @@ void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns,
   Array<int32_t> whole(rows * columns);
   StartedThreads threads;
   const auto to_float = [](int8_t q) { return float(q); };
-  Stored other = s, integers = s;
+  Stored<S> other = s;
   s.out = found.data(), other.out = beside.data();
-  multiply_any<V>(threads, {other, s}, x.data(), to_float);
-  integers.out = whole.data(), integers.scale = nullptr;
-  if (!packed) multiply_any<V>(threads, {integers}, x.data(), to_float);
+  multiply_any<V>(threads, std::vector{other, s}, x.data(), to_float);
+  const Stored<float> integers{rows,   length,         columns, size,         sums_first,
+                               packed, weights.data(), nullptr, whole.data(), nullptr};
+  if (!packed) multiply_any<V>(threads, std::vector{integers}, x.data(), to_float);
   check(found == beside, "two of the same stored weights side by side");
 
   bool are_near = true, are_same = true;
@@ -188,7 +202,8 @@ void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns,
       const int half = k % 2 ? (byte >> 4) & 15 : byte & 15;
       const float q = !packed ? byte : s.codes ? values[half] : half < 8 ? half : half - 16;
       const int64_t group = k / size;
-      const double unit = scale[sums_first ? group * columns + column : column * s.groups() + group];
+      const double unit =
+          V::number(scale[sums_first ? group * columns + column : column * s.groups() + group]);
       sum += x[row * length + k] * q * unit;
       size_of_sum += std::fabs(x[row * length + k] * q * unit);
       integer += x[row * length + k] * int(q);
@@ -203,19 +218,19 @@ void check_stored(Random& random, int64_t rows, int64_t length, int64_t columns,
   check(are_same, "the integers of " + what);
 }
 
-template <class V>
+template <class V, class S>
 void check_stored_of(Random& random) {
   for (bool sums_first : {true, false}) {
     for (bool packed : {true, false}) {
       for (int64_t rows : {1, 3, 9})
-        check_stored<V>(random, rows, 67, 29, 67, sums_first, packed);
-      check_stored<V>(random, 1, 97, 330, 32, sums_first, packed);
-      check_stored<V>(random, 15, 130, 70, 64, sums_first, packed);
-      check_stored<V>(random, 23, 131, 150, 64, sums_first, packed);
+        check_stored<V, S>(random, rows, 67, 29, 67, sums_first, packed);
+      check_stored<V, S>(random, 1, 97, 330, 32, sums_first, packed);
+      check_stored<V, S>(random, 15, 130, 70, 64, sums_first, packed);
+      check_stored<V, S>(random, 23, 131, 150, 64, sums_first, packed);
     }
   }
-  check_stored<V>(random, 2, 2100, 5, 2100, true, false);
-  check_stored<V>(random, 2, 2100, 5, 2100, false, false);
+  check_stored<V, S>(random, 2, 2100, 5, 2100, true, false);
+  check_stored<V, S>(random, 2, 2100, 5, 2100, false, false);
 }
 
 void check_histogram(Random& random, int64_t n) {
@@ -273,8 +288,9 @@ int main(int, char** arguments) {
     check_groups(random, 3, rows, true);
   }
   for (int64_t n : {1, 2, 7}) check_sequence(random, n);
-  check_stored_of<VectorsHere>(random);
-  check_stored_of<Vectors<4, 16>>(random);
+  check_stored_of<VectorsHere, float>(random);
+  check_stored_of<VectorsHere, uint16_t>(random);
+  check_stored_of<Vectors<4, 16>, float>(random);
   check_histogram(random, 70000);
   return failures != 0;
 }

@@ -23,18 +23,20 @@ ROUNDING = 2.0**-24
 @pytest.mark.parametrize("sums_last", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("rows", "length", "columns", "group_size", "dtype"),
+    ("rows", "length", "columns", "group_size", "dtype", "scales"),
     [
-        (1, 70, 273, 70, jnp.float32),
-        (2, 33, 1, 33, jnp.float32),
-        (3, 131, 20, 32, jnp.bfloat16),
-        (17, 129, 79, 64, jnp.float32),
-        (40, 33, 130, 33, jnp.bfloat16),
-        (150, 2115, 70, 96, jnp.float32),
+        (1, 70, 273, 70, jnp.float32, jnp.float32),
+        (2, 33, 1, 33, jnp.float32, jnp.bfloat16),
+        (3, 131, 20, 32, jnp.bfloat16, jnp.bfloat16),
+        (8, 131, 79, 32, jnp.float32, jnp.bfloat16),
+        (17, 129, 79, 64, jnp.float32, jnp.bfloat16),
+        (40, 33, 130, 33, jnp.bfloat16, jnp.float32),
+        (150, 2115, 70, 96, jnp.float32, jnp.float32),
     ],
 )
-def test_floats(rows, length, columns, group_size, dtype, bits, sums_last):
-    integers, scale, weight = stored(bits, length, columns, group_size, sums_last)
+def test_floats(rows, length, columns, group_size, dtype, scales, bits, sums_last):
+    integers, scale, weight = stored(bits, length, columns, group_size, sums_last, scales)
+    assert scale.dtype == scales
     x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, length)), dtype)
 
     @jax.jit
@@ -50,6 +52,19 @@ def test_floats(rows, length, columns, group_size, dtype, bits, sums_last):
     for variant, found in run(x, integers, scale).items():
         assert found.dtype == jnp.float32
         assert (np.abs(found - exact @ weight) <= bound).all(), variant
+
+
+@pytest.mark.parametrize("sums_last", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_scales_of_half_a_float_give_the_same_bits(rows, bits, sums_last):
+    integers, halves, _ = stored(bits, 97, 70, 32, sums_last, jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, 97)), jnp.float32)
+    run = functools.partial(native.dot_stored, x, sums_last=sums_last, group_size=32)
+    (wanted,), (found,) = (
+        run([(integers, scale)]) for scale in (halves.astype(jnp.float32), halves)
+    )
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("sums_last", [False, True])
@@ -128,7 +143,13 @@ def test_side_by_side_they_are_as_alone(bits, sums_last):
 def test_matrices_of_several_kinds_are_refused():
     eight, four = (stored(bits, 64, 5, 64, sums_last=False)[:2] for bits in (8, 4))
     x = jnp.zeros((1, 64), jnp.float32)
-    for matrices, message in (([eight, four], "int8 and uint8"), ([], "no dtype")):
+    half = stored(8, 64, 5, 64, sums_last=False, scales=jnp.bfloat16)[:2]
+    cases = (
+        ([eight, four], "matrices of int8 and uint8"),
+        ([eight, half], "scales of bfloat16 and float32"),
+        ([], "no dtype"),
+    )
+    for matrices, message in cases:
         with pytest.raises(ValueError, match=message):
             native.dot_stored(x, matrices, sums_last=False, group_size=64)
 
@@ -150,6 +171,7 @@ def test_no_rows_and_mapped_ones():
         ({"x": jnp.zeros((2, 8), jnp.float32)}, "does not fit"),
         ({"x": jnp.zeros((2, 64), jnp.float16)}, "float16 rows"),
         ({"x": jnp.zeros((2, 64), jnp.int8)}, "int8 rows and int8 weights with"),
+        ({"scale": jnp.ones((1, 5), jnp.float16)}, "scales of float16"),
         ({"group_size": 16}, "no multiple of 32"),
         ({"x": jnp.zeros((2, 0), jnp.float32)}, "nothing to sum"),
         ({"sums_last": True}, "does not fit"),

@@ -32,8 +32,8 @@ def apply_fn(p: Any, ids: jax.Array) -> jax.Array:
 
 
 def quantized_nf4(group: np.ndarray) -> np.ndarray:
-    """The nearest of the values times the largest |w|."""
-    values = VALUES["nf4"].astype(np.float64) * np.abs(group).max()
+    """The nearest of the values times the largest |w|, in bfloat16."""
+    values = VALUES["nf4"].astype(np.float64) * float(jnp.bfloat16(np.abs(group).max()))
     return values[np.abs(group[:, None] - values).argmin(axis=1)]
 
 
@@ -51,8 +51,9 @@ REFERENCES = {"nf4": quantized_nf4, "mxfp4": quantized_mxfp4}
 
 
 def dequantized(name: str, groups: np.ndarray) -> np.ndarray:
-    codes, scale = encode(groups, name)
-    unit = 2.0 ** (scale.astype(np.float64) - 127) if name == "mxfp4" else scale
+    codes, scale = encode(groups, name, np.dtype(jnp.bfloat16))
+    unit = scale.astype(np.float64)
+    unit = 2.0 ** (unit - 127) if name == "mxfp4" else unit
     return VALUES[name].astype(np.float64)[codes] * unit[..., None]
 
 
@@ -88,7 +89,7 @@ def test_a_model_computes_with_the_values(name: str, tmp_path: Any):
     assert {row["mode"] for row in rows(qapply).values()} == {f"{name} weights"}
     assert qparams["params"]["a"][name].shape == (20, 72)
     scale = qparams["params"]["a"]["scale"]
-    assert (scale.shape, scale.dtype) == ((2, 72), np.uint8 if name == "mxfp4" else np.float32)
+    assert (scale.shape, scale.dtype) == ((2, 72), np.uint8 if name == "mxfp4" else jnp.bfloat16)
 
     def in_groups(weight: np.ndarray, axis: int) -> np.ndarray:
         lines = np.moveaxis(np.float64(weight), axis, -1)

@@ -2,6 +2,7 @@
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,9 @@ def fake_groups(weight, channels, group_size, bits):
     """`weight` rounded to the grids of its groups, one channel at a time; float64.
 
     In 4 bits the threshold of a group is 100, 95, ..., 50 % of its largest |w|, as it likes best.
+    Scales of groups are rounded to bfloat16.
     """
+    dtype = np.float64 if group_size is None else jnp.bfloat16
     largest = 2 ** (bits - 1) - 1
     rows = np.moveaxis(np.asarray(weight).astype(np.float64), channels, range(len(channels)))
     shape = rows.shape
@@ -27,7 +30,7 @@ def fake_groups(weight, channels, group_size, bits):
             group = row[start : start + size]
             tried = []
             for part in range(20, 9, -1) if bits == 4 else [20]:
-                scale = np.abs(group).max() * part / 20 / largest
+                scale = float(dtype(np.abs(group).max() * part / 20 / largest))
                 if scale:
                     integers = np.clip(np.rint(group / scale), -largest, largest)
                     error = ((integers * scale - group) ** 2).sum()
@@ -58,8 +61,9 @@ def test_integers_and_scales_equal_the_loops(shape, data, group_size, bits):
         assert integers.shape == tuple(shape)
         integers = integers.transpose(layout.order).reshape(layout.shape)
     assert integers.dtype == np.int8
+    assert scale.dtype == (np.float32 if group_size is None else jnp.bfloat16)
     assert scale.shape[layout.axis] == layout.groups == -(-length // (group_size or length))
-    repeated = np.repeat(scale, layout.size, axis=layout.axis)
+    repeated = np.repeat(scale.astype(np.float32), layout.size, axis=layout.axis)
     value = integers * np.take(repeated, range(length), axis=layout.axis)
     value = value.reshape(layout.permuted).transpose(layout.inverse)
     expected = fake_groups(weight, channels, group_size, bits)
@@ -81,7 +85,7 @@ def test_packing_round_trip(shape, axis, seed):
 def test_a_group_of_zeros_and_ties():
     weight = np.array([[0.0, 0.0, 127.0, 0.5, 1.5, -2.5]])
     integers, scale = quantize_groups(weight, group_layout((1, 6), (0,), 2), 8)
-    assert scale.tolist() == [[1.0, 1.0, 2.5 / 127]]
+    assert scale.tolist() == [[1.0, 1.0, jnp.bfloat16(2.5 / 127)]]
     assert integers[0, :4].tolist() == [0, 0, 127, 0]
 
 
@@ -89,8 +93,10 @@ def test_four_bits_clip_a_weight_that_costs_all_others_their_steps():
     weight = np.array([[10.0, *[1.0, -1.0] * 40]])  # steps of 10 / 7 lose the others
     layout = group_layout((1, 81), (0,), None)
     _, scale = quantize_groups(weight, layout, 4)
-    assert scale.tolist() == [[8 / 7]]  # 2² + 80 (8 / 7 - 1)² is the least of those tried
-    assert quantize_groups(weight, layout, 8)[1].tolist() == [[10 / 127]]
+    assert scale.tolist() == [
+        [np.float32(8 / 7)]
+    ]  # 2² + 80 (8 / 7 - 1)² is the least of those tried
+    assert quantize_groups(weight, layout, 8)[1].tolist() == [[np.float32(10 / 127)]]
 
 
 @pytest.mark.parametrize(

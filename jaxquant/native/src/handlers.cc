@@ -6,7 +6,7 @@
 #include "histogram.h"
 #include "kl.h"
 #include "pack.h"
-#include "panels.h"
+#include "stored_handler.h"
 #include "xla.h"
 
 namespace jaxquant {
@@ -91,57 +91,6 @@ ffi::Error float_depthwise_handler(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x
   XlaThreads threads(pool, time_of_floats(int64_t(out->element_count()) * s.kh * s.kw));
   return with_memory([&] {
     float_depthwise(threads, x.typed_data(), kernel.typed_data(), s, out->typed_data());
-  });
-}
-
-// x [M, K] times matrices of stored integers: [K, N], or [N, K] where the sums come last, of int8
-// or, packed, of uint8.  `given` are the integers and the scales of each in turn; `codes` what those
-// of four bits stand for, if not for themselves.
-ffi::Error stored_handler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs given,
-                          ffi::RemainingRets outs, int64_t sums_last, int64_t size,
-                          Floats codes) {
-  const auto in = x.dimensions();
-  if (in.size() != 2 || size < 1 || given.size() != 2 * outs.size() ||
-      (codes.size() != 0 && codes.size() != 16))
-    return invalid("wrong shapes");
-  std::vector<Stored> all;
-  double time = 0;
-  for (size_t i = 0; i < outs.size(); ++i) {
-    auto out = outs.get<ffi::AnyBuffer>(i);
-    const auto weights = given.get<ffi::AnyBuffer>(2 * i);
-    const auto scale = given.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
-    if (!out.has_value() || !weights.has_value() || !scale.has_value())
-      return invalid("wrong types");
-    const auto to = (*out)->dimensions();
-    if (to.size() != 2 || to[0] != in[0]) return invalid("wrong shapes");
-    const bool is_whole = (*out)->element_type() == ffi::S32;
-    const Stored s{in[0], in[1], to[1], size, !sums_last, weights->element_type() == ffi::U8,
-                   static_cast<const int8_t*>(weights->untyped_data()),
-                   is_whole ? nullptr : scale->typed_data(), (*out)->untyped_data(),
-                   codes.size() ? codes.begin() : nullptr};
-    if (int64_t(weights->element_count()) != s.bytes() * s.columns)
-      return invalid("the weights are of another shape");
-    if (s.groups() > 1 && size % 32) return invalid("groups of a size that no tile has");
-    if (!is_whole && int64_t(scale->element_count()) != s.groups() * s.columns)
-      return invalid("the scales are of another shape");
-    if (is_whole != (x.element_type() == ffi::S8) || (i && s.packed != all[0].packed))
-      return invalid("matrices of several kinds");
-    all.push_back(s);
-    time += time_of_reading(s.bytes() * s.columns, s.rows * s.length * s.columns);
-  }
-  XlaThreads threads(pool, time);
-  return with_memory([&] {
-    const auto multiply = [&](const auto* rows, auto to_float) {
-      multiply_any<VectorsHere>(threads, all, rows, to_float);
-    };
-    if (x.element_type() == ffi::S8) {
-      multiply(x.typed_data<int8_t>(), [](int8_t q) { return float(q); });
-    } else if (x.element_type() == ffi::BF16) {
-      multiply(static_cast<const uint16_t*>(x.untyped_data()),
-               [](uint16_t bits) { return VectorsHere::number(bits); });
-    } else {
-      multiply(x.typed_data<float>(), [](float value) { return value; });
-    }
   });
 }
 

@@ -28,8 +28,8 @@ constexpr int panel_vectors() { return L::sums_of(kTileRows) >= 4 ? 4 : 2; }
 
 // The floats of `count` columns from `column` at places [first, last) along K: [K, kVectors], zeros
 // beside the columns.
-template <class L, int kVectors, bool kPart>
-void fill_panel(const Stored& s, int64_t first, int64_t last, int64_t column, int64_t count,
+template <class L, int kVectors, bool kPart, class S>
+void fill_panel(const Stored<S>& s, int64_t first, int64_t last, int64_t column, int64_t count,
                 float* to) {
   constexpr int kLanes = L::kCount;
   const typename L::Codes codes(s.codes);
@@ -101,13 +101,13 @@ void panel_rows(const Rows& x, int64_t row, int64_t end, int64_t first, int64_t 
 
 // The products with vectors of the kind `L`: of floats, with matrices [K, N] that differ in their
 // columns alone.
-template <class L>
-void multiply_panels(Threads& threads, const std::vector<Stored>& all, const Rows& x) {
+template <class L, class S>
+void multiply_panels(Threads& threads, const std::vector<Stored<S>>& all, const Rows& x) {
   constexpr int kVectors = panel_vectors<L>();
   constexpr int64_t kColumns = kVectors * L::kCount;
   const int64_t rows = all[0].rows, length = all[0].length;
   int64_t panels = 0;
-  for (const Stored& s : all) panels += ceil_div(s.columns, kColumns);
+  for (const Stored<S>& s : all) panels += ceil_div(s.columns, kColumns);
   if (panels == 0) return;
   const int64_t wanted = threads.count() == 1 ? 1 : ceil_div(4 * threads.count(), panels);
   const int64_t parts = std::min(wanted, ceil_div(rows, kRowsOfTask));
@@ -117,7 +117,7 @@ void multiply_panels(Threads& threads, const std::vector<Stored>& all, const Row
     size_t which = 0;
     for (; panel >= ceil_div(all[which].columns, kColumns); ++which)
       panel -= ceil_div(all[which].columns, kColumns);
-    const Stored& s = all[which];
+    const Stored<S>& s = all[which];
     const int64_t column = panel * kColumns, count = std::min(kColumns, s.columns - column);
     const int64_t start = task % parts * part, end = std::min(rows, start + part);
     float* const out = static_cast<float*>(s.out) + column;
@@ -127,7 +127,7 @@ void multiply_panels(Threads& threads, const std::vector<Stored>& all, const Row
     for (int64_t first = 0; first < length; first += kPanelLength) {
       const int64_t last = std::min(first + kPanelLength, length);
       const auto fill =
-          count < kColumns ? fill_panel<L, kVectors, true> : fill_panel<L, kVectors, false>;
+          count < kColumns ? fill_panel<L, kVectors, true, S> : fill_panel<L, kVectors, false, S>;
       fill(s, first, last, column, count, floats);
       panel_rows<L, kVectors>(x, start, end, first, last, floats, out, s.columns, count);
     }
@@ -135,8 +135,8 @@ void multiply_panels(Threads& threads, const std::vector<Stored>& all, const Row
 }
 
 // The products in the form that is faster for so many rows; see `multiply_stored`.
-template <class L, class X, class F>
-void multiply_any(Threads& threads, const std::vector<Stored>& all, const X* x,
+template <class L, class S, class X, class F>
+void multiply_any(Threads& threads, const std::vector<Stored<S>>& all, const X* x,
                   const F& to_float) {
   if (all.empty() || all[0].rows < kManyRows || !all[0].sums_first || !all[0].scale)
     return multiply_stored<L>(threads, all, x, to_float);

@@ -30,14 +30,15 @@ constexpr int64_t kLinesAhead = 128;  // of a matrix [K, N] that are fetched bef
 constexpr int64_t kCached = 1 << 18;  // bytes of a matrix that stay in the cache of a core
 constexpr size_t kKeptRows = 1 << 22;  // bytes of rows whose memory is kept for the next call
 
-// What lies where.
+// What lies where; S: floats, or uint16_t for bfloat16.
+template <class S>
 struct Stored {
   int64_t rows, length, columns;  // M, K, N
   int64_t size;                   // of a group: K, or a multiple of 32
   bool sums_first;                // [K, N], else [N, K]
   bool packed;                    // two 4-bit integers a byte, neighbours along K, the first low
   const int8_t* weights;
-  const float* scale;  // [groups, N] or [N, groups]; null where the results are int32
+  const S* scale;  // [groups, N] or [N, groups]; null (a float*) where the results are int32
   void* out;           // [M, N], floats or int32
   const float* codes;  // [16], what packed integers stand for; null: themselves
 
@@ -70,8 +71,8 @@ struct Totals {
 
 // kRows rows of x from `row`, times kVectors vectors of columns from `column` of a matrix [K, N].
 // Where it is one vector, only `count` columns of it may be there.
-template <class L, bool kPacked, bool kWhole, int kRows, int kVectors, bool kPart>
-void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t count,
+template <class L, bool kPacked, bool kWhole, int kRows, int kVectors, bool kPart, class S>
+void columns_tile(const Stored<S>& s, const Rows& x, int64_t row, int64_t column, int64_t count,
                   typename Totals<L, kWhole>::Number* out) {
   using T = Totals<L, kWhole>;
   constexpr int kLanes = L::kCount;
@@ -95,7 +96,7 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
   for (int64_t first = 0; first < s.length; first += size) {
     const int64_t last = std::min(first + size, s.length);
     typename L::Floats sums[kRows][kVectors] = {};
-    const float* const scales = kWhole ? nullptr : s.scale + first / size * s.columns + column;
+    const S* const scales = kWhole ? nullptr : s.scale + first / size * s.columns + column;
     for (int v = 0; !kWhole && v < kVectors; ++v) __builtin_prefetch(scales + v * kLanes);
     const int8_t* w = s.weights + first / kEach * s.columns + column;
     for (int64_t k = first; k < last; k += kEach, w += s.columns) {
@@ -133,8 +134,8 @@ void columns_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, i
 }
 
 // kRows rows of x from `row`, times kColumns columns from `column` of a matrix [N, K] of bytes.
-template <class L, bool kWhole, int kRows, int kColumns>
-void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
+template <class L, bool kWhole, int kRows, int kColumns, class S>
+void sums_tile(const Stored<S>& s, const Rows& x, int64_t row, int64_t column,
                typename Totals<L, kWhole>::Number* out) {
   using T = Totals<L, kWhole>;
   constexpr int kLanes = L::kCount;
@@ -158,7 +159,8 @@ void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
       add(k, [](const int8_t* from) { return L::bytes(from); });
     if (k < last) add(k, [&](const int8_t* from) { return L::bytes(from, last - k); });
     for (int c = 0; c < kColumns; ++c) {
-      const float scale = kWhole ? 1.0f : s.scale[(column + c) * groups + first / size];
+      const float scale =
+          kWhole ? 1.0f : L::number(s.scale[(column + c) * groups + first / size]);
       for (int r = 0; r < kRows; ++r) T::add(totals[r][c], sums[r][c], scale);
     }
   }
@@ -170,21 +172,22 @@ void sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column,
 
 // The same of packed integers.  A group of these is few vectors, so that its scale meets the weights,
 // once for all rows.
-template <class L, int kRows, int kColumns>
-void packed_sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t column, float* out) {
+template <class L, int kRows, int kColumns, class S>
+void packed_sums_tile(const Stored<S>& s, const Rows& x, int64_t row, int64_t column, float* out) {
   constexpr int kLanes = L::kCount;
   const int64_t bytes = s.bytes(), groups = s.groups();
   const typename L::Codes codes(s.codes);
   typename L::Floats sums[kRows][kColumns] = {};
   const int8_t* const weights = s.weights + column * bytes;
-  const float* scale = s.scale + column * groups;
+  const S* scale = s.scale + column * groups;
   const auto add = [&](int64_t at, const auto& read) {
     const float* in = x.data + row * x.stride + 2 * at;
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) {
       typename L::Floats low, high;
       L::halves(read(weights + c * bytes + at), codes, low, high);
-      low *= scale[c * groups], high *= scale[c * groups];
+      const float unit = L::number(scale[c * groups]);
+      low *= unit, high *= unit;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         sums[r][c] += low * L::load(in + r * x.stride);
@@ -209,8 +212,8 @@ void packed_sums_tile(const Stored& s, const Rows& x, int64_t row, int64_t colum
 
 // kRows rows of x times columns [column, last), in tiles of kMost vectors or columns and, for what
 // those leave, of a quarter of it, and of one.
-template <class L, bool kPacked, bool kWhole, int kRows, int kMost = L::sums_of(kRows)>
-void tiles(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t last,
+template <class L, bool kPacked, bool kWhole, int kRows, int kMost = L::sums_of(kRows), class S>
+void tiles(const Stored<S>& s, const Rows& x, int64_t row, int64_t column, int64_t last,
            typename Totals<L, kWhole>::Number* out) {
   if (s.sums_first) {
     constexpr int64_t kColumns = kMost * L::kCount;
@@ -230,8 +233,8 @@ void tiles(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t 
 }
 
 // Rows [row, rows) of x times columns [column, last), in tiles of kMost rows and of less and less.
-template <class L, bool kPacked, bool kWhole, int kMost = 8>
-void all_rows(const Stored& s, const Rows& x, int64_t row, int64_t column, int64_t last,
+template <class L, bool kPacked, bool kWhole, int kMost = 8, class S>
+void all_rows(const Stored<S>& s, const Rows& x, int64_t row, int64_t column, int64_t last,
               typename Totals<L, kWhole>::Number* out) {
   for (; row + kMost <= s.rows; row += kMost)
     tiles<L, kPacked, kWhole, kMost>(s, x, row, column, last, out);
@@ -240,8 +243,8 @@ void all_rows(const Stored& s, const Rows& x, int64_t row, int64_t column, int64
 
 // x as the tiles read it, [M, padded]: floats; beside packed columns [N, K] those of the low and of
 // the high halves of a vector of bytes apart.
-template <class X, class F>
-void copy_rows(const Stored& s, const X* x, int lanes, const F& to_float, float* to) {
+template <class S, class X, class F>
+void copy_rows(const Stored<S>& s, const X* x, int lanes, const F& to_float, float* to) {
   const bool apart = s.packed && !s.sums_first;
   const int64_t padded = s.padded();
   std::memset(to, 0, s.rows * padded * sizeof(float));
@@ -258,8 +261,8 @@ void copy_rows(const Stored& s, const X* x, int lanes, const F& to_float, float*
 }
 
 // Columns of lines [first, last) of a matrix.
-template <class L, bool kPacked, bool kWhole>
-void multiply_lines(const Stored& s, const Rows& x, int64_t first, int64_t last) {
+template <class L, bool kPacked, bool kWhole, class S>
+void multiply_lines(const Stored<S>& s, const Rows& x, int64_t first, int64_t last) {
   // Where several tiles of rows meet the same columns, these are so many that they stay in the cache.
   const bool once = (s.rows & (s.rows - 1)) == 0 && s.rows <= 8;
   const int64_t part = once ? s.columns : round_up(kCached / s.bytes() + 1, kColumnsEach);
@@ -270,14 +273,14 @@ void multiply_lines(const Stored& s, const Rows& x, int64_t first, int64_t last)
 }
 
 // All matrices, whose lines the threads share as if they lay side by side.
-template <class L, bool kPacked, bool kWhole>
-void multiply_columns(Threads& threads, const std::vector<Stored>& all, const Rows& x) {
+template <class L, bool kPacked, bool kWhole, class S>
+void multiply_columns(Threads& threads, const std::vector<Stored<S>>& all, const Rows& x) {
   int64_t lines = 0;
-  for (const Stored& s : all) lines += s.lines();
+  for (const Stored<S>& s : all) lines += s.lines();
   const int64_t tasks = std::min(lines, threads.count());
   parallel_for(threads, tasks, [&](int64_t task) {
     int64_t first = task * lines / tasks, last = (task + 1) * lines / tasks;
-    for (const Stored& s : all) {
+    for (const Stored<S>& s : all) {
       const int64_t start = std::max<int64_t>(first, 0), end = std::min(last, s.lines());
       if (start < end) multiply_lines<L, kPacked, kWhole>(s, x, start, end);
       first -= s.lines(), last -= s.lines();
@@ -289,18 +292,18 @@ void multiply_columns(Threads& threads, const std::vector<Stored>& all, const Ro
 //
 //   all  matrices that differ in their columns alone, and where their results are
 //   x    rows [M, K] of any type, which `to_float` makes floats of
-template <class L, class X, class F>
-void multiply_stored(Threads& threads, const std::vector<Stored>& all, const X* x,
+template <class L, class S, class X, class F>
+void multiply_stored(Threads& threads, const std::vector<Stored<S>>& all, const X* x,
                      const F& to_float) {
   if (all.empty() || all[0].rows == 0 || all[0].length == 0) return;
-  const Stored& s = all[0];
+  const Stored<S>& s = all[0];
   static thread_local Scratch scratch;
   float* rows = reinterpret_cast<float*>(scratch.reserve(s.rows * s.padded() * sizeof(float)));
   copy_rows(s, x, L::kCount, to_float, rows);
   const Rows read{rows, s.padded()};
-  if (!s.scale) multiply_columns<L, false, true>(threads, all, read);
-  else if (s.packed) multiply_columns<L, true, false>(threads, all, read);
-  else multiply_columns<L, false, false>(threads, all, read);
+  if (s.scale && s.packed) multiply_columns<L, true, false>(threads, all, read);
+  else if (s.scale) multiply_columns<L, false, false>(threads, all, read);
+  else if constexpr (std::is_same_v<S, float>) multiply_columns<L, false, true>(threads, all, read);
   scratch.trim(kKeptRows);
 }
 
