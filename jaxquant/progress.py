@@ -105,7 +105,7 @@ class Progress:
             if len(path) <= _TOLD:
                 self._seconds.setdefault(path, 0.0)
                 self._say(": ".join(path))
-            # Only the outermost stage has a bar: tqdm's nested ones jump on many screens.
+            # One bar for all: the stages within the outermost one are named behind it.
             if len(path) == 1 and self._tqdm is not None:
                 self._bar = _draw(self._tqdm, stage, leave=not _is_logged())
             self._note_inner(refresh=len(path) > 1)
