@@ -18,7 +18,7 @@ from jaxquant.calibration import counting, histogram, inside
 from jaxquant.calibration.observations import TensorStats
 from jaxquant.calibration.observed import Observed
 from jaxquant.calibration.padding import Padding, real_in
-from jaxquant.calibration.sweep import stacked, stats_of
+from jaxquant.calibration.sweep import State, stacked, stats_of
 from jaxquant.graph.layer_names import of_layer
 from jaxquant.graph.model import FloatModel
 from jaxquant.graph.positions import RealIn
@@ -115,6 +115,20 @@ def survey(
     # An empty data set is refused where it is read.
     assert total is not None
     assert known is not None
+    return _surveyed(total, ranges, known.names, stats)
+
+
+def _surveyed(
+    total: Batch, ranges: Sequence[Mapping[str, Any]], names: Sequence[str], stats: State
+) -> Surveyed:
+    """What all batches together tell.
+
+    Args:
+      total: their sums.
+      ranges: of each batch, the extremes of the tensors in it.
+      names: of the quantized tensors.
+      stats: their histograms, stacked.
+    """
     return Surveyed(
         own=total.own,
         accumulated=total.accumulated,
@@ -127,8 +141,7 @@ def survey(
             for name, tensor in total.tensors.items()
         },
         stats={
-            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats))
-            for k, name in enumerate(known.names)
+            name: stats_of(jax.tree.map(lambda x, k=k: x[k], stats)) for k, name in enumerate(names)
         },
         outputs=functools.reduce(measures.add, total.outputs) if total.outputs else None,
         batches=len(ranges),

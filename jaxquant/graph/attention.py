@@ -50,36 +50,47 @@ def match(graph: ir.Graph, last: ir.Equation) -> matching.Match | None:
     second = graph.contractions.get(product.index)
     if second is None or not is_plain(graph, product, second):
         return None
-    # The weights are the operand that a softmax gives; einsum may put them on either side.
+    weighted = _find_weights(graph, product, second)
+    if weighted is None:
+        return None
+    side, taken, found = weighted
+    scores = Scores(graph, found.inputs[0])
+    if scores.product is None or scores.contraction is None:
+        return None
+    members |= found.members | scores.members | taken.members
+    # What else reads a tensor in the middle would need it to exist, so it stays as it is then.
+    parts = _layout(graph, scores, taken.axes, second, side)
+    if parts is None or not matching.is_private(graph, members, last.outputs[0]):
+        return None
+    layout, keys, batch = parts
+    for move in reversed(moves):
+        layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
+
+    # Queries, keys and values, by what they are and not by the sides that einsum chose.
+    read = (
+        scores.product.inputs[1 - keys],
+        scores.product.inputs[keys],
+        product.inputs[1 - side],
+    )
+    precisions = scores.product.params["precision"], product.params["precision"]
+    return matching.Match(
+        tuple(x for x in (*read, *scores.biases, *scores.masks) if isinstance(x, int)),
+        frozenset(members),
+        {"layout": layout, "precisions": precisions, **scores.params(keys, batch)},
+    )
+
+
+def _find_weights(
+    graph: ir.Graph, product: ir.Equation, second: Contraction
+) -> tuple[int, Weights, matching.Match] | None:
+    """The operand of the second product that a softmax gives: its side, it, and the softmax."""
+    # Either side: einsum puts the weights on both.
     for side in (0, 1):
         taken = Weights(graph, product.inputs[side], second.operands[side])
         division = matching.producer(graph, taken.source)
         found = None if division is None else softmax.match_operator(graph, division)
-        if found is None or taken.axes.contracted != (found.params["axis"],):
-            continue
-        scores = Scores(graph, found.inputs[0])
-        if scores.product is None or scores.contraction is None:
-            return None
-        members |= found.members | scores.members | taken.members
-        # What else reads a tensor in the middle would need it to exist, so it stays as it is then.
-        parts = _layout(graph, scores, taken.axes, second, side)
-        if parts is None or not matching.is_private(graph, members, last.outputs[0]):
-            return None
-        layout, keys, batch = parts
-        for move in reversed(moves):
-            layout = layout._replace(result=tuple(move.index(axis) for axis in layout.result))
-        # Queries, keys and values, by what they are and not by the sides that einsum chose.
-        read = (
-            scores.product.inputs[1 - keys],
-            scores.product.inputs[keys],
-            product.inputs[1 - side],
-        )
-        precisions = scores.product.params["precision"], product.params["precision"]
-        return matching.Match(
-            tuple(x for x in (*read, *scores.biases, *scores.masks) if isinstance(x, int)),
-            frozenset(members),
-            {"layout": layout, "precisions": precisions, **scores.params(keys, batch)},
-        )
+        if found is not None and taken.axes.contracted == (found.params["axis"],):
+            return side, taken, found
     return None
 
 

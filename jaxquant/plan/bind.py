@@ -13,6 +13,7 @@ from jaxquant.plan import behaviours
 from jaxquant.plan.binding import Binding, BoundBody, Int8Site, on_grids
 from jaxquant.plan.epilogue import find_epilogue, fingerprint
 from jaxquant.plan.form_search import find_forms
+from jaxquant.plan.forms import Forms
 from jaxquant.plan.modes import MODES, Mode
 from jaxquant.plan.plan import INT8, LITERT, Plan, SitePlan
 from jaxquant.plan.restore import Restored, restorable
@@ -117,17 +118,7 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
 
     _check_sites(found, planned)
 
-    # The int8 forms follow from the sites, so they are found again, not stored.
-    chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
-    # Sites that were left in float hand no int8 through, as when the plan was made.
-    left = [s for s in found if s.name in planned and planned[s.name].status != INT8]
-    barred = {site.equation for site in left if not (site.inside or site.is_lookup)}
-
-    # What is scaled in the call makes no tensor int8.
-    static = [site for site in chosen if not (site.is_lookup or planned[site.name].dynamic)]
-    forms = find_forms(
-        model, static if mode.tensor_scales else (), plan.kinds, barred, plan.target == LITERT
-    )
+    chosen, forms = _forms_of(model, plan, found, planned)
     names = model.names
 
     # The graph decides about tensors, the plan about numbers: both name the same ones, or differ.
@@ -160,6 +151,22 @@ def _bind_graph(model: Model, plan: Plan, inside: Mapping[ir.Var, Restored]) -> 
         restorable(graph, [each.site for each in bound], mode.integer, inside),
         per_channel,
     )
+
+
+def _forms_of(
+    model: Model, plan: Plan, found: Sequence[Site], planned: Mapping[str, SitePlan]
+) -> tuple[list[Site], Forms]:
+    """The sites that are int8, and the int8 forms that follow from them."""
+    # Found again, not stored: the plan says what sites are, and the rest follows.
+    chosen = [s for s in found if s.name in planned and planned[s.name].status == INT8]
+    # Sites that were left in float hand no int8 through, as when the plan was made.
+    left = [s for s in found if s.name in planned and planned[s.name].status != INT8]
+    barred = {site.equation for site in left if not (site.inside or site.is_lookup)}
+
+    # What is scaled in the call makes no tensor int8.
+    static = [site for site in chosen if not (site.is_lookup or planned[site.name].dynamic)]
+    read = static if MODES[plan.mode].tensor_scales else ()
+    return chosen, find_forms(model, read, plan.kinds, barred, plan.target == LITERT)
 
 
 def _check_sites(found: Sequence[Site], planned: Mapping[str, SitePlan]) -> None:

@@ -36,6 +36,7 @@ where it is quantized, and the carry is float.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -93,18 +94,8 @@ def equalize(task: Task, draft: Draft) -> Draft:
         if not found:
             return draft if behind else draft.replaced(name, note)
 
-        def changed(bound: Binding) -> Binding:
-            suffix = layer_suffix(bound.layer)
-            tensors = [
-                _divided(tensor, found[tensor.name + suffix])
-                if tensor.name + suffix in found
-                else tensor
-                for tensor in bound.plan.tensors
-            ]
-            return bound.with_tensors(tensors).in_bodies(changed)
-
         # Other zero points, and scales along channels, are another program.
-        binding, divisors = changed(binding), _divisors(anywhere, found)
+        binding, divisors = _on_other_grids(binding, found), _divisors(anywhere, found)
         return draft.replaced(
             name,
             note,
@@ -112,6 +103,17 @@ def equalize(task: Task, draft: Draft) -> Draft:
             qparams=quantize_params(binding, params, divisors),
             divisors=divisors,
         )
+
+
+def _on_other_grids(binding: Binding, found: Mapping[str, Divided]) -> Binding:
+    """A binding, and those of its bodies, with the grids of the tensors that are divided."""
+    suffix = layer_suffix(binding.layer)
+    tensors = [
+        _divided(tensor, found[tensor.name + suffix]) if tensor.name + suffix in found else tensor
+        for tensor in binding.plan.tensors
+    ]
+    changed = functools.partial(_on_other_grids, found=found)
+    return binding.with_tensors(tensors).in_bodies(changed)
 
 
 STEP = Step(names=("equalization", "smoothquant"), run=equalize, is_automatic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,22 +22,25 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
     both ways has a row each.  Tensors within a site, an epilogue or an activation function are not
     listed, nor are the model's outputs.
     """
-    graph, forms = program.graph, program.binding.forms
-    mode = program.mode
-    sites, names = program.model.sites, program.model.names
-    planned = {site.name: site for site in program.plan.sites}
-    dynamic = {each.site.name for each in program.binding.sites if each.dynamic and mode.integer}
+    names = program.model.names
     rows: dict[tuple[ir.Var, str], dict[str, Any]] = {}
-
     # Of several readers in one way the first is told.
-    def add(var: ir.Var, status: str, reason: str) -> None:
+    for var, status, reason in itertools.chain(_read_by_sites(program), _read_by_others(program)):
         name = names.get(var, f"tensor_{var}")
         rows.setdefault((var, status), {"name": name, "status": status, "reason": reason})
+    within = [tensor_rows(body) for bodies in program.bodies.values() for body in bodies]
+    return [*rows.values(), *itertools.chain.from_iterable(within)]
 
+
+def _read_by_sites(program: Program) -> Iterator[tuple[ir.Var, str, str]]:
+    """What sites read: the tensor, its status, and why it is float."""
+    forms, mode = program.binding.forms, program.mode
+    planned = {site.name: site for site in program.plan.sites}
+    dynamic = {each.site.name for each in program.binding.sites if each.dynamic and mode.integer}
     # What moves integers runs too, though no float of it is needed.
     live = {eqn.index for eqn in program.equations} | forms.moves
     live |= {site.site.equation for site in program.binding.sites}
-    for site in sites:
+    for site in program.model.sites:
         if not site.inside and site.equation not in live:
             continue  # absorbed by an epilogue
         reason = _float_reason(site, planned)
@@ -45,13 +49,17 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
             reason = "its weight alone is quantized"
         for var in site.operands:
             if reason:
-                add(var, FLOAT, f"read by {site.name}: {reason}")
+                yield var, FLOAT, f"read by {site.name}: {reason}"
             elif var in forms.int8 or site.name in dynamic:
-                add(var, "int8", "")
+                yield var, "int8", ""
             elif site.kind in kinds.ELEMENTWISE_KINDS:
-                add(var, "fused", f"in the epilogue before {site.name}")
-    # Second, what is no site and reads floats where an int8 tensor might have been.
-    by_equation = {site.equation for site in sites if not site.inside}
+                yield var, "fused", f"in the epilogue before {site.name}"
+
+
+def _read_by_others(program: Program) -> Iterator[tuple[ir.Var, str, str]]:
+    """What is no site and reads floats where an int8 tensor might have been, likewise."""
+    graph, forms = program.graph, program.binding.forms
+    by_equation = {site.equation for site in program.model.sites if not site.inside}
     for eqn in program.equations:
         if eqn.index in by_equation:
             continue
@@ -63,9 +71,7 @@ def tensor_rows(program: Program) -> list[dict[str, Any]]:
             if not graph.static[var] and jnp.issubdtype(graph.dtype(var), jnp.floating):
                 inside = eqn.index in program.bodies
                 why = "goes from step to step in float" if inside else "has no int8 form"
-                add(var, FLOAT, f"read by {eqn.name}, which {why}")
-    within = [tensor_rows(body) for bodies in program.bodies.values() for body in bodies]
-    return [*rows.values(), *itertools.chain.from_iterable(within)]
+                yield var, FLOAT, f"read by {eqn.name}, which {why}"
 
 
 def _float_reason(site: Site, planned: dict[str, Any]) -> str:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxquant.deploy.lower.convolution import conv_form
+from jaxquant.deploy.lower.convolution import ConvForm, conv_form
 from jaxquant.deploy.lower.errors import NotCovered
-from jaxquant.deploy.lower.values import Value
+from jaxquant.deploy.lower.values import Size, Value
 from jaxquant.deploy.lower.weights import Weight, site_arrays
 from jaxquant.deploy.network import Int8Node
 from jaxquant.deploy.onnx import contraction, elementwise
 from jaxquant.deploy.onnx.emitter import Emitter
+from jaxquant.graph.contraction import Contraction
 from jaxquant.plan.grid import SMALLEST_SCALE
 
 LARGEST = 127.0
@@ -84,27 +85,38 @@ def conv(emitter: Emitter, site: Int8Node) -> Value:
     inverse = _by_channel(emitter, grid.inverse, form.feature_groups, inputs, x.rank)
     scale = _by_channel(emitter, grid.scale, form.feature_groups, outputs, x.rank)
 
-    steps = _integers(emitter, x.name, grid._replace(inverse=inverse))
+    x = dataclasses.replace(x, name=_integers(emitter, x.name, grid._replace(inverse=inverse)))
     # ONNX has no such operator of integers; in float32 sums of them are exact up to 2^24.
     if form.is_transposed:
         kernel = builder.constant(stored.astype(np.float32), "weight")
-        x = dataclasses.replace(x, name=steps)
         sums = contraction.conv(builder, given, form, x, [kernel], shape)
     else:
-        # uint8, 128 more: runtimes multiply that by every form of a weight.
-        steps = builder.node("Add", [steps, builder.constant(np.float32(128))])
-        steps = builder.node("Cast", [steps], to=elementwise.ONNX_TYPES["uint8"])
-        integers, zero_point = emitter.quantizer.integers(
-            stored, (), emitter.quantizer.target.dot_weight()
-        )
-        others = [integers, builder.constant(np.uint8(128), "zero_point"), zero_point]
-        x = dataclasses.replace(x, name=steps)
-        sums = contraction.conv(builder, given, form, x, others, shape, is_integer=True)
-
-        # The sums are int32; what follows is float.
-        name = builder.node("Cast", [sums.name], to=elementwise.ONNX_TYPES["float32"])
-        sums = dataclasses.replace(sums, name=name)
+        sums = _integer_conv(emitter, given, form, x, stored, shape)
     return dataclasses.replace(sums, name=builder.node("Mul", [sums.name, scale]))
+
+
+def _integer_conv(
+    emitter: Emitter,
+    given: Contraction,
+    form: ConvForm,
+    steps: Value,
+    stored: np.ndarray,
+    shape: tuple[Size, ...],
+) -> Value:
+    """The sums of a ConvInteger, as floats; `steps` are the integers of its input, as floats."""
+    builder = emitter.builder
+    # uint8, 128 more: runtimes multiply that by every form of a weight.
+    name = builder.node("Add", [steps.name, builder.constant(np.float32(128))])
+    name = builder.node("Cast", [name], to=elementwise.ONNX_TYPES["uint8"])
+    integers, zero_point = emitter.quantizer.integers(
+        stored, (), emitter.quantizer.target.dot_weight()
+    )
+    others = [integers, builder.constant(np.uint8(128), "zero_point"), zero_point]
+    x = dataclasses.replace(steps, name=name)
+    sums = contraction.conv(builder, given, form, x, others, shape, is_integer=True)
+    # The sums are int32; what follows is float.
+    name = builder.node("Cast", [sums.name], to=elementwise.ONNX_TYPES["float32"])
+    return dataclasses.replace(sums, name=name)
 
 
 def _by_channel(emitter: Emitter, name: str, groups: int, count: int, rank: int) -> str:

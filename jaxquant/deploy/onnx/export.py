@@ -137,31 +137,12 @@ def _first_factors(model: Lowered) -> frozenset[str]:
 
 def _model(emitter: Emitter, channels_first: bool) -> Any:
     """The ONNX model, checked."""
-    network, builder = emitter.network, emitter.builder
+    inputs = _add_inputs(emitter, channels_first)
+    emitter.emit(emitter.network.nodes)
+    outputs = _add_outputs(emitter, channels_first)
+    builder = emitter.builder
     onnx = builder.onnx
-    inputs, outputs = [], []
-    for name, var in zip(network.input_names, network.inputs, strict=True):
-        tensor = network.tensors[var]
-        order = _order(len(tensor.shape), channels_first)
-        value = Value(builder.unique(name), tensor.shape, order)
-        builder.name_sizes(value.name, value.physical)
-        inputs.append(_info(onnx, value, tensor.dtype))
-        emitter.set_input(var, value)
-    emitter.emit(network.nodes)
-    for name, atom in zip(network.output_names, network.outputs, strict=True):
-        value, dtype = emitter.value(atom), emitter.dtype(atom)
-        if isinstance(atom, int):
-            value = emitter.full(value, atom)
-        value = builder.ordered(value, _order(value.rank, channels_first))
-        # By an Identity, so that an output has the name that was asked for, and two may be one
-        # tensor.
-        output = builder.unique(name)
-        # A name counts as read here, or its array would be left out of the file.
-        builder.read.add(value.name)
-        builder.nodes.append(
-            onnx.helper.make_node("Identity", [value.name], [output], name=f"{name}/Identity")
-        )
-        outputs.append(_info(onnx, Value(output, value.shape, value.order), dtype))
+
     # Constants that were folded into others on the way are not written.
     initializers = [
         onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
@@ -182,6 +163,43 @@ def _model(emitter: Emitter, channels_first: bool) -> Any:
     )
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _add_inputs(emitter: Emitter, channels_first: bool) -> list[Any]:
+    """Give the network its inputs; what the file says of them."""
+    network, builder = emitter.network, emitter.builder
+    infos = []
+    for name, var in zip(network.input_names, network.inputs, strict=True):
+        tensor = network.tensors[var]
+        order = _order(len(tensor.shape), channels_first)
+        value = Value(builder.unique(name), tensor.shape, order)
+        builder.name_sizes(value.name, value.physical)
+        infos.append(_info(builder.onnx, value, tensor.dtype))
+        emitter.set_input(var, value)
+    return infos
+
+
+def _add_outputs(emitter: Emitter, channels_first: bool) -> list[Any]:
+    """Add what gives the outputs; what the file says of them."""
+    network, builder = emitter.network, emitter.builder
+    infos = []
+    for name, atom in zip(network.output_names, network.outputs, strict=True):
+        value, dtype = emitter.value(atom), emitter.dtype(atom)
+        if isinstance(atom, int):
+            value = emitter.full(value, atom)
+        value = builder.ordered(value, _order(value.rank, channels_first))
+        # By an Identity, so that an output has the name that was asked for, and two may be one
+        # tensor.
+        output = builder.unique(name)
+        # A name counts as read here, or its array would be left out of the file.
+        builder.read.add(value.name)
+        builder.nodes.append(
+            builder.onnx.helper.make_node(
+                "Identity", [value.name], [output], name=f"{name}/Identity"
+            )
+        )
+        infos.append(_info(builder.onnx, Value(output, value.shape, value.order), dtype))
+    return infos
 
 
 def _order(rank: int, channels_first: bool) -> tuple[int, ...]:

@@ -61,25 +61,8 @@ class _Writer:
         for var in (*graph.leaves, *graph.constants, *graph.inputs):
             number[var] = len(number)
 
-        def atom(x: ir.Atom) -> Atom:
-            return _scalar(x.value) if isinstance(x, ir.Literal) else number[x]
+        equations = self._equations(number)
 
-        # Results are numbered in order, so that the file need not name them.
-        equations = []
-        for eqn in graph.equations:
-            op, params = self._operation(eqn.name, eqn.params, eqn.scope)
-            equations.append(
-                Equation(
-                    op=op,
-                    inputs=tuple(atom(x) for x in eqn.inputs),
-                    outputs=len(eqn.outputs),
-                    params=params,
-                    scope=eqn.scope,
-                    calls=eqn.calls,
-                )
-            )
-            for var in eqn.outputs:
-                number[var] = len(number)
         # Behind the equations, which leave their bodies in `self._bodies` as they are encoded.
         form = StoredForm(
             leaves=tuple(Leaf(paths[v], _tensor(graph.avals[v])) for v in graph.leaves),
@@ -97,11 +80,31 @@ class _Writer:
                 )
             ),
             constraints=symbols.constraints(inputs),
-            equations=tuple(equations),
+            equations=equations,
             bodies=tuple(self._bodies),
-            outputs=tuple(atom(x) for x in graph.outputs),
+            outputs=tuple(_atom(x, number) for x in graph.outputs),
         )
         return form, self._arrays
+
+    def _equations(self, number: dict[ir.Var, int]) -> tuple[Equation, ...]:
+        """The equations of the graph, whose results get the next numbers."""
+        equations = []
+        for eqn in self._graph.equations:
+            op, params = self._operation(eqn.name, eqn.params, eqn.scope)
+            equations.append(
+                Equation(
+                    op=op,
+                    inputs=tuple(_atom(x, number) for x in eqn.inputs),
+                    outputs=len(eqn.outputs),
+                    params=params,
+                    scope=eqn.scope,
+                    calls=eqn.calls,
+                )
+            )
+            # Results are numbered in order, so that the file need not name them.
+            for var in eqn.outputs:
+                number[var] = len(number)
+        return tuple(equations)
 
     def _constant(self, path: str, value: Any, is_needed: bool) -> Constant:
         tensor = _tensor(jax.typeof(value))
@@ -172,6 +175,10 @@ class _Writer:
             op, params = primitives.CALL, {"name": name, "body": {"body": body}}
         inputs = tuple(atom(x) for x in eqn.invars)
         return Equation(op, inputs, len(eqn.outvars), params, scope)
+
+
+def _atom(atom: ir.Atom, number: Mapping[ir.Var, int]) -> Atom:
+    return _scalar(atom.value) if isinstance(atom, ir.Literal) else number[atom]
 
 
 def _example(spec: tuple[Any, ...], given: tuple[int, ...]) -> tuple[int, ...]:
