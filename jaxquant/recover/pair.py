@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir
+from jaxquant.graph.adaptive import is_adaptive
 from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.plan.binding import Int8Site
 from jaxquant.recover.activation import find_activation
@@ -245,6 +246,9 @@ class _Beside:
             )
             self.powers.update(seen.powers)
             self.shifts.update(seen.shifts)
+            if is_adaptive(self._pair.bodies[index][0].program.model.root):
+                # Its steps were compared one by one; what comes out is of the steps that it takes.
+                return self._pair.program.lowerings[index](state)
             return dict(zip(eqn.outputs, results, strict=True))
 
         return looping

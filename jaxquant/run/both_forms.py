@@ -2,7 +2,8 @@
 
 Each form has a carry of its own.  The float form leads: it says how many steps a `while` takes and
 which branch a choice, and its integers (an index, a token that was chosen) the other form reads
-too, so that both write the same text.
+too, so that both write the same text.  In a loop that takes as many steps as its floats ask for the
+other form begins each step with the float form's carry: by itself it would take other steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.graph import evaluate, ir, loops
+from jaxquant.graph.adaptive import is_adaptive
 from jaxquant.plan import layout
 from jaxquant.run.float_forms import fast_convolutions
 from jaxquant.run.loops import BodyProgram, arrays_of
@@ -101,7 +103,7 @@ def run(
       none: what is seen of no site at all.
 
     Returns:
-      The results of the other form; what was seen.
+      The results of the other form, of an adaptive loop those of its last step; what was seen.
     """
     arrays = [arrays_of(form.body, qparams) for form in forms]
     every, stacked = zip(*arrays, strict=True)
@@ -143,6 +145,11 @@ class _Pair(Generic[Seen]):
         return self.forms[0].body.model.layers is not None
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether floats tell how many steps a loop takes."""
+        return is_adaptive(self.forms[0].body.model.root)
+
+    @property
     def carries(self) -> Mapping[int, int]:
         """The result of a step that each carried argument of the next one is."""
         return self.forms[0].body.model.root.carries
@@ -166,6 +173,8 @@ class _Pair(Generic[Seen]):
         def step(given: loops.Given) -> loops.Gives:
             # The arguments of the other form, in their order: what is fixed, carried and sliced.
             carry, sums = given.kept
+            if self.is_adaptive:
+                carry = {place: given.values[place] for place in carry}
             layer, slices = given.sliced or ({}, {})
             places = {**fixed, **carry, **slices}
             own = [places[place] for place in range(len(places))]
