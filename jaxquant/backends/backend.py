@@ -69,6 +69,7 @@ class Call:
       varies: whether the zero points are operands, since they vary from step to step of a loop; the
         numbers here are not read then, and `out_zero_point` only tells whether q is a result.
       gives_sums: the int32 sums of a convolution are its only result.
+      in_floats: q is in float32.
     """
 
     contraction: Contraction
@@ -84,6 +85,7 @@ class Call:
     out_zero_point: int | None = None
     varies: bool = False
     gives_sums: bool = False
+    in_floats: bool = False
 
     def zero_points(self, operands: Mapping[str, Any]) -> ZeroPoints:
         """The zero points of a call with these operands: its own numbers, or arrays among them."""
@@ -104,7 +106,8 @@ class Call:
         if self.gives_sums:
             return [jax.ShapeDtypeStruct(self.shape, jnp.int32)]
         # float32 comes first, int8 last: readers count on that order.
-        dtypes = [jnp.float32] * self.gives_float + [jnp.int8] * (self.out_zero_point is not None)
+        of_q = jnp.float32 if self.in_floats else jnp.int8
+        dtypes = [jnp.float32] * self.gives_float + [of_q] * (self.out_zero_point is not None)
         return [jax.ShapeDtypeStruct(self.shape, dtype) for dtype in dtypes]
 
     @property

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.backends import ragged
+from jaxquant.backends import in_floats, ragged
 from jaxquant.backends.conv import conv
 from jaxquant.backends.zero_points import ZeroPoint, is_zero
 from jaxquant.graph import ir
@@ -26,11 +26,16 @@ _LANES = 128  # values in a row of a TPU's register
 
 def quantize(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
     """Round `x * inv_scale` half to even, add the zero point and saturate; any shape, to int8."""
+    return rounded(x, inv_scale, zero_point).astype(jnp.int8)
+
+
+def rounded(x: jax.Array, inv_scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
+    """The integers of `quantize`, in float32."""
     scaled = lax.round(x.astype(jnp.float32) * inv_scale, lax.RoundingMethod.TO_NEAREST_EVEN)
     if not is_zero(zero_point):
         # Behind the rounding: added before it, an odd zero point would turn ties the other way.
         scaled = scaled + jnp.float32(zero_point)
-    return lax.clamp(jnp.float32(-128), scaled, jnp.float32(127)).astype(jnp.int8)
+    return lax.clamp(jnp.float32(-128), scaled, jnp.float32(127))
 
 
 def dequantize(x: jax.Array, scale: jax.Array, zero_point: ZeroPoint = 0) -> jax.Array:
@@ -286,7 +291,11 @@ def dot_of_tensors(
     """`dot` of two tensors less their zero points, by the sums along the contracted axes.
 
     sum (a - z)(b - w) = sum a b - w sum a - z sum b + z w K
+
+    Of integers that are held in float32 the sums are too; see `jaxquant.backends.in_floats`.
     """
+    if any(x.dtype == jnp.float32 for x in operands):
+        return in_floats.dot(operands, contraction, zero_points)
     total = dot(operands, contraction)
     z, w = zero_points
     # Terms that are known to be zero are left out of the program.

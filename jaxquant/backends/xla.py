@@ -64,7 +64,8 @@ class Xla:
             y = _clip(y + added, call.clamps[1])
         results = [y] if call.gives_float else []
         if call.out_zero_point is not None:
-            q = int8.quantize(y, operands["inv_scale"], zero_points.out)
+            to_grid = int8.rounded if call.in_floats else int8.quantize
+            q = to_grid(y, operands["inv_scale"], zero_points.out)
             results.append(int8.turned(q, call.contraction) if turns else q)
         return results
 
@@ -113,7 +114,7 @@ def _summed(call: Call, operands: Operands) -> list[jax.Array]:
 def _turns(call: Call) -> bool:
     """Whether the result is that of several heads, in int8 alone."""
     is_plain = not call.movements and call.weight_position == 1 and not call.gives_float
-    return is_plain and int8.is_turned(call.contraction, call.shape)
+    return is_plain and not call.in_floats and int8.is_turned(call.contraction, call.shape)
 
 
 def _clip(y: jax.Array, bounds: Clamp) -> jax.Array:

@@ -19,7 +19,7 @@ from jaxquant.plan.binding import Binding, Int8Site
 from jaxquant.plan.liveness import float_leaves, live_equations, read_in_float
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.plan import Plan
-from jaxquant.run import accumulate, float_operations, loops, lowerings, shown
+from jaxquant.run import accumulate, attentions, float_operations, loops, lowerings, shown
 from jaxquant.run.calls import SiteCall, goes_on
 from jaxquant.run.fusion import find_chains
 from jaxquant.run.hidden import find_hidden
@@ -299,6 +299,11 @@ class Program:
             changed = {index for index in table if table[index] != in_float[index]}
             producer = self.graph.producer
             rounded = {producer[v].index for v in self.binding.forms.rounded if v in producer}
+            for attention in self._attentions(calls, members):
+                *others, last = attention.members
+                table[last] = attentions.lowering(self.binding, attention, dict(table))
+                inside.update(others)
+                changed.add(last)
             as_they_are = in_float.keys() - inside - changed - rounded
             found = float_operations.find(
                 self.binding,
@@ -318,6 +323,13 @@ class Program:
         integers = {call.chain.output for call in calls.values() if not call.chain.float_out}
         inside.update(e.index for e in self.early.values() if e.inputs[0] in integers)
         return {index: lowering for index, lowering in table.items() if index not in inside}
+
+    def _attentions(
+        self, calls: Mapping[int, SiteCall], sequences: Sequence[Members]
+    ) -> list[attentions.Attention]:
+        sequenced = {last for each in sequences for last in each.chains}
+        alone = {last: call for last, call in calls.items() if last not in sequenced}
+        return attentions.find(self.binding, alone, self._hidden.shown, self.body.varies)
 
     def _reads_int8(self, eqn: ir.Equation) -> bool:
         binding = self.binding
@@ -348,8 +360,11 @@ class Program:
 
     def _calling(self, each: SiteCall) -> Lowering:
         def lowering(state: Evaluation) -> evaluate.Values:
-            results = platforms.run(self._backends, each.call, each.operands(state))
-            return each.keep(state, results)
+            operands = each.operands(state)
+            if state.quantized.in_floats:  # XLA does that alone
+                call = dataclasses.replace(each.call, in_floats=True)
+                return each.keep(state, platforms.XLA.call(call, operands))
+            return each.keep(state, platforms.run(self._backends, each.call, operands))
 
         return lowering
 

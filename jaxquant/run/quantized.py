@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ class QuantizedTensors:
         quantized; of one that is marked as a whole, bool [].
       stored: the floats that are in memory, as the model's inputs are, and not computed on the way
         to where they are read: what a kernel gives is one.
+      in_floats: whether what is quantized is held in float32.
     """
 
     def __init__(
@@ -52,11 +54,28 @@ class QuantizedTensors:
         self._marked: set[ir.Var] = set()
         self.marks: dict[ir.Var, jax.Array] = {}
         self.stored = set(self.graph.inputs)
+        self.in_floats = False
         self._values: dict[ir.Var, jax.Array] = {}
         self._to_pool: dict[ir.Var, jax.Array] = {}
 
+    def apart(
+        self, env: evaluate.Environment, tensors: Mapping[str, Any], in_floats: bool
+    ) -> QuantizedTensors:
+        """Those of another evaluation of some of the same equations, none of them there yet.
+
+        Args:
+          env: of that evaluation.
+          tensors: the arrays of the grids.
+          in_floats: whether the integers are held in float32.
+        """
+        other = copy.copy(self)
+        other._env, other._tensors, other.in_floats = env, tensors, in_floats
+        other._marked, other.marks, other.stored = {*self._marked}, {}, set()
+        other._values, other._to_pool = {}, {}
+        return other
+
     def int8(self, var: ir.Var) -> jax.Array:
-        """The int8 form of a tensor."""
+        """The int8 form of a tensor; float32 where the integers are held in floats."""
         if var not in self._values:
             if var in self._early:
                 self._values[var] = pooling.max_pool(self._pooled(var), self._early[var])
@@ -161,7 +180,8 @@ class QuantizedTensors:
 
     def _quantize(self, value: jax.Array, var: ir.Var) -> jax.Array:
         """A float on the grid of a tensor."""
-        return int8.quantize(value, self.inv_scale(var), self.zero_point(var))
+        to_grid = int8.rounded if self.in_floats else int8.quantize
+        return to_grid(value, self.inv_scale(var), self.zero_point(var))
 
     def _scale_entry(self, var: ir.Var) -> Mapping[str, jax.Array]:
         return self._tensors[self._binding.scales[var]]
