@@ -168,6 +168,7 @@ def _command(commands: Any, name: str, action: Any, text: str, epilog: str) -> A
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    _check_given(options.path)
     # Read by its digest, so that what is shown and what is loaded is one file.
     _, metadata, digest = container.read(options.path, FORMAT)
     qparams, qapply = load_quantized_model(options.path, sha256=digest)
@@ -212,6 +213,8 @@ def inspection(
 
 
 def _compare(options: argparse.Namespace) -> int:
+    for path in (options.a, options.b):
+        _check_given(path)
     found = differences(load_quantized_model(options.a), load_quantized_model(options.b))
     same = not any(found.values())
     if options.json:
@@ -231,6 +234,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    _check_order(options)
+    _check_given(options.path)
     to = _format(options)
     output = options.output or os.path.splitext(options.path)[0] + _SUFFIXES[to]
 
@@ -281,10 +286,45 @@ def _own_settings(options: argparse.Namespace, to: str) -> dict[str, Any]:
     return found
 
 
+def _check_given(path: str) -> None:
+    """Raise where there is no file to read, before anything is computed."""
+    if os.path.isdir(path):
+        there = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
+        hint = f", such as {os.path.join(path, there[0])}" if there else ""
+        raise ValueError(f"{path} is a folder; give the file of a saved model{hint}")
+    if not os.path.exists(path):
+        raise ValueError(
+            f"there is no file {path!r}; give one that jaxquant.save_quantized_model wrote"
+        )
+
+
+def _check_order(options: argparse.Namespace) -> None:
+    """Raise where the file to write stands first, or a folder where it should."""
+    if options.output is None:
+        return
+    if _by_suffix(options.path) and not _by_suffix(options.output):
+        raise ValueError(
+            f"the saved model comes first, then the file to write; {options.path} has the suffix "
+            f"of {_by_suffix(options.path)}: is it convert {options.output} {options.path}?"
+        )
+    if os.path.isdir(options.output):
+        name = os.path.splitext(os.path.basename(options.path))[0]
+        suffix = _SUFFIXES[options.to] if options.to else _SUFFIXES["onnx"]
+        raise ValueError(
+            f"{options.output} is a folder; give the file to write, such as "
+            f"{os.path.join(options.output, name + suffix)}"
+        )
+
+
+def _by_suffix(path: str | None) -> str | None:
+    """The format that the suffix of a file tells, in whatever case."""
+    suffix = os.path.splitext(path or "")[1].lower()
+    return next((name for name, own in _SUFFIXES.items() if suffix == own), None)
+
+
 def _format(options: argparse.Namespace) -> str:
     """The format that a model is converted to, as asked for or by the suffix of the file."""
-    suffix = os.path.splitext(options.output or "")[1]
-    by_suffix = next((name for name, own in _SUFFIXES.items() if suffix == own), None)
+    by_suffix = _by_suffix(options.output)
     # Either may be the slip, and a file of the wrong format would be found late.
     if None not in (options.to, by_suffix) and options.to != by_suffix:
         raise ValueError(

@@ -24,7 +24,14 @@ def write_file(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
     temporary = file_path.with_name(f".{file_path.name}.{secrets.token_hex(8)}.part")
     # Made by the system with the permissions of a new file: the process has one umask for all of
     # its threads, which could only be read by setting it.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{file_path} cannot be written: no file can be made in {file_path.parent} "
+            f"({error.strerror}); give a path in a folder that you may write to",
+        ) from None
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:

@@ -152,13 +152,7 @@ class _Search:
                     self._link((layer, out), (behind, argument))
             self.visit(layer)
             if body.layers is None and carried:  # a step comes behind itself
-                for argument, position in carried.items():
-                    out = layer.graph.outputs[position]
-                    if isinstance(out, int):
-                        # What a step leaves is read by the next one: the body is gone through again
-                        # with that known.
-                        self._link((layer, out), (layer, argument))
-                self.visit(layer)
+                self._steps(layer, carried)
             behind = layer
 
             # What is no carry each layer takes from outside; the first one takes the carry too.
@@ -168,6 +162,27 @@ class _Search:
         first = backwards[-1]
         for argument in carried:
             self._enter(scaled, operands[argument], first, argument)
+
+    def _steps(self, layer: ScaledGraph, carried: Mapping[ir.Var, int]) -> None:
+        """Follow the values through as many steps of a body as a value needs to be quantized.
+
+        Args:
+          layer: the body.
+          carried: for its arguments that are carried the positions of the outputs that they read.
+        """
+        known = None
+        # What a step leaves is read by the next one, maybe only handed on by that one too: values
+        # that go from one carry to another take a step for each.
+        while known != (known := self._how_much()):
+            for argument, position in carried.items():
+                out = layer.graph.outputs[position]
+                if isinstance(out, int):
+                    self._link((layer, out), (layer, argument))
+            self.visit(layer)
+
+    def _how_much(self) -> tuple[int, int]:
+        """How much is known, which only ever grows."""
+        return sum(map(len, self._reached.values())), len(self._added)
 
     def _enter(
         self, scaled: ScaledGraph, operand: ir.Atom | None, layer: ScaledGraph, argument: ir.Var

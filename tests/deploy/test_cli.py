@@ -133,6 +133,35 @@ def test_refused_files_give_exit_status_2(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["convert", "m.onnx", "SAVED"], "is it convert SAVED m.onnx?"),
+        (["convert", "SAVED", "folder"], "give the file to write, such as folder"),
+        (["convert", "SAVED", "SAVED"], "the format of SAVED is not known"),
+        (["convert", "missing", "m.onnx"], "there is no file 'missing'"),
+        pytest.param(
+            ["convert", "SAVED", "/proc/m.ONNX"],
+            "/proc/m.ONNX cannot be written",
+            marks=pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc"),
+        ),
+        (["inspect", "folder"], "give the file of a saved model, such as folder"),
+        (["compare", "SAVED", "missing"], "there is no file 'missing'"),
+    ],
+)
+def test_mixed_up_files_are_told(arguments, said, saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "m.safetensors").touch()
+    assert main([str(saved) if x == "SAVED" else x for x in arguments]) == 2
+    assert said.replace("SAVED", str(saved)) in capsys.readouterr().err
+
+
+def test_a_suffix_in_capitals(saved, tmp_path):
+    assert main(["convert", str(saved), str(tmp_path / "M.ONNX")]) == 0
+    assert (tmp_path / "M.ONNX").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         (["m.tflite", "--opset", "17"], "--opset is an option of onnx, and this writes litert"),
         (["m.onnx", "--channels-last"], "--channels-last is an option of litert"),
         (["m.jaxexport", "--channels-first"], "--channels-first is an option of onnx"),
