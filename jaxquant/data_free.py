@@ -150,8 +150,9 @@ def quant_weights(
     one CPU device that of a dot a few rows at a time, so that memory holds the integers alone.
     Dots are native kernels there, which sum in float32 (docs/native_kernels.md).
 
-    Weights are symmetric, on [-127, 127] or [-7, 7], scale = the largest |w| / 127, or of 4 bits
-    / 7 or less, down to half of that, where clipping the largest leaves a smaller squared error.
+    Weights have no zero point.  Those of 8 bits are on [-127, 127], scale = the largest |w| / 127;
+    those of 4 bits on [-8, 7], with the scale that clips none of a group or a smaller one, down to
+    half of that, where clipping the largest leaves a smaller squared error.
     With a `group_size` that many neighbours share a scale: along the axes of the weight that are
     summed over, flattened, so that the last group of a channel holds what is left and no size has
     to divide.  Four bits want groups: 128 or fewer.  Scales of groups are bfloat16, which makes 4.5

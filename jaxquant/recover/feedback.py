@@ -59,9 +59,13 @@ def mixing(covariance: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarr
     return order, mix.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("largest", "weight_dtype"))
+@functools.partial(jax.jit, static_argnames=("bounds", "weight_dtype"))
 def round_with_feedback(
-    weight: jax.Array, scale: jax.Array, mix: jax.Array, largest: int, weight_dtype: str = INT
+    weight: jax.Array,
+    scale: jax.Array,
+    mix: jax.Array,
+    bounds: tuple[int, int],
+    weight_dtype: str = INT,
 ) -> jax.Array:
     """The integers of matrices, their rows in the order of `mixing`: int8 [G, K, N].
 
@@ -71,13 +75,13 @@ def round_with_feedback(
       weight: float32 [G, K, N].
       scale: float32 [G, K, N], the step of each weight.
       mix: float32 [G, K, K], M.
-      largest: integers lie in [-largest, largest].
+      bounds: the least and the largest integer.
       weight_dtype: what four bits are where they are no integers: codes 0 to 15 are given then.
     """
     if weight_dtype == INT:
 
         def nearest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rounded = jnp.clip(jnp.round(x), -largest, largest)
+            rounded = jnp.clip(jnp.round(x), *bounds)
             return rounded, rounded.astype(jnp.int8)
 
     else:

@@ -31,7 +31,7 @@ from jaxquant.recover.product import SiteProduct
 from jaxquant.recover.step import Draft, Step, Task
 from jaxquant.run.layers import GraphLayer, Layer
 from jaxquant.weights.fold import fold
-from jaxquant.weights.groups import LARGEST
+from jaxquant.weights.groups import RANGES
 
 DAMPINGS = (0.01, 0.1, 1.0)  # the least of them that lessens the error
 MEMORY = 1 << 30  # bytes of covariances that are summed in one pass over the data
@@ -101,7 +101,7 @@ class Weight:
             order, mix = mixing(covariance, damping)
             rows = order[..., None]
             ordered = (np.take_along_axis(x, rows, axis=1) for x in (weight, step))
-            found = round_with_feedback(*ordered, mix, LARGEST[bits], dtype)
+            found = round_with_feedback(*ordered, mix, RANGES[bits], dtype)
             result = np.empty(weight.shape, np.int8)
             np.put_along_axis(result, rows, np.asarray(found), axis=1)
             return result

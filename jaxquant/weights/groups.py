@@ -1,11 +1,11 @@
 """Weights as integers of 8 or 4 bits with a scale for each group of them.
 
-Symmetric: [-127, 127] or [-7, 7], scale = a threshold of the group over 127 or 7, round half to
-even.  In 8 bits the threshold is the largest |w| of the group; in 4 bits, where a step is large, it
-is that or down to half of it, whichever leaves the least squared error: the largest weight is
-clipped where the steps of all the others are worth more.  A group that is all zero has scale 1, and
-no scale is below the least float32 that programs compute with; see `jaxquant.weights.scales`.
-Two 4-bit integers share a byte: JAX keeps `jnp.int4` in a byte each on CPU and in files.
+Without a zero point, on [-127, 127] or [-8, 7], round half to even.  In 8 bits the scale is the
+least that clips no weight of the group; in 4 bits, where a step is large, it is that or down to
+half of it, whichever leaves the least squared error: the largest weight is clipped where the steps
+of all the others are worth more.  A group that is all zero has scale 1, and no scale is below the
+least float32 that programs compute with; see `jaxquant.weights.scales`.  Two 4-bit integers share a
+byte: JAX keeps `jnp.int4` in a byte each on CPU and in files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jaxquant.plan.groups import GroupLayout
 from jaxquant.weights.codes import encode
 from jaxquant.weights.scales import rounded_scale
 
-LARGEST: Mapping[int, int] = {8: 127, 4: 7}  # bits -> the largest integer
-CLIPPED = tuple(n / 20 for n in range(19, 9, -1))  # of the largest |w|: thresholds that are tried
-_BLOCK = 1 << 20  # weights whose thresholds are searched together
+# Bits -> the least and the largest integer.  Of 15 one more is worth having, of 255 it is not.
+RANGES: Mapping[int, tuple[int, int]] = {8: (-127, 127), 4: (-8, 7)}
+PARTS = tuple(n / 20 for n in range(20, 9, -1))  # of the scale that clips nothing: what is tried
+_BLOCK = 1 << 20  # weights whose scales are searched together
 
 
 def quantize_groups(
@@ -59,13 +60,15 @@ def quantize_groups(
         integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
         packed = pack(np.moveaxis(integers, -1, layout.axis), layout.axis)
         return packed, np.moveaxis(scale, -1, layout.axis)
-    largest = LARGEST[weight_bits]
-    # Of 8 bits the largest weight is kept; of 4 a smaller threshold has less error on the whole.
-    threshold = np.abs(padded).max(axis=-1, initial=0.0)
+    least, most = bounds = RANGES[weight_bits]
+    # Of 8 bits no weight is clipped; of 4 a smaller scale has less error on the whole.
+    scale = np.maximum(
+        padded.max(axis=-1, initial=0.0) / most, padded.min(axis=-1, initial=0.0) / least
+    )
     if weight_bits == 4:
-        threshold = _least_error(padded, threshold, largest, layout.scale_dtype)
-    scale = np.where(threshold > 0, rounded_scale(threshold / largest, layout.scale_dtype), 1.0)
-    integers = _rounded(padded, scale, largest).astype(np.int8)
+        scale = _least_error(padded, scale, bounds, layout.scale_dtype)
+    scale = np.where(scale > 0, rounded_scale(scale, layout.scale_dtype), 1.0)
+    integers = _rounded(padded, scale, bounds).astype(np.int8)
     integers = integers.reshape(*rows.shape[:-1], groups * size)[..., :length]
     scale = np.moveaxis(scale, -1, layout.axis).astype(layout.scale_dtype)
     return stored(np.moveaxis(integers, -1, layout.axis), layout, weight_bits), scale
@@ -85,34 +88,34 @@ def in_layout(integers: np.ndarray, layout: GroupLayout, weight_bits: int) -> np
     return np.asarray(integers).transpose(layout.order).reshape(layout.shape)
 
 
-def _rounded(groups: np.ndarray, scale: np.ndarray, largest: int) -> np.ndarray:
+def _rounded(groups: np.ndarray, scale: np.ndarray, bounds: tuple[int, int]) -> np.ndarray:
     """Groups [..., size] in whole steps of their scales [...]."""
-    return np.clip(np.rint(groups / scale[..., None]), -largest, largest)
+    return np.clip(np.rint(groups / scale[..., None]), *bounds)
 
 
 def _least_error(
-    groups: np.ndarray, threshold: np.ndarray, largest: int, scale_dtype: np.dtype
+    groups: np.ndarray, whole: np.ndarray, bounds: tuple[int, int], scale_dtype: np.dtype
 ) -> np.ndarray:
-    """The thresholds [...] with the least squared error of groups [..., size].
+    """The scales [...] with the least squared error of groups [..., size].
 
     Args:
       groups: the weights.
-      threshold: [...], the largest |w| of each group.
-      largest: integer.
+      whole: [...], the least scales that clip none of them.
+      bounds: of the integers.
       scale_dtype: what scales are rounded to.
     """
-    flat, found = groups.reshape(-1, groups.shape[-1]), threshold.reshape(-1).copy()
+    flat, found = groups.reshape(-1, groups.shape[-1]), whole.reshape(-1).copy()
     count = max(1, _BLOCK // max(flat.shape[-1], 1))
     for first in range(0, len(flat), count):  # a few rows at a time: each trial copies them
         some, own = flat[first : first + count], found[first : first + count]
         most, least = own.copy(), np.full(own.shape, np.inf)
-        for part in (1.0, *CLIPPED):
-            scale = rounded_scale(most * part / largest, scale_dtype)
-            off = _rounded(some, scale, largest) * scale[..., None] - some
+        for part in PARTS:
+            scale = rounded_scale(most * part, scale_dtype)
+            off = _rounded(some, scale, bounds) * scale[..., None] - some
             error = np.einsum("gk,gk->g", off, off)
             is_less = error < least
             own[is_less], least[is_less] = (most * part)[is_less], error[is_less]
-    return found.reshape(threshold.shape)
+    return found.reshape(whole.shape)
 
 
 def pack(integers: np.ndarray, axis: int) -> np.ndarray:

@@ -165,9 +165,9 @@ def stored(
     bits: int, length: int, columns: int, group_size: int, sums_last: bool, scales=jnp.float32
 ):
     """Integers and scales of a matrix, and the float64 matrix [K, N] that they stand for."""
-    largest = 127 if bits == 8 else 7
+    least, most = (-127, 127) if bits == 8 else (-8, 7)
     integers = np.random.default_rng(1).integers(
-        -largest, largest, (length, columns), np.int8, endpoint=True
+        least, most, (length, columns), np.int8, endpoint=True
     )
     groups = -(-length // group_size)
     scale = np.random.default_rng(3).uniform(0.1, 1, (groups, columns)).astype(scales)

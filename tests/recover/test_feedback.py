@@ -28,7 +28,7 @@ def step_of(weight: np.ndarray) -> np.ndarray:
 
 
 def nearest_integer(x: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(x), -7, 7)
+    return np.clip(np.rint(x), -8, 7)
 
 
 def of_the_paper(
@@ -57,7 +57,7 @@ def test_equals_the_paper(length):
     order, mix = mixing(covariance[None], DAMPING)
     order = order[0]
     assert np.diag(covariance)[order].tolist() == sorted(np.diag(covariance), reverse=True)
-    found = np.asarray(round_with_feedback(weight[order][None], step[order][None], mix, 7))[0]
+    found = np.asarray(round_with_feedback(weight[order][None], step[order][None], mix, (-8, 7)))[0]
     wanted = of_the_paper(weight[order], step[order], covariance[np.ix_(order, order)])
     # A float32 that rounds the other way at a tie moves all that come behind it in its column.
     assert np.mean(found == wanted) > 0.99
@@ -71,7 +71,7 @@ def test_codes_of_a_table_equal_the_paper_too(name):
     step = step_of(weight) * np.float32(7 / values.max())
     order, mix = mixing(covariance[None], DAMPING)
     order = order[0]
-    codes = round_with_feedback(weight[order][None], step[order][None], mix, 7, name)
+    codes = round_with_feedback(weight[order][None], step[order][None], mix, (-8, 7), name)
     wanted = of_the_paper(
         weight[order],
         step[order],
@@ -87,10 +87,10 @@ def test_several_matrices_at_once_are_each_rounded_alone():
     order, mix = mixing(covariances, DAMPING)
     weights = np.stack([w[o] for (_, w), o in zip(pairs, order, strict=True)])
     steps = np.stack([step_of(w) for w in weights])
-    found = np.asarray(round_with_feedback(weights, steps, mix, 7))
+    found = np.asarray(round_with_feedback(weights, steps, mix, (-8, 7)))
     for group in range(4):
         part = slice(group, group + 1)
-        alone = round_with_feedback(weights[part], steps[part], mix[part], 7)
+        alone = round_with_feedback(weights[part], steps[part], mix[part], (-8, 7))
         np.testing.assert_array_equal(found[group], np.asarray(alone)[0])
 
 
@@ -113,8 +113,8 @@ def test_inputs_that_never_go_together_round_to_nearest():
     for covariance in (np.eye(7), np.zeros((7, 7))):
         order, mix = mixing(covariance[None], DAMPING)
         assert order.tolist() == [list(range(7))]
-        found = round_with_feedback(weight, step, mix, 7)
-        np.testing.assert_array_equal(found, np.clip(np.rint(weight / step), -7, 7))
+        found = round_with_feedback(weight, step, mix, (-8, 7))
+        np.testing.assert_array_equal(found, np.clip(np.rint(weight / step), -8, 7))
 
 
 def test_the_error_is_that_of_the_outputs():
