@@ -35,7 +35,13 @@ class Environment:
 
     def __init__(self, graph: ir.Graph, leaves: Mapping[ir.Var, Any], inputs: Sequence[Any]):
         self.graph = graph
-        self._values: dict[ir.Var, Any] = {**graph.constants, **leaves}
+        # Of a loaded model those that nothing reads have no value, as parameters have none then.
+        known = {
+            var: value
+            for var, value in graph.constants.items()
+            if not isinstance(value, jax.ShapeDtypeStruct)
+        }
+        self._values: dict[ir.Var, Any] = {**known, **leaves}
         self._values.update(zip(graph.inputs, inputs, strict=True))
 
     def __contains__(self, var: ir.Var) -> bool:

@@ -243,7 +243,7 @@ class _Builder:
         # A scan over layers and a map over devices are written so that their weights are found.
         if (other := self._written_anew(eqn, operands)) is not None:
             return self.inline(other.jaxpr, other.consts, operands, here)
-        return operands if eqn.primitive.name in _COPIES else None
+        return operands if _is_copy(eqn) else None
 
     def _add(self, eqn: Any, operands: Sequence[ir.Atom], here: _Place) -> tuple[ir.Var, ...]:
         """The results of one equation of the graph, static if all that it reads is."""
@@ -326,6 +326,16 @@ class _Builder:
             classes=self.classes,
             differentiable=self.differentiable,
         )
+
+
+def _is_copy(eqn: Any) -> bool:
+    """Whether an equation gives what it is given, so that nothing is computed.
+
+    A sum over no axes does, which `jnp.sum` of a scalar is under `jax.vmap`.  Exported, it would be
+    a sum over all axes: runtimes take no axes for that.
+    """
+    is_reduction = eqn.primitive.name.startswith("reduce_") and "axes" in eqn.params
+    return eqn.primitive.name in _COPIES or (is_reduction and not eqn.params["axes"])
 
 
 def _holds_site(eqn: Any) -> bool:

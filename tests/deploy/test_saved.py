@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jaxquant
 from jaxquant.deploy.saved import FORMAT
@@ -83,6 +84,18 @@ def test_a_weight_that_is_closed_over_is_saved_as_int8_alone(tmp_path):
     assert same_bits(apply(loaded, jnp.eye(64)), qapply(qparams, jnp.eye(64)))
     names = [n for n in container.read(tmp_path / "m", FORMAT)[0] if n.startswith("constants")]
     assert not names
+
+
+def test_constants_of_layers_that_int8_weights_were_made_of(tmp_path):
+    """A bias of each layer that is closed over, which the sites hold: the loop does not read it."""
+    bias = jnp.asarray(images(0, (3, 8)))
+
+    def apply_fn(p, x):
+        return lax.scan(lambda x, of: (jnp.tanh(x @ of[0] + of[1]), None), x, (p, bias))[0]
+
+    qparams, qapply = quantize(jnp.asarray(images(1, (3, 8, 8))), apply_fn, x := jnp.eye(8))
+    loaded, apply = round_trip(tmp_path / "m", qparams, qapply)
+    assert same_bits(jax.jit(apply)(loaded, x), jax.jit(qapply)(qparams, x))
 
 
 def test_a_loaded_model_is_saved_again_as_it_was(tmp_path):

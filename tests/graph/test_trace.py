@@ -51,6 +51,21 @@ def test_calls_are_inlined(call):
     np.testing.assert_array_equal(run(graph, jnp.full(3, 2.0), x), inner(x * 2))
 
 
+def test_a_reduction_over_no_axes_computes_nothing():
+    """Under `vmap` a sum over a scalar is one, which exported files took for one over all axes."""
+
+    def apply_fn(p, x):
+        def each(row):
+            return jnp.sum(row @ p) + jnp.max(row[0]) + jnp.prod(row[1])
+
+        return jnp.sum(jax.vmap(each)(x), axis=())
+
+    w, x = networks.images(0, (3,)), networks.images(1, (4, 3))
+    graph = trace(apply_fn, w, (x,))
+    assert not [name for name in names(graph) if name.startswith("reduce_")]
+    np.testing.assert_allclose(run(graph, w, x), apply_fn(w, x), rtol=1e-6)
+
+
 def test_control_flow_stays_one_equation():
     def apply_fn(p, x):
         x = jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c + p["w"], x)
