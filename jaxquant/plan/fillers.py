@@ -37,6 +37,9 @@ def fillers(graph: ir.Graph) -> Mapping[ir.Var, float]:
         if (filler := _filler_in(graph, var, value)) is not None:
             found[var] = filler
     for eqn in graph.equations:
+        if (filler := _made_of_mask(graph, eqn)) is not None:
+            found[eqn.outputs[0]] = filler
+            continue
         if eqn.name not in _HANDING_ON and not primitives.is_movement(graph, eqn):
             continue
         held = [found[x] for x in eqn.input_vars if x in found]
@@ -56,6 +59,39 @@ def _filler_in(graph: ir.Graph, var: ir.Var, value: Any) -> float | None:
     array = np.asarray(value).astype(np.float32)
     least = float(array.min())
     return least if least <= -_LEAST and float(array.max()) > least / 2 else None
+
+
+def _made_of_mask(graph: ir.Graph, eqn: ir.Equation) -> float | None:
+    """The filler that arithmetic makes of a mask, as (1 - mask) * -1e9 or log(mask)."""
+    if eqn.name == "log":
+        return -np.inf if _is_mask(graph, eqn.inputs[0]) else None
+    if eqn.name not in ("mul", "div") or not _is_float(graph, eqn.outputs[0]):
+        return None
+    for operand, factor in (eqn.inputs, eqn.inputs[::-1])[: 2 if eqn.name == "mul" else 1]:
+        number = primitives.constant_scalar(graph, factor)
+        if eqn.name == "div" and number:
+            number = 1 / number
+        if number is not None and abs(number) >= _LEAST and _is_mask(graph, operand):
+            return -abs(number)
+    return None
+
+
+def _is_mask(graph: ir.Graph, atom: ir.Atom) -> bool:
+    """Whether a float is made of truth values, or of one minus what an input holds as floats."""
+    is_subtracted = False
+    while (eqn := matching.producer(graph, atom)) is not None:
+        numbers = [primitives.constant_scalar(graph, x) for x in eqn.inputs]
+        if eqn.name == "sub" and 1.0 in numbers:
+            is_subtracted, atom = True, eqn.inputs[1 - numbers.index(1.0)]
+        elif eqn.name == "broadcast_in_dim" or primitives.is_movement(graph, eqn):
+            atom = eqn.inputs[0]
+        elif eqn.name == "convert_element_type":
+            atom = eqn.inputs[0]
+            if graph.dtype(atom) == jnp.bool_:
+                return True
+        else:
+            return graph.dtype(atom) == jnp.bool_
+    return is_subtracted and atom in graph.inputs
 
 
 def _numbers(graph: ir.Graph, eqn: ir.Equation) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 import jaxquant
 from jaxquant.graph.model import trace_model
 from jaxquant.plan.fillers import fillers
+from tests.plan.full import quantize as quantize_full
 
 PARAMS = {
     "a": jax.random.normal(jax.random.key(0), (6, 8)),
@@ -78,3 +79,36 @@ def test_what_hands_a_filler_on():
                 lambda p, x, f=function: f(x @ p["b"]), PARAMS, (X[0, :, :1] + jnp.ones(8),)
             ).graph
             assert (graph.outputs[0] in fillers(graph)) == is_held, name
+
+
+LENGTHS = np.arange(16)[:, None] % 6
+MASK = np.arange(7) <= LENGTHS
+SEQUENCES = jax.random.normal(jax.random.key(3), (16, 7, 6))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize(
+    "of_mask",
+    [
+        lambda mask: (1 - mask) * -1e9,
+        lambda mask: (mask - 1) * 1e9,
+        lambda mask: -1e9 * (1 - mask[:, None])[:, 0],
+        lambda mask: jnp.log(mask.astype(bool).astype(np.float32)),
+    ],
+    ids=["one minus it", "it minus one", "spread", "logarithm"],
+)
+def test_a_mask_that_is_multiplied_and_added(of_mask, dtype):
+    """As attention and pooling by attention have it."""
+
+    def apply_fn(p, x, mask):
+        hidden = of_mask(mask.astype(jnp.float32))
+        y = x @ p["a"]
+        scores = 0.1 * jnp.einsum("btd,bsd->bts", y, y) + hidden[:, None]
+        y = jax.nn.softmax(scores) @ y
+        weights = jax.nn.softmax((y @ p["b"])[..., 0] + hidden)
+        return jnp.einsum("bt,btd->bd", weights, y) @ p["b"]
+
+    model = quantize_full(apply_fn, PARAMS, SEQUENCES, MASK.astype(dtype))
+    wanted = apply_fn(PARAMS, SEQUENCES, MASK.astype(dtype))
+    got = model(SEQUENCES, MASK.astype(dtype))
+    assert np.abs(got - wanted).max() < 0.1 * np.abs(wanted).max()
