@@ -16,7 +16,7 @@ from jaxquant.graph.sites import Site
 from jaxquant.plan import behaviours
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.constants import has_infinity, takes_constants
-from jaxquant.plan.fillers import fillers
+from jaxquant.plan.fillers import fillers_in
 from jaxquant.plan.modes import MODES
 from jaxquant.plan.rules import Rule, first_layer, matching, setting
 
@@ -70,7 +70,7 @@ def reason_for_float(model: Model, site: Site, config: QuantConfig) -> str:
         reason = f"{site.kind!r} is not in quantizable_op_type"
         # The reason behind the reason: nobody would look for a picked weight under its kind.
         return f"{why}: {reason}" if (why := _picked(graph, site)) else reason
-    return _unfit(graph, site) if MODES[config.mode].integer else _weightless(graph, site)
+    return _unfit(model, site) if MODES[config.mode].integer else _weightless(graph, site)
 
 
 def _why_inside(model: Model, site: Site) -> str:
@@ -141,13 +141,14 @@ def in_skip_scope(scope: str) -> bool:
     return SKIP_SCOPE in scope.split("/")
 
 
-def _unfit(graph: ir.Graph, site: Site) -> str:
+def _unfit(model: Model, site: Site) -> str:
+    graph = model.graph
     eqn = graph.equations[site.equation]
     # A mask of -inf would make the scale infinite, unless int8 can hand the constant through.
     for operand in site.operands:
         # As a site it might be int8; what it reads would be one integer and the filler.
-        if operand in fillers(graph):
-            value = fillers(graph)[operand]
+        if operand in fillers_in(model.root):
+            value = fillers_in(model.root)[operand]
             return (
                 f"its input holds {value:.3g} where values do not count, which int8 has no room for"
             )

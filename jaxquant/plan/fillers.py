@@ -16,9 +16,11 @@ import numpy as np
 
 from jaxquant.graph import ir, matching, primitives
 from jaxquant.graph.once import once
+from jaxquant.graph.regions import Region
 
 # Of the fillers in use -1e4 is the least, for models in float16.
 _LEAST = 1e4
+_MOST = 1e9  # where a smallest value so far begins
 # What replaces elements of one operand by those of another.
 _REPLACING = frozenset({"select_n", "scatter", "dynamic_update_slice"})
 # A filler in an operand of these is one in the result.
@@ -32,7 +34,48 @@ _HANDING_ON = frozenset(
 @once
 def fillers(graph: ir.Graph) -> Mapping[ir.Var, float]:
     """The tensors of floats that hold a filler as far as the graph tells, each with its value."""
-    found: dict[ir.Var, float] = {}
+    return _followed(graph, {})
+
+
+@once
+def fillers_in(region: Region) -> Mapping[ir.Var, float]:
+    """The same of a region, whose loop may begin with a filler: a maximum so far, of nothing."""
+    given = _given(region)
+    found = _followed(region.graph, given)
+    # What a step leaves in the carry the next one reads.
+    for _ in region.carries:
+        left = {
+            region.arguments[place]: found[out]
+            for place, number in region.carries.items()
+            if (out := region.graph.outputs[number]) in found
+        }
+        if left.keys() <= given.keys():
+            break
+        given = {**left, **given}
+        found = _followed(region.graph, given)
+    return found
+
+
+def _given(region: Region) -> dict[ir.Var, float]:
+    """The fillers among what a region is given."""
+    holder, found = region.holder, dict[ir.Var, float]()
+    if holder is None:
+        return found
+    outside = fillers_in(holder)
+    for var, atom in zip(region.arguments, region.operands, strict=True):
+        if atom is None or not _is_float(region.graph, var):
+            continue
+        number = primitives.constant_scalar(holder.graph, atom)
+        if isinstance(atom, int) and atom in outside:
+            found[var] = outside[atom]
+        elif number is not None and (number <= -_LEAST or number >= _MOST):
+            found[var] = number
+    return found
+
+
+def _followed(graph: ir.Graph, given: Mapping[ir.Var, float]) -> dict[ir.Var, float]:
+    """The tensors that hold a filler, given those of the inputs that do."""
+    found = dict(given)
     for var, value in graph.constants.items():
         if (filler := _filler_in(graph, var, value)) is not None:
             found[var] = filler

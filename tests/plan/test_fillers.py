@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jaxquant
 from jaxquant.graph.model import trace_model
@@ -112,3 +113,29 @@ def test_a_mask_that_is_multiplied_and_added(of_mask, dtype):
     wanted = apply_fn(PARAMS, SEQUENCES, MASK.astype(dtype))
     got = model(SEQUENCES, MASK.astype(dtype))
     assert np.abs(got - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("start", [-1e38, -np.inf])
+def test_a_loop_that_begins_with_a_filler(start):
+    """A largest value so far, as in RWKV and in a softmax in one pass; its range is no range."""
+
+    def apply_fn(p, x):
+        scores = (x @ p["a"]) @ p["b"]
+
+        def step(carry, score):
+            largest, total = carry
+            new = jnp.maximum(largest, score)
+            kept = jnp.exp(largest - new)
+            return (new, total * kept + jnp.exp(score - new)), total
+
+        begin = jnp.full((len(x), 5), start), jnp.zeros((len(x), 5))
+        (largest, total), _ = lax.scan(step, begin, scores.swapaxes(0, 1))
+        return largest + jnp.log(total)
+
+    qparams, qapply = jaxquant.quant_post(
+        PARAMS, apply_fn, [SEQUENCES], is_full_quantize=True, progress=False
+    )
+    wanted = apply_fn(PARAMS, SEQUENCES)
+    assert np.abs(qapply(qparams, SEQUENCES) - wanted).max() < 0.05 * np.abs(wanted).max()
+    reasons = [row["reason"] or "" for row in qapply.report().rows]
+    assert any(f"holds {start:.3g} where values do not count" in reason for reason in reasons)
