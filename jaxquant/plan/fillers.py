@@ -23,11 +23,16 @@ _LEAST = 1e4
 _MOST = 1e9  # where a smallest value so far begins
 # What replaces elements of one operand by those of another.
 _REPLACING = frozenset({"select_n", "scatter", "dynamic_update_slice"})
+# Largest or smallest values of segments (of a graph's nodes, those of their edges): where nothing
+# is scattered, the number remains that they begin with.
+_OF_SEGMENTS = frozenset({"scatter-max", "scatter-min"})
+# A model reads the segments that hold something by these, and what is there instead of the others.
+_PICKING = frozenset({"gather", "select_n"})
 # A filler in an operand of these is one in the result.
 _HANDING_ON = frozenset(
     {"add", "add_any", "concatenate", "convert_element_type", "cummax", "cummin", "div",
      "dynamic_slice", "gather", "mul", "neg", "pad", "reduce_precision", "slice", "sort", "split",
-     "sub", "top_k", *_REPLACING}
+     "sub", "top_k", *_REPLACING, *_OF_SEGMENTS}
 )  # fmt: skip
 
 
@@ -76,6 +81,7 @@ def _given(region: Region) -> dict[ir.Var, float]:
 def _followed(graph: ir.Graph, given: Mapping[ir.Var, float]) -> dict[ir.Var, float]:
     """The tensors that hold a filler, given those of the inputs that do."""
     found = dict(given)
+    of_empty_segments: set[ir.Var] = set()
     for var, value in graph.constants.items():
         if (filler := _filler_in(graph, var, value)) is not None:
             found[var] = filler
@@ -85,9 +91,15 @@ def _followed(graph: ir.Graph, given: Mapping[ir.Var, float]) -> dict[ir.Var, fl
             continue
         if eqn.name not in _HANDING_ON and not primitives.is_movement(graph, eqn):
             continue
-        held = [found[x] for x in eqn.input_vars if x in found]
-        if eqn.name in _REPLACING and not _finds_infinity(graph, eqn.inputs[0]):
+        holding = {x for x in eqn.input_vars if x in found}
+        if eqn.name in _PICKING:
+            holding -= of_empty_segments
+        held = [found[x] for x in holding]
+        replaces = eqn.name in _REPLACING and not _finds_infinity(graph, eqn.inputs[0])
+        if replaces or eqn.name in _OF_SEGMENTS:
             held += [x for x in _numbers(graph, eqn) if abs(x) >= _LEAST]
+        if eqn.name in _OF_SEGMENTS or holding & of_empty_segments:
+            of_empty_segments.update(eqn.outputs)
         if held:
             # An infinity has no integer at all, so that it is what is asked for.
             largest = max(held, key=abs)

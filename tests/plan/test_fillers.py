@@ -19,6 +19,29 @@ X = jax.random.normal(jax.random.key(2), (4, 7, 6))
 FIRST = np.arange(5) < 2  # of the classes, those that are masked
 
 
+SEGMENTS = np.array([0, 1, 1, 3, 3, 5, 5])  # of 6 those of X's rows: 2 and 4 are empty
+
+
+def largest_of_segments(x, value):
+    """As `jax.ops.segment_max` has them, with minus infinity for `value`."""
+    return jnp.full((6, *x.shape[1:]), value).at[SEGMENTS].max(x)
+
+
+def of_segments(x, value):
+    largest = largest_of_segments(x, value)
+    return jnp.where(largest > value, largest, 0.0)
+
+
+def graph_attention(p, x, value):
+    """Softmax over the edges of a node, and the largest of what they bring: as jraph has both."""
+    rows = x[0] @ p["a"]
+    largest = largest_of_segments(rows[:, 0], value)
+    weights = jnp.exp(rows[:, 0] - largest[SEGMENTS])
+    sums = jax.ops.segment_sum(weights, SEGMENTS, 6)
+    nodes = jax.ops.segment_sum((weights / sums[SEGMENTS])[:, None] * rows, SEGMENTS, 6)
+    return (nodes + of_segments(rows, value)) @ p["b"]
+
+
 def largest_of_some(p, x, value):
     """The maximum over the positions whose first feature is positive, as of a set of points."""
     features = jnp.where(x[..., :1] > 0, jax.nn.relu(x @ p["a"]), value)
@@ -36,7 +59,9 @@ def with_mask_in_the_bias(p, x, value):
 
 
 @pytest.mark.parametrize("value", [-np.inf, -1e9])
-@pytest.mark.parametrize("model", [largest_of_some, legal_action, with_mask_in_the_bias])
+@pytest.mark.parametrize(
+    "model", [largest_of_some, legal_action, with_mask_in_the_bias, graph_attention]
+)
 def test_masked_values_are_told_apart(model, value):
     def apply_fn(p, x):
         return model(p, x, value)
@@ -65,11 +90,14 @@ def test_what_hands_a_filler_on():
         "added": lambda x: x + jnp.where(FIRST, -jnp.inf, 0.0),
         "closed over": lambda x: x + constant,
         "set": lambda x: x.at[:, 3].set(-jnp.inf),
+        "largest of segments": lambda x: jax.ops.segment_max(x, SEGMENTS, 6),
         "divided, then sorted": lambda x: jnp.sort(jnp.where(x > 0, x, -1e9) / 0.7)[:, 1:],
     }
     not_held = {
         "clipped": lambda x: jax.nn.relu(jnp.where(x > 0, x, -1e9)),
         "reduced": lambda x: jnp.where(x > 0, x, -jnp.inf).max(1),
+        "segments that hold some": lambda x: jax.ops.segment_max(x, SEGMENTS, 6)[SEGMENTS],
+        "instead of empty segments": lambda x: of_segments(x, -1e9),
         "in place of infinity": jnp.nan_to_num,
         "small": lambda x: jnp.where(x > 0, x, -100.0),
         "large everywhere": lambda x: x + np.full(5, -1e6, np.float32),
