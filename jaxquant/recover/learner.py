@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxquant.graph.layer_names import layer_suffix
 from jaxquant.graph.model import Model
+from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.binding import Int8Site
@@ -38,11 +40,25 @@ _WHOLE = 2.0**-15  # of a step: what is as near to an integer is one
 class Learner:
     """Learns the rounding of one model.
 
+    Args:
+      program: the int8 model, for all samples in one batch.
+      params: the float model's parameters.
+      qparams: the int8 model's arrays.
+      divisors: what the channels of tensors are divided by.
+      real: gives which entries of a tensor belong to no padding: others are not learned from.
+
     Attributes:
       outcomes: what became of each site, by its name with its layer: "learned", or why not.
     """
 
-    def __init__(self, program: Program, params: Any, qparams: Any, divisors: Divisors) -> None:
+    def __init__(
+        self,
+        program: Program,
+        params: Any,
+        qparams: Any,
+        divisors: Divisors,
+        real: RealIn = all_entries,
+    ) -> None:
         self._program = program
         self._divisors = divisors
         asked = program.whole_plan.recovered_by("adaround")
@@ -54,6 +70,7 @@ class Learner:
             for each in programs
         }
         reasons = _reasons(program, stored, asked)
+        counted = _counted(stored, reasons, real)
         self.outcomes: dict[str, str] = {}
         places: dict[str, dict[Layer, np.ndarray]] = {}
         # Rows are drawn by a site's number in the model without scans, so that the same ones come.
@@ -65,7 +82,7 @@ class Learner:
             self.outcomes[_named(site, layer)] = reasons[site.name]
             if reasons[site.name]:
                 continue
-            drawn = _draw(SiteProduct(model.graph, site).positions, number, most_steps(model))
+            drawn = _draw(counted[site.name], number, most_steps(model))
             places.setdefault(site.name, {})[layer] = drawn
         self._sites = {
             each.site.name: Learnable(
@@ -236,8 +253,6 @@ def _reasons(
             reason = "it shares its weight with another site"
         elif not all(model.varies_by_layer(site.weight)):
             reason = "its layers share their weight"
-        elif not reason and not is_repeated(model) and product.positions < _FEWEST:
-            reason = f"{product.positions} output positions are too few"
         found[site.name] = reason
     return found
 
@@ -280,19 +295,42 @@ def _identity(value: jax.Array) -> jax.Array:
     return value
 
 
-def _draw(positions: int, seed: int, steps: int | None) -> np.ndarray:
+def _counted(
+    stored: Mapping[Model, Sequence[Int8Site]], reasons: dict[str, str], real: RealIn
+) -> dict[str, np.ndarray]:
+    """The output positions of each site that is learned that belong to no padding, ascending.
+
+    Args:
+      stored: the sites of each graph that have a stored weight.
+      reasons: why a site is not learned; those with too few such positions are put there.
+      real: gives which entries of a tensor belong to no padding.
+    """
+    found = {}
+    for model, sites in stored.items():
+        for site in (each.site for each in sites if not reasons[each.site.name]):
+            product = SiteProduct(model.graph, site)
+            every = np.arange(product.positions)
+            rows = product.real(functools.partial(real, model), every)
+            found[site.name] = every if rows is None else np.flatnonzero(jax.device_get(rows))
+            count = len(found[site.name])
+            if count < (1 if is_repeated(model) else _FEWEST):
+                reasons[site.name] = f"{count} output positions are too few"
+    return found
+
+
+def _draw(positions: np.ndarray, seed: int, steps: int | None) -> np.ndarray:
     """Ascending output positions of one site.
 
     Args:
-      positions: how many there are in one evaluation of its graph.
+      positions: those that count in one evaluation of its graph.
       seed: of the draw.
       steps: how many evaluations there are at most; None for an unknown number.
     """
-    if positions > POSITIONS:
+    if len(positions) > POSITIONS:
         rng = np.random.default_rng(seed)
         return np.sort(rng.choice(positions, POSITIONS, replace=False))
-    count = POSITIONS if steps is None else min(positions * steps, POSITIONS)
-    return np.sort(np.resize(np.arange(positions), count))
+    count = POSITIONS if steps is None else min(len(positions) * steps, POSITIONS)
+    return np.sort(np.resize(positions, count))
 
 
 def _column_sums(matrix: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.calibration.padding import real_in
 from jaxquant.graph.model import FloatModel
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
@@ -49,7 +50,8 @@ def learn_roundings(task: Task, draft: Draft) -> Draft:
 
     # Made when a file is read or written: hashing the parameters takes a while.
     roundings = Roundings(task.file, lambda: make_source(program.graph, source.params, examples))
-    learner = Learner(program, source.params, draft.qparams, draft.divisors)
+    real = real_in(task.padding, program.model, inputs)
+    learner = Learner(program, source.params, draft.qparams, draft.divisors, real)
     with task.progress.stage("adaround", len(learner.outcomes), "site") as stage:
         learned = learner.learn(jax.tree.leaves(inputs), roundings, stage)
     qparams = _without_new(learned, draft.qparams["sites"])

@@ -310,3 +310,24 @@ def test_an_activation_of_rows_is_that_of_the_tensor():
     assert leaky != function(lambda p, x: jnp.where(x > 0, x, 2 * p["a"] * x))
     assert hash(leaky) == hash(function(lambda p, x: jnp.where(x > 0, x, p["a"] * x)))
     assert function(lambda p, x: jnp.maximum(x, p["c"] * x)) is None  # a number a channel
+
+
+def test_what_padding_holds_is_not_learned_from():
+    """Whatever lies there, the roundings are those of the positions that count."""
+    x, mask = correlated((24, 6, 8)), np.arange(6) < np.arange(24)[:, None] % 6
+    weight = np.random.default_rng(3).normal(size=(8, 4)).astype(np.float32)
+
+    def roundings(padding: np.ndarray) -> np.ndarray:
+        qparams, _ = jaxquant.quant_post(
+            {"w": weight},
+            lambda p, x, mask: x @ p["w"] + 0 * mask[..., None],
+            [(np.where(mask[..., None], x, padding), mask.astype(np.float32))],
+            mask=1,
+            algo="abs_max",
+            recover=("adaround",),
+            progress=False,
+        )
+        return np.asarray(qparams["params"]["w"]["int8"])
+
+    zeros, others = np.zeros_like(x), 2 * correlated(x.shape, seed=9)
+    np.testing.assert_array_equal(roundings(zeros), roundings(others))
