@@ -138,7 +138,7 @@ def _best_scale(
     if not seen.counts.all():
         # A site that no kept, or no held-out, position came to says nothing.
         return None
-    kept, apart = (seen.products[part] / seen.counts[part] for part in (KEPT, APART))
+    kept, apart = (seen.products[part] / seen.weights[part] for part in (KEPT, APART))
     channels = graph.shape(tensor.readers[0].operands[0])[
         tensor.readers[0].input_axes.contracted[0]
     ]

@@ -1,9 +1,13 @@
-"""How the inputs of sites vary together: sums of x xᵀ over calibration data, streamed.
+"""How the inputs of sites vary together: sums of x xᵀ and of x over calibration data, streamed.
 
 A site is a product of matrices (`jaxquant.recover.product`): each output position reads G vectors x
 [K], one for each group of features (one, but for grouped convolutions).  Of a convolution x is the
 patch that its window holds.  The sums [G, K, K] are those of the float model, in float32 within a
 batch and in float64 on the host across batches; sites that read one tensor alike share them.
+
+Few positions may give outputs that are much larger than all others: the first token of a
+transformer, in one channel.  Squares would be of little else, and a normalisation behind makes of
+their error what it makes of any other's: so none counts for more than a few ordinary ones do.
 
 The last quarter of the positions of every batch, its last samples, is summed apart: it is held out
 from what is made of the rest.  Where there are fewer than four (single tokens, steps of a loop),
@@ -13,6 +17,8 @@ every fourth evaluation is.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,6 +37,7 @@ from jaxquant.recover.looks import Look, Real, States, look_at
 from jaxquant.recover.product import SiteProduct
 from jaxquant.run.layers import Layer
 
+LARGEST_ENERGY = 4  # times the median: what the outputs of a position count for, at most
 POSITIONS = 16384  # of a site's output that are summed of each batch, at most
 HELD_OUT = 4  # one position of so many
 KEPT, APART = 0, 1  # the parts of the sums
@@ -41,11 +48,15 @@ class Sums(NamedTuple):
 
     Attributes:
       products: [2, G, K, K], Σ x xᵀ.
-      counts: [2], of how many positions.
+      totals: [2, G, K], Σ x.
+      weights: [2], of how many positions, each counted as far as it is in the sums.
+      counts: [2], of how many.
       evaluations: [], of the graph, how many there were.
     """
 
     products: Any
+    totals: Any
+    weights: Any
     counts: Any
     evaluations: Any
 
@@ -86,18 +97,33 @@ class Reader:
         return (*self.model.scans, 2, groups, sums, sums)
 
     @property
-    def look(self) -> Look:
-        """Adds what one evaluation of its graph shows."""
-        return Look((self.site.operands[0],), self._add)
+    def bytes(self) -> int:
+        """What its sums of products take on the host, in float64."""
+        return 8 * math.prod(self.shape)
+
+    def look(self, together: Sequence[Reader]) -> Look:
+        """Adds what one evaluation of its graph shows.
+
+        Args:
+          together: the sites that share the sums.
+        """
+        outputs = [reader.product.output for reader in together]
+        update = functools.partial(self._add, together)
+        return Look((self.site.operands[0], *outputs), update)
 
     def start(self, evaluations: Any) -> Sums:
         """No sums yet, behind so many evaluations in other batches."""
         scans = self.model.scans
         evaluations = jnp.broadcast_to(jnp.asarray(evaluations, jnp.int32), scans)
         counts = jnp.zeros((*scans, 2), jnp.int32)
-        return Sums(jnp.zeros(self.shape, jnp.float32), counts, evaluations)
+        products, totals = (
+            jnp.zeros(shape, jnp.float32) for shape in (self.shape, self.shape[:-1])
+        )
+        return Sums(products, totals, counts.astype(jnp.float32), counts, evaluations)
 
-    def _add(self, state: Sums, env: evaluate.Environment, real: Real) -> Sums:
+    def _add(
+        self, together: Sequence[Reader], state: Sums, env: evaluate.Environment, real: Real
+    ) -> Sums:
         x, positions = env.read(self.site.operands[0]), self.product.positions
         index = np.arange(positions)
         # Neighbours in an image tell nearly the same: so many positions of a sample are enough.
@@ -111,25 +137,49 @@ class Reader:
         else:
             # Zeros add nothing to a sum of products, and need no other shape.
             rows = jnp.where(is_real[:, None, None], rows, 0)
+        outputs = (env.read(reader.product.output) for reader in together)
+        pairs = zip(together, outputs, strict=True)
+        energies = [_energy(reader.product.outputs(y, index)) for reader, y in pairs]
+        weights = _counted(jnp.sum(jnp.stack(energies), axis=0), is_real)
         count = len(index)
-        numbers = is_real.astype(jnp.int32)
         # Too few rows to hold some of each apart: then every so manieth evaluation is.
         if count < HELD_OUT:
             is_apart = state.evaluations % HELD_OUT == HELD_OUT - 1
-            part_of = jnp.stack([~is_apart, is_apart])
-            products = jnp.where(part_of[:, None, None, None], _products(rows), jnp.float32(0))
-            counts = part_of.astype(jnp.int32) * numbers.sum()
+            part_of = jnp.broadcast_to(jnp.stack([~is_apart, is_apart])[:, None], (2, count))
         else:
-            cut = count - count // HELD_OUT
-            products = jnp.stack([_products(rows[:cut]), _products(rows[cut:])])
-            counts = jnp.stack([numbers[:cut].sum(), numbers[cut:].sum()])
-        return Sums(state.products + products, state.counts + counts, state.evaluations + 1)
+            is_kept = np.arange(count) < count - count // HELD_OUT
+            part_of = jnp.asarray(np.stack([is_kept, ~is_kept]))
+        parts = [_sums(rows, jnp.where(own, weights, 0)) for own in part_of]
+        products, totals, numbers = (jnp.stack(each) for each in zip(*parts, strict=True))
+        counts = (part_of & is_real).astype(jnp.int32).sum(axis=1)
+        return Sums(
+            state.products + products,
+            state.totals + totals,
+            state.weights + numbers,
+            state.counts + counts,
+            state.evaluations + 1,
+        )
 
 
-def _products(rows: jax.Array) -> jax.Array:
-    """[G, K, K] of float32 [R, G, K]."""
+def _energy(outputs: jax.Array) -> jax.Array:
+    """[R], the squares of the outputs [R, C] of each position."""
+    return jnp.sum(jnp.square(outputs.astype(jnp.float32)), axis=1)
+
+
+def _counted(energy: jax.Array, is_real: jax.Array) -> jax.Array:
+    """[R], 1 for a position; less where its outputs are far larger than others', 0 for padding."""
+    # The median of those that give anything: behind a ReLU most may be zero.
+    median = jnp.nanmedian(jnp.where(is_real & (energy > 0), energy, jnp.nan))
+    most = LARGEST_ENERGY * median
+    return jnp.where(is_real, jnp.where(energy > most, most / energy, 1), 0)
+
+
+def _sums(rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Σ w x xᵀ [G, K, K], Σ w x [G, K] and Σ w [] of float32 rows [R, G, K] that count w [R]."""
+    weighted = rows * weights[:, None, None]
     # At the highest precision: bfloat16 passes would lose what feedback lives on.
-    return jnp.einsum("rgk,rgl->gkl", rows, rows, precision="highest")
+    products = jnp.einsum("rgk,rgl->gkl", weighted, rows, precision="highest")
+    return products, weighted.sum(axis=0), weights.sum()
 
 
 def readers_of(
@@ -189,10 +239,14 @@ def sum_products(
 def _joined(before: Sums | None, more: Sums) -> Sums:
     """The sums of one more batch with those before it."""
     # float64 on the host: a sum over thousands of batches in float32 would stop to grow.
-    products, counts = np.asarray(more.products, np.float64), np.asarray(more.counts, np.int64)
+    sums = [np.asarray(x, np.float64) for x in (more.products, more.totals, more.weights)]
+    counts = np.asarray(more.counts, np.int64)
     if before is not None:
-        products, counts = before.products + products, before.counts + counts
-    return Sums(products, counts, np.asarray(more.evaluations))
+        own = (before.products, before.totals, before.weights)
+        sums = [x + y for x, y in zip(own, sums, strict=True)]
+        counts = before.counts + counts
+    products, totals, weights = sums
+    return Sums(products, totals, weights, counts, np.asarray(more.evaluations))
 
 
 class _OfShape:
@@ -203,13 +257,15 @@ class _OfShape:
         self._padding = padding
         self._model = readers[0].model.whole
         self._params = source.params
-        self._firsts: dict[Any, Reader] = {}
+        together: dict[Any, list[Reader]] = {}
         for reader in readers:
-            # The first reader of a tensor sums for all who read it alike.
-            self._firsts.setdefault(reader.shared, reader)
+            together.setdefault(reader.shared, []).append(reader)
+        # The first reader of a tensor sums for all who read it alike.
+        self._firsts = {shared: some[0] for shared, some in together.items()}
         self._looks: dict[Model, dict[str, Look]] = {}
-        for reader in self._firsts.values():
-            self._looks.setdefault(reader.model, {})[reader.site.name] = reader.look
+        for some in together.values():
+            first = some[0]
+            self._looks.setdefault(first.model, {})[first.site.name] = first.look(some)
         quick = compilation.quick_compilation()
         self._step = jax.jit(self._sum, compiler_options=quick)
 

@@ -57,12 +57,12 @@ def place_of(graph: ir.Graph, atom: ir.Atom, axis: int) -> Place | None:
     """
     while isinstance(atom, int) and atom not in graph.leaves:
         eqn = graph.producer.get(atom)
-        found = None if eqn is None or not _is_alone(graph, atom) else _before(graph, eqn, axis)
+        found = None if eqn is None or not is_alone(graph, atom) else _before(graph, eqn, axis)
         if eqn is None or found is None:
             return None
         atom, axis = eqn.inputs[0], found
     # A parameter with another reader, its penalty say, would be divided for that too.
-    if not isinstance(atom, int) or not _is_alone(graph, atom):
+    if not isinstance(atom, int) or not is_alone(graph, atom):
         return None
     return Place(atom, axis) if graph.dtype(atom) == jnp.float32 else None
 
@@ -84,7 +84,7 @@ def _divided(
     if (site := sites.get(eqn.index)) is not None and site.contraction is not None:
         return _divided_weight(graph, site, axis)
     inner = [x for x in eqn.inputs if isinstance(x, int) and (graph.is_static(x) or
-             _is_alone(graph, x))]  # fmt: skip
+             is_alone(graph, x))]  # fmt: skip
     # A sum is divided where every part is; a product where one factor is.
     if eqn.name in ("add", "add_any", "sub"):
         parts = [_spread(graph, sites, x, var, axis) if x in inner else None for x in eqn.inputs]
@@ -125,7 +125,7 @@ def _divided_weight(graph: ir.Graph, site: Site, axis: int) -> list[Place] | Non
     return None if place is None else [place]
 
 
-def _is_alone(graph: ir.Graph, var: ir.Var) -> bool:
+def is_alone(graph: ir.Graph, var: ir.Var) -> bool:
     """Whether a tensor has one reader, and that once."""
     readers = graph.consumers.get(var, ())
     # x * x reads a tensor once as an equation, twice as a factor.

@@ -59,8 +59,12 @@ class GroupedMatrix(NamedTuple):
         groups = np.asarray(scale, np.float32).reshape(-1)[self.scales]
         return np.repeat(groups, self.layout.size, axis=1)[:, : self.elements.shape[1]]
 
+    def vector(self, totals: np.ndarray) -> np.ndarray:
+        """[..., K] in the order of the stored rows, of one in that of the product's sums."""
+        return totals[..., np.argsort(self.order)]
+
     def covariance(self, products: np.ndarray) -> np.ndarray:
-        """[..., K, K] in the order of the stored rows, of one in that of the product's sums."""
+        """[..., K, K] likewise."""
         back = np.argsort(self.order)
         return products[..., back, :][..., :, back]
 

@@ -18,6 +18,7 @@ from jaxquant.graph.adaptive import is_adaptive
 from jaxquant.graph.positions import RealIn, all_entries
 from jaxquant.plan.binding import Int8Site
 from jaxquant.recover.activation import find_activation
+from jaxquant.recover.added import seen_at
 from jaxquant.recover.shift import add_powers, add_shifts, compare_outputs, powers, without_padding
 from jaxquant.run import both_forms
 from jaxquant.run.lowerings import Evaluation, Lowering
@@ -84,7 +85,7 @@ class Pair:
     def __init__(self, program: Program):
         self.program = program
         graph = program.graph
-        ends = {s.site.name: s.epilogue.output for s in program.binding.sites}
+        ends = {each.site.name: _end_of(program, each) for each in program.binding.sites}
         # Compared where the epilogue ends: what lies within it exists in no int8 model.
         self.tensors = {
             site.name: ends.get(site.name, site.output)
@@ -293,10 +294,19 @@ def _ends(program: Program) -> list[int]:
     reading = binding.forms.reads_int8 | binding.picks
     last_ones = {last for last, members in wholes.items() if members & reading}
     inner = {index for last, members in wholes.items() for index in members - {last}}
-    sites_end = {graph.producer[s.epilogue.output].index for s in binding.sites}
     # What runs in no lowering (absorbed, or never asked for) has no end.
+    sites_end = {graph.producer[_end_of(program, each)].index for each in binding.sites}
     found = (sites_end | (reading - inner) | last_ones) & program.lowerings.keys()
     return sorted(found | program.bodies.keys())
+
+
+def _end_of(program: Program, int8_site: Int8Site) -> ir.Var:
+    """The tensor at which an int8 site is compared."""
+    site = int8_site.site
+    # Of weights alone the bias stays an addition of the model's, and takes the mean error away.
+    if program.mode.integer or site.is_lookup or site.stored_weight is None:
+        return int8_site.epilogue.output
+    return seen_at(program.model, site)
 
 
 def is_float(dtype: Any) -> bool:

@@ -30,12 +30,28 @@ def sums(params: Any, apply_fn: Any, batches: Any) -> Found:
     return sum_products(source, plan, [(batch,) for batch in batches], names)
 
 
-def check(found: Any, kept: np.ndarray, apart: np.ndarray) -> None:
+def check(
+    found: Any, kept: np.ndarray, apart: np.ndarray, counted: np.ndarray | None = None
+) -> None:
+    """Against rows [R, G, K] of both parts; `counted` tells how far each counts, both together."""
     assert found.counts.tolist() == [len(kept), len(apart)]
-    assert found.products.dtype == np.float64
-    for products, rows in zip(found.products, (kept, apart), strict=True):
-        np.testing.assert_allclose(products, np.einsum("rgk,rgl->gkl", rows, rows), rtol=2e-5,
-                                   atol=1e-5)  # fmt: skip
+    assert found.products.dtype == found.totals.dtype == np.float64
+    rows, cut = np.concatenate([kept, apart]), len(kept)
+    weights = np.ones(len(rows)) if counted is None else counted
+    for part, own in enumerate((slice(None, cut), slice(cut, None))):
+        x, w = rows[own], weights[own]
+        products = np.einsum("r,rgk,rgl->gkl", w, x, x)
+        np.testing.assert_allclose(found.products[part], products, rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found.totals[part], (w[:, None, None] * x).sum(axis=0), atol=1e-5
+        )
+        np.testing.assert_allclose(found.weights[part], w.sum(), rtol=1e-5)
+
+
+def weights_of(y: np.ndarray) -> np.ndarray:
+    """How far positions with outputs [R, C] count: none for more than four ordinary ones."""
+    energy = (y.astype(np.float64) ** 2).sum(axis=1)
+    return np.minimum(1, 4 * np.median(energy[energy > 0]) / np.maximum(energy, 1e-30))
 
 
 def parts(batches: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +87,12 @@ def test_a_convolution_reads_patches():
     (found,) = sums({"w": weight}, lambda p, x: apply_fn(p["w"], x), [x])["w"].values()
     patches = np.lib.stride_tricks.sliding_window_view(x, (2, 2), axis=(1, 2))
     rows = patches.reshape(3 * 4 * 4, 1, 3 * 2 * 2)  # [R, G, I, H, W]
-    check(found, rows[:36], rows[36:])
+    check(found, rows[:36], rows[36:], weights_of(np.einsum("rgk,kn->rn", rows, kernel(weight))))
+
+
+def kernel(weight: np.ndarray) -> np.ndarray:
+    """[K, N] of one [H, W, I, O], K in the order of patches: I, H, W."""
+    return weight.transpose(2, 0, 1, 3).reshape(-1, weight.shape[-1])
 
 
 def test_layers_of_a_scan_are_apart_and_steps_of_a_loop_together():
@@ -98,9 +119,12 @@ def test_layers_of_a_scan_are_apart_and_steps_of_a_loop_together():
     found = sums({"w": stacked}, layered, [x])["w"]
     assert list(found) == [(0,), (1,), (2,)]
     for number, state in enumerate(states(stacked)):
-        check(found[(number,)], *parts([state]))
+        check(found[(number,)], *parts([state]), weights_of(state @ stacked[number]))
+    steps = states([shared] * 3)
+    weights = parts([weights_of(state @ shared) for state in steps])
+    counted = np.concatenate([part[:, 0] for part in weights])
     for loop in (repeated, while_loop):
-        check(sums({"w": shared}, loop, [x])["w"][()], *parts(states([shared] * 3)))
+        check(sums({"w": shared}, loop, [x])["w"][()], *parts(steps), counted)
 
 
 def test_of_single_rows_every_fourth_is_held_out():
@@ -120,3 +144,14 @@ def test_what_is_not_finite_names_the_site_and_the_batch(value):
     batches = [draw(4, 3), draw(4, 3), 9 + draw(4, 3)]
     with pytest.raises(ValueError, match=r"'second' holds NaN or infinity in batch 2, or values"):
         sums(params, apply_fn, batches)
+
+
+def test_a_position_with_outputs_far_above_all_others_counts_for_four():
+    x = draw(64, 5)
+    x[7] = 1000
+    x[9] = 0  # and one that gives nothing counts as it is
+    params = {"w": draw(5, 3)}
+    found = sums(params, lambda p, x: x @ p["w"], [x])["w"][()]
+    counted = weights_of(x @ params["w"])
+    assert counted[7] < 1e-4
+    check(found, x[:48, None], x[48:, None], counted)

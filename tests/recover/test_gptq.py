@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant
-from jaxquant.recover import gptq
+from jaxquant.recover import gptq, gptq_weight
 from tests.loops import measure
 from tests.networks import rows
 
@@ -125,7 +125,7 @@ def test_several_passes_give_the_same(monkeypatch):
 
 
 def test_what_would_take_too_much_memory_stays_to_nearest(monkeypatch):
-    monkeypatch.setattr(gptq, "LARGEST_SUMS", 16 * 8**2)
+    monkeypatch.setattr(gptq_weight, "LARGEST_SUMS", 16 * 8**2)
     params = {"a": draw(0, WIDTH, 8), "b": draw(1, 8, 4)}
     found = rows(quantize(params, network, X)[1])
     assert found["a"]["rounding"] == "to nearest: its covariances would take 0.0 GB"
