@@ -1,30 +1,47 @@
 """Sites that four bits cost most, kept in eight where that is next to free.
 
-Every token reads the same rows of a small table (the positions of a transformer), so that their
-errors do not average out, and those of the first and the last site meet the input and the output
-as they are.  On MiniLM-L6 the positions alone cost more in 4 bits than the words, which are sixty
-times as many.
+Small weights are those: a depthwise convolution sums nine products, whose errors do not average
+out; every token reads the same rows of a small table (the positions of a transformer); keys and
+values that heads share, a router of experts, the first layer of an image network.  On MiniLM-L6 the
+positions alone cost more in 4 bits than the words, which are sixty times as many.  So the smallest
+weights are kept, as many as hold a small part of the parameters together.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from jaxquant.graph import kinds
 from jaxquant.graph.model import Model
-from jaxquant.plan.candidates import first_and_last
+from jaxquant.graph.sites import Site
 from jaxquant.plan.config import QuantConfig
 from jaxquant.plan.rules import Rule
 
-PART = 1 / 50  # of the parameters may be kept in 8 bits
+PART = 1 / 20  # of the parameters may be kept in 8 bits
+
+
+class _Unit(NamedTuple):
+    """Weights that are kept together.
+
+    Attributes:
+      paths: of their parameters.
+      size: how many numbers they hold.
+      last: the number of the last site that reads one.
+    """
+
+    paths: frozenset[str]
+    size: int
+    last: int
 
 
 def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
     """A rule for each sensitive site of a model whose weights are to be of 4 bits.
 
-    Those are the embeddings outside of loops, and the first and the last site with a weight: the
-    smallest of them, as long as all together hold at most `PART` of the parameters.  Sites that
-    read one parameter are of one size together, and so are tied embeddings.
+    The smallest weights, as long as all together hold at most `PART` of the parameters, and of
+    those that are as small the last.  Sites that read one tensor (queries, keys and values) or one
+    parameter (tied embeddings) are of one size together.
 
     Args:
       model: the traced model.
@@ -32,25 +49,41 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
     """
     if config.weight_bits != 4:
         return ()
-    graph, ends = model.graph, first_and_last(model.located)
-    sizes = {
-        # Tied sites share a parameter, and count once.
-        site.weight_path: math.prod(graph.shape(site.weight))
-        for site in model.sites
-        if site.weight is not None and (site.is_lookup or site.name in ends)
-    }
+    graph = model.graph
+    sizes = {graph.paths[var]: math.prod(graph.shape(var)) for var in graph.leaves}
+    sites = [site for site in model.located if _has_weight(site) and site.weight_path in sizes]
     # From the smallest on, as many as fit into the given part of the model's size.
-    left = PART * sum(math.prod(graph.shape(var)) for var in graph.leaves)
-    kept: list[str] = []
-    for path, size in sorted(sizes.items(), key=lambda item: item[1]):
-        left -= size
+    left, kept = PART * sum(sizes.values()), set[str]()
+    for unit in sorted(_units(sites, sizes), key=lambda unit: (unit.size, -unit.last)):
+        left -= unit.size
         if left < 0:
             break
-        kept.append(path)
-    weighted = (*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND)
-    reason = "an embedding, or the first or last site: sensitive, and small"
+        kept |= unit.paths
+    reason = "one of the smallest weights: sensitive, and next to free"
     return tuple(
         Rule(f"site:{site.name}", weight_bits=8, reason=reason)
-        for site in model.sites
-        if site.weight_path in kept and site.kind in weighted and site.stores_weight
+        for site in sites
+        if site.weight_path in kept
     )
+
+
+def _has_weight(site: Site) -> bool:
+    weighted = (*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND)
+    return site.kind in weighted and site.stores_weight
+
+
+def _units(sites: Iterable[Site], sizes: Mapping[str, int]) -> list[_Unit]:
+    """Weights by what their sites have in common: what they read, or their parameter."""
+    units: list[tuple[set[Any], _Unit]] = []
+    for number, site in enumerate(sites):
+        # Products of one tensor are one call, where their weights are of one kind.
+        reads = {(site.location[:-1], var) for var in site.operands}
+        marks = {site.weight_path, *reads}
+        unit = _Unit(frozenset({site.weight_path}), sizes[site.weight_path], number)
+        for its_marks, other in [each for each in units if each[0] & marks]:
+            paths = unit.paths | other.paths
+            unit = _Unit(paths, sum(sizes[path] for path in paths), number)
+            marks |= its_marks
+            units.remove((its_marks, other))
+        units.append((marks, unit))
+    return [unit for _, unit in units]

@@ -9,8 +9,8 @@ error away.
 
 A weight is rounded with the covariance of three quarters of the positions first; where that does
 not lessen the error of the outputs at the rest, more damped if need be, it stays rounded to
-nearest.  Where it does, the weight is rounded on all of them.  Less damping than there is would gain
-more on data like those of the calibration, and lose on others.
+nearest.  Where it does, the weight is rounded on all of them.  Less damping than there is would
+gain more on data like those of the calibration, and lose on others.
 """
 
 from __future__ import annotations
