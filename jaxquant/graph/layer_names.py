@@ -1,14 +1,15 @@
-"""Names of layers: in messages, of operations that have no weight; of those of a scan."""
+"""Names of layers: in messages, of operations that have no weight; of those of a scan; alike."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from jaxquant.graph import ir
 from jaxquant.graph.naming import module_of
 from jaxquant.graph.primitives import is_elementwise
 
+_NUMBER = re.compile(r"\[\d+(?::\d+)?\]|\d+")
 _SEGMENT = re.compile(r"(.*)\[(\d+)(?::\d+)?\]")
 
 
@@ -82,3 +83,28 @@ def of_layer(name: str, layer: Sequence[int]) -> str:
         return name + layer_suffix(layer)
     first, *others = layer
     return segment[1] + layer_suffix([int(segment[2]) + first, *others])
+
+
+def alike_layers(names: Iterable[str]) -> dict[str, Hashable]:
+    """Site -> what it has in common with the sites that are alike: its name without its layer.
+
+    Where the names hold several numbers, the layer is the one that differs most.
+
+    Example:
+      >>> names = [f"layers_{layer}/{part}" for layer in range(3) for part in ("a1", "a2")]
+      >>> groups = alike_layers(names)
+      >>> len(set(groups.values())), groups["layers_0/a1"] == groups["layers_2/a1"]
+      (2, True)
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_NUMBER.sub("#", name), []).append(name)
+    groups: dict[str, Hashable] = {}
+    for pattern, members in alike.items():
+        numbers = [_NUMBER.findall(name) for name in members]
+        # Which of several numbers is the layer's: the one that differs most.
+        different = [len(set(column)) for column in zip(*numbers, strict=True)]
+        layer = different.index(max(different)) if different else 0
+        for name, own in zip(members, numbers, strict=True):
+            groups[name] = (pattern, *own[:layer], *own[layer + 1 :])
+    return groups

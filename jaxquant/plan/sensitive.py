@@ -10,10 +10,11 @@ weights are kept, as many as hold a small part of the parameters together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxquant.graph import kinds
+from jaxquant.graph.layer_names import alike_layers
 from jaxquant.graph.model import Model
 from jaxquant.graph.sites import Site
 from jaxquant.plan.config import QuantConfig
@@ -40,8 +41,9 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
     """A rule for each sensitive site of a model whose weights are to be of 4 bits.
 
     The smallest weights, as long as all together hold at most `PART` of the parameters, and of
-    those that are as small the last.  Sites that read one tensor (queries, keys and values) or one
-    parameter (tied embeddings) are of one size together.
+    those that are as small the last.  Sites that read one tensor (queries, keys and values), one
+    parameter (tied embeddings) or are alike (a Python loop's layers, as a scan's) are decided on
+    together.
 
     Args:
       model: the traced model.
@@ -51,7 +53,7 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
         return ()
     graph = model.graph
     sizes = {graph.paths[var]: math.prod(graph.shape(var)) for var in graph.leaves}
-    sites = [site for site in model.located if _has_weight(site) and site.weight_path in sizes]
+    sites = [each for each in _weighted(model) if each[1].weight_path in sizes]
     # From the smallest on, as many as fit into the given part of the model's size.
     left, kept = PART * sum(sizes.values()), set[str]()
     for unit in sorted(_units(sites, sizes), key=lambda unit: (unit.size, -unit.last)):
@@ -62,23 +64,29 @@ def eight_bit_rules(model: Model, config: QuantConfig) -> tuple[Rule, ...]:
     reason = "one of the smallest weights: sensitive, and next to free"
     return tuple(
         Rule(f"site:{site.name}", weight_bits=8, reason=reason)
-        for site in sites
+        for _, site in sites
         if site.weight_path in kept
     )
 
 
-def _has_weight(site: Site) -> bool:
+def _weighted(model: Model) -> Iterator[tuple[Model, Site]]:
+    """The sites with a stored weight, those in bodies too, each with the graph that it is in."""
     weighted = (*kinds.WEIGHTED_KINDS, kinds.LOOKUP_KIND)
-    return site.kind in weighted and site.stores_weight
+    for site in model.sites:
+        if not site.inside and site.kind in weighted and site.stores_weight:
+            yield model, site
+    for body in (body for bodies in model.bodies.values() for body in bodies):
+        yield from _weighted(body)
 
 
-def _units(sites: Iterable[Site], sizes: Mapping[str, int]) -> list[_Unit]:
+def _units(sites: Sequence[tuple[Model, Site]], sizes: Mapping[str, int]) -> list[_Unit]:
     """Weights by what their sites have in common: what they read, or their parameter."""
     units: list[tuple[set[Any], _Unit]] = []
-    for number, site in enumerate(sites):
+    layers = alike_layers(site.name for _, site in sites)
+    for number, (model, site) in enumerate(sites):
         # Products of one tensor are one call, where their weights are of one kind.
-        reads = {(site.location[:-1], var) for var in site.operands}
-        marks = {site.weight_path, *reads}
+        reads = {(model, var) for var in site.operands}
+        marks = {site.weight_path, (layers[site.name], sizes[site.weight_path]), *reads}
         unit = _Unit(frozenset({site.weight_path}), sizes[site.weight_path], number)
         for its_marks, other in [each for each in units if each[0] & marks]:
             paths = unit.paths | other.paths

@@ -15,14 +15,14 @@ are in a scan or in a Python loop.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxquant.calibration.observations import Observations, TensorStats
 from jaxquant.graph import kinds
+from jaxquant.graph.layer_names import alike_layers
 from jaxquant.graph.model import FloatModel
 from jaxquant.graph.sites import Site
 from jaxquant.plan.binding import Binding
@@ -46,7 +46,6 @@ Rules: TypeAlias = tuple[Rule, ...]
 _ORDINARY, _STEPS = 0.85, 10
 _GAIN = 0.5  # to what part the noise has to fall for another form
 _FINE = 1e-3  # the part of a dot's output that may be noise before its rows are scaled in the call
-_NUMBER = re.compile(r"\[\d+(?::\d+)?\]|\d+")
 
 
 def rules_for_outliers(
@@ -68,7 +67,7 @@ def rules_for_outliers(
       config: has the user's rules; one that says whether a dot is dynamic is kept.
       progress: shows that something is tried.
     """
-    groups = _groups(site.name for site in binding.whole_plan.sites)
+    groups = alike_layers(site.name for site in binding.whole_plan.sites)
     names = _with_coarse_input(binding, observations, groups)
     # Without a coarse input no sample is run: most models end here.
     if not names:
@@ -93,30 +92,6 @@ def rules_for_outliers(
             tried.noise.extend(_noise_of(trial))
     steps = {site.name: site.recover for site in binding.whole_plan.sites}
     return tuple(rule for tried in found.values() for rule in tried.rules(steps, config))
-
-
-def _groups(names: Iterable[str]) -> dict[str, Hashable]:
-    """Site -> what it has in common with the sites that are alike: its name without its layer.
-
-    Where the names hold several numbers, the layer is the one that differs most.
-
-    Example:
-      >>> groups = _groups(f"layers_{layer}/{part}" for layer in range(3) for part in ("a1", "a2"))
-      >>> len(set(groups.values())), groups["layers_0/a1"] == groups["layers_2/a1"]
-      (2, True)
-    """
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(_NUMBER.sub("#", name), []).append(name)
-    groups: dict[str, Hashable] = {}
-    for pattern, members in alike.items():
-        numbers = [_NUMBER.findall(name) for name in members]
-        # Which of several numbers is the layer's: the one that differs most.
-        different = [len(set(column)) for column in zip(*numbers, strict=True)]
-        layer = different.index(max(different)) if different else 0
-        for name, own in zip(members, numbers, strict=True):
-            groups[name] = (pattern, *own[:layer], *own[layer + 1 :])
-    return groups
 
 
 def _with_coarse_input(

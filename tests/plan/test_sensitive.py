@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxquant
 from tests.networks import rows
@@ -41,17 +42,32 @@ def test_the_smallest_weights_as_many_as_hold_a_twentieth():
 
 def test_of_weights_as_small_the_last_are_kept():
     # 400 of 8400 numbers: no more than one of 20 x 20.
-    params = {f"w{n}": np.ones((20, 20), np.float32) for n in range(4)}
+    params = {name: np.ones((20, 20), np.float32) for name in "abcd"}
     params["large"] = np.ones((20, 340), np.float32)
 
     def apply_fn(p: Any, x: jax.Array) -> jax.Array:
-        for n in range(4):
-            x = jax.nn.relu(x @ p[f"w{n}"])
+        for name in "abcd":
+            x = jax.nn.relu(x @ p[name])
         return x @ p["large"]
 
     x = jax.ShapeDtypeStruct((3, 20), jnp.float32)
     _, qapply = jaxquant.quant_weights(params, apply_fn, x, weight_bits=4, progress=False)
-    assert [rule.pattern for rule in qapply.report().rules] == ["site:w3"]
+    assert [rule.pattern for rule in qapply.report().rules] == ["site:d"]
+
+
+@pytest.mark.parametrize(("width", "kept"), [(5, 4), (10, 0)])
+def test_layers_that_are_alike_are_kept_together(width, kept):
+    params = {f"layer{n}": np.ones((width, width), np.float32) for n in range(4)}
+    params["large"] = np.ones((width, 3000 // width), np.float32)
+
+    def apply_fn(p: Any, x: jax.Array) -> jax.Array:
+        for n in range(4):
+            x = jax.nn.relu(x @ p[f"layer{n}"])
+        return x @ p["large"]
+
+    x = jax.ShapeDtypeStruct((3, width), jnp.float32)
+    _, qapply = jaxquant.quant_weights(params, apply_fn, x, weight_bits=4, progress=False)
+    assert len(qapply.report().rules) == kept
 
 
 def test_products_of_one_tensor_are_kept_together_or_not_at_all():

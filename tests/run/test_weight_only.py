@@ -54,8 +54,9 @@ INPUTS["ids"] = IDS
 def quantized(request):
     bits, group_size = request.param
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), INPUTS)
+    every = [jaxquant.Rule("*", weight_bits=bits)]  # the smallest weights too
     qparams, qapply = jaxquant.quant_weights(
-        PARAMS, apply_fn, shapes, weight_bits=bits, group_size=group_size
+        PARAMS, apply_fn, shapes, weight_bits=bits, group_size=group_size, rules=every
     )
     return bits, group_size, qparams, qapply
 
