@@ -60,7 +60,7 @@ CASES = {
     "dense": (lambda p, x: x @ p["w"], (64, WIDTH), (WIDTH, 24), 3.0),
     "transposed": (lambda p, x: x @ p["w"].T, (64, WIDTH), (24, WIDTH), 3.0),
     "not whole groups": (lambda p, x: x @ p["w"], (64, 14), (14, 24), 3.0),
-    "conv": (conv(1), (6, 5, 5, 8), (3, 3, 8, 6), 3.0),
+    "conv": (conv(1), (6, 5, 5, 8), (3, 3, 8, 6), 2.5),
     "grouped": (conv(2), (6, 5, 5, 8), (3, 3, 4, 6), 1.5),
 }
 
