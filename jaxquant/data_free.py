@@ -160,17 +160,18 @@ def quant_weights(
 
     Given data, weights are not rounded to the nearest integer, but so that the errors of one are
     made up for by others on what the float model gives each site (GPTQ; Frantar et al., 2022).
-    Convolutions are too, on the patches under their windows.  A weight for which that
+    Convolutions are too, on the patches under their windows.  A bias that is added to their outputs
+    alone, or the mean that a BatchNorm takes from them, takes the mean of their error away: it
+    differs from the given one by that.  A weight for which that
     does not lessen the error on held-out samples stays rounded to nearest, as do embeddings, which
     sum nothing, what reads fewer than 32 positions, and what would take more than 4 GiB of
     covariances: 16 K² bytes for each weight that sums K products, and each layer of a scan over
     stacked weights; the report says so for each site.  128 samples or more do; the data are read
     once for every GiB.
 
-    With `weight_bits=4` the embeddings and the first and the last site are kept in 8 bits where all
-    of them together hold less than a fiftieth of the parameters, smallest first (the positions of
-    a transformer, not its words); the report's `rules` name them, and `rules` of your own override
-    that.
+    With `weight_bits=4` the smallest weights are kept in 8 bits, as many as hold a twentieth of the
+    parameters together (depthwise convolutions, the positions of a transformer, not its words); the
+    report's `rules` name them, and `rules` of your own override that.
 
     Args:
       params: pytree of float arrays, as for `jaxquant.quant_post`.

@@ -91,41 +91,25 @@ class Weight:
         integers, scale = (layout.get(self._params, x) for x in (self.path, self._slot.scale))
         step = matrix.step(np.asarray(as_floats(scale)))
         weight = matrix.matrix(self._weight).astype(np.float32)
-        bits, dtype = self._slot.format
-
-        def off(codes: np.ndarray) -> Any:
-            return weight - (codes if dtype == INT else VALUES[dtype][codes & 15]) * step
-
-        def rounded(covariance: np.ndarray, damping: float) -> np.ndarray:
-            # From the input that matters most on, as with act-order: its error has most rows to go
-            # to.
-            order, mix = mixing(covariance, damping)
-            rows = order[..., None]
-            ordered = (np.take_along_axis(x, rows, axis=1) for x in (weight, step))
-            found = round_with_feedback(*ordered, mix, RANGES[bits], dtype)
-            result = np.empty(weight.shape, np.int8)
-            np.put_along_axis(result, rows, np.asarray(found), axis=1)
-            return result
-
-        def error(codes: np.ndarray, held_out: np.ndarray) -> float:
-            return float(
-                output_error(jnp.asarray(held_out / counts[APART], jnp.float32), off(codes))
-            )
-
-        nearest = matrix.integers(integers, bits)
-        before = error(nearest, _total(each.products[APART] for each in seen))
-        held_out = _total(each.held_out() for each in seen)
+        rounding = _Rounding(weight, step, *self._slot.format)
+        nearest = matrix.integers(integers, self._slot.weight_bits)
+        before = rounding.error(
+            nearest, _total(each.products[APART] for each in seen) / counts[APART]
+        )
+        held_out = _total(each.held_out() for each in seen) / counts[APART]
         # Decided on rows that were held out, then rounded on all of them.
         for damping in DAMPINGS:
-            tried = rounded(_total(each.varying(KEPT) for each in seen), damping)
-            if (after := error(tried, held_out)) < before:
-                codes = rounded(_total(each.varying(KEPT, APART) for each in seen), damping)
+            tried = rounding.codes(_total(each.varying(KEPT) for each in seen), damping)
+            if (after := rounding.error(tried, held_out)) < before:
+                codes = rounding.codes(_total(each.varying(KEPT, APART) for each in seen), damping)
                 # In place: the arrays are those that the model gets.
-                integers[...] = matrix.stored(codes, bits)
-                return Rounded(gain_db(before, after), shifts=self._shifts(seen, off(codes)))
+                integers[...] = matrix.stored(codes, self._slot.weight_bits)
+                shifts = self._shifts(seen, rounding.off(codes))
+                return Rounded(gain_db(before, after), shifts=shifts)
         # The nearest integers may have a mean error all the same.
-        if (after := error(nearest, held_out)) < before:
-            return Rounded(gain_db(before, after), shifts=self._shifts(seen, off(nearest)))
+        if (after := rounding.error(nearest, held_out)) < before:
+            shifts = self._shifts(seen, rounding.off(nearest))
+            return Rounded(gain_db(before, after), shifts=shifts)
         return Rounded(reason="rounding to nearest is no worse")
 
     def _seen(self, found: Found) -> tuple[GroupedMatrix | None, list[Seen]]:
@@ -150,6 +134,35 @@ class Weight:
             for read, each in zip(self.reads, seen, strict=True)
             if read.added is not None and each.takes_mean
         )
+
+
+class _Rounding(NamedTuple):
+    """A weight as a matrix [G, K, N] with the step of each number, in some format."""
+
+    weight: np.ndarray
+    step: np.ndarray
+    bits: int
+    dtype: str
+
+    def off(self, codes: np.ndarray) -> Any:
+        """What codes int8 [G, K, N] leave of the weight."""
+        values = codes if self.dtype == INT else VALUES[self.dtype][codes & 15]
+        return self.weight - values * self.step
+
+    def codes(self, covariance: np.ndarray, damping: float) -> np.ndarray:
+        """int8 [G, K, N], rounded for inputs with a covariance [G, K, K]."""
+        # From the input that matters most on, as with act-order: its error has most rows to go to.
+        order, mix = mixing(covariance, damping)
+        rows = order[..., None]
+        ordered = (np.take_along_axis(x, rows, axis=1) for x in (self.weight, self.step))
+        found = round_with_feedback(*ordered, mix, RANGES[self.bits], self.dtype)
+        result = np.empty(self.weight.shape, np.int8)
+        np.put_along_axis(result, rows, np.asarray(found), axis=1)
+        return result
+
+    def error(self, codes: np.ndarray, covariance: np.ndarray) -> float:
+        """The squared error that codes leave in the outputs."""
+        return float(output_error(jnp.asarray(covariance, jnp.float32), self.off(codes)))
 
 
 def _total(arrays: Iterable[np.ndarray]) -> np.ndarray:
