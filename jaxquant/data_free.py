@@ -181,10 +181,10 @@ def quant_weights(
       weight_bits: 8 or 4; two 4-bit integers are packed in a byte.
       group_size: how many weights share a scale; None for one scale per output channel (per row of
         an embedding).
-      weight_dtype: "int"; or a table of 16 values for four bits, computed by XLA alone and in no
-        exported file but StableHLO: "nf4", the quantiles of a normal distribution times
-        the largest |w| of a group (QLoRA; it wants `group_size=64`), or "mxfp4", the floats E2M1
-        times a power of two for 32 neighbours (OCP Microscaling), whose scales take a byte each.
+      weight_dtype: "int"; or a table of 16 values for four bits, which of exported files
+        StableHLO alone has: "nf4", the quantiles of a normal distribution times the largest |w| of
+        a group (QLoRA; it wants `group_size=64`), or "mxfp4", the floats E2M1 times a power of two
+        for 32 neighbours (OCP Microscaling), whose scales take a byte each.
       recover: how data repair the weights, () for not at all, of the first batch alone:
         "gptq" as described above, the default where data are given; "awq" (of integers) before it
         gives channels of large inputs, outside of loops, a finer grid (Lin et al., 2023): they are
