@@ -92,7 +92,7 @@ def _joined(
         try:
             # Its shape may be written in the model: then the first batch has to do.
             return inputs, program(inputs)
-        except ValueError:  # the model takes this batch size alone
+        except Exception:  # whatever a model says that takes this batch size alone
             pass
     return examples[0], program(examples[0])
 

@@ -174,7 +174,18 @@ class QuantizedApply(NotPickled):
             is of another kind of dtype.
         """
         self._check_kinds(inputs)
-        binding = bind(self._model(inputs), self.plan)
+        model = self._model(inputs)
+        try:
+            binding = bind(model, self.plan)
+        except ValueError as error:
+            if self.inputs is not None and _ranks(inputs) != _ranks(self.inputs):
+                error.add_note(
+                    f"qapply was called with inputs of {shapes_text(inputs)}; it was quantized "
+                    f"with {shapes_text(self.inputs)}, which have other numbers of axes. Inside "
+                    "jax.vmap it sees one sample at a time: pass x[None] there and take [0] of the "
+                    "result, or quantize it with single samples"
+                )
+            raise
         table = table_of(self._backend, self.backend)
         return Program(binding, self.source.params, table)
 
@@ -289,3 +300,8 @@ def plan_line(plan: Plan) -> str:
         f"<qapply: {quantized} of {len(plan.sites)} sites quantized ({plan.mode}), thresholds by "
         f"{plan.algo}; .report() tells of each>"
     )
+
+
+def _ranks(inputs: tuple[Any, ...]) -> list[int]:
+    """How many axes each input has."""
+    return [len(x.shape) for x in jax.tree.leaves(inputs)]

@@ -111,3 +111,15 @@ def test_pickling_a_loaded_model(floats_model, tmp_path):
     with pytest.raises(TypeError, match="save_quantized_model"):
         pickle.dumps(qapply)
     assert copy.deepcopy(qapply) is qapply
+
+
+def test_single_samples_of_a_batch_are_told():
+    """Under `jax.vmap`, where a bias has no axis for the batch to be spread along."""
+    params = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}
+    qparams, qapply = networks.quantize(params, lambda p, x: x @ p["w"] + p["b"], jnp.ones((16, 6)))
+    with pytest.raises(ValueError, match="another graph") as raised:
+        jax.vmap(qapply, (None, 0))(qparams, jnp.ones((3, 6)))
+    note = raised.value.__notes__[0]
+    assert "called with inputs of float32[6]; it was quantized with float32[16, 6]" in note
+    one_by_one = jax.vmap(lambda x: qapply(qparams, x[None])[0])
+    assert one_by_one(jnp.ones((3, 6))).shape == (3, 8)
