@@ -187,11 +187,11 @@ class Graph:
         JAX leaves some such equations out where the axes stay as they are, for a batch of one, and
         conversions of a number to the dtype that it has, where sizes are symbolic.
         """
-        if not eqn.input_vars or len(eqn.outputs) != 1:
-            return False
-        # A cast to the dtype that is there already.
+        # A cast to the dtype that is there already, of a literal too.
         if eqn.name == "convert_element_type":
             return self.dtype(eqn.inputs[0]) == self.dtype(eqn.outputs[0])
+        if not eqn.input_vars or len(eqn.outputs) != 1:
+            return False
         before, after = self.shape(eqn.inputs[0]), self.shape(eqn.outputs[0])
         if len(before) != len(after):
             return False

@@ -239,3 +239,18 @@ def test_prng_keys_among_the_parameters():
 
     graph = trace(apply_fn, params, [jnp.ones(3)])
     np.testing.assert_array_equal(run(graph, params, jnp.ones(3)), apply_fn(params, jnp.ones(3)))
+
+
+def test_a_number_that_is_cast_to_its_own_dtype_makes_no_other_weight():
+    """JAX leaves such casts out where sizes are symbolic, as they are when a model is saved."""
+
+    def weight_of(number):
+        graph = trace(lambda p, x: x @ (p * number()), jnp.ones((3, 4)), (jnp.ones((2, 3)),))
+        (dot,) = (eqn for eqn in graph.equations if eqn.name == "dot_general")
+        return names(graph), graph.fingerprint(dot.inputs[1])
+
+    plain, weight = weight_of(lambda: np.float32(2))
+    with_cast, cast_weight = weight_of(lambda: jax.jit(jnp.float32)(2.0))
+    assert "convert_element_type" in set(with_cast) - set(plain)
+    assert cast_weight == weight
+    assert weight_of(lambda: np.float32(3))[1] != weight
