@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from jaxquant.graph import ir, position_rules
 from jaxquant.graph.axis_parts import BATCH, Axis, Known, Part, nothing
+from jaxquant.graph.once import once
 
 # The axes of a tensor, of whose parts one is that of the rows (its mark is BATCH).
 Rows: TypeAlias = tuple[Axis, ...]
@@ -44,7 +45,8 @@ def sizes_around(rows: Rows) -> tuple[int, int, int]:
     return _size(before), axis[place].size, _size(within)
 
 
-def through(graph: ir.Graph, eqn: ir.Equation, number: int, rows: Rows) -> list[Rows | None]:
+@once
+def through(graph: ir.Graph, eqn: ir.Equation, number: int, rows: Rows) -> tuple[Rows | None, ...]:
     """Where the rows of one operand are in each result; None where a row of it may read others.
 
     Args:
@@ -55,13 +57,13 @@ def through(graph: ir.Graph, eqn: ir.Equation, number: int, rows: Rows) -> list[
     """
     axis = axis_of(rows)
     if _moves(graph, eqn, number, axis):
-        return [None] * len(eqn.outputs)
+        return (None,) * len(eqn.outputs)
     if eqn.name == "sort":  # what is sorted by others goes where these go
-        return [rows] * len(eqn.outputs)
+        return (rows,) * len(eqn.outputs)
     operands = [nothing(graph.shape(x)) for x in eqn.inputs]
     operands[number] = Known(rows)
     size = sizes_around(rows)[1]
-    return [_kept(found, size) for found in position_rules.through(graph, eqn, operands)]
+    return tuple(_kept(found, size) for found in position_rules.through(graph, eqn, operands))
 
 
 def _moves(graph: ir.Graph, eqn: ir.Equation, number: int, axis: int) -> bool:
