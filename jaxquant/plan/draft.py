@@ -89,5 +89,26 @@ def with_even_parts(
     while uneven := find_uneven(model, draft.static, draft.forms, tensors, draft.tensors):
         left = [Rule(f"site:{name}", dtype="float", reason=why) for name, why in uneven.items()]
         config = draft.config.with_rules(left)
-        draft = make_draft(model, found, seen, config)
+        draft = make_draft(
+            model, found, seen, _on_observed(model, found, seen.observations, config)
+        )
     return draft
+
+
+def _on_observed(
+    model: Model, found: tuple[Site, ...], observations: Observations, config: QuantConfig
+) -> QuantConfig:
+    """Without the sites that read tensors in float that nobody observed.
+
+    What is quantized from float where a site stays float was int8 already where it does not.
+    """
+    while True:
+        static = on_planned_grids(candidates(model, found, config), config)
+        entries = forms_of(model, found, static, config).entries
+        unknown = {var for var in entries if model.names[var] not in observations.tensors}
+        left = [site.name for site in static if unknown.intersection(site.operands)]
+        if not left:
+            return config
+        reason = "it reads what another site would have left in int8, whose parts are too uneven"
+        rules = [Rule(f"site:{name}", dtype="float", reason=reason) for name in left]
+        config = config.with_rules(rules)
