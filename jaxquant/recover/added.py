@@ -7,6 +7,7 @@ has its own.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -80,6 +81,8 @@ def find_added(model: Model, site: Site) -> Added | None:
         return None
     leaf, movements = moved
     places = _places(graph, leaf, movements, steps[0])
+    if len(places) != math.prod(steps[0].channels.sizes):
+        return None  # a scalar, which all channels share
     # One number for each channel, and one channel for each number.
     if not np.array_equal(np.sort(places), np.arange(int(np.prod(graph.shape(leaf))))):
         return None

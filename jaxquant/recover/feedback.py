@@ -39,6 +39,9 @@ def mixing(covariance: np.ndarray, damping: float) -> tuple[np.ndarray, np.ndarr
     Returns:
       int [..., K], the row that comes first and so on; float32 [..., K, K], M in that order.
 
+    Raises:
+      numpy.linalg.LinAlgError: H is not positive definite, damped as it is.
+
     Example:
       >>> order, mix = mixing(np.array([[1.0, 1.0], [1.0, 4.0]]), 0.0)
       >>> order.tolist(), mix.tolist()

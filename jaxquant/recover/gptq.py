@@ -72,7 +72,9 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     )
     for path in changed:
         before, now = (layout.get(tree["params"], path) for tree in (draft.qparams, qparams))
-        layout.put(after["params"], path, jax.device_put(now, before.sharding))
+        # What is on a device by default may be moved to those of other parameters, as before.
+        place = before.sharding if before.committed else None
+        layout.put(after["params"], path, jax.device_put(now, place))
     return draft.replaced(
         "gptq",
         _summary(outcomes),

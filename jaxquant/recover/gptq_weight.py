@@ -100,8 +100,10 @@ class Weight:
         # Decided on rows that were held out, then rounded on all of them.
         for damping in DAMPINGS:
             tried = rounding.codes(_total(each.varying(KEPT) for each in seen), damping)
-            if (after := rounding.error(tried, held_out)) < before:
-                codes = rounding.codes(_total(each.varying(KEPT, APART) for each in seen), damping)
+            if tried is None or (after := rounding.error(tried, held_out)) >= before:
+                continue
+            codes = rounding.codes(_total(each.varying(KEPT, APART) for each in seen), damping)
+            if codes is not None:
                 # In place: the arrays are those that the model gets.
                 integers[...] = matrix.stored(codes, self._slot.weight_bits)
                 shifts = self._shifts(seen, rounding.off(codes))
@@ -149,10 +151,14 @@ class _Rounding(NamedTuple):
         values = codes if self.dtype == INT else VALUES[self.dtype][codes & 15]
         return self.weight - values * self.step
 
-    def codes(self, covariance: np.ndarray, damping: float) -> np.ndarray:
-        """int8 [G, K, N], rounded for inputs with a covariance [G, K, K]."""
+    def codes(self, covariance: np.ndarray, damping: float) -> np.ndarray | None:
+        """int8 [G, K, N], rounded for inputs with a covariance [G, K, K]; None: it is all noise."""
         # From the input that matters most on, as with act-order: its error has most rows to go to.
-        order, mix = mixing(covariance, damping)
+        try:
+            order, mix = mixing(covariance, damping)
+        except np.linalg.LinAlgError:
+            # Inputs that are (nearly) the same everywhere leave the rounding of their sums alone.
+            return None
         rows = order[..., None]
         ordered = (np.take_along_axis(x, rows, axis=1) for x in (self.weight, self.step))
         found = round_with_feedback(*ordered, mix, RANGES[self.bits], self.dtype)

@@ -76,6 +76,15 @@ def test_only_what_belongs_to_the_sums_alone_is_found(form):
     assert np.count_nonzero(np.round(moved)) == len(x)
 
 
+@pytest.mark.parametrize("width", [1, N])
+def test_a_scalar_is_of_one_channel_alone(width):
+    params, x = {"w": draw(0, K, width), "b": draw(1)}, draw(2, 256, 4) @ draw(3, 4, K) + 2
+    qparams, _ = jaxquant.quant_weights(
+        params, lambda p, x: x @ p["w"] + p["b"], x, rules=FOUR, **OPTIONS
+    )
+    assert (qparams["params"]["b"] != params["b"]) == (width == 1)
+
+
 def layered(p: Any, x: jax.Array) -> jax.Array:
     def layer(x: jax.Array, own: Any) -> tuple[jax.Array, None]:
         return jnp.tanh(x @ own["w"] + own["b"]), None

@@ -147,6 +147,14 @@ def test_dead_and_constant_channels_and_fewer_samples_than_channels():
     assert gain(wide, apply_fn, few, draw(2, 64, 128)) > -0.5
 
 
+def test_inputs_that_are_the_same_everywhere():
+    # Sums of squares that are far larger than their rounding leaves of what varies.
+    params = {"w": draw(0, 64, 8), "b": draw(1, 8)}
+    x = np.repeat(100 * draw(2, 1, 64), 512, axis=0)
+    qparams, qapply = quantize(params, lambda p, x: x @ p["w"] + p["b"], x, rules=EVERYWHERE)
+    assert measure.sqnr(x @ params["w"] + params["b"], qapply(qparams, x)) > 80
+
+
 def test_nan_names_the_site_and_the_batch():
     bad = X.copy()
     bad[7, 3] = np.nan
@@ -208,6 +216,8 @@ def test_what_is_no_stored_weight_stays_where_it_is():
     qparams, qapply = quantize(params, lambda p, x: x @ p["w"] + p["shift"], together(2, 64, WIDTH))
     assert "gptq" in str(qapply.report().rows)
     assert qparams["params"]["shift"].sharding == place
+    # Not bound to a device: one call takes it beside what is spread over several.
+    assert not qparams["params"]["w"]["int4"].committed
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
