@@ -15,10 +15,12 @@ from jaxquant.backends import int8
 from jaxquant.graph import evaluate, ir
 from jaxquant.graph.positions import RealIn
 from jaxquant.jax_shim.extremes import largest, least
+from jaxquant.plan import layout
 from jaxquant.plan.epilogue import Epilogue
 from jaxquant.recover.activation import find_activation
 from jaxquant.recover.shift import Shift, without_padding
 from jaxquant.run.float_forms import evaluate_float
+from jaxquant.run.program import Program
 from jaxquant.run.quantized import QuantizedTensors
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at
 from jaxquant.tune.evaluation import Here, Outcome, Value, evaluate_parts
@@ -78,7 +80,9 @@ def measure(
     own = evaluate_parts(parts, params, plain, flat, alone, reference, fits)[1].of
 
     accumulating = functools.partial(_measure_accumulated, real)
-    quantized, accumulated = evaluate_parts(parts, params, qparams, flat, accumulating, reference)
+    # Between the sites too what runs is the quantized model: its biases are not the float one's.
+    changed = _changed(parts.program, params, qparams["params"])
+    quantized, accumulated = evaluate_parts(parts, changed, qparams, flat, accumulating, reference)
     outputs = [
         # Only floats have an error; integers of the int8 model are those of the float model.
         measures.moments(
@@ -94,6 +98,13 @@ def measure(
         outputs=outputs,
         tensors={n.removeprefix(_TENSOR): x for n, x in own.items() if isinstance(x, Clipping)},
     )
+
+
+def _changed(program: Program, params: Any, arrays: Any) -> list[Any]:
+    """The float model's leaves, those that the quantized model keeps as they are there."""
+    leaves = dict(zip(program.graph.leaves, jax.tree.leaves(params), strict=True))
+    kept = {var: layout.get(arrays, path) for var, path in program.float_paths.items()}
+    return list({**leaves, **kept}.values())
 
 
 def _shift(real: RealIn, here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:

@@ -19,6 +19,7 @@ from jaxquant.tune.parts import find_parts
 from jaxquant.tune.switch import Switch
 from tests import networks
 from tests.analysis import faults
+from tests.loops import measure
 
 FAULTS = (faults.outlier_input_channel, faults.outlier_output_channel, faults.rare_spike)
 
@@ -304,3 +305,21 @@ def test_a_softmax_behind_a_bias():
     qparams, qapply = jaxquant.quant_post(p, apply_fn, [x], is_full_quantize=True, progress=False)
     analysis = jaxquant.analyze(p, apply_fn, qparams, qapply, [x], progress=False)
     assert {"w", "softmax"} <= {row["name"] for row in analysis.rows}
+
+
+@pytest.mark.parametrize("recover", [(), ("gptq",), ("awq", "gptq")])
+def test_parameters_that_were_changed_are_analyzed_as_they_are(recover):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(256, 4)) @ draw.normal(size=(4, 16)) + 9 * draw.normal(size=16)
+    x = x.astype(np.float32)
+    params = {"w": draw.normal(size=(16, 8)).astype(np.float32), "b": np.ones(8, np.float32)}
+    params["g"] = np.ones(16, np.float32)
+
+    def apply_fn(p, x):
+        return (jax.nn.standardize(x) * p["g"]) @ p["w"] + p["b"]
+
+    options = {"weight_bits": 4, "rules": [jaxquant.Rule("*", weight_bits=4)], "recover": recover}
+    qparams, qapply = jaxquant.quant_weights(params, apply_fn, x, progress=False, **options)
+    found = jaxquant.analyze(params, apply_fn, qparams, qapply, x, progress=False)
+    want = measure.sqnr(apply_fn(params, x), qapply(qparams, x))
+    assert found.summary["output_sqnr_db"] == pytest.approx(want, abs=0.1)
