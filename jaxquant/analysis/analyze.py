@@ -58,6 +58,9 @@ def analyze(
     that takes the choice as an argument.  A site inside a scan over stacked weights is measured in
     each layer by itself, and alone in int8 or in float in all its layers at once.
 
+    Of weights alone a site is seen in front of its bias: the mean error that the bias of a weight
+    rounded on data takes away is in its own error here, and not in the report's.
+
     Args:
       params, apply_fn: the float model.
       qparams, qapply: the int8 model, as `jaxquant.quant_post` or another function returned it.
