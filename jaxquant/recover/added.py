@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,9 +134,11 @@ def _places(
     """For each channel of a site, the number of the element of a parameter that is added to it."""
     # Followed on the numbers of the elements, whichever way they are moved.
     shape = graph.shape(leaf)
-    numbers: Any = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(shape)
-    for eqn in movements:
-        (numbers,) = jaxprs.bind(eqn.primitive, [numbers], dict(eqn.params))
+    numbers: Any = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    # Where a caller is traced itself these are numbers all the same.
+    with jax.ensure_compile_time_eval():
+        for eqn in movements:
+            (numbers,) = jaxprs.bind(eqn.primitive, [numbers], dict(eqn.params))
     assert isinstance(step.operand, int)
     whole = np.broadcast_to(np.asarray(numbers), graph.shape(step.operand))
     vector = channel_vector(step, {step.operand: without_copies(graph, step.operand, whole)})

@@ -18,12 +18,15 @@ from jaxquant.calibration.padding import Padding, real_in
 from jaxquant.graph import evaluate
 from jaxquant.graph.model import FloatModel
 from jaxquant.graph.positions import RealIn
+from jaxquant.plan import layout
 from jaxquant.plan.bind import bind
 from jaxquant.plan.plan import Plan
+from jaxquant.recover.added import find_added
 from jaxquant.recover.bias_correction import with_shifts
+from jaxquant.recover.repeats import programs_of
 from jaxquant.recover.shift import Shift
 from jaxquant.run.float_forms import evaluate_float
-from jaxquant.run.program import program_by_site
+from jaxquant.run.program import Program, program_by_site
 from jaxquant.tune.biases import has_bias, is_corrected, shift_at, without_correction
 from jaxquant.tune.evaluation import Here, Outcome, Value, evaluate_parts
 from jaxquant.tune.parts import Part, Parts, find_parts
@@ -75,7 +78,8 @@ class Switch:
             def choose(here: Here, part: Part, as_float: Value, as_int8: Value) -> Outcome:
                 return Outcome(_pick(_is_int8(here, part, rest), as_float, as_int8))
 
-            return evaluate.outputs(evaluate_parts(parts, params, qparams, flat, choose)[0])
+            own = _with_biases(parts.program, params, qparams)
+            return evaluate.outputs(evaluate_parts(parts, own, qparams, flat, choose)[0])
 
         def shifts(params: Any, qparams: Any, rest: Any, inputs: Any) -> dict[str, Shift]:
             parts, flat = start(inputs)
@@ -126,6 +130,26 @@ def _shifts(
 
     reference = evaluate_float(parts.program.graph, params, flat)
     return evaluate_parts(parts, params, qparams, flat, choose, reference)[1].of
+
+
+def _with_biases(program: Program, params: Any, qparams: Any) -> list[Any]:
+    """The leaves of the float model, with the biases of the sites that are int8.
+
+    A bias that takes the mean error of a rounded weight away is wrong behind the float one.
+    """
+    leaves = dict(zip(program.graph.leaves, jax.tree.leaves(params), strict=True))
+    if program.mode.integer:
+        return list(leaves.values())  # those of int8 sites are beside their integers
+    for inner in programs_of(program):
+        for site in (each.site for each in inner.binding.sites if each.site.name in inner.slots):
+            added = None if site.is_lookup else find_added(inner.model, site)
+            if added is None or site.name not in qparams[_CHOSEN]:
+                continue
+            rounded = layout.get(qparams["params"], program.float_paths[added.leaf])
+            on = qparams[_CHOSEN][site.name]
+            on = jnp.reshape(on, (*on.shape, *(1,) * (rounded.ndim - on.ndim)))
+            leaves[added.leaf] = jnp.where(on, rounded, leaves[added.leaf])
+    return list(leaves.values())
 
 
 def _is_int8(here: Here, part: Part, rest: Any) -> Any:

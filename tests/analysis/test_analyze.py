@@ -323,3 +323,34 @@ def test_parameters_that_were_changed_are_analyzed_as_they_are(recover):
     found = jaxquant.analyze(params, apply_fn, qparams, qapply, x, progress=False)
     want = measure.sqnr(apply_fn(params, x), qapply(qparams, x))
     assert found.summary["output_sqnr_db"] == pytest.approx(want, abs=0.1)
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_a_metric_sees_each_site_with_its_own_bias(is_scanned):
+    draw = np.random.default_rng(0)
+    x = (draw.normal(size=(256, 16)) + 3).astype(np.float32)  # a mean, which rounding puts off
+    layers = (2,) if is_scanned else ()
+    params = {"w": draw.normal(size=(*layers, 16, 16)), "b": np.ones((*layers, 16))}
+    params = {name: array.astype(np.float32) for name, array in params.items()}
+
+    def apply_fn(p, x):
+        if is_scanned:
+            layer = lambda x, own: (x @ own["w"] / 4 + own["b"], None)  # noqa: E731
+            return jax.lax.scan(layer, x, p)[0]
+        return x @ p["w"] + p["b"]
+
+    rules = [jaxquant.Rule("*", weight_bits=4)]
+    qparams, qapply = jaxquant.quant_weights(
+        params, apply_fn, x, weight_bits=4, group_size=8, rules=rules, progress=False
+    )
+    want = np.asarray(apply_fn(params, x))
+
+    def closeness(model):
+        return min(measure.sqnr(want, np.asarray(model(x))), 200.0)  # a metric is finite
+
+    found = jaxquant.analyze(params, apply_fn, qparams, qapply, x, closeness, progress=False)
+    ours = measure.sqnr(want, qapply(qparams, x))
+    (row,) = found.rows
+    # Its one site alone in int8 is the whole int8 model; alone in float it is the float model.
+    assert row["alone_score"] == pytest.approx(ours, abs=0.1)
+    assert row["float_score"] > 100
