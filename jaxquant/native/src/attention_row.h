@@ -140,7 +140,8 @@ class AttentionRow {
   // another way.
   void find_shown() {
     constexpr float kNever = -1e30f;  // a bias beside which no product counts
-    const auto &mask = given_.mask, &bias = given_.bias;
+    const auto& mask = given_.mask;
+    const auto& bias = given_.bias;
     first_ = 0, end_ = a_.keys;
     hidden_ = std::max(mask.data ? a_.fill : kNever / 2, bias.data ? kNever / 2 : a_.fill);
     const auto shows = [&](int64_t key) {
