@@ -63,14 +63,14 @@ def compile_all(folder: pathlib.Path, platform_tag: str, command: Sequence[str] 
     sets = instructions.of_machine(machine)
     for wanted in sets:
         output = folder / shipped.file_of(wanted.name)
-        using.compile_kernels(_for_zig(wanted), output, _LINKING)
+        using.compile_kernels(for_zig(wanted), output, _LINKING)
     # The last set is what any processor of the architecture runs.
-    using.compile_processor(folder / shipped.PROCESSOR, (*_for_zig(sets[-1]).flags, *_LINKING))
+    using.compile_processor(folder / shipped.PROCESSOR, (*for_zig(sets[-1]).flags, *_LINKING))
     shipped.write_manifest(folder)
     return [wanted.name for wanted in sets]
 
 
-def _for_zig(wanted: instructions.InstructionSet) -> instructions.InstructionSet:
+def for_zig(wanted: instructions.InstructionSet) -> instructions.InstructionSet:
     """A set with its flags in Zig's words.
 
     `-march=armv8.2-a+dotprod` is `-mcpu=generic+v8_2a+dotprod` for it.  What a library is tuned for

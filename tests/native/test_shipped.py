@@ -149,6 +149,17 @@ print(build.build().parent.name, qapply.backend)
 """
 
 
+@pytest.mark.parametrize("platform_tag", ["macosx_11_0_arm64", "manylinux_2_27_x86_64"])
+def test_clang_compiles_the_kernels(tmp_path: pathlib.Path, platform_tag: str):
+    pytest.importorskip("ziglang")
+    machine, name = shipping.TARGETS[platform_tag]
+    using = compiler.Compiler([*shipping.ZIG, "-target", name], version="", seconds=None)
+    best = shipping.for_zig(instructions.of_machine(machine)[0])
+    # What it accepts, and not what it makes of it, which takes ten times as long.
+    using.compile_kernels(best, tmp_path / "kernels.o", ("-O0", "-c"))
+    assert (tmp_path / "kernels.o").stat().st_size
+
+
 @pytest.mark.slow
 def test_a_wheel_runs_natively_without_a_compiler(tmp_path: pathlib.Path):
     pytest.importorskip("hatchling")
