@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.graph import ir
+from jaxquant.graph import ir, primitives
 from jaxquant.graph.copies import without_copies
 from jaxquant.graph.matching import is_float_cast
 from jaxquant.graph.model import Model
@@ -25,16 +25,6 @@ from jaxquant.plan.epilogue import AffineStep, find_epilogue
 from jaxquant.recover.folding import is_alone
 from jaxquant.run.layers import Layer
 from jaxquant.weights.fold import channel_vector
-
-_MOVEMENTS = (
-    "reshape",
-    "squeeze",
-    "expand_dims",
-    "transpose",
-    "broadcast_in_dim",
-    "copy",
-    "copy_p",
-)
 
 
 class Added(NamedTuple):
@@ -51,7 +41,7 @@ class Added(NamedTuple):
     places: np.ndarray
 
 
-class Shift(NamedTuple):
+class Addition(NamedTuple):
     """What is added to the outputs of a site.
 
     Attributes:
@@ -85,7 +75,7 @@ def find_added(model: Model, site: Site) -> Added | None:
     if len(places) != math.prod(steps[0].channels.sizes):
         return None  # a scalar, which all channels share
     # One number for each channel, and one channel for each number.
-    if not np.array_equal(np.sort(places), np.arange(int(np.prod(graph.shape(leaf))))):
+    if not np.array_equal(np.sort(places), np.arange(math.prod(graph.shape(leaf)))):
         return None
     whole = _of_whole(model, leaf)
     return None if whole is None else Added(whole, steps[0].op == "sub", places)
@@ -97,18 +87,18 @@ def seen_at(model: Model, site: Site) -> ir.Var:
     return find_epilogue(model.graph, site, steps_at_most=steps).output
 
 
-def shift_sums(array: np.ndarray, shift: Shift) -> np.ndarray:
+def with_addition(array: np.ndarray, addition: Addition) -> np.ndarray:
     """A parameter with which more is added to the sums of a site, in its own dtype.
 
     Args:
       array: the parameter, of all layers.
-      shift: how much more.
+      addition: how much more.
     """
     after = np.array(array)
-    own = after[shift.layer]
+    own = after[addition.layer]
     values = own.reshape(-1).astype(np.float64)
-    values[shift.added.places] += -shift.by if shift.added.is_subtracted else shift.by
-    after[shift.layer] = values.reshape(own.shape).astype(after.dtype)
+    values[addition.added.places] += -addition.by if addition.added.is_subtracted else addition.by
+    after[addition.layer] = values.reshape(own.shape).astype(after.dtype)
     return after
 
 
@@ -119,7 +109,7 @@ def _movements(graph: ir.Graph, var: ir.Var) -> tuple[ir.Var, list[ir.Equation]]
         eqn = graph.producer.get(var)
         if eqn is None or not is_alone(graph, var) or len(eqn.input_vars) != 1:
             return None
-        if eqn.name in _MOVEMENTS:
+        if eqn.name in primitives.MOVEMENTS or eqn.name == "broadcast_in_dim":
             found.insert(0, eqn)
         elif not is_float_cast(graph, eqn):
             return None
@@ -134,10 +124,10 @@ def _places(
     """For each channel of a site, the number of the element of a parameter that is added to it."""
     # Followed on the numbers of the elements, whichever way they are moved.
     shape = graph.shape(leaf)
-    numbers: Any = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+    numbers: Any = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
     # Where a caller is traced itself these are numbers all the same.
     with jax.ensure_compile_time_eval():
-        for eqn in movements:
+        for eqn in (each for each in movements if each.name not in primitives.PLACEMENTS):
             (numbers,) = jaxprs.bind(eqn.primitive, [numbers], dict(eqn.params))
     assert isinstance(step.operand, int)
     whole = np.broadcast_to(np.asarray(numbers), graph.shape(step.operand))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.plan import layout
-from jaxquant.recover.added import find_added, shift_sums
+from jaxquant.recover.added import find_added, with_addition
 from jaxquant.recover.covariance import Reader, sum_products
 from jaxquant.recover.gptq_weight import Rounded, Weight
 from jaxquant.recover.product import SiteProduct
@@ -67,7 +67,7 @@ def round_weights(task: Task, draft: Draft) -> Draft:
     # Only what has changed goes back to the devices.
     after = jax.tree.map(lambda x: x, dict(draft.qparams))  # the others stay on their devices
     done = {key: outcome for key, outcome in outcomes.items() if not outcome.reason}
-    changed = {weights[key].path for key in done} | _shift_outputs(
+    changed = {weights[key].path for key in done} | _add_to_outputs(
         program, source.params, qparams["params"], done.values()
     )
     for path in changed:
@@ -114,7 +114,7 @@ def _find_weights(whole: GraphLayer, asked: Collection[str]) -> dict[Key, Weight
     return found
 
 
-def _shift_outputs(
+def _add_to_outputs(
     program: Program, params: Any, arrays: dict[str, Any], outcomes: Iterable[Rounded]
 ) -> set[tuple[str, ...]]:
     """Change the parameters that take mean errors away; returns where they are.
@@ -127,9 +127,9 @@ def _shift_outputs(
     """
     paths = layout.leaf_paths(program.graph, params)
     changed = set()
-    for shift in (shift for outcome in outcomes for shift in outcome.shifts):
-        path = paths[shift.added.leaf]
-        layout.put(arrays, path, shift_sums(layout.get(arrays, path), shift))
+    for addition in (addition for outcome in outcomes for addition in outcome.additions):
+        path = paths[addition.added.leaf]
+        layout.put(arrays, path, with_addition(layout.get(arrays, path), addition))
         changed.add(path)
     return changed
 

@@ -13,11 +13,11 @@ from jaxquant.code_tables import INT, VALUES, as_floats
 from jaxquant.graph.sites import Site
 from jaxquant.plan import layout
 from jaxquant.plan.groups import group_layout
-from jaxquant.recover.added import Added, Shift
+from jaxquant.recover.added import Added, Addition
 from jaxquant.recover.covariance import APART, KEPT, Found, Reader
 from jaxquant.recover.feedback import gain_db, mixing, output_error, round_with_feedback
 from jaxquant.recover.grouped_matrix import GroupedMatrix, grouped_matrix
-from jaxquant.recover.seen import FEWEST, Seen
+from jaxquant.recover.input_sums import FEWEST, InputSums
 from jaxquant.run.layers import GraphLayer, Layer
 from jaxquant.weights.groups import RANGES
 
@@ -31,12 +31,12 @@ class Rounded(NamedTuple):
     Attributes:
       gain_db: by how much the error of the outputs fell, at positions that were held out.
       reason: why it stays rounded to nearest; "" where it does not.
-      shifts: what is added to the outputs of its sites.
+      additions: what is added to the outputs of its sites.
     """
 
     gain_db: float = 0.0
     reason: str = ""
-    shifts: tuple[Shift, ...] = ()
+    additions: tuple[Addition, ...] = ()
 
 
 class _Read(NamedTuple):
@@ -68,7 +68,7 @@ class Weight:
     def add(self, reader: Reader, layer: Layer, added: Added | None) -> None:
         """One more site, or layer of it, that reads the weight, and what is added behind it."""
         self.reads.append(_Read(reader, layer, added))
-        # Seen before it is summed: what does not fit is told, and not tried.
+        # InputSums before it is summed: what does not fit is told, and not tried.
         size = reader.bytes
         too_large = f"its covariances would take {size / 1e9:.1f} GB" if size > LARGEST_SUMS else ""
         self.reason = self.reason or reader.product.reason or too_large
@@ -106,15 +106,15 @@ class Weight:
             if codes is not None:
                 # In place: the arrays are those that the model gets.
                 integers[...] = matrix.stored(codes, self._slot.weight_bits)
-                shifts = self._shifts(seen, rounding.off(codes))
-                return Rounded(gain_db(before, after), shifts=shifts)
+                additions = self._additions(seen, rounding.off(codes))
+                return Rounded(gain_db(before, after), additions=additions)
         # The nearest integers may have a mean error all the same.
         if (after := rounding.error(nearest, held_out)) < before:
-            shifts = self._shifts(seen, rounding.off(nearest))
-            return Rounded(gain_db(before, after), shifts=shifts)
+            additions = self._additions(seen, rounding.off(nearest))
+            return Rounded(gain_db(before, after), additions=additions)
         return Rounded(reason="rounding to nearest is no worse")
 
-    def _seen(self, found: Found) -> tuple[GroupedMatrix | None, list[Seen]]:
+    def _seen(self, found: Found) -> tuple[GroupedMatrix | None, list[InputSums]]:
         """How the weight is stored, and what each site that reads it sees."""
         matrix, seen = None, []
         for reader, layer, added in self.reads:
@@ -126,13 +126,13 @@ class Weight:
                 break
             sums = found[reader.site.name][layer]
             products, totals = matrix.covariance(sums.products), matrix.vector(sums.totals)
-            seen.append(Seen(products, totals, sums.weights, sums.counts, added is not None))
+            seen.append(InputSums(products, totals, sums.weights, sums.counts, added is not None))
         return matrix, seen
 
-    def _shifts(self, seen: list[Seen], off: np.ndarray) -> tuple[Shift, ...]:
+    def _additions(self, seen: list[InputSums], off: np.ndarray) -> tuple[Addition, ...]:
         """What takes away the means of the outputs' errors, where a parameter does."""
         return tuple(
-            Shift(read.added, read.layer, np.einsum("gk,gkn->gn", each.mean, off).reshape(-1))
+            Addition(read.added, read.layer, np.einsum("gk,gkn->gn", each.mean, off).reshape(-1))
             for read, each in zip(self.reads, seen, strict=True)
             if read.added is not None and each.takes_mean
         )

@@ -6,7 +6,8 @@ through the equation in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -198,8 +199,8 @@ def _reached(
 def _reshaped(given: _Moving) -> Move | None:
     """Rows that are cut into rows of rows: the slower index tells them apart."""
     sizes, result, axis = given.sizes, given.result, given.axis
-    ahead = _product(sizes[:axis])
-    places = [k for k, n in enumerate(result) if _product(result[:k]) == ahead and n != 1]
+    ahead = math.prod(sizes[:axis])
+    places = [k for k, n in enumerate(result) if math.prod(result[:k]) == ahead and n != 1]
     if not places or given.eqn.params.get("dimensions") is not None:
         return None
     place = places[0]
@@ -207,13 +208,6 @@ def _reshaped(given: _Moving) -> Move | None:
     if not isinstance(sizes[axis], int) or not isinstance(rows, int) or sizes[axis] % rows:
         return None
     return _along(given, lambda value: value.reshape(rows, -1).any(axis=1), place)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total = total * size
-    return total
 
 
 _MOVES: Mapping[str, Callable[[_Moving], Move | None]] = {

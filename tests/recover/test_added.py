@@ -12,7 +12,7 @@ from jax import lax
 
 import jaxquant
 from jaxquant.graph.model import FloatModel
-from jaxquant.recover.added import Shift, find_added, shift_sums
+from jaxquant.recover.added import Addition, find_added, with_addition
 
 K, N, LAYERS = 16, 6, 3
 OPTIONS = {"weight_bits": 4, "group_size": 8, "progress": False}
@@ -70,7 +70,7 @@ def test_only_what_belongs_to_the_sums_alone_is_found(form):
     # Behind the change the sums of channel 4 are by one larger.
     by = np.zeros(N)
     by[4] = 1
-    after = {**params, "b": shift_sums(params["b"], Shift(found, (), by))}
+    after = {**params, "b": with_addition(params["b"], Addition(found, (), by))}
     moved = np.asarray(apply_fn(after, x) - apply_fn(params, x)).reshape(-1)
     assert set(np.round(moved, 4).tolist()) == {0, 2 if is_subtracted else 1}
     assert np.count_nonzero(np.round(moved)) == len(x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxquant.recover.covariance import APART, KEPT
-from jaxquant.recover.seen import Seen
+from jaxquant.recover.input_sums import InputSums
 
 KEPT_ROWS, APART_ROWS, K = 48, 16, 5
 
@@ -17,11 +17,11 @@ def rows() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(KEPT_ROWS + APART_ROWS, K)) + np.arange(K) * 10
 
 
-def seen(rows: np.ndarray, has_added: bool) -> Seen:
+def seen(rows: np.ndarray, has_added: bool) -> InputSums:
     parts = rows[:KEPT_ROWS], rows[KEPT_ROWS:]
     products = np.stack([(part.T @ part)[None] for part in parts])
     totals = np.stack([part.sum(axis=0)[None] for part in parts])
-    return Seen(
+    return InputSums(
         products,
         totals,
         np.array([float(len(part)) for part in parts]),
@@ -52,6 +52,6 @@ def test_of_few_positions_no_mean_is_taken(rows):
     few = rows[KEPT_ROWS - 8 :]
     products = np.stack([(part.T @ part)[None] for part in (few[:8], few[8:])])
     totals = np.stack([part.sum(axis=0)[None] for part in (few[:8], few[8:])])
-    found = Seen(products, totals, np.array([8.0, 16.0]), np.array([8, 16]), has_added=True)
+    found = InputSums(products, totals, np.array([8.0, 16.0]), np.array([8, 16]), has_added=True)
     assert not found.takes_mean
     np.testing.assert_allclose(found.varying(KEPT)[0], few[:8].T @ few[:8])

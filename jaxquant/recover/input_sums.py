@@ -18,7 +18,7 @@ FEWEST = 32  # positions to round a weight, or to take a mean, on
 _NOISE = 1e-5  # of second moments summed in float32, which a difference of them keeps
 
 
-class Seen(NamedTuple):
+class InputSums(NamedTuple):
     """What one site reads, in the order of the rows of the weight.
 
     Attributes:
