@@ -208,3 +208,15 @@ class Mlp:
 
     def __call__(self, x):
         return self.layers[1](jax.nn.relu(self.layers[0](x)))
+
+
+def shared_heads(params, x, mask):
+    """Two heads share keys and values; a bias and two masks are beside the scores."""
+    q, k, v = (x @ params[name] for name in "qkv")
+    q = q.reshape(3, 12, 2, 2, 4)
+    k, v = (part.reshape(3, 12, 2, 4) for part in (k, v))
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * 0.5 + params["bias"]
+    scores = jnp.where(mask[:, None, None, None], scores, -1e9)
+    scores = jnp.where(np.tri(12, dtype=bool), scores, -1e9)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
+    return mixed.reshape(3, 12, 16) @ params["out"]

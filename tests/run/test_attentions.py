@@ -22,18 +22,6 @@ def weights(sizes):
     return {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
 
 
-def shared_heads(params, x, mask):
-    """Two heads share keys and values; a bias and two masks are beside the scores."""
-    q, k, v = (x @ params[name] for name in "qkv")
-    q = q.reshape(3, 12, 2, 2, 4)
-    k, v = (part.reshape(3, 12, 2, 4) for part in (k, v))
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * 0.5 + params["bias"]
-    scores = jnp.where(mask[:, None, None, None], scores, -1e9)
-    scores = jnp.where(np.tri(12, dtype=bool), scores, -1e9)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
-    return mixed.reshape(3, 12, 16) @ params["out"]
-
-
 def floats_of_it(apply_fn, params, *inputs, **options) -> int:
     """How many products are of floats on a TPU and of int8 here, with the same results."""
     qparams, qapply = jaxquant.quant_post(
@@ -68,7 +56,7 @@ def test_flax(activations: str):
 
 def test_masks_biases_and_shared_heads():
     mask = np.arange(12) < np.array([[12], [7], [1]])
-    assert floats_of_it(shared_heads, weights(WEIGHTS), X, mask) == 2
+    assert floats_of_it(networks.shared_heads, weights(WEIGHTS), X, mask) == 2
 
 
 @pytest.mark.parametrize(("keys", "count"), [(512, 2), (1032, 0)])

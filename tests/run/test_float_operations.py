@@ -102,16 +102,7 @@ def test_what_is_asked_for_is_in_no_call():
 
 
 def test_masks_biases_and_shared_heads():
-    def apply_fn(params, x, mask):
-        q, k, v = (x @ params[name] for name in "qkv")
-        q = q.reshape(3, 12, 2, 2, 4)
-        k, v = (part.reshape(3, 12, 2, 4) for part in (k, v))
-        scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * 0.5 + params["bias"]
-        scores = jnp.where(mask[:, None, None, None], scores, -1e9)
-        scores = jnp.where(np.tri(12, dtype=bool), scores, -1e9)
-        mixed = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
-        return mixed.reshape(3, 12, 16) @ params["out"]
-
+    apply_fn = networks.shared_heads
     sizes = {"q": (16, 16), "k": (16, 8), "v": (16, 8), "bias": (2, 12, 12), "out": (16, 16)}
     rng = np.random.default_rng(0)
     params = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}

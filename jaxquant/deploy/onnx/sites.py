@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,24 @@ def _dynamic(emitter: Emitter, site: Int8Node) -> Value:
     return _finish(emitter, site, value, arrays["multiplier"], arrays.get("bias"))
 
 
+class _Weighted(NamedTuple):
+    """A convolution or dot with a weight, which is being written.
+
+    Attributes:
+      site: the operation.
+      contraction: what it does with its operands' axes.
+      x: its other operand.
+      arrays: its weight, and the epilogue's.
+      input_scale: the step of `x`.
+    """
+
+    site: Int8Node
+    contraction: Contraction
+    x: Value
+    arrays: SiteArrays
+    input_scale: float
+
+
 def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
     """A convolution or dot with a weight."""
     given = site.node.contraction
@@ -62,21 +81,14 @@ def _weighted(emitter: Emitter, site: Int8Node, x: Value) -> Value:
         raise NotCovered("an int8 ragged dot, whose rows choose their weight")
     arrays = site_arrays(emitter.model, site)
     input_scale = emitter.model.scales.scale(emitter.model.entries(site)[0])
+    weighted = _Weighted(site, given, x, arrays, input_scale)
     if given.window is not None:
-        return _convolution(emitter, site, given, x, arrays, input_scale)
-    if given.has_batch:
-        return _batched_dot(emitter, site, given, x, arrays, input_scale)
-    return _dense(emitter, site, given, x, arrays, input_scale)
+        return _convolution(emitter, weighted)
+    return _batched_dot(emitter, weighted) if given.has_batch else _dense(emitter, weighted)
 
 
-def _convolution(
-    emitter: Emitter,
-    site: Int8Node,
-    given: Contraction,
-    x: Value,
-    arrays: SiteArrays,
-    input_scale: float,
-) -> Value:
+def _convolution(emitter: Emitter, weighted: _Weighted) -> Value:
+    site, given, x, arrays, input_scale = weighted
     shape = emitter.shape(site.node.outputs[0])
     form = conv_form(given, arrays.int8.shape)
     order = contraction.kernel_order(form)
@@ -93,15 +105,9 @@ def _convolution(
     return _moved(emitter, site, value)
 
 
-def _batched_dot(
-    emitter: Emitter,
-    site: Int8Node,
-    given: Contraction,
-    x: Value,
-    arrays: SiteArrays,
-    input_scale: float,
-) -> Value:
+def _batched_dot(emitter: Emitter, weighted: _Weighted) -> Value:
     """A dot with batch axes, which leave no axis for scales: they follow the product."""
+    site, given, x, arrays, input_scale = weighted
     one = np.ones((), np.float32)
     unscaled = Weight(arrays.int8, one, one, None, 0)
     name = emitter.quantizer.weight(unscaled, emitter.quantizer.target.dot_weight())
@@ -111,15 +117,9 @@ def _batched_dot(
     return _finish(emitter, site, value, arrays.multiplier / input_scale, arrays.bias)
 
 
-def _dense(
-    emitter: Emitter,
-    site: Int8Node,
-    given: Contraction,
-    x: Value,
-    arrays: SiteArrays,
-    input_scale: float,
-) -> Value:
+def _dense(emitter: Emitter, weighted: _Weighted) -> Value:
     """A dot without batch axes, whose weight is a matrix."""
+    site, given, x, arrays, input_scale = weighted
     side, own = 1 - site.weight_position, given.operands[site.weight_position]
     int8, shape = arrays.int8, emitter.shape(site.node.outputs[0])
     width = math.prod(int8.shape[axis] for axis in own.contracted)
