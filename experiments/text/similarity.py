@@ -81,6 +81,7 @@ def repaired(
             "4-bit weights, groups of 32, rounded to nearest",
             {"weight_bits": 4, "group_size": 32, "recover": ()},
         ),
+        ("4-bit weights, groups of 16", {"weight_bits": 4, "group_size": 16}),
         ("NF4 weights, groups of 64", {"weight_dtype": "nf4", "group_size": 64}),
         ("NF4 weights, groups of 32", {"weight_dtype": "nf4", "group_size": 32}),
         ("MXFP4 weights", {"weight_dtype": "mxfp4"}),
